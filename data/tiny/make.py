@@ -1,0 +1,332 @@
+"""Make the bundled world: word problems with known truth, a tokenizer, and a small model trained on them.
+
+    python data/tiny/make.py                                   # all of it, as committed; see README for the minutes
+    python data/tiny/make.py --only problems                   # the three problem files alone, seconds
+    python data/tiny/make.py --out /tmp/big --hidden 512 --layers 8 --steps 6000   # a larger model, on a GPU
+
+Output in --out (default: this folder):
+    train.jsonl, validation.jsonl, test.jsonl    {"id": "tiny-test-0", "problem": "Ava has ...", "answer": "59",
+                                                  "solution": "Let's think step by step.\\nStep 1: ...", "level": 2,
+                                                  "values": [41, 59]}      # values: the result of each step
+    model/                                       a Hugging Face folder (Qwen2 architecture, bf16 safetensors)
+
+A problem is a short story about one running count. Levels differ in how large the numbers get; the number of
+steps is uniform over 2 to 6 at every level. Each step of the reference solution holds one equation, so the first
+wrong step of any solution can be found by arithmetic: compare its k-th result with values[k-1].
+"""
+
+import hashlib
+import json
+import math
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+OPENING = "Let's think step by step.\nStep 1:"
+USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+NAMES = {
+    "Ava": "she", "Mia": "she", "Zoe": "she", "Lena": "she", "Nora": "she", "Ruth": "she", "Ines": "she", "Kim": "she",
+    "Ben": "he", "Tom": "he", "Raj": "he", "Leo": "he", "Omar": "he", "Finn": "he", "Karl": "he", "Wei": "he",
+}  # fmt: skip
+THINGS = ["apples", "pears", "stickers", "marbles", "shells", "coins", "stamps", "cards", "beads", "pencils", "books", "eggs",
+          "nuts", "buttons"]  # fmt: skip
+FRIENDS = ["a friend", "a cousin", "a neighbor", "a sister", "a brother"]
+PACKS = ["bags", "boxes", "jars", "packs", "baskets"]
+LEVELS = {1: 40, 2: 150, 3: 800}  # level -> largest number in the story; sums and products may reach three times that
+
+
+@dataclass
+class Args:
+    out: Path = Path(__file__).parent
+    """folder to write to"""
+    only: Literal["all", "problems", "model"] = "all"
+    """make the problem files, the tokenizer and model, or both"""
+    seed: int = 0
+    """seed of problems, initial weights and training order"""
+    hidden: int = 192
+    """width of the model; the MLP is 8/3 of it, attention heads have 32 dimensions"""
+    layers: int = 4
+    """number of layers"""
+    vocab: int = 512
+    """tokens in the byte-level BPE vocabulary"""
+    steps: int = 1600
+    """optimizer steps"""
+    batch: int = 64
+    """examples a step, all different, never from the three files"""
+    lr: float = 2e-3
+    """peak learning rate (AdamW, cosine to zero, 5 % warm-up)"""
+    log_steps: int = 50
+    """print the training loss every so many steps"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# problems
+
+
+def gain(r, c, hi, who):
+    n = r.randint(2, hi)
+    text = r.choice(["finds {n} more", "buys {n} more", "picks up {n} more", "gets {n} more from {f}"])
+    return text.format(n=n, f=r.choice(FRIENDS)), [("{who} now has", c, "+", n)]
+
+
+def lose(r, c, hi, who):
+    if c < 6:
+        return None
+    n = r.randint(2, min(hi, c - 2))
+    text = r.choice(["loses {n} of them", "gives {n} of them to {f}", "sells {n} of them", "drops {n} of them"])
+    return text.format(n=n, f=r.choice(FRIENDS)), [("{who} now has", c, "-", n)]
+
+
+def packs(r, c, hi, who):
+    k, m = r.randint(2, 9), r.randint(3, max(4, hi // 6))
+    pack = r.choice(PACKS)
+    steps = [(f"The {k} {pack} hold", m, "*", k), ("{who} now has", c, "+", k * m)]
+    return f"buys {k} {pack} with {m} {{things}} in each", steps
+
+
+def times(r, c, hi, who):
+    k = r.choice([2, 2, 3])
+    word = {2: "twice", 3: "three times"}[k]
+    return f"trades all of them for {word} as many", [("{who} now has", c, "*", k)]
+
+
+def half(r, c, hi, who):
+    if c % 2 or c < 8:
+        return None
+    return f"gives half of them to {r.choice(FRIENDS)}", [("{who} now has", c, "/", 2)]
+
+
+def share(r, c, hi, who):
+    ks = [k for k in range(3, 10) if c % k == 0 and c // k > 2]
+    if not ks:
+        return None
+    k = r.choice(ks)
+    return f"puts them into {k} equal piles and keeps one pile", [("Each pile has", c, "/", k)]
+
+
+def lose_packs(r, c, hi, who):
+    fits = [(k, m) for k in range(2, 10) for m in range(3, max(4, hi // 6)) if k * m < c - 2]
+    if not fits:
+        return None
+    k, m = r.choice(fits)
+    steps = [(f"The {k} friends get", m, "*", k), ("{who} now has", c, "-", k * m)]
+    return f"gives {m} {{things}} to each of {k} friends", steps
+
+
+def together(r, c, hi, who, other):
+    n = r.randint(2, hi)
+    more = c <= n + 2 or r.random() < 0.5
+    story = f"{other} has {n} {'more' if more else 'fewer'} {{things}} than {who} has now."
+    their = c + n if more else c - n
+    steps = [(f"{other} has", c, "+" if more else "-", n), ("Together they have", c, "+", their)]
+    return story, f"How many {{things}} do {who} and {other} have together?", steps
+
+
+def sale(r, c, hi, who, other):
+    p = r.randint(2, 9)
+    return f"Then {who} sells all of them for {p} dollars each.", f"How many dollars does {who} get?", [
+        ("{who} gets", c, "*", p)
+    ]
+
+
+def plain(r, c, hi, who, other):
+    return "", r.choice([f"How many {{things}} does {who} have now?", f"How many {{things}} are left for {who}?"]), []
+
+
+EVENTS = [gain, gain, lose, lose, packs, lose_packs, times, half, share, share]
+ENDINGS = [plain, plain, together, sale]
+
+
+def make_problem(r: random.Random, level: int, n_steps: int) -> dict:
+    """One problem of exactly n_steps equations. Draws again until the numbers fit."""
+    hi = LEVELS[level]
+    while True:
+        who, other = r.sample(sorted(NAMES), 2)
+        things = r.choice(THINGS)
+        count = r.randint(max(5, hi // 8), hi)
+        story, steps = [f"{who} has {count} {things}."], []
+        story_end, question, last = "", "", None
+        ending = r.choice(ENDINGS)
+        need = n_steps - {plain: 0, together: 2, sale: 1}[ending]
+        while len(steps) < need:
+            event = r.choice(EVENTS)
+            made = event(r, count, hi, who)
+            if made is None or len(steps) + len(made[1]) > need:
+                break
+            text, more = made
+            link = r.choice(["Then {p}", "Next {p}", "{P}", "After that {p}"])
+            p = NAMES[who]
+            story.append(f"{link.format(p=p, P=p.capitalize())} {text}.")
+            steps += more
+            count = compute(*steps[-1][1:])
+        if len(steps) != need:
+            continue
+        story_end, question, last = ending(r, count, hi, who, other)
+        steps += last
+        values = [compute(*s[1:]) for s in steps]
+        if max(values) > 3 * hi or min(values) < 2:
+            continue
+        if r.random() < 0.4:  # a number that does not matter
+            extra = r.choice(["{x} is {n} years old.", "The shop is {n} miles away.", "{x} also has {n} {t}."])
+            place = len(story) if "also" in extra else r.randint(1, len(story))  # "them" must stay unambiguous
+            extra = extra.format(x=who, n=r.randint(5, 60), t=r.choice([t for t in THINGS if t != things]))
+            story.insert(place, extra)
+        text = " ".join([*story, story_end, question]).replace("  ", " ").replace("{things}", things)
+        unit = {sale: "dollars"}.get(ending, things)
+        lines = []
+        for i, (lead, a, op, b) in enumerate(steps):
+            noun = unit if i == len(steps) - 1 else things
+            lines.append(f" {lead.format(who=who)} {a} {op} {b} = {values[i]} {noun}.")
+        solution = OPENING + "".join(
+            line + (f"\nStep {i + 2}:" if i + 1 < len(lines) else "") for i, line in enumerate(lines)
+        )
+        solution += f"\nThe answer is \\boxed{{{values[-1]}}}."
+        return {"problem": text, "answer": str(values[-1]), "solution": solution, "level": level, "values": values}
+
+
+def compute(a, op, b):
+    return {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[op]
+
+
+def draw(r: random.Random) -> dict:
+    return make_problem(r, r.choice(sorted(LEVELS)), r.randint(2, 6))
+
+
+def make_files(out: Path, seed: int):
+    """Write the three problem files; no problem stands in two of them or twice in one."""
+    seen = set()
+    for number, (split, size) in enumerate([("train", 5000), ("validation", 1000), ("test", 2000)]):
+        r = random.Random(f"{seed}-{split}")
+        with open(out / f"{split}.jsonl", "w", encoding="utf-8") as f:
+            while size:
+                row = draw(r)
+                if row["problem"] in seen:
+                    continue
+                seen.add(row["problem"])
+                size -= 1
+                index = len(seen) - 1 - [0, 5000, 6000][number]
+                f.write(json.dumps({"id": f"tiny-{split}-{index}", **row}) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokenizer and model
+
+
+def make_tokenizer(vocab: int, seed: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, a token for every single digit, ChatML turns.
+
+    It splits exactly as Qwen2's does: transformers gives every model of type qwen2 that splitting, whatever its
+    tokenizer.json says, and a model trained on another one then reads noise."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    split = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(split), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=special, initial_alphabet=alphabet)
+    r = random.Random(f"{seed}-tokenizer")
+    rows = [draw(r) for _ in range(4000)]
+    tokenizer.train_from_iterator([render(row) for row in rows], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE
+    )
+
+
+def render(row: dict) -> str:
+    return f"<|im_start|>user\n{USER_TURN.format(**row)}<|im_end|>\n<|im_start|>assistant\n{row['solution']}<|im_end|>"
+
+
+def batches(args: Args, tokenizer, forbidden: set):
+    """Endless batches of fresh problems: ids (batch, tokens) and labels, -100 outside the solution.
+
+    64 batches are drawn at once, sorted by length and shuffled, so that little is padding."""
+    r = random.Random(f"{args.seed}-training")
+    marker = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    while True:
+        rows = []
+        while len(rows) < 64 * args.batch:
+            row = draw(r)
+            if row["problem"] not in forbidden:
+                rows.append(render(row))
+        ids = sorted(tokenizer(rows)["input_ids"], key=len)
+        groups = [ids[i : i + args.batch] for i in range(0, len(ids), args.batch)]
+        r.shuffle(groups)
+        for group in groups:
+            width = max(map(len, group))
+            inputs = torch.full((len(group), width), tokenizer.pad_token_id)
+            labels = torch.full((len(group), width), -100)
+            for i, row in enumerate(group):
+                inputs[i, : len(row)] = torch.tensor(row)
+                start = len(row) - row[::-1].index(marker)  # the second <|im_start|> opens the solution
+                labels[i, start:len(row)] = inputs[i, start:len(row)]
+            yield inputs, labels
+
+
+def train(args: Args):
+    tokenizer = make_tokenizer(args.vocab, args.seed)
+    torch.manual_seed(args.seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3,
+        num_hidden_layers=args.layers, num_attention_heads=args.hidden // 32, num_key_value_heads=args.hidden // 32,
+        max_position_embeddings=4096, tie_word_embeddings=True, use_cache=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config.save_pretrained(args.out / "model")
+    tokenizer.save_pretrained(args.out / "model")
+    loaded, sample = AutoTokenizer.from_pretrained(args.out / "model"), render(draw(random.Random(args.seed)))
+    assert loaded(sample)["input_ids"] == tokenizer(sample)["input_ids"], "the tokenizer loads as another one"
+    model = Qwen2ForCausalLM(config).to(device)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens, on {device}")
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.98)
+    )
+    files = ["train", "validation", "test"]
+    forbidden = {json.loads(line)["problem"] for name in files for line in open(args.out / f"{name}.jsonl")}
+    stream, start, tokens, total = batches(args, tokenizer, forbidden), time.time(), 0, 0.0
+    for step in range(args.steps):
+        warm = min(1.0, (step + 1) / (0.05 * args.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * warm * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        inputs, labels = (x.to(device) for x in next(stream))
+        with torch.autocast(device, torch.bfloat16):
+            loss = model(inputs, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        tokens += inputs.numel()
+        total += loss.item()
+        if (step + 1) % args.log_steps == 0:
+            seconds = time.time() - start
+            print(f"step {step + 1}/{args.steps} loss {total / args.log_steps:.4f} {tokens / seconds:.0f} tokens/s "
+                  f"{seconds:.0f} s", flush=True)  # fmt: skip
+            total = 0.0
+    model.to(torch.bfloat16).save_pretrained(args.out / "model")
+    digest = hashlib.sha256((args.out / "model" / "model.safetensors").read_bytes()).hexdigest()
+    print(f"wrote {args.out / 'model'} (sha256 of the weights {digest[:16]}) in {time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.only != "model":
+        make_files(args.out, args.seed)
+    if args.only != "problems":
+        train(args)

@@ -1,0 +1,63 @@
+"""Fixtures: the stages as modules, a small random model, and one vLLM server for the whole session."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "data" / "tiny"
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"
+STAGES = {1: "01_sample_errors", 2: "02_locate_step", 3: "03_rectify", 4: "04_train_stepdpo", 5: "05_eval"}
+
+
+def stage(number: int):
+    return importlib.import_module(STAGES[number])
+
+
+def run(number: int, *arguments, check: bool = True, **more) -> subprocess.CompletedProcess:
+    """Run a stage as a user does; on an unexpected exit status show what it said."""
+    command = [sys.executable, str(ROOT / f"{STAGES[number]}.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **more)
+    assert not check or done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stderr[-3000:]}"
+    return done
+
+
+def read(path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """Arguments that point stages 01 to 03 at one real vLLM server with the bundled model."""
+    from types import SimpleNamespace
+
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    args = SimpleNamespace(base_url=None, chat_template=None, server_args="--max-num-seqs 256", server_timeout=600.0)
+    with stage(1).served(args, str(TINY / "model"), log) as (url, key, model):
+        os.environ["OPENAI_API_KEY"] = key
+        yield ["--base-url", url, "--model", model]
+
+
+@pytest.fixture()
+def small_model(tmp_path):
+    """A folder with the bundled tokenizer and a random model, larger weights than usual so that outputs differ."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(TINY / "model")
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 64, 128, 2
+    config.num_attention_heads, config.num_key_value_heads = 4, 2
+    config.layer_types = ["full_attention"] * 2
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else None
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(TINY / "model").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"

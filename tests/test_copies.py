@@ -1,0 +1,86 @@
+"""Blocks marked `# Copied from FILE` equal their original.
+
+    python tests/test_copies.py --write     # after a change of an original: bring all copies up to date
+"""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STAGES = sorted(ROOT.glob("0[1-5]_*.py"))
+MARK = re.compile(r"^# Copied from (0\d_\w+\.py)$")
+
+
+def blocks(path: Path) -> dict[str, tuple[int, int]]:
+    """Name of each top-level function, class or constant -> its lines (first, last + 1), decorators included."""
+    found = {}
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign):
+            name = ast.unparse(node.targets[0])
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            name = node.name
+        else:
+            continue
+        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) - 1
+        found[name] = (first, node.end_lineno)
+    return found
+
+
+def copies(path: Path) -> list[tuple[str, str, int, int]]:
+    """(original file, name, first line, last line + 1) of each marked block."""
+    lines, starts = path.read_text().splitlines(), {span[0]: (name, span[1]) for name, span in blocks(path).items()}
+    found = []
+    for number, line in enumerate(lines):
+        if match := MARK.match(line):
+            assert number + 1 in starts, f"{path.name}, line {number + 1}: no function, class or constant below the mark"
+            found.append((match[1], starts[number + 1][0], number + 1, starts[number + 1][1]))
+    return found
+
+
+def original(file: str, name: str) -> list[str]:
+    path = ROOT / file
+    first, last = blocks(path)[name]
+    assert not MARK.match(path.read_text().splitlines()[first - 1]), f"{file}: {name} is a copy itself; name its owner"
+    return path.read_text().splitlines()[first:last]
+
+
+@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.name)
+def test_copies_equal_their_original(path):
+    lines = path.read_text().splitlines()
+    for file, name, first, last in copies(path):
+        assert lines[first:last] == original(file, name), (
+            f"{path.name}: {name} has drifted from {file}; run python tests/test_copies.py --write"
+        )
+
+
+def test_every_shared_block_is_marked():
+    """A block that two stages have under one name is either marked as a copy or differs on purpose."""
+    own = {"Args", "main"}
+    for path in STAGES:
+        marked = {name for _, name, _, _ in copies(path)}
+        for other in STAGES:
+            theirs = {name for _, name, _, _ in copies(other)}
+            shared = (set(blocks(path)) - marked) & (set(blocks(other)) - theirs) - own if other > path else set()
+            assert not shared, f"{path.name} and {other.name} both own {shared}"
+
+
+def test_stages_import_no_stage():
+    local = {path.stem for path in ROOT.glob("*.py")} | {path.name for path in ROOT.iterdir() if path.is_dir()}
+    for path in STAGES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not local & {name.split(".")[0] for name in names}, f"{path.name} imports from the project"
+
+
+if __name__ == "__main__":
+    assert sys.argv[1:] == ["--write"], __doc__
+    for stage in STAGES:
+        text = stage.read_text().splitlines()
+        for file, name, first, last in reversed(copies(stage)):
+            text[first:last] = original(file, name)
+        stage.write_text("\n".join(text) + "\n")
