@@ -108,7 +108,7 @@ def stop(message: str) -> NoReturn:
 def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
     """Rows of a JSON Lines file. Stops, naming file and line, where one is no object or lacks one of `fields`."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would part rows at U+2028 too
     except (OSError, UnicodeDecodeError) as error:
         stop(f"{path}: cannot be read ({error.__class__.__name__}: {error}); give a JSON Lines file in UTF-8")
     rows = []
@@ -121,13 +121,10 @@ def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
             stop(f"{path}, line {number}: not JSON ({error}); every line must be one object")
         if not isinstance(row, dict):
             stop(f"{path}, line {number}: {type(row).__name__} instead of an object such as {{...}}")
-        missing = [field for field in fields if row.get(field) in (None, "")]
-        if missing:
+        if missing := [field for field in fields if row.get(field) in (None, "")]:
             stop(f"{path}, line {number}: no {' and no '.join(map(repr, missing))}; every row needs {', '.join(fields)}")
         rows.append(row)
-    if not rows:
-        stop(f"{path}: no rows; it is empty")
-    return rows
+    return rows or stop(f"{path}: no rows; it is empty")
 
 
 # Copied from 01_sample_errors.py
@@ -150,12 +147,13 @@ class Output:
     def __init__(self, path: Path, settings: dict):
         self.path, self.meta_path, self.began, self.rows = path, Path(f"{path}.meta.json"), time.time(), []
         self.meta = {"settings": json.loads(json.dumps(settings, default=str)), "seconds": 0}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "ab+")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(path, "ab+")
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            stop(f"{path}: another process is writing it; wait for that one or give another --out")
+        except OSError as error:  # BlockingIOError: the lock is another process's
+            busy = isinstance(error, BlockingIOError)
+            stop(f"{path}: {'another process is writing it' if busy else error}; give another --out")
         self.file.seek(0)
         self.file.truncate(self.file.read().rfind(b"\n") + 1)
         if path.stat().st_size:
@@ -251,13 +249,14 @@ def tidy(answer: str) -> str:
     answer = re.sub(r"\\left|\\right|\\!|\\,|\\;|\\ |~", "", answer).replace("{,}", ",")
     answer = re.sub(r"\\[dt]frac", r"\\frac", answer).replace("\\$", "")
     answer = re.sub(r"\^\{?\\circ\}?|\\text\{\s*(?:units?|degrees?|dollars?|cents?)\s*\}$", "", answer)
-    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer).replace(" ", "")
+    answer = answer.replace(" ", "")
+    return answer.replace(",", "") if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", answer) else answer  # (1,234) stays
 
 
 # Copied from 01_sample_errors.py
 def as_number(answer: str) -> Fraction | None:
     """The value of a plain number, of a/b or of \\frac{a}{b}; None for anything else."""
-    answer = re.sub(r"^(-?)\\frac\{?(\d+)\}?\{?(\d+)\}?$", r"\1\2/\3", answer)
+    answer = re.sub(r"^(-?)\\frac(?:\{(\d+)\}|(\d))(?:\{(\d+)\}|(\d))$", r"\1\2\3/\4\5", answer)
     if len(answer) > 60 or not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+|\d+/0*[1-9]\d*)", answer):
         return None
     return Fraction(answer.rstrip("."))
@@ -411,7 +410,8 @@ async def ask(client: openai.AsyncOpenAI, model: str, problem: str, opening: str
                 max_tokens=args.max_tokens, extra_body={"continue_final_message": True, "add_generation_prompt": False},
             )  # fmt: skip
             found = [{"text": c.message.content or "", "finish_reason": c.finish_reason, "tokens": 0} for c in reply.choices]
-            found[n - 1]["tokens"] += 0  # fewer choices than asked for are garbage too
+            if len(found) != n:
+                raise ValueError(f"{len(found)} choices instead of {n}")
             found[0]["tokens"] = reply.usage.completion_tokens
             return found
         except openai.BadRequestError as error:
@@ -419,11 +419,11 @@ async def ask(client: openai.AsyncOpenAI, model: str, problem: str, opening: str
                 return [{"text": "", "finish_reason": "refused", "tokens": 0}] * n
             stop(f"the server refuses a request: {str(error)[:300]}")
         except (openai.APIResponseValidationError, ValueError, TypeError, AttributeError, IndexError) as error:
-            problem_is = error  # an answer that is no chat completion
+            garbage = error  # an answer that is no chat completion
         except openai.APIError as error:
             stop(f"the server does not answer ({error.__class__.__name__}: {str(error)[:200]}); run the same command to go on")
         await asyncio.sleep(min(8.0, 0.25 * 2**attempt))
-    stop(f"the server does not answer with chat completions ({problem_is}); run the same command to go on")
+    stop(f"the server does not answer with chat completions ({garbage}); run the same command to go on")
 
 
 # Copied from 01_sample_errors.py

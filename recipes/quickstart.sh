@@ -4,7 +4,7 @@
 # The learning rate, beta and number of pairs were chosen on data/tiny/validation.jsonl (README, "The bundled world").
 set -euo pipefail
 cd "$(dirname "$0")/.."
-OUT=${OUT:-runs/quickstart} SEED=${SEED:-0} PROBLEMS=${PROBLEMS:-2500}
+OUT=${OUT:-runs/quickstart} SEED=${SEED:-0} PROBLEMS=${PROBLEMS:-2500} TEST_PROBLEMS=${TEST_PROBLEMS:-2000}
 MODEL=data/tiny/model
 mkdir -p "$OUT"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-4}
@@ -43,7 +43,7 @@ kill $server && wait $server 2>/dev/null || true
 
 stage "04 train" python 04_train_stepdpo.py --data "$OUT/pairs.jsonl" --model $MODEL --out "$OUT/model" --seed "$SEED" \
   --lr 3e-6 --beta 0.4 --epochs 1 --batch-size 64 --validation-fraction 0.05 --eval-steps 20 --log-steps 10 --keep 0
-stage "05 evaluate" python 05_eval.py --data data/tiny/test.jsonl --models $MODEL "$OUT/model" --max-tokens 400 \
+stage "05 evaluate" python 05_eval.py --data data/tiny/test.jsonl --models $MODEL "$OUT/model" --max-tokens 400 --limit "$TEST_PROBLEMS" \
   --out "$OUT/results" --server-args="--max-num-seqs 512 --max-model-len 1024"
 printf '\nWhere the time went:\n%s%-28s %4d s\n' "$times" all $SECONDS
 echo "The table stands in $OUT/results/report.md."

@@ -43,7 +43,7 @@ THINGS = ["apples", "pears", "stickers", "marbles", "shells", "coins", "stamps",
           "nuts", "buttons"]  # fmt: skip
 FRIENDS = ["a friend", "a cousin", "a neighbor", "a sister", "a brother"]
 PACKS = ["bags", "boxes", "jars", "packs", "baskets"]
-LEVELS = {1: 40, 2: 150, 3: 800}  # level -> largest number in the story; sums and products may reach three times that
+LEVELS = {1: 40, 2: 150, 3: 600}  # level -> largest number in the story; sums and products may reach three times that
 
 
 @dataclass
@@ -135,7 +135,7 @@ def together(r, c, hi, who, other):
 
 def sale(r, c, hi, who, other):
     p = r.randint(2, 9)
-    return f"Then {who} sells all of them for {p} dollars each.", f"How many dollars does {who} get?", [
+    return f"Then {who} sells all the {{things}} for {p} dollars each.", f"How many dollars does {who} get?", [
         ("{who} gets", c, "*", p)
     ]
 
@@ -187,7 +187,7 @@ def make_problem(r: random.Random, level: int, n_steps: int) -> dict:
         lines = []
         for i, (lead, a, op, b) in enumerate(steps):
             noun = unit if i == len(steps) - 1 else things
-            lines.append(f" {lead.format(who=who)} {a} {op} {b} = {values[i]} {noun}.")
+            lines.append(f" {lead.format(who=who)} {a}{op}{b}={values[i]} {noun}.")
         solution = OPENING + "".join(
             line + (f"\nStep {i + 2}:" if i + 1 < len(lines) else "") for i, line in enumerate(lines)
         )

@@ -1,0 +1,187 @@
+"""Stages 01, 02, 03 and 05 against a real vLLM server with the bundled model: resume, kills, reproducibility, the recipe."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, STAGES, TINY, read, run
+
+pytestmark = pytest.mark.slow
+SHARED = ROOT.parent / "shared" / "data"
+SHORT = ["--max-tokens", "300"]
+
+
+def keyed(path, *fields) -> dict:
+    """Rows by key; a key that comes twice, or a torn line, fails."""
+    rows = read(path)
+    found = {tuple(row[field] for field in fields): row for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+@pytest.fixture(scope="module")
+def files(server, tmp_path_factory):
+    """An uninterrupted run of 01, 02 and 03 over 60 problems: the rows that every other run must give."""
+    folder = tmp_path_factory.mktemp("whole")
+    steps = stage_arguments(server, folder, folder)
+    for number in (1, 2, 3):
+        run(number, *steps[number])
+    return folder
+
+
+def stage_arguments(server, source: Path, out: Path) -> dict[int, list]:
+    """Arguments of 01 to 03 that read what `source` holds and write to `out`."""
+    return {
+        1: ["--data", TINY / "train.jsonl", "--limit", 60, "--out", out / "samples.jsonl", *SHORT, *server],
+        2: ["--samples", source / "samples.jsonl", "--rollouts", 4, "--out", out / "located.jsonl", *SHORT, *server],
+        3: ["--located", source / "located.jsonl", "--n", 4, "--out", out / "pairs.jsonl", *SHORT, *server],
+    }
+
+
+def test_rows_follow_the_contracts(files):
+    samples = keyed(files / "samples.jsonl", "id", "sample")
+    assert len(samples) == 120
+    for row in samples.values():
+        assert "".join(row["steps"]) == row["response"] and row["response"].startswith("Let's think step by step.\nStep 1:")
+        assert row["correct"] == (row["prediction"] == row["answer"]) and row["level"]  # fields are carried through
+    located = keyed(files / "located.jsonl", "id", "sample")
+    assert set(located) == {key for key, row in samples.items() if not row["correct"]}
+    for row in located.values():
+        assert (row["error_step"] is None) == bool(row["reason"])
+        assert row["error_step"] is None or 1 <= row["error_step"] <= len(row["steps"])
+    pairs = read(files / "pairs.jsonl")
+    assert pairs
+    for pair in pairs:
+        row = next(row for row in located.values() if row["response"] == pair["full_rejected"] and row["id"] == pair["id"])
+        assert pair["initial_reason_steps"].endswith(f"Step {row['error_step']}:")
+        assert pair["full_chosen"].startswith(pair["initial_reason_steps"] + pair["chosen"])
+        assert pair["chosen"].split() != pair["rejected"].split() and pair["full_chosen"].endswith(f"{{{pair['answer']}}}.")
+    meta = json.loads((files / "samples.jsonl.meta.json").read_text())
+    assert meta["finished"] and meta["summary"]["samples"] == 120 and meta["versions"]["torch"]
+
+
+def test_located_step_is_mostly_the_true_one(files):
+    """The first step whose result differs from the reference's; 60 problems give a coarse figure, the README the fine one."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from locator_accuracy import true_error
+
+    rows = [row for row in read(files / "located.jsonl") if row["error_step"] and true_error(row)]
+    assert len(rows) >= 8
+    assert sum(row["error_step"] == true_error(row) for row in rows) / len(rows) > 0.6
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_kill_and_restart(files, server, tmp_path, number):
+    """kill -9 at ten random moments; then the rows are those of the uninterrupted run, each once."""
+    arguments = [*stage_arguments(server, files, tmp_path)[number], "--concurrency", "3"]
+    name = {1: "samples.jsonl", 2: "located.jsonl", 3: "pairs.jsonl"}[number]
+    journal = tmp_path / ("pairs.tries.jsonl" if number == 3 else name)
+    moments = random.Random(number)
+    for _ in range(10):
+        size = journal.stat().st_size if journal.exists() else 0
+        process = subprocess.Popen([sys.executable, f"{STAGES[number]}.py", *map(str, arguments)], cwd=ROOT,
+                                   stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # fmt: skip
+        while process.poll() is None and (journal.stat().st_size if journal.exists() else 0) <= size:
+            time.sleep(0.01)
+        time.sleep(moments.random() * 0.3)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with open(journal, "ab") as file:  # and a line that the kill tore, which a real one only rarely leaves
+            file.write(b'{"id": "torn", "sam')
+    run(number, *arguments)
+    key = ("id", "sample", "chosen") if number == 3 else ("id", "sample")
+    assert keyed(tmp_path / name, *key) == keyed(files / name, *key)
+
+
+def test_other_settings_are_refused(files, server):
+    before = (files / "samples.jsonl").read_bytes()
+    arguments = stage_arguments(server, files, files)[1]
+    done = run(1, *arguments, "--temperature", "0.7", check=False)
+    assert done.returncode == 2 and "temperature = 0.8, now it is 0.7" in done.stderr
+    assert (files / "samples.jsonl").read_bytes() == before
+    again = run(1, *arguments)  # the same settings: nothing is sampled again
+    assert "120 rows are there already" in again.stderr and "tokens 0" in again.stdout
+    assert (files / "samples.jsonl").read_bytes() == before
+
+
+def test_until_both_goes_on_as_long_as_needed(server, tmp_path):
+    arguments = ["--data", TINY / "train.jsonl", "--limit", 25, "--until-both", 7, *SHORT, *server]
+    run(1, *arguments, "--out", tmp_path / "a.jsonl")
+    by_problem = {}
+    for row in read(tmp_path / "a.jsonl"):
+        by_problem.setdefault(row["id"], {})[row["sample"]] = row["correct"]
+    assert len(by_problem) == 25
+    for verdicts in by_problem.values():
+        count = len(verdicts)
+        assert sorted(verdicts) == list(range(count)) and (count in (2, 4, 6, 7))
+        both = len(set(verdicts.values())) == 2
+        assert both or count == 7
+        assert count == 2 or len({verdicts[i] for i in range(count - (2 if count < 7 else 1))}) == 1  # no wave too many
+
+
+def test_linear_agrees_with_bisection_on_what_both_estimate(files, server, tmp_path):
+    arguments = stage_arguments(server, files, tmp_path)[2]
+    run(2, *arguments, "--linear")
+    linear, bisected = keyed(tmp_path / "located.jsonl", "id", "sample"), keyed(files / "located.jsonl", "id", "sample")
+    assert set(linear) == set(bisected)
+    for key, row in linear.items():
+        assert set(row["rollout_values"]) == {str(k) for k in range(len(row["steps"]))}
+        for k, value in bisected[key]["rollout_values"].items():
+            assert row["rollout_values"][k] == value  # the same seeds, the same continuations
+
+
+@pytest.mark.parametrize("name", ["gsm8k_test", "math_test"])
+def test_real_benchmarks_run_through(server, tmp_path, name):
+    if not SHARED.is_dir():
+        pytest.skip("the benchmark files are not beside this checkout")
+    arguments = ["--data", SHARED / f"{name}.jsonl", "--limit", 12, "--n", 1, "--max-tokens", 200]
+    done = run(1, *arguments, "--out", tmp_path / "s.jsonl", *server)
+    assert "problems 12, samples 12" in done.stdout and len(keyed(tmp_path / "s.jsonl", "id", "sample")) == 12
+
+
+def test_a_kill_takes_the_own_server_along(tmp_path):
+    """The stage starts vLLM itself; after kill -9 of the stage no process of that server is left."""
+    model = tmp_path / "model"
+    model.symlink_to(TINY / "model")
+
+    def ours():
+        return [p for p in psutil.process_iter(["cmdline"]) if str(model) in " ".join(p.info["cmdline"] or [])]
+
+    arguments = ["--data", TINY / "train.jsonl", "--model", model, "--out", tmp_path / "s.jsonl", *SHORT]
+    process = subprocess.Popen([sys.executable, "01_sample_errors.py", *arguments], cwd=ROOT, text=True,
+                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)  # fmt: skip
+    for line in process.stderr:
+        if "server ready" in line:
+            break
+    server_pids = [p.pid for p in ours() if p.pid != process.pid]
+    children = [c.pid for pid in server_pids for c in psutil.Process(pid).children(recursive=True)]
+    assert server_pids and children
+    process.kill()
+    process.wait()
+    deadline = time.time() + 40
+    while time.time() < deadline and (ours() or any(map(psutil.pid_exists, children))):
+        time.sleep(0.5)
+    assert not ours() and not any(map(psutil.pid_exists, children))
+    assert all(line.endswith("}") for line in (tmp_path / "s.jsonl").read_text().splitlines())
+
+
+def test_quickstart_recipe_end_to_end(tmp_path):
+    """The five stages as `make quickstart` runs them, on fewer problems."""
+    environment = os.environ | {"OUT": str(tmp_path), "PROBLEMS": "120", "TEST_PROBLEMS": "60",
+                                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
+    done = subprocess.run(["bash", "recipes/quickstart.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    summary = json.loads((tmp_path / "results" / "summary.json").read_text())["benchmarks"]["test"]
+    base, tuned = summary.values()
+    assert base["problems"] == tuned["problems"] == 60 and "mcnemar_p" in tuned and 0.3 < base["accuracy"] < 0.95
+    assert "| test (60) |" in (tmp_path / "results" / "report.md").read_text() and "Where the time went" in done.stdout
+    lines = read(tmp_path / "model" / "metrics.jsonl")
+    assert abs(next(line["loss"] for line in lines if "loss" in line) - 0.6931) < 0.01
+    assert (tmp_path / "model" / "model.safetensors").exists()
