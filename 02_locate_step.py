@@ -9,12 +9,13 @@ Input, the output of 01_sample_errors.py (only the wrong samples are used; other
      "correct": false, "finish_reason": "stop", ...}
 
 Output, a line a wrong sample: the fields above and
-    {"error_step": 2, "locator": "rollout", "reason": null, "rollout_values": {"0": [1, 2], "1": [2, 2], "2": [0, 8]}}
+    {"error_step": 2, "locator": "rollout", "reason": null, "rollout_values": {"1": [2, 2], "2": [0, 8]}}
 
 V(k) is the share of continuations of steps 1..k that reach the answer; rollout_values holds (right, tried) by k. The
 first wrong step is the first k with V(k) = 0 (the hard estimate of Math-Shepherd, arXiv 2312.08935), found by bisection
-(OmegaPRM, arXiv 2406.06592). The continuations of one prefix end as soon as one is right. error_step is null, with a
-reason, where not even the empty prefix leads to the answer. The same command run again goes on where it stopped.
+(OmegaPRM, arXiv 2406.06592). A second wave of continuations is made only where the first has no right one. error_step is
+null, with a reason, where not even the empty prefix leads to the answer; where the file has a right sample of the problem,
+that is known. The same command run again goes on where it stopped.
 """
 
 import asyncio
@@ -24,6 +25,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -250,6 +252,7 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
     r"""math-verify's verdict; runs in a worker process. Both are boxed: bare `3*x-1*y+13=0` would be read as 0."""
     import math_verify
 
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it says at every call that its time limit is off
     config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
     parsed = [
         math_verify.parse("\\boxed{" + text + "}", config, fallback_mode="no_fallback", parsing_timeout=None)
@@ -265,7 +268,8 @@ class Grader:
 
     def __init__(self, seconds: float = 10.0):
         self.seconds, self.kills, self.known = seconds, 0, {}
-        self.pool = pebble.ProcessPool(max_workers=2, context=multiprocessing.get_context("spawn"))
+        start = {"initializer": importlib.import_module, "initargs": ("math_verify",)}  # seconds that are no job's
+        self.pool = pebble.ProcessPool(max_workers=2, context=multiprocessing.get_context("spawn"), **start)
 
     async def __call__(self, gold: str, prediction: str | None) -> bool:
         if prediction is None or len(prediction) > 5000:
@@ -440,21 +444,24 @@ def cut_label(step: str, number: int) -> tuple[str, str]:
 
 
 async def first_zero(n_steps: int, reaches, linear: bool) -> int | None:
-    """The first k in 1..n_steps with V(k) = 0, given `await reaches(k)` = (V(k) > 0). None: V(0) = 0 too.
+    """The first k in 1..n_steps with V(k) = 0, given `await reaches(k)` = (V(k) > 0). None: V(0) = 0 too, asked first,
+    since a problem that the model never solves would cost the most.
 
     V(n_steps) = 0 is known: the solution is wrong. Bisection takes V > 0 to hold up to the error and not after it."""
+    if not await reaches(0):
+        return None
     if linear:
-        good = await asyncio.gather(*(reaches(k) for k in range(n_steps)))
-        return next((k for k in range(1, n_steps) if not good[k]), n_steps) if good[0] else None
+        good = await asyncio.gather(*(reaches(k) for k in range(1, n_steps)))
+        return good.index(False) + 1 if False in good else n_steps
     low, high = 0, n_steps
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if await reaches(middle) else (low, middle)
-    return high if low or await reaches(0) else None
+    return high
 
 
-async def locate_all(args: Args, rows: list[dict], output: Output, server: tuple[str, str, str]) -> dict:
-    """Locate and write what is not there yet. Returns the summary."""
+async def locate_all(args: Args, rows: list[dict], solvable: set[str], output: Output, server) -> dict:
+    """Locate and write what is not there yet. Returns the summary. `solvable`: ids with a right sample, so V(0) > 0."""
     url, key, model = server
     client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=3600)
     grader, tokens, began = Grader(), 0, time.time()
@@ -465,6 +472,8 @@ async def locate_all(args: Args, rows: list[dict], output: Output, server: tuple
 
         async def reaches(k: int) -> bool:
             nonlocal tokens
+            if k == 0 and row["id"] in solvable:
+                return True
             prefix = "".join(steps[:k]) + cut_label(steps[k], k + 1)[0]
             right = tried = 0
             for size in (min(FIRST_WAVE, args.rollouts), args.rollouts - FIRST_WAVE):
@@ -509,10 +518,11 @@ def main(args: Args):
     settings = {name: getattr(args, name) for name in ("chat_template", "rollouts", "linear", "temperature", "top_p",
                                                        "max_tokens", "seed")}  # fmt: skip
     settings |= {"stage": "02_locate_step", "model": model_id(args.model)}
+    solvable = {row["id"] for row in samples if row["correct"]}
     output = Output(args.out, settings)
     with served(args, args.model, Path(f"{args.out}.server.log")) as server:
         show_prompt(*server, rows[0]["problem"], "".join(rows[0]["steps"][:1]))
-        summary = asyncio.run(locate_all(args, rows, output, server))
+        summary = asyncio.run(locate_all(args, rows, solvable, output, server))
     output.save_meta(finished=True, summary=summary)
     print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
 

@@ -25,6 +25,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -277,6 +278,7 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
     r"""math-verify's verdict; runs in a worker process. Both are boxed: bare `3*x-1*y+13=0` would be read as 0."""
     import math_verify
 
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it says at every call that its time limit is off
     config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
     parsed = [
         math_verify.parse("\\boxed{" + text + "}", config, fallback_mode="no_fallback", parsing_timeout=None)
@@ -292,7 +294,8 @@ class Grader:
 
     def __init__(self, seconds: float = 10.0):
         self.seconds, self.kills, self.known = seconds, 0, {}
-        self.pool = pebble.ProcessPool(max_workers=2, context=multiprocessing.get_context("spawn"))
+        start = {"initializer": importlib.import_module, "initargs": ("math_verify",)}  # seconds that are no job's
+        self.pool = pebble.ProcessPool(max_workers=2, context=multiprocessing.get_context("spawn"), **start)
 
     async def __call__(self, gold: str, prediction: str | None) -> bool:
         if prediction is None or len(prediction) > 5000:

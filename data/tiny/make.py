@@ -135,7 +135,7 @@ def together(r, c, hi, who, other):
 
 def sale(r, c, hi, who, other):
     p = r.randint(2, 9)
-    return f"Then {who} sells all the {{things}} for {p} dollars each.", f"How many dollars does {who} get?", [
+    return f"Then {who} sells all of them for {p} dollars each.", f"How many dollars does {who} get?", [
         ("{who} gets", c, "*", p)
     ]
 
@@ -187,7 +187,7 @@ def make_problem(r: random.Random, level: int, n_steps: int) -> dict:
         lines = []
         for i, (lead, a, op, b) in enumerate(steps):
             noun = unit if i == len(steps) - 1 else things
-            lines.append(f" {lead.format(who=who)} {a}{op}{b}={values[i]} {noun}.")
+            lines.append(f" {lead.format(who=who)} {a} {op} {b} = {values[i]} {noun}.")
         solution = OPENING + "".join(
             line + (f"\nStep {i + 2}:" if i + 1 < len(lines) else "") for i, line in enumerate(lines)
         )
@@ -224,26 +224,34 @@ def make_files(out: Path, seed: int):
 
 
 def make_tokenizer(vocab: int, seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, a token for every single digit, ChatML turns.
+    """Byte-level BPE, a token for every single digit, with or without a space before it; ChatML turns.
 
-    It splits exactly as Qwen2's does: transformers gives every model of type qwen2 that splitting, whatever its
-    tokenizer.json says, and a model trained on another one then reads noise."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
+    transformers gives every model of type qwen2 the splitting of Qwen2, whatever its tokenizer.json says; that one parts
+    a digit from the space before it. So " 1" to " 9", learnt with a splitting that allows them, become added tokens, which
+    are matched before any splitting: one token instead of two for the start of a number, in every loader."""
     split = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(split), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    byte_level = pre_tokenizers.ByteLevel(False, use_regex=False)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer, tokenizer.decoder = normalizers.NFC(), decoders.ByteLevel()
+    learning = r"(?i:'s|'t)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(learning), "isolated"), byte_level])
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=special, initial_alphabet=alphabet)
     r = random.Random(f"{seed}-tokenizer")
-    rows = [draw(r) for _ in range(4000)]
-    tokenizer.train_from_iterator([render(row) for row in rows], trainer)
+    tokenizer.train_from_iterator([render(draw(r)) for _ in range(4000)], trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), byte_level])
+    data = json.loads(tokenizer.to_str())
+    for digit in "123456789":  # no number begins with 0
+        data["model"]["vocab"][" " + digit] = data["model"]["vocab"].pop("\u0120" + digit)
+        data["model"]["merges"].remove(["\u0120", digit])
+        data["added_tokens"].append({"id": data["model"]["vocab"][" " + digit], "content": " " + digit, "special": False,
+                                     "single_word": False, "lstrip": False, "rstrip": False, "normalized": False})  # fmt: skip
+    data["added_tokens"].sort(key=lambda token: token["id"])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE
-    )
+        tokenizer_object=Tokenizer.from_str(json.dumps(data)), eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
 
 
 def render(row: dict) -> str:
