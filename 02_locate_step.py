@@ -519,7 +519,10 @@ def main(args: Args):
                                                        "max_tokens", "seed")}  # fmt: skip
     settings |= {"stage": "02_locate_step", "model": model_id(args.model)}
     solvable = {row["id"] for row in samples if row["correct"]}
-    output = Output(args.out, settings)
+    output, steps = Output(args.out, settings), {(row["id"], row["sample"]): row["steps"] for row in rows}
+    for row in output.rows:
+        if steps.get((row["id"], row["sample"]), row["steps"]) != row["steps"]:
+            stop(f"{args.out} holds another sample {row['sample']} of {row['id']} than {args.samples}; give another --out")
     with served(args, args.model, Path(f"{args.out}.server.log")) as server:
         show_prompt(*server, rows[0]["problem"], "".join(rows[0]["steps"][:1]))
         summary = asyncio.run(locate_all(args, rows, solvable, output, server))

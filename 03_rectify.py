@@ -551,10 +551,10 @@ async def rectify_all(args: Args, problems: dict[str, list[dict]], tries: Output
 def main(args: Args):
     if min(args.n, args.concurrency, args.max_tokens, args.limit or 1) < 1 or min(args.max_pairs, args.max_pairs_per_error) < 0:
         stop("--n, --concurrency, --max-tokens and --limit are at least 1, --max-pairs at least 0")
-    rows = read_rows(args.located, ("id", "problem", "answer", "steps", "response", "finish_reason"))
+    rows = read_rows(args.located, ("id", "problem", "answer", "sample", "steps", "finish_reason"))
     for number, row in enumerate(rows, 1):
-        if "error_step" not in row or "sample" not in row:
-            stop(f"{args.located}, row {number}: no 'error_step' or no 'sample'; give the output of 02_locate_step.py")
+        if "error_step" not in row or "response" not in row:
+            stop(f"{args.located}, row {number}: no 'error_step' or no 'response'; give the output of 02_locate_step.py")
     problems = {}
     for row in sorted(rows[: args.limit], key=lambda row: (row["id"], row["sample"])):
         problems.setdefault(row["id"], []).append(row)

@@ -1,23 +1,29 @@
 """Train a model on preference pairs: the DPO loss over (prefix, chosen, rejected) (Step-DPO, arXiv 2406.18629, Eq. 2).
 
     accelerate launch 04_train_stepdpo.py                                        # the paper's 7B run, on every GPU there is
-    python 04_train_stepdpo.py --data runs/pairs.jsonl --model data/tiny/model --lr 3e-6 --epochs 1 --out runs/tuned
-    python 04_train_stepdpo.py --data xinlai/Math-Step-DPO-10K                   # the published pairs, from the hub
+    accelerate launch --config_file configs/fsdp2.yaml 04_train_stepdpo.py       # a model that does not fit on one
+    python 04_train_stepdpo.py --data runs/pairs.jsonl --model data/tiny/model --lr 1e-5 --epochs 2 --out runs/tuned
+    python 04_train_stepdpo.py --data xinlai/Math-Step-DPO-10K --dry-run         # memory and time, without training
+    python 04_train_stepdpo.py --objective sft --data solutions.jsonl --model Qwen/Qwen2-7B --lr 5e-6 --epochs 3 \\
+        --batch-size 256 --schedule linear --warmup 0.03                         # the paper's SFT stage
 
 Input, a line a pair (the schema of xinlai/Math-Step-DPO-10K; other fields are ignored):
     {"prompt": "Ava has ...", "initial_reason_steps": "Let's think step by step.\\nStep 1: ...\\nStep 2:",
      "chosen": " 3 + 4 = 7.\\n", "rejected": " 3 + 4 = 8.\\n", "full_chosen": "...", "full_rejected": "..."}
+or TRL's (whole responses; strings as they stand, or lists of messages), or for SFT:
+    {"prompt": "...", "chosen": "...", "rejected": "..."}        {"problem": "Ava has ...", "solution": "Let's think ..."}
 
-Output: a Hugging Face folder, beside it metrics.jsonl, a line a logged step, and checkpoint-N/ to go on from:
+Output: a Hugging Face folder with a model card and training.png, beside it metrics.jsonl, a line a logged step:
     {"step": 1, "loss": 0.6931, "accuracy": 0.0, "margin": 0.0, "chosen_logp": -1.2, "rejected_logp": -4.1, ...}
 
 What is particular here:
-  - a pair is one row [prefix | chosen | rejected]; a mask keeps rejected from seeing chosen, and both count their positions
-    on from the prefix: the same log-probabilities as two separate rows, at little more than half the tokens;
+  - all pairs of one prefix are one row [prefix | suffix | suffix ...]; a mask keeps the suffixes from seeing each other, and
+    each counts its positions on from the prefix: the same log-probabilities as separate rows, at a fraction of the tokens;
   - the vocabulary is multiplied out at suffix positions only, in chunks;
   - reference log-probabilities are computed once, from the untouched base weights, and cached in OUT: no second model;
   - master weights and the loss are fp32, also under bf16 autocast: a bf16 weight swallows a step of 5e-7;
-  - a single step never ends in EOS; a suffix that ends the solution does.
+  - a single step never ends in EOS; a suffix that ends the solution does;
+  - the loss is the mean over the global batch, however it is packed and spread over processes.
 The same command run again goes on from the last whole checkpoint.
 """
 
@@ -26,9 +32,11 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import shutil
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -41,11 +49,14 @@ import tyro
 from accelerate import Accelerator
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 # Copied from 01_sample_errors.py
 USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 LOGITS_CHUNK = 2048  # suffix positions whose logits stand in memory at once
+STEP_FIELDS = ("prompt", "initial_reason_steps", "chosen", "rejected", "full_chosen", "full_rejected")
+CHOSEN_DROP = 5.0  # nats: a mean fall of the chosen suffixes' log-probability that is worth a warning
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, data sheets
 
 
 @dataclass
@@ -53,21 +64,27 @@ class Args:
     """Every default is the paper's value for 7B."""
 
     data: tuple[str, ...] = ("data/pairs.jsonl",)
-    """files of pairs, or a data set on the hub"""
+    """files of pairs, or data sets on the hub"""
     model: str = "Qwen/Qwen2-7B-Instruct"
     """folder or hub id of the model to train, which is the reference too"""
     out: Path = Path("runs/stepdpo")
     """folder to write"""
     chat_template: Path | None = None
     """Jinja file to use instead of the model's own chat template; give 01 to 03 the same"""
+    objective: Literal["dpo", "sft"] = "dpo"
+    """dpo on pairs, or sft on problem and solution (loss on the solution alone, mean over the batch's tokens)"""
     beta: float = 0.4
     """strength of the pull to the reference (paper: 0.4, for 72B 0.5; its released scripts have them the other way round)"""
+    label_smoothing: float = 0.0
+    """assumed share of pairs that are the wrong way round (conservative DPO)"""
     nll_weight: float = 0.0
     """weight of the chosen suffix's mean negative log-likelihood per token, added to the loss; the papers have none"""
     epochs: int = 8
     """passes over the pairs (paper: 8, above 30B 4)"""
     lr: float = 5e-7
-    """peak learning rate: linear warm-up, then cosine to zero"""
+    """peak learning rate"""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """from the peak to zero, after a linear warm-up"""
     warmup: float = 0.1
     """share of all steps that warm up"""
     batch_size: int = 128
@@ -84,6 +101,12 @@ class Args:
     """arithmetic of forward and backward; master weights are fp32 in both"""
     gradient_checkpointing: bool = False
     """compute activations twice to save memory"""
+    compile: bool = False
+    """torch.compile the transformer"""
+    lora_rank: int = 0
+    """train adapters of this rank on all linear layers instead of the weights (needs peft); alpha is twice the rank"""
+    lora_save: Literal["merged", "adapter"] = "merged"
+    """save the whole model with the adapters in it, or the adapters alone"""
     validation: Path | None = None
     """file of pairs to watch accuracy and margin on"""
     validation_fraction: float = 0.0
@@ -96,6 +119,10 @@ class Args:
     """checkpoints to keep; 0 removes them all when the model is saved"""
     log_steps: int = 1
     """log every so many steps"""
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """where accelerate sends the figures too"""
+    dry_run: bool = False
+    """read the data, print what a run would need of memory and time on this machine, and end"""
     seed: int = 0
     """seed of the data order"""
 
@@ -134,19 +161,21 @@ def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
 # data
 
 
-def load_pairs(name: str) -> list[dict]:
-    """Rows of a file, or of a data set on the hub (its train split)."""
-    fields = ("prompt", "initial_reason_steps", "chosen", "rejected", "full_chosen", "full_rejected")
+def load_rows(name: str, objective: str) -> list[dict]:
+    """Rows of a file, or of a data set on the hub (its train split); stops where one lacks a field of its format."""
+    fields = {"sft": ("problem", "solution"), "dpo": ("prompt", "chosen", "rejected")}[objective]
     if name.endswith(".jsonl") or Path(name).exists():
-        return read_rows(Path(name), fields)
+        rows = read_rows(Path(name), fields)
+        return read_rows(Path(name), STEP_FIELDS) if "initial_reason_steps" in rows[0] else rows
     import datasets
 
     try:
         rows = list(datasets.load_dataset(name, split="train"))
     except Exception as error:  # the library raises many kinds: no network, no such set, gated ...
         stop(f"--data {name}: no such file, and the hub does not give it ({str(error).splitlines()[0]})")
+    fields = STEP_FIELDS if "initial_reason_steps" in rows[0] else fields
     if missing := [field for field in fields if field not in rows[0]]:
-        stop(f"--data {name}: no {missing[0]!r}; pairs need {', '.join(fields)}")
+        stop(f"--data {name}: no {missing[0]!r}; rows need {', '.join(fields)}")
     return rows
 
 
@@ -156,91 +185,171 @@ def ends_solution(prefix: str, suffix: str, full: str) -> bool:
     return full.strip() in ((prefix + suffix).strip(), suffix.strip())
 
 
-def encode(row: dict, tokenizer) -> dict:
-    """Token ids {"prefix", "chosen", "rejected"} of a pair, parted where generation had parted them.
+def part(prefix: str, suffix: str, tokenizer, special: bool = False) -> tuple[list[int], list[int]]:
+    """Token ids of prefix and suffix, parted where generation had parted them.
 
     Joint ids are used where they begin with the prefix's. Where a token would span the boundary they are not what was
     sampled (the prefix was given, the suffix drawn), and the suffix is encoded on its own."""
-    opening = row["initial_reason_steps"].rstrip(" ")
-    moved = row["initial_reason_steps"][len(opening) :]  # a space before the suffix belongs to the suffix's first token
-    messages = [{"role": "user", "content": USER_TURN.format(problem=row["prompt"])},
-                {"role": "assistant", "content": opening}]  # fmt: skip
-    text = tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True)
-    if not text.endswith(opening):
-        raise ValueError(f"the chat template does not end the prompt with the given steps but with {text[-60:]!r}")
-    ids = {"prefix": tokenizer(text, add_special_tokens=False)["input_ids"]}
-    for side in ("chosen", "rejected"):
-        suffix = moved + row[side]
-        joint = tokenizer(text + suffix, add_special_tokens=False)["input_ids"]
-        fits = joint[: len(ids["prefix"])] == ids["prefix"]
-        ids[side] = joint[len(ids["prefix"]) :] if fits else tokenizer(suffix, add_special_tokens=False)["input_ids"]
-        if ends_solution(opening, suffix, row[f"full_{side}"]):
-            ids[side] = [*ids[side], tokenizer.eos_token_id]  # a single step gets none: EOS would teach to stop half-way
-    return ids
+    ids = tokenizer(prefix, add_special_tokens=special)["input_ids"]
+    joint = tokenizer(prefix + suffix, add_special_tokens=special)["input_ids"]
+    fits = joint[: len(ids)] == ids
+    return ids, joint[len(ids) :] if fits else tokenizer(suffix, add_special_tokens=False)["input_ids"]
 
 
-def prepare_pairs(rows: list[dict], tokenizer, args: Args, name: str) -> list[dict]:
-    """Encoded pairs; says how many were left out, and why."""
-    pairs, too_long, equal = [], 0, 0
-    for row in rows:
+def encode(row: dict, tokenizer) -> tuple[list[int], list[list[int]]]:
+    """Token ids of the prefix and of its suffixes: chosen and rejected, or the solution alone (SFT)."""
+    eos, render = tokenizer.eos_token_id, tokenizer.apply_chat_template
+    if "initial_reason_steps" in row:
+        opening = row["initial_reason_steps"].rstrip(" ")
+        moved = row["initial_reason_steps"][len(opening) :]  # a space before the suffix belongs to the suffix's first token
+        messages = [{"role": "user", "content": USER_TURN.format(problem=row["prompt"])},
+                    {"role": "assistant", "content": opening}]  # fmt: skip
+        text, special = render(messages, tokenize=False, continue_final_message=True), False
+        if not text.endswith(opening):
+            raise ValueError(f"the chat template does not end the prompt with the given steps but with {text[-60:]!r}")
+        texts = [moved + row["chosen"], moved + row["rejected"]]
+        ends = [ends_solution(opening, text, row[full]) for text, full in zip(texts, STEP_FIELDS[4:], strict=True)]
+    elif "solution" in row:
+        messages = [{"role": "user", "content": USER_TURN.format(problem=row["problem"])}]
+        text, special = render(messages, tokenize=False, add_generation_prompt=True), False
+        texts, ends = [row["solution"]], [True]
+    elif isinstance(row["prompt"], str):
+        text, special, texts, ends = row["prompt"], True, [row["chosen"], row["rejected"]], [True, True]
+    else:
+        text, special = render(row["prompt"], tokenize=False, add_generation_prompt=True), False
+        whole = [render(row["prompt"] + row[side], tokenize=False) for side in ("chosen", "rejected")]
+        if not all(full.startswith(text) for full in whole):
+            raise ValueError(f"the chat template renders the prompt alone in another way, as {text[-60:]!r}")
+        texts, ends = [full[len(text) :] for full in whole], [True, True]
+    parts = [part(text, suffix, tokenizer, special) for suffix in texts]
+    # a single step gets no EOS: it would teach to stop half-way; a template may have closed a whole turn already
+    suffixes = [[*ids, eos] if end and eos not in ids[-2:] else ids for (_, ids), end in zip(parts, ends, strict=True)]
+    return parts[0][0], suffixes
+
+
+class Pairs:
+    """Encoded pairs as int32 arrays (100,000 take some 100 MB). Pair i: the ids of its prefix, prefixes[group[i]], and of
+    its suffixes, suffixes[i]: chosen and rejected, or the solution alone."""
+
+    def __init__(self):
+        self.prefixes, self.group, self.suffixes, self.known = [], [], [], {}
+
+    def __len__(self):
+        return len(self.group)
+
+    def add(self, prefix: list[int], suffixes: list[list[int]]):
+        ids = np.array(prefix, dtype=np.int32)
+        self.group.append(self.known.setdefault(ids.tobytes(), len(self.prefixes)))
+        if self.group[-1] == len(self.prefixes):
+            self.prefixes.append(ids)
+        self.suffixes.append([np.array(suffix, dtype=np.int32) for suffix in suffixes])
+
+    def row(self, numbers: list[int]) -> tuple[list[np.ndarray], list[list[int]]]:
+        """The distinct suffixes of pairs with one prefix, and for each pair the places of its own among them."""
+        place, picks = {}, []
+        for i in numbers:
+            picks.append([place.setdefault(suffix.tobytes(), len(place)) for suffix in self.suffixes[i]])
+        return [np.frombuffer(ids, dtype=np.int32) for ids in place], picks
+
+    def length(self, numbers: list[int]) -> int:
+        """Tokens of the row that holds these pairs."""
+        return len(self.prefixes[self.group[numbers[0]]]) + sum(map(len, self.row(numbers)[0]))
+
+    def digest(self) -> str:
+        found = hashlib.sha256()
+        for group, suffixes in zip(self.group, self.suffixes, strict=True):
+            for ids in (self.prefixes[group], *suffixes):
+                found.update(len(ids).to_bytes(4, "big") + ids.tobytes())
+        return found.hexdigest()
+
+
+def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
+    """Encode; print what there is and what was left out, and why."""
+    pairs, left_out, seen = Pairs(), Counter(), set()
+    for number, row in enumerate(tqdm(rows, desc="encoding", disable=not PRINTS, leave=False, mininterval=1), 1):
         try:
-            ids = encode(row, tokenizer)
+            prefix, suffixes = encode(row, tokenizer)
+        except (TypeError, KeyError, AttributeError) as error:
+            stop(f"{name}, row {number}: {error.__class__.__name__}: {error}; see the formats in --help")
         except (ValueError, transformers.utils.chat_template_utils.jinja2.TemplateError) as error:
             stop(f"--model {args.model}: its chat template fails ({error}); give another by --chat-template")
-        if len(ids["prefix"]) + max(len(ids["chosen"]), len(ids["rejected"])) > args.max_length:
-            too_long += 1
-        elif ids["chosen"] == ids["rejected"] or not ids["chosen"] or not ids["rejected"]:
-            equal += 1
+        key = hashlib.sha256(repr((prefix, suffixes)).encode()).digest()
+        if len(prefix) + max(map(len, suffixes)) > args.max_length:
+            left_out["above --max-length"] += 1
+        elif not all(suffixes) or len(suffixes) == 2 and suffixes[0] == suffixes[1]:
+            left_out["without contrast"] += 1
         else:
-            pairs.append(ids)
-    if not pairs:
-        stop(f"{name}: no pair is left of {len(rows)}: {too_long} above --max-length, {equal} without contrast")
-    prefix, both = (sum(map(f, pairs)) for f in (lambda p: len(p["prefix"]), lambda p: len(p["chosen"]) + len(p["rejected"])))
-    print_main(f"{name}: {len(pairs)} pairs; left out: {too_long} above --max-length, {equal} without contrast; tokens a pair: "
-               f"prefix {prefix / len(pairs):.0f}, suffixes {both / len(pairs):.0f}; a shared prefix saves "
-               f"{prefix / (2 * prefix + both):.0%} of the tokens")  # fmt: skip
+            pairs.add(prefix, suffixes)
+            left_out["(kept) repeated"] += key in seen
+            seen.add(key)
+    why = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or "none"
+    if not len(pairs):
+        stop(f"{name}: no pair is left of {len(rows)}: {why}")
+    lengths = np.array([(len(pairs.prefixes[g]), *map(len, s)) for g, s in zip(pairs.group, pairs.suffixes, strict=True)])
+    groups = {}
+    for i, group in enumerate(pairs.group):
+        groups.setdefault(group, []).append(i)
+    separate = (lengths[:, :1] + lengths[:, 1:]).sum()
+    print_main(f"{name}: {len(pairs)} pairs with {len(groups)} prefixes; left out: {why}")
+    print_main("tokens      median    95 %   most\n" + "\n".join(
+        f"{part:8} {np.median(column):9.0f} {np.percentile(column, 95):7.0f} {column.max():6d}"
+        for part, column in zip(("prefix", "chosen", "rejected"), lengths.T, strict=False)))  # fmt: skip
+    print_main(f"one row for all suffixes of a prefix saves {1 - sum(map(pairs.length, groups.values())) / separate:.0%} "
+               f"of {separate} tokens; within a pair alone {1 - lengths.sum() / separate:.0%}")  # fmt: skip
     return pairs
 
 
-def collate(pairs: list[dict], pad: int, device) -> dict:
-    """One row [prefix | chosen | rejected] a pair, padded on the right.
+def collate(pairs: Pairs, rows: list[list[int]], pad: int, device) -> dict:
+    """Rows [prefix | suffix | suffix ...], padded on the right; each row is a list of pair numbers with one prefix.
 
-    For prefix [a b], chosen [c d], rejected [e]:  ids [a b c d e], positions [0 1 2 3 2], segments [0 0 1 1 2] (3: padding);
-    c and e are predicted at b, d at c, so source is [1 2 1], target [c d e], owner [0 0 1] (2 * pair + side)."""
-    width = max(len(p["prefix"]) + len(p["chosen"]) + len(p["rejected"]) for p in pairs)
-    ids, positions = torch.full((len(pairs), width), pad), torch.zeros(len(pairs), width, dtype=torch.long)
-    segments, source, target, owner = torch.full((len(pairs), width), 3), [], [], []
-    for b, pair in enumerate(pairs):
-        at, start = 0, len(pair["prefix"])
-        for segment, part in enumerate(("prefix", "chosen", "rejected")):
-            here, first = pair[part], 0 if part == "prefix" else start
-            ids[b, at : at + len(here)] = torch.tensor(here)
-            positions[b, at : at + len(here)] = torch.arange(first, first + len(here))
-            segments[b, at : at + len(here)] = segment
-            if segment:
-                source += [b * width + start - 1, *range(b * width + at, b * width + at + len(here) - 1)]
-                target += here
-                owner += [2 * b + segment - 1] * len(here)
-            at += len(here)
-    batch = {"ids": ids, "positions": positions, "segments": segments}
-    batch |= {"source": torch.tensor(source), "target": torch.tensor(target), "owner": torch.tensor(owner)}
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    For prefix [a b], chosen [c d], rejected [e]:  ids [a b c d e], positions [0 1 2 3 2]; token i sees token j if
+    j <= i < last[j], with last [5 5 4 4 5]: the prefix is seen to the end, a suffix up to its own end.
+    c and e are predicted at b, d at c: source [1 2 1], target [c d e], owner [0 0 1] (the suffix).
+    picks [[0 1]]: a pair's chosen and rejected among all suffixes."""
+    parts = [(pairs.prefixes[pairs.group[numbers[0]]], *pairs.row(numbers)) for numbers in rows]
+    width = max(len(prefix) + sum(map(len, suffixes)) for prefix, suffixes, _ in parts)
+    ids, positions = np.full((len(rows), width), pad), np.zeros((len(rows), width), dtype=np.int64)
+    last = np.tile(np.arange(1, width + 1), (len(rows), 1))  # padding sees itself: a row of nothing would be NaN
+    source, target, owner, picks, count = [], [], [], [], 0
+    for b, (prefix, suffixes, own) in enumerate(parts):
+        start = at = len(prefix)
+        end = start + sum(map(len, suffixes))
+        ids[b, :start], positions[b, :start], last[b, :start] = prefix, np.arange(start), end
+        for number, suffix in enumerate(suffixes, count):
+            here = slice(at, at + len(suffix))
+            ids[b, here], positions[b, here], last[b, here] = suffix, np.arange(start, start + len(suffix)), here.stop
+            source += [np.array([b * width + start - 1]), np.arange(b * width + at, b * width + here.stop - 1)]
+            target.append(suffix)
+            owner.append(np.full(len(suffix), number))
+            at = here.stop
+        picks += [[count + place for place in places] for places in own]
+        count += len(suffixes)
+    batch = {"ids": ids, "positions": positions, "last": last, "source": np.concatenate(source),
+             "target": np.concatenate(target), "owner": np.concatenate(owner), "picks": np.array(picks)}  # fmt: skip
+    return {name: torch.from_numpy(array.astype(np.int64)).to(device) for name, array in batch.items()}
 
 
-def plan(lengths: list[int], chosen: list[int], tokens: int, rank: int, world: int) -> list[list[int]]:
-    """Micro-batches (lists of pair numbers) of this process for the pairs `chosen`, at most `tokens` a batch.
+def plan(pairs: Pairs, numbers: list[int], tokens: int, rank: int, world: int) -> list[list[list[int]]]:
+    """Micro-batches of this process for the pairs `numbers`: lists of rows, at most `tokens` with their padding.
 
-    Every process gets the same number of batches, since sharded strategies wait for each other in every pass: where pairs
-    run out, a batch repeats one pair as [-1 - number], to be computed and not counted."""
-    order, batches = sorted(chosen, key=lambda i: (lengths[i], i)), []
+    Pairs of one prefix come in one row, as far as `tokens` allow. Every process gets the same number of micro-batches,
+    since sharded strategies wait for each other in every pass: where rows run out, a batch repeats one pair as
+    [[-1 - number]], to be computed and not counted."""
+    groups = {}
+    for i in numbers:
+        row = groups.setdefault(pairs.group[i], [[]])
+        row.append([]) if row[-1] and pairs.length([*row[-1], i]) > tokens else None
+        row[-1].append(i)
+    rows = sorted(((pairs.length(row), row) for group in groups.values() for row in group), key=lambda r: (r[0], r[1]))
+    batches = []
     for process in range(world):
         batches.append([])
-        for i in order[process::world]:
-            if not batches[-1] or (len(batches[-1][-1]) + 1) * lengths[i] > tokens:  # sorted: the last is the longest
+        for length, row in rows[process::world]:
+            if not batches[-1] or (len(batches[-1][-1]) + 1) * length > tokens:  # sorted: this row is the longest
                 batches[-1].append([])
-            batches[-1][-1].append(i)
+            batches[-1][-1].append(row)
     most = max(map(len, batches))
-    return batches[rank] + [[-1 - order[0]]] * (most - len(batches[rank]))
+    return batches[rank] + [[[-1 - rows[0][1][0]]]] * (most - len(batches[rank]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,18 +357,24 @@ def plan(lengths: list[int], chosen: list[int], tokens: int, rank: int, world: i
 
 
 class SuffixScorer(torch.nn.Module):
-    """Summed log-probability of each suffix given its prefix: (pairs, 2), chosen first, fp32, in nats."""
+    """Summed log-probability of each suffix given its prefix: (suffixes,), fp32, in nats."""
 
     def __init__(self, lm):
         super().__init__()
         self.lm = lm
+        self._no_split_modules = getattr(lm, "_no_split_modules", None)  # what FSDP wraps
 
-    def forward(self, ids, positions, segments, source, target, owner):
-        width = ids.shape[1]  # ids, positions, segments: (pairs, width); source, target, owner: (suffix tokens,)
-        before = torch.ones(width, width, dtype=torch.bool, device=ids.device).tril()
-        sees = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])  # the prefix and one's own kind
+    def forward(self, ids, positions, last, source, target, owner, picks):
+        """ids, positions, last: (rows, width); source, target, owner: (suffix tokens,); picks: for the caller."""
+        at = torch.arange(ids.shape[1], device=ids.device)
+        sees = (at[:, None] >= at) & (at[:, None] < last[:, None, :])  # (rows, width, width); see collate
+        masks = {"full_attention": sees[:, None]}
+        if window := getattr(self.lm.config, "sliding_window", None):
+            masks["sliding_attention"] = (sees & (positions[:, :, None] - positions[:, None, :] < window))[:, None]
+        kinds = set(getattr(self.lm.config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+        mask = masks if len(kinds) > 1 else masks.get(kinds.pop(), masks["full_attention"])
         hidden = self.lm.base_model(
-            input_ids=ids, position_ids=positions, attention_mask=(before & sees)[:, None], use_cache=False
+            input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False
         ).last_hidden_state.flatten(0, 1)[source]  # (suffix tokens, hidden size)
         parts = []
         for hidden_part, target_part in zip(hidden.split(LOGITS_CHUNK), target.split(LOGITS_CHUNK), strict=True):
@@ -268,8 +383,8 @@ class SuffixScorer(torch.nn.Module):
                 checkpoint(self.token_logps, hidden_part, target_part, use_reentrant=False)
                 if many else self.token_logps(hidden_part, target_part)
             )  # fmt: skip
-        sums = torch.zeros(2 * len(ids), dtype=torch.float32, device=ids.device)
-        return sums.index_add(0, owner, torch.cat(parts)).view(-1, 2)
+        sums = torch.zeros(int(picks.max()) + 1, dtype=torch.float32, device=ids.device)
+        return sums.index_add(0, owner, torch.cat(parts))
 
     def token_logps(self, hidden, target):
         logits = self.lm.get_output_embeddings()(hidden).float()  # (tokens, vocabulary)
@@ -278,18 +393,132 @@ class SuffixScorer(torch.nn.Module):
         return -F.cross_entropy(logits, target, reduction="none")
 
 
-def dpo_loss(logps: torch.Tensor, reference: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss (pairs,) of Eq. 2 and the implicit rewards beta * (log pi - log pi_ref), (pairs, 2), chosen first."""
+def dpo_loss(logps: torch.Tensor, reference: torch.Tensor, beta: float, smoothing: float = 0.0):
+    """Loss (pairs,) of Eq. 2 and the implicit rewards beta * (log pi - log pi_ref), (pairs, 2), chosen first.
+
+    Label smoothing as in conservative DPO: the pair is the wrong way round with this probability."""
     rewards = beta * (logps - reference)
-    return -F.logsigmoid(rewards[:, 0] - rewards[:, 1]), rewards
+    margin = rewards[:, 0] - rewards[:, 1]
+    return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin), rewards
 
 
 def learning_rate(step: int, total: int, args: Args) -> float:
-    """Rate of step 0, 1, ...: a line up to the peak, then half a cosine down to zero."""
+    """Rate of step 0, 1, ...: a line up to the peak, then half a cosine, or a line, down to zero."""
     warm = math.ceil(args.warmup * total)
     if step < warm:
         return args.lr * (step + 1) / warm
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+    done = (step - warm) / max(1, total - warm)
+    return args.lr * (0.5 * (1 + math.cos(math.pi * done)) if args.schedule == "cosine" else 1 - done)
+
+
+def load_tokenizer(args: Args):
+    """The tokenizer with the template that will be used, and the model's configuration."""
+    if not (Path(args.model) / "config.json").is_file() and (Path(args.model).exists() or args.model.count("/") != 1):
+        stop(f"--model {args.model}: neither a folder with a config.json nor a hub id of the form owner/name")
+    if args.chat_template and not args.chat_template.is_file():
+        stop(f"--chat-template {args.chat_template}: no such file")
+    try:
+        tokenizer, config = AutoTokenizer.from_pretrained(args.model), AutoConfig.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        stop(f"--model {args.model}: cannot be loaded ({str(error).splitlines()[0]})")
+    if args.chat_template:
+        tokenizer.chat_template = args.chat_template.read_text()
+    if not tokenizer.chat_template:
+        stop(f"--model {args.model} has no chat template; give one by --chat-template, the same as in 01 to 03")
+    return tokenizer, config
+
+
+def load_model(args: Args, config):
+    """The model with fp32 weights and no dropout."""
+    for name in vars(config):
+        if name.endswith(("dropout", "pdrop")) and isinstance(getattr(config, name), float):
+            setattr(config, name, 0.0)  # the reference has none either: with it, step 0 would not be ln 2
+    dtype = config.dtype if args.lora_rank and args.precision == "bf16" else torch.float32  # LoRA: the base stays as it is
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype=dtype, attn_implementation="sdpa")
+    except (OSError, ValueError) as error:
+        stop(f"--model {args.model}: cannot be loaded ({str(error).splitlines()[0]})")
+    if args.gradient_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        lm.enable_input_require_grads() if args.lora_rank else None
+    return lm
+
+
+def add_lora(lm, args: Args):
+    """Put adapters into `lm`, in place; the returned peft model is needed to save it."""
+    try:
+        import peft
+    except ImportError:
+        stop("--lora-rank needs peft: pip install peft")
+    torch.manual_seed(args.seed)  # every process draws the same adapters
+    settings = {"r": args.lora_rank, "lora_alpha": 2 * args.lora_rank, "target_modules": "all-linear"}
+    return peft.get_peft_model(lm, peft.LoraConfig(**settings, task_type="CAUSAL_LM"))
+
+
+def weights_hash(lm) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(lm.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a run will cost
+
+
+def flops(pairs: Pairs, numbers, config, body: int, head: int) -> float:
+    """Floating-point operations of one forward pass over the rows of these pairs: 2 a weight of the layers and token, 2 a
+    weight of the head and suffix token, 4 * layers * width for each two tokens of which one sees the other."""
+    rows, total = {}, 0.0
+    for i in numbers:
+        rows.setdefault(pairs.group[i], []).append(i)
+    for row in rows.values():
+        prefix, suffixes = len(pairs.prefixes[pairs.group[row[0]]]), [len(s) for s in pairs.row(row)[0]]
+        seen = prefix * (prefix + 1) / 2 + sum(prefix * s + s * (s + 1) / 2 for s in suffixes)
+        total += 2 * body * (prefix + sum(suffixes)) + 2 * head * sum(suffixes)
+        total += 4 * config.num_hidden_layers * config.hidden_size * seen
+    return total
+
+
+def count_weights(config) -> tuple[int, int]:
+    """Weights of the layers and of the head; an embedding that is only looked up does no arithmetic."""
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config)
+    head, embedding = lm.get_output_embeddings().weight, lm.get_input_embeddings().weight
+    return sum(p.numel() for p in lm.parameters()) - head.numel() * (1 if head is embedding else 2), head.numel()
+
+
+def matrix_rate(device, precision: str) -> float:
+    """Measured FLOP/s of large matrix products on this device."""
+    size, dtype = (8192 if device.type == "cuda" else 1536), torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b, best = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype), 0.0
+    for _ in range(6):
+        began = time.perf_counter()
+        (a @ b).sum().item()  # waits for the device
+        best = max(best, 2 * size**3 / (time.perf_counter() - began))
+    return best
+
+
+def estimate(pairs: Pairs, config, args: Args, accelerator: Accelerator):
+    """Print memory and time of a run on this machine, without making it."""
+    (body, head), world, gib = count_weights(config), accelerator.num_processes, 2**30
+    parameters = body + head * (1 if config.tie_word_embeddings else 2)
+    sharded = world if accelerator.distributed_type in ("FSDP", "DEEPSPEED") else 1
+    state = (2 if args.lora_rank else 16) * parameters / sharded  # fp32 weights, gradients and two moments
+    # 34 bytes a token, layer and unit of width in 16 bits (Korthikanti et al., arXiv 2205.05198), without attention scores
+    kept = (2 if args.gradient_checkpointing else 34) * (1 if args.precision == "bf16" else 2)
+    activations = args.tokens_per_batch * config.num_hidden_layers * kept * config.hidden_size
+    logits = 3 * 4 * LOGITS_CHUNK * config.vocab_size
+    print_main(f"a device needs about {state / gib:.2f} GiB for weights, gradients and AdamW, {activations / gib:.2f} GiB for "
+               f"activations of {args.tokens_per_batch} tokens, {logits / gib:.2f} GiB for logits: "
+               f"{(state + activations + logits) / gib:.2f} GiB")  # fmt: skip
+    forward = flops(pairs, range(len(pairs)), config, body, head)
+    passes = 3 + args.gradient_checkpointing
+    rate = matrix_rate(accelerator.device, args.precision) * world
+    seconds = forward * (passes * args.epochs + (args.objective == "dpo")) / rate
+    print_main(f"{forward * passes / len(pairs) / 1e12:.4f} TFLOP a pair; at {rate / 1e12:.2f} TFLOP/s, which large matrix "
+               f"products reach on {world} device(s) like this one, {args.epochs} epochs over {len(pairs)} pairs take "
+               f"{seconds / 3600:.2f} h; at 40 % of that rate {seconds / 1440:.2f} h")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,69 +532,40 @@ def print_main(text: str):
 PRINTS = True  # false on all processes but the first
 
 
-def load_model(args: Args, accelerator: Accelerator):
-    """The model with fp32 weights and no dropout, its tokenizer, and the dtype that its weights are stored in."""
-    if not (Path(args.model) / "config.json").is_file() and (Path(args.model).exists() or args.model.count("/") != 1):
-        stop(f"--model {args.model}: neither a folder with a config.json nor a hub id of the form owner/name")
-    if args.chat_template and not args.chat_template.is_file():
-        stop(f"--chat-template {args.chat_template}: no such file")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        dtype = transformers.AutoConfig.from_pretrained(args.model).dtype or torch.bfloat16
-        lm = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="sdpa")
-    except (OSError, ValueError) as error:
-        stop(f"--model {args.model}: cannot be loaded ({str(error).splitlines()[0]})")
-    if args.chat_template:
-        tokenizer.chat_template = args.chat_template.read_text()
-    if not tokenizer.chat_template:
-        stop(f"--model {args.model} has no chat template; give one by --chat-template, the same as in 01 to 03")
-    window = getattr(lm.config, "sliding_window", None) if getattr(lm.config, "use_sliding_window", True) else None
-    if window and window < args.max_length:
-        stop(f"--max-length {args.max_length} is more than the model's attention window of {window}")
-    for module in lm.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # the reference has none either: with it, step 0 would not be ln 2
-    if getattr(lm.config, "attention_dropout", 0.0):
-        lm.config.attention_dropout = 0.0
-        for module in lm.modules():
-            if hasattr(module, "attention_dropout"):
-                module.attention_dropout = 0.0
-    if args.gradient_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
-    return lm, tokenizer, dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
-
-
-def weights_hash(lm) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(lm.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def check_strategy(accelerator: Accelerator):
+    """Stop where accelerate runs another strategy than it was asked for: without a GPU, 1.15 drops FSDP and DeepSpeed
+    for plain data parallelism, or a single process, and says nothing."""
+    found, world = str(accelerator.distributed_type.value), int(os.environ.get("WORLD_SIZE", 1))
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" and found != name:
+            stop(f"{name} was asked for, but accelerate runs {found}; it needs GPUs, use configs/ddp.yaml without them")
+    if world != accelerator.num_processes:
+        stop(f"{world} processes were started, but each trains alone; without a GPU set ACCELERATE_USE_CPU=true")
 
 
 @torch.no_grad()
-def score_all(scorer, pairs: list[dict], args: Args, pad: int, accelerator: Accelerator, label: str) -> torch.Tensor:
-    """Log-probabilities of all pairs, (pairs, 2) on the CPU, the same on every process."""
-    lengths, found = [pair_length(pair) for pair in pairs], torch.zeros(len(pairs), 2, device=accelerator.device)
-    everything, tokens = list(range(len(pairs))), 4 * args.tokens_per_batch  # no gradients: room for more
-    batches = plan(lengths, everything, tokens, accelerator.process_index, accelerator.num_processes)
-    for batch in tqdm(batches, desc=label, disable=not PRINTS, leave=False):
-        logps = scorer(**collate([pairs[i if i >= 0 else -1 - i] for i in batch], pad, accelerator.device))
-        if batch[0] >= 0:
-            found[batch] = logps
+def score_all(scorer, pairs: Pairs, args: Args, pad: int, accelerator: Accelerator, label: str) -> torch.Tensor:
+    """Log-probabilities of all pairs, (pairs, sides) on the CPU, the same on every process."""
+    found = torch.zeros(len(pairs), len(pairs.suffixes[0]), device=accelerator.device)
+    tokens = 4 * args.tokens_per_batch  # no gradients: room for more
+    batches = plan(pairs, range(len(pairs)), tokens, accelerator.process_index, accelerator.num_processes)
+    for rows in tqdm(batches, desc=label, disable=not PRINTS, leave=False):
+        numbers = [i if i >= 0 else -1 - i for row in rows for i in row]
+        inputs = collate(pairs, [[i if i >= 0 else -1 - i for i in row] for row in rows], pad, accelerator.device)
+        logps = scorer(**inputs)[inputs["picks"]]
+        if rows[0][0] >= 0:
+            found[numbers] = logps
     return accelerator.reduce(found, "sum").cpu()
-
-
-def pair_length(pair: dict) -> int:
-    return len(pair["prefix"]) + len(pair["chosen"]) + len(pair["rejected"])
 
 
 def reference_logps(scorer, pairs, args, pad, accelerator, weights: str) -> torch.Tensor:
     """Log-probabilities under the base weights, from OUT/reference-*.npy where weights, token ids (so data and template),
     precision and the code that computes them are the same."""
     code = inspect.getsource(SuffixScorer) + inspect.getsource(collate) + torch.__version__ + args.precision
-    key = hashlib.sha256((weights + code + json.dumps(pairs)).encode()).hexdigest()[:16]
+    key = hashlib.sha256((weights + code + pairs.digest()).encode()).hexdigest()[:16]
     path = args.out / f"reference-{key}.npy"
-    if path.exists():
+    there = torch.tensor(float(path.exists()), device=accelerator.device)
+    if accelerator.reduce(there, "sum").item() == accelerator.num_processes:
         print_main(f"reference log-probabilities: {path}")
         return torch.from_numpy(np.load(path))
     found = score_all(scorer, pairs, args, pad, accelerator, "reference")
@@ -378,7 +578,9 @@ def reference_logps(scorer, pairs, args, pad, accelerator, weights: str) -> torc
 
 def validate(scorer, pairs, reference, args, pad, accelerator) -> dict:
     logps = score_all(scorer, pairs, args, pad, accelerator, "validation")
-    loss, rewards = dpo_loss(logps, reference, args.beta)
+    if args.objective == "sft":
+        return {"val_loss": -logps.sum().item() / sum(len(s[0]) for s in pairs.suffixes)}
+    loss, rewards = dpo_loss(logps, reference, args.beta, args.label_smoothing)
     margin = rewards[:, 0] - rewards[:, 1]
     return {
         "val_loss": loss.mean().item(), "val_accuracy": (margin > 0).float().mean().item(), "val_margin": margin.mean().item(),
@@ -386,36 +588,45 @@ def validate(scorer, pairs, reference, args, pad, accelerator) -> dict:
     }  # fmt: skip
 
 
-def train_step(scorer, optimizer, pairs, reference, batch, lengths, args, pad, accelerator) -> dict:
+def train_step(scorer, optimizer, pairs: Pairs, reference, batch: list[int], args, pad, accelerator) -> dict:
     """One optimizer step over the pairs `batch`. Returns the means over these pairs, the same on every process."""
     device, world = accelerator.device, accelerator.num_processes
-    micro = plan(lengths, batch, args.tokens_per_batch, accelerator.process_index, world)
-    sums = torch.zeros(8, dtype=torch.float64, device=device)
-    for number, numbers in enumerate(micro):
-        real = [i if i >= 0 else -1 - i for i in numbers]
-        inputs = collate([pairs[i] for i in real], pad, device)
-        sync = contextlib.nullcontext() if number == len(micro) - 1 else accelerator.no_sync(scorer)
-        with sync:
-            logps = scorer(**inputs)
-            loss, rewards = dpo_loss(logps, reference[real].to(device), args.beta)
+    micro = plan(pairs, batch, args.tokens_per_batch, accelerator.process_index, world)
+    weight = 1 / (len(batch) if args.objective == "dpo" else sum(len(pairs.suffixes[i][0]) for i in batch))
+    sums = torch.zeros(9, dtype=torch.float64, device=device)
+    for number, rows in enumerate(micro):
+        rows, counts = [[i if i >= 0 else -1 - i for i in row] for row in rows], float(rows[0][0] >= 0)
+        numbers, inputs = [i for row in rows for i in row], collate(pairs, rows, pad, device)
+        ends = number == len(micro) - 1
+        if accelerator.distributed_type == "DEEPSPEED":  # its engine steps within the backward pass that is said to be last
+            accelerator.gradient_state._set_sync_gradients(ends)
+            ends = True
+        with contextlib.nullcontext() if ends else accelerator.no_sync(scorer):
+            logps = scorer(**inputs)[inputs["picks"]]  # (pairs, sides)
+            if args.objective == "dpo":
+                loss, rewards = dpo_loss(logps, reference[numbers].to(device), args.beta, args.label_smoothing)
+            else:
+                loss, rewards = -logps[:, 0], torch.zeros(len(numbers), 2, device=device)
             if args.nll_weight:
-                tokens = torch.tensor([len(pairs[i]["chosen"]) for i in real], device=device)
+                tokens = torch.tensor([len(pairs.suffixes[i][0]) for i in numbers], device=device)
                 loss = loss - args.nll_weight * logps[:, 0] / tokens
-            counts = float(numbers[0] >= 0)  # 0: a stand-in, there only to keep the processes together
-            # data-parallel gradients are averaged over processes; the mean over the global batch is meant
-            accelerator.backward(counts * loss.sum() * world / len(batch))
+            # counts is 0 for a stand-in, there only to keep the processes together; data-parallel gradients are averaged
+            # over processes, while the mean over the global batch is meant
+            accelerator.backward(counts * loss.sum() * world * weight)
         margin = (rewards[:, 0] - rewards[:, 1]).detach()
         parts = [loss.detach(), (margin > 0).float(), margin, *rewards.detach().unbind(1), *logps.detach().unbind(1)]
-        sums[:7] += counts * torch.stack([part.sum() for part in parts]).double()
+        sums[: len(parts)] += counts * torch.stack([p.sum() for p in parts]).double()
         sums[7] += inputs["ids"].numel()
+        sums[8] += counts * sum(map(pairs.length, rows))
     norm = accelerator.clip_grad_norm_(scorer.parameters(), args.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     sums = accelerator.reduce(sums, "sum").tolist()
     names = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp")
-    result = {name: value / len(batch) for name, value in zip(names, sums, strict=False)} | {"grad_norm": float(norm)}
-    used = sum(lengths[i] for i in batch)
-    return result | {"tokens": used, "padding": 1 - used / sums[7]}
+    result = {name: value / len(batch) for name, value in zip(names, sums, strict=False)}
+    if args.objective == "sft":
+        result = {"loss": sums[0] * weight}
+    return result | {"grad_norm": float(norm or 0.0), "tokens": sums[8], "padding": 1 - sums[8] / sums[7]}
 
 
 def last_checkpoint(out: Path) -> Path | None:
@@ -435,48 +646,109 @@ def save_checkpoint(accelerator: Accelerator, args: Args, step: int, settings: d
         older = sorted(args.out.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
         for old in older[: -args.keep or None]:
             shutil.rmtree(old)
+        for torn in args.out.glob("writing-checkpoint-*"):  # of an earlier run that was killed
+            shutil.rmtree(torn)
     accelerator.wait_for_everyone()
 
 
-def save_model(accelerator: Accelerator, scorer, tokenizer, out: Path, dtype: torch.dtype):
-    """A Hugging Face folder in the dtype of the base model, from every strategy."""
+def save_model(accelerator: Accelerator, scorer, adapters, tokenizer, args: Args, dtype: torch.dtype):
+    """A Hugging Face folder in the dtype of the base model, from every strategy; with LoRA merged, or the adapters."""
     state = accelerator.get_state_dict(scorer)
     if accelerator.is_main_process:
-        lm = accelerator.unwrap_model(scorer).lm
-        lm.save_pretrained(out, state_dict={name.removeprefix("lm."): tensor.to(dtype) for name, tensor in state.items()})
-        config = json.loads((out / "config.json").read_text())  # it names the fp32 of the master weights
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        lm, out = accelerator.unwrap_model(scorer).lm, args.out
+        if adapters and args.lora_save == "adapter":
+            adapters.save_pretrained(out)
+        elif adapters:
+            adapters.merge_and_unload().to(dtype).save_pretrained(out)
+        else:
+            lm.save_pretrained(out, state_dict={name.removeprefix("lm."): tensor.to(dtype) for name, tensor in state.items()})
+            config = json.loads((out / "config.json").read_text())  # it names the fp32 of the master weights
+            config["dtype"] = str(dtype).removeprefix("torch.")
+            (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         tokenizer.save_pretrained(out)
     accelerator.wait_for_everyone()
 
 
+def draw(path: Path, lines: list[dict]):
+    """training.png: loss, accuracy, margin and log-probabilities, training and validation (Fig. 2 of the paper)."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        print_main("training.png needs matplotlib: pip install matplotlib; the figures are in metrics.jsonl")
+        return
+    panels = [("loss",), ("accuracy",), ("margin",), ("chosen_logp", "rejected_logp")]
+    panels = [panel for panel in panels if any(panel[0] in line for line in lines)]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), layout="constrained", squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for colour, name in zip(("tab:blue", "tab:red"), panel, strict=False):
+            for prefix, style, label in (("", "-", "training"), ("val_", "o--", "validation")):
+                points = [(line["step"], line[prefix + name]) for line in lines if prefix + name in line]
+                if points:
+                    axis.plot(*zip(*points, strict=True), style, color=colour, alpha=0.6 if not prefix else 1, markersize=4,
+                              label=f"{name.removesuffix('_logp')}, {label}" if len(panel) > 1 else label)  # fmt: skip
+        axis.set(xlabel="step", title={"chosen_logp": "log-probability (nats)"}.get(panel[0], panel[0]))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def model_card(args: Args, summary: dict) -> str:
+    last = ", ".join(f"{name} {value:.4g}" for name, value in summary["last"].items())
+    given = "\n".join(f"| {name} | {value} |" for name, value in summary["arguments"].items())
+    return (
+        f"---\nbase_model: {args.model}\nlibrary_name: transformers\n---\n\n# {args.out.name}\n\n"
+        f"{args.model}, trained with `04_train_stepdpo.py` ({args.objective}) on {summary['pairs']} rows "
+        f"(hash {summary['settings']['pairs']}), {summary['steps']} steps, {summary['seconds']} s.\n\n"
+        f"Last step: {last}.\n\n![training](training.png)\n\n| setting | value |\n|---|---|\n{given}\n"
+    )
+
+
 def main(args: Args):
     global PRINTS
-    if min(args.epochs, args.batch_size, args.tokens_per_batch, args.eval_steps, args.save_steps, args.log_steps) < 1:
-        stop("--epochs, --batch-size, --tokens-per-batch and all --...-steps are at least 1")
-    began, rows = time.time(), [row for name in args.data for row in load_pairs(name)]
-    validation_rows = load_pairs(str(args.validation)) if args.validation else []
+    least = (args.epochs, args.batch_size, args.tokens_per_batch, args.eval_steps, args.save_steps, args.log_steps)
+    if min(least) < 1 or not 0 <= args.label_smoothing < 0.5 or not 0 <= args.warmup <= 1:
+        stop("--epochs, --batch-size, --tokens-per-batch and all --...-steps are at least 1, --label-smoothing is below 0.5")
+    began, rows = time.time(), [row for name in args.data for row in load_rows(name, args.objective)]
+    validation_rows = load_rows(str(args.validation), args.objective) if args.validation else []
     if args.validation_fraction:
-        part = lambda row: hashlib.sha256(f"{args.seed} {row['prompt']}".encode()).digest()[0] / 256 < args.validation_fraction
-        validation_rows += [row for row in rows if part(row)]
-        rows = [row for row in rows if not part(row)]
-    accelerator = Accelerator(mixed_precision="bf16" if args.precision == "bf16" else "no")
+        text = lambda row: row["problem"] if args.objective == "sft" else row["prompt"]
+        aside = lambda row: hashlib.sha256(f"{args.seed} {text(row)}".encode()).digest()[0] / 256 < args.validation_fraction
+        validation_rows += [row for row in rows if aside(row)]
+        rows = [row for row in rows if not aside(row)]
+    if args.tracker != "none" and not transformers.utils.import_utils._is_package_available(args.tracker)[0]:
+        stop(f"--tracker {args.tracker} needs its package: pip install {args.tracker}")
+    log_with = None if args.tracker == "none" else args.tracker
+    accelerator = Accelerator(mixed_precision="bf16" if args.precision == "bf16" else "no", log_with=log_with,
+                              project_dir=args.out)  # fmt: skip
     PRINTS = accelerator.is_main_process
+    check_strategy(accelerator)
+    if accelerator.distributed_type == "DEEPSPEED":  # asked for, though batches are planned here
+        more = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": args.max_grad_norm}
+        accelerator.state.deepspeed_plugin.deepspeed_config.update(more)
     torch.manual_seed(args.seed)
-    lm, tokenizer, dtype = load_model(args, accelerator)
-    pairs = prepare_pairs(rows, tokenizer, args, " ".join(args.data))
-    val_pairs = prepare_pairs(validation_rows, tokenizer, args, "validation") if validation_rows else []
-    print_main(f"first row: {tokenizer.decode(pairs[0]['prefix'])!r} | chosen {tokenizer.decode(pairs[0]['chosen'])!r} | "
-               f"rejected {tokenizer.decode(pairs[0]['rejected'])!r}")  # fmt: skip
+    tokenizer, config = load_tokenizer(args)
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, str(config.dtype or "bfloat16"))
+    pairs = prepare(rows, tokenizer, args, " ".join(args.data))
+    val_pairs = prepare(validation_rows, tokenizer, args, "validation") if validation_rows else None
+    sides = " | ".join(f"{name} {tokenizer.decode(ids)!r}" for name, ids in zip(("chosen", "rejected"), pairs.suffixes[0],
+                                                                               strict=False))  # fmt: skip
+    print_main(f"first row: {tokenizer.decode(pairs.prefixes[0])!r} | {sides}")
+    if args.dry_run:
+        return estimate(pairs, config, args, accelerator)
 
-    lengths, pad = [pair_length(pair) for pair in pairs], tokenizer.eos_token_id
+    lm, pad = load_model(args, config), tokenizer.eos_token_id
     per_epoch = math.ceil(len(pairs) / args.batch_size)
     total = per_epoch * args.epochs
-    ignored = {"out", "save_steps", "eval_steps", "log_steps", "keep", "data", "validation", "tokens_per_batch"}
+    ignored = {"out", "save_steps", "eval_steps", "log_steps", "keep", "data", "validation", "tokens_per_batch", "dry_run",
+               "tracker", "lora_save", "compile"}  # fmt: skip
     settings = {name: str(value) for name, value in asdict(args).items() if name not in ignored}
     weights = weights_hash(lm)
-    settings |= {"weights": weights[:16], "pairs": hashlib.sha256(json.dumps([pairs, val_pairs]).encode()).hexdigest()[:16]}
+    hashes = pairs.digest() + (val_pairs.digest() if val_pairs else "")
+    settings |= {"weights": weights[:16], "pairs": hashlib.sha256(hashes.encode()).hexdigest()[:16]}
     args.out.mkdir(parents=True, exist_ok=True)
     resume = last_checkpoint(args.out)
     if resume:
@@ -486,68 +758,101 @@ def main(args: Args):
                 stop(f"{resume} was made with {name} = {old['settings'].get(name)!r}, now it is {value!r}; "
                      "take the old setting or give another --out")  # fmt: skip
 
+    body, head = count_weights(config)
+    adapters = add_lora(lm, args) if args.lora_rank else None
+    if args.compile:
+        lm.base_model.compile(dynamic=True)
     scorer = SuffixScorer(lm)
-    optimizer = torch.optim.AdamW(
-        scorer.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=accelerator.device.type == "cuda"
-    )
+    trained = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
+    fused = accelerator.device.type in ("cuda", "cpu")
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=fused)
     scorer, optimizer = accelerator.prepare(scorer, optimizer)
     scorer.train()
-    reference = reference_logps(scorer, pairs, args, pad, accelerator, weights)
-    val_reference = reference_logps(scorer, val_pairs, args, pad, accelerator, weights) if val_pairs else None
+    reference = val_reference = None
+    if args.objective == "dpo":
+        reference = reference_logps(scorer, pairs, args, pad, accelerator, weights)
+        val_reference = reference_logps(scorer, val_pairs, args, pad, accelerator, weights) if val_pairs else None
     start = 0
     if resume:
         accelerator.load_state(str(resume))
         start = old["step"]
         print_main(f"going on from {resume}")
     metrics_path = args.out / "metrics.jsonl"
-    kept = [line for line in metrics_path.read_text().splitlines() if json.loads(line)["step"] <= start] if resume else []
+    lines = [line for line in read_rows(metrics_path, ("step",)) if line["step"] <= start] if resume else []
     if accelerator.is_main_process:
-        metrics_path.write_text("".join(line + "\n" for line in kept))
-    log = {}
+        metrics_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if log_with:
+        accelerator.init_trackers("stepdpo", config={name: str(value) for name, value in asdict(args).items()})
+    log, warned = {}, set()
 
     def record(row: dict):
+        lines.append(row)
         if accelerator.is_main_process:
             with open(metrics_path, "a") as file:
                 file.write(json.dumps(row) + "\n")
+        accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
         print_main(" ".join(f"{name} {value:.4g}" for name, value in row.items()))
 
+    def warn(when: bool, text: str):
+        if when and text.split(":")[0] not in warned:
+            warned.add(text.split(":")[0])
+            print_main(f"warning: {text}")
+
+    def check_validation(step: int):
+        row = {"step": step} | validate(scorer, val_pairs, val_reference, args, pad, accelerator)
+        record(row)
+        warn(row.get("val_accuracy") == 1.0 and len(val_pairs) >= 20,
+             "validation accuracy 1.0: the pairs are too easy, or validation pairs stand in the training data")  # fmt: skip
+
     if val_pairs and start == 0:
-        record({"step": 0} | validate(scorer, val_pairs, val_reference, args, pad, accelerator))
+        check_validation(0)
+    device_name = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else ""
+    peak = next((rate for name, rate in PEAK_FLOPS.items() if name in device_name), None)
     bar = tqdm(total=total, initial=start, desc="training", disable=not PRINTS)
     for step in range(start + 1, total + 1):
         epoch, place = divmod(step - 1, per_epoch)
-        order = np.random.default_rng([args.seed, epoch]).permutation(len(pairs)).tolist()
-        batch = order[place * args.batch_size :][: args.batch_size]
+        if place == 0 or step == start + 1:  # pairs of one prefix stay together, so that they share a row
+            groups = np.random.default_rng([args.seed, epoch]).permutation(len(pairs.prefixes))
+            order = np.argsort(groups[np.array(pairs.group)], kind="stable")
+        batch = order[place * args.batch_size :][: args.batch_size].tolist()
         tick, rate = time.time(), learning_rate(step - 1, total, args)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        log = train_step(scorer, optimizer, pairs, reference, batch, lengths, args, pad, accelerator)
+        log = train_step(scorer, optimizer, pairs, reference, batch, args, pad, accelerator)
         seconds = time.time() - tick
         bar.update()
         if not math.isfinite(log["loss"] + log["grad_norm"]):
             stop(f"step {step}: loss {log['loss']}, gradient norm {log['grad_norm']}; last good checkpoint: "
                  f"{last_checkpoint(args.out) or 'none'}")  # fmt: skip
-        if step == 1 and not args.nll_weight and abs(log["loss"] - math.log(2)) > 0.02:
-            print_main(f"warning: the first loss is {log['loss']:.4f} and not ln 2 = 0.6931: policy and reference differ")
+        if args.objective == "dpo":
+            warn(step == 1 and not args.nll_weight and abs(log["loss"] - math.log(2)) > 0.02,
+                 f"first loss: {log['loss']:.4f} and not ln 2 = 0.6931: policy and reference differ")  # fmt: skip
+            warn(log["chosen_reward"] < -CHOSEN_DROP * args.beta, f"chosen suffixes: at step {step} they are "
+                 f"{-log['chosen_reward'] / args.beta:.1f} nats less likely than under the reference; lower --lr or "
+                 "give --nll-weight")  # fmt: skip
         log |= {"lr": rate, "pairs_per_s": len(batch) / seconds, "tokens_per_s": log.pop("tokens") / seconds}
         if accelerator.device.type == "cuda":
             log["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            if peak:
+                log["mfu"] = 3 * flops(pairs, batch, config, body, head) / seconds / peak / accelerator.num_processes
         if step % args.log_steps == 0 or step == total:
             record({"step": step, "epoch": epoch + 1} | log)
         if val_pairs and (step % args.eval_steps == 0 or step == total):
-            record({"step": step} | validate(scorer, val_pairs, val_reference, args, pad, accelerator))
+            check_validation(step)
         if step % args.save_steps == 0 and step < total:
             save_checkpoint(accelerator, args, step, settings)
     bar.close()
-    save_model(accelerator, scorer, tokenizer, args.out, dtype)
+    save_model(accelerator, scorer, adapters, tokenizer, args, stored)
     if accelerator.is_main_process:
         summary = {"arguments": {name: str(value) for name, value in asdict(args).items()}, "settings": settings,
                    "pairs": len(pairs), "steps": total, "seconds": round(time.time() - began, 1), "last": log}  # fmt: skip
         (args.out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
+        draw(args.out / "training.png", lines)
+        (args.out / "README.md").write_text(model_card(args, summary))
         for path in args.out.glob("checkpoint-*") if args.keep == 0 else ():
             shutil.rmtree(path)
         print(f"{args.out}: {total} steps over {len(pairs)} pairs, {time.time() - began:.1f} s; last step: "
-              + ", ".join(f"{name} {log[name]:.4g}" for name in ("loss", "accuracy", "margin") if log))  # fmt: skip
+              + ", ".join(f"{name} {log[name]:.4g}" for name in ("loss", "accuracy", "margin") if name in log))  # fmt: skip
     # freed before the process group is: with accelerate 1.15 and gloo about one exit in seven hung the other way round
     scorer, optimizer = accelerator.free_memory(scorer, optimizer)
     accelerator.end_training()

@@ -16,6 +16,9 @@ from conftest import ROOT, STAGES, TINY, read, run
 pytestmark = pytest.mark.slow
 SHARED = ROOT.parent / "shared" / "data"
 SHORT = ["--max-tokens", "300"]
+SOLVED = {"id": "s", "problem": "Ava has 3 apples. Then she buys 4 more. How many apples does Ava have now?", "answer": "7",
+          "sample": 0, "finish_reason": "stop", "error_step": 1, "response": "Let's think step by step.\nStep 1: 8.",
+          "steps": ["Let's think step by step.\nStep 1: 8."]}  # fmt: skip
 
 
 def keyed(path, *fields) -> dict:
@@ -138,6 +141,20 @@ def test_linear_agrees_with_bisection_on_what_both_estimate(files, server, tmp_p
             assert row["rollout_values"][k] == value  # the same seeds, the same continuations
 
 
+def test_a_prompt_too_long_for_the_model_goes_through(server, tmp_path):
+    """It becomes a wrong sample without text, is not located, and makes no pair; the other problem is not touched by it."""
+    long = {"id": "long", "problem": "Ava has 3 apples. " * 2000 + "How many?", "answer": "3"}
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [long, read(TINY / "train.jsonl")[0]]))
+    run(1, "--data", tmp_path / "in.jsonl", "--n", 8, "--out", tmp_path / "s.jsonl", *SHORT, *server)
+    assert {row["finish_reason"] for row in read(tmp_path / "s.jsonl") if row["id"] == "long"} == {"refused"}
+    run(2, "--samples", tmp_path / "s.jsonl", "--rollouts", 2, "--out", tmp_path / "l.jsonl", *SHORT, *server)
+    reasons = [row["reason"] for row in read(tmp_path / "l.jsonl") if row["id"] == "long"]
+    assert reasons == 8 * ["no response to look at"]
+    (tmp_path / "l.jsonl").write_text(json.dumps(SOLVED) + "\n" + (tmp_path / "l.jsonl").read_text())
+    done = run(3, "--located", tmp_path / "l.jsonl", "--n", 2, "--out", tmp_path / "p.jsonl", *SHORT, *server)
+    assert "errors not located" in done.stdout
+
+
 @pytest.mark.parametrize("name", ["gsm8k_test", "math_test"])
 def test_real_benchmarks_run_through(server, tmp_path, name):
     if not SHARED.is_dir():
@@ -183,6 +200,6 @@ def test_quickstart_recipe_end_to_end(tmp_path):
     base, tuned = summary.values()
     assert base["problems"] == tuned["problems"] == 60 and "mcnemar_p" in tuned and 0.3 < base["accuracy"] < 0.95
     assert "| test (60) |" in (tmp_path / "results" / "report.md").read_text() and "Where the time went" in done.stdout
-    lines = read(tmp_path / "model" / "metrics.jsonl")
+    lines = read(tmp_path / "model-0" / "metrics.jsonl")
     assert abs(next(line["loss"] for line in lines if "loss" in line) - 0.6931) < 0.01
-    assert (tmp_path / "model" / "model.safetensors").exists()
+    assert (tmp_path / "model-0" / "model.safetensors").exists()

@@ -36,29 +36,63 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(TINY / "model")
 
 
-def plain_logps(lm, ids: dict) -> torch.Tensor:
-    """The separate computation: one full forward pass for each side, log_softmax over all of it."""
+def plain_logps(lm, prefix: list, suffixes: list) -> torch.Tensor:
+    """The separate computation: one full forward pass for each suffix, log_softmax over all of it."""
     sums = []
-    for side in ("chosen", "rejected"):
-        row = torch.tensor([ids["prefix"] + ids[side]])
+    for suffix in suffixes:
+        row = torch.tensor([[*prefix, *suffix]])
         logps = lm(row).logits[0, :-1].float().log_softmax(-1).gather(1, row[0, 1:, None])[:, 0]
-        sums.append(logps[len(ids["prefix"]) - 1 :].sum())
+        sums.append(logps[len(prefix) - 1 :].sum())
     return torch.stack(sums)
 
 
-def scorer_and_pairs(small_model, tokenizer):
+def pairs_of(train, rows: list, tokenizer):
+    pairs = train.Pairs()
+    for row in rows:
+        pairs.add(*train.encode(row, tokenizer))
+    return pairs
+
+
+def shaped(kind: str):
+    """A random fp32 model of this kind with weights large enough that outputs differ, windows shorter than the rows."""
+    import transformers
+
+    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "max_position_embeddings": 2048}  # fmt: skip
+    config = {
+        "qwen2": lambda: transformers.Qwen2Config(**sizes),
+        "qwen2-window": lambda: transformers.Qwen2Config(
+            **sizes, use_sliding_window=True, sliding_window=40, max_window_layers=2
+        ),
+        "llama": lambda: transformers.LlamaConfig(**sizes),
+        "mistral": lambda: transformers.MistralConfig(**sizes, sliding_window=None),
+        "mistral-window": lambda: transformers.MistralConfig(**sizes, sliding_window=40),
+    }[kind]()
+    torch.manual_seed(1)
+    lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    for parameter in lm.parameters():
+        torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else None
+    return lm
+
+
+KINDS = ["qwen2", "qwen2-window", "llama", "mistral", "mistral-window"]
+
+
+@pytest.mark.parametrize("kind, chunk", [*((kind, 2048) for kind in KINDS), ("qwen2", 7)])
+def test_shared_prefix_equals_separate_rows(kind, chunk, tokenizer, monkeypatch):
+    """Log-probabilities and gradients; two pairs have one prefix, and one rejected suffix between them: three suffixes."""
     train = stage(4)
-    lm = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32, attn_implementation="sdpa")
-    pairs = [train.encode(pair(number, last=number % 2 == 0), tokenizer) for number in (7, 12, 123, 4)]
-    return train, train.SuffixScorer(lm), pairs
-
-
-@pytest.mark.parametrize("chunk", [2048, 7])
-def test_shared_prefix_equals_separate_rows(small_model, tokenizer, monkeypatch, chunk):
-    train, scorer, pairs = scorer_and_pairs(small_model, tokenizer)
     monkeypatch.setattr(train, "LOGITS_CHUNK", chunk)
-    ours = scorer(**train.collate(pairs, 0, "cpu"))
-    plain = torch.stack([plain_logps(scorer.lm, ids) for ids in pairs])
+    rows = [pair(number, last=number % 2 == 0) for number in (7, 12, 123, 4)]
+    rows.append(rows[0] | {"chosen": " Now it is 22.\n"})
+    pairs, scorer = pairs_of(train, rows, tokenizer), train.SuffixScorer(shaped(kind))
+    assert pairs.row([0, 4])[1] == [[0, 1], [2, 1]]
+    [micro] = train.plan(pairs, range(5), 10_000, 0, 1)
+    assert sorted(map(len, micro)) == [1, 1, 1, 2]
+    inputs, numbers = train.collate(pairs, micro, 0, "cpu"), [i for row in micro for i in row]
+    ours = scorer(**inputs)[inputs["picks"]]
+    assert ours.shape == (5, 2)
+    plain = torch.stack([plain_logps(scorer.lm, *train.encode(rows[i], tokenizer)) for i in numbers])
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=0)
     reference = plain.detach() + torch.tensor([[0.5, -0.5]])
     train.dpo_loss(ours, reference, 0.4)[0].mean().backward()
@@ -71,44 +105,62 @@ def test_shared_prefix_equals_separate_rows(small_model, tokenizer, monkeypatch,
 
 
 def test_rejected_does_not_see_chosen(small_model, tokenizer):
-    train, scorer, pairs = scorer_and_pairs(small_model, tokenizer)
-    before = scorer(**train.collate(pairs[:1], 0, "cpu"))
-    pairs[0]["chosen"] = pairs[0]["chosen"][::-1] + [5, 6]
-    after = scorer(**train.collate(pairs[:1], 0, "cpu"))
-    assert before[0, 0] != after[0, 0]
-    torch.testing.assert_close(before[0, 1], after[0, 1], rtol=1e-6, atol=0)
+    train = stage(4)
+    scorer = train.SuffixScorer(AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32))
+    before = scorer(**train.collate(pairs_of(train, [pair(7)], tokenizer), [[0]], 0, "cpu"))
+    changed = pairs_of(train, [pair(7) | {"chosen": " No apples at all, or some more of them.\n"}], tokenizer)
+    after = scorer(**train.collate(changed, [[0]], 0, "cpu"))
+    assert before[0] != after[0]
+    torch.testing.assert_close(before[1], after[1], rtol=1e-6, atol=0)
 
 
 def test_collate_matches_its_docstring():
-    batch = stage(4).collate([{"prefix": [11, 12], "chosen": [13, 14], "rejected": [15]}], 0, "cpu")
-    assert batch["ids"].tolist() == [[11, 12, 13, 14, 15]]
-    assert batch["positions"].tolist() == [[0, 1, 2, 3, 2]]
-    assert batch["segments"].tolist() == [[0, 0, 1, 1, 2]]
-    assert [batch[k].tolist() for k in ("source", "target", "owner")] == [[1, 2, 1], [13, 14, 15], [0, 0, 1]]
+    pairs = stage(4).Pairs()
+    pairs.add([11, 12], [[13, 14], [15]])
+    batch = {name: tensor.tolist() for name, tensor in stage(4).collate(pairs, [[0]], 0, "cpu").items()}
+    assert batch == {"ids": [[11, 12, 13, 14, 15]], "positions": [[0, 1, 2, 3, 2]], "last": [[5, 5, 4, 4, 5]],
+                     "source": [1, 2, 1], "target": [13, 14, 15], "owner": [0, 0, 1], "picks": [[0, 1]]}  # fmt: skip
 
 
 def test_a_step_never_ends_in_eos_and_a_finished_solution_does(tokenizer):
     train, eos = stage(4), tokenizer.eos_token_id
-    step, end = train.encode(pair(7), tokenizer), train.encode(pair(7, last=True), tokenizer)
-    assert eos not in step["chosen"] + step["rejected"]
-    assert end["chosen"][-1] == eos and end["rejected"][-1] == eos
-    assert end["chosen"].count(eos) == 1
+    step, end = train.encode(pair(7), tokenizer)[1], train.encode(pair(7, last=True), tokenizer)[1]
+    assert eos not in step[0] + step[1]
+    assert end[0][-1] == eos and end[1][-1] == eos
+    assert end[0].count(eos) == 1
     published = pair(7, last=True) | {"full_chosen": pair(7, last=True)["chosen"]}  # full text without the prefix
-    assert train.encode(published, tokenizer)["chosen"][-1] == eos
+    assert train.encode(published, tokenizer)[1][0][-1] == eos
     mixed = pair(7) | {"full_chosen": pair(7)["initial_reason_steps"] + pair(7)["chosen"]}  # only chosen ends here
-    assert [train.encode(mixed, tokenizer)[side][-1] == eos for side in ("chosen", "rejected")] == [True, False]
+    assert [suffix[-1] == eos for suffix in train.encode(mixed, tokenizer)[1]] == [True, False]
+
+
+def test_whole_responses_in_trl_form_and_sft_rows(tokenizer):
+    """Strings stand as they are and end in EOS; messages are rendered, and their turn is closed once."""
+    train, eos = stage(4), tokenizer.eos_token_id
+    prefix, suffixes = train.encode({"prompt": "Two apples", "chosen": " are 2.", "rejected": " are 3."}, tokenizer)
+    assert tokenizer.decode(prefix) == "Two apples" and [tokenizer.decode(s) for s in suffixes] == [
+        " are 2.<|im_end|>", " are 3.<|im_end|>"]  # fmt: skip
+    turn = lambda role, text: [{"role": role, "content": text}]
+    row = {"prompt": turn("user", "How many?"), "chosen": turn("assistant", "2"), "rejected": turn("assistant", "3")}
+    prefix, suffixes = train.encode(row, tokenizer)
+    assert tokenizer.decode(prefix) == "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n"
+    assert [tokenizer.decode(s).strip() for s in suffixes] == ["2<|im_end|>", "3<|im_end|>"]
+    assert [s.count(eos) for s in suffixes] == [1, 1]
+    prefix, [solution] = train.encode({"problem": "1 + 1?", "solution": "Step 1: 2."}, tokenizer)
+    assert tokenizer.decode(prefix).endswith("\\boxed{}.<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer.decode(solution) == "Step 1: 2.<|im_end|>"
 
 
 def test_boundary_is_where_generation_had_it(tokenizer):
     """Decoded ids give the text back, whether or not the prefix carries the space; a merge over the boundary is not used."""
     train = stage(4)
     row = pair(7)
-    ids = train.encode(row, tokenizer)
-    assert tokenizer.decode(ids["prefix"]).endswith(row["initial_reason_steps"])
-    assert tokenizer.decode(ids["chosen"]) == row["chosen"]
+    prefix, [chosen, _] = train.encode(row, tokenizer)
+    assert tokenizer.decode(prefix).endswith(row["initial_reason_steps"])
+    assert tokenizer.decode(chosen) == row["chosen"]
     moved = row | {"initial_reason_steps": row["initial_reason_steps"] + " ", "chosen": row["chosen"][1:], "rejected": "3."}
-    assert train.encode(moved, tokenizer)["chosen"] == ids["chosen"]
-    assert train.encode(moved, tokenizer)["prefix"] == ids["prefix"]
+    assert train.encode(moved, tokenizer)[1][0] == chosen
+    assert train.encode(moved, tokenizer)[0] == prefix
     # ".\n" is one token: a prefix that ends in "." and a suffix that begins with "\n" were drawn as two
     split = row | {"initial_reason_steps": OPENING + " Ava has 4 apples.", "chosen": "\nStep 2: Yes.", "rejected": "\nNo."}
     text = tokenizer.apply_chat_template(
@@ -116,32 +168,39 @@ def test_boundary_is_where_generation_had_it(tokenizer):
          {"role": "assistant", "content": split["initial_reason_steps"]}],
         tokenize=False, continue_final_message=True,
     )  # fmt: skip
-    ids = train.encode(split, tokenizer)
-    assert tokenizer(text + split["chosen"], add_special_tokens=False)["input_ids"] != ids["prefix"] + ids["chosen"]
-    assert ids["prefix"] == tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert tokenizer.decode(ids["chosen"]) == split["chosen"]
+    prefix, [chosen, _] = train.encode(split, tokenizer)
+    assert tokenizer(text + split["chosen"], add_special_tokens=False)["input_ids"] != prefix + chosen
+    assert prefix == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(chosen) == split["chosen"]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_plan_covers_each_pair_once_within_the_budget(world):
-    train, lengths = stage(4), [5 + (i * 37) % 90 for i in range(41)]
-    plans = [train.plan(lengths, list(range(41)), 200, rank, world) for rank in range(world)]
+    """41 pairs with 14 prefixes: pairs of one prefix share rows as far as the budget allows."""
+    train = stage(4)
+    pairs = train.Pairs()
+    for i in range(41):
+        pairs.add(list(range(5 + i % 14 * 6)), [[i, 1, 2], [500 + i % 14]])
+    plans = [train.plan(pairs, range(41), 200, rank, world) for rank in range(world)]
     assert len({len(batches) for batches in plans}) == 1
-    real = sorted(i for batches in plans for batch in batches for i in batch if i >= 0)
-    assert real == list(range(41))
+    rows = [row for batches in plans for batch in batches for row in batch if row[0] >= 0]
+    assert sorted(i for row in rows for i in row) == list(range(41)) and len(rows) == 14
+    assert all(len({i % 14 for i in row}) == 1 for row in rows)
     for batches in plans:
         for batch in batches:
-            assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 200
-    few = [train.plan(lengths, [3], 200, rank, world) for rank in range(world)]
-    assert [batch for batches in few for batch in batches].count([3]) == 1 and all(len(batches) == 1 for batches in few)
+            assert batch[0][0] < 0 or len(batch) == 1 or len(batch) * max(map(pairs.length, batch)) <= 200
+    few = [train.plan(pairs, [3], 200, rank, world) for rank in range(world)]
+    assert [batch for batches in few for batch in batches].count([[3]]) == 1 and all(len(batches) == 1 for batches in few)
 
 
 def test_schedule_warms_up_and_ends_at_zero():
-    train, args = stage(4), SimpleNamespace(lr=1.0, warmup=0.1)
+    train, args = stage(4), SimpleNamespace(lr=1.0, warmup=0.1, schedule="cosine")
     rates = [train.learning_rate(step, 100, args) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0) and max(rates) == pytest.approx(1.0)
     assert rates[55] == pytest.approx(0.5) and rates[99] < 1e-3
     assert all(a <= b for a, b in zip(rates[:10], rates[1:10], strict=False)) and sorted(rates[10:], reverse=True) == rates[10:]
+    args.schedule = "linear"
+    assert [train.learning_rate(step, 100, args) for step in (10, 55, 100)] == pytest.approx([1.0, 0.5, 0.0])
 
 
 def write_pairs(path, count: int = 24):
@@ -221,10 +280,10 @@ def test_micro_batches_and_processes_do_not_change_the_step(tmp_path, small_mode
 def test_model_loads_and_long_pairs_are_left_out(tmp_path, small_model, tokenizer):
     write_pairs(tmp_path / "pairs.jsonl")
     ids = [stage(4).encode(pair(n + 3, last=n % 3 == 0), tokenizer) for n in range(24)]
-    longest = sorted(len(i["prefix"]) + max(len(i["chosen"]), len(i["rejected"])) for i in ids)
+    longest = sorted(len(prefix) + max(map(len, suffixes)) for prefix, suffixes in ids)
     common_arguments = common(tmp_path, small_model, "out")[:-4]
     done = run(4, *common_arguments, "--max-length", longest[15])
     left_out = sum(length > longest[15] for length in longest)
-    assert left_out and f"{24 - left_out} pairs; left out: {left_out} above --max-length" in done.stderr
+    assert left_out and f"left out: {left_out} above --max-length" in done.stderr
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.float32 and AutoTokenizer.from_pretrained(tmp_path / "out").chat_template

@@ -13,11 +13,16 @@ Output in --out (default: this folder):
 A problem is a short story about one running count. Levels differ in how large the numbers get; the number of
 steps is uniform over 2 to 6 at every level. Each step of the reference solution holds one equation, so the first
 wrong step of any solution can be found by arithmetic: compare its k-th result with values[k-1].
+
+The three files are right. The text that the model learns from is like what people write: some of its solutions have slips,
+a forgotten carry or borrow, oftener in large numbers (SLIPS), and go on from the wrong number. So the model knows how the
+step is done, and often does it otherwise: what preference training is for.
 """
 
 import hashlib
 import json
 import math
+import operator
 import random
 import time
 from dataclasses import dataclass
@@ -43,7 +48,9 @@ THINGS = ["apples", "pears", "stickers", "marbles", "shells", "coins", "stamps",
           "nuts", "buttons"]  # fmt: skip
 FRIENDS = ["a friend", "a cousin", "a neighbor", "a sister", "a brother"]
 PACKS = ["bags", "boxes", "jars", "packs", "baskets"]
-LEVELS = {1: 40, 2: 150, 3: 600}  # level -> largest number in the story; sums and products may reach three times that
+LEVELS = {1: 20, 2: 40, 3: 80}  # level -> largest number in the story; sums and products may reach three times that
+SLIPS = (0.1, 0.6)  # how often the text that the model learns from has a carry or borrow wrong: results to 49, and above
+EXACT = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 
 
 @dataclass
@@ -60,7 +67,7 @@ class Args:
     """number of layers"""
     vocab: int = 512
     """tokens in the byte-level BPE vocabulary"""
-    steps: int = 1600
+    steps: int = 1300
     """optimizer steps"""
     batch: int = 64
     """examples a step, all different, never from the three files"""
@@ -74,53 +81,57 @@ class Args:
 # problems
 
 
-def gain(r, c, hi, who):
+# A step is (lead, operand, sign, operand); an operand is a number, "count" (what the person has by then) or "last" (the
+# result of the step before). c is the true count.
+
+
+def gain(r, c, hi):
     n = r.randint(2, hi)
     text = r.choice(["finds {n} more", "buys {n} more", "picks up {n} more", "gets {n} more from {f}"])
-    return text.format(n=n, f=r.choice(FRIENDS)), [("{who} now has", c, "+", n)]
+    return text.format(n=n, f=r.choice(FRIENDS)), [("{who} now has", "count", "+", n)]
 
 
-def lose(r, c, hi, who):
+def lose(r, c, hi):
     if c < 6:
         return None
     n = r.randint(2, min(hi, c - 2))
     text = r.choice(["loses {n} of them", "gives {n} of them to {f}", "sells {n} of them", "drops {n} of them"])
-    return text.format(n=n, f=r.choice(FRIENDS)), [("{who} now has", c, "-", n)]
+    return text.format(n=n, f=r.choice(FRIENDS)), [("{who} now has", "count", "-", n)]
 
 
-def packs(r, c, hi, who):
+def packs(r, c, hi):
     k, m = r.randint(2, 9), r.randint(3, max(4, hi // 6))
     pack = r.choice(PACKS)
-    steps = [(f"The {k} {pack} hold", m, "*", k), ("{who} now has", c, "+", k * m)]
+    steps = [(f"The {k} {pack} hold", m, "*", k), ("{who} now has", "count", "+", "last")]
     return f"buys {k} {pack} with {m} {{things}} in each", steps
 
 
-def times(r, c, hi, who):
+def times(r, c, hi):
     k = r.choice([2, 2, 3])
     word = {2: "twice", 3: "three times"}[k]
-    return f"trades all of them for {word} as many", [("{who} now has", c, "*", k)]
+    return f"trades all of them for {word} as many", [("{who} now has", "count", "*", k)]
 
 
-def half(r, c, hi, who):
+def half(r, c, hi):
     if c % 2 or c < 8:
         return None
-    return f"gives half of them to {r.choice(FRIENDS)}", [("{who} now has", c, "/", 2)]
+    return f"gives half of them to {r.choice(FRIENDS)}", [("{who} now has", "count", "/", 2)]
 
 
-def share(r, c, hi, who):
+def share(r, c, hi):
     ks = [k for k in range(3, 10) if c % k == 0 and c // k > 2]
     if not ks:
         return None
     k = r.choice(ks)
-    return f"puts them into {k} equal piles and keeps one pile", [("Each pile has", c, "/", k)]
+    return f"puts them into {k} equal piles and keeps one pile", [("Each pile has", "count", "/", k)]
 
 
-def lose_packs(r, c, hi, who):
+def lose_packs(r, c, hi):
     fits = [(k, m) for k in range(2, 10) for m in range(3, max(4, hi // 6)) if k * m < c - 2]
     if not fits:
         return None
     k, m = r.choice(fits)
-    steps = [(f"The {k} friends get", m, "*", k), ("{who} now has", c, "-", k * m)]
+    steps = [(f"The {k} friends get", m, "*", k), ("{who} now has", "count", "-", "last")]
     return f"gives {m} {{things}} to each of {k} friends", steps
 
 
@@ -128,15 +139,14 @@ def together(r, c, hi, who, other):
     n = r.randint(2, hi)
     more = c <= n + 2 or r.random() < 0.5
     story = f"{other} has {n} {'more' if more else 'fewer'} {{things}} than {who} has now."
-    their = c + n if more else c - n
-    steps = [(f"{other} has", c, "+" if more else "-", n), ("Together they have", c, "+", their)]
+    steps = [(f"{other} has", "count", "+" if more else "-", n), ("Together they have", "count", "+", "last")]
     return story, f"How many {{things}} do {who} and {other} have together?", steps
 
 
 def sale(r, c, hi, who, other):
     p = r.randint(2, 9)
     return f"Then {who} sells all of them for {p} dollars each.", f"How many dollars does {who} get?", [
-        ("{who} gets", c, "*", p)
+        ("{who} gets", "count", "*", p)
     ]
 
 
@@ -148,20 +158,43 @@ EVENTS = [gain, gain, lose, lose, packs, lose_packs, times, half, share, share]
 ENDINGS = [plain, plain, together, sale]
 
 
-def make_problem(r: random.Random, level: int, n_steps: int) -> dict:
-    """One problem of exactly n_steps equations. Draws again until the numbers fit."""
+def buggy(a: int, op: str, b: int) -> int:
+    """The result of someone who forgets carries and takes the smaller digit from the larger instead of borrowing: two of
+    the commonest procedural bugs of pupils (Brown and Burton, Cognitive Science 2, 1978)."""
+    top, result = len(str(max(a, b))) - 1, 0
+    for place in range(top + 1):
+        x, y = a // 10**place % 10, b // 10**place % 10
+        digit = {"+": x + y, "-": abs(x - y), "*": x * b}[op]
+        result += (digit if place == top else digit % 10) * 10**place
+    return result
+
+
+def work_out(steps: list[tuple], count: int, slips: random.Random | None = None) -> list[tuple]:
+    """Steps as (lead, number, sign, number, result); with `slips` the results of someone who sometimes slips."""
+    worked, last = [], 0
+    for lead, a, op, b in steps:
+        a, b = ({"count": count, "last": last}.get(x, x) for x in (a, b))
+        last = EXACT[op](a, b)
+        if op != "/" and (last < 0 or slips and slips.random() < SLIPS[last > 49]):
+            last = buggy(a, op, b)  # the right result, where nothing is carried or borrowed
+        count = last if lead in ("{who} now has", "Each pile has") else count
+        worked.append((lead, a, op, b, last))
+    return worked
+
+
+def make_problem(r: random.Random, level: int, n_steps: int, slips: random.Random | None = None) -> dict:
+    """One problem of exactly n_steps equations. Draws again until the numbers fit. With `slips` its solution has some."""
     hi = LEVELS[level]
     while True:
         who, other = r.sample(sorted(NAMES), 2)
         things = r.choice(THINGS)
-        count = r.randint(max(5, hi // 8), hi)
+        count = first = r.randint(max(5, hi // 8), hi)
         story, steps = [f"{who} has {count} {things}."], []
-        story_end, question, last = "", "", None
         ending = r.choice(ENDINGS)
         need = n_steps - {plain: 0, together: 2, sale: 1}[ending]
         while len(steps) < need:
             event = r.choice(EVENTS)
-            made = event(r, count, hi, who)
+            made = event(r, count, hi)
             if made is None or len(steps) + len(made[1]) > need:
                 break
             text, more = made
@@ -169,12 +202,12 @@ def make_problem(r: random.Random, level: int, n_steps: int) -> dict:
             p = NAMES[who]
             story.append(f"{link.format(p=p, P=p.capitalize())} {text}.")
             steps += more
-            count = compute(*steps[-1][1:])
+            count = work_out(steps, first)[-1][-1]
         if len(steps) != need:
             continue
         story_end, question, last = ending(r, count, hi, who, other)
         steps += last
-        values = [compute(*s[1:]) for s in steps]
+        values = [step[-1] for step in work_out(steps, first)]
         if max(values) > 3 * hi or min(values) < 2:
             continue
         if r.random() < 0.4:  # a number that does not matter
@@ -183,24 +216,17 @@ def make_problem(r: random.Random, level: int, n_steps: int) -> dict:
             extra = extra.format(x=who, n=r.randint(5, 60), t=r.choice([t for t in THINGS if t != things]))
             story.insert(place, extra)
         text = " ".join([*story, story_end, question]).replace("  ", " ").replace("{things}", things)
-        unit = {sale: "dollars"}.get(ending, things)
-        lines = []
-        for i, (lead, a, op, b) in enumerate(steps):
-            noun = unit if i == len(steps) - 1 else things
-            lines.append(f" {lead.format(who=who)} {a} {op} {b} = {values[i]} {noun}.")
-        solution = OPENING + "".join(
-            line + (f"\nStep {i + 2}:" if i + 1 < len(lines) else "") for i, line in enumerate(lines)
-        )
-        solution += f"\nThe answer is \\boxed{{{values[-1]}}}."
+        lines, nouns = [], [things] * (len(steps) - 1) + ["dollars" if ending is sale else things]
+        worked = work_out(steps, first, slips)
+        for (lead, a, op, b, result), noun in zip(worked, nouns, strict=True):
+            lines.append(f" {lead.format(who=who)} {a} {op} {b} = {result} {noun}.")
+        solution = OPENING + "".join(f"\nStep {i}:{line}" for i, line in enumerate(lines, 1)).removeprefix("\nStep 1:")
+        solution += f"\nThe answer is \\boxed{{{worked[-1][-1]}}}."
         return {"problem": text, "answer": str(values[-1]), "solution": solution, "level": level, "values": values}
 
 
-def compute(a, op, b):
-    return {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[op]
-
-
-def draw(r: random.Random) -> dict:
-    return make_problem(r, r.choice(sorted(LEVELS)), r.randint(2, 6))
+def draw(r: random.Random, slips: random.Random | None = None) -> dict:
+    return make_problem(r, r.choice(sorted(LEVELS)), r.randint(2, 6), slips)
 
 
 def make_files(out: Path, seed: int):
@@ -267,7 +293,7 @@ def batches(args: Args, tokenizer, forbidden: set):
     while True:
         rows = []
         while len(rows) < 64 * args.batch:
-            row = draw(r)
+            row = draw(r, r)
             if row["problem"] not in forbidden:
                 rows.append(render(row))
         ids = sorted(tokenizer(rows)["input_ids"], key=len)
