@@ -16,9 +16,13 @@ setup: .venv/ready
 quickstart: setup
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash recipes/quickstart.sh
 
-test: setup
+.venv/tests: .venv/ready requirements-test.txt
+	.venv/bin/pip install --quiet -r requirements-test.txt
+	touch .venv/tests
+
+test: .venv/tests
 	.venv/bin/ruff check .
 	.venv/bin/python -m pytest -q --durations=10
 
-test-quick: setup
+test-quick: .venv/tests
 	.venv/bin/python -m pytest -q -m "not slow"

@@ -287,3 +287,131 @@ def test_model_loads_and_long_pairs_are_left_out(tmp_path, small_model, tokenize
     assert left_out and f"left out: {left_out} above --max-length" in done.stderr
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.float32 and AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+
+
+def test_trl_computes_the_same_loss(tmp_path, small_model, tokenizer):
+    """On whole responses, where TRL's rules and ours agree, and with a reference that is another model."""
+    import datasets
+    from trl import DPOConfig, DPOTrainer
+
+    train = stage(4)
+    rows = [{"prompt": f"Ava has {n} apples.", "chosen": f" She has {n}.", "rejected": f" She has {n + 1}, I think."}
+            for n in range(6)]  # fmt: skip
+    load = lambda: AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
+    policy, other = load(), load()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+    settings = {"per_device_train_batch_size": 6, "beta": 0.4, "bf16": False, "use_cpu": True, "report_to": "none"}
+    config = DPOConfig(str(tmp_path / "trl"), **settings)
+    trainer = DPOTrainer(policy, other, args=config, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer)
+    theirs = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+    pairs = pairs_of(train, rows, tokenizer)
+    batch = train.collate(pairs, [[i] for i in range(6)], 0, "cpu")
+    with torch.no_grad():
+        logps = [train.SuffixScorer(lm)(**batch)[batch["picks"]] for lm in (load(), other)]
+    ours = train.dpo_loss(*logps, 0.4)[0].mean()
+    assert abs(ours - math.log(2)) > 0.05, "the models are too much alike to tell anything"
+    torch.testing.assert_close(ours, theirs.detach(), rtol=1e-4, atol=0)
+
+
+def test_sft_loss_is_the_mean_over_the_solution_tokens(tmp_path, small_model, tokenizer):
+    """First step against transformers' own loss, on rows of unequal length, in several micro-batches."""
+    rows = [row for row in read(TINY / "validation.jsonl")[:6]]
+    (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(4, "--objective", "sft", "--data", tmp_path / "sft.jsonl", "--model", small_model, "--out", tmp_path / "out",
+        "--precision", "fp32", "--batch-size", 6, "--tokens-per-batch", 300, "--epochs", 30, "--lr", 3e-3)  # fmt: skip
+    lm, total, count = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32), 0.0, 0
+    for row in rows:
+        prefix, [solution] = stage(4).encode(row, tokenizer)
+        ids, labels = torch.tensor([prefix + solution]), torch.tensor([[-100] * len(prefix) + solution])
+        total, count = total + lm(ids, labels=labels).loss.item() * len(solution), count + len(solution)
+    lines = read(tmp_path / "out" / "metrics.jsonl")
+    assert lines[0]["loss"] == pytest.approx(total / count, rel=1e-5) and lines[-1]["loss"] < lines[0]["loss"] / 2
+
+
+def test_label_smoothing_and_nll_follow_their_formulas():
+    train, logps = stage(4), torch.tensor([[-1.0, -3.0], [-2.0, -1.0]])
+    margin = 0.5 * torch.tensor([2.0, -1.0])
+    expected = 0.9 * torch.log1p(torch.exp(-margin)) + 0.1 * torch.log1p(torch.exp(margin))
+    torch.testing.assert_close(train.dpo_loss(logps, torch.zeros(2, 2), 0.5, 0.1)[0], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("save", ["merged", "adapter"])
+def test_lora_moves_only_adapters_and_saves_both_ways(save, tmp_path, small_model):
+    write_pairs(tmp_path / "pairs.jsonl")
+    run(4, *common(tmp_path, small_model, "out"), "--lr", 1e-2, "--lora-rank", 4, "--lora-save", save)
+    lines = read(tmp_path / "out" / "metrics.jsonl")
+    assert abs(lines[0]["val_loss"] - math.log(2)) < 1e-5 and lines[-1]["val_margin"] > 0.01
+    base, ids = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32), torch.arange(5, 60)[None]
+    if save == "adapter":
+        from peft import PeftModel
+
+        assert not (tmp_path / "out" / "model.safetensors").exists()
+        tuned = PeftModel.from_pretrained(base, tmp_path / "out")
+    else:
+        tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+        same = [torch.equal(weights(tmp_path / "out")[name], tensor) for name, tensor in weights(small_model).items()
+                if "embed" in name or "norm" in name]  # fmt: skip
+        assert same and all(same)
+    plain = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
+    assert (tuned(ids).logits - plain(ids).logits).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+def test_kill_at_any_moment_and_go_on_bit_for_bit(tmp_path, small_model):
+    """kill -9 ten times, also while a checkpoint is being written; the weights are those of the run that was let be."""
+    import random
+    import time
+
+    write_pairs(tmp_path / "pairs.jsonl", 60)
+    arguments = [*common(tmp_path, small_model, "whole"), "--lr", 1e-3, "--save-steps", 1, "--keep", 2]
+    run(4, *arguments)
+    arguments[arguments.index(tmp_path / "whole")] = out = tmp_path / "killed"
+    moments, writing = random.Random(0), 0
+    for number in range(10):
+        process = subprocess.Popen([sys.executable, "04_train_stepdpo.py", *map(str, arguments)], cwd=ROOT,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        before = {path.name for path in out.glob("checkpoint-*")}
+        while process.poll() is None and not {path.name for path in out.glob("checkpoint-*")} - before:
+            time.sleep(0.005)
+        if number % 2:
+            time.sleep(moments.random() * 0.2)
+        else:
+            while process.poll() is None and not list(out.glob("writing-checkpoint-*")):
+                time.sleep(0.0005)
+        process.kill()
+        process.wait()
+        writing += bool(list(out.glob("writing-checkpoint-*")))
+    assert writing >= 2, "no kill met a checkpoint that was being written"
+    run(4, *arguments)
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(out)[name]), name
+
+
+@pytest.mark.slow
+def test_many_pairs_in_little_memory(tmp_path, small_model):
+    """20,000 pairs through the dry run: the growth of memory is far below 2 GB for 100,000."""
+    import resource
+
+    text = [json.dumps(pair(n)) + "\n" for n in range(20_000)]
+    (tmp_path / "pairs.jsonl").write_text("".join(text))
+    done = run(4, "--data", tmp_path / "pairs.jsonl", "--model", small_model, "--out", tmp_path / "out", "--dry-run")
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    assert "20000 pairs" in done.stderr and "GiB" in done.stderr and " h at" not in done.stdout
+    assert not (tmp_path / "out").exists() and peak < 6, f"{peak:.1f} GiB"
+    (tmp_path / "pairs.jsonl").write_text("".join(text[:7]) + '{"prompt": "torn\n' + "".join(text[7:]))
+    done = run(4, "--data", tmp_path / "pairs.jsonl", "--model", small_model, "--out", tmp_path / "out", check=False)
+    assert done.returncode == 2 and "pairs.jsonl, line 8: not JSON" in done.stderr
+
+
+def test_a_strategy_that_is_not_in_force_is_refused(tmp_path, small_model):
+    """accelerate drops FSDP and DeepSpeed without a GPU, in silence."""
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU these strategies are in force")
+    write_pairs(tmp_path / "pairs.jsonl")
+    for name in ("FSDP", "DEEPSPEED"):
+        environment = os.environ | {f"ACCELERATE_USE_{name}": "true", "ACCELERATE_USE_CPU": "true"}
+        done = run(4, *common(tmp_path, small_model, "out"), check=False, env=environment)
+        assert done.returncode == 2 and f"{name} was asked for" in done.stderr and "Traceback" not in done.stderr
