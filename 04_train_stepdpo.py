@@ -722,8 +722,11 @@ def main(args: Args):
     if args.tracker != "none" and not transformers.utils.import_utils._is_package_available(args.tracker)[0]:
         stop(f"--tracker {args.tracker} needs its package: pip install {args.tracker}")
     log_with = None if args.tracker == "none" else args.tracker
-    accelerator = Accelerator(mixed_precision="bf16" if args.precision == "bf16" else "no", log_with=log_with,
-                              project_dir=args.out)  # fmt: skip
+    precision = "bf16" if args.precision == "bf16" else "no"
+    try:
+        accelerator = Accelerator(mixed_precision=precision, log_with=log_with, project_dir=args.out)
+    except (ImportError, ValueError) as error:  # a package or a device that the launch configuration needs
+        stop(f"accelerate cannot start: {error}")
     PRINTS = accelerator.is_main_process
     check_strategy(accelerator)
     if accelerator.distributed_type == "DEEPSPEED":  # asked for, though batches are planned here

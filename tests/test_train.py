@@ -392,15 +392,19 @@ def test_kill_at_any_moment_and_go_on_bit_for_bit(tmp_path, small_model):
 
 @pytest.mark.slow
 def test_many_pairs_in_little_memory(tmp_path, small_model):
-    """20,000 pairs through the dry run: the growth of memory is far below 2 GB for 100,000."""
-    import resource
-
+    """Through the dry run; 20,000 pairs may add a fifth of the 2 GB that are allowed for 100,000."""
     text = [json.dumps(pair(n)) + "\n" for n in range(20_000)]
-    (tmp_path / "pairs.jsonl").write_text("".join(text))
-    done = run(4, "--data", tmp_path / "pairs.jsonl", "--model", small_model, "--out", tmp_path / "out", "--dry-run")
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    assert "20000 pairs" in done.stderr and "GiB" in done.stderr and " h at" not in done.stdout
-    assert not (tmp_path / "out").exists() and peak < 6, f"{peak:.1f} GiB"
+    arguments = ["--data", tmp_path / "pairs.jsonl", "--model", small_model, "--out", tmp_path / "out", "--dry-run"]
+    watch = "import resource, subprocess, sys; subprocess.run(sys.argv[1:]); "
+    watch += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    peaks = []
+    for count in (20, 20_000):
+        (tmp_path / "pairs.jsonl").write_text("".join(text[:count]))
+        command = [sys.executable, "-c", watch, sys.executable, "04_train_stepdpo.py", *map(str, arguments)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert f"{count} pairs" in done.stderr and "GiB for weights" in done.stderr and " h; at 40 %" in done.stderr
+        peaks.append(int(done.stdout.splitlines()[-1]) / 2**20)
+    assert not (tmp_path / "out").exists() and peaks[1] - peaks[0] < 0.4, peaks
     (tmp_path / "pairs.jsonl").write_text("".join(text[:7]) + '{"prompt": "torn\n' + "".join(text[7:]))
     done = run(4, "--data", tmp_path / "pairs.jsonl", "--model", small_model, "--out", tmp_path / "out", check=False)
     assert done.returncode == 2 and "pairs.jsonl, line 8: not JSON" in done.stderr
@@ -414,4 +418,5 @@ def test_a_strategy_that_is_not_in_force_is_refused(tmp_path, small_model):
     for name in ("FSDP", "DEEPSPEED"):
         environment = os.environ | {f"ACCELERATE_USE_{name}": "true", "ACCELERATE_USE_CPU": "true"}
         done = run(4, *common(tmp_path, small_model, "out"), check=False, env=environment)
-        assert done.returncode == 2 and f"{name} was asked for" in done.stderr and "Traceback" not in done.stderr
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert f"{name} was asked for" in done.stderr or "DeepSpeed is not installed" in done.stderr
