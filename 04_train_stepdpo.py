@@ -265,7 +265,7 @@ class Pairs:
 
 def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
     """Encode; print what there is and what was left out, and why."""
-    pairs, left_out, seen = Pairs(), Counter(), set()
+    pairs, left_out, seen, repeated = Pairs(), Counter(), set(), 0
     for number, row in enumerate(tqdm(rows, desc="encoding", disable=not PRINTS, leave=False, mininterval=1), 1):
         try:
             prefix, suffixes = encode(row, tokenizer)
@@ -280,9 +280,9 @@ def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
             left_out["without contrast"] += 1
         else:
             pairs.add(prefix, suffixes)
-            left_out["(kept) repeated"] += key in seen
+            repeated += key in seen
             seen.add(key)
-    why = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or "none"
+    why = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
     if not len(pairs):
         stop(f"{name}: no pair is left of {len(rows)}: {why}")
     lengths = np.array([(len(pairs.prefixes[g]), *map(len, s)) for g, s in zip(pairs.group, pairs.suffixes, strict=True)])
@@ -290,7 +290,7 @@ def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
     for i, group in enumerate(pairs.group):
         groups.setdefault(group, []).append(i)
     separate = (lengths[:, :1] + lengths[:, 1:]).sum()
-    print_main(f"{name}: {len(pairs)} pairs with {len(groups)} prefixes; left out: {why}")
+    print_main(f"{name}: {len(pairs)} pairs with {len(groups)} prefixes; left out: {why}; kept though repeated: {repeated}")
     print_main("tokens      median    95 %   most\n" + "\n".join(
         f"{part:8} {np.median(column):9.0f} {np.percentile(column, 95):7.0f} {column.max():6d}"
         for part, column in zip(("prefix", "chosen", "rejected"), lengths.T, strict=False)))  # fmt: skip

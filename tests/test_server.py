@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, STAGES, TINY, read, run
+from conftest import ROOT, STAGES, TINY, read, run, stage
 
 pytestmark = pytest.mark.slow
 SHARED = ROOT.parent / "shared" / "data"
@@ -162,6 +162,27 @@ def test_real_benchmarks_run_through(server, tmp_path, name):
     arguments = ["--data", SHARED / f"{name}.jsonl", "--limit", 12, "--n", 1, "--max-tokens", 200]
     done = run(1, *arguments, "--out", tmp_path / "s.jsonl", *server)
     assert "problems 12, samples 12" in done.stdout and len(keyed(tmp_path / "s.jsonl", "id", "sample")) == 12
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_saved_models_decode_alike_in_vllm_and_transformers(lora, files, tmp_path):
+    """What 04 saves, plain and with adapters merged, in fp32 arithmetic in both engines."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run(4, "--data", files / "pairs.jsonl", "--model", TINY / "model", "--out", tmp_path / "tuned", "--lora-rank", lora,
+        "--lr", 1e-3 if lora else 3e-5, "--epochs", 2, "--batch-size", 4)  # fmt: skip
+    arguments = ["--data", TINY / "validation.jsonl", "--limit", 16, "--max-tokens", 120, "--models", tmp_path / "tuned"]
+    run(5, *arguments, "--out", tmp_path / "results", "--server-args=--dtype float32")
+    [responses] = (tmp_path / "results" / "validation").glob("*tuned.jsonl")
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", dtype=torch.float32)
+    tokenizer, from_stage = AutoTokenizer.from_pretrained(tmp_path / "tuned"), stage(1)
+    for row in read(responses):
+        messages = [{"role": "user", "content": from_stage.USER_TURN.format(problem=row["problem"])},
+                    {"role": "assistant", "content": from_stage.OPENING}]  # fmt: skip
+        ids = tokenizer.apply_chat_template(messages, continue_final_message=True, return_tensors="pt", return_dict=True)
+        new = lm.generate(**ids, max_new_tokens=120, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert from_stage.OPENING + tokenizer.decode(new, skip_special_tokens=True) == row["response"]
 
 
 def test_a_kill_takes_the_own_server_along(tmp_path):
