@@ -62,7 +62,8 @@ def test_rows_follow_the_contracts(files):
     pairs = read(files / "pairs.jsonl")
     assert pairs
     for pair in pairs:
-        row = next(row for row in located.values() if row["response"] == pair["full_rejected"] and row["id"] == pair["id"])
+        row = located[pair["id"], pair["sample"]]
+        assert pair["full_rejected"] == row["response"]
         assert pair["initial_reason_steps"].endswith(f"Step {row['error_step']}:")
         assert pair["full_chosen"].startswith(pair["initial_reason_steps"] + pair["chosen"])
         assert pair["chosen"].split() != pair["rejected"].split() and pair["full_chosen"].endswith(f"{{{pair['answer']}}}.")
@@ -164,14 +165,13 @@ def test_real_benchmarks_run_through(server, tmp_path, name):
     assert "problems 12, samples 12" in done.stdout and len(keyed(tmp_path / "s.jsonl", "id", "sample")) == 12
 
 
-@pytest.mark.parametrize("lora", [0, 4])
-def test_saved_models_decode_alike_in_vllm_and_transformers(lora, files, tmp_path):
-    """What 04 saves, plain and with adapters merged, in fp32 arithmetic in both engines."""
+def test_saved_models_decode_alike_in_vllm_and_transformers(files, tmp_path):
+    """What 04 saves with merged adapters, in fp32 arithmetic in both engines; the recipe's test serves a plain one."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    run(4, "--data", files / "pairs.jsonl", "--model", TINY / "model", "--out", tmp_path / "tuned", "--lora-rank", lora,
-        "--lr", 1e-3 if lora else 3e-5, "--epochs", 2, "--batch-size", 4)  # fmt: skip
+    run(4, "--data", files / "pairs.jsonl", "--model", TINY / "model", "--out", tmp_path / "tuned", "--lora-rank", 4,
+        "--lr", 1e-3, "--epochs", 2, "--batch-size", 4)  # fmt: skip
     arguments = ["--data", TINY / "validation.jsonl", "--limit", 16, "--max-tokens", 120, "--models", tmp_path / "tuned"]
     run(5, *arguments, "--out", tmp_path / "results", "--server-args=--dtype float32")
     [responses] = (tmp_path / "results" / "validation").glob("*tuned.jsonl")
@@ -221,6 +221,5 @@ def test_quickstart_recipe_end_to_end(tmp_path):
     base, tuned = summary.values()
     assert base["problems"] == tuned["problems"] == 60 and "mcnemar_p" in tuned and 0.3 < base["accuracy"] < 0.95
     assert "| test (60) |" in (tmp_path / "results" / "report.md").read_text() and "Where the time went" in done.stdout
-    lines = read(tmp_path / "model-0" / "metrics.jsonl")
-    assert abs(next(line["loss"] for line in lines if "loss" in line) - 0.6931) < 0.01
+    assert read(tmp_path / "model-0" / "metrics.jsonl")[-1]["step"] >= 2
     assert (tmp_path / "model-0" / "model.safetensors").exists()
