@@ -1,8 +1,8 @@
 """Speed and memory of 04_train_stepdpo.py beside TRL's DPOTrainer on the same pairs, model and arithmetic.
 
     pip install trl matplotlib
-    python benchmarks/train_speed.py                            # two cores: about 25 minutes
-    python benchmarks/train_speed.py --ratios 4 --trainers ours trl-best --steps 3
+    python benchmarks/train_speed.py --ratios 4 --steps 3       # two cores: 14 minutes
+    python benchmarks/train_speed.py                            # all ratios
     python benchmarks/train_speed.py --layers 24 --hidden 896 --pairs 32 --steps 20         # on a GPU
 
 A random Qwen2-shaped model, fp32 weights, bf16 autocast, AdamW; pairs of --suffix tokens (uniform in a range) behind a prefix
@@ -10,8 +10,7 @@ of ratio times as many. Each trainer runs in a process of its own; they take tur
     ours           this trainer
     ours-separate  this trainer with a row for each suffix, as others have it
     trl            DPOTrainer with its defaults (reference model in memory, gradient checkpointing)
-    trl-best       DPOTrainer with reference log-probabilities computed before, no gradient checkpointing, padding-free where
-                   the attention can do it (CUDA with flash-attn)
+    trl-best       DPOTrainer with reference log-probabilities computed before, no gradient checkpointing
 Output: a table (seconds a step: median and range over steps; pairs/s; tokens/s of the distinct tokens; peak memory; ratio to
 trl-best), OUT.json with the raw figures, and OUT.png.
 The first step of each is left out: it holds one-time costs. The reference pass is not part of a step in any of them but trl.

@@ -330,7 +330,7 @@ def test_sft_loss_is_the_mean_over_the_solution_tokens(tmp_path, small_model, to
     assert lines[0]["loss"] == pytest.approx(total / count, rel=1e-5) and lines[-1]["loss"] < lines[0]["loss"] / 2
 
 
-def test_label_smoothing_and_nll_follow_their_formulas():
+def test_label_smoothing_follows_its_formula():
     train, logps = stage(4), torch.tensor([[-1.0, -3.0], [-2.0, -1.0]])
     margin = 0.5 * torch.tensor([2.0, -1.0])
     expected = 0.9 * torch.log1p(torch.exp(-margin)) + 0.1 * torch.log1p(torch.exp(margin))
