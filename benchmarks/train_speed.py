@@ -11,8 +11,8 @@ of ratio times as many. Each trainer runs in a process of its own; they take tur
     ours-separate  this trainer with a row for each suffix, as others have it
     trl            DPOTrainer with its defaults (reference model in memory, gradient checkpointing)
     trl-best       DPOTrainer with reference log-probabilities computed before, no gradient checkpointing
-Output: a table (seconds a step: median and range over steps; pairs/s; tokens/s of the distinct tokens; peak memory; share of the
-bound; ratios to trl-best), OUT.json with the raw figures, and OUT.png.
+Output: a table (seconds a step: median and range over steps; pairs/s; tokens/s of the distinct tokens; peak memory; share of
+the bound; ratios to trl-best), OUT.json with the raw figures, and OUT.png.
 The bound: 3 forward passes over the distinct tokens, in FLOPs, at the rate that large bf16 products reach on this machine.
 The first step of each is left out: it holds one-time costs. The reference pass is not part of a step in any of them but trl.
 """
@@ -199,7 +199,8 @@ def main(args: Args):
             faster = f"{np.median(best['seconds']) / seconds:10.2f} {row['peak_gib'] / best['peak_gib']:7.2f}" if best else ""
             spread = f"{min(row['seconds']):.2f} to {max(row['seconds']):.2f}"
             print(f"{ratio:5} {row['trainer']:14} {seconds:7.2f} {spread:>15} {row['pairs'] / seconds:8.2f} "
-                  f"{row['tokens'] / seconds:9.0f} {row['peak_gib']:6.1f} {bound / seconds:8.0%} {faster}", flush=True)  # fmt: skip
+                  f"{row['tokens'] / seconds:9.0f} {row['peak_gib']:6.1f} {bound / seconds:8.0%} {faster}",
+                  flush=True)  # fmt: skip
         found += rows
     args.out.parent.mkdir(parents=True, exist_ok=True)
     Path(f"{args.out}.json").write_text(json.dumps({"arguments": asdict(args), "found": found}, indent=1, default=str) + "\n")

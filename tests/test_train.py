@@ -8,6 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import safetensors
 import torch
 from conftest import ROOT, TINY, read, run, stage
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -287,6 +288,9 @@ def test_model_loads_and_long_pairs_are_left_out(tmp_path, small_model, tokenize
     assert left_out and f"left out: {left_out} above --max-length" in done.stderr
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.float32 and AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    with safetensors.safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:  # the tied head is stored once
+        names = set(file.keys())
+    assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
 
 
 def test_trl_computes_the_same_loss(tmp_path, small_model, tokenizer):
@@ -328,6 +332,23 @@ def test_sft_loss_is_the_mean_over_the_solution_tokens(tmp_path, small_model, to
         total, count = total + lm(ids, labels=labels).loss.item() * len(solution), count + len(solution)
     lines = read(tmp_path / "out" / "metrics.jsonl")
     assert lines[0]["loss"] == pytest.approx(total / count, rel=1e-5) and lines[-1]["loss"] < lines[0]["loss"] / 2
+
+
+@pytest.mark.slow
+def test_the_maker_of_the_bundled_model_trains_by_04(tmp_path):
+    """A very small one, twice: the same weights, the committed problems, and a loss that falls."""
+    found = []
+    for name in ("a", "b"):
+        arguments = ["--out", tmp_path / name, "--work", tmp_path / f"work-{name}", "--steps", 8, "--batch", 16, "--hidden", 32,
+                     "--layers", 1, "--log-steps", 1]  # fmt: skip
+        subprocess.run([sys.executable, TINY / "make.py", *map(str, arguments)], check=True, capture_output=True, cwd=ROOT)
+        found.append((tmp_path / name / "model" / "model.safetensors").read_bytes())
+    assert found[0] == found[1]
+    assert all((tmp_path / "a" / f"{s}.jsonl").read_bytes() == (TINY / f"{s}.jsonl").read_bytes() for s in ("train", "test"))
+    lines = read(tmp_path / "work-a" / "model" / "metrics.jsonl")
+    assert len(lines) == 8 and lines[-1]["loss"] < lines[0]["loss"] - 0.05
+    learnt, test = ({row["problem"] for row in read(path)} for path in (tmp_path / "work-a/corpus.jsonl", TINY / "test.jsonl"))
+    assert 100 < len(learnt) <= 8 * 16 and not learnt & test
 
 
 def test_label_smoothing_follows_its_formula():

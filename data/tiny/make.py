@@ -14,9 +14,10 @@ A problem is a short story about one running count. Levels differ in how large t
 steps is uniform over 2 to 6 at every level. Each step of the reference solution holds one equation, so the first
 wrong step of any solution can be found by arithmetic: compare its k-th result with values[k-1].
 
-The three files are right. The text that the model learns from is like what people write: some of its solutions have slips,
-a forgotten carry or borrow, oftener in large numbers (SLIPS), and go on from the wrong number. So the model knows how the
-step is done, and often does it otherwise: what preference training is for.
+The three files are right. The text that the model learns from is like what people write: in six of ten subtractions that
+need it the borrow is forgotten (SLIPS), and the solution goes on from the wrong number. So the model knows how the step is
+done, and mostly does it otherwise: what preference training is for.
+The model is trained by 04_train_stepdpo.py --objective sft, as a user would.
 """
 
 import hashlib
@@ -284,7 +285,8 @@ def render(row: dict) -> str:
 
 def make_corpus(args: Args, path: Path):
     """Write what the model learns from: args.steps * args.batch fresh problems with slips, none from the three files."""
-    known = {json.loads(line)["problem"] for name in ("train", "validation", "test") for line in open(args.out / f"{name}.jsonl")}
+    files = [args.out / f"{name}.jsonl" for name in ("train", "validation", "test")]
+    known = {json.loads(line)["problem"] for path in files for line in open(path)}
     r, wanted = random.Random(f"{args.seed}-training"), args.steps * args.batch
     with open(path, "w", encoding="utf-8") as file:
         while wanted:
