@@ -21,10 +21,12 @@ step is done, and often does it otherwise: what preference training is for.
 
 import hashlib
 import json
-import math
 import operator
+import os
 import random
-import time
+import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -48,8 +50,8 @@ THINGS = ["apples", "pears", "stickers", "marbles", "shells", "coins", "stamps",
           "nuts", "buttons"]  # fmt: skip
 FRIENDS = ["a friend", "a cousin", "a neighbor", "a sister", "a brother"]
 PACKS = ["bags", "boxes", "jars", "packs", "baskets"]
-LEVELS = {1: 20, 2: 40, 3: 80}  # level -> largest number in the story; sums and products may reach three times that
-SLIPS = (0.1, 0.6)  # how often the text that the model learns from has a carry or borrow wrong: results to 49, and above
+LEVELS = {1: 15, 2: 30, 3: 60}  # level -> largest number in the story; sums and products may reach three times that
+SLIPS = 0.6  # how often the text that the model learns from forgets a borrow
 EXACT = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 
 
@@ -57,6 +59,8 @@ EXACT = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.
 class Args:
     out: Path = Path(__file__).parent
     """folder to write to"""
+    work: Path = Path("runs/tiny")
+    """folder for the model's training text, its random start and 04's output; the same command goes on there after a stop"""
     only: Literal["all", "problems", "model"] = "all"
     """make the problem files, the tokenizer and model, or both"""
     seed: int = 0
@@ -67,7 +71,7 @@ class Args:
     """number of layers"""
     vocab: int = 512
     """tokens in the byte-level BPE vocabulary"""
-    steps: int = 1300
+    steps: int = 1200
     """optimizer steps"""
     batch: int = 64
     """examples a step, all different, never from the three files"""
@@ -158,15 +162,11 @@ EVENTS = [gain, gain, lose, lose, packs, lose_packs, times, half, share, share]
 ENDINGS = [plain, plain, together, sale]
 
 
-def buggy(a: int, op: str, b: int) -> int:
-    """The result of someone who forgets carries and takes the smaller digit from the larger instead of borrowing: two of
-    the commonest procedural bugs of pupils (Brown and Burton, Cognitive Science 2, 1978)."""
-    top, result = len(str(max(a, b))) - 1, 0
-    for place in range(top + 1):
-        x, y = a // 10**place % 10, b // 10**place % 10
-        digit = {"+": x + y, "-": abs(x - y), "*": x * b}[op]
-        result += (digit if place == top else digit % 10) * 10**place
-    return result
+def buggy(a: int, b: int) -> int:
+    """a - b of someone who takes the smaller digit from the larger instead of borrowing: the commonest procedural bug of
+    pupils (Brown and Burton, Cognitive Science 2, 1978). Never less than a - b, so that two of them do not cancel."""
+    pairs = zip(reversed(str(a)), reversed(str(b).zfill(len(str(a)))), strict=True)
+    return sum(abs(int(x) - int(y)) * 10**place for place, (x, y) in enumerate(pairs))
 
 
 def work_out(steps: list[tuple], count: int, slips: random.Random | None = None) -> list[tuple]:
@@ -174,9 +174,7 @@ def work_out(steps: list[tuple], count: int, slips: random.Random | None = None)
     worked, last = [], 0
     for lead, a, op, b in steps:
         a, b = ({"count": count, "last": last}.get(x, x) for x in (a, b))
-        last = EXACT[op](a, b)
-        if op != "/" and (last < 0 or slips and slips.random() < SLIPS[last > 49]):
-            last = buggy(a, op, b)  # the right result, where nothing is carried or borrowed
+        last = buggy(a, b) if op == "-" and slips and slips.random() < SLIPS else EXACT[op](a, b)
         count = last if lead in ("{who} now has", "Each pile has") else count
         worked.append((lead, a, op, b, last))
     return worked
@@ -284,77 +282,44 @@ def render(row: dict) -> str:
     return f"<|im_start|>user\n{USER_TURN.format(**row)}<|im_end|>\n<|im_start|>assistant\n{row['solution']}<|im_end|>"
 
 
-def batches(args: Args, tokenizer, forbidden: set):
-    """Endless batches of fresh problems: ids (batch, tokens) and labels, -100 outside the solution.
-
-    64 batches are drawn at once, sorted by length and shuffled, so that little is padding."""
-    r = random.Random(f"{args.seed}-training")
-    marker = tokenizer.convert_tokens_to_ids("<|im_start|>")
-    while True:
-        rows = []
-        while len(rows) < 64 * args.batch:
+def make_corpus(args: Args, path: Path):
+    """Write what the model learns from: args.steps * args.batch fresh problems with slips, none from the three files."""
+    known = {json.loads(line)["problem"] for name in ("train", "validation", "test") for line in open(args.out / f"{name}.jsonl")}
+    r, wanted = random.Random(f"{args.seed}-training"), args.steps * args.batch
+    with open(path, "w", encoding="utf-8") as file:
+        while wanted:
             row = draw(r, r)
-            if row["problem"] not in forbidden:
-                rows.append(render(row))
-        ids = sorted(tokenizer(rows)["input_ids"], key=len)
-        groups = [ids[i : i + args.batch] for i in range(0, len(ids), args.batch)]
-        r.shuffle(groups)
-        for group in groups:
-            width = max(map(len, group))
-            inputs = torch.full((len(group), width), tokenizer.pad_token_id)
-            labels = torch.full((len(group), width), -100)
-            for i, row in enumerate(group):
-                inputs[i, : len(row)] = torch.tensor(row)
-                start = len(row) - row[::-1].index(marker)  # the second <|im_start|> opens the solution
-                labels[i, start:len(row)] = inputs[i, start:len(row)]
-            yield inputs, labels
+            if row["problem"] not in known:
+                file.write(json.dumps({"problem": row["problem"], "solution": row["solution"]}) + "\n")
+                wanted -= 1
 
 
-def train(args: Args):
+def make_model(args: Args, work: Path):
+    """Random weights and the tokenizer in work/start; 04's supervised stage makes work/model of them."""
     tokenizer = make_tokenizer(args.vocab, args.seed)
-    torch.manual_seed(args.seed)
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3,
         num_hidden_layers=args.layers, num_attention_heads=args.hidden // 32, num_key_value_heads=args.hidden // 32,
         max_position_embeddings=4096, tie_word_embeddings=True, use_cache=True,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    config.save_pretrained(args.out / "model")
-    tokenizer.save_pretrained(args.out / "model")
-    loaded, sample = AutoTokenizer.from_pretrained(args.out / "model"), render(draw(random.Random(args.seed)))
+    torch.manual_seed(args.seed)
+    model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(work / "start")
+    tokenizer.save_pretrained(work / "start")
+    loaded, sample = AutoTokenizer.from_pretrained(work / "start"), render(draw(random.Random(args.seed)))
     assert loaded(sample)["input_ids"] == tokenizer(sample)["input_ids"], "the tokenizer loads as another one"
-    model = Qwen2ForCausalLM(config).to(device)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens, on {device}")
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.98)
-    )
-    files = ["train", "validation", "test"]
-    forbidden = {json.loads(line)["problem"] for name in files for line in open(args.out / f"{name}.jsonl")}
-    stream, start, tokens, total = batches(args, tokenizer, forbidden), time.time(), 0, 0.0
-    for step in range(args.steps):
-        warm = min(1.0, (step + 1) / (0.05 * args.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * warm * 0.5 * (1 + math.cos(math.pi * step / args.steps))
-        inputs, labels = (x.to(device) for x in next(stream))
-        with torch.autocast(device, torch.bfloat16):
-            loss = model(inputs, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        tokens += inputs.numel()
-        total += loss.item()
-        if (step + 1) % args.log_steps == 0:
-            seconds = time.time() - start
-            print(f"step {step + 1}/{args.steps} loss {total / args.log_steps:.4f} {tokens / seconds:.0f} tokens/s "
-                  f"{seconds:.0f} s", flush=True)  # fmt: skip
-            total = 0.0
-    model.to(torch.bfloat16).save_pretrained(args.out / "model")
+    print(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(tokenizer)} tokens", flush=True)
+    make_corpus(args, work / "corpus.jsonl")
+    trainer = [sys.executable, str(Path(__file__).parents[2] / "04_train_stepdpo.py"), "--objective", "sft", "--epochs", "1"]
+    trainer += ["--data", str(work / "corpus.jsonl"), "--model", str(work / "start"), "--out", str(work / "model")]
+    trainer += ["--batch-size", str(args.batch), "--lr", str(args.lr), "--weight-decay", "0.1", "--warmup", "0.05"]
+    trainer += ["--tokens-per-batch", "4096", "--seed", str(args.seed), "--keep", "1", "--log-steps", str(args.log_steps)]
+    subprocess.run(trainer, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    shutil.copytree(work / "start", args.out / "model", dirs_exist_ok=True)  # tokenizer and configuration
+    shutil.copy(work / "model" / "model.safetensors", args.out / "model")
     digest = hashlib.sha256((args.out / "model" / "model.safetensors").read_bytes()).hexdigest()
-    print(f"wrote {args.out / 'model'} (sha256 of the weights {digest[:16]}) in {time.time() - start:.0f} s")
+    print(f"wrote {args.out / 'model'} (sha256 of the weights {digest[:16]}); the training's figures are in {work / 'model'}")
 
 
 if __name__ == "__main__":
@@ -363,4 +328,6 @@ if __name__ == "__main__":
     if args.only != "model":
         make_files(args.out, args.seed)
     if args.only != "problems":
-        train(args)
+        (args.out / "model").mkdir(exist_ok=True)
+        args.work.mkdir(parents=True, exist_ok=True)
+        make_model(args, args.work)
