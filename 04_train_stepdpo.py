@@ -53,7 +53,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 # Copied from 01_sample_errors.py
 USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
-LOGITS_CHUNK = 2048  # suffix positions whose logits stand in memory at once
+LOGITS_CHUNK = 256  # suffix positions whose logits stand in memory at once
 STEP_FIELDS = ("prompt", "initial_reason_steps", "chosen", "rejected", "full_chosen", "full_rejected")
 CHOSEN_DROP = 5.0  # nats: a mean fall of the chosen suffixes' log-probability that is worth a warning
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, data sheets
@@ -661,7 +661,8 @@ def save_model(accelerator: Accelerator, scorer, adapters, tokenizer, args: Args
         elif adapters:
             adapters.merge_and_unload().to(dtype).save_pretrained(out)
         else:
-            lm.save_pretrained(out, state_dict={name.removeprefix("lm."): tensor.to(dtype) for name, tensor in state.items()})
+            cast = {tensor.data_ptr(): tensor.to(dtype) for tensor in state.values()}  # a tied head stays tied, stored once
+            lm.save_pretrained(out, state_dict={k.removeprefix("lm."): cast[tensor.data_ptr()] for k, tensor in state.items()})
             config = json.loads((out / "config.json").read_text())  # it names the fp32 of the master weights
             config["dtype"] = str(dtype).removeprefix("torch.")
             (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -11,8 +11,9 @@ of ratio times as many. Each trainer runs in a process of its own; they take tur
     ours-separate  this trainer with a row for each suffix, as others have it
     trl            DPOTrainer with its defaults (reference model in memory, gradient checkpointing)
     trl-best       DPOTrainer with reference log-probabilities computed before, no gradient checkpointing
-Output: a table (seconds a step: median and range over steps; pairs/s; tokens/s of the distinct tokens; peak memory; ratio to
-trl-best), OUT.json with the raw figures, and OUT.png.
+Output: a table (seconds a step: median and range over steps; pairs/s; tokens/s of the distinct tokens; peak memory; share of the
+bound; ratios to trl-best), OUT.json with the raw figures, and OUT.png.
+The bound: 3 forward passes over the distinct tokens, in FLOPs, at the rate that large bf16 products reach on this machine.
 The first step of each is left out: it holds one-time costs. The reference pass is not part of a step in any of them but trl.
 """
 
@@ -83,7 +84,8 @@ def make_model(args: Args):
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
 
 
-def time_ours(args: Args, rows: list[dict], separate: bool) -> list[float]:
+def time_ours(args: Args, rows: list[dict], separate: bool) -> tuple[list[float], float]:
+    """Seconds of each step, and those that the distinct tokens' arithmetic needs at the measured rate of large products."""
     import torch
     from accelerate import Accelerator
     from transformers import AutoTokenizer
@@ -102,11 +104,14 @@ def time_ours(args: Args, rows: list[dict], separate: bool) -> list[float]:
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
     scorer, optimizer = accelerator.prepare(scorer, optimizer)
     reference, seconds = torch.zeros(len(pairs), 2), []
+    body, head = train.count_weights(accelerator.unwrap_model(scorer).lm.config)
+    work = train.flops(pairs, range(args.pairs, len(pairs)), accelerator.unwrap_model(scorer).lm.config, body, head)
+    bound = 3 * work / args.steps / train.matrix_rate(accelerator.device, "bf16")
     for step in range(args.steps + 1):
         batch, began = list(range(step * args.pairs, (step + 1) * args.pairs)), time.perf_counter()
         train.train_step(scorer, optimizer, pairs, reference, batch, settings, 0, accelerator)
         seconds.append(time.perf_counter() - began)
-    return seconds
+    return seconds, bound
 
 
 def separate_rows(train):
@@ -127,7 +132,7 @@ def separate_rows(train):
     return collate
 
 
-def time_trl(args: Args, rows: list[dict], best: bool) -> list[float]:
+def time_trl(args: Args, rows: list[dict], best: bool) -> tuple[list[float], None]:
     import datasets
     import torch
     from transformers import AutoTokenizer, TrainerCallback
@@ -156,7 +161,7 @@ def time_trl(args: Args, rows: list[dict], best: bool) -> list[float]:
             processing_class=tokenizer, callbacks=[clock],
         )  # fmt: skip
         trainer.train()
-    return clock.seconds
+    return clock.seconds, None
 
 
 def child(args: Args):
@@ -165,18 +170,18 @@ def child(args: Args):
 
     trainer, ratio = args.child.split("@")
     rows = make_rows(args, int(ratio))
-    timed = time_ours(args, rows, trainer == "ours-separate") if trainer.startswith("ours") else time_trl(
+    timed, bound = time_ours(args, rows, trainer == "ours-separate") if trainer.startswith("ours") else time_trl(
         args, rows, trainer == "trl-best")  # fmt: skip
     count = lambda row: sum(row[side].count(" ") for side in ("prompt", "chosen", "rejected")) + 2
     cuda = torch.cuda.is_available()
     peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"trainer": trainer, "ratio": int(ratio), "seconds": timed[1:], "peak_gib": peak / 2**30,
+    print(json.dumps({"trainer": trainer, "ratio": int(ratio), "seconds": timed[1:], "bound": bound, "peak_gib": peak / 2**30,
                       "pairs": args.pairs, "tokens": sum(map(count, rows[args.pairs :])) / args.steps}))  # fmt: skip
 
 
 def main(args: Args):
     found, environment = [], os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    print("ratio trainer         s/step           range  pairs/s  tokens/s    GiB x trl-best  memory")
+    print("ratio trainer         s/step           range  pairs/s  tokens/s    GiB of bound x trl-best  memory")
     for ratio in args.ratios:
         rows = []
         for trainer in args.trainers:
@@ -187,13 +192,14 @@ def main(args: Args):
                 print(f"{trainer} at ratio {ratio} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
                 continue
             rows.append(json.loads(done.stdout.splitlines()[-1]))
+        bound = next((row["bound"] for row in rows if row["bound"]), float("nan"))
         best = next((row for row in rows if row["trainer"] == "trl-best"), None)
         for row in rows:
             seconds = np.median(row["seconds"])
             faster = f"{np.median(best['seconds']) / seconds:10.2f} {row['peak_gib'] / best['peak_gib']:7.2f}" if best else ""
             spread = f"{min(row['seconds']):.2f} to {max(row['seconds']):.2f}"
             print(f"{ratio:5} {row['trainer']:14} {seconds:7.2f} {spread:>15} {row['pairs'] / seconds:8.2f} "
-                  f"{row['tokens'] / seconds:9.0f} {row['peak_gib']:6.1f} {faster}", flush=True)  # fmt: skip
+                  f"{row['tokens'] / seconds:9.0f} {row['peak_gib']:6.1f} {bound / seconds:8.0%} {faster}", flush=True)  # fmt: skip
         found += rows
     args.out.parent.mkdir(parents=True, exist_ok=True)
     Path(f"{args.out}.json").write_text(json.dumps({"arguments": asdict(args), "found": found}, indent=1, default=str) + "\n")
