@@ -359,13 +359,13 @@ stop()
 
 
 @contextlib.contextmanager
-def served(args, model: str, log: Path):
+def served(args, model: str, log: Path, key_name: str = "OPENAI_API_KEY"):
     """Yield (base_url, key, model name) of a running server; without --base-url start vLLM for it and end it after."""
     if args.chat_template and (args.base_url or not args.chat_template.is_file()):
         stop(f"--chat-template {args.chat_template}: "
              + ("a running server has its own; leave out --base-url" if args.base_url else "no such file"))  # fmt: skip
     if args.base_url:
-        key, url = os.environ.get("OPENAI_API_KEY", "none"), args.base_url.rstrip("/")
+        key, url = os.environ.get(key_name, "none"), args.base_url.rstrip("/")
         try:
             reply = httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=30).raise_for_status()
             names = [entry["id"] for entry in reply.json()["data"]]
@@ -418,26 +418,26 @@ def seed_of(*parts) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4], "big") >> 1
 
 
-async def ask(client: openai.AsyncOpenAI, model: str, problem: str, opening: str, seed: int, args, n: int = 1) -> list[dict]:
-    """n continuations of the assistant's `opening`: {"text", "finish_reason", "tokens" (of all n, on the first)}.
+async def complete(client: openai.AsyncOpenAI, model: str, messages: list[dict], seed: int, n: int, **more) -> list[dict]:
+    """n answers to `messages`: {"text", "finish_reason", "tokens", "prompt_tokens" (of all n, on the first)}.
 
     The client itself tries 408, 409, 429, 5xx, timeouts and dropped connections again, with backoff. A prompt that is
     too long for the model gives finish_reason "refused"; any other refusal ends the run."""
-    messages = [{"role": "user", "content": USER_TURN.format(problem=problem)}, {"role": "assistant", "content": opening}]
     for attempt in range(6):
         try:
-            reply = await client.chat.completions.create(
-                model=model, messages=messages, n=n, seed=seed, temperature=args.temperature, top_p=args.top_p,
-                max_tokens=args.max_tokens, extra_body={"continue_final_message": True, "add_generation_prompt": False},
-            )  # fmt: skip
-            found = [{"text": c.message.content or "", "finish_reason": c.finish_reason, "tokens": 0} for c in reply.choices]
+            reply = await client.chat.completions.create(model=model, messages=messages, n=n, seed=seed, **more)
+            found = [{"text": c.message.content or "", "finish_reason": c.finish_reason, "tokens": 0, "prompt_tokens": 0}
+                     for c in reply.choices]  # fmt: skip
+            if found and not found[0]["text"]:  # a reasoning model whose parser took all for thought
+                extra = reply.choices[0].message.model_extra or {}
+                found[0]["text"] = extra.get("reasoning") or extra.get("reasoning_content") or ""
             if len(found) != n:
                 raise ValueError(f"{len(found)} choices instead of {n}")
-            found[0]["tokens"] = reply.usage.completion_tokens
+            found[0] |= {"tokens": reply.usage.completion_tokens, "prompt_tokens": reply.usage.prompt_tokens}
             return found
         except openai.BadRequestError as error:
             if re.search(r"context length|max_model_len|too long|maximum (input|model) length", str(error)):
-                return [{"text": "", "finish_reason": "refused", "tokens": 0}] * n
+                return [{"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}] * n
             stop(f"the server refuses a request: {str(error)[:300]}")
         except (openai.APIResponseValidationError, ValueError, TypeError, AttributeError, IndexError) as error:
             garbage = error  # an answer that is no chat completion
@@ -445,6 +445,14 @@ async def ask(client: openai.AsyncOpenAI, model: str, problem: str, opening: str
             stop(f"the server does not answer ({error.__class__.__name__}: {str(error)[:200]}); run the same command to go on")
         await asyncio.sleep(min(8.0, 0.25 * 2**attempt))
     stop(f"the server does not answer with chat completions ({garbage}); run the same command to go on")
+
+
+async def ask(client: openai.AsyncOpenAI, model: str, problem: str, opening: str, seed: int, args, n: int = 1) -> list[dict]:
+    """n continuations of the assistant's `opening`; see complete()."""
+    messages = [{"role": "user", "content": USER_TURN.format(problem=problem)}, {"role": "assistant", "content": opening}]
+    more = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
+    prefill = {"continue_final_message": True, "add_generation_prompt": False}
+    return await complete(client, model, messages, seed, n, **more, extra_body=prefill)
 
 
 def show_prompt(base_url: str, key: str, model: str, problem: str, opening: str):

@@ -1,31 +1,38 @@
-"""Find the first wrong step of wrong solutions (Step-DPO, arXiv 2406.18629, section 3.2), with no judge.
+"""Find the first wrong step of wrong solutions (Step-DPO, arXiv 2406.18629, section 3.2): by rollouts, a judge, or hand.
 
-    python 02_locate_step.py                                       # data/samples.jsonl -> data/located.jsonl
+    python 02_locate_step.py                                       # data/samples.jsonl -> data/located.jsonl, by rollouts
     python 02_locate_step.py --samples runs/try.jsonl --model data/tiny/model --out runs/located.jsonl
-    python 02_locate_step.py --linear                              # every prefix instead of bisection
+    python 02_locate_step.py --locator judge --judge-model gpt-4o --judge-base-url https://host/v1 --fallback rollout
+    python 02_locate_step.py --locator human --annotator ann       # a page in the browser -> data/located.ann.jsonl
+    python 02_locate_step.py --labels processbench.jsonl ...       # how often any of them is right, before a budget is spent
+    python 02_locate_step.py --compare data/located.ann.jsonl data/located.jsonl
 
 Input, the output of 01_sample_errors.py (only the wrong samples are used; other fields are carried through):
     {"id": "q1", "problem": "...", "answer": "7", "sample": 0, "response": "...", "steps": ["...", "..."],
      "correct": false, "finish_reason": "stop", ...}
 
 Output, a line a wrong sample: the fields above and
-    {"error_step": 2, "locator": "rollout", "reason": null, "rollout_values": {"1": [2, 2], "2": [0, 8]}}
+    {"error_step": 2, "locator": "rollout", "reason": null, "rollout_values": {"1": [1, 1], "2": [0, 8]}}
+    {"error_step": 2, "locator": "judge", "reason": null, "judge": {"votes": {"2": 3}, "agreement": 1.0, "text": "..."}}
+error_step is null, with a reason, where the locator cannot tell; 03 makes no pair of such a row.
 
-V(k) is the share of continuations of steps 1..k that reach the answer; rollout_values holds (right, tried) by k. The
-first wrong step is the first k with V(k) = 0 (the hard estimate of Math-Shepherd, arXiv 2312.08935), found by bisection
-(OmegaPRM, arXiv 2406.06592). A second wave of continuations is made only where the first has no right one. error_step is
-null, with a reason, where not even the empty prefix leads to the answer; where the file has a right sample of the problem,
-that is known. The same command run again goes on where it stopped.
+rollout: V(k) is the share of continuations of steps 1..k that reach the answer; rollout_values holds (right, tried) by k.
+The first wrong step is the first k with V(k) = 0 (the hard estimate of Math-Shepherd, arXiv 2312.08935), found by bisection
+(OmegaPRM, arXiv 2406.06592). Continuations are asked for in waves of 1, 1, 2, 4 ..., up to the first right one.
+judge: a model reads problem, truth and steps and gives a verdict a step; --votes of them are counted.
+The same command run again goes on where it stopped.
 """
 
 import asyncio
 import atexit
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import multiprocessing
 import os
 import re
@@ -35,10 +42,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import httpx
 import openai
@@ -52,7 +60,41 @@ USER_TURN = "{problem}\nPlease reason step by step, and put your final answer wi
 STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"  # "Step 2:", "## Step 2.", "**Step 2:**"
 # Copied from 01_sample_errors.py
 STATED_ANSWER = re.compile(r"[Tt]he (?:final )?answer is:?[ \t]*([^\n]+)")  # models without \boxed{}: "The answer is: 7"
-FIRST_WAVE = 2  # continuations tried before the rest: most right prefixes show themselves here
+JUDGE_PROMPT = """Below are a maths problem, {truth_name}, and a solution in {count} numbered steps that somebody wrote. \
+Find out whether the solution goes wrong, and at which step first.
+
+## Problem
+{problem}
+
+## {truth_title}
+{truth}
+
+## Solution to check
+{steps}
+
+## Your task
+First write a short analysis, 200 words at most: go through the steps in their order, work out again what each computes or \
+claims, and compare it with the problem and with what earlier steps have established. Another way than the reference's is \
+not a mistake. Then write the line "Verdicts:" and below it a line for each step, from step 1 on, in this form:
+
+Step 1: correct
+
+The verdict is one word: "correct" where the step is right and follows from what stands before it, "neutral" where it \
+neither helps nor claims anything that could be wrong, "incorrect" where it has a mistake. The list ends with the first step \
+that is {stop}; if there is none, it ends with step {count}. Write nothing below the list."""
+VERDICT_LINE = re.compile(r"[\W_]*(?:step|步骤|第)?\s*(\d+)\s*步?[\s*_`]*[:：.)\-–—|][\s*_`|]*(\w+)[\W_]*", re.I)
+VERDICTS = {"correct": "correct", "right": "correct", "正确": "correct", "neutral": "neutral", "中立": "neutral",
+            "incorrect": "incorrect", "wrong": "incorrect", "错误": "incorrect", "不正确": "incorrect"}  # fmt: skip
+VERDICTS_HEAD = re.compile(r"^[\W_]*(?:verdicts?|判断|结论|判定)[\W_]*$", re.I | re.M)
+THOUGHT = re.compile(r"^.*</think>|<think>.*", re.S)  # the second: a thought that was cut and never closed
+NO_ERROR = "no error found"
+HUMAN_KEYS = """<script>
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.altKey || event.metaKey || event.target.matches("input, textarea")) return;
+  const name = {n: "none", u: "unsure", s: "skip", b: "back"}[event.key];
+  document.getElementById(name || "step-" + event.key)?.click();
+});
+</script>"""
 
 
 @dataclass
@@ -73,16 +115,61 @@ class Args:
     """seconds to wait for the server to come up"""
     chat_template: Path | None = None
     """Jinja file to use instead of the model's own chat template"""
+    locator: Literal["rollout", "judge", "human"] = "rollout"
+    """continuations of the policy itself, a model that judges, or a page to click on"""
+    fallback: Literal["none", "rollout"] = "none"
+    """locator for the rows that the first leaves open"""
+    labels: Path | None = None
+    """solutions with known first errors, right ones among them: locate these and print how often it is right. Rows with
+    problem, steps and label (0-based, -1 for none: ProcessBench's files as they are), or located rows of this script"""
+    compare: tuple[Path, Path] | None = None
+    """two located files: print how far they agree, with Cohen's kappa, and end; the first counts as the truth"""
     rollouts: int = 8
     """continuations of a prefix; a prefix with no right one among them is taken for wrong"""
     linear: bool = False
     """estimate every prefix instead of bisecting; costs more, and shows the whole curve"""
+    early_stop: bool = True
+    """no more continuations of a prefix once one is right; --no-early-stop gives exact shares"""
+    keep_rollouts: Path | None = None
+    """file to keep the continuations in, so that 03 need not sample them again"""
     temperature: float = 0.8
     """sampling temperature"""
     top_p: float = 0.95
     """nucleus sampling"""
     max_tokens: int = 2048
     """longest continuation, in tokens"""
+    judge_model: str = ""
+    """name of the judge on its server"""
+    judge_base_url: str | None = None
+    """the judge's OpenAI-compatible server; its key is read from JUDGE_API_KEY"""
+    judge_path: str = ""
+    """folder or hub id of a judge to start vLLM for, instead of a server"""
+    judge_temperature: float = 0.6
+    """sampling temperature of the judge; at 0 votes and retries would all be the same"""
+    judge_max_tokens: int = 2048
+    """longest judgement in tokens, thoughts included; reasoning models need 16384 or more"""
+    judge_timeout: float = 600.0
+    """seconds of silence after which a judgement is asked for again"""
+    neutral: Literal["error", "correct"] = "error"
+    """what a neutral step counts as (the paper's code: error)"""
+    votes: int = 1
+    """judgements of a solution; the step with most of them is taken, a tie leaves the row open"""
+    min_agreement: float = 0.5
+    """smallest share of the votes that the step must have"""
+    retries: int = 3
+    """how often a judgement that cannot be read is asked for again"""
+    price_in: float = 0.0
+    """money for a million prompt tokens of the judge"""
+    price_out: float = 0.0
+    """money for a million completion tokens of the judge"""
+    annotator: str = ""
+    """name of who clicks; each has a file of their own, OUT with the name in it"""
+    host: str = "127.0.0.1"
+    """address of the page; others than this machine's let everyone in"""
+    port: int = 7860
+    """port of the page"""
+    max_per_problem: int | None = None
+    """use the first so many wrong samples of a problem"""
     limit: int | None = None
     """use the first so many wrong samples"""
     seed: int = 0
@@ -313,13 +400,13 @@ stop()
 
 # Copied from 01_sample_errors.py
 @contextlib.contextmanager
-def served(args, model: str, log: Path):
+def served(args, model: str, log: Path, key_name: str = "OPENAI_API_KEY"):
     """Yield (base_url, key, model name) of a running server; without --base-url start vLLM for it and end it after."""
     if args.chat_template and (args.base_url or not args.chat_template.is_file()):
         stop(f"--chat-template {args.chat_template}: "
              + ("a running server has its own; leave out --base-url" if args.base_url else "no such file"))  # fmt: skip
     if args.base_url:
-        key, url = os.environ.get("OPENAI_API_KEY", "none"), args.base_url.rstrip("/")
+        key, url = os.environ.get(key_name, "none"), args.base_url.rstrip("/")
         try:
             reply = httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=30).raise_for_status()
             names = [entry["id"] for entry in reply.json()["data"]]
@@ -374,26 +461,26 @@ def seed_of(*parts) -> int:
 
 
 # Copied from 01_sample_errors.py
-async def ask(client: openai.AsyncOpenAI, model: str, problem: str, opening: str, seed: int, args, n: int = 1) -> list[dict]:
-    """n continuations of the assistant's `opening`: {"text", "finish_reason", "tokens" (of all n, on the first)}.
+async def complete(client: openai.AsyncOpenAI, model: str, messages: list[dict], seed: int, n: int, **more) -> list[dict]:
+    """n answers to `messages`: {"text", "finish_reason", "tokens", "prompt_tokens" (of all n, on the first)}.
 
     The client itself tries 408, 409, 429, 5xx, timeouts and dropped connections again, with backoff. A prompt that is
     too long for the model gives finish_reason "refused"; any other refusal ends the run."""
-    messages = [{"role": "user", "content": USER_TURN.format(problem=problem)}, {"role": "assistant", "content": opening}]
     for attempt in range(6):
         try:
-            reply = await client.chat.completions.create(
-                model=model, messages=messages, n=n, seed=seed, temperature=args.temperature, top_p=args.top_p,
-                max_tokens=args.max_tokens, extra_body={"continue_final_message": True, "add_generation_prompt": False},
-            )  # fmt: skip
-            found = [{"text": c.message.content or "", "finish_reason": c.finish_reason, "tokens": 0} for c in reply.choices]
+            reply = await client.chat.completions.create(model=model, messages=messages, n=n, seed=seed, **more)
+            found = [{"text": c.message.content or "", "finish_reason": c.finish_reason, "tokens": 0, "prompt_tokens": 0}
+                     for c in reply.choices]  # fmt: skip
+            if found and not found[0]["text"]:  # a reasoning model whose parser took all for thought
+                extra = reply.choices[0].message.model_extra or {}
+                found[0]["text"] = extra.get("reasoning") or extra.get("reasoning_content") or ""
             if len(found) != n:
                 raise ValueError(f"{len(found)} choices instead of {n}")
-            found[0]["tokens"] = reply.usage.completion_tokens
+            found[0] |= {"tokens": reply.usage.completion_tokens, "prompt_tokens": reply.usage.prompt_tokens}
             return found
         except openai.BadRequestError as error:
             if re.search(r"context length|max_model_len|too long|maximum (input|model) length", str(error)):
-                return [{"text": "", "finish_reason": "refused", "tokens": 0}] * n
+                return [{"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}] * n
             stop(f"the server refuses a request: {str(error)[:300]}")
         except (openai.APIResponseValidationError, ValueError, TypeError, AttributeError, IndexError) as error:
             garbage = error  # an answer that is no chat completion
@@ -401,6 +488,15 @@ async def ask(client: openai.AsyncOpenAI, model: str, problem: str, opening: str
             stop(f"the server does not answer ({error.__class__.__name__}: {str(error)[:200]}); run the same command to go on")
         await asyncio.sleep(min(8.0, 0.25 * 2**attempt))
     stop(f"the server does not answer with chat completions ({garbage}); run the same command to go on")
+
+
+# Copied from 01_sample_errors.py
+async def ask(client: openai.AsyncOpenAI, model: str, problem: str, opening: str, seed: int, args, n: int = 1) -> list[dict]:
+    """n continuations of the assistant's `opening`; see complete()."""
+    messages = [{"role": "user", "content": USER_TURN.format(problem=problem)}, {"role": "assistant", "content": opening}]
+    more = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
+    prefill = {"continue_final_message": True, "add_generation_prompt": False}
+    return await complete(client, model, messages, seed, n, **more, extra_body=prefill)
 
 
 # Copied from 01_sample_errors.py
@@ -460,74 +556,430 @@ async def first_zero(n_steps: int, reaches, linear: bool) -> int | None:
     return high
 
 
-async def locate_all(args: Args, rows: list[dict], solvable: set[str], output: Output, server) -> dict:
-    """Locate and write what is not there yet. Returns the summary. `solvable`: ids with a right sample, so V(0) > 0."""
+def rollout_locator(args: Args, server, grader: Grader, solvable: set[str], spent: Counter, keep: Output | None):
+    """`await locate(row)` by continuations of the policy: {"error_step", "locator", "reason", "rollout_values"}.
+
+    `solvable`: ids with a right sample, so V(0) > 0 is known. `spent` counts tokens."""
     url, key, model = server
     client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=3600)
-    grader, tokens, began = Grader(), 0, time.time()
-    done = {(row["id"], row["sample"]) for row in output.rows}
+    kept = {(row["id"], row["sample"]) for row in keep.rows} if keep else set()
 
-    async def work(row: dict):
-        steps, values = row["steps"], {}
+    async def locate(row: dict) -> dict:
+        steps, values, texts = row["steps"], {}, {}
 
         async def reaches(k: int) -> bool:
-            nonlocal tokens
             if k == 0 and row["id"] in solvable:
                 return True
-            prefix = "".join(steps[:k]) + cut_label(steps[k], k + 1)[0]
-            right = tried = 0
-            for size in (min(FIRST_WAVE, args.rollouts), args.rollouts - FIRST_WAVE):
-                if right or size <= 0:
-                    continue
+            prefix, right, tried = "".join(steps[:k]) + cut_label(steps[k], k + 1)[0], 0, 0
+            while tried < args.rollouts and not (right and args.early_stop):
+                size = min(max(1, tried), args.rollouts - tried) if args.early_stop else args.rollouts
                 seed = seed_of(args.seed, "locate", row["id"], row["sample"], k, tried)
                 found = await ask(client, model, row["problem"], prefix, seed, args, size)
                 answers = [extract_answer(prefix + f["text"]) if f["finish_reason"] == "stop" else None for f in found]
-                right += sum(await asyncio.gather(*(grader(row["answer"], answer) for answer in answers)))
-                tried, tokens = tried + size, tokens + found[0]["tokens"]
+                verdicts = await asyncio.gather(*(grader(row["answer"], answer) for answer in answers))
+                texts.setdefault(str(k), []).extend(
+                    {"text": f["text"], "finish_reason": f["finish_reason"], "correct": good}
+                    for f, good in zip(found, verdicts, strict=True)
+                )
+                right, tried = right + sum(verdicts), tried + size
+                spent.update(prompt=found[0]["prompt_tokens"], completion=found[0]["tokens"], rollouts=size)
             values[k] = [right, tried]
             return right > 0
 
         error_step, reason = None, "no response to look at"
-        if steps:
+        if steps and row["correct"]:
+            reason = f"{NO_ERROR}: the answer is right"
+        elif steps:
             error_step = await first_zero(len(steps), reaches, args.linear)
             reason = None if error_step else "no continuation of the empty prefix reaches the answer"
-        output.write(row | {"error_step": error_step, "locator": "rollout", "reason": reason,
-                            "rollout_values": {str(k): values[k] for k in sorted(values)}})  # fmt: skip
+        if keep and (row["id"], row["sample"]) not in kept:
+            keep.write({"id": row["id"], "sample": row["sample"], "rollouts": texts})
+        return {"error_step": error_step, "locator": "rollout", "reason": reason,
+                "rollout_values": {str(k): values[k] for k in sorted(values)}}  # fmt: skip
 
+    return locate
+
+
+def judge_prompt(row: dict, neutral: str) -> str:
+    """What the judge reads; the steps without the labels that they brought along."""
+    steps = "\n".join(f"Step {k}: {cut_label(step, k)[1].strip()}" for k, step in enumerate(row["steps"], 1))
+    for field, name in (("solution", "a reference solution"), ("answer", "the answer")):
+        if row.get(field):
+            title, truth = name.split(" ", 1)[1].capitalize(), row[field]
+            break
+    else:
+        name, title, truth = "no reference", "Answer", "It is not known."
+    stop_at = "not correct" if neutral == "error" else "incorrect"
+    return JUDGE_PROMPT.format(truth_name=name, truth_title=title, truth=truth, problem=row["problem"], steps=steps,
+                               count=len(row["steps"]), stop=stop_at)  # fmt: skip
+
+
+def first_error(text: str, count: int, neutral: str) -> int:
+    """The first wrong step that a judgement of `count` steps names, 0 for none. ValueError says why it cannot be read.
+
+    Below the last "Verdicts:" (or anywhere, where no such line is) only whole lines such as "Step 2: incorrect" count, in
+    order and without gaps; what follows the first wrong step does not matter as long as it is in order too."""
+    text = THOUGHT.sub("", text)
+    heads = list(VERDICTS_HEAD.finditer(text))
+    lines = text[heads[-1].end() if heads else 0 :].splitlines()
+    found = [match for line in lines if (match := VERDICT_LINE.fullmatch(line)) and match[2].lower() in VERDICTS]
+    if not found:
+        raise ValueError("no verdict")
+    for number, match in enumerate(found, 1):
+        if int(match[1]) != number:
+            raise ValueError(f"verdict {number} of the list is on step {match[1]}")
+    if len(found) > count:
+        raise ValueError(f"a verdict on step {len(found)}, past the last of {count}")
+    wrong = ("neutral", "incorrect") if neutral == "error" else ("incorrect",)
+    for number, match in enumerate(found, 1):
+        if VERDICTS[match[2].lower()] in wrong:
+            return number
+    if len(found) < count:
+        raise ValueError(f"the verdicts end with step {len(found)} of {count}, and none is wrong")
+    return 0
+
+
+def judge_locator(args: Args, server, spent: Counter):
+    """`await locate(row)` by a judge: {"error_step", "locator", "reason", "judge"}. `spent` counts tokens and retries."""
+    url, key, model = server
+    client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=args.judge_timeout)
+    more = {"temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens}
+
+    async def vote(row: dict, number: int) -> tuple[int | None, str, str]:
+        """(first wrong step, the judge's text, "") or (None, its last text, why it cannot be read)."""
+        messages = [{"role": "user", "content": judge_prompt(row, args.neutral)}]
+        for attempt in range(args.retries + 1):
+            seed = seed_of(args.seed, "judge", row["id"], row["sample"], number, attempt)
+            [found] = await complete(client, model, messages, seed, 1, **more)
+            spent.update(prompt=found["prompt_tokens"], completion=found["tokens"], judgements=1)
+            try:
+                if found["finish_reason"] != "stop":
+                    raise ValueError(f"it ended by {found['finish_reason']}; length: --judge-max-tokens, refused: long prompt")
+                return first_error(found["text"], len(row["steps"]), args.neutral), found["text"], ""
+            except ValueError as error:
+                why = str(error)
+                spent.update({"judgements not readable": 1})
+        return None, found["text"], why
+
+    async def locate(row: dict) -> dict:
+        if not row["steps"]:
+            return {"error_step": None, "locator": "judge", "reason": "no response to look at"}
+        votes = await asyncio.gather(*(vote(row, number) for number in range(args.votes)))
+        count = Counter(step for step, _, _ in votes if step is not None)
+        error_step, agreement, text = None, 0.0, votes[0][1]
+        if not count:
+            reason = f"the judge's answer cannot be read: {votes[0][2]}"
+        else:
+            (top, most), *others = count.most_common()
+            agreement, text = most / args.votes, next(text for step, text, _ in votes if step == top)
+            if others and others[0][1] == most or agreement < args.min_agreement:
+                reason = f"the votes disagree: {agreement:.0%} for the first"
+            elif top == 0:
+                reason = f"{NO_ERROR} by the judge"
+            else:
+                error_step, reason = top, None
+        names = {str(step) if step else "none": number for step, number in sorted(count.items())}
+        judge = {"model": model, "votes": names, "agreement": round(agreement, 3), "text": text}
+        return {"error_step": error_step, "locator": "judge", "reason": reason, "judge": judge}
+
+    return locate
+
+
+async def locate_all(rows: list[dict], locate, output: Output, left: Output | None, spent: Counter, args: Args, label: str):
+    """Locate `rows`; write each to `output`, or, if it stays open and there is a fallback, what was found to `left`."""
+    price = lambda: (spent["prompt"] * args.price_in + spent["completion"] * args.price_out) / 1e6
+
+    async def work(row: dict):
+        found = await locate(row)
+        is_open = found["error_step"] is None and not (row["correct"] and str(found["reason"]).startswith(NO_ERROR))
+        if left is not None and is_open:
+            left.write({"id": row["id"], "sample": row["sample"], **found})
+        else:
+            output.write(row | found)
+        if label == "judging" and len(output.rows) % 100 == 0:
+            said = f"{len(output.rows)} rows, tokens: {spent['prompt']} in, {spent['completion']} out"
+            tqdm.write(said + (f", money: {price():.2f}" if args.price_in or args.price_out else ""), file=sys.stderr)
+
+    await run_all(rows, work, args.concurrency, label)
+    if args.price_in or args.price_out:
+        spent["money"] = round(price(), 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# how good it is
+
+
+def identity(row: dict) -> tuple:
+    return row["id"], row["sample"]
+
+
+# Copied from 05_eval.py
+def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927); stays within 0 and 1 and has a width at 0 and at 1 too."""
+    share, spread = correct / total, z * z / total
+    middle = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def load_labels(path: Path) -> list[dict]:
+    """Labelled solutions as samples, with `label`: 0-based first wrong step, -1 for none."""
+    rows, found = read_rows(path, ("problem", "steps")), []
+    for number, row in enumerate(rows, 1):
+        label = row.get("label", (row.get("error_step") or 0) - 1)
+        if "label" not in row and "error_step" not in row or type(label) is not int or not -1 <= label < len(row["steps"]):
+            stop(f"{path}, row {number}: no 'label' from -1 to {len(row['steps']) - 1} and no 'error_step'; see --help")
+        if "label" not in row and not row["error_step"] and not str(row.get("reason")).startswith(NO_ERROR):
+            continue  # the annotator was not sure
+        steps = [step if "response" in row or step.endswith("\n") else step + "\n\n" for step in row["steps"]]
+        known = {"id": row["problem"], "sample": 0, "response": "".join(steps), "finish_reason": "stop",
+                 "correct": row.get("final_answer_correct", label < 0)}  # fmt: skip
+        found.append(known | row | {"label": label, "steps": steps})
+    return found or stop(f"{path}: no row has a label")
+
+
+def first_wrong(row: dict) -> int | None:
+    """What a located row says: the first wrong step, 0 for no error, None for nothing."""
+    return row["error_step"] or (0 if str(row.get("reason")).startswith(NO_ERROR) else None)
+
+
+def score(truths: list[int], found: list[int | None], name: str) -> dict:
+    """Print ProcessBench's measures (accuracy on wrong and on right solutions, and their harmonic mean F1) with 95 % Wilson
+    intervals, and how far the located steps are from the true ones. 0 stands for no error, None for a row left open."""
+    wrong = [(t, f) for t, f in zip(truths, found, strict=True) if t]
+    right = [f for t, f in zip(truths, found, strict=True) if not t]
+    lines, result = [f"{name}: {len(truths)} solutions, {len(wrong)} wrong, {len(right)} right"], {}
+    exact = sum(t == f for t, f in wrong)
+    of = [("wrong", exact, len(wrong)), ("right", right.count(0), len(right))]
+    of += [("located", exact, sum(bool(f) for _, f in wrong))]
+    for label, hits, total in of:
+        if total:
+            low, high = wilson(hits, total)
+            result[label] = hits / total
+            lines.append(f"  exact on {label:10} {hits / total:6.1%} of {total:5}   (95 % interval {low:.1%} to {high:.1%})")
+    if "wrong" in result and "right" in result:
+        both = result["wrong"] + result["right"]
+        result["F1"] = 2 * result["wrong"] * result["right"] / both if both else 0.0
+        lines.append(f"  F1 {result['F1']:.1%}")
+    names = ["2 or more early", "1 early", "exact", "1 late", "2 or more late", "said to have no error", "left open"]
+    places = [names[max(-2, min(2, f - t)) + 2] if f else names[6 if f is None else 5] for t, f in wrong]
+    lines += [f"  {label:22} {places.count(label):5} {places.count(label) / len(wrong):6.1%}" for label in names if wrong]
+    print("\n".join(lines))
+    return result
+
+
+def kappa(a: list[int], b: list[int]) -> float:
+    """Cohen's kappa of two lists of labels: agreement beyond what their shares of each label give by chance."""
+    agree, shares = sum(x == y for x, y in zip(a, b, strict=True)) / len(a), (Counter(a), Counter(b))
+    chance = sum(shares[0][label] * shares[1][label] for label in shares[0]) / len(a) ** 2
+    return 1.0 if chance == 1 else (agree - chance) / (1 - chance)
+
+
+def compare(first: Path, second: Path):
+    """Print how far two located files agree on the rows that both have."""
+    files = [{identity(row): row for row in read_rows(path, ("id", "steps"))} for path in (first, second)]
+    common = [key for key in files[0] if key in files[1] and files[0][key]["steps"] == files[1][key]["steps"]]
+    sides = [[first_wrong(file[key]) for key in common] for file in files]
+    both = [(a, b) for a, b in zip(*sides, strict=True) if None not in (a, b)]
+    if not both:
+        stop(f"{first} and {second} have no solution in common on which both say something")
+    a, b = (list(side) for side in zip(*both, strict=True))
+    agree = sum(x == y for x, y in both) / len(both)
+    print(f"in common: {len(common)} solutions, on {len(both)} both say something; agreement {agree:.1%}, "
+          f"Cohen's kappa {kappa(a, b):.3f}")  # fmt: skip
+    known = [(a, b) for a, b in zip(*sides, strict=True) if a is not None]
+    score(*map(list, zip(*known, strict=True)), f"{second} with {first} as the truth")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the page
+
+
+def math_safe(text: str) -> str:
+    """Markdown in which formulas stand between \\( and \\), and dollars that are money between nothing.
+
+    Pandoc's rule: no space behind the opening dollar nor before the closing one, no digit behind the closing one."""
+    formula = r"(\$\$.+?\$\$|\\\(.+?\\\)|\\\[.+?\\\]|\$(?![\s$])(?:[^$\n]*[^\s$\\])?\$(?!\d))"
+    parts = re.split(formula, text, flags=re.S)
+    for i, part in enumerate(parts):
+        if i % 2 == 0:
+            part = re.sub(r"\\boxed\{[^{}]*\}", lambda box: f"\\({box[0]}\\)", part).replace("$", "&#36;")
+        parts[i] = f"\\({part[1:-1]}\\)" if re.match(r"\$[^$]", part) else part
+    return "".join(parts)
+
+
+def annotate(args: Args, rows: list[dict], settings: dict):
+    """Show one solution at a time; write OUT at each click from the journal OUT.clicks.jsonl, which goes on after a stop."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
-        await run_all([row for row in rows if (row["id"], row["sample"]) not in done], work, args.concurrency, "locating")
-    finally:
-        grader.close()
-    wanted = {(row["id"], row["sample"]) for row in rows}
-    located = [row for row in output.rows if (row["id"], row["sample"]) in wanted]
-    found = [row["error_step"] for row in located if row["error_step"]]
-    return {
-        "wrong samples": len(located), "located": len(found), "not located": len(located) - len(found),
-        "by step": " ".join(f"{step}:{found.count(step)}" for step in sorted(set(found))), "gradings killed": grader.kills,
-        "tokens": tokens, "tokens/s": round(tokens / (time.time() - began)), "seconds": round(time.time() - began, 1),
-    }  # fmt: skip
+        import gradio
+    except ImportError:
+        stop("--locator human needs gradio: pip install gradio")
+    name = f".{args.annotator}" if args.annotator else ""
+    out = args.out.with_name(f"{args.out.stem}{name}{args.out.suffix}")
+    clicks = Output(out.with_suffix(".clicks.jsonl"), settings)
+    known = {identity(row): row for row in rows}
+    said = {identity(click): click["said"] for click in clicks.rows if identity(click) in known}
+    reasons = {"none": f"{NO_ERROR} by hand", "unsure": "unsure"}
+
+    def write():
+        lines = []
+        for key, what in said.items():
+            if what != "skip":
+                found = {"error_step": None if what in reasons else what, "locator": "human", "reason": reasons.get(what)}
+                lines.append(json.dumps(known[key] | found | {"annotator": args.annotator}, ensure_ascii=False) + "\n")
+        temporary = out.with_suffix(".tmp")
+        temporary.write_text("".join(lines), encoding="utf-8")
+        temporary.replace(out)
+
+    def after(place: int) -> int:
+        """The next row without a verdict, from `place` on and around; len(rows) when there is none."""
+        order = [*range(place, len(rows)), *range(place)]
+        return next((i for i in order if said.get(identity(rows[i]), "skip") == "skip" and i != place - 1), len(rows))
+
+    def click(what, place: int) -> int:
+        if what == "back":
+            return max(0, place - 1)
+        clicks.write({"id": rows[place]["id"], "sample": rows[place]["sample"], "said": what, "time": round(time.time())})
+        said[identity(rows[place])] = what
+        write()
+        return after(place + 1)
+
+    latex = [{"left": left, "right": right, "display": left != "\\("}
+             for left, right in (("$$", "$$"), ("\\(", "\\)"), ("\\[", "\\]"))]  # fmt: skip
+    show = lambda text: gradio.Markdown(math_safe(text), latex_delimiters=latex)
+    with gradio.Blocks(title="First wrong step", analytics_enabled=False) as page:
+        place = gradio.State(after(0))
+
+        @gradio.render(inputs=place)
+        def solution(at: int):
+            done = sum(what != "skip" for what in said.values())
+            gradio.Markdown(f"**{done} of {len(rows)}** done{f', {args.annotator}' if args.annotator else ''}. Which step is "
+                            "the first wrong one? Click its number or press it.", elem_id="progress")  # fmt: skip
+            if at >= len(rows):
+                gradio.Markdown(f"All solutions were shown. Reload to see skipped ones. The verdicts stand in `{out}`.",
+                                elem_id="done")  # fmt: skip
+                gradio.Button("Back (b)", elem_id="back").click(lambda: len(rows) - 1, None, place)
+                return
+            row = rows[at]
+            with gradio.Row():
+                with gradio.Column(scale=2):
+                    show(f"### Problem {row['id']}\n{row['problem']}\n\n**Answer:** {row.get('answer', 'not known')}\n\n"
+                         f"**This solution's answer:** {row.get('prediction')}")  # fmt: skip
+                    if row.get("solution"):
+                        with gradio.Accordion("Reference solution", open=False):
+                            show(row["solution"].replace("\n", "\n\n"))
+                with gradio.Column(scale=3):
+                    for k, step in enumerate(row["steps"], 1):
+                        with gradio.Row(equal_height=True):
+                            chosen = said.get(identity(row)) == k
+                            button = gradio.Button(str(k), elem_id=f"step-{k}", variant="primary" if chosen else "secondary",
+                                                   scale=0, min_width=48)  # fmt: skip
+                            button.click(lambda at, k=k: click(k, at), place, place)
+                            show(cut_label(step, k)[1].strip())
+            with gradio.Row():
+                for text in ("No error found (n)", "Unsure (u)", "Skip (s)", "Back (b)"):
+                    what = text.split(" ")[0].lower().replace("no", "none")
+                    gradio.Button(text, elem_id=what).click(lambda at, what=what: click(what, at), place, place)
+
+    font = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from the network
+    try:
+        page.launch(server_name=args.host, server_port=args.port, quiet=True, head=HUMAN_KEYS, theme=font, show_error=True,
+                    prevent_thread_lock=True, footer_links=[])  # fmt: skip
+    except OSError as error:
+        stop(f"--port {args.port}: {error}")
+    print(f"open http://{args.host}:{args.port}; each click is saved at once, Ctrl-C ends", file=sys.stderr, flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(1)
+    counts = Counter("located" if isinstance(what, int) else what for what in said.values())
+    clicks.save_meta(finished=len(said) == len(rows), summary=counts)
+    print(f"{out}: {len(rows)} solutions, " + ", ".join(f"{name} {number}" for name, number in counts.items()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_samples(args: Args) -> tuple[list[dict], set[str]]:
+    """The rows to locate, and the ids of the problems that a right sample shows to be solvable."""
+    if args.labels:
+        rows = load_labels(args.labels)
+        lacks = [row["id"] for row in rows if not row.get("answer")]
+        if lacks and "rollout" in (args.locator, args.fallback):
+            stop(f"{args.labels}: {lacks[0]} has no 'answer', so rollouts cannot be graded; use --locator judge")
+        return rows[: args.limit], {row["id"] for row in rows if row["correct"]}
+    samples = read_rows(args.samples, ("id", "problem", "answer", "sample", "steps", "correct", "finish_reason"))
+    rows, seen = [], Counter()
+    for row in samples:
+        seen[row["id"]] += not row["correct"]
+        if not row["correct"] and seen[row["id"]] <= (args.max_per_problem or math.inf):
+            rows.append(row)
+    if not rows:
+        stop(f"{args.samples}: none of its {len(samples)} samples is wrong; sample more problems, or harder ones")
+    return rows[: args.limit], {row["id"] for row in samples if row["correct"]}
 
 
 def main(args: Args):
-    if min(args.rollouts, args.concurrency, args.max_tokens, args.limit or 1) < 1:
-        stop("--rollouts, --concurrency, --max-tokens and --limit are at least 1")
-    samples = read_rows(args.samples, ("id", "problem", "answer", "sample", "steps", "correct", "finish_reason"))
-    rows = [row for row in samples if not row["correct"]][: args.limit]
-    if not rows:
-        stop(f"{args.samples}: none of its {len(samples)} samples is wrong; sample more problems, or harder ones")
-    settings = {name: getattr(args, name) for name in ("chat_template", "rollouts", "linear", "temperature", "top_p",
-                                                       "max_tokens", "seed")}  # fmt: skip
-    settings |= {"stage": "02_locate_step", "model": model_id(args.model)}
-    solvable = {row["id"] for row in samples if row["correct"]}
-    output, steps = Output(args.out, settings), {(row["id"], row["sample"]): row["steps"] for row in rows}
+    least = (args.rollouts, args.concurrency, args.max_tokens, args.votes, args.limit or 1, args.max_per_problem or 1)
+    if min(least) < 1 or args.retries < 0 or not 0 <= args.min_agreement <= 1:
+        stop("--rollouts, --concurrency, --max-tokens, --votes, --max-per-problem and --limit are at least 1, --retries at "
+             "least 0, --min-agreement is between 0 and 1")  # fmt: skip
+    if args.compare:
+        return compare(*args.compare)
+    if args.locator == "judge" and not (args.judge_path or args.judge_model and args.judge_base_url):
+        stop("--locator judge needs --judge-model and --judge-base-url, or --judge-path")
+    rows, solvable = load_samples(args)
+    began, used = time.time(), {args.locator, args.fallback}
+    names = {"rollout": ("temperature", "top_p", "max_tokens", "rollouts", "linear", "early_stop", "chat_template"),
+             "judge": ("judge_model", "judge_path", "judge_temperature", "judge_max_tokens", "neutral", "votes",
+                       "min_agreement", "retries"), "human": (), "none": ()}  # fmt: skip
+    settings = {name: getattr(args, name) for kind in used for name in names[kind]}
+    settings |= {"locator": args.locator, "fallback": args.fallback, "seed": args.seed}
+    settings |= {"stage": "02_locate_step"} | ({"model": model_id(args.model)} if "rollout" in used else {})
+    if args.locator == "human":
+        return annotate(args, rows, {"stage": "02_locate_step", "locator": "human", "annotator": args.annotator})
+    output, steps = Output(args.out, settings), {identity(row): row["steps"] for row in rows}
     for row in output.rows:
-        if steps.get((row["id"], row["sample"]), row["steps"]) != row["steps"]:
-            stop(f"{args.out} holds another sample {row['sample']} of {row['id']} than {args.samples}; give another --out")
-    with served(args, args.model, Path(f"{args.out}.server.log")) as server:
-        show_prompt(*server, rows[0]["problem"], "".join(rows[0]["steps"][:1]))
-        summary = asyncio.run(locate_all(args, rows, solvable, output, server))
+        if steps.get(identity(row), row["steps"]) != row["steps"]:
+            stop(f"{args.out} holds another sample {row['sample']} of {row['id']} than {args.labels or args.samples}; "
+                 "give another --out")  # fmt: skip
+    left = Output(args.out.with_suffix(".open.jsonl"), settings) if args.fallback != "none" else None
+    keep = Output(args.keep_rollouts, settings) if args.keep_rollouts else None
+    done = lambda *files: {identity(row) for file in files if file for row in file.rows}
+    grader, spent = Grader(), {"judge": Counter(), "rollout": Counter()}
+    try:
+        todo = [row for row in rows if identity(row) not in done(output, left)]
+        if args.locator == "judge" and todo:
+            here = dataclasses.replace(args, base_url=args.judge_base_url, chat_template=None)
+            log = Path(f"{args.out}.judge.log")
+            with served(here, args.judge_model or args.judge_path, log, "JUDGE_API_KEY") as server:
+                locate = judge_locator(args, server, spent["judge"])
+                asyncio.run(locate_all(todo, locate, output, left, spent["judge"], args, "judging"))
+        opened = {identity(row): row for row in left.rows} if left else {}
+        todo = [row for row in rows if identity(row) not in done(output)]
+        if "rollout" in used and todo:
+            with served(args, args.model, Path(f"{args.out}.server.log")) as server:
+                show_prompt(*server, todo[0]["problem"], "".join(todo[0]["steps"][:1]))
+                todo = [row | {"judge": opened.get(identity(row), {}).get("judge")} if opened else row for row in todo]
+                locate = rollout_locator(args, server, grader, solvable, spent["rollout"], keep)
+                asyncio.run(locate_all(todo, locate, output, None, spent["rollout"], args, "locating"))
+    finally:
+        grader.close()
+    located = [row for row in output.rows if identity(row) in steps]
+    found = [row["error_step"] for row in located if row["error_step"]]
+    summary = {"wrong samples" if not args.labels else "solutions": len(located), "located": len(found),
+               "not located": len(located) - len(found),
+               "by step": " ".join(f"{step}:{found.count(step)}" for step in sorted(set(found))),
+               "gradings killed": grader.kills}  # fmt: skip
+    for name, count in spent.items():
+        summary |= {f"{name} {what}{' tokens' if what in ('prompt', 'completion') else ''}": n for what, n in count.items()}
+    summary["seconds"] = round(time.time() - began, 1)
     output.save_meta(finished=True, summary=summary)
+    keep.save_meta(finished=True) if keep else None
     print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
+    if args.labels:
+        verdicts = {identity(row): first_wrong(row) for row in located}
+        score([row["label"] + 1 for row in rows], [verdicts[identity(row)] for row in rows], str(args.labels))
 
 
 if __name__ == "__main__":

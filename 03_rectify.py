@@ -64,6 +64,8 @@ class Args:
     """output of 02_locate_step.py"""
     out: Path = Path("data/pairs.jsonl")
     """file to write; problems that OUT.tries.jsonl holds already are not done again"""
+    rollouts: Path | None = None
+    """what 02 --keep-rollouts kept: continuations that need not be sampled again; they count towards --n"""
     model: str = "Qwen/Qwen2-7B-Instruct"
     """folder or hub id of the model to go on with, in the paper the one that made the samples; with --base-url its name"""
     base_url: str | None = None
@@ -339,13 +341,13 @@ stop()
 
 # Copied from 01_sample_errors.py
 @contextlib.contextmanager
-def served(args, model: str, log: Path):
+def served(args, model: str, log: Path, key_name: str = "OPENAI_API_KEY"):
     """Yield (base_url, key, model name) of a running server; without --base-url start vLLM for it and end it after."""
     if args.chat_template and (args.base_url or not args.chat_template.is_file()):
         stop(f"--chat-template {args.chat_template}: "
              + ("a running server has its own; leave out --base-url" if args.base_url else "no such file"))  # fmt: skip
     if args.base_url:
-        key, url = os.environ.get("OPENAI_API_KEY", "none"), args.base_url.rstrip("/")
+        key, url = os.environ.get(key_name, "none"), args.base_url.rstrip("/")
         try:
             reply = httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=30).raise_for_status()
             names = [entry["id"] for entry in reply.json()["data"]]
@@ -400,26 +402,26 @@ def seed_of(*parts) -> int:
 
 
 # Copied from 01_sample_errors.py
-async def ask(client: openai.AsyncOpenAI, model: str, problem: str, opening: str, seed: int, args, n: int = 1) -> list[dict]:
-    """n continuations of the assistant's `opening`: {"text", "finish_reason", "tokens" (of all n, on the first)}.
+async def complete(client: openai.AsyncOpenAI, model: str, messages: list[dict], seed: int, n: int, **more) -> list[dict]:
+    """n answers to `messages`: {"text", "finish_reason", "tokens", "prompt_tokens" (of all n, on the first)}.
 
     The client itself tries 408, 409, 429, 5xx, timeouts and dropped connections again, with backoff. A prompt that is
     too long for the model gives finish_reason "refused"; any other refusal ends the run."""
-    messages = [{"role": "user", "content": USER_TURN.format(problem=problem)}, {"role": "assistant", "content": opening}]
     for attempt in range(6):
         try:
-            reply = await client.chat.completions.create(
-                model=model, messages=messages, n=n, seed=seed, temperature=args.temperature, top_p=args.top_p,
-                max_tokens=args.max_tokens, extra_body={"continue_final_message": True, "add_generation_prompt": False},
-            )  # fmt: skip
-            found = [{"text": c.message.content or "", "finish_reason": c.finish_reason, "tokens": 0} for c in reply.choices]
+            reply = await client.chat.completions.create(model=model, messages=messages, n=n, seed=seed, **more)
+            found = [{"text": c.message.content or "", "finish_reason": c.finish_reason, "tokens": 0, "prompt_tokens": 0}
+                     for c in reply.choices]  # fmt: skip
+            if found and not found[0]["text"]:  # a reasoning model whose parser took all for thought
+                extra = reply.choices[0].message.model_extra or {}
+                found[0]["text"] = extra.get("reasoning") or extra.get("reasoning_content") or ""
             if len(found) != n:
                 raise ValueError(f"{len(found)} choices instead of {n}")
-            found[0]["tokens"] = reply.usage.completion_tokens
+            found[0] |= {"tokens": reply.usage.completion_tokens, "prompt_tokens": reply.usage.prompt_tokens}
             return found
         except openai.BadRequestError as error:
             if re.search(r"context length|max_model_len|too long|maximum (input|model) length", str(error)):
-                return [{"text": "", "finish_reason": "refused", "tokens": 0}] * n
+                return [{"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}] * n
             stop(f"the server refuses a request: {str(error)[:300]}")
         except (openai.APIResponseValidationError, ValueError, TypeError, AttributeError, IndexError) as error:
             garbage = error  # an answer that is no chat completion
@@ -427,6 +429,15 @@ async def ask(client: openai.AsyncOpenAI, model: str, problem: str, opening: str
             stop(f"the server does not answer ({error.__class__.__name__}: {str(error)[:200]}); run the same command to go on")
         await asyncio.sleep(min(8.0, 0.25 * 2**attempt))
     stop(f"the server does not answer with chat completions ({garbage}); run the same command to go on")
+
+
+# Copied from 01_sample_errors.py
+async def ask(client: openai.AsyncOpenAI, model: str, problem: str, opening: str, seed: int, args, n: int = 1) -> list[dict]:
+    """n continuations of the assistant's `opening`; see complete()."""
+    messages = [{"role": "user", "content": USER_TURN.format(problem=problem)}, {"role": "assistant", "content": opening}]
+    more = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
+    prefill = {"continue_final_message": True, "add_generation_prompt": False}
+    return await complete(client, model, messages, seed, n, **more, extra_body=prefill)
 
 
 # Copied from 01_sample_errors.py
@@ -498,21 +509,37 @@ def error_prefix(row: dict) -> tuple[str, str]:
     return "".join(row["steps"][: row["error_step"] - 1]) + label, rejected
 
 
-async def rectify_all(args: Args, problems: dict[str, list[dict]], tries: Output, pairs_file, server) -> dict:
+def load_rollouts(args: Args, settings: dict) -> dict[tuple, list[dict]]:
+    """Kept continuations by (id, sample, steps before them); they must come from the same model and sampling."""
+    meta = Path(f"{args.rollouts}.meta.json")
+    rows = read_rows(args.rollouts, ("id", "rollouts"))
+    made = json.loads(meta.read_text())["settings"] if meta.exists() else stop(f"{meta} is missing; see 02 --keep-rollouts")
+    for name in ("model", "temperature", "top_p", "max_tokens", "chat_template"):
+        if made.get(name) != json.loads(json.dumps(settings[name], default=str)):
+            stop(f"{args.rollouts} was made with {name} = {made.get(name)!r}, here it is {settings[name]!r}")
+    return {(row["id"], row["sample"], int(k)): found for row in rows for k, found in row["rollouts"].items()}
+
+
+async def rectify_all(args: Args, problems: dict, rollouts: dict, tries: Output, pairs_file, server) -> dict:
     """Make and write the pairs of the problems that are not done yet. Returns the summary."""
     url, key, model = server
     client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=3600)
-    grader, tokens, began = Grader(), 0, time.time()
+    grader, tokens, reused, began = Grader(), 0, 0, time.time()
     done = {row["id"] for row in tries.rows}
 
     async def continuations(row: dict) -> tuple[list[dict], list[bool]]:
-        nonlocal tokens
+        nonlocal tokens, reused
         prefix, _ = error_prefix(row)
+        kept = rollouts.get((row["id"], row["sample"], row["error_step"] - 1), [])[: args.n]
+        reused += len(kept)
+        right = [continuation["correct"] for continuation in kept]
+        if len(kept) == args.n:
+            return kept, right
         seed = seed_of(args.seed, "rectify", row["id"], row["sample"])
-        found = await ask(client, model, row["problem"], prefix, seed, args, args.n)
+        found = await ask(client, model, row["problem"], prefix, seed, args, args.n - len(kept))
         tokens += found[0]["tokens"]
         answers = [extract_answer(prefix + f["text"]) if f["finish_reason"] == "stop" else None for f in found]
-        return found, await asyncio.gather(*(grader(row["answer"], answer) for answer in answers))
+        return kept + found, right + await asyncio.gather(*(grader(row["answer"], answer) for answer in answers))
 
     async def work(rows: list[dict]):
         count, usable, seen, pairs = Counter(), [], {}, []
@@ -543,7 +570,7 @@ async def rectify_all(args: Args, problems: dict[str, list[dict]], tries: Output
         grader.close()
     total = sum((Counter(row["count"]) for row in tries.rows if row["id"] in problems), Counter())
     return {
-        "problems": len(problems), **total, "gradings killed": grader.kills, "tokens": tokens,
+        "problems": len(problems), **total, "gradings killed": grader.kills, "continuations reused": reused, "tokens": tokens,
         "tokens/s": round(tokens / (time.time() - began)), "seconds": round(time.time() - began, 1),
     }  # fmt: skip
 
@@ -561,6 +588,8 @@ def main(args: Args):
     names = ("chat_template", "n", "max_pairs", "max_pairs_per_error", "temperature", "top_p", "max_tokens", "seed")
     settings = {name: getattr(args, name) for name in names}
     settings |= {"stage": "03_rectify", "model": model_id(args.model)}
+    rollouts = load_rollouts(args, settings) if args.rollouts else {}
+    settings["rollouts"] = hashlib.sha256(args.rollouts.read_bytes()).hexdigest()[:16] if args.rollouts else None
     settings["located"] = hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]  # sorted: order does not count
     tries_path = args.out.with_suffix(".tries.jsonl")
     if args.out.exists() and not tries_path.exists():
@@ -574,7 +603,7 @@ def main(args: Args):
             file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in row["pairs"])
         file.flush()
         show_prompt(*server, first["problem"], error_prefix(first)[0])
-        summary = asyncio.run(rectify_all(args, problems, tries, file, server))
+        summary = asyncio.run(rectify_all(args, problems, rollouts, tries, file, server))
     pairs = [pair for row in sorted(tries.rows, key=lambda row: row["id"]) for pair in row["pairs"]]
     temporary = args.out.with_suffix(".tmp")  # the final order does not depend on which problem was ready first
     temporary.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")

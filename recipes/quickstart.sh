@@ -38,8 +38,10 @@ SERVER="--base-url http://127.0.0.1:$port/v1 --model $MODEL --max-tokens 400"
 stage "server up" wait_for_server
 stage "01 sample" python 01_sample_errors.py --data data/tiny/train.jsonl --limit "$PROBLEMS" --n 2 \
   --out "$OUT/samples.jsonl" $SERVER
-stage "02 locate" python 02_locate_step.py --samples "$OUT/samples.jsonl" --out "$OUT/located.jsonl" $SERVER
-stage "03 rectify" python 03_rectify.py --located "$OUT/located.jsonl" --n 8 --out "$OUT/pairs.jsonl" $SERVER
+stage "02 locate" python 02_locate_step.py --samples "$OUT/samples.jsonl" --out "$OUT/located.jsonl" \
+  --keep-rollouts "$OUT/rollouts.jsonl" $SERVER
+stage "03 rectify" python 03_rectify.py --located "$OUT/located.jsonl" --rollouts "$OUT/rollouts.jsonl" --n 8 \
+  --out "$OUT/pairs.jsonl" $SERVER
 kill $server && wait $server 2>/dev/null || true
 
 tuned=()

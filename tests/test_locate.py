@@ -1,0 +1,392 @@
+"""02: the judge's parser, votes and faults, fallback, scores, kept rollouts, and the page in a real browser."""
+
+import asyncio
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from conftest import ROOT, STAGES, TINY, read, run, stage
+
+READABLE = [
+    ("Step 1: correct\nStep 2: incorrect", 2),
+    ("Analysis: step 2 adds wrongly.\n\nVerdicts:\nStep 1: correct\nStep 2: incorrect", 2),
+    ("Verdicts:\nStep 1: correct\nStep 2: correct\nStep 3: correct", 0),
+    ("**Verdicts:**\n- **Step 1:** correct\n- **Step 2:** Incorrect.", 2),
+    ("| Step 1 | correct |\n| Step 2 | incorrect |", 2),
+    ("### Verdicts\n1. correct\n2. neutral", 2),
+    ("分析：第二步算错了。\n判断：\n步骤 1：正确\n步骤 2：错误", 2),
+    ("第1步：正确\n第2步：不正确", 2),
+    ("Step 1: right\nStep 2: wrong\nStep 3: correct", 2),  # it went on behind the first error
+    ("<think>Step 1: incorrect? no.\nVerdicts:\nStep 1: incorrect</think>Step 1: correct\nStep 2: incorrect", 2),
+    ("Verdicts:\nStep 1: incorrect\n\nI looked again.\n\nVerdicts:\nStep 1: correct\nStep 2: incorrect", 2),  # the last list
+    ("Step 1: incorrect\n\nThis is because 3 + 4 = 7.", 1),
+]
+UNREADABLE = [
+    ("", "no verdict"), ("I'm sorry, I cannot help with that.", "no verdict"), ("The error is in step 2.", "no verdict"),
+    ("Step 1: not correct", "no verdict"), ("Step 1: correct? No, incorrect", "no"), ("Step 1: partially correct", "no"),
+    ("Step 2: incorrect", "on step 2"), ("Step 1: correct\nStep 3: incorrect", "on step 3"),
+    ("Step 2: correct\nStep 1: incorrect", "on step 2"), ("Step 1: correct\nStep 1: incorrect", "on step 1"),
+    ("Step 1: correct\nStep 2: correct", "end with step 2 of 3"), ("<think>Step 1: incorrect", "no verdict"),
+    ("Step 1: correct\nStep 2: correct\nStep 3: correct\nStep 4: incorrect", "past the last"),
+    ("Step 1: 正确的吗\nStep 2: 错误", "on step 2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, step", READABLE)
+def test_readable_judgements(text, step):
+    assert stage(2).first_error(text, 3, "error") == step
+
+
+@pytest.mark.parametrize("text, why", UNREADABLE)
+def test_unreadable_judgements(text, why):
+    with pytest.raises(ValueError, match=why):
+        stage(2).first_error(text, 3, "error")
+
+
+def test_neutral_is_an_error_or_not():
+    text = "Step 1: neutral\nStep 2: incorrect\nStep 3: correct"
+    assert (stage(2).first_error(text, 3, "error"), stage(2).first_error(text, 3, "correct")) == (1, 2)
+    with pytest.raises(ValueError, match="end with step 1"):  # a list that stops at a neutral step says too little then
+        stage(2).first_error("Step 1: neutral", 3, "correct")
+
+
+def test_the_judge_sees_problem_truth_and_numbered_steps():
+    row = {"problem": "1 + 2 * 3?", "answer": "7", "steps": ["Let's think step by step.\nStep 1: 2 * 3 = 6.\n", "Step 2: 8."]}
+    text = stage(2).judge_prompt(row, "error")
+    assert "## Answer\n7\n" in text and "Step 1: 2 * 3 = 6.\nStep 2: 8.\n" in text and "2 numbered steps" in text
+    assert "Let's think" not in text and "first step that is not correct;" in text
+    text = stage(2).judge_prompt(row | {"solution": "1 + 6 = 7"}, "correct")
+    assert "## Reference solution\n1 + 6 = 7\n" in text and "first step that is incorrect;" in text
+    assert "It is not known." in stage(2).judge_prompt(row | {"answer": ""}, "error")
+
+
+class Judge(BaseHTTPRequestHandler):
+    """A chat server whose words come from `server.script(n, body)`: a text, (status, message), or the name of a fault."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def reply(self, status: int, text: str, *headers):
+        self.send_response(status)
+        for name, value in (("content-type", "application/json"), ("content-length", str(len(text.encode()))), *headers):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def do_GET(self):
+        self.reply(200, json.dumps({"data": [{"id": "judge"}]}))
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        with self.server.lock:
+            self.server.count += 1
+            self.server.seen.append(body | {"key": self.headers["authorization"]})
+            said = self.server.script(self.server.count, body)
+        if isinstance(said, tuple):
+            return self.reply(said[0], json.dumps({"error": {"message": said[1], "type": "x"}}), ("retry-after-ms", "3"))
+        if said == "drop":
+            self.close_connection = True
+            return self.connection.close()
+        if said == "silence":
+            time.sleep(self.server.silence)
+            said = "Step 1: incorrect"
+        message = said if isinstance(said, dict) else {"role": "assistant", "content": said}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        whole = {"id": "x", "object": "chat.completion", "created": 0, "model": "judge", "choices": [choice],
+                 "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}}  # fmt: skip
+        if said == "no choice":
+            whole["choices"] = []
+        self.reply(200, json.dumps(whole)[:40] if said == "half" else json.dumps(whole))
+
+
+@pytest.fixture()
+def judge():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    server.lock, server.count, server.seen, server.silence = threading.Lock(), 0, [], 4.0
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def wrong_samples(path, count: int = 6):
+    """Solutions of four steps, of which step `i % 4 + 1` is wrong, as the problem's text says."""
+    rows = []
+    for i in range(count):
+        steps = [f"Step {k}: {k} + {i} = {k + i + (k == i % 4 + 1)}.\n" for k in range(1, 5)]
+        steps[0] = "Let's think step by step.\n" + steps[0]
+        rows.append({"id": f"q{i}", "sample": 0, "problem": f"wrong at {i % 4 + 1}", "answer": "0", "response": "".join(steps),
+                     "steps": steps, "correct": False, "finish_reason": "stop", "prediction": "9"})  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def true_step(body: dict) -> int:
+    return int(re.search(r"wrong at (\d)", body["messages"][0]["content"])[1])
+
+
+def verdicts(step: int) -> str:
+    return "Verdicts:\n" + "".join(f"Step {k}: correct\n" for k in range(1, step)) + f"Step {step}: incorrect"
+
+
+def judged(judge, tmp_path, *more, check: bool = True, **options):
+    url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
+    return run(2, "--samples", tmp_path / "in.jsonl", "--locator", "judge", "--judge-base-url", url, "--judge-model", "judge",
+               "--out", tmp_path / "out.jsonl", *more, check=check, env=os.environ | {"JUDGE_API_KEY": "secret"},
+               timeout=300, **options)  # fmt: skip
+
+
+def test_judge_votes_agreement_retries_and_cost(judge, tmp_path):
+    rows = wrong_samples(tmp_path / "in.jsonl", 5)
+
+    def script(n, body):
+        step, with_votes = true_step(body), judge.votes.setdefault(body["messages"][0]["content"], [0])
+        with_votes[0] += 1
+        turn = with_votes[0]
+        if "1 + 1 =" in body["messages"][0]["content"]:  # q1: every vote another step
+            return verdicts(turn)
+        if "1 + 2 =" in body["messages"][0]["content"]:  # q2: never readable
+            return "Who knows?"
+        if "1 + 4 =" in body["messages"][0]["content"]:  # q4: two against one, the first attempt is not readable
+            return "hm" if turn == 1 else verdicts(step if turn in (2, 3) else 4)
+        return {"role": "assistant", "content": None, "reasoning_content": verdicts(step)}  # all of it taken for thought
+
+    judge.votes, judge.script = {}, script
+    done = judged(judge, tmp_path, "--votes", 3, "--retries", 2, "--price-in", 2, "--price-out", 10, "--concurrency", 1)
+    found = {row["id"]: row for row in read(tmp_path / "out.jsonl")}
+    assert [found[row["id"]]["error_step"] for row in rows] == [1, None, None, 4, 1]
+    assert found["q4"]["judge"]["votes"] == {"1": 2, "4": 1} and found["q4"]["judge"]["agreement"] == 0.667
+    assert "disagree" in found["q1"]["reason"] and "cannot be read: no verdict" in found["q2"]["reason"]
+    assert found["q0"]["judge"]["text"] == verdicts(1) and found["q0"]["locator"] == "judge"
+    calls = 3 + 3 + 9 + 3 + 4
+    assert judge.count == calls and f"judge prompt tokens {100 * calls}, judge completion tokens {10 * calls}" in done.stdout
+    assert f"judge money {calls * (200 + 100) / 1e6:.4f}".rstrip("0") in done.stdout
+    assert judge.seen[0]["key"] == "Bearer secret" and len({body["seed"] for body in judge.seen}) == calls
+
+
+def test_low_agreement_and_a_judge_that_finds_nothing_make_no_pair(judge, tmp_path):
+    wrong_samples(tmp_path / "in.jsonl", 2)
+    judge.script = lambda n, body: verdicts(1 if n % 3 else 2)
+    judged(judge, tmp_path, "--votes", 3, "--min-agreement", 0.7, "--limit", 1, "--concurrency", 1)
+    [row] = read(tmp_path / "out.jsonl")
+    assert row["error_step"] is None and "disagree" in row["reason"] and row["judge"]["votes"] == {"1": 2, "2": 1}
+    judge.script = lambda n, body: "\n".join(f"Step {k}: correct" for k in range(1, 5))
+    (tmp_path / "out.jsonl").unlink()
+    judged(judge, tmp_path)
+    assert {row["reason"] for row in read(tmp_path / "out.jsonl")} == {"no error found by the judge"}
+
+
+@pytest.mark.slow
+def test_a_thousand_rows_with_faults_and_kills(judge, tmp_path):
+    """A fifth of the answers are faults of eight kinds; three kill -9; every row is there once, with its true step."""
+    rows, draw = wrong_samples(tmp_path / "in.jsonl", 1000), random.Random(0)
+    faults = [(429, "slow down"), (500, "oops"), "drop", "silence", "half", "no choice", "I'm sorry, I can't help.", ""]
+    judge.script = lambda n, body: draw.choice(faults) if draw.random() < 0.2 else verdicts(true_step(body))
+    url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
+    command = [sys.executable, f"{STAGES[2]}.py", "--samples", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl"),
+               "--locator", "judge", "--judge-model", "judge", "--judge-base-url", url, "--judge-timeout", "2",
+               "--retries", "9"]  # fmt: skip
+    for _ in range(3):
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        before = judge.count
+        while judge.count < before + 100 and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with open(tmp_path / "out.jsonl", "ab") as file:
+            file.write(b'{"id": "q1", "torn')
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = {row["id"]: row["error_step"] for row in read(tmp_path / "out.jsonl")}
+    assert len(read(tmp_path / "out.jsonl")) == 1000 and found == {row["id"]: i % 4 + 1 for i, row in enumerate(rows)}
+
+
+@pytest.mark.slow
+def test_open_rows_go_to_the_rollouts(judge, server, tmp_path):
+    """The judge reads two of the rows; the policy's rollouts take the others, with the judge's text kept."""
+    source = [row for row in read(TINY / "train.jsonl") if row["level"] == 1][:4]
+    rows = [row | {"sample": 0, "response": row["solution"], "correct": False, "finish_reason": "stop", "prediction": "0",
+                   "steps": stage(1).split_steps(row["solution"])} for row in source]  # fmt: skip
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    known = [row["problem"] for row in rows[:2]]
+    judge.script = lambda n, body: verdicts(2) if any(p in body["messages"][0]["content"] for p in known) else "no idea"
+    more = ["--fallback", "rollout", *server, "--max-tokens", 300, "--rollouts", 4, "--retries", 0]
+    url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
+    run(2, "--samples", tmp_path / "in.jsonl", "--locator", "judge", "--judge-base-url", url, "--judge-model", "judge",
+        "--out", tmp_path / "out.jsonl", *more)  # fmt: skip
+    found = {row["problem"]: row for row in read(tmp_path / "out.jsonl")}
+    assert [found[row["problem"]]["locator"] for row in rows] == ["judge", "judge", "rollout", "rollout"]
+    assert [found[problem]["error_step"] for problem in known] == [2, 2]
+    assert all(found[row["problem"]]["judge"]["text"] == "no idea" for row in rows[2:])
+
+
+@pytest.mark.slow
+def test_kept_rollouts_are_used_by_03(server, tmp_path):
+    common = [*server, "--max-tokens", 300]
+    run(1, "--data", TINY / "train.jsonl", "--limit", 40, "--out", tmp_path / "samples.jsonl", *common)
+    located = ["--samples", tmp_path / "samples.jsonl", "--out", tmp_path / "located.jsonl", "--rollouts", 4]
+    run(2, *located, "--keep-rollouts", tmp_path / "rollouts.jsonl", *common)
+    rows = {(row["id"], row["sample"]): row for row in read(tmp_path / "located.jsonl")}
+    kept = {(row["id"], row["sample"]): row["rollouts"] for row in read(tmp_path / "rollouts.jsonl")}
+    assert set(rows) == set(kept)
+    for key, row in rows.items():
+        counts = {k: [sum(c["correct"] for c in found), len(found)] for k, found in kept[key].items()}
+        assert counts == row["rollout_values"]
+    arguments = ["--located", tmp_path / "located.jsonl", "--n", 4, *common]
+    run(3, *arguments, "--out", tmp_path / "fresh.jsonl")
+    done = run(3, *arguments, "--out", tmp_path / "pairs.jsonl", "--rollouts", tmp_path / "rollouts.jsonl")
+    reused = int(re.search(r"continuations reused (\d+)", done.stdout)[1])
+    metas = [json.loads((tmp_path / f"{name}.jsonl.meta.json").read_text()) for name in ("fresh", "pairs")]
+    assert reused and metas[1]["summary"]["tokens"] < metas[0]["summary"]["tokens"]
+    for pair in read(tmp_path / "pairs.jsonl"):
+        assert pair["full_chosen"].startswith(pair["initial_reason_steps"] + pair["chosen"])
+        assert pair["full_chosen"].endswith(f"{{{pair['answer']}}}.")
+    other = ["--out", tmp_path / "x.jsonl", "--rollouts", tmp_path / "rollouts.jsonl", "--top-p", 0.9]
+    done = run(3, *arguments, *other, check=False)
+    assert done.returncode == 2 and "was made with top_p = 0.95" in done.stderr
+
+
+def simulate(n_steps: int, error: int, linear: bool, value: float = 1.0):
+    """What first_zero finds for a solution that is wrong from step `error` on, and the prefixes it asked about."""
+    asked = []
+
+    async def reaches(k):
+        asked.append(k)
+        return k < error and value > 0
+
+    return asyncio.run(stage(2).first_zero(n_steps, reaches, linear)), asked
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_every_place_of_the_error_is_found(linear):
+    for n_steps in range(1, 12):
+        for error in range(1, n_steps + 1):
+            step, asked = simulate(n_steps, error, linear)
+            assert step == error
+            assert len(asked) <= (n_steps if linear else 1 + n_steps.bit_length())
+    assert simulate(5, 3, linear, value=0.0) == (None, [0])
+
+
+def test_scores_follow_their_formulas(tmp_path, capsys):
+    locate = stage(2)
+    result = locate.score([1, 2, 3, 4, 0, 0, 0, 0], [1, 3, 1, None, 0, 0, 2, None], "x")
+    out = capsys.readouterr().out
+    assert result["wrong"] == 0.25 and result["right"] == 0.5 and result["F1"] == pytest.approx(2 * 0.25 * 0.5 / 0.75)
+    assert result["located"] == pytest.approx(1 / 3)
+    for line in ("exact                      1  25.0%", "1 late                     1", "2 or more early            1"):
+        assert line in out
+    # Cohen 1960, by hand: agreement 0.7, by chance 0.5 * 0.6 + 0.5 * 0.4 = 0.5
+    a, b = [1, 1, 1, 1, 1, 2, 2, 2, 2, 2], [1, 1, 1, 1, 2, 1, 1, 2, 2, 2]
+    assert locate.kappa(a, b) == pytest.approx((0.7 - 0.5) / 0.5)
+    assert locate.kappa([1, 1], [1, 1]) == 1.0
+
+
+def processbench(path):
+    """Rows in ProcessBench's own form: steps without labels, 0-based error, -1 for none."""
+    rows = [
+        {"id": f"gsm8k-{i}", "generator": "Qwen2-7B-Instruct", "problem": f"wrong at {label + 1}", "label": label,
+         "steps": ["First, 2 + 2 = 4.", "Then 4 + 1 = 6.", "So \\boxed{6}."], "final_answer_correct": label < 0}
+        for i, label in enumerate([0, 1, 2, -1, -1])
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_processbench_files_and_comparison(judge, tmp_path):
+    processbench(tmp_path / "labels.jsonl")
+    all_right = "\n".join(f"Step {k}: correct" for k in (1, 2, 3))
+    judge.script = lambda n, body: verdicts(min(2, true_step(body))) if true_step(body) else all_right
+    url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
+    command = ["--labels", tmp_path / "labels.jsonl", "--locator", "judge", "--judge-base-url", url, "--judge-model", "judge"]
+    done = run(2, *command, "--out", tmp_path / "a.jsonl")
+    for text in ("5 solutions, 3 wrong, 2 right", "F1 80.0%", "exact on wrong       66.7%"):
+        assert text in done.stdout
+    judge.script = lambda n, body: verdicts(true_step(body)) if true_step(body) else all_right
+    run(2, *command, "--out", tmp_path / "b.jsonl")
+    done = run(2, "--compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    assert "on 5 both say something; agreement 80.0%, Cohen's kappa 0.722" in done.stdout
+    done = run(2, "--labels", tmp_path / "labels.jsonl", "--out", tmp_path / "c.jsonl", check=False)
+    assert done.returncode == 2 and "has no 'answer'" in done.stderr and "Traceback" not in done.stderr
+    (tmp_path / "bad.jsonl").write_text('{"problem": "x", "steps": ["a"], "label": 3}\n')
+    done = run(2, *command[2:], "--labels", tmp_path / "bad.jsonl", "--out", tmp_path / "c.jsonl", check=False)
+    assert done.returncode == 2 and "row 1" in done.stderr and "label" in done.stderr
+
+
+def test_money_is_not_taken_for_a_formula():
+    safe = stage(2).math_safe
+    assert safe("He pays $5 - $3 = $2.") == "He pays &#36;5 - &#36;3 = &#36;2."
+    assert safe("So $x = 5$, since $2x=10$.") == "So \\(x = 5\\), since \\(2x=10\\)."
+    assert safe("The answer is \\boxed{7}.") == "The answer is \\(\\boxed{7}\\)." and safe("$\\boxed{7}$") == "\\(\\boxed{7}\\)"
+    assert safe("It costs $3 and $x$ is 4") == "It costs &#36;3 and \\(x\\) is 4"
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium here; Debian: apt install chromium")
+def test_the_page_in_a_browser(tmp_path):
+    """Keys, clicks, back, skip and unsure; a kill in between loses nothing; nothing is fetched from elsewhere."""
+    pytest.importorskip("gradio")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    rows = wrong_samples(tmp_path / "in.jsonl", 5)
+    rows[0]["problem"] = "Solve $\\sqrt{2x+1}=5$ for $x$."
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    @contextmanager
+    def page_of(kill: bool):
+        import socket
+
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, f"{STAGES[2]}.py", "--samples", tmp_path / "in.jsonl", "--locator", "human", "--annotator",
+                   "ann", "--out", tmp_path / "located.jsonl", "--port", port]  # fmt: skip
+        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        assert any("open http://127.0.0.1" in line for line in process.stderr)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page, fetched = browser.new_page(), []
+        page.on("request", lambda request: fetched.append(request.url))
+        page.goto(f"http://127.0.0.1:{port}")
+        page.wait_for_selector("#step-1")
+        yield page
+        assert all(url.startswith((f"http://127.0.0.1:{port}", "data:", "blob:")) for url in fetched)
+        browser.close()
+        process.send_signal(signal.SIGKILL if kill else signal.SIGINT)
+        assert process.wait(30) == (-9 if kill else 0)
+
+    with sync_api.sync_playwright() as playwright:
+        shows = lambda page, i: page.wait_for_selector(f"text=Problem q{i}")
+        with page_of(kill=True) as page:
+            shows(page, 0)
+            page.wait_for_selector(".katex")  # LaTeX is rendered
+            page.keyboard.press("2")
+            shows(page, 1)
+            page.click("#step-4")
+            shows(page, 2)
+            page.keyboard.press("b")
+            shows(page, 1)
+            page.keyboard.press("3")  # another verdict than before
+            shows(page, 2)
+            page.keyboard.press("u")
+            shows(page, 3)
+        with page_of(kill=False) as page:  # goes on where it stopped
+            shows(page, 3)
+            assert "3 of 5" in page.inner_text("#progress")
+            page.keyboard.press("s")
+            shows(page, 4)
+            page.click("#none")
+            shows(page, 3)  # the skipped one comes again
+    found = {row["id"]: (row["error_step"], row["reason"], row["annotator"]) for row in read(tmp_path / "located.ann.jsonl")}
+    assert found == {"q0": (2, None, "ann"), "q1": (3, None, "ann"), "q2": (None, "unsure", "ann"),
+                     "q4": (None, "no error found by hand", "ann")}  # fmt: skip
