@@ -16,6 +16,7 @@ Output, a line a sample, right ones and wrong ones, in the order in which they w
 The same command run again goes on where it stopped. OUT.meta.json holds settings, versions, counts and seconds.
 """
 
+import ast
 import asyncio
 import atexit
 import contextlib
@@ -33,8 +34,11 @@ import socket
 import subprocess
 import sys
 import time
+import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
+from operator import add, mul, sub, truediv
 from pathlib import Path
 from typing import NoReturn
 
@@ -47,7 +51,21 @@ from tqdm import tqdm
 USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would move the token boundary
 STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"  # "Step 2:", "## Step 2.", "**Step 2:**"
-STATED_ANSWER = re.compile(r"[Tt]he (?:final )?answer is:?[ \t]*([^\n]+)")  # models without \boxed{}: "The answer is: 7"
+SAME = {"\\\\": "\\\\", "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\leqslant": "\\le", "\\geqslant": "\\ge", "\\leq": "\\le",
+        "\\geq": "\\ge", "≤": "\\le ", "≥": "\\ge ", "∞": "\\infty", "π": "\\pi ", "−": "-", "×": "\\times ", "√": "\\sqrt ",
+        "\\lbrace": "\\{", "\\rbrace": "\\}", "\\left": "", "\\right": "", "\\displaystyle": "", "\\!": "", "\\$": "", "$": "",
+        "\\%": "%", "\\quad": " ", "\\,": " ", "\\;": " ", "\\:": " ", "\\ ": " ", "~": " ", "^{\\circ}": "^\\circ",
+        "°": "^\\circ", "+\\infty": "\\infty", "{:}": ":"}  # fmt: skip
+SPELLINGS = re.compile("|".join(re.escape(old) + ("(?![a-zA-Z])" if old[-1].isalpha() else "") for old in SAME))
+WORDS = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
+PLAIN_UNIT = re.compile(
+    r"(?<=[\d)}%\s])\s+(?!(?:and|or|to|than)\b)[A-Za-z]{2,}\.?(?:[\s/]+[A-Za-z]{2,}\.?)*(?:\^\{?\d\}?)?$|(?<=[\d)}%])[一-鿿]+$"
+)  # "12 inches", "300 miles per hour", "36 cm^2", and Chinese units without a space
+CLOCK = re.compile(r"(\d{1,2}):(\d\d)(?:([aApP])\.?[mM]\.?)?")
+STATED_ANSWER = re.compile(  # models without \boxed{}: "The answer is: 7", "#### 7", "答案是 7"
+    r"(?:[Tt]he (?:final |correct )?answer is|####|[Aa]nswer[ *]*:|答案(?:是|为|[:：]))[ \t*:：]*"
+    r"([^\n]+?)\**(?:[.。](?:\s|$)|\n|$)"
+)
 
 # name -> hub id, configurations, and row -> (problem, answer, solution); Odyssey-MATH forbids training
 HUB_DATA = {
@@ -271,43 +289,188 @@ def extract_answer(response: str) -> str | None:
 
 
 def tidy(answer: str) -> str:
-    """An answer without what does not change its meaning: dollar signs, spacing commands, thousands separators."""
-    answer = answer.strip().strip("$").strip().rstrip(".")
-    answer = re.sub(r"\\left|\\right|\\!|\\,|\\;|\\ |~", "", answer).replace("{,}", ",")
-    answer = re.sub(r"\\[dt]frac", r"\\frac", answer).replace("\\$", "")
-    answer = re.sub(r"\^\{?\\circ\}?|\\text\{\s*(?:units?|degrees?|dollars?|cents?)\s*\}$", "", answer)
-    answer = answer.replace(" ", "")
+    """An answer without what does not change its meaning: dollars, spacing, thousands separators, degrees, units."""
+    answer = re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\,|\\!)(?=\d{3}(?!\d))", "", unicodedata.normalize("NFKC", answer))
+    answer = SPELLINGS.sub(lambda found: SAME[found[0]], answer.replace("{,}", ", "))
+    answer = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", re.sub(r"\\sqrt\s*(\d)", r"\\sqrt{\1}", answer))
+    answer = re.sub(r"^\\\(|\\\)$", "", answer.strip())
+    if not re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", answer):
+        answer = answer.replace("^\\circ", "")
+    answer = re.sub(r"(?<=[\d)}%])\s*" + WORDS + r"(?:\^\{?\d\}?|\s)*$", "", answer)
+    answer = re.sub(WORDS, r" \1 ", answer).strip()
+    if re.match(r"[-+\d.\\({]", answer):
+        answer = PLAIN_UNIT.sub("", answer)
+    answer = re.sub(r"\s+(?:and|or|和|或)\s+", ",", answer)
+    answer = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", answer).rstrip(".")
     return answer.replace(",", "") if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", answer) else answer  # (1,234) stays
 
 
 def as_number(answer: str) -> Fraction | None:
-    """The value of a plain number, of a/b or of \\frac{a}{b}; None for anything else."""
-    answer = re.sub(r"^(-?)\\frac(?:\{(\d+)\}|(\d))(?:\{(\d+)\}|(\d))$", r"\1\2\3/\4\5", answer)
-    if len(answer) > 60 or not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+|\d+/0*[1-9]\d*)", answer):
+    """The value of a plain, mixed, repeating or scientific number or a fraction of two numbers; None for anything else."""
+    if len(answer) > 60:
         return None
-    return Fraction(answer.rstrip("."))
+    number, whole = r"[-+]?(?:\d+\.?\d*|\.\d+)", r"([-+]?)(\d+)"
+    answer = re.sub(r"^\((.*)\)$", r"\1", answer)
+    if mixed := re.fullmatch(whole + r"(?:\\frac\{(\d+)\}\{(\d+)\}|\((\d+)/(\d+)\)|\s(\d+)/(\d+))", answer):
+        sign, units, *rest = mixed.groups()
+        top, bottom = (int(part) for part in rest if part is not None)
+        return (Fraction(top, bottom) + int(units)) * (-1 if sign == "-" else 1) if bottom else None
+    if repeating := re.fullmatch(whole + r"\.(\d*)\\overline\{(\d+)\}", answer):
+        sign, units, fixed, period = repeating.groups()
+        value = int(units) + Fraction(int(fixed or 0) + Fraction(int(period), 10 ** len(period) - 1), 10 ** len(fixed))
+        return -value if sign == "-" else value
+    if power := re.fullmatch(rf"(?:({number})(?:\\times|\\cdot|\*))?10\^\{{?([-+]?\d\d?)\}}?", answer):
+        return Fraction(power[1] or 1) * Fraction(10) ** int(power[2])
+    ratio = re.fullmatch(rf"([-+]?)(?:\\frac\{{({number})\}}\{{({number})\}}|({number})(?:/({number}))?)", answer)
+    if not ratio:
+        return arithmetic(answer.replace("\\times", "*").replace("\\cdot", "*"))
+    top, bottom = ratio[2] or ratio[4], ratio[3] or ratio[5] or "1"
+    return Fraction(top) / Fraction(bottom) * (-1 if ratio[1] == "-" else 1) if Fraction(bottom) else None
+
+
+def arithmetic(text: str) -> Fraction | None:
+    """The exact value of sums and products of plain numbers; None for anything else."""
+
+    def value(node) -> Fraction:
+        if isinstance(node, ast.Constant):
+            return Fraction(text[node.col_offset : node.end_col_offset])
+        if isinstance(node, ast.UnaryOp):
+            return value(node.operand) * (-1 if isinstance(node.op, ast.USub) else 1)
+        return {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}[type(node.op)](value(node.left), value(node.right))
+
+    if not re.fullmatch(r"[\d.+*/()-]+", text) or "**" in text or "//" in text:
+        return None
+    try:
+        return value(ast.parse(text, mode="eval").body)
+    except (SyntaxError, KeyError, AttributeError, ValueError, ZeroDivisionError, RecursionError):
+        return None
+
+
+def split_top(text: str, mark: str) -> list[str]:
+    """`text` split at the marks that stand in no bracket. An opening bracket of one kind may close with another: [1,2)."""
+    parts, depth, start, position = [], 0, 0, 0
+    while position < len(text):
+        if text.startswith(mark, position) and depth == 0:
+            parts.append(text[start:position])
+            start = position = position + len(mark)
+            continue
+        depth += (text[position] in "([{") - (text[position] in ")]}")
+        position += 1
+    return [*parts, text[start:]]
+
+
+def structure(answer: str) -> tuple[str, list[str]]:
+    """("", [answer]) for a single thing; else what it is (its brackets where their order counts, or "set") and its parts."""
+    if matrix := re.fullmatch(r"\\begin\{[pbvB]?matrix\}(.*)\\end\{[pbvB]?matrix\}|\[([^\[\]]*;[^\[\]]*)\]", answer):
+        rows = re.split(r"\\\\|\\cr", matrix[1]) if matrix[1] else matrix[2].split(";")
+        cells = [re.split("[&,]" if matrix[2] else "&", row) for row in rows if row]
+        return "matrix" + "/".join(str(len(row)) for row in cells), sum(cells, [])
+    if len(parts := split_top(answer, "\\cup")) > 1:
+        return "union", parts
+    braces = answer.startswith("\\{") and answer.endswith("\\}")
+    inner = answer[2:-2] if braces else answer[1:-1]
+    enclosed = braces or answer[:1] in ("(", "[") and answer[-1:] in (")", "]")
+    if enclosed and min(accumulate((c in "([{") - (c in ")]}") for c in inner), default=0) >= 0:
+        parts = split_top(inner, ",")
+        if braces or len(parts) > 1:
+            return "set" if braces else answer[0] + answer[-1], parts
+    parts = split_top(answer, ",")
+    return ("set" if len(parts) > 1 else ""), parts
+
+
+def unfold(answer: str) -> str:
+    """Inequalities of one letter as intervals, x in an interval as the interval, a plus-minus as its two values."""
+    answer = re.sub(r"^[a-zA-Z]\\in(?![a-z])", "", answer)
+    sides = re.fullmatch(r"(?:(.+?)(<|\\le))?([a-z])(<|>|\\le|\\ge)(?![a-z])(.+)", answer)
+    if sides and not re.search(r"[<>=]|\\[lg]e", sides[5] + (sides[1] or "")):
+        low, left, _, sign, high = sides.groups()
+        if sign in (">", "\\ge") and low is None:
+            return f"{'(' if sign == '>' else '['}{high},\\infty)"
+        if sign in ("<", "\\le"):
+            begin = f"{'(' if left == '<' else '['}{low}" if low else "(-\\infty"
+            return f"{begin},{high}{')' if sign == '<' else ']'}"
+    if answer.count("\\pm") == 1 and not re.match(r"[(\[]|\\\{", answer):
+        return answer.replace("\\pm", "+").removeprefix("+") + "," + answer.replace("\\pm", "-")
+    return answer
+
+
+def verdict(gold: str, prediction: str, algebra) -> bool | None:
+    """Whether two answers are the same. algebra(gold, prediction) decides single expressions; its None makes None here."""
+    texts = gold, prediction
+    clocks = [CLOCK.fullmatch(re.sub(WORDS, r"\1", text).replace("{:}", ":").strip("$ ").replace(" ", "")) for text in texts]
+    if any(clocks):
+        times = [(int(clock[1]), clock[2]) for clock in clocks if clock]
+        halves = {clock[3].lower() for clock in clocks if clock and clock[3]}
+        return len(times) == 2 and times[0] == times[1] and len(halves) < 2
+    gold, prediction = tidy(gold), tidy(prediction)
+    if gold == prediction:
+        return bool(gold)
+    if letter := re.fullmatch(r"\(?([A-J])\)?", gold):
+        said = re.match(r"\(([A-Ja-j])\)|([A-Ja-j])(?:[).:]|$)", prediction)
+        return bool(said) and (said[1] or said[2]).upper() == letter[1]
+    if re.fullmatch(r"[A-Za-z]+", gold) and ("\\text" in texts[0] or len(gold) > 3 or gold.lower() in ("yes", "no")):
+        return gold.lower() == prediction.lower()
+    bases = [re.fullmatch(r"([0-9A-F]+)_\{?(\d+)\}?", answer) for answer in (gold, prediction)]
+    if any(bases):
+        digits = [base[1] if base else answer for base, answer in zip(bases, (gold, prediction), strict=True)]
+        return digits[0] == digits[1] and (not all(bases) or bases[0][2] == bases[1][2])
+    named = [re.fullmatch(r"([a-zA-Z](?:\([a-z]\))?)=([^=<>]+)", answer) for answer in (gold, prediction)]
+    equations = ("=" in gold) + ("=" in prediction)
+    if any(named) and (not all(named) or named[0][1] == named[1][1]) and equations == sum(map(bool, named)):
+        gold, prediction = (name[2] if name else answer for name, answer in zip(named, (gold, prediction), strict=True))
+    gold, prediction = unfold(gold), unfold(prediction)
+    (kind, parts), (other_kind, others) = structure(gold), structure(prediction)
+    if (kind or other_kind) and as_number(gold) is None:
+        if len(parts) != len(others) or kind != other_kind and {kind, other_kind} != {"set", ""}:
+            return False
+        if kind not in ("set", "", "union"):
+            found = [verdict(a, b, algebra) for a, b in zip(parts, others, strict=True)]
+            return False if False in found else None if None in found else True
+        open_ = False
+        for part in parts:  # in any order
+            found = [verdict(part, other, algebra) for other in others]
+            if True in found:
+                others = others[: found.index(True)] + others[found.index(True) + 1 :]
+            elif None in found:
+                open_ = True
+            else:
+                return False
+        return None if open_ else True
+    a, b = (as_number(answer.rstrip("%")) for answer in (gold, prediction))
+    if a is not None and b is not None:
+        if gold.endswith("%"):
+            return a == b or not prediction.endswith("%") and a / 100 == b
+        return a == (b / 100 if prediction.endswith("%") else b)
+    return algebra(gold, prediction)
 
 
 def quick_verdict(gold: str, prediction: str) -> bool | None:
-    """Equal as strings or as numbers, or two different numbers: most answers. None: only algebra can tell."""
-    gold, prediction = tidy(gold), tidy(prediction)
-    if gold == prediction:
-        return True
-    numbers = as_number(gold), as_number(prediction)
-    return numbers[0] == numbers[1] if None not in numbers else None
+    """Equal or not by text, number and structure: most answers. None: only algebra can tell."""
+    return verdict(gold, prediction, lambda *_: None)
 
 
 def algebra_verdict(gold: str, prediction: str) -> bool:
-    r"""math-verify's verdict; runs in a worker process. Both are boxed: bare `3*x-1*y+13=0` would be read as 0."""
+    r"""The verdict with math-verify's on single expressions; runs in a worker process. Both are boxed: bare `3*x-1*y+13=0`
+    would be read as 0."""
     import math_verify
+    import sympy
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it says at every call that its time limit is off
     config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
-    parsed = [
-        math_verify.parse("\\boxed{" + text + "}", config, fallback_mode="no_fallback", parsing_timeout=None)
-        for text in (gold, prediction)
-    ]
-    return bool(math_verify.verify(*parsed, timeout_seconds=None))
+
+    def same(*texts: str) -> bool:
+        boxed = ["\\boxed{" + re.sub(r"(\d+)\^\\circ", r"{(\1\\pi/180)}", text) + "}" for text in texts]
+        parsed = [math_verify.parse(text, config, fallback_mode="no_fallback", parsing_timeout=None) for text in boxed]
+        if not all(parsed) or math_verify.verify(*parsed, float_rounding=10, timeout_seconds=None):
+            return all(parsed)
+        values = [found[0] for found in parsed]  # numbers that it does not simplify, such as 1/(1+i)
+        if any(not isinstance(value, sympy.Expr) for value in values):
+            return False
+        difference = values[0] - values[1]
+        difference = difference.subs({symbol: sympy.I for symbol in difference.free_symbols if symbol.name == "i"})
+        return not difference.free_symbols and abs(sympy.N(difference, 30)) < 1e-20
+
+    return bool(verdict(gold, prediction, same))
 
 
 class Grader:
