@@ -903,7 +903,7 @@ def annotate(args: Args, rows: list[dict], settings: dict):
             time.sleep(1)
     counts = Counter("located" if isinstance(what, int) else what for what in said.values())
     clicks.save_meta(finished=len(said) == len(rows), summary=counts)
-    print(f"{out}: {len(rows)} solutions, " + ", ".join(f"{name} {number}" for name, number in counts.items()))
+    print(f"{out}: " + ", ".join([f"{len(rows)} solutions", *(f"{name} {number}" for name, number in counts.items())]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
