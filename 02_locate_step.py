@@ -17,8 +17,9 @@ Output, a line a wrong sample: the fields above and
 error_step is null, with a reason, where the locator cannot tell; 03 makes no pair of such a row.
 
 rollout: V(k) is the share of continuations of steps 1..k that reach the answer; rollout_values holds (right, tried) by k.
-The first wrong step is the first k with V(k) = 0 (the hard estimate of Math-Shepherd, arXiv 2312.08935), found by bisection
-(OmegaPRM, arXiv 2406.06592). Continuations are asked for in waves of 1, 1, 2, 4 ..., up to the first right one.
+The first wrong step is the one behind the last k with V(k) > 0 (the hard estimate of Math-Shepherd, arXiv 2312.08935, takes
+the first k with V(k) = 0), found by bisection (OmegaPRM, arXiv 2406.06592) and a look one step further. Continuations are
+asked for in waves of 1, 1, 2, 4 ..., up to the first right one.
 judge: a model reads problem, truth and steps and gives a verdict a step; --votes of them are counted.
 The same command run again goes on where it stopped.
 """
@@ -712,21 +713,29 @@ def cut_label(step: str, number: int) -> tuple[str, str]:
     return (step[: label.end()], step[label.end() :]) if label else ("", step)
 
 
-async def first_zero(n_steps: int, reaches, linear: bool) -> int | None:
-    """The first k in 1..n_steps with V(k) = 0, given `await reaches(k)` = (V(k) > 0). None: V(0) = 0 too, asked first,
+async def first_wrong_step(n_steps: int, reaches, linear: bool) -> int | None:
+    """The step behind the last prefix with V(k) > 0, given `await reaches(k)` = (V(k) > 0). None: V(0) = 0 too, asked first,
     since a problem that the model never solves would cost the most.
 
-    V(n_steps) = 0 is known: the solution is wrong. Bisection takes V > 0 to hold up to the error and not after it."""
+    V(n_steps) = 0 is known: the solution is wrong. A right prefix may fail by chance, a wrong one hardly ever succeeds: so a
+    success counts for all prefixes before it, and bisection looks one prefix behind its result too."""
     if not await reaches(0):
         return None
     if linear:
         good = await asyncio.gather(*(reaches(k) for k in range(1, n_steps)))
-        return good.index(False) + 1 if False in good else n_steps
-    low, high = 0, n_steps
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if await reaches(middle) else (low, middle)
-    return high
+        return max((k for k, is_good in enumerate(good, 1) if is_good), default=0) + 1
+    low, high, known = 0, n_steps, {n_steps: False}
+    while True:
+        while high - low > 1:
+            middle = (low + high) // 2
+            known[middle] = await reaches(middle)
+            low, high = (middle, high) if known[middle] else (low, middle)
+        after = min(high + 1, n_steps)
+        if after not in known:
+            known[after] = await reaches(after)
+        if not known[after]:
+            return high
+        low, high = after, min(k for k in known if k > after and not known[k])
 
 
 def rollout_locator(args: Args, server, grader: Grader, solvable: set[str], spent: Counter, keep: Output | None):
@@ -763,7 +772,7 @@ def rollout_locator(args: Args, server, grader: Grader, solvable: set[str], spen
         if steps and row["correct"]:
             reason = f"{NO_ERROR}: the answer is right"
         elif steps:
-            error_step = await first_zero(len(steps), reaches, args.linear)
+            error_step = await first_wrong_step(len(steps), reaches, args.linear)
             reason = None if error_step else "no continuation of the empty prefix reaches the answer"
         if keep and (row["id"], row["sample"]) not in kept:
             keep.write({"id": row["id"], "sample": row["sample"], "rollouts": texts})
@@ -1067,7 +1076,7 @@ def annotate(args: Args, rows: list[dict], settings: dict):
             time.sleep(1)
     counts = Counter("located" if isinstance(what, int) else what for what in said.values())
     clicks.save_meta(finished=len(said) == len(rows), summary=counts)
-    print(f"{out}: {len(rows)} solutions, " + ", ".join(f"{name} {number}" for name, number in counts.items()))
+    print(f"{out}: " + ", ".join([f"{len(rows)} solutions", *(f"{name} {number}" for name, number in counts.items())]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,17 +1,21 @@
-"""How exact the rollout locator is by number of rollouts and by rule, and what it costs, on the bundled world.
+"""How exact the rollout locator is by number of rollouts, search and rule, and what it costs, on the bundled world.
 
     python -m vllm.entrypoints.openai.api_server --model data/tiny/model --port 8123 --max-num-seqs 512 --max-model-len 1024
     python benchmarks/locator_curve.py --samples runs/quickstart/samples.jsonl --base-url http://127.0.0.1:8123/v1
 
-Runs 02_locate_step.py over the first --limit wrong samples, alone (no right samples beside them, so that V(0) is estimated
-too), by bisection and linearly, for each number of rollouts; then once more linearly with all rollouts made, to compare the
-rules that read V as a whole. The truth is arithmetic's (locator_accuracy.py). Output: two tables and OUT.png.
-Rules on V(0) .. V(n):  hard: the first k with V(k) = 0.  last: the one behind the last k with V(k) > 0.  drop: the largest
+02_locate_step.py makes 16 continuations of every prefix of the first --limit wrong samples (alone, with no right samples
+beside them, so that V(0) is estimated too; --linear --no-early-stop --keep-rollouts). Then its own search is run with these
+instead of a server, --repeats times with the continuations in another random order. The truth is arithmetic's
+(locator_accuracy.py). Output: two tables and OUT.png.
+Rules on V(0) .. V(n):  first: the first k with V(k) = 0.  last: the one behind the last k with V(k) > 0.  drop: the largest
 fall V(k-1) - V(k).  half: the first k with V(k) < V(k-1) / 2.  change: the likeliest change point, where V is beta(1/2, 1/2)
 before the error and 1/100 from it on.
 """
 
+import asyncio
+import importlib
 import json
+import random
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,9 +24,11 @@ from pathlib import Path
 
 import tyro
 from locator_accuracy import true_error
+from transformers import AutoTokenizer
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+LOCATE = importlib.import_module("02_locate_step")
 
 
 @dataclass
@@ -35,27 +41,51 @@ class Args:
     """its name there"""
     limit: int = 400
     """wrong samples"""
+    repeats: int = 5
+    """random orders of the continuations"""
     rollouts: tuple[int, ...] = (1, 2, 4, 8, 16)
     """numbers of rollouts"""
     out: Path = Path("runs/locator_curve")
     """folder to write; OUT.png beside it"""
 
 
-def locate(args: Args, name: str, *more) -> tuple[list[dict], int]:
-    """Rows that 02 writes, and the tokens that it spent."""
-    path = args.out / f"{name}.jsonl"
+def continuations(args: Args) -> list[dict]:
+    """Wrong samples with `true`, the first wrong step, and `kept`: by k the (right, tokens) of each continuation."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    wrong = [row for line in open(args.samples, encoding="utf-8") if not (row := json.loads(line))["correct"]][: args.limit]
+    (args.out / "wrong.jsonl").write_text("".join(json.dumps(row) + "\n" for row in wrong), encoding="utf-8")
     command = [sys.executable, ROOT / "02_locate_step.py", "--samples", args.out / "wrong.jsonl", "--base-url", args.base_url,
-               "--model", args.model, "--max-tokens", "400", "--out", path, *more]  # fmt: skip
-    if not (Path(f"{path}.meta.json").exists() and json.loads(Path(f"{path}.meta.json").read_text())["finished"]):
+               "--model", args.model, "--max-tokens", "400", "--out", args.out / "whole.jsonl", "--linear", "--no-early-stop",
+               "--rollouts", max(args.rollouts), "--keep-rollouts", args.out / "whole.kept"]  # fmt: skip
+    if not (args.out / "whole.jsonl.meta.json").exists():
         subprocess.run(list(map(str, command)), check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-    rows = [json.loads(line) for line in open(path, encoding="utf-8")]
-    return rows, json.loads(Path(f"{path}.meta.json").read_text())["summary"]["rollout completion tokens"]
+    count = AutoTokenizer.from_pretrained(ROOT / args.model)
+    rows = {(row["id"], row["sample"]): row for row in wrong}
+    for line in open(args.out / "whole.kept", encoding="utf-8"):
+        row = json.loads(line)
+        rows[row["id"], row["sample"]]["kept"] = {
+            int(k): [(c["correct"], len(count(c["text"])["input_ids"]) + 1) for c in found]
+            for k, found in row["rollouts"].items()
+        }
+    return [row | {"true": true_error(row)} for row in rows.values() if true_error(row)]
 
 
-def rate(pairs: list[tuple[int | None, int | None]]) -> tuple[int, int]:
-    """(exact, located) of (found, true)."""
-    located = [(found, true) for found, true in pairs if found and true]
-    return sum(found == true for found, true in located), len(located)
+def search(row: dict, n: int, linear: bool, solvable: bool, order: random.Random) -> tuple[int | None, int]:
+    """What 02 finds with n rollouts, and the tokens of the continuations that it asks for."""
+    spent = 0
+
+    async def reaches(k: int) -> bool:
+        nonlocal spent
+        if k == 0 and solvable:
+            return True
+        right, tried, found = False, 0, order.sample(row["kept"][k], n)
+        while tried < n and not right:  # waves as in 02
+            wave = found[tried : tried + max(1, tried)]
+            right, tried = any(good for good, _ in wave), tried + len(wave)
+            spent += sum(tokens for _, tokens in wave)
+        return right
+
+    return asyncio.run(LOCATE.first_wrong_step(len(row["steps"]), reaches, linear)), spent
 
 
 def change_point(right: list[int], n: int) -> int:
@@ -66,7 +96,7 @@ def change_point(right: list[int], n: int) -> int:
 
 
 RULES = {
-    "hard": lambda v, n: v.index(0),
+    "first": lambda v, n: v.index(0),
     "last": lambda v, n: max(k for k in range(len(v)) if v[k]) + 1,
     "drop": lambda v, n: max(range(1, len(v)), key=lambda k: v[k - 1] - v[k]),
     "half": lambda v, n: next(k for k in range(1, len(v)) if v[k] < v[k - 1] / 2),
@@ -74,52 +104,47 @@ RULES = {
 }
 
 
-def main(args: Args):
-    wilson = __import__("02_locate_step").wilson
-    args.out.mkdir(parents=True, exist_ok=True)
-    wrong = [row for line in open(args.samples, encoding="utf-8") if not (row := json.loads(line))["correct"]][: args.limit]
-    (args.out / "wrong.jsonl").write_text("".join(json.dumps(row) + "\n" for row in wrong), encoding="utf-8")
-    show = lambda hits, total: f"{hits / total:6.1%} ({wilson(hits, total)[0]:.1%} to {wilson(hits, total)[1]:.1%})"
-    table, kinds = {}, {"bisection": [], "linear": ["--linear"]}
-    print("rollouts  search     located  exact of these             tokens  of linear's, 5 steps or more: exact and tokens")
-    for n in args.rollouts:
-        for kind, more in kinds.items():
-            rows, tokens = locate(args, f"{kind}-{n}", "--rollouts", n, "--keep-rollouts", args.out / f"{kind}-{n}.kept", *more)
-            table[kind, n] = (*rate([(row["error_step"], true_error(row)) for row in rows]), tokens)
-        long = {(row["id"], row["sample"]) for row in rows if len(row["steps"]) >= 5}
-        spent, hits = {}, {}
-        for kind in kinds:
-            kept = [json.loads(line) for line in open(args.out / f"{kind}-{n}.kept", encoding="utf-8")]
-            spent[kind] = sum(len(c["text"]) for row in kept if (row["id"], row["sample"]) in long
-                              for found in row["rollouts"].values() for c in found)  # fmt: skip
-            rows = [json.loads(line) for line in open(args.out / f"{kind}-{n}.jsonl", encoding="utf-8")]
-            hits[kind] = rate([(row["error_step"], true_error(row)) for row in rows if (row["id"], row["sample"]) in long])
-        for kind in kinds:
-            good, located, tokens = table[kind, n]
-            print(f"{n:8}  {kind:9} {located:8}  {show(good, located)} {tokens:8}  {tokens / table['linear', n][2]:6.0%} "
-                  f"{show(*hits[kind])} {spent[kind] / spent['linear']:6.0%}", flush=True)  # fmt: skip
+def share(hits: list[bool], repeats: int) -> tuple[float, float, float]:
+    """Share of hits and its 95 % interval, for the number of solutions and not that of their repetitions."""
+    total = max(1, round(len(hits) / repeats))
+    return sum(hits) / max(1, len(hits)), *LOCATE.wilson(round(total * sum(hits) / max(1, len(hits))), total)
 
-    most = max(args.rollouts)
-    kept = args.out / "whole.kept"
-    rows, _ = locate(args, "whole", "--rollouts", most, "--linear", "--no-early-stop", "--keep-rollouts", kept)
-    truth = {(row["id"], row["sample"]): (true_error(row), len(row["steps"])) for row in rows}
-    curves = {}
-    for line in open(kept, encoding="utf-8"):
-        row = json.loads(line)
-        curves[row["id"], row["sample"]] = {int(k): [c["correct"] for c in found] for k, found in row["rollouts"].items()}
-    print("\nrollouts  rule      located  exact of these")
+
+def main(args: Args):
+    rows, order, table = continuations(args), random.Random(0), {}
+    print(f"{len(rows)} wrong solutions, {sum(len(row['steps']) >= 5 for row in rows)} of them with 5 steps or more")
+    print("rollouts  search     located  exact of these            tokens each, of linear's  5 steps or more: exact, tokens")
+    for n in args.rollouts:
+        for kind in ("linear", "bisection"):
+            found = [(row, *search(row, n, kind == "linear", False, order)) for _ in range(args.repeats) for row in rows]
+            for least in (0, 5):
+                hits = [step == row["true"] for row, step, _ in found if step and len(row["steps"]) >= least]
+                cost = [tokens for row, _, tokens in found if len(row["steps"]) >= least]
+                table[n, kind, least] = (*share(hits, args.repeats), sum(cost) / len(cost), len(hits) / len(found))
+            (exact, low, high, tokens, located), (exact5, _, _, tokens5, _) = table[n, kind, 0], table[n, kind, 5]
+            print(f"{n:8}  {kind:9} {located:8.1%}  {exact:.1%} ({low:.1%} to {high:.1%}) {tokens:12.0f} "
+                  f"{tokens / table[n, 'linear', 0][3]:8.0%} {exact5:18.1%} {tokens5 / table[n, 'linear', 5][3]:6.0%}",
+                  flush=True)  # fmt: skip
+    for least in (0, 5):
+        some = [row for row in rows if len(row["steps"]) >= least and len(row["kept"]) == len(row["steps"])]  # V(0) > 0
+        cost = [sum(search(row, 8, linear, True, order)[1] for row in some) for linear in (False, True)]
+        print(f"8 rollouts, V(0) > 0 known, {least} steps or more: bisection has {cost[0] / cost[1]:.0%} of linear's tokens")
+
+    print("\nrollouts  rule      exact, all rollouts of all prefixes made")
     for n in args.rollouts:
         for name, rule in RULES.items():
-            pairs = []
-            for key, (true, steps) in truth.items():
-                values = [sum(curves[key].get(k, [])[:n]) for k in range(steps)] + [0]
-                pairs.append((rule(values, n) if values[0] else None, true))
-            good, located = rate(pairs)
-            print(f"{n:8}  {name:8} {located:8}  {show(good, located)}", flush=True)
-    draw(table, Path(f"{args.out}.png"), wilson)
+            hits = []
+            for _ in range(args.repeats):
+                for row in rows:
+                    values = [sum(good for good, _ in order.sample(row["kept"].get(k) or [(0, 0)] * n, n))
+                              for k in range(len(row["steps"]))] + [0]  # fmt: skip
+                    hits += [rule(values, n) == row["true"]] if values[0] else []
+            exact, low, high = share(hits, args.repeats)
+            print(f"{n:8}  {name:8} {exact:7.1%} ({low:.1%} to {high:.1%})", flush=True)
+    draw(table, Path(f"{args.out}.png"))
 
 
-def draw(table: dict, path: Path, wilson):
+def draw(table: dict, path: Path):
     import matplotlib
 
     matplotlib.use("Agg")
@@ -127,15 +152,13 @@ def draw(table: dict, path: Path, wilson):
 
     figure, axis = pyplot.subplots(figsize=(6.5, 3.6), layout="constrained")
     for kind, colour in (("bisection", "tab:blue"), ("linear", "tab:orange")):
-        points = [(n, *values) for (k, n), values in table.items() if k == kind]
-        shares, tokens = [good / located for _, good, located, _ in points], [spent / 1000 for *_, spent in points]
-        ends = [wilson(good, located) for _, good, located, _ in points]
-        errors = [[s - low for s, (low, _) in zip(shares, ends, strict=True)],
-                  [high - s for s, (_, high) in zip(shares, ends, strict=True)]]  # fmt: skip
-        axis.errorbar(tokens, shares, errors, marker="o", capsize=3, color=colour, label=kind)
-        for (n, *_), x, y in zip(points, tokens, shares, strict=True):
-            axis.annotate(str(n), (x, y), textcoords="offset points", xytext=(5, -12), fontsize=8)
-    axis.set(xlabel="thousand tokens (beside the points: rollouts)", xscale="log",
+        points = [(n, *values) for (n, k, least), values in table.items() if k == kind and not least]
+        x, y = [tokens for *_, tokens, _ in points], [exact for _, exact, *_ in points]
+        errors = [[exact - low for _, exact, low, *_ in points], [high - exact for _, exact, _, high, *_ in points]]
+        axis.errorbar(x, y, errors, marker="o", capsize=3, color=colour, label=kind)
+        for (n, *_), a, b in zip(points, x, y, strict=True):
+            axis.annotate(str(n), (a, b), textcoords="offset points", xytext=(5, -12), fontsize=8)
+    axis.set(xlabel="tokens of a wrong solution (beside the points: rollouts)",
              title="share of located errors that are exact, 95 % intervals")  # fmt: skip
     axis.grid(alpha=0.3)
     axis.legend()

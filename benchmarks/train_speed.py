@@ -55,6 +55,8 @@ class Args:
     """layers"""
     vocab: int = 151_936
     """rows of the embedding and the head"""
+    tokens_per_batch: int = 16384
+    """tokens of one pass of this trainer"""
     out: Path = Path("runs/train_speed")
     """OUT.json and OUT.png are written"""
     child: str = ""
@@ -98,8 +100,8 @@ def time_ours(args: Args, rows: list[dict], separate: bool) -> tuple[list[float]
         pairs.add(*train.encode(row, tokenizer))
     if separate:
         train.collate = separate_rows(train)
-    settings = SimpleNamespace(tokens_per_batch=16384, objective="dpo", beta=0.4, label_smoothing=0.0, nll_weight=0.0,
-                               max_grad_norm=1.0)  # fmt: skip
+    settings = SimpleNamespace(tokens_per_batch=args.tokens_per_batch, objective="dpo", beta=0.4, label_smoothing=0.0,
+                               nll_weight=0.0, max_grad_norm=1.0)  # fmt: skip
     scorer = train.SuffixScorer(make_model(args))
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
     scorer, optimizer = accelerator.prepare(scorer, optimizer)

@@ -125,26 +125,31 @@ def test_bootstrap_covers_the_mean_and_has_the_right_width():
     assert stage(5).bootstrap(differences, 0) == (low, high)
 
 
-def first_zero(truth: list[bool], linear: bool) -> tuple[int | None, int]:
+def locate(truth: list[bool], linear: bool) -> tuple[int | None, int]:
     asked = []
 
     async def reaches(k):
         asked.append(k)
         return truth[k]
 
-    return asyncio.run(stage(2).first_zero(len(truth), reaches, linear)), len(asked)
+    return asyncio.run(stage(2).first_wrong_step(len(truth), reaches, linear)), len(asked)
 
 
 @pytest.mark.parametrize("linear", [False, True])
-def test_first_zero_finds_every_place(linear):
+def test_every_place_of_the_error_is_found(linear):
     for n in range(1, 9):
         for error in range(1, n + 1):
-            assert first_zero([k < error for k in range(n)], linear)[0] == error
-        assert first_zero([False] * n, linear) == (None, 1)
+            assert locate([k < error for k in range(n)], linear)[0] == error
+        assert locate([False] * n, linear) == (None, 1)
+
+
+def test_a_success_behind_a_failure_is_trusted():
+    truth = [True, True, False, True, False, False]  # V(2) = 0 by chance: the error is in step 4
+    assert locate(truth, False)[0] == locate(truth, True)[0] == 4
 
 
 def test_bisection_asks_less():
-    assert first_zero([True] * 5 + [False] * 3, False)[1] == 4 < first_zero([True] * 5 + [False] * 3, True)[1]
+    assert locate([True] * 5 + [False] * 3, False)[1] == 4 < locate([True] * 5 + [False] * 3, True)[1]
 
 
 def test_pairs_of_one_error():

@@ -1,6 +1,5 @@
 """02: the judge's parser, votes and faults, fallback, scores, kept rollouts, and the page in a real browser."""
 
-import asyncio
 import json
 import os
 import random
@@ -255,27 +254,6 @@ def test_kept_rollouts_are_used_by_03(server, tmp_path):
     other = ["--out", tmp_path / "x.jsonl", "--rollouts", tmp_path / "rollouts.jsonl", "--top-p", 0.9]
     done = run(3, *arguments, *other, check=False)
     assert done.returncode == 2 and "was made with top_p = 0.95" in done.stderr
-
-
-def simulate(n_steps: int, error: int, linear: bool, value: float = 1.0):
-    """What first_zero finds for a solution that is wrong from step `error` on, and the prefixes it asked about."""
-    asked = []
-
-    async def reaches(k):
-        asked.append(k)
-        return k < error and value > 0
-
-    return asyncio.run(stage(2).first_zero(n_steps, reaches, linear)), asked
-
-
-@pytest.mark.parametrize("linear", [False, True])
-def test_every_place_of_the_error_is_found(linear):
-    for n_steps in range(1, 12):
-        for error in range(1, n_steps + 1):
-            step, asked = simulate(n_steps, error, linear)
-            assert step == error
-            assert len(asked) <= (n_steps if linear else 1 + n_steps.bit_length())
-    assert simulate(5, 3, linear, value=0.0) == (None, [0])
 
 
 def test_scores_follow_their_formulas(tmp_path, capsys):
