@@ -30,7 +30,8 @@ def run(number: int, *arguments, check: bool = True, **more) -> subprocess.Compl
 
 
 def read(path) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    """Rows of a JSON Lines file; splitlines() would part them at U+2028 too."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import re
 import time
 
 import pytest
@@ -83,22 +84,65 @@ def test_regression_pairs(grades):
     assert grades([("3", None)])[0] == [False]
 
 
-def test_a_hostile_answer_costs_its_deadline_and_no_more(grades):
+HOSTILE = [
+    "9^{9^{9^{9}}}", "{" * 4000, "(1," * 1600, "\\{" * 2000, "\\int_0^1 " * 400 + "x", "\x00", "1" * 5000, "x" * 1_000_000,
+    "\\frac{1}" * 500, "1,2," * 1000, "\\sqrt{" * 900, "10^{99}" * 50, "(" * 10 + "1" + ")" * 10, "a<" * 2000, "\\pm" * 900,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seconds", [2.0])
+def test_hostile_answers_cost_their_deadline_and_no_more(grades, seconds):
     start = time.time()
-    verdicts, kills = grades([("7", "9^{9^{9^{9}}}"), ("2", "{" * 4000), ("x+1", "1+x")], seconds=3.0)
-    assert verdicts == [False, False, True] and kills <= 2 and time.time() - start < 25
+    verdicts, kills = grades([*(("7", answer) for answer in HOSTILE), ("x+1", "1+x")], seconds=seconds)
+    assert verdicts == [False] * len(HOSTILE) + [True]
+    assert time.time() - start < 15 + kills * (seconds + 3)
 
 
-def test_most_gold_answers_grade_as_themselves(grades):
-    """The real test sets, boxed and read back; the few that do not are the grading issue's."""
+def test_hostile_responses_are_read_in_linear_time():
+    start = time.time()
+    for text in ("\\boxed{", "The answer is ", "{", "answer: ", "\x00", "\n#### ", "**Answer:** **"):
+        stage(1).extract_answer(text * (1_000_000 // len(text)) + "\\fbox{7}")
+    assert time.time() - start < 10
+
+
+KNOWN = {
+    ("test/prealgebra/1879.json", "sentence"),  # a line break within the gold
+    ("train/geometry/838.json", "sentence"), ("odyssey-212", "sentence"),  # "sq. units", "a. 3, b. 4": a full stop within
+    ("train/counting_and_probability/360.json", "changed"),  # "2/3 \\approx 0.67": math-verify reads the first side alone
+    ("train/counting_and_probability/557.json", "changed"),  # "0.56 = 56 %": the same
+}  # fmt: skip
+FILES = ("gsm8k_test", "gsm8k_train", "math_test", "math_train", "aime24", "aime25", "odyssey_math", "cmath_test",
+         "mgsm_zh_test", "ape500_test", "aqua_dev")  # fmt: skip
+
+
+def changed(answer: str) -> str:
+    """Another answer: the last digit one more, the next option letter, or a word put before."""
+    if re.fullmatch("[A-Z]", answer):
+        return chr(ord(answer) + 1)
+    digits = list(re.finditer(r"\d", answer))
+    if digits:
+        at = digits[-1].start()
+        return answer[:at] + str((int(answer[at]) + 1) % 10) + answer[at + 1 :]
+    return f"not {answer}" if answer.replace(" ", "").isalpha() else answer + "+1"
+
+
+@pytest.mark.slow
+def test_gold_answers_equal_themselves_and_nothing_else(grades):
+    """All answers of the eleven real files: boxed, in a sentence, and changed. KNOWN are the exceptions."""
     if not SHARED.is_dir():
         pytest.skip("the benchmark files are not beside this checkout")
-    pairs = []
-    for name in ("gsm8k_test", "math_test", "aime24"):
-        for row in read(SHARED / f"{name}.jsonl")[:400]:
-            pairs.append((row["answer"], stage(1).extract_answer("So \\boxed{" + row["answer"] + "}.")))
+    extract, pairs, names = stage(1).extract_answer, [], []
+    for file in FILES:
+        for row in read(SHARED / f"{file}.jsonl"):
+            answer = row["answer"]
+            for kind, text in (("boxed", f"So \\boxed{{{answer}}}."), ("sentence", f"So it is. The answer is {answer}.")):
+                pairs.append((answer, extract(text)))
+                names.append((row["id"], kind, True))
+            pairs.append((answer, changed(answer)))
+            names.append((row["id"], "changed", False))
     verdicts, _ = grades(pairs)
-    assert sum(verdicts) == len(pairs)
+    wrong = {(identity, kind) for (identity, kind, equal), verdict in zip(names, verdicts, strict=True) if verdict != equal}
+    assert wrong == KNOWN
 
 
 def test_wilson_against_published_values():
