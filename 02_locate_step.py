@@ -444,7 +444,10 @@ def unfold(answer: str) -> str:
 def verdict(gold: str, prediction: str, algebra) -> bool | None:
     """Whether two answers are the same. algebra(gold, prediction) decides single expressions; its None makes None here."""
     texts = gold, prediction
-    clocks = [CLOCK.fullmatch(re.sub(WORDS, r"\1", text).replace("{:}", ":").strip("$ ").replace(" ", "")) for text in texts]
+    clocks = [
+        CLOCK.fullmatch(re.sub(WORDS, r"\1", text).replace("{:}", ":").replace("\\!", "").strip("$ ").replace(" ", ""))
+        for text in texts
+    ]
     if any(clocks):
         times = [(int(clock[1]), clock[2]) for clock in clocks if clock]
         halves = {clock[3].lower() for clock in clocks if clock and clock[3]}
@@ -513,14 +516,16 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
     def same(*texts: str) -> bool:
         boxed = ["\\boxed{" + re.sub(r"(\d+)\^\\circ", r"{(\1\\pi/180)}", text) + "}" for text in texts]
         parsed = [math_verify.parse(text, config, fallback_mode="no_fallback", parsing_timeout=None) for text in boxed]
-        if not all(parsed) or math_verify.verify(*parsed, float_rounding=10, timeout_seconds=None):
-            return all(parsed)
-        values = [found[0] for found in parsed]  # numbers that it does not simplify, such as 1/(1+i)
-        if any(not isinstance(value, sympy.Expr) for value in values):
+        if not all(parsed):
             return False
-        difference = values[0] - values[1]
-        difference = difference.subs({symbol: sympy.I for symbol in difference.free_symbols if symbol.name == "i"})
-        return not difference.free_symbols and abs(sympy.N(difference, 30)) < 1e-20
+        if all(isinstance(found[0], sympy.Expr) for found in parsed):
+            a, b = (value.subs({x: sympy.I for x in value.free_symbols if x.name == "i"}) for value, *_ in parsed)
+            if not a.free_symbols | b.free_symbols:  # numbers: math-verify would round, and 2^{-98} to 0
+                a, b = sympy.N(a, 30), sympy.N(b, 30)
+                if not (a.is_finite and b.is_finite):
+                    return a == b
+                return bool(abs(a - b) <= 1e-12 * max(abs(a), abs(b)))
+        return math_verify.verify(*parsed, float_rounding=10, timeout_seconds=None)
 
     return bool(verdict(gold, prediction, same))
 
@@ -928,7 +933,7 @@ def first_wrong(row: dict) -> int | None:
     return row["error_step"] or (0 if str(row.get("reason")).startswith(NO_ERROR) else None)
 
 
-def score(truths: list[int], found: list[int | None], name: str) -> dict:
+def print_scores(truths: list[int], found: list[int | None], name: str) -> dict:
     """Print ProcessBench's measures (accuracy on wrong and on right solutions, and their harmonic mean F1) with 95 % Wilson
     intervals, and how far the located steps are from the true ones. 0 stands for no error, None for a row left open."""
     wrong = [(t, f) for t, f in zip(truths, found, strict=True) if t]
@@ -973,7 +978,7 @@ def compare(first: Path, second: Path):
     print(f"in common: {len(common)} solutions, on {len(both)} both say something; agreement {agree:.1%}, "
           f"Cohen's kappa {kappa(a, b):.3f}")  # fmt: skip
     known = [(a, b) for a, b in zip(*sides, strict=True) if a is not None]
-    score(*map(list, zip(*known, strict=True)), f"{second} with {first} as the truth")
+    print_scores(*map(list, zip(*known, strict=True)), f"{second} with {first} as the truth")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1164,7 +1169,7 @@ def main(args: Args):
     print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
     if args.labels:
         verdicts = {identity(row): first_wrong(row) for row in located}
-        score([row["label"] + 1 for row in rows], [verdicts[identity(row)] for row in rows], str(args.labels))
+        print_scores([row["label"] + 1 for row in rows], [verdicts[identity(row)] for row in rows], str(args.labels))
 
 
 if __name__ == "__main__":

@@ -108,20 +108,19 @@ def test_hostile_responses_are_read_in_linear_time():
 KNOWN = {
     ("test/prealgebra/1879.json", "sentence"),  # a line break within the gold
     ("train/geometry/838.json", "sentence"), ("odyssey-212", "sentence"),  # "sq. units", "a. 3, b. 4": a full stop within
-    ("train/counting_and_probability/360.json", "changed"),  # "2/3 \\approx 0.67": math-verify reads the first side alone
-    ("train/counting_and_probability/557.json", "changed"),  # "0.56 = 56 %": the same
+    ("train/counting_and_probability/557.json", "changed"),  # "0.56 = 56 %": math-verify reads one side alone
 }  # fmt: skip
 FILES = ("gsm8k_test", "gsm8k_train", "math_test", "math_train", "aime24", "aime25", "odyssey_math", "cmath_test",
          "mgsm_zh_test", "ape500_test", "aqua_dev")  # fmt: skip
 
 
 def changed(answer: str) -> str:
-    """Another answer: the last digit one more, the next option letter, or a word put before."""
+    """Another answer: the first digit one more, the next option letter, or a word put before."""
     if re.fullmatch("[A-Z]", answer):
         return chr(ord(answer) + 1)
     digits = list(re.finditer(r"\d", answer))
     if digits:
-        at = digits[-1].start()
+        at = digits[0].start()
         return answer[:at] + str((int(answer[at]) + 1) % 10) + answer[at + 1 :]
     return f"not {answer}" if answer.replace(" ", "").isalpha() else answer + "+1"
 

@@ -258,7 +258,7 @@ def test_kept_rollouts_are_used_by_03(server, tmp_path):
 
 def test_scores_follow_their_formulas(tmp_path, capsys):
     locate = stage(2)
-    result = locate.score([1, 2, 3, 4, 0, 0, 0, 0], [1, 3, 1, None, 0, 0, 2, None], "x")
+    result = locate.print_scores([1, 2, 3, 4, 0, 0, 0, 0], [1, 3, 1, None, 0, 0, 2, None], "x")
     out = capsys.readouterr().out
     assert result["wrong"] == 0.25 and result["right"] == 0.5 and result["F1"] == pytest.approx(2 * 0.25 * 0.5 / 0.75)
     assert result["located"] == pytest.approx(1 / 3)
