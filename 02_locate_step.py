@@ -1116,7 +1116,7 @@ def main(args: Args):
              "least 0, --min-agreement is between 0 and 1")  # fmt: skip
     if args.compare:
         return compare(*args.compare)
-    if args.locator == "judge" and not (args.judge_path or args.judge_model and args.judge_base_url):
+    if args.locator == "judge" and not (args.judge_model if args.judge_base_url else args.judge_path):
         stop("--locator judge needs --judge-model and --judge-base-url, or --judge-path")
     rows, solvable = load_samples(args)
     began, used = time.time(), {args.locator, args.fallback}
@@ -1142,7 +1142,8 @@ def main(args: Args):
         if args.locator == "judge" and todo:
             here = dataclasses.replace(args, base_url=args.judge_base_url, chat_template=None)
             log = Path(f"{args.out}.judge.log")
-            with served(here, args.judge_model or args.judge_path, log, "JUDGE_API_KEY") as server:
+            name = args.judge_model if args.judge_base_url else args.judge_path
+            with served(here, name, log, "JUDGE_API_KEY") as server:
                 locate = judge_locator(args, server, spent["judge"])
                 asyncio.run(locate_all(todo, locate, output, left, spent["judge"], args, "judging"))
         opened = {identity(row): row for row in left.rows} if left else {}
