@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -330,7 +331,8 @@ def test_the_page_in_a_browser(tmp_path):
             port = free.getsockname()[1]
         command = [sys.executable, f"{STAGES[2]}.py", "--samples", tmp_path / "in.jsonl", "--locator", "human", "--annotator",
                    "ann", "--out", tmp_path / "located.jsonl", "--port", port]  # fmt: skip
-        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a background job's children ignore Ctrl-C
+        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
         assert any("open http://127.0.0.1" in line for line in process.stderr)
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page, fetched = browser.new_page(), []

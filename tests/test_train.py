@@ -336,14 +336,11 @@ def test_sft_loss_is_the_mean_over_the_solution_tokens(tmp_path, small_model, to
 
 @pytest.mark.slow
 def test_the_maker_of_the_bundled_model_trains_by_04(tmp_path):
-    """A very small one, twice: the same weights, the committed problems, and a loss that falls."""
-    found = []
-    for name in ("a", "b"):
-        arguments = ["--out", tmp_path / name, "--work", tmp_path / f"work-{name}", "--steps", 8, "--batch", 16, "--hidden", 32,
-                     "--layers", 1, "--log-steps", 1]  # fmt: skip
-        subprocess.run([sys.executable, TINY / "make.py", *map(str, arguments)], check=True, capture_output=True, cwd=ROOT)
-        found.append((tmp_path / name / "model" / "model.safetensors").read_bytes())
-    assert found[0] == found[1]
+    """A very small one: the committed problems come out again, and the loss falls."""
+    arguments = ["--out", tmp_path / "a", "--work", tmp_path / "work-a", "--steps", 8, "--batch", 16, "--hidden", 32,
+                 "--layers", 1, "--log-steps", 1]  # fmt: skip
+    subprocess.run([sys.executable, TINY / "make.py", *map(str, arguments)], check=True, capture_output=True, cwd=ROOT)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "model")
     assert all((tmp_path / "a" / f"{s}.jsonl").read_bytes() == (TINY / f"{s}.jsonl").read_bytes() for s in ("train", "test"))
     lines = read(tmp_path / "work-a" / "model" / "metrics.jsonl")
     assert len(lines) == 8 and lines[-1]["loss"] < lines[0]["loss"] - 0.05
