@@ -661,8 +661,9 @@ def save_model(accelerator: Accelerator, scorer, adapters, tokenizer, args: Args
         elif adapters:
             adapters.merge_and_unload().to(dtype).save_pretrained(out)
         else:
-            cast = {tensor.data_ptr(): tensor.to(dtype) for tensor in state.values()}  # a tied head stays tied, stored once
-            lm.save_pretrained(out, state_dict={k.removeprefix("lm."): cast[tensor.data_ptr()] for k, tensor in state.items()})
+            place = lambda tensor: (tensor.data_ptr(), tensor.shape)
+            cast = {place(tensor): tensor.to(dtype) for tensor in state.values()}  # a tied head stays tied, stored once
+            lm.save_pretrained(out, state_dict={k.removeprefix("lm."): cast[place(tensor)] for k, tensor in state.items()})
             config = json.loads((out / "config.json").read_text())  # it names the fp32 of the master weights
             config["dtype"] = str(dtype).removeprefix("torch.")
             (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
