@@ -67,16 +67,38 @@ STATED_ANSWER = re.compile(  # models without \boxed{}: "The answer is: 7", "###
     r"([^\n]+?)\**(?:[.。](?:\s|$)|\n|$)"
 )
 
-# name -> hub id, configurations, and row -> (problem, answer, solution); Odyssey-MATH forbids training
-HUB_DATA = {
-    "gsm8k": ("openai/gsm8k", ["main"], lambda row: (
-        row["question"], row["answer"].split("####")[-1].replace(",", "").strip(), row["answer"])),
-    "math": ("EleutherAI/hendrycks_math", ["algebra", "counting_and_probability", "geometry", "intermediate_algebra",
-             "number_theory", "prealgebra", "precalculus"], lambda row: (
-        row["problem"], extract_answer(row["solution"]), row["solution"])),
-    "aqua": ("deepmind/aqua_rat", ["raw"], lambda row: (
-        row["question"] + "\nOptions:\n" + "\n".join(row["options"]), row["correct"], row["rationale"])),
+MATH_PARTS = ["algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
+              "precalculus"]  # fmt: skip
+# name -> hub id or address, its parts, (split, file for --data-dir) to train on and to test on, licence, row -> our fields
+DATA_SETS = {
+    "gsm8k": ("openai/gsm8k", ["main"], ("train", "gsm8k_train"), ("test", "gsm8k_test"), "MIT", lambda row: {
+        "problem": row["question"], "solution": row["answer"],
+        "answer": row["answer"].split("####")[-1].replace(",", "").strip()}),
+    "math": ("EleutherAI/hendrycks_math", MATH_PARTS, ("train", "math_train"), ("test", "math_test"), "MIT", lambda row: {
+        "problem": row["problem"], "answer": extract_answer(row["solution"]), "solution": row["solution"],
+        "level": row["level"], "subject": row["type"]}),
+    "math500": ("HuggingFaceH4/MATH-500", [None], None, ("test", "math500"), "MIT", lambda row: {
+        "problem": row["problem"], "answer": row["answer"], "level": f"Level {row['level']}", "subject": row["subject"]}),
+    "aqua": ("deepmind/aqua_rat", ["raw"], ("train", "aqua_train"), ("test", "aqua_dev"), "Apache-2.0", lambda row: {
+        "problem": row["question"] + "\nOptions:\n" + "\n".join(row["options"]), "answer": row["correct"],
+        "solution": row["rationale"]}),
+    "aime24": ("HuggingFaceH4/aime_2024", [None], None, ("train", "aime24"), "problems (c) MAA", lambda row: {
+        "problem": row["problem"], "answer": str(int(row["answer"])), "solution": row["solution"]}),
+    "aime25": ("MathArena/aime_2025", [None], None, ("train", "aime25"), "problems (c) MAA", lambda row: {
+        "problem": row["problem"], "answer": str(row["answer"])}),
+    "odyssey-math": ("https://raw.githubusercontent.com/protagolabs/odyssey-math/main/final-odyssey-math-with-levels.jsonl",
+                     [None], None, ("test", "odyssey_math"), "CC BY-SA 4.0, test use only: not for training", lambda row: {
+        "problem": re.sub(LATEX_DEBRIS, "", row["question"]), "level": row["level"], "subject": row["label"],
+        "answer": re.sub(r"^\$([^$]*)\$$", r"\1", re.sub(LATEX_DEBRIS, "", row["answer"]).rstrip(". "))}),
+    "cmath": ("weitianwen/cmath", [None], None, ("test", "cmath_test"), "CC BY 4.0", lambda row: {
+        "problem": row["question"], "answer": row["golden"], "level": f"grade {row['grade']}"}),
+    "mgsm-zh": ("juletxara/mgsm", ["zh"], None, ("test", "mgsm_zh_test"), "CC BY-SA 4.0", lambda row: {
+        "problem": row["question"], "answer": str(row["answer_number"])}),
+    "ape210k": ("MU-NLPC/Calc-ape210k", ["original-splits"], ("train", "ape210k_train"), ("test", "ape500_test"),
+                "not stated by its authors", lambda row: {"problem": row["question_chinese"], "answer": row["result"]}),
 }  # fmt: skip
+LATEX_DEBRIS = r"(?:\s|\\\\|\\noindent|\\newpage|\\end\{problem\}|\\vspace\*?\{[^}]*\}|\\section\*?(?:\{[^}]*\})?)+$"
+ASKS_FOR_ALL = re.compile(r"separated by comma|[Ff]ind all|all (?:possible|real|the) (?:values|solutions)|angles of")
 
 
 @dataclass
@@ -84,7 +106,9 @@ class Args:
     """Every default is the value of the Step-DPO paper, where it gives one."""
 
     data: tuple[str, ...] = ("gsm8k", "math")
-    """JSON Lines files, or names of training sets loaded from the hub: gsm8k, math, aqua"""
+    """JSON Lines files, or names of sets with a training part, loaded from the hub: gsm8k, math, aqua, ape210k"""
+    data_dir: Path | None = None
+    """folder with these sets as files (gsm8k_train.jsonl ...), instead of the hub"""
     out: Path = Path("data/samples.jsonl")
     """file to write; rows that it holds already are not made again"""
     model: str = "Qwen/Qwen2-7B-Instruct"
@@ -211,40 +235,63 @@ class Output:
         temporary.replace(self.meta_path)  # all or nothing
 
 
-def load_problems(names: tuple[str, ...], split: str) -> list[dict]:
-    """Problems with `id`, `problem`, `answer` (strings) and `dataset`; ids are unique over all files."""
-    rows, first = [], {}
-    for name in names:
-        if name in HUB_DATA:
-            rows += load_hub(name, split)
-        elif name.endswith(".jsonl") or Path(name).exists():
-            rows += [{"dataset": Path(name).stem} | row for row in read_rows(Path(name), ("id", "problem", "answer"))]
-        else:
-            stop(f"--data {name}: neither a .jsonl file nor one of {', '.join(HUB_DATA)}")
+def load_problems(name: str, training: bool, folder: Path | None) -> list[dict]:
+    """Problems with `id`, `problem`, `answer` (strings) and `dataset` of a file or a named set; says where they are from.
+
+    Where a problem of MATH asks for all values and its solution boxes them one by one, all of them are the answer."""
+    where, licence = name, ""
+    if name in DATA_SETS:
+        hub, _, train, test, licence, _ = DATA_SETS[name]
+        if training and not train:
+            stop(f"--data {name}: a test set, not for training ({licence}); take one that has a training part, or a file")
+        where = f"{folder}/{(train if training else test)[1]}.jsonl" if folder else hub
+    if training and "odyssey" in Path(name).stem.lower():
+        stop(f"--data {name}: Odyssey-MATH's licence is for test use only; take another file")
+    if name in DATA_SETS and not folder:
+        rows = load_hub(name, training)
+    elif name in DATA_SETS or name.endswith(".jsonl") or Path(name).exists():
+        rows = [{"dataset": Path(name).stem} | row for row in read_rows(Path(where), ("id", "problem", "answer"))]
+    else:
+        stop(f"--data {name}: neither a .jsonl file nor one of {', '.join(DATA_SETS)}")
+    first = {}
     for number, row in enumerate(rows, 1):
         row["id"], row["answer"] = str(row["id"]), str(row["answer"])
+        if name == "math" and ASKS_FOR_ALL.search(row["problem"]):
+            row["answer"] = ", ".join(all_boxes(row["solution"])) or row["answer"]
         if first.setdefault(row["id"], number) != number:
-            stop(f"--data: row {number} has the id {row['id']!r} of row {first[row['id']]}; make the ids unique")
+            stop(f"{where}: row {number} has the id {row['id']!r} of row {first[row['id']]}; make the ids unique")
+    print(f"{name}: {len(rows)} problems from {where}{f' ({licence})' if licence else ''}, "
+          f"content hash {content_hash(rows)}", file=sys.stderr)  # fmt: skip
     return rows
 
 
-def load_hub(name: str, split: str) -> list[dict]:
-    """A data set from the Hugging Face hub in our fields. HF_HUB_OFFLINE=1 takes it from the local cache."""
+def content_hash(rows: list[dict]) -> str:
+    """Sixteen hex digits of the ids, problems and answers, in their order."""
+    return hashlib.sha256(json.dumps([(row["id"], row["problem"], row["answer"]) for row in rows]).encode()).hexdigest()[:16]
+
+
+def load_hub(name: str, training: bool) -> list[dict]:
+    """A named set from the hub, or from its address, in our fields. HF_HUB_OFFLINE=1 takes it from the local cache."""
     import datasets
 
-    hub_id, configurations, fields = HUB_DATA[name]
+    hub, names, train, test, _, fields = DATA_SETS[name]
+    split = (train if training else test)[0]
     try:
-        parts = [(part, datasets.load_dataset(hub_id, part, split=split)) for part in configurations]
+        if hub.startswith("https://"):  # a line is {"Problem_7": {...}}
+            lines = httpx.get(hub, follow_redirects=True, timeout=60).raise_for_status().text.split("\n")
+            parts = [(None, [next(iter(json.loads(line).values())) for line in lines if line.strip()])]
+        else:
+            parts = [(part, datasets.load_dataset(hub, part, split=split)) for part in names]
     except Exception as error:  # the library raises many kinds: no network, no such set, gated ...
-        stop(f"--data {name}: {hub_id} cannot be loaded ({str(error).splitlines()[0]}); check the network or give a file")
+        stop(f"--data {name}: {hub} cannot be loaded ({(str(error) or repr(error)).splitlines()[0]}); "
+             "check the network, or give files by --data-dir")  # fmt: skip
     rows = []
     for part, data in parts:
         for number, row in enumerate(data):
-            problem, answer, solution = fields(row)
-            if answer:  # two solutions of MATH box nothing
-                more = {key: row[key] for key in ("level", "type") if key in row}
-                rows.append({"id": f"{name}-{split}-{part}-{number}", "problem": problem, "answer": answer,
-                             "solution": solution, "dataset": name} | more)  # fmt: skip
+            found = fields(row)
+            if found["answer"]:  # two solutions of MATH box nothing
+                key = "-".join(filter(None, (name, split, part, str(number))))
+                rows.append({"id": key, "dataset": name} | found)
     return rows
 
 
@@ -286,6 +333,16 @@ def extract_answer(response: str) -> str | None:
             return response[start:position].strip() or None
         position += 1
     return None
+
+
+def all_boxes(solution: str) -> list[str]:
+    r"""What stands in the \boxed{} of a solution, each different answer once, in their order."""
+    found = []
+    while (start := solution.rfind("\\boxed{")) >= 0:
+        answer, solution = extract_answer(solution[start:]), solution[:start]
+        if answer and not any(quick_verdict(answer, other) for other in found):
+            found.insert(0, answer)
+    return found
 
 
 def tidy(answer: str) -> str:
@@ -485,18 +542,18 @@ class Grader:
     """Grades answers. Algebra runs in processes that are killed at a deadline: sympy may hang for ever, and
     math-verify's own time limit uses SIGALRM, which fails off the main thread."""
 
-    def __init__(self, seconds: float = 10.0):
-        self.seconds, self.kills, self.known = seconds, 0, {}
+    def __init__(self, seconds: float = 10.0, quick=quick_verdict, slow=algebra_verdict):
+        self.seconds, self.quick, self.slow, self.kills, self.known = seconds, quick, slow, 0, {}
         start = {"initializer": importlib.import_module, "initargs": ("math_verify",)}  # seconds that are no job's
         self.pool = pebble.ProcessPool(max_workers=2, context=multiprocessing.get_context("spawn"), **start)
 
     async def __call__(self, gold: str, prediction: str | None) -> bool:
         if prediction is None or len(prediction) > 5000:
             return False
-        verdict = self.known.get((gold, prediction), quick_verdict(gold, prediction))
+        verdict = self.known.get((gold, prediction), self.quick(gold, prediction))
         if verdict is None:
             try:
-                job = self.pool.schedule(algebra_verdict, args=(gold, prediction), timeout=self.seconds)
+                job = self.pool.schedule(self.slow, args=(gold, prediction), timeout=self.seconds)
                 verdict = await asyncio.wrap_future(job)
             except (TimeoutError, pebble.ProcessExpired):
                 verdict, self.kills = False, self.kills + 1
@@ -589,17 +646,19 @@ def seed_of(*parts) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4], "big") >> 1
 
 
-async def complete(client: openai.AsyncOpenAI, model: str, messages: list[dict], seed: int, n: int, **more) -> list[dict]:
-    """n answers to `messages`: {"text", "finish_reason", "tokens", "prompt_tokens" (of all n, on the first)}.
+async def complete(client: openai.AsyncOpenAI, model: str, prompt: list[dict] | str, seed: int, n: int, **more) -> list[dict]:
+    """n answers to messages or to raw text: {"text", "finish_reason", "tokens", "prompt_tokens" (of all n, on the first)}.
 
     The client itself tries 408, 409, 429, 5xx, timeouts and dropped connections again, with backoff. A prompt that is
     too long for the model gives finish_reason "refused"; any other refusal ends the run."""
+    raw = isinstance(prompt, str)
+    create, more["prompt" if raw else "messages"] = (client if raw else client.chat).completions.create, prompt
     for attempt in range(6):
         try:
-            reply = await client.chat.completions.create(model=model, messages=messages, n=n, seed=seed, **more)
-            found = [{"text": c.message.content or "", "finish_reason": c.finish_reason, "tokens": 0, "prompt_tokens": 0}
-                     for c in reply.choices]  # fmt: skip
-            if found and not found[0]["text"]:  # a reasoning model whose parser took all for thought
+            reply = await create(model=model, n=n, seed=seed, **more)
+            found = [{"text": (c.text if raw else c.message.content) or "", "finish_reason": c.finish_reason, "tokens": 0,
+                      "prompt_tokens": 0} for c in reply.choices]  # fmt: skip
+            if not raw and found and not found[0]["text"]:  # a reasoning model whose parser took all for thought
                 extra = reply.choices[0].message.model_extra or {}
                 found[0]["text"] = extra.get("reasoning") or extra.get("reasoning_content") or ""
             if len(found) != n:
@@ -712,10 +771,12 @@ async def sample_all(args: Args, problems: list[dict], output: Output, server: t
 def main(args: Args):
     if min(args.n, args.concurrency, args.limit or 1, args.max_tokens) < 1 or not 0 < args.top_p <= 1 or args.temperature < 0:
         stop("--n, --concurrency, --limit and --max-tokens are at least 1, --top-p is above 0 and at most 1")
-    problems = load_problems(args.data, "train")
+    problems = [row for name in args.data for row in load_problems(name, True, args.data_dir)]
+    if len({row["id"] for row in problems}) < len(problems):
+        stop("--data: two files have an id in common; make the ids unique")
     settings = {name: getattr(args, name) for name in ("chat_template", "temperature", "top_p", "max_tokens", "seed")}
     settings |= {"stage": "01_sample_errors", "model": model_id(args.model)}
-    settings["data"] = hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]
+    settings["data"] = content_hash(problems)
     problems, output = problems[: args.limit], Output(args.out, settings)
     with served(args, args.model, Path(f"{args.out}.server.log")) as server:
         show_prompt(*server, problems[0]["problem"], OPENING)

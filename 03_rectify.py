@@ -475,18 +475,18 @@ class Grader:
     """Grades answers. Algebra runs in processes that are killed at a deadline: sympy may hang for ever, and
     math-verify's own time limit uses SIGALRM, which fails off the main thread."""
 
-    def __init__(self, seconds: float = 10.0):
-        self.seconds, self.kills, self.known = seconds, 0, {}
+    def __init__(self, seconds: float = 10.0, quick=quick_verdict, slow=algebra_verdict):
+        self.seconds, self.quick, self.slow, self.kills, self.known = seconds, quick, slow, 0, {}
         start = {"initializer": importlib.import_module, "initargs": ("math_verify",)}  # seconds that are no job's
         self.pool = pebble.ProcessPool(max_workers=2, context=multiprocessing.get_context("spawn"), **start)
 
     async def __call__(self, gold: str, prediction: str | None) -> bool:
         if prediction is None or len(prediction) > 5000:
             return False
-        verdict = self.known.get((gold, prediction), quick_verdict(gold, prediction))
+        verdict = self.known.get((gold, prediction), self.quick(gold, prediction))
         if verdict is None:
             try:
-                job = self.pool.schedule(algebra_verdict, args=(gold, prediction), timeout=self.seconds)
+                job = self.pool.schedule(self.slow, args=(gold, prediction), timeout=self.seconds)
                 verdict = await asyncio.wrap_future(job)
             except (TimeoutError, pebble.ProcessExpired):
                 verdict, self.kills = False, self.kills + 1
@@ -583,17 +583,19 @@ def seed_of(*parts) -> int:
 
 
 # Copied from 01_sample_errors.py
-async def complete(client: openai.AsyncOpenAI, model: str, messages: list[dict], seed: int, n: int, **more) -> list[dict]:
-    """n answers to `messages`: {"text", "finish_reason", "tokens", "prompt_tokens" (of all n, on the first)}.
+async def complete(client: openai.AsyncOpenAI, model: str, prompt: list[dict] | str, seed: int, n: int, **more) -> list[dict]:
+    """n answers to messages or to raw text: {"text", "finish_reason", "tokens", "prompt_tokens" (of all n, on the first)}.
 
     The client itself tries 408, 409, 429, 5xx, timeouts and dropped connections again, with backoff. A prompt that is
     too long for the model gives finish_reason "refused"; any other refusal ends the run."""
+    raw = isinstance(prompt, str)
+    create, more["prompt" if raw else "messages"] = (client if raw else client.chat).completions.create, prompt
     for attempt in range(6):
         try:
-            reply = await client.chat.completions.create(model=model, messages=messages, n=n, seed=seed, **more)
-            found = [{"text": c.message.content or "", "finish_reason": c.finish_reason, "tokens": 0, "prompt_tokens": 0}
-                     for c in reply.choices]  # fmt: skip
-            if found and not found[0]["text"]:  # a reasoning model whose parser took all for thought
+            reply = await create(model=model, n=n, seed=seed, **more)
+            found = [{"text": (c.text if raw else c.message.content) or "", "finish_reason": c.finish_reason, "tokens": 0,
+                      "prompt_tokens": 0} for c in reply.choices]  # fmt: skip
+            if not raw and found and not found[0]["text"]:  # a reasoning model whose parser took all for thought
                 extra = reply.choices[0].message.model_extra or {}
                 found[0]["text"] = extra.get("reasoning") or extra.get("reasoning_content") or ""
             if len(found) != n:

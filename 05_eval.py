@@ -1,25 +1,31 @@
-"""Score models on benchmarks with greedy decoding and compare them, problem by problem, with the first one.
+"""Score models on benchmarks and compare them, problem by problem, with the first one.
 
     python 05_eval.py                                              # Qwen2-7B-Instruct against runs/stepdpo, GSM8K and MATH
-    python 05_eval.py --data data/tiny/test.jsonl --models data/tiny/model runs/tuned --out results/tiny
+    python 05_eval.py --data gsm8k math aime24 odyssey-math --data-dir benchmarks/files
+    python 05_eval.py --data data/tiny/test.jsonl --models data/tiny/model tuned=runs/tuned-0,runs/tuned-1 --out results/tiny
+    python 05_eval.py --data aime24 --samples 16 --temperature 0.7                 # avg@16, maj@16, pass@1 to pass@16
+    python 05_eval.py --regrade results/tiny                                       # stored responses again, without a model
+    python 05_eval.py --credit data/located.jsonl --models REFERENCE TUNED         # which tokens the tuned model rewards
 
 Input: problems as in 01_sample_errors.py, a file or a name for each benchmark:
     {"id": "q1", "problem": "Ava has 3 apples and buys 4 more. How many has she now?", "answer": "7"}
 
-Output in OUT: report.md; summary.json; and a line a response in BENCHMARK/N-MODEL.jsonl:
-    {"id": "q1", "problem": "...", "answer": "7", "response": "...", "prediction": "7", "correct": true,
-     "finish_reason": "stop", "tokens": 41, "model": "runs/tuned"}
+Output in OUT: report.md, report.html, their pictures, summary.json; and a line a response in BENCHMARK/MODEL.jsonl:
+    {"id": "q1", "problem": "...", "answer": "7", "sample": 0, "response": "...", "prediction": "7", "correct": true,
+     "correct_paper": true, "finish_reason": "stop", "tokens": 41, "model": "runs/tuned"}
 
-Accuracy has a 95 % Wilson interval. The difference from the first model is paired: a 95 % bootstrap interval over problems
-and McNemar's exact test on the problems that only one of the two gets right. Responses that are there are not made again.
+`correct` is the strict verdict; `correct_paper` that of the Step-DPO authors' code, which takes a number within 0.001 of the
+answer, of a hundredth or of a hundred times it. Responses that are there are not made again.
 """
 
 import ast
 import asyncio
 import atexit
+import base64
 import contextlib
 import fcntl
 import hashlib
+import html
 import importlib.metadata
 import json
 import logging
@@ -34,12 +40,13 @@ import subprocess
 import sys
 import time
 import unicodedata
+from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import accumulate
+from itertools import accumulate, combinations
 from operator import add, mul, sub, truediv
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import httpx
 import numpy as np
@@ -52,6 +59,12 @@ from tqdm import tqdm
 USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 # Copied from 01_sample_errors.py
 OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would move the token boundary
+PAPER_PROMPTS = {  # as the authors' eval_math.py has them, for instruction models and for their SFT models; last space theirs
+    "paper": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n" + USER_TURN
+    + "<|im_end|>\n<|im_start|>assistant\n" + OPENING + " ",
+    "paper-alpaca": "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{problem}\n\n### Response:\n" + OPENING + " ",
+}  # fmt: skip
 # Copied from 01_sample_errors.py
 SAME = {"\\\\": "\\\\", "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\leqslant": "\\le", "\\geqslant": "\\ge", "\\leq": "\\le",
         "\\geq": "\\ge", "≤": "\\le ", "≥": "\\ge ", "∞": "\\infty", "π": "\\pi ", "−": "-", "×": "\\times ", "√": "\\sqrt ",
@@ -74,27 +87,81 @@ STATED_ANSWER = re.compile(  # models without \boxed{}: "The answer is: 7", "###
     r"([^\n]+?)\**(?:[.。](?:\s|$)|\n|$)"
 )
 # Copied from 01_sample_errors.py
-HUB_DATA = {
-    "gsm8k": ("openai/gsm8k", ["main"], lambda row: (
-        row["question"], row["answer"].split("####")[-1].replace(",", "").strip(), row["answer"])),
-    "math": ("EleutherAI/hendrycks_math", ["algebra", "counting_and_probability", "geometry", "intermediate_algebra",
-             "number_theory", "prealgebra", "precalculus"], lambda row: (
-        row["problem"], extract_answer(row["solution"]), row["solution"])),
-    "aqua": ("deepmind/aqua_rat", ["raw"], lambda row: (
-        row["question"] + "\nOptions:\n" + "\n".join(row["options"]), row["correct"], row["rationale"])),
+MATH_PARTS = ["algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
+              "precalculus"]  # fmt: skip
+# Copied from 01_sample_errors.py
+DATA_SETS = {
+    "gsm8k": ("openai/gsm8k", ["main"], ("train", "gsm8k_train"), ("test", "gsm8k_test"), "MIT", lambda row: {
+        "problem": row["question"], "solution": row["answer"],
+        "answer": row["answer"].split("####")[-1].replace(",", "").strip()}),
+    "math": ("EleutherAI/hendrycks_math", MATH_PARTS, ("train", "math_train"), ("test", "math_test"), "MIT", lambda row: {
+        "problem": row["problem"], "answer": extract_answer(row["solution"]), "solution": row["solution"],
+        "level": row["level"], "subject": row["type"]}),
+    "math500": ("HuggingFaceH4/MATH-500", [None], None, ("test", "math500"), "MIT", lambda row: {
+        "problem": row["problem"], "answer": row["answer"], "level": f"Level {row['level']}", "subject": row["subject"]}),
+    "aqua": ("deepmind/aqua_rat", ["raw"], ("train", "aqua_train"), ("test", "aqua_dev"), "Apache-2.0", lambda row: {
+        "problem": row["question"] + "\nOptions:\n" + "\n".join(row["options"]), "answer": row["correct"],
+        "solution": row["rationale"]}),
+    "aime24": ("HuggingFaceH4/aime_2024", [None], None, ("train", "aime24"), "problems (c) MAA", lambda row: {
+        "problem": row["problem"], "answer": str(int(row["answer"])), "solution": row["solution"]}),
+    "aime25": ("MathArena/aime_2025", [None], None, ("train", "aime25"), "problems (c) MAA", lambda row: {
+        "problem": row["problem"], "answer": str(row["answer"])}),
+    "odyssey-math": ("https://raw.githubusercontent.com/protagolabs/odyssey-math/main/final-odyssey-math-with-levels.jsonl",
+                     [None], None, ("test", "odyssey_math"), "CC BY-SA 4.0, test use only: not for training", lambda row: {
+        "problem": re.sub(LATEX_DEBRIS, "", row["question"]), "level": row["level"], "subject": row["label"],
+        "answer": re.sub(r"^\$([^$]*)\$$", r"\1", re.sub(LATEX_DEBRIS, "", row["answer"]).rstrip(". "))}),
+    "cmath": ("weitianwen/cmath", [None], None, ("test", "cmath_test"), "CC BY 4.0", lambda row: {
+        "problem": row["question"], "answer": row["golden"], "level": f"grade {row['grade']}"}),
+    "mgsm-zh": ("juletxara/mgsm", ["zh"], None, ("test", "mgsm_zh_test"), "CC BY-SA 4.0", lambda row: {
+        "problem": row["question"], "answer": str(row["answer_number"])}),
+    "ape210k": ("MU-NLPC/Calc-ape210k", ["original-splits"], ("train", "ape210k_train"), ("test", "ape500_test"),
+                "not stated by its authors", lambda row: {"problem": row["question_chinese"], "answer": row["result"]}),
 }  # fmt: skip
+# Copied from 01_sample_errors.py
+LATEX_DEBRIS = r"(?:\s|\\\\|\\noindent|\\newpage|\\end\{problem\}|\\vspace\*?\{[^}]*\}|\\section\*?(?:\{[^}]*\})?)+$"
+# Copied from 01_sample_errors.py
+ASKS_FOR_ALL = re.compile(r"separated by comma|[Ff]ind all|all (?:possible|real|the) (?:values|solutions)|angles of")
+FORMULA = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|\$(?![\s$])((?:[^$\n]*[^\s$\\])?)\$(?!\d)"
+                     r"|(\\boxed\{(?:[^{}]|\{[^{}]*\})*\})", re.S)  # fmt: skip
+PAGE = """<!DOCTYPE html><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 15px/1.5 sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }}
+table {{ border-collapse: collapse; margin: 1em 0; font-size: 14px }} td, th {{ border: 1px solid #ccc; padding: 3px 8px;
+text-align: right }} td:first-child, td:nth-child(2), th {{ text-align: left }} img {{ max-width: 100% }}
+.two {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 1em }}
+.two > div {{ white-space: pre-wrap; border: 1px solid #ddd; padding: .6em; overflow-wrap: anywhere }}
+menclose {{ border: 1px solid; padding: 1px 3px }} .right {{ border-left: 5px solid #2a7 !important }}
+.wrong {{ border-left: 5px solid #c33 !important }} .error {{ border-bottom: 2px solid #c33 }}</style>
+<h1>{title}</h1>
+{body}"""
 
 
 @dataclass
 class Args:
-    """Every default is the paper's protocol: zero shot, greedy, 2048 tokens."""
+    """Every default is the paper's (zero shot, greedy, 2048 tokens) but for the prompt and the equality: see --protocol."""
 
     data: tuple[str, ...] = ("gsm8k", "math")
-    """benchmarks: JSON Lines files, or names of test sets loaded from the hub: gsm8k, math, aqua"""
+    """JSON Lines files, or names: gsm8k, math, math500, aqua, aime24, aime25, odyssey-math, cmath, mgsm-zh, ape210k"""
+    data_dir: Path | None = None
+    """folder with the named sets as files (gsm8k_test.jsonl, aime24.jsonl ...), instead of the hub"""
     models: tuple[str, ...] = ("Qwen/Qwen2-7B-Instruct", "runs/stepdpo")
-    """folders or hub ids; the first is the base, which the others are compared with"""
+    """folders or hub ids; the first is the base. NAME=FOLDER,FOLDER: several seeds of one model, with mean and spread"""
     out: Path = Path("results")
     """folder to write"""
+    protocol: Literal["strict", "paper", "paper-alpaca"] = "strict"
+    """strict: the model's chat template, strict equality; paper: the authors' prompt for Qwen2 (paper-alpaca: for their SFT
+    models) and their lenient equality. The report has both scores of the same responses either way"""
+    samples: int = 1
+    """responses to each problem, with --temperature above 0: gives avg@k, maj@k and pass@k"""
+    regrade: Path | None = None
+    """grade the responses in this folder of results again and write its report; needs no model"""
+    credit: Path | None = None
+    """solutions with steps and error_step (02's file): token rewards of the models against the first one, credit.html"""
+    credit_show: int = 20
+    """solutions to draw"""
+    beta: float = 0.4
+    """of the token rewards beta * (log pi - log pi_ref)"""
+    check_contamination: Path | None = None
+    """training file (prompt or problem): which test problems share 13 words in a row with it"""
     base_url: str | None = None
     """an OpenAI-compatible server to use, such as http://127.0.0.1:8000/v1; its key is read from OPENAI_API_KEY"""
     server_args: str = ""
@@ -218,41 +285,65 @@ class Output:
 
 
 # Copied from 01_sample_errors.py
-def load_problems(names: tuple[str, ...], split: str) -> list[dict]:
-    """Problems with `id`, `problem`, `answer` (strings) and `dataset`; ids are unique over all files."""
-    rows, first = [], {}
-    for name in names:
-        if name in HUB_DATA:
-            rows += load_hub(name, split)
-        elif name.endswith(".jsonl") or Path(name).exists():
-            rows += [{"dataset": Path(name).stem} | row for row in read_rows(Path(name), ("id", "problem", "answer"))]
-        else:
-            stop(f"--data {name}: neither a .jsonl file nor one of {', '.join(HUB_DATA)}")
+def load_problems(name: str, training: bool, folder: Path | None) -> list[dict]:
+    """Problems with `id`, `problem`, `answer` (strings) and `dataset` of a file or a named set; says where they are from.
+
+    Where a problem of MATH asks for all values and its solution boxes them one by one, all of them are the answer."""
+    where, licence = name, ""
+    if name in DATA_SETS:
+        hub, _, train, test, licence, _ = DATA_SETS[name]
+        if training and not train:
+            stop(f"--data {name}: a test set, not for training ({licence}); take one that has a training part, or a file")
+        where = f"{folder}/{(train if training else test)[1]}.jsonl" if folder else hub
+    if training and "odyssey" in Path(name).stem.lower():
+        stop(f"--data {name}: Odyssey-MATH's licence is for test use only; take another file")
+    if name in DATA_SETS and not folder:
+        rows = load_hub(name, training)
+    elif name in DATA_SETS or name.endswith(".jsonl") or Path(name).exists():
+        rows = [{"dataset": Path(name).stem} | row for row in read_rows(Path(where), ("id", "problem", "answer"))]
+    else:
+        stop(f"--data {name}: neither a .jsonl file nor one of {', '.join(DATA_SETS)}")
+    first = {}
     for number, row in enumerate(rows, 1):
         row["id"], row["answer"] = str(row["id"]), str(row["answer"])
+        if name == "math" and ASKS_FOR_ALL.search(row["problem"]):
+            row["answer"] = ", ".join(all_boxes(row["solution"])) or row["answer"]
         if first.setdefault(row["id"], number) != number:
-            stop(f"--data: row {number} has the id {row['id']!r} of row {first[row['id']]}; make the ids unique")
+            stop(f"{where}: row {number} has the id {row['id']!r} of row {first[row['id']]}; make the ids unique")
+    print(f"{name}: {len(rows)} problems from {where}{f' ({licence})' if licence else ''}, "
+          f"content hash {content_hash(rows)}", file=sys.stderr)  # fmt: skip
     return rows
 
 
 # Copied from 01_sample_errors.py
-def load_hub(name: str, split: str) -> list[dict]:
-    """A data set from the Hugging Face hub in our fields. HF_HUB_OFFLINE=1 takes it from the local cache."""
+def content_hash(rows: list[dict]) -> str:
+    """Sixteen hex digits of the ids, problems and answers, in their order."""
+    return hashlib.sha256(json.dumps([(row["id"], row["problem"], row["answer"]) for row in rows]).encode()).hexdigest()[:16]
+
+
+# Copied from 01_sample_errors.py
+def load_hub(name: str, training: bool) -> list[dict]:
+    """A named set from the hub, or from its address, in our fields. HF_HUB_OFFLINE=1 takes it from the local cache."""
     import datasets
 
-    hub_id, configurations, fields = HUB_DATA[name]
+    hub, names, train, test, _, fields = DATA_SETS[name]
+    split = (train if training else test)[0]
     try:
-        parts = [(part, datasets.load_dataset(hub_id, part, split=split)) for part in configurations]
+        if hub.startswith("https://"):  # a line is {"Problem_7": {...}}
+            lines = httpx.get(hub, follow_redirects=True, timeout=60).raise_for_status().text.split("\n")
+            parts = [(None, [next(iter(json.loads(line).values())) for line in lines if line.strip()])]
+        else:
+            parts = [(part, datasets.load_dataset(hub, part, split=split)) for part in names]
     except Exception as error:  # the library raises many kinds: no network, no such set, gated ...
-        stop(f"--data {name}: {hub_id} cannot be loaded ({str(error).splitlines()[0]}); check the network or give a file")
+        stop(f"--data {name}: {hub} cannot be loaded ({(str(error) or repr(error)).splitlines()[0]}); "
+             "check the network, or give files by --data-dir")  # fmt: skip
     rows = []
     for part, data in parts:
         for number, row in enumerate(data):
-            problem, answer, solution = fields(row)
-            if answer:  # two solutions of MATH box nothing
-                more = {key: row[key] for key in ("level", "type") if key in row}
-                rows.append({"id": f"{name}-{split}-{part}-{number}", "problem": problem, "answer": answer,
-                             "solution": solution, "dataset": name} | more)  # fmt: skip
+            found = fields(row)
+            if found["answer"]:  # two solutions of MATH box nothing
+                key = "-".join(filter(None, (name, split, part, str(number))))
+                rows.append({"id": key, "dataset": name} | found)
     return rows
 
 
@@ -280,6 +371,17 @@ def extract_answer(response: str) -> str | None:
             return response[start:position].strip() or None
         position += 1
     return None
+
+
+# Copied from 01_sample_errors.py
+def all_boxes(solution: str) -> list[str]:
+    r"""What stands in the \boxed{} of a solution, each different answer once, in their order."""
+    found = []
+    while (start := solution.rfind("\\boxed{")) >= 0:
+        answer, solution = extract_answer(solution[start:]), solution[:start]
+        if answer and not any(quick_verdict(answer, other) for other in found):
+            found.insert(0, answer)
+    return found
 
 
 # Copied from 01_sample_errors.py
@@ -489,18 +591,18 @@ class Grader:
     """Grades answers. Algebra runs in processes that are killed at a deadline: sympy may hang for ever, and
     math-verify's own time limit uses SIGALRM, which fails off the main thread."""
 
-    def __init__(self, seconds: float = 10.0):
-        self.seconds, self.kills, self.known = seconds, 0, {}
+    def __init__(self, seconds: float = 10.0, quick=quick_verdict, slow=algebra_verdict):
+        self.seconds, self.quick, self.slow, self.kills, self.known = seconds, quick, slow, 0, {}
         start = {"initializer": importlib.import_module, "initargs": ("math_verify",)}  # seconds that are no job's
         self.pool = pebble.ProcessPool(max_workers=2, context=multiprocessing.get_context("spawn"), **start)
 
     async def __call__(self, gold: str, prediction: str | None) -> bool:
         if prediction is None or len(prediction) > 5000:
             return False
-        verdict = self.known.get((gold, prediction), quick_verdict(gold, prediction))
+        verdict = self.known.get((gold, prediction), self.quick(gold, prediction))
         if verdict is None:
             try:
-                job = self.pool.schedule(algebra_verdict, args=(gold, prediction), timeout=self.seconds)
+                job = self.pool.schedule(self.slow, args=(gold, prediction), timeout=self.seconds)
                 verdict = await asyncio.wrap_future(job)
             except (TimeoutError, pebble.ProcessExpired):
                 verdict, self.kills = False, self.kills + 1
@@ -514,9 +616,49 @@ class Grader:
         self.pool.join()
 
 
+def paper_verdict(gold: str, prediction: str, algebra) -> bool | None:
+    """The authors' equality: a number within 0.001 of the answer, of a hundredth or of a hundred times it; lists by part."""
+    gold, prediction = tidy(gold), tidy(prediction)
+    (kind, parts), (other_kind, others) = structure(gold), structure(prediction)
+    if kind and other_kind and len(parts) == len(others) > 1:
+        found = [paper_verdict(a, b, algebra) for a, b in zip(parts, others, strict=True)]
+        return False if False in found else None if None in found else True
+    a, b = as_number(gold.rstrip("%")), as_number(prediction.rstrip("%"))
+    if a is not None and b is not None:
+        b = b / 100 if prediction.endswith("%") else b
+        return any(abs(b - target) <= Fraction(1, 1000) for target in (a, a / 100, 100 * a))
+    return algebra(gold, prediction)
+
+
+def quick_paper(gold: str, prediction: str) -> bool | None:
+    """quick_verdict() for the authors' equality, which credits all that the strict one does."""
+    strict, has_number = quick_verdict(gold, prediction), lambda text: re.search(r"\d|\\pi", text)
+    if strict:
+        return True
+    lenient = paper_verdict(gold, prediction, lambda a, b: None if has_number(a) and has_number(b) else False)
+    return lenient if lenient or strict is False else None
+
+
+def algebra_paper(gold: str, prediction: str) -> bool:
+    """The authors' equality with values of single expressions; runs in a worker process."""
+    import math_verify
+    import sympy
+
+    config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
+
+    def near(*texts: str) -> bool:
+        found = [math_verify.parse(f"\\boxed{{{text}}}", config, fallback_mode="no_fallback", parsing_timeout=None)
+                 for text in texts]  # fmt: skip
+        if not all(found) or not all(isinstance(value[0], sympy.Expr) for value in found):
+            return False
+        a, b = (sympy.N(value[0]) for value in found)
+        return not (a.free_symbols | b.free_symbols) and bool(abs(a - b) <= 1e-3)
+
+    return algebra_verdict(gold, prediction) or bool(paper_verdict(gold, prediction, near))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the server and its requests
-
 
 # Copied from 01_sample_errors.py
 KEEPER = """
@@ -597,17 +739,19 @@ def seed_of(*parts) -> int:
 
 
 # Copied from 01_sample_errors.py
-async def complete(client: openai.AsyncOpenAI, model: str, messages: list[dict], seed: int, n: int, **more) -> list[dict]:
-    """n answers to `messages`: {"text", "finish_reason", "tokens", "prompt_tokens" (of all n, on the first)}.
+async def complete(client: openai.AsyncOpenAI, model: str, prompt: list[dict] | str, seed: int, n: int, **more) -> list[dict]:
+    """n answers to messages or to raw text: {"text", "finish_reason", "tokens", "prompt_tokens" (of all n, on the first)}.
 
     The client itself tries 408, 409, 429, 5xx, timeouts and dropped connections again, with backoff. A prompt that is
     too long for the model gives finish_reason "refused"; any other refusal ends the run."""
+    raw = isinstance(prompt, str)
+    create, more["prompt" if raw else "messages"] = (client if raw else client.chat).completions.create, prompt
     for attempt in range(6):
         try:
-            reply = await client.chat.completions.create(model=model, messages=messages, n=n, seed=seed, **more)
-            found = [{"text": c.message.content or "", "finish_reason": c.finish_reason, "tokens": 0, "prompt_tokens": 0}
-                     for c in reply.choices]  # fmt: skip
-            if found and not found[0]["text"]:  # a reasoning model whose parser took all for thought
+            reply = await create(model=model, n=n, seed=seed, **more)
+            found = [{"text": (c.text if raw else c.message.content) or "", "finish_reason": c.finish_reason, "tokens": 0,
+                      "prompt_tokens": 0} for c in reply.choices]  # fmt: skip
+            if not raw and found and not found[0]["text"]:  # a reasoning model whose parser took all for thought
                 extra = reply.choices[0].message.model_extra or {}
                 found[0]["text"] = extra.get("reasoning") or extra.get("reasoning_content") or ""
             if len(found) != n:
@@ -665,8 +809,72 @@ async def run_all(items: list, work, concurrency: int, label: str):
                 group.create_task(worker())
 
 
+async def grade(row: dict, graders: tuple[Grader, Grader]) -> dict:
+    """The row with `prediction` and both verdicts; an unfinished response has no answer."""
+    finished = row.get("finish_reason", "stop") == "stop"
+    prediction = extract_answer(row["response"]) if finished else None
+    strict, paper = [await grader(str(row["answer"]), prediction) for grader in graders]
+    return row | {"prediction": prediction, "correct": strict, "correct_paper": paper}
+
+
+async def answer_all(args: Args, todo: list[tuple[dict, int, Output]], server: tuple[str, str, str]) -> dict:
+    """Answer and grade (problem, sample, file to write to). Returns counts."""
+    url, key, model = server
+    client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=3600)
+    graders, tokens, began = (Grader(), Grader(quick=quick_paper, slow=algebra_paper)), 0, time.time()
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
+
+    async def work(item: tuple[dict, int, Output]):
+        nonlocal tokens
+        problem, sample, output = item
+        seed, opening = seed_of(args.seed, "eval", problem["id"], *([sample] if sample else [])), OPENING
+        if args.protocol == "strict":
+            [found] = await ask(client, model, problem["problem"], OPENING, seed, args)
+        else:
+            prompt, opening = PAPER_PROMPTS[args.protocol].format(problem=problem["problem"]), OPENING + " "
+            [found] = await complete(client, model, prompt, seed, 1, **sampling)
+        response = opening + found["text"] if found["finish_reason"] != "refused" else ""
+        row = problem | {"sample": sample, "response": response, "finish_reason": found["finish_reason"],
+                         "tokens": found["tokens"], "model": model}  # fmt: skip
+        output.write(await grade(row, graders))
+        tokens += found["tokens"]
+
+    try:
+        await run_all(todo, work, args.concurrency, model[-30:])
+    finally:
+        for grader in graders:
+            grader.close()
+    took = time.time() - began
+    return {"gradings killed": graders[0].kills, "tokens": tokens, "tokens/s": round(tokens / took), "seconds": round(took, 1)}
+
+
+async def regrade(path: Path) -> str:
+    """Grade the rows of one file again, in place. Returns what changed."""
+    rows = read_rows(path, ("id", "answer"))
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("response"), str):
+            stop(f"{path}, line {number}: no text in 'response'; every row needs id, answer, response")
+    graders, began = (Grader(), Grader(quick=quick_paper, slow=algebra_paper)), time.time()
+    new = [None] * len(rows)
+
+    async def work(item: tuple[int, dict]):
+        new[item[0]] = await grade(item[1], graders)
+
+    try:
+        await run_all(list(enumerate(rows)), work, 64, f"grading {path.name}"[-30:])
+    finally:
+        for grader in graders:
+            grader.close()
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new), encoding="utf-8")
+    temporary.replace(path)
+    changed = sum(row["correct"] != old.get("correct") for row, old in zip(new, rows, strict=True))
+    return (f"{path}: {len(rows)} responses, {changed} verdicts changed, {len(rows) / (time.time() - began):.0f} a second, "
+            f"{graders[0].kills} gradings killed")  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# the stage
+# statistics
 
 
 def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
@@ -683,116 +891,635 @@ def mcnemar(wins: int, losses: int) -> float:
     return min(1.0, 2 * sum(math.comb(total, i) for i in range(min(wins, losses) + 1)) / 2**total)
 
 
-def bootstrap(differences: np.ndarray, seed: int, draws: int = 10_000) -> tuple[float, float]:
-    """95 % percentile interval of the mean of paired differences in {-1, 0, 1}, (problems,), drawn again by problem."""
-    shares = np.array([(differences == value).mean() for value in (-1, 0, 1)])
-    counts = np.random.default_rng(seed).multinomial(len(differences), shares, size=draws)
-    low, high = np.percentile((counts[:, 2] - counts[:, 0]) / len(differences), [2.5, 97.5])
+def permutation(differences: np.ndarray, seed: int, draws: int = 10_000) -> float:
+    """Two-sided p of a mean difference, (problems,), when each problem's sign is a coin (Fisher's randomization test)."""
+    rng, moving = np.random.default_rng(seed), differences[differences != 0]
+    signs = (rng.integers(0, 2, (draws // 100, len(moving)), dtype=np.int8) * 2 - 1 for _ in range(100))
+    larger = sum(int((abs(sign @ moving) >= abs(moving.sum()) - 1e-9).sum()) for sign in signs)
+    return (1 + larger) / (1 + draws)
+
+
+def bootstrap(rates: np.ndarray, base: np.ndarray | None, seed: int, draws: int = 10_000) -> tuple[float, float]:
+    """95 % percentile interval of the mean of `rates` (seeds, problems), less that of `base` on the same problems.
+
+    Problems are drawn again, the same for both; where there are several seeds, they too, for each side on its own."""
+    rng, base = np.random.default_rng(seed), np.zeros_like(rates[:1]) if base is None else base
+    if len(rates) == len(base) == 1:  # few distinct differences: how often each is drawn says all
+        values, counts = np.unique(rates[0] - base[0], return_counts=True)
+        means = rng.multinomial(rates.shape[1], counts / counts.sum(), size=draws) @ values / rates.shape[1]
+    else:
+        pick = lambda side: side[rng.integers(len(side), size=len(side))].mean(0)
+        means = [(pick(rates) - pick(base))[rng.integers(rates.shape[1], size=rates.shape[1])].mean()
+                 for _ in range(min(draws, 2000))]  # fmt: skip
+    low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 
-def score(rows: list[dict], base: list[dict] | None, seed: int) -> dict:
-    """Figures of one model on one benchmark; `base` holds the first model's rows of the same problems, in the same order."""
-    total, correct = len(rows), sum(row["correct"] for row in rows)
-    found = {
-        "problems": total, "correct": correct, "accuracy": correct / total, "interval": wilson(correct, total),
-        "unfinished": sum(row["finish_reason"] == "length" for row in rows),
-        "unparsable": sum(row["finish_reason"] == "stop" and row["prediction"] is None for row in rows),
-        "too_long_a_prompt": sum(row["finish_reason"] == "refused" for row in rows),
-        "mean_tokens": sum(row["tokens"] for row in rows) / total,
-    }  # fmt: skip
-    if base:
-        differences = np.array([int(row["correct"]) - int(other["correct"]) for row, other in zip(rows, base, strict=True)])
-        won = [row["id"] for row, difference in zip(rows, differences, strict=True) if difference > 0]
-        lost = [row["id"] for row, difference in zip(rows, differences, strict=True) if difference < 0]
-        found |= {"difference": float(differences.mean()), "difference_interval": bootstrap(differences, seed),
-                  "mcnemar_p": mcnemar(len(won), len(lost)), "won": won, "lost": lost}  # fmt: skip
+def paired(rates: np.ndarray, base: np.ndarray, seed: int) -> dict:
+    """Difference of two models' rates, each (seeds, problems), paired by problem: its interval, p, and the smallest
+    difference that such a comparison would find four times out of five (power 80 %, two-sided 5 %)."""
+    differences = rates.mean(0) - base.mean(0)
+    single = len(rates) == len(base) == 1 and set(np.unique(differences)) <= {-1.0, 0.0, 1.0}
+    p = mcnemar(int((differences > 0).sum()), int((differences < 0).sum())) if single else permutation(differences, seed)
+    return {"difference": float(differences.mean()), "difference_interval": bootstrap(rates, base, seed), "p": p,
+            "test": "McNemar, exact" if single else "permutation",
+            "detectable": 2.8016 * float(differences.std()) / math.sqrt(len(differences))}  # fmt: skip
+
+
+def majority(votes: list[int]) -> int:
+    """The commonest class of answers; of several, the one that came first. -1 stands for no answer and has no vote."""
+    counts = Counter(vote for vote in votes if vote >= 0)
+    return counts.most_common(1)[0][0] if counts else -1  # most_common keeps the order in which they came
+
+
+def classes(rows: list[dict], field: str) -> list[int]:
+    """For each response to one problem the number of its class of equal answers; -1 where it has none."""
+    found, kinds = [], []
+    for row in rows:
+        same = lambda other, row=row: row[field] and other[field] or not row[field] and not other[field] and bool(
+            quick_verdict(other["prediction"], row["prediction"]))  # fmt: skip
+        place = next((i for i, other in enumerate(kinds) if same(other)), len(kinds)) if row["prediction"] is not None else -1
+        kinds += [row] if place == len(kinds) else []
+        found.append(place)
     return found
 
 
-def report(summary: dict) -> str:
-    """The Markdown table of all benchmarks and models."""
-    lines = [
-        "| benchmark | model | accuracy | 95 % interval | against the base | 95 % interval | McNemar p | won / lost "
-        "| unfinished | no answer | tokens |",
-        "|---|---|---:|---|---:|---|---:|---|---:|---:|---:|",
-    ]
-    for benchmark, models in summary["benchmarks"].items():
-        for model, f in models.items():
-            cells = [f"{benchmark} ({f['problems']})", model, f"{f['accuracy']:.1%}", "{:.1%} to {:.1%}".format(*f["interval"])]
-            if "difference" in f:
-                low, high = f["difference_interval"]
-                cells += [f"{100 * f['difference']:+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}"]
-                cells += [f"{f['mcnemar_p']:.2g}", f"{len(f['won'])} / {len(f['lost'])}"]
-            else:
-                cells += ["base", "", "", ""]
-            cells += [str(f["unfinished"]), str(f["unparsable"] + f["too_long_a_prompt"]), f"{f['mean_tokens']:.0f}"]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+def curves(table: list[list[dict]], field: str, seed: int) -> dict:
+    """pass@j, unbiased (Chen et al. 2021, arXiv 2107.03374), and maj@j for j = 1, 2, 4 ... k; maj@j below k is the mean over 50
+    draws of j of the k responses. `final` says for each problem whether maj@k is right."""
+    k, rng = len(table[0]), np.random.default_rng(seed)
+    sizes = sorted({2**i for i in range(k.bit_length()) if 2**i <= k} | {k})
+    right = [sum(row[field] for row in rows) for rows in table]
+    votes = [classes(rows, field) for rows in table]
+    good = [{vote for vote, row in zip(*both, strict=True) if row[field]} for both in zip(votes, table, strict=True)]
+    passed = [float(np.mean([1 - math.comb(k - c, j) / math.comb(k, j) for c in right])) for j in sizes]
+    final = [majority(found) in kinds for found, kinds in zip(votes, good, strict=True)]
+    voted = []
+    for j in sizes[:-1]:
+        orders = [rng.permutation(k)[:j] for _ in range(50)]
+        voted.append(float(np.mean([[majority([found[i] for i in order]) in kinds for order in orders]
+                                    for found, kinds in zip(votes, good, strict=True)])))  # fmt: skip
+    return {"k": sizes, "pass": passed, "maj": [*voted, float(np.mean(final))], "final": final}
 
 
-async def answer_all(args: Args, todo: list[tuple[dict, Output]], server: tuple[str, str, str]) -> dict:
-    """Answer and grade (problem, file to write to) pairs. Returns counts."""
-    url, key, model = server
-    client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=3600)
-    grader, tokens, began = Grader(), 0, time.time()
+def interval(rates: np.ndarray, k: int, seed: int) -> tuple[float, float]:
+    """Of the mean of rates (seeds, problems): Wilson's where they are single verdicts, else the bootstrap's."""
+    return wilson(round(rates.sum()), rates.size) if k == len(rates) == 1 else bootstrap(rates, None, seed)
 
-    async def work(item: tuple[dict, Output]):
-        nonlocal tokens
-        problem, output = item
-        [found] = await ask(client, model, problem["problem"], OPENING, seed_of(args.seed, "eval", problem["id"]), args)
-        response = OPENING + found["text"] if found["finish_reason"] != "refused" else ""
-        prediction = extract_answer(response) if found["finish_reason"] == "stop" else None
-        correct = await grader(problem["answer"], prediction)
-        output.write(problem | {"response": response, "prediction": prediction, "correct": correct, "model": model,
-                                "finish_reason": found["finish_reason"], "tokens": found["tokens"]})  # fmt: skip
-        tokens += found["tokens"]
 
+def score(table: list[list[dict]], field: str, seed: int) -> dict:
+    """Figures of one model on one benchmark. `table` holds for each problem its rows, as many for each."""
+    rows, k = [row for found in table for row in found], len(table[0])
+    rates = np.array([[row[field] for row in found] for found in table]).mean(1)
+    return {
+        "problems": len(table), "accuracy": float(rates.mean()), "interval": interval(rates[None], k, seed),
+        "strict": sum(row["correct"] for row in rows) / len(rows),
+        "paper": sum(row["correct_paper"] for row in rows) / len(rows),
+        "unfinished": sum(row["finish_reason"] == "length" for row in rows),
+        "unparsable": sum(row["finish_reason"] == "stop" and row["prediction"] is None for row in rows),
+        "too_long_a_prompt": sum(row["finish_reason"] == "refused" for row in rows),
+        "mean_tokens": sum(row.get("tokens", 0) for row in rows) / len(rows), "rates": rates.tolist(),
+        "curves": curves(table, field, seed) if k > 1 else None,
+    }  # fmt: skip
+
+
+def breakdown(problems: list[dict], rates: np.ndarray, k: int, seed: int) -> dict:
+    """Accuracy by level and by subject, where the problems have them, of rates (seeds, problems)."""
+    found = {}
+    for name, fields in (("level", ("level", "grade")), ("subject", ("subject", "type"))):
+        values = [next((str(row[key]) for key in fields if row.get(key)), "") for row in problems]
+        if len(set(values) - {""}) > 1:
+            parts = {value: rates[:, [other == value for other in values]] for value in sorted(set(values) - {""})}
+            found[name] = {value: {"problems": part.shape[1], "accuracy": float(part.mean()),
+                                   "interval": interval(part, k, seed)} for value, part in parts.items()}  # fmt: skip
+    return found
+
+
+def contamination(path: Path, benchmarks: dict[str, list[dict]]) -> dict:
+    """Test problems that share 13 words in a row (Chinese: characters) with a training problem; shorter ones if it is all
+    of them. The test set's n-grams are indexed and the training file goes past them, so memory does not grow with it."""
+    words = lambda text: re.findall(r"[一-鿿]|\w+", text.lower())
+    grams = lambda text: {tuple(text[i : i + 13]) for i in range(max(1, len(text) - 12))}
+    index, found, whole = {}, {name: {} for name in benchmarks}, set()
+    for name, problems in benchmarks.items():
+        for problem in problems:
+            for gram in grams(words(problem["problem"])):
+                index.setdefault(gram, []).append((name, problem["id"]))
+    rows = read_rows(path, ())
+    for line, row in enumerate(rows, 1):
+        text = row.get("problem", row.get("prompt"))
+        if not isinstance(text, str):
+            stop(f"{path}, line {line}: no text in 'problem' or 'prompt'; every row needs one")
+        whole.add(tuple(words(text)))
+        for gram in grams(words(text)):
+            for name, key in index.get(gram, ()):
+                found[name].setdefault(key, {"id": key, "line": line, "words": " ".join(gram)})
+    same = {name: [problem["id"] for problem in problems if tuple(words(problem["problem"])) in whole]
+            for name, problems in benchmarks.items()}  # fmt: skip
+    found = {name: sorted(hits.values(), key=lambda hit: hit["id"] not in same[name]) for name, hits in found.items()}
+    return {"file": str(path), "rows": len(rows), "same": same, "found": found}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the report
+
+
+def percent(share: float, interval=None) -> str:
+    return f"{share:.1%}" if interval is None else "{:.1%} ({:.1%} to {:.1%})".format(share, *interval)
+
+
+def difference_cells(found: dict) -> list[str]:
+    low, high = found["difference_interval"]
+    return [f"{100 * found['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})", f"{found['p']:.2g}"]
+
+
+def tables(summary: dict) -> list[tuple[str, list[str], list[list[str]], str]]:
+    """(title, head, rows, note) of each table of the report; the first column of cells is text."""
+    found, k = [], summary["samples"]
+    rows, notes = [], []
+    for name, benchmark in summary["benchmarks"].items():
+        for model, f in benchmark["models"].items():
+            versus = [*difference_cells(f), f"{len(f['won'])} / {len(f['lost'])}"] if "p" in f else ["base", "", ""]
+            more = [percent(f["curves"]["maj"][-1]), percent(f["curves"]["pass"][-1])] if k > 1 else []
+            rows.append([f"{name} ({f['problems']})", model, percent(f["accuracy"], f["interval"]), percent(f["strict"]),
+                         percent(f["paper"]), *more, *versus, str(f["unfinished"]),
+                         str(f["unparsable"] + f["too_long_a_prompt"]), f"{f['mean_tokens']:.0f}"])  # fmt: skip
+        # where there is nothing to compare with: two models that disagree on a tenth of the problems
+        least = [f["detectable"] for f in benchmark["models"].values() if "detectable" in f]
+        least = max(least, default=2.8016 * math.sqrt(0.1 / benchmark["problems"]))
+        notes.append(f"On {name} a true difference below {100 * least:.1f} points would be missed more than once in five "
+                     "such comparisons (power 80 %, two-sided 5 %).")  # fmt: skip
+    head = ["benchmark", "model", f"{'accuracy' if k == 1 else f'avg@{k}'} (95 % interval)", "strict", "paper's equality"]
+    head += [f"maj@{k}", f"pass@{k}"] if k > 1 else []
+    won = "won / lost" if k == 1 else "won / lost by majority"
+    head += ["against the base, points", "p", won, "unfinished", "no answer", "tokens"]
+    found.append(("Accuracy", head, rows, " ".join(notes)))
+    rows = []
+    for name, benchmark in summary["benchmarks"].items():
+        for label, f in benchmark["groups"].items():
+            if f["seeds"] > 1:
+                rows.append([name, label, str(f["seeds"]), percent(f["accuracy"], f["interval"]), f"{100 * f['spread']:.1f}",
+                             *(difference_cells(f) if "p" in f else ["base", ""])])  # fmt: skip
+    if rows:
+        head = ["benchmark", "model", "seeds", "mean accuracy (95 % interval)", "standard deviation over seeds, points",
+                "against the base, points", "p"]  # fmt: skip
+        note = "Intervals draw seeds and problems again; p is of a permutation over problems."
+        found.append(("Several seeds", head, rows, note))
+    rows = [[name, f"{a} − {b}", *difference_cells(f)] for name, benchmark in summary["benchmarks"].items()
+            for (a, b), f in ((key.split("\n"), f) for key, f in benchmark["pairwise"].items())]  # fmt: skip
+    if rows:
+        found.append(("Models against each other", ["benchmark", "models", "points (95 % interval)", "p"], rows,
+                      "These p are not corrected for the number of comparisons."))  # fmt: skip
+    for by in ("level", "subject"):
+        for name, benchmark in summary["benchmarks"].items():
+            groups = benchmark["groups"]
+            kinds = next(iter(groups.values()))["by"].get(by, {})
+            rows = [[kind, str(f["problems"]), *(percent(g["by"][by][kind]["accuracy"], g["by"][by][kind]["interval"])
+                     for g in groups.values())] for kind, f in kinds.items()]  # fmt: skip
+            if rows:
+                found.append((f"{name} by {by}", [by, "problems", *groups], rows, ""))
+    if overlap := summary.get("contamination"):
+        rows = [[name, hit["id"], str(hit["line"]), hit["words"]] for name, hits in overlap["found"].items() for hit in hits]
+        counts = ", ".join(f"{len(hits)} of {summary['benchmarks'][name]['problems']} problems of {name} "
+                           f"({len(overlap['same'][name])} word for word)"
+                           for name, hits in overlap["found"].items())  # fmt: skip
+        note = f"{counts} share 13 words in a row with one of the {overlap['rows']} rows of {overlap['file']}."
+        found.append(("Contamination", ["benchmark", "problem", f"line of {overlap['file']}", "words in common"], rows, note))
+    return found
+
+
+def draw_report(summary: dict, out: Path) -> list[Path]:
+    """accuracy.png, levels.png where there are levels, and curves.png where there are several samples."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams |= {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid.axis": "y"}
+    benchmarks, files = summary["benchmarks"], []
+
+    def bars(axes, groups: list[str], models: list[str], value):
+        for i, model in enumerate(models):
+            shares = np.array([value(group, model)["accuracy"] for group in groups]) * 100
+            ends = np.array([value(group, model)["interval"] for group in groups]).T * 100
+            x = np.arange(len(groups)) + (i - (len(models) - 1) / 2) * 0.8 / len(models)
+            axes.bar(x, shares, 0.8 / len(models), yerr=abs(ends - shares), capsize=3, label=model[-40:], error_kw={"lw": 1})
+            if len(groups) * len(models) <= 12:
+                for place, share, top in zip(x, shares, ends[1], strict=True):
+                    axes.text(place, top + 1, f"{share:.1f}", ha="center", fontsize=9)
+        axes.set_xticks(range(len(groups)), groups)
+        axes.set_ylabel("accuracy, %")
+        axes.set(xlim=(-0.75, len(groups) - 0.25), ylim=(0, 108))
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+
+    def finish(figure, axes, name: str):
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="upper center", ncol=min(3, len(labels)), frameon=False, fontsize=9)
+        figure.tight_layout(rect=(0, 0, 1, 1 - 0.08 * math.ceil(len(labels) / 3)))
+        figure.savefig(out / name, dpi=150)
+        plt.close(figure)
+        files.append(out / name)
+
+    models = list(next(iter(benchmarks.values()))["groups"])
+    figure, axes = plt.subplots(figsize=(8, 4))
+    bars(axes, [*benchmarks], models, lambda name, model: benchmarks[name]["groups"][model])
+    finish(figure, axes, "accuracy.png")
+    leveled = [name for name, found in benchmarks.items() if found["groups"][models[0]]["by"].get("level")]
+    if leveled:
+        figure, grid = plt.subplots(len(leveled), 1, figsize=(8, 3.4 * len(leveled)), squeeze=False)
+        for name, axes in zip(leveled, grid[:, 0], strict=True):
+            by = lambda model, name=name: benchmarks[name]["groups"][model]["by"]["level"]
+            bars(axes, [*by(models[0])], models, lambda level, model, by=by: by(model)[level])
+            axes.set_title(f"{name} by level", fontsize=11, loc="left")
+        finish(figure, grid[0, 0], "levels.png")
+    if summary["samples"] > 1:
+        figure, grid = plt.subplots(1, len(benchmarks), figsize=(max(6, 4 * len(benchmarks)), 4), squeeze=False)
+        for name, axes in zip(benchmarks, grid[0], strict=True):
+            for i, (model, f) in enumerate(benchmarks[name]["groups"].items()):
+                for kind, style in (("pass", "-"), ("maj", "--")):
+                    values = 100 * np.array(f["curves"][kind])
+                    axes.plot(f["curves"]["k"], values, f"o{style}", color=f"C{i}", ms=4, label=f"{model[-30:]}, {kind}@k")
+            axes.set(xscale="log", xlabel="k, responses a problem", title=name, ylabel="problems, %")
+            axes.set_xticks(f["curves"]["k"], f["curves"]["k"])
+            axes.minorticks_off()
+            axes.grid(alpha=0.3)
+        finish(figure, grid[0, 0], "curves.png")
+    return files
+
+
+def to_html(text: str) -> str:
+    """Text with its formulas as MathML, which browsers show without a script. Everything else is escaped: it is a model's."""
+    import latex2mathml.converter
+
+    def formula(tex: str) -> str:
+        safe = len(tex) < 2000 and not re.search(r"\\(?:href|url|class|style|cssId|unicode|html)", tex)
+        try:
+            return latex2mathml.converter.convert(tex.replace("<", "\\lt ").replace(">", "\\gt ")) if safe else 1 / 0
+        except Exception:  # half a formula, or a command that it does not know: the source, as code
+            return f"<code>{html.escape(tex)}</code>"
+
+    parts, end = [], 0
+    for found in FORMULA.finditer(text[:20_000]):
+        parts += [html.escape(text[end : found.start()]), formula(next((part for part in found.groups() if part), ""))]
+        end = found.end()
+    return "".join([*parts, html.escape(text[end:20_000])])
+
+
+def side_by_side(name: str, responses: dict, f: dict, base: str, model: str, seed: int) -> str:
+    """Ten problems won and ten lost, as HTML: both models' responses beside each other."""
+    parts, rng = [], np.random.default_rng(seed)
+    for kind, ids in (("won", f["won"]), ("lost", f["lost"])):
+        chosen = [ids[i] for i in sorted(rng.permutation(len(ids))[:10])]
+        parts.append(f"<h3>{html.escape(name)}: {len(chosen)} of {len(ids)} {kind} by {html.escape(model)}</h3>")
+        for key in chosen:
+            rows = [responses[name][label][key][0] for label in (base, model)]
+            cells = "".join(f'<div class="{"right" if row["correct"] else "wrong"}"><b>{html.escape(label)}</b>: '
+                            f"{html.escape(str(row['prediction']))}\n{to_html(row['response'])}</div>"
+                            for label, row in zip((base, model), rows, strict=True))  # fmt: skip
+            parts.append(f"<details><summary>{html.escape(key)}: {to_html(rows[0].get('problem', '')[:200])}</summary><p>"
+                         f"{to_html(rows[0].get('problem', ''))}</p><p>Answer: {html.escape(str(rows[0]['answer']))}</p>"
+                         f'<div class="two">{cells}</div></details>')  # fmt: skip
+    return "\n".join(parts)
+
+
+def write_report(summary: dict, responses: dict, out: Path, seed: int) -> str:
+    """report.md, report.html, pictures and summary.json. Returns the first table, in Markdown."""
+    markdown, page, pictures = [], [], draw_report(summary, out)
+    equality = "strict equality" if summary["protocol"] == "strict" else "the equality of the Step-DPO authors"
+    tie = f" maj@{summary['samples']}: of equally common answers the one that came first." if summary["samples"] > 1 else ""
+    about = (f"Protocol {summary['protocol']}: {summary['about']}. The column accuracy is by {equality}; intervals are "
+             "Wilson's for one response a problem, else bootstrap over problems; differences are paired by problem, p is "
+             f"McNemar's exact one or of a permutation.{tie}")  # fmt: skip
+    for title, head, rows, note in tables(summary):
+        right = ["---", "---", *["---:"] * (len(head) - 2)]
+        listed = rows[:20] if title == "Contamination" else rows
+        cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [head, right, *listed]]
+        markdown.append(f"## {title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in cells) + f"\n\n{note}".rstrip()
+                        + (f" The first {len(listed)} are listed." if len(listed) < len(rows) else ""))  # fmt: skip
+        line = lambda row, tag: "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+        table = f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+        table = f"<details><summary>{len(rows)} rows</summary>{table}</details>" if len(rows) > 40 else table
+        page.append(f"<h2>{html.escape(title)}</h2><p>{html.escape(note)}</p>{table}")
+    first = markdown[0]
+    markdown[1:1] = [f"![{path.stem}]({path.name})" for path in pictures]
+    page[1:1] = [f'<img alt="{path.stem}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+                 for path in pictures]  # fmt: skip
+    for name, benchmark in summary["benchmarks"].items():
+        labels = list(benchmark["models"])
+        firsts = [group["models"][0] for group in list(benchmark["groups"].values())[1:]]
+        page += [side_by_side(name, responses, benchmark["models"][model], labels[0], model, seed) for model in firsts[:6]]
+    sources = "Problems: " + "; ".join(f"{found['problems']} of {name}, content hash {found['hash']}"
+                                       for name, found in summary["benchmarks"].items()) + "."  # fmt: skip
+    text = "\n\n".join(["# Evaluation", about, *markdown, sources])
+    (out / "report.md").write_text(text + "\n", encoding="utf-8")
+    body = "\n".join([f"<p>{html.escape(about)}</p>", *page, f"<p>{html.escape(sources)}</p>"])
+    (out / "report.html").write_text(PAGE.format(title="Evaluation", body=body), encoding="utf-8")
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return first
+
+
+def summarize(groups: dict[str, list[str]], files: dict[str, dict], field: str, seed: int) -> tuple[dict, dict]:
+    """All figures, and the responses by benchmark, model and problem id. `files` holds rows by benchmark and model."""
+    found, responses = {}, {}
+    models = [model for group in groups.values() for model in group]
+    for name, by_model in files.items():
+        tables_of, k = {}, None
+        for model in models:
+            by_id = {}
+            for row in by_model[model]:
+                by_id.setdefault(str(row["id"]), []).append({"finish_reason": "stop"} | row)
+            tables_of[model] = {key: sorted(rows, key=lambda row: row.get("sample", 0)) for key, rows in by_id.items()}
+        ids = [key for key in tables_of[models[0]] if all(key in table for table in tables_of.values())]
+        if not ids:
+            stop(f"{name}: no problem is answered by all models; run the evaluation to its end first")
+        k = min(len(table[key]) for table in tables_of.values() for key in ids)
+        rows = {model: [table[key][:k] for key in ids] for model, table in tables_of.items()}
+        responses[name] = tables_of
+        figures = {model: score(rows[model], field, seed) for model in models}
+        rates = {model: np.array(figures[model].pop("rates")) for model in models}
+        finals = {m: np.array(f["curves"].pop("final") if k > 1 else rates[m], dtype=bool) for m, f in figures.items()}
+        for model in models[1:]:
+            both = list(zip(ids, finals[model], finals[models[0]], strict=True))
+            figures[model] |= paired(rates[model][None], rates[models[0]][None], seed)
+            figures[model] |= {"won": [key for key, new, old in both if new and not old],
+                               "lost": [key for key, new, old in both if old and not new]}  # fmt: skip
+        stacks, of_groups = {label: np.stack([rates[model] for model in group]) for label, group in groups.items()}, {}
+        for i, (label, stack) in enumerate(stacks.items()):
+            of_curves = [figures[model]["curves"] for model in groups[label]]
+            of_groups[label] = {"models": groups[label], "seeds": len(stack), "accuracy": float(stack.mean()),
+                                "interval": interval(stack, k, seed),
+                                "by": breakdown([found[0] for found in rows[models[0]]], stack, k, seed),
+                                "curves": k > 1 and {key: np.mean([curve[key] for curve in of_curves], axis=0).tolist()
+                                                     for key in ("k", "pass", "maj")},
+                                "spread": float(stack.mean(1).std(ddof=1)) if len(stack) > 1 else 0.0}  # fmt: skip
+            of_groups[label] |= paired(stack, stacks[next(iter(groups))], seed) if i else {}
+        pairs = list(combinations(list(groups)[1:], 2))
+        found[name] = {"problems": len(ids), "models": figures, "groups": of_groups,
+                       "hash": content_hash([{"problem": ""} | rows[models[0]][i][0] for i in range(len(ids))]),
+                       "pairwise": {f"{b}\n{a}": paired(stacks[b], stacks[a], seed) for a, b in pairs}}  # fmt: skip
+    return found, responses
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# credit assignment (SCDPO, arXiv 2407.00782, section 4 and Eq. 7)
+
+
+def encode_solution(row: dict, tokenizer) -> tuple[list[int], list[int]]:
+    """Token ids of prompt and solution, and for each the number of its step from 1; 0 for the prompt and the forced opening."""
+    response = "".join(row["steps"])
+    opening = OPENING if response.startswith(OPENING) else ""
+    messages = [{"role": "user", "content": USER_TURN.format(problem=row["problem"])}]
+    if opening:
+        more = [{"role": "assistant", "content": opening}]
+        text = tokenizer.apply_chat_template(messages + more, tokenize=False, continue_final_message=True)
+    else:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prefix = tokenizer(text, add_special_tokens=False)["input_ids"]
+    rest = tokenizer(response[len(opening) :], add_special_tokens=False, return_offsets_mapping=True)
+    ends = list(accumulate(map(len, row["steps"])))
+    places = [1 + sum(end <= start + len(opening) for end in ends) for start, _ in rest["offset_mapping"]]
+    return prefix + rest["input_ids"], [0] * len(prefix) + [min(place, len(ends)) for place in places]
+
+
+def log_probabilities(model: str, encoded: list[tuple[list[int], list[int]]]) -> list[np.ndarray]:
+    """For each solution the log-probability of each token given those before, (tokens,); 0 for the first."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        await run_all(todo, work, args.concurrency, model[-30:])
-    finally:
-        grader.close()
-    return {"gradings killed": grader.kills, "tokens": tokens, "tokens/s": round(tokens / (time.time() - began))}
+        lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16 if device == "cuda" else torch.float32).to(device)
+    except (OSError, ValueError) as error:
+        stop(f"--models {model}: cannot be loaded ({str(error).splitlines()[0]})")
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]))
+    found, bar = [None] * len(encoded), tqdm(total=len(encoded), desc=model[-30:], mininterval=1)
+    with bar, torch.inference_mode():
+        while order:
+            longest = len(encoded[order[0]][0])
+            batch = order[: max(1, min(2**28 // lm.config.vocab_size, 2**14) // longest)]  # at most 1 GiB of fp32 logits
+            order = order[len(batch) :]
+            ids = torch.zeros(len(batch), longest, dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for place, i in enumerate(batch):
+                ids[place, : len(encoded[i][0])], mask[place, : len(encoded[i][0])] = torch.tensor(encoded[i][0]), 1
+            logits = lm(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits[:, :-1].float()
+            logps = logits.log_softmax(-1).gather(2, ids[:, 1:, None].to(device))[..., 0].cpu().numpy()
+            for place, i in enumerate(batch):
+                found[i] = np.concatenate([[0.0], logps[place, : len(encoded[i][0]) - 1]])
+            bar.update(len(batch))
+    return found
+
+
+def auc(wrong: np.ndarray, right: np.ndarray) -> float:
+    """Chance that a wrong step has a lower reward than a right one; ties count half (Mann and Whitney)."""
+    right = np.sort(right)
+    above = len(right) - (np.searchsorted(right, wrong, "left") + np.searchsorted(right, wrong, "right")) / 2
+    return float(above.mean() / len(right))
+
+
+def heat_map(row: dict, tokens: list[str], places: list[int], rewards: dict[str, np.ndarray], scale: float) -> str:
+    """One solution as HTML: a column a model, the background of each token its reward, the value on hover."""
+    columns, wrong = [], row.get("error_step")
+    for model, values in rewards.items():
+        spans = []
+        for token, place, value in zip(tokens, places, values, strict=True):
+            if place:
+                red, depth = value < 0, min(1.0, abs(value) / scale)
+                color = f"rgba({'200,40,40' if red else '40,90,200'},{depth:.2f})"
+                spans.append(f'<span {"class=error " if place == wrong else ""}style="background:{color}" '
+                             f'title="{value:+.4f}, step {place}">{html.escape(token)}</span>')  # fmt: skip
+        columns.append(f"<div><b>{html.escape(model)}</b>\n{''.join(spans)}</div>")
+    label = f"first wrong step {wrong}" if wrong else "no step labelled wrong"
+    return (f"<h3>{html.escape(str(row.get('id', '')))}: {label}</h3><p>{to_html(row['problem'])} Answer: "
+            f'{html.escape(str(row.get("answer", "")))}</p><div class="two">{"".join(columns)}</div>')  # fmt: skip
+
+
+def credit(args: Args):
+    """Token rewards beta (log pi - log pi_ref) over given solutions: credit.html, credit.json and a table."""
+    from transformers import AutoTokenizer
+
+    if len(args.models) < 2:
+        stop("--credit needs two models or more: --models REFERENCE TUNED [TUNED ...]")
+    rows, began = read_rows(args.credit, ("problem", "steps")), time.time()
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row["steps"], list) or row.get("error_step") not in (None, *range(1, len(row["steps"]) + 1)):
+            stop(f"{args.credit}, line {number}: steps must be a list of texts, error_step the number of one of them, or null")
+    rows = [row for row in rows if row.get("error_step") or row.get("correct")][: args.limit]
+    if not rows:
+        stop(f"{args.credit}: no row has an error_step or is correct; give the file of 02_locate_step.py")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.models[0])
+    except (OSError, ValueError) as error:
+        stop(f"--models {args.models[0]}: cannot be loaded ({str(error).splitlines()[0]})")
+    if args.chat_template:
+        tokenizer.chat_template = args.chat_template.read_text()
+    encoded = [encode_solution(row, tokenizer) for row in rows]
+    reference = log_probabilities(args.models[0], encoded)
+    rewards, found, lines = {}, {}, []
+    for model in args.models[1:]:
+        logps = log_probabilities(model, encoded)
+        rewards[model] = [args.beta * (new - old) for new, old in zip(logps, reference, strict=True)]
+        steps = []  # for each solution the mean reward of each of its steps
+        for row, (_, places), values in zip(rows, encoded, rewards[model], strict=True):
+            sums = np.bincount(places, weights=values, minlength=len(row["steps"]) + 1)[1:]
+            counts = np.bincount(places, minlength=len(row["steps"]) + 1)[1:]
+            steps.append(sums / np.maximum(1, counts) + np.where(counts, 0, np.inf))  # a step of no token is not the lowest
+        labelled = [(row["error_step"], values) for row, values in zip(rows, steps, strict=True)
+                    if row.get("error_step") and len(values) > 1]  # fmt: skip
+        sides = [(values[k - 1 : k] if k else values[:0], values[: k - 1] if k else values)
+                 for k, values in ((row.get("error_step"), v) for row, v in zip(rows, steps, strict=True))]  # fmt: skip
+        sides = [(wrong[np.isfinite(wrong)], right[np.isfinite(right)]) for wrong, right in sides]
+
+        def pooled(picks, sides=sides) -> float:
+            return auc(*(np.concatenate([sides[i][side] for i in picks]) for side in (0, 1)))
+
+        rng, hits = np.random.default_rng(args.seed), sum(int(np.argmin(values)) == k - 1 for k, values in labelled)
+        ok = labelled and any(len(right) for _, right in sides)
+        draws = [pooled(rng.integers(len(sides), size=len(sides))) for _ in range(1000)] if ok else [0.5]
+        found[model] = {
+            "solutions": len(labelled), "lowest_is_error": hits, "share": hits / max(1, len(labelled)),
+            "interval": wilson(hits, max(1, len(labelled))),
+            "chance": float(np.mean([1 / len(values) for _, values in labelled])) if ok else None,
+            "auc": pooled(range(len(sides))) if ok else None,
+            "auc_interval": np.percentile(draws, [2.5, 97.5]).tolist(),
+        }  # fmt: skip
+        f = found[model]
+        lines.append([model, percent(f["share"], f["interval"]), percent(f["chance"] or 0),
+                      "{:.3f} ({:.3f} to {:.3f})".format(f["auc"] or 0.5, *f["auc_interval"])])  # fmt: skip
+    head = ["model", "lowest step is the labelled one", "by chance", "AUC, wrong against right steps"]
+    every = np.concatenate([values[np.array(places) > 0] for model in rewards
+                            for values, (_, places) in zip(rewards[model], encoded, strict=True)])  # fmt: skip
+    scale = float(np.percentile(abs(every), 98)) or 1.0
+    about = (f"Token rewards β(log π − log π_ref), β = {args.beta}, reference {args.models[0]}, {len(rows)} solutions of "
+             f"{args.credit}. Full red is −{scale:.3g} or less, white 0, full blue +{scale:.3g} or more; hover shows the "
+             "value. The labelled first wrong step is underlined. A step's reward is the mean over its tokens; steps behind "
+             "the first wrong one count as neither right nor wrong.")  # fmt: skip
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---", "---:", "---:", "---:"], *lines])
+    maps = []
+    for i, (row, (ids, places)) in enumerate(zip(rows[: args.credit_show], encoded, strict=False)):
+        words = tokenizer.batch_decode([[token] for token in ids])
+        maps.append(heat_map(row, words, places, {model: values[i] for model, values in rewards.items()}, scale))
+    cell = lambda row: "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>"
+    args.out.mkdir(parents=True, exist_ok=True)
+    body = f"<p>{html.escape(about)}</p><table>{''.join(map(cell, [head, *lines]))}</table>" + "\n".join(maps)
+    (args.out / "credit.html").write_text(PAGE.format(title="Credit assignment", body=body), encoding="utf-8")
+    (args.out / "credit.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{about}\n\n{table}\n\n{args.out / 'credit.html'}: {len(maps)} solutions drawn, {time.time() - began:.1f} s")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the stage
+
+
+def model_groups(names: tuple[str, ...]) -> dict[str, list[str]]:
+    """Label -> models. NAME=A,B gives its own label; a plain folder or hub id is its own."""
+    groups = {}
+    for name in names:
+        label, models = name.split("=", 1) if "=" in name and not Path(name).exists() else (name, name)
+        if label in groups:
+            stop(f"--models: {label} comes twice")
+        groups[label] = models.split(",")
+    models = [model for group in groups.values() for model in group]
+    if len(set(models)) < len(models) or not all(models):
+        stop(f"--models: {', '.join(models)}: the same model twice, or an empty name")
+    return groups
+
+
+def evaluate(args: Args, groups: dict[str, list[str]]) -> tuple[dict, dict]:
+    """Make and grade what is not there. Returns rows by benchmark and model, and counts by model."""
+    if min(args.concurrency, args.max_tokens, args.limit or 1, args.samples) < 1:
+        stop("--concurrency, --max-tokens, --limit and --samples are at least 1")
+    if args.samples > 1 and not args.temperature:
+        stop("--samples above 1 needs --temperature above 0: greedy responses are all the same")
+    if len({Path(name).stem for name in args.data}) < len(args.data):
+        stop("--data: the same name twice")
+    benchmarks = {Path(name).stem: load_problems(name, False, args.data_dir)[: args.limit] for name in args.data}
+    fixed = ("protocol", "chat_template", "temperature", "top_p", "max_tokens", "seed")
+    settings = {name: getattr(args, name) for name in fixed}
+    models, rows, runs, slugs = [model for group in groups.values() for model in group], {}, {}, {}
+    for model in models:
+        slug = re.sub(r"[^\w.-]+", "-", model).strip("-.")
+        slugs[model] = slug if slug not in slugs.values() else f"{slug}-{hashlib.sha256(model.encode()).hexdigest()[:6]}"
+    for number, model in enumerate(models):
+        files, todo = {}, []
+        label = next(label for label, group in groups.items() if model in group)
+        for name, problems in benchmarks.items():
+            files[name] = Output(args.out / name / f"{slugs[model]}.jsonl", settings | {"model": model_id(model)})
+            files[name].save_meta(finished=False, number=number, label=label)
+            done = {(row["id"], row["sample"]): row for row in files[name].rows}
+            for problem in problems:
+                for sample in range(args.samples):
+                    old = done.get((problem["id"], sample))
+                    if old and (old["problem"], old["answer"]) != (problem["problem"], problem["answer"]):
+                        stop(f"{files[name].path} holds another problem with the id {problem['id']!r}; give another --out")
+                    todo += [] if old else [(problem, sample, files[name])]
+        if todo:
+            with served(args, model, args.out / f"{slugs[model]}.server.log") as server:
+                if args.protocol == "strict":
+                    show_prompt(*server, todo[0][0]["problem"], OPENING)
+                else:
+                    first = PAPER_PROMPTS[args.protocol].format(problem=todo[0][0]["problem"])
+                    print(f"first prompt: {first!r}", file=sys.stderr)
+                runs[model] = asyncio.run(answer_all(args, todo, server))
+        for name, problems in benchmarks.items():
+            wanted = {problem["id"]: i for i, problem in enumerate(problems)}
+            kept = [row for row in files[name].rows if row["id"] in wanted and row["sample"] < args.samples]
+            rows.setdefault(name, {})[model] = sorted(kept, key=lambda row: (wanted[row["id"]], row["sample"]))
+            files[name].save_meta(finished=True, number=number, label=label)
+            files[name].file.close()
+    return rows, runs
+
+
+def load_results(folder: Path) -> tuple[dict, dict, dict]:
+    """Groups, rows by benchmark and model, and settings of a folder of results, graded again."""
+    paths = sorted(folder.glob("*/*.jsonl"))
+    if not paths:
+        stop(f"--regrade {folder}: no BENCHMARK/MODEL.jsonl there; give the --out of an earlier run")
+    groups, files, settings, order = {}, {}, {}, {}
+    for path in paths:
+        print(asyncio.run(regrade(path)))
+        meta_path = Path(f"{path}.meta.json")
+        meta = json.loads(meta_path.read_text()) if meta_path.exists() else {}
+        rows, settings = read_rows(path, ()), meta.get("settings", settings)
+        model = str(rows[0].get("model", path.stem))
+        order[model] = (meta.get("number", 0), meta.get("label", model))
+        files.setdefault(path.parent.name, {})[model] = rows
+    for model, (_, label) in sorted(order.items(), key=lambda item: item[1][0]):
+        groups.setdefault(label, []).append(model)
+    for name, by_model in files.items():
+        if missing := set(order) - set(by_model):
+            stop(f"--regrade {folder}: {name} lacks responses of {', '.join(missing)}; every model needs every benchmark")
+    return groups, files, settings
 
 
 def main(args: Args):
-    if min(args.concurrency, args.max_tokens, args.limit or 1) < 1:
-        stop("--concurrency, --max-tokens and --limit are at least 1")
-    if len(set(args.models)) < len(args.models) or len({Path(name).stem for name in args.data}) < len(args.data):
-        stop("--models and --data: the same name twice")
-    began, benchmarks, summary = time.time(), {}, {"benchmarks": {}, "runs": {}}
-    for name in args.data:
-        benchmarks[Path(name).stem] = load_problems((name,), "test")[: args.limit]
-    for name, problems in benchmarks.items():
-        digest = hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]
-        print(f"{name}: {len(problems)} problems, content hash {digest}", file=sys.stderr)
-        summary["benchmarks"][name] = {}
-    settings = {name: getattr(args, name) for name in ("chat_template", "temperature", "top_p", "max_tokens", "seed")}
-    first_rows = {}
-    for number, model in enumerate(args.models):
-        files, todo, slug = {}, [], re.sub(r"[^\w.-]+", "-", model).strip("-.")
-        for name, problems in benchmarks.items():
-            files[name] = Output(args.out / name / f"{number}-{slug}.jsonl", settings | {"model": model_id(model)})
-            done = {row["id"] for row in files[name].rows}
-            todo += [(problem, files[name]) for problem in problems if problem["id"] not in done]
-        if todo:
-            with served(args, model, args.out / f"{number}-{slug}.server.log") as server:
-                show_prompt(*server, todo[0][0]["problem"], OPENING)
-                summary["runs"][model] = asyncio.run(answer_all(args, todo, server))
-        for name, problems in benchmarks.items():
-            by_id = {row["id"]: row for row in files[name].rows}
-            for p in problems:
-                if (by_id[p["id"]]["problem"], by_id[p["id"]]["answer"]) != (p["problem"], p["answer"]):
-                    stop(f"{files[name].path} holds another problem with the id {p['id']!r}; give another --out")
-            rows = [by_id[problem["id"]] for problem in problems]
-            summary["benchmarks"][name][model] = score(rows, first_rows.setdefault(name, rows) if number else None, args.seed)
-            first_rows.setdefault(name, rows)
-            files[name].save_meta(finished=True)
-    (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    (args.out / "report.md").write_text(report(summary))
-    print(report(summary))
-    print(f"{args.out / 'report.md'}: {len(args.models)} models, {sum(map(len, benchmarks.values()))} problems each, "
-          f"{time.time() - began:.1f} s; {summary['runs']}")  # fmt: skip
+    if args.credit:
+        return credit(args)
+    began = time.time()
+    if args.regrade:
+        args.out = args.regrade
+        groups, files, settings = load_results(args.regrade)
+        args.protocol, runs = settings.get("protocol", args.protocol), {}
+    else:
+        groups = model_groups(args.models)
+        files, runs = evaluate(args, groups)
+        settings = {name: getattr(args, name) for name in ("temperature", "top_p", "max_tokens")}
+    field = "correct" if args.protocol == "strict" else "correct_paper"
+    benchmarks, responses = summarize(groups, files, field, args.seed)
+    decoding = "greedy"
+    if settings.get("temperature"):
+        decoding = f"temperature {settings['temperature']}, top-p {settings['top_p']}"
+    k = max(len(rows) for by_model in responses.values() for by_id in by_model.values() for rows in by_id.values())
+    summary = {"protocol": args.protocol, "samples": k, "benchmarks": benchmarks, "runs": runs,
+               "about": f"{decoding}, at most {settings.get('max_tokens', '?')} tokens"}  # fmt: skip
+    if args.check_contamination:
+        problems = {name: [rows[0] for rows in next(iter(by_model.values())).values()] for name, by_model in responses.items()}
+        summary["contamination"] = contamination(args.check_contamination, problems)
+    print(write_report(summary, responses, args.out, args.seed))
+    problems = sum(found["problems"] for found in benchmarks.values())
+    print(f"{args.out / 'report.html'}: {sum(map(len, groups.values()))} models, {problems} problems each, "
+          f"{time.time() - began:.1f} s; {runs}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -159,11 +159,12 @@ def test_mcnemar_against_counting():
 def test_bootstrap_covers_the_mean_and_has_the_right_width():
     import numpy as np
 
-    differences = np.array([1] * 60 + [-1] * 30 + [0] * 910)
-    low, high = stage(5).bootstrap(differences, 0)
-    half = 1.96 * differences.std() / math.sqrt(1000)
+    new, old = np.zeros((1, 1000)), np.zeros((1, 1000))
+    new[0, :60], old[0, 60:90] = 1, 1
+    low, high = stage(5).bootstrap(new, old, 0)
+    half = 1.96 * (new - old).std() / math.sqrt(1000)
     assert (low, high) == pytest.approx((0.03 - half, 0.03 + half), abs=0.003)
-    assert stage(5).bootstrap(differences, 0) == (low, high)
+    assert stage(5).bootstrap(new, old, 0) == (low, high)
 
 
 def locate(truth: list[bool], linear: bool) -> tuple[int | None, int]:

@@ -1,0 +1,463 @@
+"""05_eval.py: statistics against enumeration and formulas, both equalities, benchmarks by name, regrading, report, credit."""
+
+import asyncio
+import itertools
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from conftest import ROOT, STAGES, TINY, read, run, stage
+
+SHARED = ROOT.parent / "shared" / "data"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# statistics
+
+
+def test_permutation_against_all_signs():
+    differences = np.array([0.5, -0.25, 1.0, 0.75, -0.5, 0.25, 0.0, 0.5])
+    moving = differences[differences != 0]
+    sums = [abs(np.dot(signs, moving)) for signs in itertools.product((-1, 1), repeat=len(moving))]
+    exact = np.mean([total >= abs(moving.sum()) - 1e-9 for total in sums])
+    assert stage(5).permutation(differences, 0) == pytest.approx(exact, abs=0.015)
+
+
+def test_bootstrap_of_several_seeds_is_wider_where_seeds_differ():
+    rng = np.random.default_rng(0)
+    base = (rng.random((1, 400)) < 0.5).astype(float)
+    alike, apart = (np.stack([rng.random(400) < share for share in shares]).astype(float)
+                    for shares in ((0.6, 0.6, 0.6), (0.4, 0.6, 0.8)))  # fmt: skip
+    widths = [np.diff(stage(5).bootstrap(rates, base, 0))[0] for rates in (alike, apart)]
+    assert widths[1] > 1.4 * widths[0]
+    low, high = stage(5).bootstrap(alike, base, 0)
+    assert low < alike.mean() - base.mean() < high
+
+
+def test_detectable_difference_is_found_four_times_of_five():
+    """Draw experiments whose true difference is the named one: McNemar's test finds about 80 % of them."""
+    rng, problems = np.random.default_rng(0), 1000
+    wins, losses = (rng.multinomial(problems, [0.14, 0.06, 0.8], size=1)[0][:2]).tolist()
+    new, old = np.zeros((1, problems)), np.zeros((1, problems))
+    new[0, :wins], old[0, wins : wins + losses] = 1, 1
+    least = stage(5).paired(new, old, 0)["detectable"]
+    share = (wins + losses) / problems
+    draws = rng.multinomial(problems, [(share + least) / 2, (share - least) / 2, 1 - share], size=2000)
+    found = np.mean([stage(5).mcnemar(int(a), int(b)) < 0.05 for a, b, _ in draws])
+    assert 0.70 < found < 0.88
+
+
+def answers(*predictions) -> list[dict]:
+    return [{"prediction": prediction, "correct": prediction in ("7", "7.0")} for prediction in predictions]
+
+
+def test_majority_and_its_ties():
+    classes, majority = stage(5).classes, stage(5).majority
+    assert classes(answers("8", "7", "8.0", None, "7.0", "\\frac{16}{2}"), "correct") == [0, 1, 0, -1, 1, 0]
+    assert majority([0, 1, 1]) == 1
+    assert majority([1, 0, 0, 1]) == 1, "of equally common answers the first"
+    assert majority([-1, -1, -1, 2]) == 2 and majority([-1, -1]) == -1, "no answer has no vote"
+
+
+def test_pass_and_maj_against_enumeration():
+    table = [
+        answers("7", "8", "7", "9"),
+        answers("8", "8", "7", None),
+        answers(None, None, None, None),
+        answers("7", "7.0", "7", "7"),
+    ]
+    found = stage(5).curves(table, "correct", 0)
+    assert found["k"] == [1, 2, 4]
+    for j, passed in zip(found["k"], found["pass"], strict=True):
+        subsets = list(itertools.combinations(range(4), j))
+        exact = np.mean([np.mean([any(rows[i]["correct"] for i in subset) for subset in subsets]) for rows in table])
+        assert passed == pytest.approx(exact)
+    assert found["final"] == [True, False, False, True] and found["maj"][-1] == 0.5
+    assert found["maj"][0] == pytest.approx(found["pass"][0], abs=0.05), "one vote is one response"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the authors' equality
+
+PAPER = [  # gold, prediction, strict, the authors'
+    ("0.5", "50", False, True), ("0.5", "0.005", False, True), ("7", "7.0005", False, True), ("7", "7.002", False, False),
+    ("\\sqrt{2}", "1.414", False, True), ("\\sqrt{2}", "1.41", False, False), ("3", "\\frac{6}{2}", True, True),
+    ("(1, 2)", "(1.0001, 2)", False, True), ("(1, 2)", "(1, 2, 3)", False, False), ("x+1", "1+x", True, True),
+    ("x+1", "x+2", False, False), ("12", "12\\%", False, True), ("\\text{yes}", "no", False, False),
+    ("7", "seven", False, False), ("\\frac{\\pi}{4}", "0.7854", False, True), ("1000", "10", False, True),
+    ("1000", "100", False, False),
+]  # fmt: skip
+
+
+def test_both_equalities():
+    graders = stage(5).Grader(), stage(5).Grader(quick=stage(5).quick_paper, slow=stage(5).algebra_paper)
+
+    async def all_of_them():
+        rows = [{"answer": gold, "response": f"\\boxed{{{prediction}}}"} for gold, prediction, *_ in PAPER]
+        return [await stage(5).grade(row, graders) for row in rows]
+
+    rows = asyncio.run(all_of_them())
+    for grader in graders:
+        grader.close()
+    assert [(row["correct"], row["correct_paper"]) for row in rows] == [(strict, paper) for *_, strict, paper in PAPER]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# benchmarks by name
+
+COUNTS = {"gsm8k": 1319, "math": 5000, "aime24": 30, "aime25": 30, "odyssey-math": 387, "cmath": 1098, "mgsm-zh": 250,
+          "ape210k": 500, "aqua": 254}  # fmt: skip
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmark files are not beside this checkout")
+def test_all_files_load_by_name(capsys):
+    for name, count in COUNTS.items():
+        assert len(stage(5).load_problems(name, False, SHARED)) == count
+    assert [len(stage(1).load_problems(name, True, SHARED)) for name in ("gsm8k", "math")] == [7473, 7500]
+    said = capsys.readouterr().err
+    assert said.count("content hash") == 11 and "CC BY-SA 4.0, test use only" in said
+    by_id = {row["id"]: row["answer"] for row in stage(1).load_problems("math", False, SHARED)}
+    assert by_id["test/precalculus/1227.json"] == "-1, 2", "asked for all values, which the solution boxes one by one"
+    assert by_id["test/prealgebra/224.json"] == "-34 + 12x" and by_id["test/intermediate_algebra/702.json"].count(",") == 1
+
+
+HUB_ROWS = {  # a row as each source has it, and problem and answer in our fields
+    "gsm8k": ({"question": "q", "answer": "r\n#### 1,234"}, "q", "1234"),
+    "math": ({"problem": "Find all x.", "solution": "\\boxed{1} or \\boxed{2}", "level": "Level 2", "type": "Algebra"},
+             "Find all x.", "1, 2"),
+    "math500": ({"problem": "q", "answer": "5", "level": 3, "subject": "Algebra", "solution": "s"}, "q", "5"),
+    "aqua": ({"question": "q", "options": ["A)1", "B)2"], "correct": "B", "rationale": "r"}, "q\nOptions:\nA)1\nB)2", "B"),
+    "aime24": ({"problem": "q", "answer": "025", "solution": "s"}, "q", "25"),
+    "aime25": ({"problem_idx": 1, "problem": "q", "answer": 70}, "q", "70"),
+    "odyssey-math": ({"question": "q $x$.\\\\\n\\end{problem}", "answer": "$\\frac{1}{2}$.", "label": "Algebra",
+                      "level": "college", "reasoning": ""}, "q $x$.", "\\frac{1}{2}"),
+    "cmath": ({"question": "q", "golden": "3", "grade": 2}, "q", "3"),
+    "mgsm-zh": ({"question": "q", "answer_number": 4}, "q", "4"),
+    "ape210k": ({"question_chinese": "q", "result": "3/4"}, "q", "3/4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HUB_ROWS)
+def test_fields_of_the_hub_sets(name, tmp_path, monkeypatch):
+    """Through datasets.load_dataset on a local folder; Odyssey-MATH, which is a file elsewhere, through httpx."""
+    import httpx
+
+    source = stage(1)
+    row, problem, answer = HUB_ROWS[name]
+    hub, parts, train, test, *rest = source.DATA_SETS[name]
+    if hub.startswith("https://"):
+        reply = httpx.Response(200, text=json.dumps({"Problem_1": row}) + "\n", request=httpx.Request("GET", hub))
+        monkeypatch.setattr(source.httpx, "get", lambda *_, **__: reply)
+    else:
+        (tmp_path / f"{test[0]}.jsonl").write_text(json.dumps(row) + "\n")
+        monkeypatch.setitem(source.DATA_SETS, name, (str(tmp_path), [None], train, test, *rest))
+    [found] = source.load_problems(name, False, None)
+    assert (found["problem"], found["answer"], found["dataset"]) == (problem, answer, name)
+    if train is None:
+        with pytest.raises(SystemExit):
+            source.load_problems(name, True, None)
+
+
+def test_odyssey_is_not_for_training(tmp_path):
+    (tmp_path / "odyssey_math.jsonl").write_text(json.dumps({"id": "a", "problem": "p", "answer": "1"}) + "\n")
+    for data in ("odyssey-math", tmp_path / "odyssey_math.jsonl"):
+        done = run(1, "--data", data, "--model", TINY / "model", "--out", tmp_path / "s.jsonl", check=False)
+        assert done.returncode == 2 and "test use only" in done.stderr and not (tmp_path / "s.jsonl").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# regrading and the report
+
+
+def results(folder, seeds: int = 1, samples: int = 1):
+    """A folder of results as 05 leaves it: a base and a better model, of which `seeds`, on 60 problems of two levels."""
+    rng = random.Random(0)
+    models = [("base", 0.4)] + [(f"tuned-{i}", 0.7) for i in range(seeds)]
+    for number, (model, share) in enumerate(models):
+        rows = []
+        for i, sample in itertools.product(range(60), range(samples)):
+            said = "7" if rng.random() < share else rng.choice(["8", "9", "0.07", "none"])
+            text = (
+                "I do not know <script>alert(1)</script>"
+                if said == "none"
+                else f"It is $x < {i}$, so \\boxed{{{said}}}. Costs $5 and $6."
+            )
+            rows.append({"id": f"q{i}", "problem": f"What is $7^1$ & {i} < 99?", "answer": "7", "level": 1 + i % 2,
+                         "sample": sample, "response": text, "finish_reason": "length" if i == 5 else "stop",
+                         "tokens": 10 + i, "model": model})  # fmt: skip
+        path = folder / "sums" / f"{model}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        label = "base" if number == 0 else "tuned"
+        meta = {"number": number, "label": label, "settings": {"protocol": "strict", "temperature": 0.0, "max_tokens": 99}}
+        (folder / "sums" / f"{model}.jsonl.meta.json").write_text(json.dumps(meta))
+
+
+class Tags(HTMLParser):
+    """All tags with their attributes, to see that nothing that a model wrote became one."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.found = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+
+def test_regrade_writes_the_whole_report(tmp_path):
+    results(tmp_path)
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "what is $7^1$ & 17 < 99"}) + "\n" + json.dumps(
+        {"prompt": "a b c d e f g h i j k l m n"}) + "\n")  # fmt: skip
+    done = run(5, "--regrade", tmp_path, "--check-contamination", tmp_path / "train.jsonl")
+    assert "60 responses, 24 verdicts changed" in done.stdout or "verdicts changed" in done.stdout
+    rows = {model: read(tmp_path / "sums" / f"{model}.jsonl") for model in ("base", "tuned-0")}
+    assert all(row["correct"] == (row["prediction"] == "7") for found in rows.values() for row in found)
+    assert all(row["prediction"] is None for found in rows.values() for row in found if row["id"] == "q5"), "unfinished"
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    f = summary["benchmarks"]["sums"]["models"]["tuned-0"]
+    right = {model: {row["id"] for row in found if row["correct"]} for model, found in rows.items()}
+    assert f["accuracy"] == len(right["tuned-0"]) / 60 and f["interval"] == list(stage(5).wilson(len(right["tuned-0"]), 60))
+    assert set(f["won"]) == right["tuned-0"] - right["base"] and set(f["lost"]) == right["base"] - right["tuned-0"]
+    assert f["p"] == stage(5).mcnemar(len(f["won"]), len(f["lost"])) and f["unfinished"] == 1
+    assert f["paper"] > f["strict"], "0.07 is a hundredth of 7"
+    assert f["unparsable"] == sum(r["prediction"] is None and r["finish_reason"] == "stop" for r in rows["tuned-0"]) > 0
+    assert summary["contamination"]["same"]["sums"] == ["q17"] and len(summary["contamination"]["found"]["sums"]) == 1
+    levels = summary["benchmarks"]["sums"]["groups"]["tuned"]["by"]["level"]
+    assert sum(level["accuracy"] * level["problems"] for level in levels.values()) == pytest.approx(60 * f["accuracy"])
+    text = (tmp_path / "report.md").read_text()
+    assert (
+        "sums by level" in text and "q17" in text and "power 80 %" in text and (tmp_path / "levels.png").stat().st_size > 5000
+    )
+    tags = Tags((tmp_path / "report.html").read_text()).found
+    kinds = {tag for tag, _ in tags}
+    assert "script" not in kinds and {"math", "mn", "table", "img"} <= kinds
+    assert all(attributes["src"].startswith("data:image/png") for tag, attributes in tags if tag == "img"), "self-contained"
+    assert not any(name.startswith("on") or name == "href" for _, attributes in tags for name in attributes)
+    again = run(5, "--regrade", tmp_path)
+    assert again.stdout.count(" 0 verdicts changed") == 2
+
+
+def test_seeds_and_samples_in_the_report(tmp_path):
+    results(tmp_path, seeds=3, samples=4)
+    run(5, "--regrade", tmp_path)
+    found = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["sums"]
+    group, models = found["groups"]["tuned"], found["models"]
+    accuracies = [models[f"tuned-{i}"]["accuracy"] for i in range(3)]
+    assert group["seeds"] == 3 and group["accuracy"] == pytest.approx(np.mean(accuracies))
+    assert group["spread"] == pytest.approx(np.std(accuracies, ddof=1)) and group["test"] == "permutation"
+    assert group["difference"] == pytest.approx(np.mean(accuracies) - models["base"]["accuracy"])
+    curves = models["base"]["curves"]
+    assert curves["k"] == [1, 2, 4] and curves["pass"][0] == pytest.approx(models["base"]["accuracy"])
+    assert curves["pass"][0] < curves["pass"][1] < curves["pass"][2]
+    assert "maj@4" in (tmp_path / "report.md").read_text() and (tmp_path / "curves.png").stat().st_size > 5000
+
+
+def test_regrade_of_a_wrong_folder_is_refused(tmp_path):
+    done = run(5, "--regrade", tmp_path, check=False)
+    assert done.returncode == 2 and "BENCHMARK/MODEL.jsonl" in done.stderr and "Traceback" not in done.stderr
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "m.jsonl").write_text('{"id": "a", "answer": "1", "response": "x"}\n{"id": "b", "answer": "1"}\n')
+    done = run(5, "--regrade", tmp_path, check=False)
+    assert done.returncode == 2 and "m.jsonl, line 2" in done.stderr and "Traceback" not in done.stderr
+
+
+HOSTILE = ["<img src=x onerror=alert(1)>", "$\\text{<b onclick=1>x</b>}$", "\\href{javascript:alert(1)}{x}",
+           "$\\href{javascript:1}{x}$", "$x^{$", "\\(" * 3000, "$\\color{red\" onclick=\"alert(1)}x$",
+           "</div></details><script>1</script>", "\x00 $a<b>c$", "$\\style{x}{y}$ $$\\frac{1}{$$"]  # fmt: skip
+
+
+def test_model_text_becomes_no_markup():
+    allowed = {
+        "math",
+        "mrow",
+        "mn",
+        "mi",
+        "mo",
+        "mtext",
+        "msup",
+        "msub",
+        "mfrac",
+        "mstyle",
+        "code",
+        "msubsup",
+        "menclose",
+        "mpadded",
+    }
+    for text in HOSTILE:
+        start = time.time()
+        tags = Tags(stage(5).to_html(text)).found
+        assert {tag for tag, _ in tags} <= allowed, text
+        assert not any(name.startswith("on") or name in ("href", "src", "style") for _, found in tags for name in found), text
+        assert time.time() - start < 5
+    assert "<mfrac>" in stage(5).to_html("so $\\frac{1}{2}$") and "$5 and $6" in stage(5).to_html("It costs $5 and $6.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# credit assignment
+
+
+def test_auc_against_counting():
+    rng = np.random.default_rng(0)
+    wrong, right = rng.integers(0, 6, 40) / 6.0, rng.integers(2, 9, 70) / 6.0
+    exact = np.mean([(a < b) + 0.5 * (a == b) for a in wrong for b in right])
+    assert stage(5).auc(wrong, right) == pytest.approx(exact)
+
+
+STEPS = ["Let's think step by step.\nStep 1: The 2 friends get 3 * 2 = 6 shells.\n",
+         "Step 2: Lena now has 13 - 6 = 17 shells.\n", "Step 3: So 17 are left.\nThe answer is \\boxed{17}."]  # fmt: skip
+
+
+def test_tokens_fall_into_their_steps():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
+    ids, places = stage(5).encode_solution({"problem": "p", "steps": STEPS}, tokenizer)
+    texts = {k: tokenizer.decode([i for i, place in zip(ids, places, strict=True) if place == k]) for k in (1, 2, 3)}
+    assert texts == {1: STEPS[0].removeprefix(stage(5).OPENING), 2: STEPS[1], 3: STEPS[2]}
+    assert tokenizer.decode([i for i, place in zip(ids, places, strict=True) if not place]).endswith(stage(5).OPENING)
+
+
+@pytest.mark.slow
+def test_credit_of_a_trained_model(tmp_path, small_model):
+    """A random model trained to disprefer one wrong step gives that step the lowest reward; rewards equal a direct sum."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    problem = "Lena has 13 shells. Then she gives 3 shells to each of 2 friends. How many are left?"
+    prefix, rejected = STEPS[0] + "Step 2:", STEPS[1].removeprefix("Step 2:")
+    pair = {"prompt": problem, "initial_reason_steps": prefix, "chosen": " Lena now has 13 - 6 = 7 shells.\n",
+            "rejected": rejected, "full_chosen": "x", "full_rejected": "x"}  # fmt: skip
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    located = {"id": "q", "problem": problem, "answer": "7", "steps": STEPS, "error_step": 2}
+    right = {
+        "id": "r",
+        "problem": problem,
+        "answer": "7",
+        "steps": [STEPS[0], "Step 2: 7 <b>.\n"],
+        "error_step": None,
+        "correct": True,
+    }
+    (tmp_path / "located.jsonl").write_text(json.dumps(located) + "\n" + json.dumps(right) + "\n")
+    run(4, "--data", tmp_path / "pairs.jsonl", "--model", small_model, "--out", tmp_path / "tuned", "--lr", 1e-3, "--epochs", 6,
+        "--batch-size", 1, "--precision", "fp32")  # fmt: skip
+    done = run(
+        5,
+        "--credit",
+        tmp_path / "located.jsonl",
+        "--models",
+        small_model,
+        tmp_path / "tuned",
+        "--out",
+        tmp_path / "r",
+        "--beta",
+        0.5,
+    )
+    assert "lowest step is the labelled one" in done.stdout
+    [found] = json.loads((tmp_path / "r" / "credit.json").read_text()).values()
+    assert (
+        found["lowest_is_error"] == found["solutions"] == 1 and found["auc"] == 1.0 and found["chance"] == pytest.approx(1 / 3)
+    )
+    page = (tmp_path / "r" / "credit.html").read_text()
+    tags = Tags(page).found
+    values = [float(a["title"].split(",")[0]) for tag, a in tags if tag == "span" and a["title"].endswith("step 2")]
+    assert (
+        "b" not in {tag for tag, a in tags if a}
+        and "class" in [a for t, a in tags if t == "span" and a["title"].endswith("step 2")][0]
+    )
+    tokenizer = AutoTokenizer.from_pretrained(small_model)
+    ids, places = stage(5).encode_solution(located, tokenizer)
+    logps = []
+    for folder in (tmp_path / "tuned", small_model):
+        lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            logits = lm(torch.tensor([ids])).logits[0].log_softmax(-1)
+        logps.append(sum(logits[i - 1, ids[i]].item() for i in range(len(ids)) if places[i] == 2))
+    first = sum(values[: places.count(2)])  # the page has both solutions; the first comes first
+    assert first == pytest.approx(0.5 * (logps[0] - logps[1]), abs=0.01) and first < 0
+
+
+def test_credit_refuses_bad_rows(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"problem": "p", "steps": ["a"], "error_step": 2}) + "\n")
+    done = run(5, "--credit", tmp_path / "a.jsonl", "--models", TINY / "model", TINY / "model", check=False)
+    assert done.returncode == 2 and "a.jsonl, line 1" in done.stderr and "Traceback" not in done.stderr
+    done = run(5, "--credit", tmp_path / "a.jsonl", "--models", TINY / "model", check=False)
+    assert done.returncode == 2 and "REFERENCE" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# with the real server
+
+
+@pytest.mark.slow
+def test_samples_survive_kills_and_give_the_same_rows(server, tmp_path):
+    """kill -9 at five moments, then the rows of an uninterrupted run, each once; k samples differ from each other."""
+    options = [option.replace("--model", "--models") for option in server]
+    arguments = [
+        "--data",
+        TINY / "validation.jsonl",
+        "--limit",
+        30,
+        "--samples",
+        4,
+        "--temperature",
+        0.8,
+        "--max-tokens",
+        300,
+        *options,
+    ]
+    run(5, *arguments, "--out", tmp_path / "whole")
+    [whole] = (tmp_path / "whole" / "validation").glob("*.jsonl")
+    path, moments = tmp_path / "cut" / "validation" / whole.name, random.Random(5)
+    for _ in range(5):
+        size = path.stat().st_size if path.exists() else 0
+        process = subprocess.Popen([sys.executable, f"{STAGES[5]}.py", *map(str, arguments), "--out", str(tmp_path / "cut"),
+                                    "--concurrency", "6"], cwd=ROOT,
+                                   stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # fmt: skip
+        while process.poll() is None and (path.stat().st_size if path.exists() else 0) <= size:
+            time.sleep(0.01)
+        time.sleep(moments.random() * 0.3)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    run(5, *arguments, "--out", tmp_path / "cut")
+    key = lambda row: (row["id"], row["sample"])
+    assert sorted(read(path), key=key) == sorted(read(whole), key=key) and len({key(row) for row in read(path)}) == 120
+    assert any(
+        len({row["response"] for row in read(path) if row["id"] == name}) > 1 for name in {row["id"] for row in read(path)}
+    )
+    summary = json.loads((tmp_path / "cut" / "summary.json").read_text())
+    [f] = summary["benchmarks"]["validation"]["models"].values()
+    assert f["curves"]["k"] == [1, 2, 4] and math.isclose(f["curves"]["pass"][0], f["accuracy"])
+    refused = run(5, *arguments, "--protocol", "paper", "--out", tmp_path / "cut", check=False)
+    assert refused.returncode == 2 and "protocol" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol, start", [("paper", "<|im_start|>system"), ("paper-alpaca", "Below is an instruction")])
+def test_the_authors_prompt_reaches_the_model_as_it_is(server, tmp_path, protocol, start):
+    options = [option.replace("--model", "--models") for option in server]
+    done = run(
+        5,
+        "--data",
+        TINY / "validation.jsonl",
+        "--limit",
+        8,
+        "--protocol",
+        protocol,
+        "--max-tokens",
+        200,
+        *options,
+        "--out",
+        tmp_path,
+    )
+    assert f"first prompt: {start!r}"[:-1] in done.stderr and "Step 1: '" in done.stderr
+    [path] = (tmp_path / "validation").glob("*.jsonl")
+    assert all(row["response"].startswith("Let's think step by step.\nStep 1: ") for row in read(path)) and len(read(path)) == 8
+    assert "the equality of the Step-DPO authors" in (tmp_path / "report.md").read_text()
