@@ -458,6 +458,9 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
         parsed = [math_verify.parse(text, config, fallback_mode="no_fallback", parsing_timeout=None) for text in boxed]
         if not all(parsed):
             return False
+        if all(isinstance(found[0], sympy.Eq) and not found[0].free_symbols for found in parsed):  # 0.56 = 56 %
+            sides = zip(*(value.args for value, *_ in parsed), strict=True)
+            return all(abs(sympy.N(x.doit() - y.doit())) <= 1e-12 for x, y in sides)
         if all(isinstance(found[0], sympy.Expr) for found in parsed):
             a, b = (value.subs({x: sympy.I for x in value.free_symbols if x.name == "i"}) for value, *_ in parsed)
             if not a.free_symbols | b.free_symbols:  # numbers: math-verify would round, and 2^{-98} to 0

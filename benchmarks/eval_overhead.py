@@ -1,15 +1,17 @@
 """How much of an evaluation's time is the client's: 05_eval.py beside a client that sends the same requests and reads nothing.
 
-    python benchmarks/eval_overhead.py --data ../shared/data/gsm8k_test.jsonl      # about 6 minutes on two cores
+    python benchmarks/eval_overhead.py --data ../shared/data/gsm8k_test.jsonl      # about 5 minutes on two cores
 
-One vLLM server with the bundled model; in turns the bare client, 05 (requests, answers, two graders, file), the bare client.
-Prints the seconds of each and 05's share above the mean of the other two.
+One vLLM server with the bundled model; in turns the bare client and 05 (requests, answers, two graders, file), three times.
+Prints the seconds of each, the difference of the medians, and the processor time of 05's whole process beside its wall time.
 """
 
 import asyncio
 import importlib
 import json
 import os
+import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,6 +38,8 @@ class Args:
     """longest response"""
     limit: int | None = None
     """use the first so many problems"""
+    repeats: int = 3
+    """turns of both clients"""
 
 
 async def bare(args: Args, problems: list[dict], url: str, key: str) -> float:
@@ -62,14 +66,21 @@ def main(args: Args):
                              server_args="--max-num-seqs 512 --max-model-len 2048 --no-enable-prefix-caching")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, stage.served(server, args.model, Path(folder) / "log") as (url, key, _):
         asyncio.run(bare(args, problems[:64], url, key))  # warm-up
-        first = asyncio.run(bare(args, problems, url, key))
-        command = [sys.executable, "05_eval.py", "--data", str(args.data.resolve()), "--models", args.model, "--base-url", url]
-        command += ["--max-tokens", str(args.max_tokens), "--out", folder + "/out", "--limit", str(len(problems))]
-        subprocess.run(command, cwd=ROOT, env=os.environ | {"OPENAI_API_KEY": key}, check=True, stdout=subprocess.DEVNULL)
-        [run] = json.loads(Path(folder, "out", "summary.json").read_text())["runs"].values()
-        last = asyncio.run(bare(args, problems, url, key))
-    print(f"{len(problems)} problems, {run['tokens']} tokens: bare client {first:.1f} and {last:.1f} s, 05 {run['seconds']} s "
-          f"({run['tokens/s']} tokens/s): {run['seconds'] / ((first + last) / 2) - 1:+.1%}")  # fmt: skip
+        alone, with_05, cpu = [], [], []
+        for turn in range(args.repeats):
+            alone.append(asyncio.run(bare(args, problems, url, key)))
+            out, before = f"{folder}/out-{turn}", resource.getrusage(resource.RUSAGE_CHILDREN)
+            command = [sys.executable, "05_eval.py", "--data", str(args.data.resolve()), "--models", args.model]
+            command += ["--base-url", url, "--max-tokens", str(args.max_tokens), "--out", out, "--limit", str(len(problems))]
+            subprocess.run(command, cwd=ROOT, env=os.environ | {"OPENAI_API_KEY": key}, check=True, stdout=subprocess.DEVNULL)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            [run] = json.loads(Path(out, "summary.json").read_text())["runs"].values()
+            with_05.append(run["seconds"])
+            cpu.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    more = statistics.median(with_05) / statistics.median(alone) - 1
+    show = lambda seconds: ", ".join(f"{value:.1f}" for value in seconds)
+    print(f"{len(problems)} problems, {run['tokens']} tokens. Bare client {show(alone)} s, 05 {show(with_05)} s: "
+          f"medians {more:+.1%}. Processor seconds of 05's process, start and report included: {show(cpu)}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ for seed in $SEEDS; do
     --lr 3e-5 --beta 1 --epochs 2 --batch-size 32 --validation-fraction 0.05 --eval-steps 10 --log-steps 5 --keep 0 --seed "$seed"
   tuned+=("$OUT/model-$seed")
 done
-stage "05 evaluate" python 05_eval.py --data data/tiny/test.jsonl --models $MODEL "${tuned[@]}" --max-tokens 400 \
-  --limit "$TEST_PROBLEMS" --out "$OUT/results" --server-args="--max-num-seqs 512 --max-model-len 1024"
+stage "05 evaluate" python 05_eval.py --data data/tiny/test.jsonl --max-tokens 400 --limit "$TEST_PROBLEMS" \
+  --models "base=$MODEL" "Step-DPO=$(IFS=,; echo "${tuned[*]}")" --check-contamination "$OUT/pairs.jsonl" \
+  --out "$OUT/results" --server-args="--max-num-seqs 512 --max-model-len 1024"
 printf '\nWhere the time went:\n%s%-28s %4d s\n' "$times" all $SECONDS
-echo "The table stands in $OUT/results/report.md."
+echo "The whole report with pictures and responses: $OUT/results/report.html"
