@@ -834,27 +834,31 @@ def first_error(text: str, count: int, neutral: str) -> int:
     return 0
 
 
+async def judge_once(client, model: str, row: dict, number: int, args, spent: Counter) -> tuple[int | None, str, str]:
+    """One vote: (first wrong step or 0, the judge's text, "") or (None, its last text, why it cannot be read)."""
+    messages = [{"role": "user", "content": judge_prompt(row, args.neutral)}]
+    more = {"temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens}
+    for attempt in range(args.retries + 1):
+        seed = seed_of(args.seed, "judge", row["id"], row["sample"], number, attempt)
+        [found] = await complete(client, model, messages, seed, 1, **more)
+        spent.update(prompt=found["prompt_tokens"], completion=found["tokens"], judgements=1)
+        try:
+            if found["finish_reason"] != "stop":
+                raise ValueError(f"it ended by {found['finish_reason']}; length: --judge-max-tokens, refused: long prompt")
+            return first_error(found["text"], len(row["steps"]), args.neutral), found["text"], ""
+        except ValueError as error:
+            why = str(error)
+            spent.update({"judgements not readable": 1})
+    return None, found["text"], why
+
+
 def judge_locator(args: Args, server, spent: Counter):
     """`await locate(row)` by a judge: {"error_step", "locator", "reason", "judge"}. `spent` counts tokens and retries."""
     url, key, model = server
     client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=args.judge_timeout)
-    more = {"temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens}
 
-    async def vote(row: dict, number: int) -> tuple[int | None, str, str]:
-        """(first wrong step, the judge's text, "") or (None, its last text, why it cannot be read)."""
-        messages = [{"role": "user", "content": judge_prompt(row, args.neutral)}]
-        for attempt in range(args.retries + 1):
-            seed = seed_of(args.seed, "judge", row["id"], row["sample"], number, attempt)
-            [found] = await complete(client, model, messages, seed, 1, **more)
-            spent.update(prompt=found["prompt_tokens"], completion=found["tokens"], judgements=1)
-            try:
-                if found["finish_reason"] != "stop":
-                    raise ValueError(f"it ended by {found['finish_reason']}; length: --judge-max-tokens, refused: long prompt")
-                return first_error(found["text"], len(row["steps"]), args.neutral), found["text"], ""
-            except ValueError as error:
-                why = str(error)
-                spent.update({"judgements not readable": 1})
-        return None, found["text"], why
+    def vote(row: dict, number: int):
+        return judge_once(client, model, row, number, args, spent)
 
     async def locate(row: dict) -> dict:
         if not row["steps"]:

@@ -1,9 +1,13 @@
-"""Turn located errors into preference pairs: let the model try again from the correct prefix (Step-DPO, section 3.2).
+"""Make preference pairs: one better step (Step-DPO), a solution led astray (Step-Controlled DPO), or whole solutions (DPO).
 
-    python 03_rectify.py                                           # data/located.jsonl -> data/pairs.jsonl
+    python 03_rectify.py                                           # Step-DPO: data/located.jsonl -> data/pairs.jsonl
     python 03_rectify.py --located runs/located.jsonl --model data/tiny/model --n 8 --out runs/pairs.jsonl
+    python 03_rectify.py --method scdpo --samples data/samples.jsonl --out data/scdpo.jsonl
+    python 03_rectify.py --method dpo --samples data/samples.jsonl --out data/naive.jsonl       # no model needed
+    python 03_rectify.py --rectifier Qwen/Qwen2.5-72B-Instruct     # chosen steps from another model (out of distribution)
+SCDPO trains on naive and step-controlled pairs: 04_train_stepdpo.py --data data/scdpo.jsonl data/naive.jsonl mixes them.
 
-Input, the output of 02_locate_step.py:
+Input: for Step-DPO the output of 02_locate_step.py, else that of 01_sample_errors.py:
     {"id": "q1", "problem": "...", "answer": "7", "sample": 0, "response": "...", "steps": ["...", "..."],
      "finish_reason": "stop", "error_step": 2, ...}
 
@@ -12,9 +16,10 @@ Output, a line a pair, in the schema of the published xinlai/Math-Step-DPO-10K a
      "chosen": " 3 + 4 = 7.\n", "rejected": " 3 + 4 = 8.\n", "full_chosen": "...", "full_rejected": "...",
      "answer": "7", "id": "q1", "method": "step-dpo", "error_step": 2}
 
-From steps 1..k-1 and the label of step k the model goes on n times. Of the continuations that reach the answer, the first
-step is a chosen step, once each; the rejected step is the located one. chosen and rejected end where the next label
-begins, so that initial_reason_steps + chosen is a beginning of full_chosen, to the letter.
+Step-DPO (arXiv 2406.18629, section 3.2): from steps 1..k-1 and the label of step k the model goes on n times. Of the
+continuations that reach the answer, the first step is a chosen step, once each; the rejected step is the located one.
+SCDPO (arXiv 2407.00782, section 3): from steps 1..k of a right solution, k drawn at random, the model goes on step by step,
+ever hotter, until it ends at a wrong answer; chosen is the rest of the right solution. DPO: whole right and wrong solutions.
 OUT.tries.jsonl keeps what became of every problem; the same command run again goes on where it stopped.
 """
 
@@ -39,12 +44,12 @@ import sys
 import time
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import accumulate
+from itertools import accumulate, product
 from operator import add, mul, sub, truediv
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import httpx
 import openai
@@ -78,19 +83,63 @@ STATED_ANSWER = re.compile(  # models without \boxed{}: "The answer is: 7", "###
     r"([^\n]+?)\**(?:[.。](?:\s|$)|\n|$)"
 )
 
+# Copied from 01_sample_errors.py
+OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would move the token boundary
+# Copied from 02_locate_step.py
+JUDGE_PROMPT = """Below are a maths problem, {truth_name}, and a solution in {count} numbered steps that somebody wrote. \
+Find out whether the solution goes wrong, and at which step first.
+
+## Problem
+{problem}
+
+## {truth_title}
+{truth}
+
+## Solution to check
+{steps}
+
+## Your task
+First write a short analysis, 200 words at most: go through the steps in their order, work out again what each computes or \
+claims, and compare it with the problem and with what earlier steps have established. Another way than the reference's is \
+not a mistake. Then write the line "Verdicts:" and below it a line for each step, from step 1 on, in this form:
+
+Step 1: correct
+
+The verdict is one word: "correct" where the step is right and follows from what stands before it, "neutral" where it \
+neither helps nor claims anything that could be wrong, "incorrect" where it has a mistake. The list ends with the first step \
+that is {stop}; if there is none, it ends with step {count}. Write nothing below the list."""
+# Copied from 02_locate_step.py
+VERDICT_LINE = re.compile(r"[\W_]*(?:step|步骤|第)?\s*(\d+)\s*步?[\s*_`]*[:：.)\-–—|][\s*_`|]*(\w+)[\W_]*", re.I)
+# Copied from 02_locate_step.py
+VERDICTS = {"correct": "correct", "right": "correct", "正确": "correct", "neutral": "neutral", "中立": "neutral",
+            "incorrect": "incorrect", "wrong": "incorrect", "错误": "incorrect", "不正确": "incorrect"}  # fmt: skip
+# Copied from 02_locate_step.py
+VERDICTS_HEAD = re.compile(r"^[\W_]*(?:verdicts?|判断|结论|判定)[\W_]*$", re.I | re.M)
+# Copied from 02_locate_step.py
+THOUGHT = re.compile(r"^.*</think>|<think>.*", re.S)  # the second: a thought that was cut and never closed
+SECOND_THOUGHTS = re.compile(
+    r"\b(?:errors?|apolog\w+)\b|抱歉", re.I
+)  # a right solution that corrects itself on the way (SCDPO)
+
 
 @dataclass
 class Args:
-    """Sampling defaults are those of the Step-DPO paper."""
+    """Sampling defaults are those of the Step-DPO paper, of --method scdpo those of the SCDPO paper."""
 
+    method: Literal["step-dpo", "scdpo", "dpo"] = "step-dpo"
+    """which pairs to make"""
+    samples: Path = Path("data/samples.jsonl")
+    """output of 01_sample_errors.py, for --method scdpo and dpo"""
     located: Path = Path("data/located.jsonl")
-    """output of 02_locate_step.py"""
+    """output of 02_locate_step.py, for --method step-dpo"""
     out: Path = Path("data/pairs.jsonl")
     """file to write; problems that OUT.tries.jsonl holds already are not done again"""
     rollouts: Path | None = None
     """what 02 --keep-rollouts kept: continuations that need not be sampled again; they count towards --n"""
     model: str = "Qwen/Qwen2-7B-Instruct"
-    """folder or hub id of the model to go on with, in the paper the one that made the samples; with --base-url its name"""
+    """folder or hub id of the model to go on with, in the papers the one that made the samples; with --base-url its name"""
+    rectifier: str = ""
+    """another model for the chosen steps of Step-DPO: out of distribution, which the paper found worse"""
     base_url: str | None = None
     """an OpenAI-compatible server to use, such as http://127.0.0.1:8000/v1; its key is read from OPENAI_API_KEY"""
     server_args: str = ""
@@ -105,6 +154,31 @@ class Args:
     """pairs of one problem at most; 0: all"""
     max_pairs_per_error: int = 0
     """pairs of one wrong sample at most; 0: all"""
+    pairs_per_problem: int = 1
+    """pairs of one problem at most with --method dpo; 0: every right with every wrong solution"""
+    every_step: bool = False
+    """--method scdpo: go astray from every step of a right solution, not from one drawn at random"""
+    tries: int = 8
+    """--method scdpo: attempts at a wrong answer from one step"""
+    heat: tuple[float, float, float] = (1.1, 0.05, 1.4)
+    """--method scdpo: temperature of the first step, what each further step adds, and the most. These are the paper's; its
+    code has 1.0 0.05 1.3 and 1.1 0.1 1.4"""
+    check_chosen: bool = False
+    """a judge reads the chosen steps, and pairs with a wrong one are dropped (the Step-DPO paper's filter)"""
+    judge_model: str = ""
+    """name of the judge on its server"""
+    judge_base_url: str | None = None
+    """the judge's OpenAI-compatible server; its key is read from JUDGE_API_KEY"""
+    judge_path: str = ""
+    """folder or hub id of a judge to start vLLM for, instead of a server"""
+    judge_temperature: float = 0.6
+    """sampling temperature of the judge"""
+    judge_max_tokens: int = 2048
+    """longest judgement in tokens"""
+    neutral: Literal["error", "correct"] = "correct"
+    """what a neutral chosen step counts as"""
+    retries: int = 3
+    """how often a judgement that cannot be read is asked for again"""
     temperature: float = 0.8
     """sampling temperature"""
     top_p: float = 0.95
@@ -112,7 +186,7 @@ class Args:
     max_tokens: int = 2048
     """longest continuation, in tokens"""
     limit: int | None = None
-    """use the first so many located rows"""
+    """use the first so many rows of the input"""
     seed: int = 0
     """every request gets its own seed from this, the problem's id and the sample's number"""
     concurrency: int = 64
@@ -706,28 +780,85 @@ def load_rollouts(args: Args, settings: dict) -> dict[tuple, list[dict]]:
     return {(row["id"], row["sample"], int(k)): found for row in rows for k, found in row["rollouts"].items()}
 
 
-async def rectify_all(args: Args, problems: dict, rollouts: dict, tries: Output, pairs_file, server) -> dict:
-    """Make and write the pairs of the problems that are not done yet. Returns the summary."""
+# Copied from 02_locate_step.py
+def judge_prompt(row: dict, neutral: str) -> str:
+    """What the judge reads; the steps without the labels that they brought along."""
+    steps = "\n".join(f"Step {k}: {cut_label(step, k)[1].strip()}" for k, step in enumerate(row["steps"], 1))
+    for field, name in (("solution", "a reference solution"), ("answer", "the answer")):
+        if row.get(field):
+            title, truth = name.split(" ", 1)[1].capitalize(), row[field]
+            break
+    else:
+        name, title, truth = "no reference", "Answer", "It is not known."
+    stop_at = "not correct" if neutral == "error" else "incorrect"
+    return JUDGE_PROMPT.format(truth_name=name, truth_title=title, truth=truth, problem=row["problem"], steps=steps,
+                               count=len(row["steps"]), stop=stop_at)  # fmt: skip
+
+
+# Copied from 02_locate_step.py
+def first_error(text: str, count: int, neutral: str) -> int:
+    """The first wrong step that a judgement of `count` steps names, 0 for none. ValueError says why it cannot be read.
+
+    Below the last "Verdicts:" (or anywhere, where no such line is) only whole lines such as "Step 2: incorrect" count, in
+    order and without gaps; what follows the first wrong step does not matter as long as it is in order too."""
+    text = THOUGHT.sub("", text)
+    heads = list(VERDICTS_HEAD.finditer(text))
+    lines = text[heads[-1].end() if heads else 0 :].splitlines()
+    found = [match for line in lines if (match := VERDICT_LINE.fullmatch(line)) and match[2].lower() in VERDICTS]
+    if not found:
+        raise ValueError("no verdict")
+    for number, match in enumerate(found, 1):
+        if int(match[1]) != number:
+            raise ValueError(f"verdict {number} of the list is on step {match[1]}")
+    if len(found) > count:
+        raise ValueError(f"a verdict on step {len(found)}, past the last of {count}")
+    wrong = ("neutral", "incorrect") if neutral == "error" else ("incorrect",)
+    for number, match in enumerate(found, 1):
+        if VERDICTS[match[2].lower()] in wrong:
+            return number
+    if len(found) < count:
+        raise ValueError(f"the verdicts end with step {len(found)} of {count}, and none is wrong")
+    return 0
+
+
+# Copied from 02_locate_step.py
+async def judge_once(client, model: str, row: dict, number: int, args, spent: Counter) -> tuple[int | None, str, str]:
+    """One vote: (first wrong step or 0, the judge's text, "") or (None, its last text, why it cannot be read)."""
+    messages = [{"role": "user", "content": judge_prompt(row, args.neutral)}]
+    more = {"temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens}
+    for attempt in range(args.retries + 1):
+        seed = seed_of(args.seed, "judge", row["id"], row["sample"], number, attempt)
+        [found] = await complete(client, model, messages, seed, 1, **more)
+        spent.update(prompt=found["prompt_tokens"], completion=found["tokens"], judgements=1)
+        try:
+            if found["finish_reason"] != "stop":
+                raise ValueError(f"it ended by {found['finish_reason']}; length: --judge-max-tokens, refused: long prompt")
+            return first_error(found["text"], len(row["steps"]), args.neutral), found["text"], ""
+        except ValueError as error:
+            why = str(error)
+            spent.update({"judgements not readable": 1})
+    return None, found["text"], why
+
+
+def rectify(args: Args, server, grader: Grader, rollouts: dict, spent: Counter):
+    """`await make(rows of one problem)` -> (pairs, counts) for Step-DPO. `spent` counts tokens."""
     url, key, model = server
     client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=3600)
-    grader, tokens, reused, began = Grader(), 0, 0, time.time()
-    done = {row["id"] for row in tries.rows}
 
     async def continuations(row: dict) -> tuple[list[dict], list[bool]]:
-        nonlocal tokens, reused
         prefix, _ = error_prefix(row)
         kept = rollouts.get((row["id"], row["sample"], row["error_step"] - 1), [])[: args.n]
-        reused += len(kept)
+        spent["continuations reused"] += len(kept)
         right = [continuation["correct"] for continuation in kept]
         if len(kept) == args.n:
             return kept, right
         seed = seed_of(args.seed, "rectify", row["id"], row["sample"])
         found = await ask(client, model, row["problem"], prefix, seed, args, args.n - len(kept))
-        tokens += found[0]["tokens"]
+        spent["tokens"] += found[0]["tokens"]
         answers = [extract_answer(prefix + f["text"]) if f["finish_reason"] == "stop" else None for f in found]
         return kept + found, right + await asyncio.gather(*(grader(row["answer"], answer) for answer in answers))
 
-    async def work(rows: list[dict]):
+    async def make(rows: list[dict]) -> tuple[list[dict], Counter]:
         count, usable, seen, pairs = Counter(), [], {}, []
         for row in rows:
             if not row["error_step"]:
@@ -745,58 +876,248 @@ async def rectify_all(args: Args, problems: dict, rollouts: dict, tries: Output,
             new, outcome = make_pairs(row, found, right, seen.setdefault(error_prefix(row), set()), room)
             count += outcome + Counter({"errors tried": 1, "errors with a pair": bool(new)})
             pairs += new
+        return pairs, count
+
+    return make
+
+
+def whole_pair(right: dict, prefix: str, chosen: str, rejected: str, method: str, step: int) -> dict:
+    """A pair whose suffixes run to the end of the solution."""
+    return {"dataset": right.get("dataset", ""), "prompt": right["problem"], "initial_reason_steps": prefix, "chosen": chosen,
+            "rejected": rejected, "full_chosen": right["response"], "full_rejected": prefix + rejected,
+            "answer": right["answer"], "id": right["id"], "method": method, "error_step": step,
+            "sample": right["sample"]}  # fmt: skip
+
+
+def distinct(rows: list[dict], count: Counter) -> list[dict]:
+    """Right, finished solutions without second thoughts, near-duplicates once: nine tenths of their three-word runs shared."""
+    kept, grams = [], []
+    for row in rows:
+        words = row["response"].split()
+        runs = set(zip(words, words[1:], words[2:], strict=False))
+        if SECOND_THOUGHTS.search(row["response"]):
+            count["right solutions with second thoughts"] += 1
+        elif any(len(runs & other) >= 0.9 * len(runs | other) for other in grams):
+            count["right solutions like another"] += 1
+        else:
+            kept.append(row)
+            grams.append(runs)
+    return kept
+
+
+def garbled(text: str, finish_reason: str, like: str) -> str:
+    """Why a continuation is no solution, "" if it is one: not finished; a run of eight words three times; or more than 2 % of
+    characters that are neither ASCII nor in `like` (problem and right solution) nor, where that is Chinese, Chinese."""
+    words, chinese = text.split(), re.search("[一-鿿]", like)
+    runs = Counter(tuple(words[i : i + 8]) for i in range(len(words) - 7))
+    odd = sum(not (c.isascii() or c in like or chinese and "一" <= c <= "鿿") for c in text)
+    if finish_reason != "stop":
+        return "not finished"
+    return "repeats itself" if max(runs.values(), default=0) > 2 else "odd characters" if odd > 0.02 * len(text) else ""
+
+
+def lead_astray(args: Args, server, grader: Grader, spent: Counter):
+    """`await make(rows of one problem)` -> (pairs, counts) for SCDPO: from a right solution's steps 1..k on, step by step, at a
+    rising temperature, until the answer is wrong."""
+    url, key, model = server
+    client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=3600)
+    start, rise, most = args.heat
+
+    async def attempt(row: dict, prefix: str, k: int, number: int) -> tuple[str, str]:
+        """The text behind `prefix`, which ends in the label of step k + 1, and how it ended."""
+        text, user, left = "", {"role": "user", "content": USER_TURN.format(problem=row["problem"])}, args.max_tokens
+        for step in range(k + 1, k + 1000):
+            messages = [user, {"role": "assistant", "content": prefix + text}]
+            more = {"temperature": min(start + rise * (step - k - 1), most), "top_p": args.top_p, "max_tokens": left}
+            label = f"Step {step + 1}:"  # the answer ends with it, and the next one goes on behind it
+            body = {"continue_final_message": True, "add_generation_prompt": False, "include_stop_str_in_output": True}
+            seed = seed_of(args.seed, "scdpo", row["id"], row["sample"], k, number, step)
+            [found] = await complete(client, model, messages, seed, 1, **more, stop=[label], extra_body=body)
+            text, left = text + found["text"], left - found["tokens"]
+            spent["tokens"] += found["tokens"]
+            if found["finish_reason"] != "stop" or not found["text"].endswith(label):
+                return text, found["finish_reason"]
+            if left < 1:
+                break
+        return text, "length"
+
+    async def astray(row: dict, k: int, count: Counter) -> list[dict]:
+        label, chosen = cut_label(row["steps"][k], k + 1)
+        prefix, chosen = "".join(row["steps"][:k]) + label, chosen + "".join(row["steps"][k + 1 :])
+        count["steps tried"] += 1
+        for number in range(args.tries):
+            text, finish_reason = await attempt(row, prefix, k, number)
+            why = garbled(text, finish_reason, row["problem"] + row["response"])
+            answer = extract_answer(prefix + text)
+            why = why or ("no answer" if answer is None else "")
+            count["attempts"] += 1
+            if why:
+                count[f"garbled: {why}"] += 1
+            elif await grader(row["answer"], answer):
+                count["still right"] += 1
+            else:
+                count["pairs"] += 1
+                return [whole_pair(row, prefix, chosen, text, "scdpo", k + 1)]
+        return []
+
+    async def make(rows: list[dict]) -> tuple[list[dict], Counter]:
+        count, todo = Counter(), []
+        for row in distinct([row for row in rows if row["correct"] and row["finish_reason"] == "stop"], count):
+            n = len(row["steps"])
+            drawn = [1 + seed_of(args.seed, "scdpo", row["id"], row["sample"]) % (n - 1)] if n > 1 else []
+            todo += [(row, k) for k in (range(1, n) if args.every_step else drawn)]
+            count["right solutions of one step"] += n == 1
+        found = await asyncio.gather(*(astray(row, k, count) for row, k in todo))
+        return sum(found, []), count
+
+    return make
+
+
+def pair_up(args: Args):
+    """`await make(rows of one problem)` -> (pairs, counts) for DPO: right and wrong solutions at random, each once before any
+    comes twice."""
+
+    async def make(rows: list[dict]) -> tuple[list[dict], Counter]:
+        count, used = Counter(), Counter()
+        finished = [row for row in rows if row["finish_reason"] == "stop" and row["prediction"] is not None]
+        right = distinct([row for row in finished if row["correct"]], count)
+        wrong = [row for row in finished if not row["correct"]]
+        both = list(product(right, wrong))
+        pairs = []
+        while both and (not args.pairs_per_problem or len(pairs) < args.pairs_per_problem):
+            both.sort(key=lambda two: (used[two[0]["sample"]] + used[two[1]["sample"]],
+                                       seed_of(args.seed, "dpo", two[0]["id"], two[0]["sample"], two[1]["sample"])))  # fmt: skip
+            good, bad = both.pop(0)
+            used.update((good["sample"], bad["sample"]))
+            prefix = OPENING if good["response"].startswith(OPENING) and bad["response"].startswith(OPENING) else ""
+            chosen, rejected = (row["response"].removeprefix(prefix) for row in (good, bad))
+            pairs.append(whole_pair(good, prefix, chosen, rejected, "dpo", 1))
+        count.update({"pairs": len(pairs), "problems with right and wrong": bool(right and wrong)})
+        return pairs, count
+
+    return make
+
+
+async def make_all(args: Args, problems: dict, make, tries: Output, pairs_file):
+    """Make and write the pairs of the problems that are not done yet."""
+    done = {row["id"] for row in tries.rows}
+
+    async def work(rows: list[dict]):
+        pairs, count = await make(rows)
         pairs_file.write("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
         pairs_file.flush()
         tries.write({"id": rows[0]["id"], "count": dict(count), "pairs": pairs})
 
-    try:
-        todo = [rows for identity, rows in problems.items() if identity not in done]
-        await run_all(todo, work, args.concurrency, "rectifying")
-    finally:
-        grader.close()
-    total = sum((Counter(row["count"]) for row in tries.rows if row["id"] in problems), Counter())
-    return {
-        "problems": len(problems), **total, "gradings killed": grader.kills, "continuations reused": reused, "tokens": tokens,
-        "tokens/s": round(tokens / (time.time() - began)), "seconds": round(time.time() - began, 1),
-    }  # fmt: skip
+    todo = [rows for identity, rows in problems.items() if identity not in done]
+    await run_all(todo, work, args.concurrency, args.method)
 
 
-def main(args: Args):
-    if min(args.n, args.concurrency, args.max_tokens, args.limit or 1) < 1 or min(args.max_pairs, args.max_pairs_per_error) < 0:
-        stop("--n, --concurrency, --max-tokens and --limit are at least 1, --max-pairs at least 0")
-    rows = read_rows(args.located, ("id", "problem", "answer", "sample", "steps", "finish_reason"))
+async def check_all(args: Args, pairs: list[dict], problems: dict, checked: Output, server, spent: Counter) -> list[dict]:
+    """The pairs whose chosen steps, and those before them, the judge finds right. `checked` keeps the verdicts."""
+    url, key, model = server
+    client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=600)
+    name = lambda pair: seed_of(pair["id"], pair["initial_reason_steps"], pair["chosen"])
+    verdicts = {row["pair"]: row["step"] for row in checked.rows}
+
+    async def work(pair: dict):
+        text = pair["full_chosen"] if pair["method"] != "step-dpo" else pair["initial_reason_steps"] + pair["chosen"]
+        row = problems[pair["id"]][0] | {"sample": name(pair), "steps": split_steps(text)}
+        step, said, why = await judge_once(client, model, row, 0, args, spent)
+        checked.write({"pair": name(pair), "id": pair["id"], "step": -1 if step is None else step, "text": said, "why": why})
+        verdicts[name(pair)] = checked.rows[-1]["step"]
+
+    todo = list({name(pair): pair for pair in pairs if name(pair) not in verdicts}.values())
+    await run_all(todo, work, args.concurrency, "checking")
+    outcome = Counter(verdicts[name(pair)] for pair in pairs)
+    spent.update({"chosen judged right": outcome[0], "chosen without a readable judgement": outcome[-1]})
+    spent["chosen judged wrong"] = sum(outcome.values()) - outcome[0] - outcome[-1]
+    return [pair for pair in pairs if verdicts[name(pair)] == 0]
+
+
+def load_input(args: Args) -> dict[str, list[dict]]:
+    """Rows by problem, in an order that does not depend on the file's."""
+    path = args.located if args.method == "step-dpo" else args.samples
+    field, maker = ("error_step", "02_locate_step.py") if args.method == "step-dpo" else ("correct", "01_sample_errors.py")
+    rows = read_rows(path, ("id", "problem", "answer", "sample", "steps", "finish_reason"))
     for number, row in enumerate(rows, 1):
-        if "error_step" not in row or "response" not in row:
-            stop(f"{args.located}, row {number}: no 'error_step' or no 'response'; give the output of 02_locate_step.py")
+        if field not in row or "response" not in row:
+            stop(f"{path}, row {number}: no {field!r} or no 'response'; give the output of {maker}")
+    if args.method == "step-dpo" and not any(row["error_step"] for row in rows):
+        stop(f"{path}: none of its {len(rows)} rows has an error_step; see their reason fields")
+    if args.method != "step-dpo" and not any(row["correct"] for row in rows):
+        stop(f"{path}: none of its {len(rows)} solutions is right; sample easier problems, or more")
     problems = {}
     for row in sorted(rows[: args.limit], key=lambda row: (row["id"], row["sample"])):
         problems.setdefault(row["id"], []).append(row)
-    names = ("chat_template", "n", "max_pairs", "max_pairs_per_error", "temperature", "top_p", "max_tokens", "seed")
-    settings = {name: getattr(args, name) for name in names}
-    settings |= {"stage": "03_rectify", "model": model_id(args.model)}
-    rollouts = load_rollouts(args, settings) if args.rollouts else {}
-    settings["rollouts"] = hashlib.sha256(args.rollouts.read_bytes()).hexdigest()[:16] if args.rollouts else None
+    return problems
+
+
+SETTINGS = {
+    "step-dpo": ("chat_template", "n", "max_pairs", "max_pairs_per_error", "temperature", "top_p", "max_tokens", "seed"),
+    "scdpo": ("chat_template", "every_step", "tries", "heat", "top_p", "max_tokens", "seed"),
+    "dpo": ("pairs_per_problem", "seed"),
+}
+
+
+def main(args: Args):
+    least = (args.n, args.concurrency, args.max_tokens, args.tries, args.limit or 1)
+    if min(least) < 1 or min(args.max_pairs, args.max_pairs_per_error, args.pairs_per_problem, args.retries) < 0:
+        stop("--n, --concurrency, --max-tokens, --tries and --limit are at least 1, --max-pairs, --pairs-per-problem and "
+             "--retries at least 0")  # fmt: skip
+    if args.rectifier and (args.method != "step-dpo" or args.rollouts):
+        stop("--rectifier goes with --method step-dpo, and without --rollouts, which are the policy's")
+    if args.check_chosen and not (args.judge_model if args.judge_base_url else args.judge_path):
+        stop("--check-chosen needs --judge-model and --judge-base-url, or --judge-path")
+    began, problems, model = time.time(), load_input(args), args.rectifier or args.model
+    settings = {name: getattr(args, name) for name in SETTINGS[args.method]} | {"stage": "03_rectify", "method": args.method}
+    settings |= {"model": model_id(model)} if args.method != "dpo" else {}
+    rollouts = load_rollouts(args, settings) if args.rollouts and args.method == "step-dpo" else {}
+    settings["rollouts"] = hashlib.sha256(args.rollouts.read_bytes()).hexdigest()[:16] if rollouts else None
     settings["located"] = hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]  # sorted: order does not count
     tries_path = args.out.with_suffix(".tries.jsonl")
     if args.out.exists() and not tries_path.exists():
         stop(f"{args.out} is there, but not {tries_path}, which would tell how to go on; give another --out")
-    tries = Output(tries_path, settings)
-    first = next((row for row in rows if row["error_step"]), None)
-    if first is None:
-        stop(f"{args.located}: none of its {len(rows)} rows has an error_step; see their reason fields")
-    with served(args, args.model, Path(f"{args.out}.server.log")) as server, open(args.out, "w", encoding="utf-8") as file:
+    tries, grader, spent = Output(tries_path, settings), Grader(), Counter()
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(args.out, "w", encoding="utf-8"))
         for row in tries.rows:  # the file is what tries says: a kill between the two writes leaves no half problem
             file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in row["pairs"])
         file.flush()
-        show_prompt(*server, first["problem"], error_prefix(first)[0])
-        summary = asyncio.run(rectify_all(args, problems, rollouts, tries, file, server))
-    pairs = [pair for row in sorted(tries.rows, key=lambda row: row["id"]) for pair in row["pairs"]]
+        stack.callback(grader.close)
+        if args.method == "dpo":
+            make = pair_up(args)
+        else:
+            server = stack.enter_context(served(args, model, Path(f"{args.out}.server.log")))
+            rows = [row for found in problems.values() for row in found]
+            first = next((row for row in rows if row.get("error_step")), rows[0])
+            prefix = error_prefix(first)[0] if args.method == "step-dpo" else first["steps"][0] if first["steps"] else OPENING
+            show_prompt(*server, first["problem"], prefix)
+            make = (lead_astray(args, server, grader, spent) if args.method == "scdpo"
+                    else rectify(args, server, grader, rollouts, spent))  # fmt: skip
+        asyncio.run(make_all(args, problems, make, tries, file))
+    pairs = [pair for row in sorted(tries.rows, key=lambda row: row["id"]) for pair in row["pairs"] if row["id"] in problems]
+    total = sum((Counter(row["count"]) for row in tries.rows if row["id"] in problems), Counter())
+    if args.check_chosen:
+        names = ("judge_model", "judge_path", "judge_temperature", "judge_max_tokens", "neutral", "retries", "seed")
+        checked = Output(args.out.with_suffix(".checked.jsonl"), {name: getattr(args, name) for name in names})
+        here = replace(args, base_url=args.judge_base_url, chat_template=None)
+        name = args.judge_model if args.judge_base_url else args.judge_path
+        with served(here, name, Path(f"{args.out}.judge.log"), "JUDGE_API_KEY") as server:
+            pairs = asyncio.run(check_all(args, pairs, problems, checked, server, spent))
+        checked.save_meta(finished=True)
+    if args.rectifier:
+        pairs = [pair | {"rectifier": args.rectifier} for pair in pairs]
     temporary = args.out.with_suffix(".tmp")  # the final order does not depend on which problem was ready first
     temporary.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
     temporary.replace(args.out)
+    summary = {"problems": len(problems), **total, "gradings killed": grader.kills, **spent}
+    if args.method == "scdpo" and total["attempts"]:
+        broken = sum(number for name, number in total.items() if name.startswith("garbled"))
+        summary |= {"yield": f"{total['pairs'] / total['attempts']:.1%}", "garbled": f"{broken / total['attempts']:.1%}"}
+    summary["seconds"] = round(time.time() - began, 1)
     tries.save_meta(finished=True, summary=summary)
     shutil.copy(tries.meta_path, f"{args.out}.meta.json")
-    print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
+    print(f"{args.out}: {len(pairs)} pairs; " + ", ".join(f"{name} {value}" for name, value in summary.items()))
 
 
 if __name__ == "__main__":
