@@ -1041,10 +1041,12 @@ def tables(summary: dict) -> list[tuple[str, list[str], list[list[str]], str]]:
     found, k = [], summary["samples"]
     rows, notes = [], []
     for name, benchmark in summary["benchmarks"].items():
+        alone = {group["models"][0]: label for label, group in benchmark["groups"].items() if group["seeds"] == 1}
         for model, f in benchmark["models"].items():
             versus = [*difference_cells(f), f"{len(f['won'])} / {len(f['lost'])}"] if "p" in f else ["base", "", ""]
             more = [percent(f["curves"]["maj"][-1]), percent(f["curves"]["pass"][-1])] if k > 1 else []
-            rows.append([f"{name} ({f['problems']})", model, percent(f["accuracy"], f["interval"]), percent(f["strict"]),
+            cells = [f"{name} ({f['problems']})", alone.get(model, model), percent(f["accuracy"], f["interval"])]
+            rows.append([*cells, percent(f["strict"]),
                          percent(f["paper"]), *more, *versus, str(f["unfinished"]),
                          str(f["unparsable"] + f["too_long_a_prompt"]), f"{f['mean_tokens']:.0f}"])  # fmt: skip
         # where there is nothing to compare with: two models that disagree on a tenth of the problems
@@ -1250,11 +1252,11 @@ def summarize(groups: dict[str, list[str]], files: dict[str, dict], field: str, 
         stacks, of_groups = {label: np.stack([rates[model] for model in group]) for label, group in groups.items()}, {}
         for i, (label, stack) in enumerate(stacks.items()):
             of_curves = [figures[model]["curves"] for model in groups[label]]
+            mean = {key: np.mean([c[key] for c in of_curves], axis=0).tolist() for key in ("pass", "maj") if k > 1}
             of_groups[label] = {"models": groups[label], "seeds": len(stack), "accuracy": float(stack.mean()),
                                 "interval": interval(stack, k, seed),
                                 "by": breakdown([found[0] for found in rows[models[0]]], stack, k, seed),
-                                "curves": k > 1 and {key: np.mean([curve[key] for curve in of_curves], axis=0).tolist()
-                                                     for key in ("k", "pass", "maj")},
+                                "curves": k > 1 and of_curves[0] | mean,
                                 "spread": float(stack.mean(1).std(ddof=1)) if len(stack) > 1 else 0.0}  # fmt: skip
             of_groups[label] |= paired(stack, stacks[next(iter(groups))], seed) if i else {}
         pairs = list(combinations(list(groups)[1:], 2))

@@ -457,7 +457,7 @@ def test_the_authors_prompt_reaches_the_model_as_it_is(server, tmp_path, protoco
         "--out",
         tmp_path,
     )
-    assert f"first prompt: {start!r}"[:-1] in done.stderr and "Step 1: '" in done.stderr
+    assert f'first prompt: "{start}' in done.stderr and 'Step 1: "' in done.stderr
     [path] = (tmp_path / "validation").glob("*.jsonl")
     assert all(row["response"].startswith("Let's think step by step.\nStep 1: ") for row in read(path)) and len(read(path)) == 8
     assert "the equality of the Step-DPO authors" in (tmp_path / "report.md").read_text()
