@@ -980,18 +980,20 @@ def pair_up(args: Args):
     async def make(rows: list[dict]) -> tuple[list[dict], Counter]:
         count, used = Counter(), Counter()
         finished = [row for row in rows if row["finish_reason"] == "stop" and row["prediction"] is not None]
+        count["without the forced opening"] = sum(not row["response"].startswith(OPENING) for row in finished)
+        finished = [row for row in finished if row["response"].startswith(OPENING)]
         right = distinct([row for row in finished if row["correct"]], count)
         wrong = [row for row in finished if not row["correct"]]
         both = list(product(right, wrong))
         pairs = []
         while both and (not args.pairs_per_problem or len(pairs) < args.pairs_per_problem):
-            both.sort(key=lambda two: (used[two[0]["sample"]] + used[two[1]["sample"]],
-                                       seed_of(args.seed, "dpo", two[0]["id"], two[0]["sample"], two[1]["sample"])))  # fmt: skip
+            order = lambda two: (sum(used[row["correct"], row["sample"]] for row in two),
+                                 seed_of(args.seed, "dpo", two[0]["id"], two[0]["sample"], two[1]["sample"]))  # fmt: skip
+            both.sort(key=order)
             good, bad = both.pop(0)
-            used.update((good["sample"], bad["sample"]))
-            prefix = OPENING if good["response"].startswith(OPENING) and bad["response"].startswith(OPENING) else ""
-            chosen, rejected = (row["response"].removeprefix(prefix) for row in (good, bad))
-            pairs.append(whole_pair(good, prefix, chosen, rejected, "dpo", 1))
+            used.update(((True, good["sample"]), (False, bad["sample"])))
+            chosen, rejected = (row["response"].removeprefix(OPENING) for row in (good, bad))
+            pairs.append(whole_pair(good, OPENING, chosen, rejected, "dpo", 1))
         count.update({"pairs": len(pairs), "problems with right and wrong": bool(right and wrong)})
         return pairs, count
 

@@ -1,0 +1,213 @@
+"""03_rectify.py: pairs of SCDPO and DPO, what counts as garbled, another rectifier, the judge's filter, and training on a mix."""
+
+import asyncio
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+from conftest import ROOT, STAGES, TINY, read, run, stage
+from test_locate import judge  # noqa: F401  the scripted judge
+
+OPENING = "Let's think step by step.\nStep 1:"
+SHORT = ["--max-tokens", "300"]
+
+
+def solution(identity: str, sample: int, text: str, correct: bool, finish_reason: str = "stop") -> dict:
+    response = OPENING + text
+    return {"id": identity, "sample": sample, "problem": f"problem {identity}", "answer": "7", "response": response,
+            "steps": stage(1).split_steps(response), "correct": correct, "finish_reason": finish_reason,
+            "prediction": stage(1).extract_answer(response), "dataset": "d"}  # fmt: skip
+
+
+def write(path, rows: list[dict]):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+RIGHT = [" 3 + 4 = 7.\nThe answer is \\boxed{7}.", " We add three and four, which makes seven.\nThe answer is \\boxed{7}.",
+         " 3 + 4 = 7.\nThe answer is  \\boxed{7}.", " 3 + 4 = 8, an error, so 7.\nThe answer is \\boxed{7}."]  # fmt: skip
+WRONG = [" 3 + 4 = 8.\nThe answer is \\boxed{8}.", " 3 * 4 = 12.\nThe answer is \\boxed{12}."]
+
+
+def test_dpo_pairs_use_every_solution_once_before_any_twice(tmp_path):
+    rows = [solution("a", i, text, True) for i, text in enumerate(RIGHT)]
+    rows += [solution("a", 4 + i, text, False) for i, text in enumerate(WRONG)]
+    rows += [solution("a", 6, " and so on", False), solution("a", 7, " 3 + 4 =", False, "length")]  # no answer; unfinished
+    rows += [solution("b", 0, RIGHT[0], True), solution("c", 0, WRONG[0], False)]
+    write(tmp_path / "s.jsonl", rows)
+    for most, expected in ((1, 1), (2, 2), (0, 4)):
+        out = tmp_path / f"{most}.jsonl"
+        done = run(3, "--method", "dpo", "--samples", tmp_path / "s.jsonl", "--pairs-per-problem", most, "--out", out)
+        pairs = read(out)
+        assert (
+            len(pairs) == expected and "right solutions with second thoughts 1, right solutions like another 1" in done.stdout
+        )
+        for pair in pairs:
+            assert pair["initial_reason_steps"] == OPENING and pair["method"] == "dpo"
+            assert OPENING + pair["chosen"] == pair["full_chosen"] and OPENING + pair["rejected"] == pair["full_rejected"]
+            assert pair["chosen"] in RIGHT[:2] and pair["rejected"] in WRONG
+    assert (
+        len({pair["chosen"] for pair in read(tmp_path / "2.jsonl")})
+        == 2
+        == len({p["rejected"] for p in read(tmp_path / "2.jsonl")})
+    )
+    before = (tmp_path / "0.jsonl").read_bytes()
+    run(3, "--method", "dpo", "--samples", tmp_path / "s.jsonl", "--pairs-per-problem", 0, "--out", tmp_path / "0.jsonl")
+    assert (tmp_path / "0.jsonl").read_bytes() == before
+
+
+GARBLED = [
+    ("Step 2: 3 + 4 = 8.\nThe answer is \\boxed{8}.", "stop", ""), ("3 + 4", "length", "not finished"),
+    ("we add one and two and three and four. " * 3, "stop", "repeats itself"), ("x" * 30 + "ґ" * 2, "stop", "odd characters"),
+    ("x" * 30 + "é" * 2, "stop", ""), ("x" * 30 + "算" * 2, "stop", "odd characters"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, finish_reason, why", GARBLED)
+def test_garbled(text, finish_reason, why):
+    assert stage(3).garbled(text, finish_reason, "café") == why
+    assert stage(3).garbled("x" * 30 + "算", "stop", "三加四") == ""
+
+
+def test_bad_combinations_are_refused(tmp_path):
+    write(tmp_path / "s.jsonl", [solution("a", 0, RIGHT[0], True)])
+    for more, word in [
+        (["--method", "dpo", "--rectifier", "x/y"], "--rectifier"),
+        (["--check-chosen", "--method", "dpo"], "--judge-model"),
+    ]:
+        done = run(3, "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "p.jsonl", *more, check=False)
+        assert done.returncode == 2 and word in done.stderr and "Traceback" not in done.stderr
+    write(tmp_path / "s.jsonl", [solution("a", 0, WRONG[0], False)])
+    done = run(3, "--method", "scdpo", "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "p.jsonl", check=False)
+    assert done.returncode == 2 and "none of its 1 solutions is right" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# with the real server
+
+
+@pytest.fixture(scope="module")
+def samples(server, tmp_path_factory):
+    out = tmp_path_factory.mktemp("samples") / "samples.jsonl"
+    run(1, "--data", TINY / "train.jsonl", "--limit", 40, "--n", 4, "--out", out, *SHORT, *server)
+    return out
+
+
+@pytest.mark.slow
+def test_scdpo_pairs_survive_kills_and_follow_their_form(samples, server, tmp_path):
+    """kill -9 at five moments: the pairs of an uninterrupted run. Each goes wrong behind k right steps, and ends parsable."""
+    arguments = ["--method", "scdpo", "--samples", samples, *SHORT, *server]
+    done = run(3, *arguments, "--out", tmp_path / "whole.jsonl")
+    journal, moments = tmp_path / "cut.tries.jsonl", random.Random(3)
+    for _ in range(5):
+        size = journal.stat().st_size if journal.exists() else 0
+        command = [
+            sys.executable,
+            f"{STAGES[3]}.py",
+            *map(str, arguments),
+            "--out",
+            str(tmp_path / "cut.jsonl"),
+            "--concurrency",
+            "4",
+        ]
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while process.poll() is None and (journal.stat().st_size if journal.exists() else 0) <= size:
+            time.sleep(0.01)
+        time.sleep(moments.random() * 0.3)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    run(3, *arguments, "--out", tmp_path / "cut.jsonl")
+    pairs = read(tmp_path / "whole.jsonl")
+    assert read(tmp_path / "cut.jsonl") == pairs and len(pairs) > 10 and "yield" in done.stdout
+    solutions = {(row["id"], row["sample"]): row for row in read(samples)}
+    grader = stage(1).Grader()
+    for pair in pairs:
+        row, k = solutions[pair["id"], pair["sample"]], pair["error_step"] - 1
+        assert row["correct"] and 1 <= k < len(row["steps"]) and pair["full_chosen"] == row["response"]
+        assert pair["initial_reason_steps"].startswith("".join(row["steps"][:k])) and pair["initial_reason_steps"].endswith(
+            f"Step {k + 1}:"
+        )
+        assert pair["initial_reason_steps"] + pair["chosen"] == pair["full_chosen"]
+        assert pair["initial_reason_steps"] + pair["rejected"] == pair["full_rejected"]
+        answer = stage(1).extract_answer(pair["full_rejected"])
+        assert answer is not None and not asyncio.run(grader(pair["answer"], answer))
+    grader.close()
+    assert len({pair["error_step"] for pair in pairs}) > 1, "k is drawn"
+    every = run(3, *arguments, "--every-step", "--tries", 1, "--out", tmp_path / "every.jsonl")
+    right = [row for row in solutions.values() if row["correct"]]
+    summary = json.loads((tmp_path / "every.jsonl.meta.json").read_text())["summary"]
+    assert summary["steps tried"] == summary["attempts"] > len({row["id"] for row in right}) and "garbled" in every.stdout
+
+
+@pytest.mark.slow
+def test_heat_rises_step_by_step(samples, server, tmp_path, monkeypatch):
+    """The requests that go to the real server, as they are sent: 1.1, 1.15 ... from the drawn step on, each behind the last."""
+    three, seen = stage(3), []
+    real = three.complete
+
+    async def recorded(client, model, prompt, seed, n, **more):
+        found = await real(client, model, prompt, seed, n, **more)
+        seen.append((prompt[1]["content"], more["temperature"], more["stop"][0], found[0]["text"]))
+        return found
+
+    monkeypatch.setattr(three, "complete", recorded)
+    rows = [row for row in read(samples) if row["correct"] and len(row["steps"]) > 4][:3]
+    write(tmp_path / "s.jsonl", rows)
+    three.main(three.Args(method="scdpo", samples=tmp_path / "s.jsonl", out=tmp_path / "p.jsonl", base_url=server[1], model=server[3],
+                          max_tokens=300, tries=2, heat=(1.1, 0.2, 1.4)))  # fmt: skip
+    heats = Counter(round(temperature, 3) for _, temperature, _, _ in seen)
+    assert set(heats) <= {1.1, 1.3, 1.4} and heats[1.1] >= heats[1.3] >= 1
+    for content, temperature, label, text in seen:
+        if text.endswith(label):  # the next request goes on behind it, hotter
+            assert any(other == content + text and later >= temperature for other, later, _, _ in seen)
+
+
+@pytest.mark.slow
+def test_rectifier_and_judge(samples, server, judge, tmp_path):  # noqa: F811
+    """Chosen steps by another model under its name; then the judge drops every pair whose problem it finds wrong."""
+    run(2, "--samples", samples, "--rollouts", 4, "--limit", 30, "--out", tmp_path / "l.jsonl", *SHORT, *server)
+    arguments = ["--located", tmp_path / "l.jsonl", "--n", 4, *SHORT, *server[:2]]
+    run(3, *arguments, "--rectifier", server[3], "--out", tmp_path / "p.jsonl")
+    pairs = read(tmp_path / "p.jsonl")
+    assert pairs and all(pair["rectifier"] == server[3] for pair in pairs)
+    dropped = {pair["id"] for pair in pairs[: len(pairs) // 2]}
+    texts = {row["problem"]: row["id"] for row in read(tmp_path / "l.jsonl")}
+
+    def answer(body: dict) -> str:
+        said = body["messages"][0]["content"]
+        identity = next(identity for problem, identity in texts.items() if problem in said)
+        last = max(k for k in range(1, 20) if f"\nStep {k}:" in said.split("## Solution to check")[1].split("## Your task")[0])
+        lines = [f"Step {k}: correct" for k in range(1, last)] + [f"Step {last}: {'in' if identity in dropped else ''}correct"]
+        return "Verdicts:\n" + "\n".join(lines)
+
+    judge.answer = answer
+    url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
+    more = ["--check-chosen", "--judge-model", "judge", "--judge-base-url", url]
+    done = run(3, *arguments, "--rectifier", server[3], "--out", tmp_path / "p.jsonl", *more)
+    kept = read(tmp_path / "p.jsonl")
+    assert kept == [pair for pair in pairs if pair["id"] not in dropped]
+    assert f"chosen judged wrong {len(pairs) - len(kept)}" in done.stdout
+    asked = judge.count
+    run(3, *arguments, "--rectifier", server[3], "--out", tmp_path / "p.jsonl", *more)
+    assert judge.count == asked and read(tmp_path / "p.jsonl") == kept, "verdicts are kept"
+
+
+@pytest.mark.slow
+def test_training_on_a_mix(samples, server, tmp_path):
+    """04 on naive and step-controlled pairs together: both suffixes end their solution, so both end in EOS."""
+    run(3, "--method", "dpo", "--samples", samples, "--pairs-per-problem", 2, "--out", tmp_path / "naive.jsonl")
+    run(3, "--method", "scdpo", "--samples", samples, "--out", tmp_path / "sc.jsonl", *SHORT, *server)
+    both = read(tmp_path / "naive.jsonl") + read(tmp_path / "sc.jsonl")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
+    for pair in both:
+        _, suffixes = stage(4).encode(pair, tokenizer)
+        assert all(ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[:-1] for ids in suffixes)
+    done = run(4, "--data", tmp_path / "naive.jsonl", tmp_path / "sc.jsonl", "--model", TINY / "model", "--out", tmp_path / "tuned",
+               "--epochs", 1, "--batch-size", 8, "--lr", 1e-5)  # fmt: skip
+    assert f"{len(both)} pairs" in done.stdout + done.stderr
