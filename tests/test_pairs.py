@@ -1,4 +1,4 @@
-"""03_rectify.py: pairs of SCDPO and DPO, what counts as garbled, another rectifier, the judge's filter, and training on a mix."""
+"""03_rectify.py: pairs of SCDPO and DPO, what is garbled, another rectifier, the judge's filter, training on a mix."""
 
 import asyncio
 import json
@@ -128,9 +128,7 @@ def test_scdpo_pairs_survive_kills_and_follow_their_form(samples, server, tmp_pa
     for pair in pairs:
         row, k = solutions[pair["id"], pair["sample"]], pair["error_step"] - 1
         assert row["correct"] and 1 <= k < len(row["steps"]) and pair["full_chosen"] == row["response"]
-        assert pair["initial_reason_steps"].startswith("".join(row["steps"][:k])) and pair["initial_reason_steps"].endswith(
-            f"Step {k + 1}:"
-        )
+        assert pair["initial_reason_steps"] == "".join(row["steps"][:k]) + f"Step {k + 1}:"
         assert pair["initial_reason_steps"] + pair["chosen"] == pair["full_chosen"]
         assert pair["initial_reason_steps"] + pair["rejected"] == pair["full_rejected"]
         answer = stage(1).extract_answer(pair["full_rejected"])
@@ -180,11 +178,12 @@ def test_rectifier_and_judge(samples, server, judge, tmp_path):  # noqa: F811
     def answer(body: dict) -> str:
         said = body["messages"][0]["content"]
         identity = next(identity for problem, identity in texts.items() if problem in said)
-        last = max(k for k in range(1, 20) if f"\nStep {k}:" in said.split("## Solution to check")[1].split("## Your task")[0])
+        steps = said.split("## Solution to check")[1].split("## Your task")[0]
+        last = max(k for k in range(1, 20) if f"\nStep {k}:" in steps)
         lines = [f"Step {k}: correct" for k in range(1, last)] + [f"Step {last}: {'in' if identity in dropped else ''}correct"]
         return "Verdicts:\n" + "\n".join(lines)
 
-    judge.answer = answer
+    judge.script = lambda number, body: answer(body)
     url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
     more = ["--check-chosen", "--judge-model", "judge", "--judge-base-url", url]
     done = run(3, *arguments, "--rectifier", server[3], "--out", tmp_path / "p.jsonl", *more)
