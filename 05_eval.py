@@ -153,7 +153,8 @@ class Args:
     samples: int = 1
     """responses to each problem, with --temperature above 0: gives avg@k, maj@k and pass@k"""
     regrade: Path | None = None
-    """grade the responses in this folder of results again and write its report; needs no model"""
+    """grade the responses in this folder of results again and write its report; needs no model. --models then names the
+    labels to begin with, the base first"""
     credit: Path | None = None
     """solutions with steps and error_step (02's file): token rewards of the models against the first one, credit.html"""
     credit_show: int = 20
@@ -1476,8 +1477,8 @@ def evaluate(args: Args, groups: dict[str, list[str]]) -> tuple[dict, dict]:
     return rows, runs
 
 
-def load_results(folder: Path) -> tuple[dict, dict, dict]:
-    """Groups, rows by benchmark and model, and settings of a folder of results, graded again."""
+def load_results(folder: Path, labels: tuple[str, ...]) -> tuple[dict, dict, dict]:
+    """Groups, rows by benchmark and model, and settings of a folder of results, graded again. `labels` come first."""
     paths = sorted(folder.glob("*/*.jsonl"))
     if not paths:
         stop(f"--regrade {folder}: no BENCHMARK/MODEL.jsonl there; give the --out of an earlier run")
@@ -1490,7 +1491,8 @@ def load_results(folder: Path) -> tuple[dict, dict, dict]:
         model = str(rows[0].get("model", path.stem))
         order[model] = (meta.get("number", 0), meta.get("label", model))
         files.setdefault(path.parent.name, {})[model] = rows
-    for model, (_, label) in sorted(order.items(), key=lambda item: item[1][0]):
+    place = {label: i - len(labels) for i, label in enumerate(labels)}
+    for model, (_, label) in sorted(order.items(), key=lambda item: place.get(item[1][1], item[1][0])):
         groups.setdefault(label, []).append(model)
     for name, by_model in files.items():
         if missing := set(order) - set(by_model):
@@ -1504,7 +1506,7 @@ def main(args: Args):
     began = time.time()
     if args.regrade:
         args.out = args.regrade
-        groups, files, settings = load_results(args.regrade)
+        groups, files, settings = load_results(args.regrade, args.models)
         args.protocol, runs = settings.get("protocol", args.protocol), {}
     else:
         groups = model_groups(args.models)

@@ -155,8 +155,8 @@ def test_heat_rises_step_by_step(samples, server, tmp_path, monkeypatch):
     monkeypatch.setattr(three, "complete", recorded)
     rows = [row for row in read(samples) if row["correct"] and len(row["steps"]) > 4][:3]
     write(tmp_path / "s.jsonl", rows)
-    three.main(three.Args(method="scdpo", samples=tmp_path / "s.jsonl", out=tmp_path / "p.jsonl", base_url=server[1], model=server[3],
-                          max_tokens=300, tries=2, heat=(1.1, 0.2, 1.4)))  # fmt: skip
+    three.main(three.Args(method="scdpo", samples=tmp_path / "s.jsonl", out=tmp_path / "p.jsonl", base_url=server[1],
+                          model=server[3], max_tokens=300, tries=2, heat=(1.1, 0.2, 1.4)))  # fmt: skip
     heats = Counter(round(temperature, 3) for _, temperature, _, _ in seen)
     assert set(heats) <= {1.1, 1.3, 1.4} and heats[1.1] >= heats[1.3] >= 1
     for content, temperature, label, text in seen:
@@ -207,6 +207,6 @@ def test_training_on_a_mix(samples, server, tmp_path):
     for pair in both:
         _, suffixes = stage(4).encode(pair, tokenizer)
         assert all(ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[:-1] for ids in suffixes)
-    done = run(4, "--data", tmp_path / "naive.jsonl", tmp_path / "sc.jsonl", "--model", TINY / "model", "--out", tmp_path / "tuned",
-               "--epochs", 1, "--batch-size", 8, "--lr", 1e-5)  # fmt: skip
+    done = run(4, "--data", tmp_path / "naive.jsonl", tmp_path / "sc.jsonl", "--model", TINY / "model", "--out",
+               tmp_path / "tuned", "--epochs", 1, "--batch-size", 8, "--lr", 1e-5)  # fmt: skip
     assert f"{len(both)} pairs" in done.stdout + done.stderr

@@ -1,0 +1,27 @@
+"""The bundled world's own solutions in other words, for a rectifier that is not the policy.
+
+    python benchmarks/foreign_solutions.py data/tiny/train.jsonl runs/foreign.jsonl
+
+"Step 2: Lena now has 13 - 6 = 7 shells." becomes "Step 2: Since 13 - 6 is 7, that makes 7 shells."
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+
+def main(path: str, out: str):
+    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
+    for row in rows:
+        text, changed = re.subn(
+            r"(Step \d+:) .*?(\d+ [-+*/] \d+) = (\d+) (\w+)\.", r"\1 Since \2 is \3, that makes \3 \4.", row["solution"]
+        )
+        assert changed == row["solution"].count("Step "), row["id"]
+        row["solution"] = text
+    Path(out).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    print(f"{out}: {len(rows)} solutions in other words, such as {rows[0]['solution']!r}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:]) if len(sys.argv) == 3 else sys.exit(__doc__)

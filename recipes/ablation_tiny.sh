@@ -1,0 +1,126 @@
+#!/usr/bin/env bash
+# DPO, SCDPO, Step-DPO and Step-DPO with another model's steps beside each other on the bundled world (README, "The papers'
+# comparison"): equal numbers of pairs, and equal numbers of trained tokens; settings by the same grid on validation.jsonl.
+#   bash recipes/ablation_tiny.sh              # five seeds; two hours on two cores
+#   bash recipes/ablation_tiny.sh --quick      # one seed, fewer problems, no grid; 20 minutes
+#   SEEDS="0 1" bash recipes/ablation_tiny.sh  # fewer seeds
+# Stopped at any moment, the same command goes on: what is there is not made again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if [ "${1:-}" = --quick ]; then
+  OUT=${OUT:-runs/ablation_quick} SEEDS=${SEEDS:-0} PROBLEMS=${PROBLEMS:-800} TEST=${TEST:-500} PAIRS=${PAIRS:-250} GRID=${GRID:-3e-5:1}
+elif [ $# -gt 0 ]; then
+  sed -n '2,7p' "$0" >&2; exit 2
+fi
+OUT=${OUT:-runs/ablation} SEEDS=${SEEDS:-0 1 2 3 4} PROBLEMS=${PROBLEMS:-2000} TEST=${TEST:-1000} PAIRS=${PAIRS:-600}
+GRID=${GRID:-1e-5:1 3e-5:1 3e-5:0.4}  # learning rate : beta
+METHODS=${METHODS:-dpo scdpo step-dpo step-dpo-ood dpo-tokens scdpo-tokens}
+BASE=data/tiny/model
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-4}
+export PATH="$PWD/.venv/bin:$PATH" OPENAI_API_KEY=$(head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \n')
+mkdir -p "$OUT"/{pairs,models,grid,logs}
+began=$SECONDS
+say() { printf '%5d s  %s\n' $((SECONDS - began)) "$*"; }
+
+cpu=$(python -c 'import importlib.metadata as m; print("--enforce-eager --no-enable-chunked-prefill" if list(m.distributions(name="vllm-cpu")) else "")')
+server=""
+trap '[ -z "$server" ] || kill "$server" 2>/dev/null || true' EXIT
+up() {  # up MODEL: serve it; URL is set
+  local port; port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+  VLLM_API_KEY=$OPENAI_API_KEY python -m vllm.entrypoints.openai.api_server --model "$1" --host 127.0.0.1 --port "$port" \
+    --max-num-seqs 512 --max-model-len 1024 --disable-uvicorn-access-log $cpu >"$OUT/logs/server.log" 2>&1 &
+  server=$! URL=http://127.0.0.1:$port/v1
+  for _ in $(seq 600); do
+    python -c "import httpx, sys; sys.exit(not httpx.get('http://127.0.0.1:$port/health').is_success)" 2>/dev/null && return
+    kill -0 $server 2>/dev/null || break
+    sleep 1
+  done
+  echo "the server of $1 did not come up; see $OUT/logs/server.log" >&2; exit 2
+}
+down() { kill "$server" && wait "$server" 2>/dev/null || true; server=""; }
+quiet() {  # quiet NAME COMMAND ...: its output goes to a log, its last line here
+  local log="$OUT/logs/$1.log"; shift
+  "$@" >"$log" 2>&1 || { tail -3 "$log" >&2; exit 2; }
+  say "$(grep -v '^$' "$log" | tail -1 | cut -c1-200)"
+}
+
+# --- pairs -----------------------------------------------------------------------------------------------------------
+if [ ! -f "$OUT/pairs/ready" ]; then
+  up $BASE
+  ask="--base-url $URL --max-tokens 400"
+  quiet 01 python 01_sample_errors.py --data data/tiny/train.jsonl --limit "$PROBLEMS" --n 4 --out "$OUT/samples.jsonl" $ask --model $BASE
+  quiet 02 python 02_locate_step.py --samples "$OUT/samples.jsonl" --max-per-problem 1 --out "$OUT/located.jsonl" \
+    --keep-rollouts "$OUT/rollouts.jsonl" $ask --model $BASE
+  quiet 03-step-dpo python 03_rectify.py --located "$OUT/located.jsonl" --rollouts "$OUT/rollouts.jsonl" --n 8 \
+    --max-pairs-per-error 1 --out "$OUT/all-step-dpo.jsonl" $ask --model $BASE
+  quiet 03-dpo python 03_rectify.py --method dpo --samples "$OUT/samples.jsonl" --out "$OUT/all-dpo.jsonl"
+  quiet 03-scdpo python 03_rectify.py --method scdpo --samples "$OUT/samples.jsonl" --out "$OUT/all-scdpo.jsonl" $ask --model $BASE
+  down
+  # another model for the chosen steps: the base taught to solve the same problems in other words
+  quiet foreign-text python benchmarks/foreign_solutions.py data/tiny/train.jsonl "$OUT/foreign.jsonl"
+  [ -f "$OUT/foreign/model.safetensors" ] || quiet foreign python 04_train_stepdpo.py --objective sft --data "$OUT/foreign.jsonl" \
+    --model $BASE --out "$OUT/foreign" --lr 1e-3 --epochs 2 --batch-size 64 --keep 0 --log-steps 20
+  up "$OUT/foreign"
+  quiet 03-ood python 03_rectify.py --located "$OUT/located.jsonl" --rectifier "$OUT/foreign" --n 8 --max-pairs-per-error 1 \
+    --out "$OUT/all-step-dpo-ood.jsonl" --base-url "$URL" --max-tokens 400
+  down
+  quiet sizes python benchmarks/same_size.py "$OUT" --pairs "$PAIRS"
+  touch "$OUT/pairs/ready"
+fi
+
+# --- settings, by the same grid for every method, seed 0, greedy accuracy on validation.jsonl ------------------------------
+train() {  # train METHOD LR BETA SEED FOLDER
+  [ -f "$5/model.safetensors" ] || quiet "train-$1-$2-$3-$4" python 04_train_stepdpo.py --data "$OUT/pairs/$1.jsonl" --model $BASE \
+    --out "$5" --lr "$2" --beta "$3" --epochs 2 --batch-size 32 --validation "$OUT/pairs/$1.validation.jsonl" --eval-steps 6 \
+    --log-steps 3 --keep 0 --seed "$4"
+}
+evaluate() {  # evaluate LABEL MODEL DATA LIMIT FOLDER [OPTIONS]: with the server that is up
+  local label=$1 model=$2 data=$3 limit=$4 folder=$5; shift 5
+  quiet "eval-$(basename "$folder")-$label-$(basename "$model")" python 05_eval.py --data "$data" --limit "$limit" \
+    --models "$label=$model" --base-url "$URL" --max-tokens 400 --out "$folder" "$@"
+}
+for method in $METHODS; do
+  for setting in $GRID; do
+    folder="$OUT/grid/$method:$setting"
+    if [ "$(wc -w <<<"$GRID")" -gt 1 ] && [ ! -f "$folder.done" ]; then
+      train "$method" "${setting%:*}" "${setting#*:}" 0 "$folder"
+      up "$folder"
+      evaluate "$method-$setting" "$folder" data/tiny/validation.jsonl 500 "$OUT/grid/results/$method:$setting"
+      down
+      touch "$folder.done"
+    fi
+  done
+done
+python benchmarks/ablation_table.py "$OUT" --choose --methods $METHODS --grid $GRID
+
+# --- models, and both evaluations of each -------------------------------------------------------------------------------
+models="base:$BASE"
+for seed in $SEEDS; do
+  for method in $METHODS; do
+    read -r lr beta <"$OUT/grid/$method.chosen"
+    train "$method" "$lr" "$beta" "$seed" "$OUT/models/$method-$seed"
+    models="$models $method:$OUT/models/$method-$seed"
+  done
+done
+for entry in $models; do
+  label=${entry%%:*} model=${entry#*:} done="$OUT/models/.$(basename "${entry#*:}").done"
+  if [ ! -f "$done" ]; then
+    up "$model"
+    evaluate "$label" "$model" data/tiny/test.jsonl "$TEST" "$OUT/greedy"
+    evaluate "$label" "$model" data/tiny/test.jsonl "$TEST" "$OUT/temperature1" --temperature 1
+    down
+    touch "$done"
+  fi
+done
+
+# --- one table ------------------------------------------------------------------------------------------------------------
+for kind in greedy temperature1; do
+  quiet "report-$kind" python 05_eval.py --regrade "$OUT/$kind" --models base $METHODS
+done
+first=${SEEDS%% *} tuned=""
+for method in $METHODS; do tuned="$tuned $OUT/models/$method-$first"; done
+base_file=$(ls "$OUT"/greedy/test/*.jsonl | grep -v ablation | head -1)
+quiet labels python benchmarks/true_errors.py "$base_file" "$OUT/labelled.jsonl"
+quiet credit python 05_eval.py --credit "$OUT/labelled.jsonl" --models $BASE $tuned --beta 1 --credit-show 10 --out "$OUT/credit"
+python benchmarks/ablation_table.py "$OUT" --methods $METHODS --grid $GRID
+say "all done: $OUT/table.md, $OUT/ablation.png, $OUT/greedy/report.html, $OUT/credit/credit.html"
