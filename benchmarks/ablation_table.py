@@ -15,7 +15,8 @@ from typing import Annotated
 import tyro
 
 NAMES = {"base": "base", "dpo": "DPO", "scdpo": "SCDPO", "step-dpo": "Step-DPO",
-         "step-dpo-ood": "Step-DPO, another model's steps", "dpo-tokens": "DPO, equal tokens", "scdpo-tokens": "SCDPO, equal tokens"}  # fmt: skip
+         "step-dpo-ood": "Step-DPO, another model's steps", "dpo-tokens": "DPO, equal tokens",
+         "scdpo-tokens": "SCDPO, equal tokens"}  # fmt: skip
 
 
 @dataclass

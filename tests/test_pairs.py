@@ -43,9 +43,8 @@ def test_dpo_pairs_use_every_solution_once_before_any_twice(tmp_path):
         out = tmp_path / f"{most}.jsonl"
         done = run(3, "--method", "dpo", "--samples", tmp_path / "s.jsonl", "--pairs-per-problem", most, "--out", out)
         pairs = read(out)
-        assert (
-            len(pairs) == expected and "right solutions with second thoughts 1, right solutions like another 1" in done.stdout
-        )
+        assert len(pairs) == expected
+        assert "right solutions like another 1, right solutions with second thoughts 1" in done.stdout
         for pair in pairs:
             assert pair["initial_reason_steps"] == OPENING and pair["method"] == "dpo"
             assert OPENING + pair["chosen"] == pair["full_chosen"] and OPENING + pair["rejected"] == pair["full_rejected"]
