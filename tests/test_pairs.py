@@ -209,3 +209,30 @@ def test_training_on_a_mix(samples, server, tmp_path):
     done = run(4, "--data", tmp_path / "naive.jsonl", tmp_path / "sc.jsonl", "--model", TINY / "model", "--out",
                tmp_path / "tuned", "--epochs", 1, "--batch-size", 8, "--lr", 1e-5)  # fmt: skip
     assert f"{len(both)} pairs" in done.stdout + done.stderr
+
+
+def test_alpaca_template_is_the_authors_prompt():
+    """data/templates/alpaca.jinja with the forced opening: what 05 --protocol paper-alpaca sends, but for its last space."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "model", chat_template=(ROOT / "data/templates/alpaca.jinja").read_text())
+    messages = [
+        {"role": "user", "content": stage(1).USER_TURN.format(problem="1 + 1?")},
+        {"role": "assistant", "content": OPENING},
+    ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    assert text + " " == stage(5).PAPER_PROMPTS["paper-alpaca"].format(problem="1 + 1?")
+
+
+def test_recipes_name_options_that_exist():
+    """Every --option of a recipe is one of the script that its line calls; a recipe for eight GPUs is not run here."""
+    import re
+
+    known = {}
+    for path in sorted((ROOT / "recipes").glob("*.sh")):
+        text = re.sub(r"\\\n", " ", path.read_text())
+        for name, rest in re.findall(r"(0[1-5]_\w+)\.py((?: +(?:\"[^\"]*\"|[^\s\"|;&]+))*)", text):
+            known.setdefault(name, run(int(name[1]), "--help").stdout)
+            for option in re.findall(r"(?<= )--[a-z][a-z-]+", re.sub(r'"[^"]*"', "", rest)):
+                assert re.search(rf"(?<![\w-]){option}(?![\w-])", known[name]), f"{path.name}: {name}.py has no {option}"
+    assert len(known) == 5

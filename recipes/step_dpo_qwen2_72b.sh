@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Step-DPO for Qwen2-72B-Instruct (arXiv 2406.18629): as for 7B but beta 0.5 and 4 epochs, with ZeRO-3 and CPU offload.
+#
+# Hardware   8 GPUs with 80 GB and 1.3 TB of main memory (weights and AdamW: 16 bytes a parameter). Not run here.
+# Hours      about 30 by counting, none measured: generation as for 7B at a tenth of its speed, 18 h; training 17 M tokens, 4 h
+#            at 30 % of the peak and as much again for the transfers; evaluation 2 models, 4 h
+# Disk       1.5 TB: model 145 GB, one checkpoint with optimizer state 870 GB, base model 145 GB
+# Published  Qwen2-72B-Instruct, the authors' prompt: MATH 69.4, GSM8K 92.4, Odyssey-MATH 47.0, AIME 2024 5 of 30; after Step-DPO
+#            70.8, 94.0, 50.1, 4 of 30. Its own report gives MATH 59.7 before: the prompt moves more than the method
+# Paper and code disagree: beta is 0.5 for 72B in the paper and 0.4 in its script; here 0.5. The rest as in step_dpo_qwen2_7b.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+MODEL=${MODEL:-Qwen/Qwen2-72B-Instruct} OUT=${OUT:-runs/step_dpo_72b} BETA=${BETA:-0.5}
+SERVE="--server-args=--tensor-parallel-size 8 --max-model-len 4096"
+python 01_sample_errors.py --model "$MODEL" --out "$OUT/samples.jsonl" "$SERVE"
+python 02_locate_step.py --samples "$OUT/samples.jsonl" --model "$MODEL" --out "$OUT/located.jsonl" \
+  --keep-rollouts "$OUT/rollouts.jsonl" "$SERVE"
+python 03_rectify.py --located "$OUT/located.jsonl" --rollouts "$OUT/rollouts.jsonl" --model "$MODEL" --out "$OUT/pairs.jsonl" "$SERVE"
+accelerate launch --config_file configs/zero3_offload.yaml 04_train_stepdpo.py --data "$OUT/pairs.jsonl" --model "$MODEL" \
+  --beta "$BETA" --epochs 4 --gradient-checkpointing --out "$OUT/model" --save-steps 200 --keep 1
+python 05_eval.py --data gsm8k math odyssey-math aime24 --models "base=$MODEL" "Step-DPO=$OUT/model" --protocol paper \
+  --check-contamination "$OUT/pairs.jsonl" --out "$OUT/results" "$SERVE"

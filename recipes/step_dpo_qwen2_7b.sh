@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Step-DPO for Qwen2-7B-Instruct with pairs of its own, as in the paper (arXiv 2406.18629): every default of the scripts.
+#
+# Hardware   8 GPUs with 80 GB (training: 16 bytes a parameter, sharded by FSDP2). Not run here.
+# Hours      about 3 by counting tokens, none measured: sampling 9 M tokens, locating 60 M, rectifying 40 M at 20,000 a second
+#            on 8 GPUs, 1.8 h; training 34 M tokens at 40 % of the peak, 0.5 h; evaluation 2 models x 6,319 problems, 0.5 h
+# Disk       60 GB: two checkpoints with optimizer state would be 2 x 92 GB, so --keep 1 and --save-steps 300: 110 GB at most
+# Published  Qwen2-7B-Instruct, the authors' prompt: MATH 53.0, GSM8K 85.5; after Step-DPO 58.6 and 87.9
+# Paper and code disagree
+#   beta            0.4 for 7B in the paper, 0.5 in its script (swapped for 72B); here 0.4. BETA=0.5 takes the script's
+#   locating        GPT-4o in the paper; here the policy's own continuations. LOCATOR="--locator judge --judge-model ... "
+#   neutral steps   an error in the code, not in the text: 02 --neutral
+#   chosen steps    a filter of wrong ones is described but not released: 03 --check-chosen
+#   DATA=xinlai/Math-Step-DPO-10K trains on the published 10,795 pairs instead, and skips the first three stages
+set -euo pipefail
+cd "$(dirname "$0")/.."
+MODEL=${MODEL:-Qwen/Qwen2-7B-Instruct} OUT=${OUT:-runs/step_dpo_7b} BETA=${BETA:-0.4} DATA=${DATA:-}
+GPUS=${GPUS:-8} LOCATOR=${LOCATOR:-}
+SERVE="--server-args=--data-parallel-size $GPUS --max-model-len 4096"
+if [ -z "$DATA" ]; then
+  python 01_sample_errors.py --model "$MODEL" --out "$OUT/samples.jsonl" "$SERVE"
+  python 02_locate_step.py --samples "$OUT/samples.jsonl" --model "$MODEL" --out "$OUT/located.jsonl" \
+    --keep-rollouts "$OUT/rollouts.jsonl" $LOCATOR "$SERVE"
+  python 03_rectify.py --located "$OUT/located.jsonl" --rollouts "$OUT/rollouts.jsonl" --model "$MODEL" --out "$OUT/pairs.jsonl" "$SERVE"
+  DATA=$OUT/pairs.jsonl
+fi
+accelerate launch --config_file configs/fsdp2.yaml --num_processes "$GPUS" 04_train_stepdpo.py --data "$DATA" --model "$MODEL" \
+  --beta "$BETA" --out "$OUT/model" --save-steps 300 --keep 1
+python 05_eval.py --data gsm8k math odyssey-math aime24 --models "base=$MODEL" "Step-DPO=$OUT/model" --protocol paper \
+  --check-contamination "$OUT/pairs.jsonl" --out "$OUT/results" "$SERVE"
