@@ -66,9 +66,11 @@ SAME = {"\\\\": "\\\\", "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\leqslant": 
         "\\geq": "\\ge", "≤": "\\le ", "≥": "\\ge ", "∞": "\\infty", "π": "\\pi ", "−": "-", "×": "\\times ", "√": "\\sqrt ",
         "\\lbrace": "\\{", "\\rbrace": "\\}", "\\left": "", "\\right": "", "\\displaystyle": "", "\\!": "", "\\$": "", "$": "",
         "\\%": "%", "\\quad": " ", "\\,": " ", "\\;": " ", "\\:": " ", "\\ ": " ", "~": " ", "^{\\circ}": "^\\circ",
-        "°": "^\\circ", "+\\infty": "\\infty", "{:}": ":"}  # fmt: skip
+        "°": "^\\circ", "+\\infty": "\\infty", "{:}": ":", ">=": "\\ge ", "<=": "\\le ", "±": "\\pm ", "**": "^"}  # fmt: skip
 # Copied from 01_sample_errors.py
 SPELLINGS = re.compile("|".join(re.escape(old) + ("(?![a-zA-Z])" if old[-1].isalpha() else "") for old in SAME))
+# Copied from 01_sample_errors.py
+PLAIN = re.compile(r"(?<![\\a-zA-Z])(pi|sin|cos|tan|ln|infinity)(?![a-zA-Z])|(?<![\\a-zA-Z])sqrt\(([^()]*)\)")  # 7/10*pi
 # Copied from 01_sample_errors.py
 WORDS = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
 # Copied from 01_sample_errors.py
@@ -349,12 +351,18 @@ def tidy(answer: str) -> str:
     answer = SPELLINGS.sub(lambda found: SAME[found[0]], answer.replace("{,}", ", "))
     answer = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", re.sub(r"\\sqrt\s*(\d)", r"\\sqrt{\1}", answer))
     answer = re.sub(r"^\\\(|\\\)$", "", answer.strip())
+    if not answer.isdigit():
+        name = lambda found: f"\\sqrt{{{found[2]}}}" if found[2] else "\\infty " if found[1] == "infinity" else f"\\{found[1]} "
+        answer = PLAIN.sub(name, answer)
+        answer = re.sub(r"^\[\[(.*)\]\]$", lambda found: "[" + re.sub(r"\],\s*\[", ";", found[1]) + "]", answer)
+        answer = re.sub(r"^\{([^{}]*)\}$", r"\1", answer)
     if not re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", answer):
         answer = answer.replace("^\\circ", "")
     answer = re.sub(r"(?<=[\d)}%])\s*" + WORDS + r"(?:\^\{?\d\}?|\s)*$", "", answer)
     answer = re.sub(WORDS, r" \1 ", answer).strip()
     if re.match(r"[-+\d.\\({]", answer):
         answer = PLAIN_UNIT.sub("", answer)
+    answer = re.sub(r"\s+or\s+", r"\\cup ", answer) if re.search(r"[<>]|\\[lg]e(?![a-z])", answer) else answer
     answer = re.sub(r"\s+(?:and|or|和|或)\s+", ",", answer)
     answer = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", answer).rstrip(".")
     return answer.replace(",", "") if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", answer) else answer  # (1,234) stays
@@ -441,6 +449,8 @@ def structure(answer: str) -> tuple[str, list[str]]:
 def unfold(answer: str) -> str:
     """Inequalities of one letter as intervals, x in an interval as the interval, a plus-minus as its two values."""
     answer = re.sub(r"^[a-zA-Z]\\in(?![a-z])", "", answer)
+    if "\\cup" in answer and re.search(r"[<>]|\\[lg]e(?![a-z])", answer):
+        return "\\cup".join(map(unfold, answer.split("\\cup")))
     sides = re.fullmatch(r"(?:(.+?)(<|\\le))?([a-z])(<|>|\\le|\\ge)(?![a-z])(.+)", answer)
     if sides and not re.search(r"[<>=]|\\[lg]e", sides[5] + (sides[1] or "")):
         low, left, _, sign, high = sides.groups()
