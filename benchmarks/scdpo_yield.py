@@ -45,9 +45,9 @@ def main(args: Args):
     with import_module("03_rectify").served(server, args.model, args.out / "server.log") as (url, key, _):
         for name, heat in HEATS.items():
             out = args.out / f"{heat.replace(' ', '-')}.jsonl"
-            command = [sys.executable, "03_rectify.py", "--method", "scdpo", "--samples", str(args.samples.resolve()), "--model",
-                       args.model, "--base-url", url, "--heat", *heat.split(), "--tries", str(args.tries), "--top-p", "1",
-                       "--max-tokens", "400", "--out", str(out.resolve())]  # fmt: skip
+            command = [sys.executable, "03_rectify.py", "--method", "scdpo", "--samples", str(args.samples.resolve())]
+            command += ["--model", args.model, "--base-url", url, "--heat", *heat.split(), "--tries", str(args.tries)]
+            command += ["--top-p", "1", "--max-tokens", "400", "--out", str(out.resolve())]
             command += ["--limit", str(args.limit)] if args.limit else []
             subprocess.run(command, cwd=ROOT, env=os.environ | {"OPENAI_API_KEY": key}, check=True, stdout=subprocess.DEVNULL)
             found = json.loads(Path(f"{out}.meta.json").read_text())["summary"]
