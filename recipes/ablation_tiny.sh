@@ -79,7 +79,8 @@ evaluate() {  # evaluate LABEL MODEL DATA LIMIT FOLDER [OPTIONS]: with the serve
   quiet "eval-$(basename "$folder")-$label-$(basename "$model")" python 05_eval.py --data "$data" --limit "$limit" \
     --models "$label=$model" --base-url "$URL" --max-tokens 400 --out "$folder" "$@"
 }
-for method in $METHODS; do
+for method in $METHODS; do  # the equal-token runs take their method's setting
+  case $method in *-tokens) continue ;; esac
   for setting in $GRID; do
     folder="$OUT/grid/$method:$setting"
     if [ "$(wc -w <<<"$GRID")" -gt 1 ] && [ ! -f "$folder.done" ]; then
@@ -94,23 +95,23 @@ done
 python benchmarks/ablation_table.py "$OUT" --choose --methods $METHODS --grid $GRID
 
 # --- models, and both evaluations of each -------------------------------------------------------------------------------
-models="base:$BASE"
-for seed in $SEEDS; do
-  for method in $METHODS; do
-    read -r lr beta <"$OUT/grid/$method.chosen"
-    train "$method" "$lr" "$beta" "$seed" "$OUT/models/$method-$seed"
-    models="$models $method:$OUT/models/$method-$seed"
-  done
-done
-for entry in $models; do
-  label=${entry%%:*} model=${entry#*:} done="$OUT/models/.$(basename "${entry#*:}").done"
+both() {  # both LABEL MODEL: greedy and at temperature 1, with one server
+  local done; done="$OUT/models/.$(basename "$2").done"
   if [ ! -f "$done" ]; then
-    up "$model"
-    evaluate "$label" "$model" data/tiny/test.jsonl "$TEST" "$OUT/greedy"
-    evaluate "$label" "$model" data/tiny/test.jsonl "$TEST" "$OUT/temperature1" --temperature 1
+    up "$2"
+    evaluate "$1" "$2" data/tiny/test.jsonl "$TEST" "$OUT/greedy"
+    evaluate "$1" "$2" data/tiny/test.jsonl "$TEST" "$OUT/temperature1" --temperature 1
     down
     touch "$done"
   fi
+}
+both base $BASE
+for seed in $SEEDS; do  # a seed of all methods before the next seed, so that a run cut short can be compared
+  for method in $METHODS; do
+    read -r lr beta <"$OUT/grid/$method.chosen"
+    train "$method" "$lr" "$beta" "$seed" "$OUT/models/$method-$seed"
+    both "$method" "$OUT/models/$method-$seed"
+  done
 done
 
 # --- one table ------------------------------------------------------------------------------------------------------------
