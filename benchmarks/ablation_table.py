@@ -45,7 +45,7 @@ def choose(args: Args):
             continue
         found = {}
         for setting in args.grid:
-            path = args.out / "grid" / "results" / f"{method}:{setting}" / "summary.json"
+            path = args.out / "grid" / "results" / f"{method}_{setting.replace(':', '_')}" / "summary.json"
             if path.exists():
                 [model] = json.loads(path.read_text())["benchmarks"]["validation"]["models"].values()
                 found[setting] = model["accuracy"]

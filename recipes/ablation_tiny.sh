@@ -82,11 +82,11 @@ evaluate() {  # evaluate LABEL MODEL DATA LIMIT FOLDER [OPTIONS]: with the serve
 for method in $METHODS; do  # the equal-token runs take their method's setting
   case $method in *-tokens) continue ;; esac
   for setting in $GRID; do
-    folder="$OUT/grid/$method:$setting"
+    name=${method}_${setting/:/_} folder="$OUT/grid/${method}_${setting/:/_}"
     if [ "$(wc -w <<<"$GRID")" -gt 1 ] && [ ! -f "$folder.done" ]; then
       train "$method" "${setting%:*}" "${setting#*:}" 0 "$folder"
       up "$folder"
-      evaluate "$method-$setting" "$folder" data/tiny/validation.jsonl 500 "$OUT/grid/results/$method:$setting"
+      evaluate "$method-$setting" "$folder" data/tiny/validation.jsonl 500 "$OUT/grid/results/$name"
       down
       touch "$folder.done"
     fi
