@@ -183,8 +183,8 @@ class Args:
     """how often a judgement that cannot be read is asked for again"""
     temperature: float = 0.8
     """sampling temperature"""
-    top_p: float = 0.95
-    """nucleus sampling"""
+    top_p: float | None = None
+    """nucleus sampling; if not given 0.95, for --method scdpo 1: it would cut off what the temperature adds"""
     max_tokens: int = 2048
     """longest continuation, in tokens"""
     limit: int | None = None
@@ -1080,6 +1080,7 @@ def main(args: Args):
         stop("--rectifier goes with --method step-dpo, and without --rollouts, which are the policy's")
     if args.check_chosen and not (args.judge_model if args.judge_base_url else args.judge_path):
         stop("--check-chosen needs --judge-model and --judge-base-url, or --judge-path")
+    args.top_p = args.top_p or (1.0 if args.method == "scdpo" else 0.95)
     began, problems, model = time.time(), load_input(args), args.rectifier or args.model
     settings = {name: getattr(args, name) for name in SETTINGS[args.method]} | {"stage": "03_rectify", "method": args.method}
     settings |= {"model": model_id(model)} if args.method != "dpo" else {}

@@ -47,7 +47,7 @@ def main(args: Args):
             out = args.out / f"{heat.replace(' ', '-')}.jsonl"
             command = [sys.executable, "03_rectify.py", "--method", "scdpo", "--samples", str(args.samples.resolve())]
             command += ["--model", args.model, "--base-url", url, "--heat", *heat.split(), "--tries", str(args.tries)]
-            command += ["--top-p", "1", "--max-tokens", "400", "--out", str(out.resolve())]
+            command += ["--max-tokens", "400", "--out", str(out.resolve())]
             command += ["--limit", str(args.limit)] if args.limit else []
             subprocess.run(command, cwd=ROOT, env=os.environ | {"OPENAI_API_KEY": key}, check=True, stdout=subprocess.DEVNULL)
             found = json.loads(Path(f"{out}.meta.json").read_text())["summary"]

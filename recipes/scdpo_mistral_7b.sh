@@ -21,7 +21,7 @@ SERVE="--server-args=--data-parallel-size $GPUS --max-model-len 4096"
 python 01_sample_errors.py --model "$MODEL" --chat-template "$TEMPLATE" --temperature 1 --top-p 1 --n 4 --until-both 100 \
   --out "$OUT/samples.jsonl" "$SERVE"
 python 03_rectify.py --method dpo --samples "$OUT/samples.jsonl" --out "$OUT/naive.jsonl"
-python 03_rectify.py --method scdpo --samples "$OUT/samples.jsonl" --model "$MODEL" --chat-template "$TEMPLATE" --top-p 1 \
+python 03_rectify.py --method scdpo --samples "$OUT/samples.jsonl" --model "$MODEL" --chat-template "$TEMPLATE" \
   --heat $HEAT $EVERY --out "$OUT/controlled.jsonl" "$SERVE"
 accelerate launch --config_file configs/fsdp2.yaml --num_processes "$GPUS" 04_train_stepdpo.py --model "$MODEL" \
   --chat-template "$TEMPLATE" --data "$OUT/naive.jsonl" "$OUT/controlled.jsonl" --lr 1e-7 --beta "$BETA" --epochs 2 --batch-size 64 \

@@ -121,7 +121,7 @@ def test_scdpo_pairs_survive_kills_and_follow_their_form(samples, server, tmp_pa
         process.wait()
     run(3, *arguments, "--out", tmp_path / "cut.jsonl")
     pairs = read(tmp_path / "whole.jsonl")
-    assert read(tmp_path / "cut.jsonl") == pairs and len(pairs) > 10 and "yield" in done.stdout
+    assert read(tmp_path / "cut.jsonl") == pairs and len(pairs) > 5 and "yield" in done.stdout
     solutions = {(row["id"], row["sample"]): row for row in read(samples)}
     grader = stage(1).Grader()
     for pair in pairs:
