@@ -1076,8 +1076,10 @@ def main(args: Args):
     if min(least) < 1 or min(args.max_pairs, args.max_pairs_per_error, args.pairs_per_problem, args.retries) < 0:
         stop("--n, --concurrency, --max-tokens, --tries and --limit are at least 1, --max-pairs, --pairs-per-problem and "
              "--retries at least 0")  # fmt: skip
-    if args.rectifier and (args.method != "step-dpo" or args.rollouts):
-        stop("--rectifier goes with --method step-dpo, and without --rollouts, which are the policy's")
+    if args.method != "step-dpo" and (args.rectifier or args.rollouts):
+        stop("--rectifier and --rollouts go with --method step-dpo")
+    if args.rectifier and args.rollouts:
+        stop("--rectifier goes without --rollouts, which are the policy's")
     if args.check_chosen and not (args.judge_model if args.judge_base_url else args.judge_path):
         stop("--check-chosen needs --judge-model and --judge-base-url, or --judge-path")
     args.top_p = args.top_p or (1.0 if args.method == "scdpo" else 0.95)
@@ -1128,6 +1130,7 @@ def main(args: Args):
         broken = sum(number for name, number in total.items() if name.startswith("garbled"))
         summary |= {"yield": f"{total['pairs'] / total['attempts']:.1%}", "garbled": f"{broken / total['attempts']:.1%}"}
     summary["seconds"] = round(time.time() - began, 1)
+    summary |= {"tokens/s": round(spent["tokens"] / summary["seconds"])} if spent["tokens"] else {}
     tries.save_meta(finished=True, summary=summary)
     shutil.copy(tries.meta_path, f"{args.out}.meta.json")
     print(f"{args.out}: {len(pairs)} pairs; " + ", ".join(f"{name} {value}" for name, value in summary.items()))
