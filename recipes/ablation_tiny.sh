@@ -120,8 +120,7 @@ for kind in greedy temperature1; do
 done
 first=${SEEDS%% *} tuned=""
 for method in $METHODS; do tuned="$tuned $OUT/models/$method-$first"; done
-base_file=$(ls "$OUT"/greedy/test/*.jsonl | grep -v ablation | head -1)
-quiet labels python benchmarks/true_errors.py "$base_file" "$OUT/labelled.jsonl"
+quiet labels python benchmarks/true_errors.py "$OUT/greedy/test/data-tiny-model.jsonl" "$OUT/labelled.jsonl"
 quiet credit python 05_eval.py --credit "$OUT/labelled.jsonl" --models $BASE $tuned --beta 1 --credit-show 10 --out "$OUT/credit"
 python benchmarks/ablation_table.py "$OUT" --methods $METHODS --grid $GRID
 say "all done: $OUT/table.md, $OUT/ablation.png, $OUT/greedy/report.html, $OUT/credit/credit.html"
