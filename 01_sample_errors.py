@@ -426,7 +426,7 @@ def split_top(text: str, mark: str) -> list[str]:
 def structure(answer: str) -> tuple[str, list[str]]:
     """("", [answer]) for a single thing; else what it is (its brackets where their order counts, or "set") and its parts."""
     if matrix := re.fullmatch(r"\\begin\{[pbvB]?matrix\}(.*)\\end\{[pbvB]?matrix\}|\[([^\[\]]*;[^\[\]]*)\]", answer):
-        rows = re.split(r"\\\\|\\cr", matrix[1]) if matrix[1] else matrix[2].split(";")
+        rows = re.split(r"\\\\|\\cr", matrix[1]) if matrix[1] is not None else matrix[2].split(";")
         cells = [re.split("[&,]" if matrix[2] else "&", row) for row in rows if row]
         return "matrix" + "/".join(str(len(row)) for row in cells), sum(cells, [])
     if len(parts := split_top(answer, "\\cup")) > 1:
@@ -517,7 +517,7 @@ def quick_verdict(gold: str, prediction: str) -> bool | None:
     """Equal or not by text, number and structure: most answers. None: only algebra can tell."""
     try:
         return verdict(gold, prediction, lambda *_: None)
-    except RecursionError:  # a thousand brackets in each other
+    except Exception:  # a thousand brackets in each other, or what else a model writes: no credit, and no end of the run
         return False
 
 
@@ -678,7 +678,8 @@ async def complete(client: openai.AsyncOpenAI, model: str, prompt: list[dict] | 
             found[0] |= {"tokens": reply.usage.completion_tokens, "prompt_tokens": reply.usage.prompt_tokens}
             return found
         except openai.BadRequestError as error:
-            if re.search(r"context length|max_model_len|too long|maximum (input|model) length", str(error)):
+            too_long = re.search(r"context length|max_model_len|too long|maximum (input|model) length", str(error))
+            if too_long and "cannot be greater than" not in str(error):  # that would be --max-tokens, and every prompt
                 return [{"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}] * n
             stop(f"the server refuses a request: {str(error)[:300]}")
         except (openai.APIResponseValidationError, ValueError, TypeError, AttributeError, IndexError) as error:
@@ -781,7 +782,8 @@ async def sample_all(args: Args, problems: list[dict], output: Output, server: t
 
 
 def main(args: Args):
-    if min(args.n, args.concurrency, args.limit or 1, args.max_tokens) < 1 or not 0 < args.top_p <= 1 or args.temperature < 0:
+    least = (args.n, args.concurrency, args.max_tokens, 1 if args.limit is None else args.limit)
+    if min(least) < 1 or not 0 < args.top_p <= 1 or args.temperature < 0:
         stop("--n, --concurrency, --limit and --max-tokens are at least 1, --top-p is above 0 and at most 1")
     problems = [row for name in args.data for row in load_problems(name, True, args.data_dir)]
     if len({row["id"] for row in problems}) < len(problems):

@@ -415,7 +415,7 @@ def split_top(text: str, mark: str) -> list[str]:
 def structure(answer: str) -> tuple[str, list[str]]:
     """("", [answer]) for a single thing; else what it is (its brackets where their order counts, or "set") and its parts."""
     if matrix := re.fullmatch(r"\\begin\{[pbvB]?matrix\}(.*)\\end\{[pbvB]?matrix\}|\[([^\[\]]*;[^\[\]]*)\]", answer):
-        rows = re.split(r"\\\\|\\cr", matrix[1]) if matrix[1] else matrix[2].split(";")
+        rows = re.split(r"\\\\|\\cr", matrix[1]) if matrix[1] is not None else matrix[2].split(";")
         cells = [re.split("[&,]" if matrix[2] else "&", row) for row in rows if row]
         return "matrix" + "/".join(str(len(row)) for row in cells), sum(cells, [])
     if len(parts := split_top(answer, "\\cup")) > 1:
@@ -509,7 +509,7 @@ def quick_verdict(gold: str, prediction: str) -> bool | None:
     """Equal or not by text, number and structure: most answers. None: only algebra can tell."""
     try:
         return verdict(gold, prediction, lambda *_: None)
-    except RecursionError:  # a thousand brackets in each other
+    except Exception:  # a thousand brackets in each other, or what else a model writes: no credit, and no end of the run
         return False
 
 
@@ -676,7 +676,8 @@ async def complete(client: openai.AsyncOpenAI, model: str, prompt: list[dict] | 
             found[0] |= {"tokens": reply.usage.completion_tokens, "prompt_tokens": reply.usage.prompt_tokens}
             return found
         except openai.BadRequestError as error:
-            if re.search(r"context length|max_model_len|too long|maximum (input|model) length", str(error)):
+            too_long = re.search(r"context length|max_model_len|too long|maximum (input|model) length", str(error))
+            if too_long and "cannot be greater than" not in str(error):  # that would be --max-tokens, and every prompt
                 return [{"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}] * n
             stop(f"the server refuses a request: {str(error)[:300]}")
         except (openai.APIResponseValidationError, ValueError, TypeError, AttributeError, IndexError) as error:
@@ -1129,8 +1130,8 @@ def load_samples(args: Args) -> tuple[list[dict], set[str]]:
 
 
 def main(args: Args):
-    least = (args.rollouts, args.concurrency, args.max_tokens, args.votes, args.limit or 1, args.max_per_problem or 1)
-    if min(least) < 1 or args.retries < 0 or not 0 <= args.min_agreement <= 1:
+    least = (args.rollouts, args.concurrency, args.max_tokens, args.votes, args.limit, args.max_per_problem)
+    if min(1 if value is None else value for value in least) < 1 or args.retries < 0 or not 0 <= args.min_agreement <= 1:
         stop("--rollouts, --concurrency, --max-tokens, --votes, --max-per-problem and --limit are at least 1, --retries at "
              "least 0, --min-agreement is between 0 and 1")  # fmt: skip
     if args.compare:

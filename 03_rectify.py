@@ -429,7 +429,7 @@ def split_top(text: str, mark: str) -> list[str]:
 def structure(answer: str) -> tuple[str, list[str]]:
     """("", [answer]) for a single thing; else what it is (its brackets where their order counts, or "set") and its parts."""
     if matrix := re.fullmatch(r"\\begin\{[pbvB]?matrix\}(.*)\\end\{[pbvB]?matrix\}|\[([^\[\]]*;[^\[\]]*)\]", answer):
-        rows = re.split(r"\\\\|\\cr", matrix[1]) if matrix[1] else matrix[2].split(";")
+        rows = re.split(r"\\\\|\\cr", matrix[1]) if matrix[1] is not None else matrix[2].split(";")
         cells = [re.split("[&,]" if matrix[2] else "&", row) for row in rows if row]
         return "matrix" + "/".join(str(len(row)) for row in cells), sum(cells, [])
     if len(parts := split_top(answer, "\\cup")) > 1:
@@ -523,7 +523,7 @@ def quick_verdict(gold: str, prediction: str) -> bool | None:
     """Equal or not by text, number and structure: most answers. None: only algebra can tell."""
     try:
         return verdict(gold, prediction, lambda *_: None)
-    except RecursionError:  # a thousand brackets in each other
+    except Exception:  # a thousand brackets in each other, or what else a model writes: no credit, and no end of the run
         return False
 
 
@@ -690,7 +690,8 @@ async def complete(client: openai.AsyncOpenAI, model: str, prompt: list[dict] | 
             found[0] |= {"tokens": reply.usage.completion_tokens, "prompt_tokens": reply.usage.prompt_tokens}
             return found
         except openai.BadRequestError as error:
-            if re.search(r"context length|max_model_len|too long|maximum (input|model) length", str(error)):
+            too_long = re.search(r"context length|max_model_len|too long|maximum (input|model) length", str(error))
+            if too_long and "cannot be greater than" not in str(error):  # that would be --max-tokens, and every prompt
                 return [{"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}] * n
             stop(f"the server refuses a request: {str(error)[:300]}")
         except (openai.APIResponseValidationError, ValueError, TypeError, AttributeError, IndexError) as error:
@@ -756,7 +757,9 @@ def make_pairs(row: dict, found: list[dict], right: list[bool], seen: set[str], 
             continue
         full = prefix + continuation["text"]
         chosen = cut_label(split_steps(full)[k - 1], k)[1]
-        if " ".join(chosen.split()) == " ".join(rejected.split()):
+        if not chosen.strip() or not rejected.strip():
+            count["blank step"] += 1
+        elif " ".join(chosen.split()) == " ".join(rejected.split()):
             count["restates the rejected step"] += 1
         elif " ".join(chosen.split()) in seen:
             count["repeats a chosen step"] += 1
@@ -855,7 +858,7 @@ def rectify(args: Args, server, grader: Grader, rollouts: dict, spent: Counter):
     url, key, model = server
     client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=3600)
 
-    async def continuations(row: dict) -> tuple[list[dict], list[bool]]:
+    async def continuations(row: dict, count: Counter) -> tuple[list[dict], list[bool]]:
         prefix, _ = error_prefix(row)
         kept = rollouts.get((row["id"], row["sample"], row["error_step"] - 1), [])[: args.n]
         spent["continuations reused"] += len(kept)
@@ -865,6 +868,7 @@ def rectify(args: Args, server, grader: Grader, rollouts: dict, spent: Counter):
         seed = seed_of(args.seed, "rectify", row["id"], row["sample"])
         found = await ask(client, model, row["problem"], prefix, seed, args, args.n - len(kept))
         spent["tokens"] += found[0]["tokens"]
+        count["tokens"] += found[0]["tokens"]
         answers = [extract_answer(prefix + f["text"]) if f["finish_reason"] == "stop" else None for f in found]
         return kept + found, right + await asyncio.gather(*(grader(row["answer"], answer) for answer in answers))
 
@@ -877,7 +881,8 @@ def rectify(args: Args, server, grader: Grader, rollouts: dict, spent: Counter):
                 count["errors cut short by max_tokens"] += 1  # half a step teaches to stop half-way
             else:
                 usable.append(row)
-        for row, (found, right) in zip(usable, await asyncio.gather(*map(continuations, usable)), strict=True):
+        made = await asyncio.gather(*(continuations(row, count) for row in usable))
+        for row, (found, right) in zip(usable, made, strict=True):
             room = min([m for m in (args.max_pairs_per_error, args.max_pairs - len(pairs) if args.max_pairs else 0) if m],
                        default=0)  # fmt: skip
             if args.max_pairs and len(pairs) >= args.max_pairs:
@@ -933,7 +938,7 @@ def lead_astray(args: Args, server, grader: Grader, spent: Counter):
     client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=3600)
     start, rise, most = args.heat
 
-    async def attempt(row: dict, prefix: str, k: int, number: int) -> tuple[str, str]:
+    async def attempt(row: dict, prefix: str, k: int, number: int, count: Counter) -> tuple[str, str]:
         """The text behind `prefix`, which ends in the label of step k + 1, and how it ended."""
         text, user, left = "", {"role": "user", "content": USER_TURN.format(problem=row["problem"])}, args.max_tokens
         for step in range(k + 1, k + 1000):
@@ -945,6 +950,7 @@ def lead_astray(args: Args, server, grader: Grader, spent: Counter):
             [found] = await complete(client, model, messages, seed, 1, **more, stop=[label], extra_body=body)
             text, left = text + found["text"], left - found["tokens"]
             spent["tokens"] += found["tokens"]
+            count["tokens"] += found["tokens"]
             if found["finish_reason"] != "stop" or not found["text"].endswith(label):
                 return text, found["finish_reason"]
             if left < 1:
@@ -956,10 +962,10 @@ def lead_astray(args: Args, server, grader: Grader, spent: Counter):
         prefix, chosen = "".join(row["steps"][:k]) + label, chosen + "".join(row["steps"][k + 1 :])
         count["steps tried"] += 1
         for number in range(args.tries):
-            text, finish_reason = await attempt(row, prefix, k, number)
+            text, finish_reason = await attempt(row, prefix, k, number, count)
             why = garbled(text, finish_reason, row["problem"] + row["response"])
             answer = extract_answer(prefix + text)
-            why = why or ("no answer" if answer is None else "")
+            why = why or ("no answer" if answer is None or not text.strip() else "")
             count["attempts"] += 1
             if why:
                 count[f"garbled: {why}"] += 1
@@ -1046,11 +1052,18 @@ async def check_all(args: Args, pairs: list[dict], problems: dict, checked: Outp
     return [pair for pair in pairs if verdicts[name(pair)] == 0]
 
 
+def refuse(args, names: tuple[str, ...], where: str):
+    """Stop where one of these options was given: it would have no effect, and the run would not be what was asked for."""
+    for name in names:
+        if getattr(args, name) != getattr(type(args)(), name):
+            stop(f"--{name.replace('_', '-')} has no effect {where}; leave it out")
+
+
 def load_input(args: Args) -> dict[str, list[dict]]:
     """Rows by problem, in an order that does not depend on the file's."""
     path = args.located if args.method == "step-dpo" else args.samples
     field, maker = ("error_step", "02_locate_step.py") if args.method == "step-dpo" else ("correct", "01_sample_errors.py")
-    rows = read_rows(path, ("id", "problem", "answer", "sample", "steps", "finish_reason"))
+    rows = read_rows(path, ("id", "problem", "answer", "sample", "steps", "finish_reason"))[: args.limit]
     for number, row in enumerate(rows, 1):
         if field not in row or "response" not in row:
             stop(f"{path}, row {number}: no {field!r} or no 'response'; give the output of {maker}")
@@ -1059,11 +1072,17 @@ def load_input(args: Args) -> dict[str, list[dict]]:
     if args.method != "step-dpo" and not any(row["correct"] for row in rows):
         stop(f"{path}: none of its {len(rows)} solutions is right; sample easier problems, or more")
     problems = {}
-    for row in sorted(rows[: args.limit], key=lambda row: (row["id"], row["sample"])):
+    for row in sorted(rows, key=lambda row: (row["id"], row["sample"])):
         problems.setdefault(row["id"], []).append(row)
     return problems
 
 
+UNUSED = {
+    "step-dpo": ("samples", "pairs_per_problem", "every_step", "tries", "heat"),
+    "scdpo": ("located", "rectifier", "rollouts", "n", "max_pairs", "max_pairs_per_error", "pairs_per_problem", "temperature"),
+    "dpo": ("located", "rectifier", "rollouts", "n", "max_pairs", "max_pairs_per_error", "every_step", "tries", "heat",
+            "temperature"),
+}  # fmt: skip
 SETTINGS = {
     "step-dpo": ("chat_template", "n", "max_pairs", "max_pairs_per_error", "temperature", "top_p", "max_tokens", "seed"),
     "scdpo": ("chat_template", "every_step", "tries", "heat", "top_p", "max_tokens", "seed"),
@@ -1072,12 +1091,11 @@ SETTINGS = {
 
 
 def main(args: Args):
-    least = (args.n, args.concurrency, args.max_tokens, args.tries, args.limit or 1)
+    least = (args.n, args.concurrency, args.max_tokens, args.tries, 1 if args.limit is None else args.limit)
     if min(least) < 1 or min(args.max_pairs, args.max_pairs_per_error, args.pairs_per_problem, args.retries) < 0:
         stop("--n, --concurrency, --max-tokens, --tries and --limit are at least 1, --max-pairs, --pairs-per-problem and "
              "--retries at least 0")  # fmt: skip
-    if args.method != "step-dpo" and (args.rectifier or args.rollouts):
-        stop("--rectifier and --rollouts go with --method step-dpo")
+    refuse(args, UNUSED[args.method], f"with --method {args.method}")
     if args.rectifier and args.rollouts:
         stop("--rectifier goes without --rollouts, which are the policy's")
     if args.check_chosen and not (args.judge_model if args.judge_base_url else args.judge_path):
@@ -1090,14 +1108,10 @@ def main(args: Args):
     settings["rollouts"] = hashlib.sha256(args.rollouts.read_bytes()).hexdigest()[:16] if rollouts else None
     settings["located"] = hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]  # sorted: order does not count
     tries_path = args.out.with_suffix(".tries.jsonl")
-    if args.out.exists() and not tries_path.exists():
+    if args.out.exists() and args.out.stat().st_size and not tries_path.exists():
         stop(f"{args.out} is there, but not {tries_path}, which would tell how to go on; give another --out")
     tries, grader, spent = Output(tries_path, settings), Grader(), Counter()
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open(args.out, "w", encoding="utf-8"))
-        for row in tries.rows:  # the file is what tries says: a kill between the two writes leaves no half problem
-            file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in row["pairs"])
-        file.flush()
         stack.callback(grader.close)
         if args.method == "dpo":
             make = pair_up(args)
@@ -1109,6 +1123,10 @@ def main(args: Args):
             show_prompt(*server, first["problem"], prefix)
             make = (lead_astray(args, server, grader, spent) if args.method == "scdpo"
                     else rectify(args, server, grader, rollouts, spent))  # fmt: skip
+        file = stack.enter_context(open(args.out, "w", encoding="utf-8"))
+        for row in tries.rows:  # the file is what tries says: a kill between the two writes leaves no half problem
+            file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in row["pairs"])
+        file.flush()
         asyncio.run(make_all(args, problems, make, tries, file))
     pairs = [pair for row in sorted(tries.rows, key=lambda row: row["id"]) for pair in row["pairs"] if row["id"] in problems]
     total = sum((Counter(row["count"]) for row in tries.rows if row["id"] in problems), Counter())
@@ -1125,12 +1143,13 @@ def main(args: Args):
     temporary = args.out.with_suffix(".tmp")  # the final order does not depend on which problem was ready first
     temporary.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
     temporary.replace(args.out)
+    session = spent.pop("tokens", 0)  # this run's; those of all runs are in `total`
     summary = {"problems": len(problems), **total, "gradings killed": grader.kills, **spent}
     if args.method == "scdpo" and total["attempts"]:
         broken = sum(number for name, number in total.items() if name.startswith("garbled"))
         summary |= {"yield": f"{total['pairs'] / total['attempts']:.1%}", "garbled": f"{broken / total['attempts']:.1%}"}
     summary["seconds"] = round(time.time() - began, 1)
-    summary |= {"tokens/s": round(spent["tokens"] / summary["seconds"])} if spent["tokens"] else {}
+    summary |= {"tokens/s": round(session / summary["seconds"])} if session else {}
     tries.save_meta(finished=True, summary=summary)
     shutil.copy(tries.meta_path, f"{args.out}.meta.json")
     print(f"{args.out}: {len(pairs)} pairs; " + ", ".join(f"{name} {value}" for name, value in summary.items()))

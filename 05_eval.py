@@ -472,7 +472,7 @@ def split_top(text: str, mark: str) -> list[str]:
 def structure(answer: str) -> tuple[str, list[str]]:
     """("", [answer]) for a single thing; else what it is (its brackets where their order counts, or "set") and its parts."""
     if matrix := re.fullmatch(r"\\begin\{[pbvB]?matrix\}(.*)\\end\{[pbvB]?matrix\}|\[([^\[\]]*;[^\[\]]*)\]", answer):
-        rows = re.split(r"\\\\|\\cr", matrix[1]) if matrix[1] else matrix[2].split(";")
+        rows = re.split(r"\\\\|\\cr", matrix[1]) if matrix[1] is not None else matrix[2].split(";")
         cells = [re.split("[&,]" if matrix[2] else "&", row) for row in rows if row]
         return "matrix" + "/".join(str(len(row)) for row in cells), sum(cells, [])
     if len(parts := split_top(answer, "\\cup")) > 1:
@@ -566,7 +566,7 @@ def quick_verdict(gold: str, prediction: str) -> bool | None:
     """Equal or not by text, number and structure: most answers. None: only algebra can tell."""
     try:
         return verdict(gold, prediction, lambda *_: None)
-    except RecursionError:  # a thousand brackets in each other
+    except Exception:  # a thousand brackets in each other, or what else a model writes: no credit, and no end of the run
         return False
 
 
@@ -773,7 +773,8 @@ async def complete(client: openai.AsyncOpenAI, model: str, prompt: list[dict] | 
             found[0] |= {"tokens": reply.usage.completion_tokens, "prompt_tokens": reply.usage.prompt_tokens}
             return found
         except openai.BadRequestError as error:
-            if re.search(r"context length|max_model_len|too long|maximum (input|model) length", str(error)):
+            too_long = re.search(r"context length|max_model_len|too long|maximum (input|model) length", str(error))
+            if too_long and "cannot be greater than" not in str(error):  # that would be --max-tokens, and every prompt
                 return [{"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}] * n
             stop(f"the server refuses a request: {str(error)[:300]}")
         except (openai.APIResponseValidationError, ValueError, TypeError, AttributeError, IndexError) as error:
@@ -859,11 +860,26 @@ async def answer_all(args: Args, todo: list[tuple[dict, int, Output]], server: t
         for grader in graders:
             grader.close()
     took = time.time() - began
-    return {"gradings killed": graders[0].kills, "tokens": tokens, "tokens/s": round(tokens / took), "seconds": round(took, 1)}
+    return {
+        "gradings killed": sum(grader.kills for grader in graders),
+        "tokens": tokens,
+        "tokens/s": round(tokens / took),
+        "seconds": round(took, 1),
+    }
 
 
 async def regrade(path: Path) -> str:
     """Grade the rows of one file again, in place. Returns what changed."""
+    with open(path, "rb+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stop(f"{path}: another process is writing it; let it end first")
+        whole, _, last = file.read().rpartition(b"\n")
+        try:
+            json.loads(last or b"0")
+        except ValueError:
+            file.truncate(len(whole) + 1)  # torn by a kill
     rows = read_rows(path, ("id", "answer"))
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("response"), str):
@@ -884,7 +900,7 @@ async def regrade(path: Path) -> str:
     temporary.replace(path)
     changed = sum(row["correct"] != old.get("correct") for row, old in zip(new, rows, strict=True))
     return (f"{path}: {len(rows)} responses, {changed} verdicts changed, {len(rows) / (time.time() - began):.0f} a second, "
-            f"{graders[0].kills} gradings killed")  # fmt: skip
+            f"{sum(grader.kills for grader in graders)} gradings killed")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1011,7 +1027,7 @@ def breakdown(problems: list[dict], rates: np.ndarray, k: int, seed: int) -> dic
 
 def contamination(path: Path, benchmarks: dict[str, list[dict]]) -> dict:
     """Test problems that share 13 words in a row (Chinese: characters) with a training problem; shorter ones if it is all
-    of them. The test set's n-grams are indexed and the training file goes past them, so memory does not grow with it."""
+    of them. Only the test sets' n-grams are kept in memory, not those of the training file."""
     words = lambda text: re.findall(r"[一-鿿]|\w+", text.lower())
     grams = lambda text: {tuple(text[i : i + 13]) for i in range(max(1, len(text) - 12))}
     index, found, whole = {}, {name: {} for name in benchmarks}, set()
@@ -1047,11 +1063,10 @@ def difference_cells(found: dict) -> list[str]:
     return [f"{100 * found['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})", f"{found['p']:.2g}"]
 
 
-def tables(summary: dict) -> list[tuple[str, list[str], list[list[str]], str]]:
-    """(title, head, rows, note) of each table of the report; the first column of cells is text."""
-    found, k = [], summary["samples"]
+def accuracy_table(benchmarks: dict, k: int) -> tuple[str, list[str], list[list[str]], str]:
+    """The main table of the benchmarks with k responses to each problem."""
     rows, notes = [], []
-    for name, benchmark in summary["benchmarks"].items():
+    for name, benchmark in benchmarks.items():
         alone = {group["models"][0]: label for label, group in benchmark["groups"].items() if group["seeds"] == 1}
         for model, f in benchmark["models"].items():
             versus = [*difference_cells(f), f"{len(f['won'])} / {len(f['lost'])}"] if "p" in f else ["base", "", ""]
@@ -1061,7 +1076,7 @@ def tables(summary: dict) -> list[tuple[str, list[str], list[list[str]], str]]:
                          percent(f["paper"]), *more, *versus, str(f["unfinished"]),
                          str(f["unparsable"] + f["too_long_a_prompt"]), f"{f['mean_tokens']:.0f}"])  # fmt: skip
         # where there is nothing to compare with: two models that disagree on a tenth of the problems
-        least = [f["detectable"] for f in benchmark["models"].values() if "detectable" in f]
+        least = [f["detectable"] for f in benchmark["models"].values() if f.get("detectable")]
         least = max(least, default=2.8016 * math.sqrt(0.1 / benchmark["problems"]))
         notes.append(f"On {name} a true difference below {100 * least:.1f} points would be missed more than once in five "
                      "such comparisons (power 80 %, two-sided 5 %).")  # fmt: skip
@@ -1069,7 +1084,14 @@ def tables(summary: dict) -> list[tuple[str, list[str], list[list[str]], str]]:
     head += [f"maj@{k}", f"pass@{k}"] if k > 1 else []
     won = "won / lost" if k == 1 else "won / lost by majority"
     head += ["against the base, points", "p", won, "unfinished", "no answer", "tokens"]
-    found.append(("Accuracy", head, rows, " ".join(notes)))
+    return "Accuracy" if k == 1 else f"Accuracy of {k} responses to each problem", head, rows, " ".join(notes)
+
+
+def tables(summary: dict) -> list[tuple[str, list[str], list[list[str]], str]]:
+    """(title, head, rows, note) of each table of the report; the first column of cells is text."""
+    found = []
+    for k in sorted({benchmark["samples"] for benchmark in summary["benchmarks"].values()}):
+        found.append(accuracy_table({name: b for name, b in summary["benchmarks"].items() if b["samples"] == k}, k))
     rows = []
     for name, benchmark in summary["benchmarks"].items():
         for label, f in benchmark["groups"].items():
@@ -1149,9 +1171,10 @@ def draw_report(summary: dict, out: Path) -> list[Path]:
             bars(axes, [*by(models[0])], models, lambda level, model, by=by: by(model)[level])
             axes.set_title(f"{name} by level", fontsize=11, loc="left")
         finish(figure, grid[0, 0], "levels.png")
-    if summary["samples"] > 1:
-        figure, grid = plt.subplots(1, len(benchmarks), figsize=(max(6, 4 * len(benchmarks)), 4), squeeze=False)
-        for name, axes in zip(benchmarks, grid[0], strict=True):
+    several = [name for name, found in benchmarks.items() if found["samples"] > 1]
+    if several:
+        figure, grid = plt.subplots(1, len(several), figsize=(max(6, 4 * len(several)), 4), squeeze=False)
+        for name, axes in zip(several, grid[0], strict=True):
             for i, (model, f) in enumerate(benchmarks[name]["groups"].items()):
                 for kind, style in (("pass", "-"), ("maj", "--")):
                     values = 100 * np.array(f["curves"][kind])
@@ -1182,15 +1205,16 @@ def to_html(text: str) -> str:
     return "".join([*parts, html.escape(text[end:20_000])])
 
 
-def side_by_side(name: str, responses: dict, f: dict, base: str, model: str, seed: int) -> str:
-    """Ten problems won and ten lost, as HTML: both models' responses beside each other."""
+def side_by_side(name: str, responses: dict, f: dict, base: str, model: str, field: str, seed: int) -> str:
+    """Ten problems won and ten lost, as HTML: a right and a wrong response of the two models beside each other."""
     parts, rng = [], np.random.default_rng(seed)
     for kind, ids in (("won", f["won"]), ("lost", f["lost"])):
         chosen = [ids[i] for i in sorted(rng.permutation(len(ids))[:10])]
         parts.append(f"<h3>{html.escape(name)}: {len(chosen)} of {len(ids)} {kind} by {html.escape(model)}</h3>")
         for key in chosen:
-            rows = [responses[name][label][key][0] for label in (base, model)]
-            cells = "".join(f'<div class="{"right" if row["correct"] else "wrong"}"><b>{html.escape(label)}</b>: '
+            wanted = (base, kind == "lost"), (model, kind == "won")  # of several responses one with the majority's verdict
+            rows = [next(row for row in responses[name][label][key] if row[field] == good) for label, good in wanted]
+            cells = "".join(f'<div class="{"right" if row[field] else "wrong"}"><b>{html.escape(label)}</b>: '
                             f"{html.escape(str(row['prediction']))}\n{to_html(row['response'])}</div>"
                             for label, row in zip((base, model), rows, strict=True))  # fmt: skip
             parts.append(f"<details><summary>{html.escape(key)}: {to_html(rows[0].get('problem', '')[:200])}</summary><p>"
@@ -1203,7 +1227,8 @@ def write_report(summary: dict, responses: dict, out: Path, seed: int) -> str:
     """report.md, report.html, pictures and summary.json. Returns the first table, in Markdown."""
     markdown, page, pictures = [], [], draw_report(summary, out)
     equality = "strict equality" if summary["protocol"] == "strict" else "the equality of the Step-DPO authors"
-    tie = f" maj@{summary['samples']}: of equally common answers the one that came first." if summary["samples"] > 1 else ""
+    several = any(found["samples"] > 1 for found in summary["benchmarks"].values())
+    tie = " maj@k takes the commonest answer, of equally common ones that which came first." if several else ""
     about = (f"Protocol {summary['protocol']}: {summary['about']}. The column accuracy is by {equality}; intervals are "
              "Wilson's for one response a problem, else bootstrap over problems; differences are paired by problem, p is "
              f"McNemar's exact one or of a permutation.{tie}")  # fmt: skip
@@ -1224,7 +1249,9 @@ def write_report(summary: dict, responses: dict, out: Path, seed: int) -> str:
     for name, benchmark in summary["benchmarks"].items():
         labels = list(benchmark["models"])
         firsts = [group["models"][0] for group in list(benchmark["groups"].values())[1:]]
-        page += [side_by_side(name, responses, benchmark["models"][model], labels[0], model, seed) for model in firsts[:6]]
+        field = "correct" if summary["protocol"] == "strict" else "correct_paper"
+        page += [side_by_side(name, responses, benchmark["models"][model], labels[0], model, field, seed)
+                 for model in firsts[:6]]  # fmt: skip
     sources = "Problems: " + "; ".join(f"{found['problems']} of {name}, content hash {found['hash']}"
                                        for name, found in summary["benchmarks"].items()) + "."  # fmt: skip
     text = "\n\n".join(["# Evaluation", about, *markdown, sources])
@@ -1249,7 +1276,10 @@ def summarize(groups: dict[str, list[str]], files: dict[str, dict], field: str, 
         ids = [key for key in tables_of[models[0]] if all(key in table for table in tables_of.values())]
         if not ids:
             stop(f"{name}: no problem is answered by all models; run the evaluation to its end first")
-        k = min(len(table[key]) for table in tables_of.values() for key in ids)
+        sizes = {len(table[key]) for table in tables_of.values() for key in ids}
+        if len(sizes) > 1:
+            stop(f"{name}: {min(sizes)} responses to some problems and {max(sizes)} to others; run the evaluation to its end")
+        [k] = sizes
         rows = {model: [table[key][:k] for key in ids] for model, table in tables_of.items()}
         responses[name] = tables_of
         figures = {model: score(rows[model], field, seed) for model in models}
@@ -1271,7 +1301,7 @@ def summarize(groups: dict[str, list[str]], files: dict[str, dict], field: str, 
                                 "spread": float(stack.mean(1).std(ddof=1)) if len(stack) > 1 else 0.0}  # fmt: skip
             of_groups[label] |= paired(stack, stacks[next(iter(groups))], seed) if i else {}
         pairs = list(combinations(list(groups)[1:], 2))
-        found[name] = {"problems": len(ids), "models": figures, "groups": of_groups,
+        found[name] = {"problems": len(ids), "samples": k, "models": figures, "groups": of_groups,
                        "hash": content_hash([{"problem": ""} | rows[models[0]][i][0] for i in range(len(ids))]),
                        "pairwise": {f"{b}\n{a}": paired(stacks[b], stacks[a], seed) for a, b in pairs}}  # fmt: skip
     return found, responses
@@ -1281,8 +1311,9 @@ def summarize(groups: dict[str, list[str]], files: dict[str, dict], field: str, 
 # credit assignment (SCDPO, arXiv 2407.00782, section 4 and Eq. 7)
 
 
-def encode_solution(row: dict, tokenizer) -> tuple[list[int], list[int]]:
-    """Token ids of prompt and solution, and for each the number of its step from 1; 0 for the prompt and the forced opening."""
+def encode_solution(row: dict, tokenizer) -> tuple[list[int], list[int], list[str]]:
+    """Token ids of prompt and solution, for each the number of its step from 1 (0 for the prompt and the forced opening), and
+    its text, from where it begins to where the next one does: a token may be half a character."""
     response = "".join(row["steps"])
     opening = OPENING if response.startswith(OPENING) else ""
     messages = [{"role": "user", "content": USER_TURN.format(problem=row["problem"])}]
@@ -1292,13 +1323,16 @@ def encode_solution(row: dict, tokenizer) -> tuple[list[int], list[int]]:
     else:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     prefix = tokenizer(text, add_special_tokens=False)["input_ids"]
-    rest = tokenizer(response[len(opening) :], add_special_tokens=False, return_offsets_mapping=True)
+    sampled = response[len(opening) :]
+    rest = tokenizer(sampled, add_special_tokens=False, return_offsets_mapping=True)
+    starts = [start for start, _ in rest["offset_mapping"]]
+    texts = [sampled[a:b] for a, b in zip(starts, [*starts[1:], len(sampled)], strict=True)]
     ends = list(accumulate(map(len, row["steps"])))
-    places = [1 + sum(end <= start + len(opening) for end in ends) for start, _ in rest["offset_mapping"]]
-    return prefix + rest["input_ids"], [0] * len(prefix) + [min(place, len(ends)) for place in places]
+    places = [min(len(ends), 1 + sum(end <= start + len(opening) for end in ends)) for start in starts]
+    return prefix + rest["input_ids"], [0] * len(prefix) + places, [""] * len(prefix) + texts
 
 
-def log_probabilities(model: str, encoded: list[tuple[list[int], list[int]]]) -> list[np.ndarray]:
+def log_probabilities(model: str, encoded: list[tuple]) -> list[np.ndarray]:
     """For each solution the log-probability of each token given those before, (tokens,); 0 for the first."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -1377,7 +1411,7 @@ def credit(args: Args):
         logps = log_probabilities(model, encoded)
         rewards[model] = [args.beta * (new - old) for new, old in zip(logps, reference, strict=True)]
         steps = []  # for each solution the mean reward of each of its steps
-        for row, (_, places), values in zip(rows, encoded, rewards[model], strict=True):
+        for row, (_, places, _), values in zip(rows, encoded, rewards[model], strict=True):
             sums = np.bincount(places, weights=values, minlength=len(row["steps"]) + 1)[1:]
             counts = np.bincount(places, minlength=len(row["steps"]) + 1)[1:]
             steps.append(sums / np.maximum(1, counts) + np.where(counts, 0, np.inf))  # a step of no token is not the lowest
@@ -1392,20 +1426,21 @@ def credit(args: Args):
 
         rng, hits = np.random.default_rng(args.seed), sum(int(np.argmin(values)) == k - 1 for k, values in labelled)
         ok = labelled and any(len(right) for _, right in sides)
-        draws = [pooled(rng.integers(len(sides), size=len(sides))) for _ in range(1000)] if ok else [0.5]
+        draws = [pooled(rng.integers(len(sides), size=len(sides))) for _ in range(1000)] if ok else []
         found[model] = {
             "solutions": len(labelled), "lowest_is_error": hits, "share": hits / max(1, len(labelled)),
             "interval": wilson(hits, max(1, len(labelled))),
             "chance": float(np.mean([1 / len(values) for _, values in labelled])) if ok else None,
             "auc": pooled(range(len(sides))) if ok else None,
-            "auc_interval": np.percentile(draws, [2.5, 97.5]).tolist(),
+            "auc_interval": np.nanpercentile(draws, [2.5, 97.5]).tolist() if ok else None,
         }  # fmt: skip
         f = found[model]
-        lines.append([model, percent(f["share"], f["interval"]), percent(f["chance"] or 0),
-                      "{:.3f} ({:.3f} to {:.3f})".format(f["auc"] or 0.5, *f["auc_interval"])])  # fmt: skip
+        cells = [percent(f["share"], f["interval"]), percent(f["chance"]),
+                 "{:.3f} ({:.3f} to {:.3f})".format(f["auc"], *f["auc_interval"])] if ok else ["–"] * 3  # fmt: skip
+        lines.append([model, *cells])
     head = ["model", "lowest step is the labelled one", "by chance", "AUC, wrong against right steps"]
     every = np.concatenate([values[np.array(places) > 0] for model in rewards
-                            for values, (_, places) in zip(rewards[model], encoded, strict=True)])  # fmt: skip
+                            for values, (_, places, _) in zip(rewards[model], encoded, strict=True)])  # fmt: skip
     scale = float(np.percentile(abs(every), 98)) or 1.0
     about = (f"Token rewards β(log π − log π_ref), β = {args.beta}, reference {args.models[0]}, {len(rows)} solutions of "
              f"{args.credit}. Full red is −{scale:.3g} or less, white 0, full blue +{scale:.3g} or more; hover shows the "
@@ -1413,8 +1448,7 @@ def credit(args: Args):
              "the first wrong one count as neither right nor wrong.")  # fmt: skip
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---", "---:", "---:", "---:"], *lines])
     maps = []
-    for i, (row, (ids, places)) in enumerate(zip(rows[: args.credit_show], encoded, strict=False)):
-        words = tokenizer.batch_decode([[token] for token in ids])
+    for i, (row, (_, places, words)) in enumerate(zip(rows[: args.credit_show], encoded, strict=False)):
         maps.append(heat_map(row, words, places, {model: values[i] for model, values in rewards.items()}, scale))
     cell = lambda row: "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>"
     args.out.mkdir(parents=True, exist_ok=True)
@@ -1426,6 +1460,14 @@ def credit(args: Args):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the stage
+
+
+# Copied from 03_rectify.py
+def refuse(args, names: tuple[str, ...], where: str):
+    """Stop where one of these options was given: it would have no effect, and the run would not be what was asked for."""
+    for name in names:
+        if getattr(args, name) != getattr(type(args)(), name):
+            stop(f"--{name.replace('_', '-')} has no effect {where}; leave it out")
 
 
 def model_groups(names: tuple[str, ...]) -> dict[str, list[str]]:
@@ -1444,7 +1486,7 @@ def model_groups(names: tuple[str, ...]) -> dict[str, list[str]]:
 
 def evaluate(args: Args, groups: dict[str, list[str]]) -> tuple[dict, dict]:
     """Make and grade what is not there. Returns rows by benchmark and model, and counts by model."""
-    if min(args.concurrency, args.max_tokens, args.limit or 1, args.samples) < 1:
+    if min(args.concurrency, args.max_tokens, 1 if args.limit is None else args.limit, args.samples) < 1:
         stop("--concurrency, --max-tokens, --limit and --samples are at least 1")
     if args.samples > 1 and not args.temperature:
         stop("--samples above 1 needs --temperature above 0: greedy responses are all the same")
@@ -1501,6 +1543,9 @@ def load_results(folder: Path, labels: tuple[str, ...]) -> tuple[dict, dict, dic
         model = str(rows[0].get("model", path.stem))
         order[model] = (meta.get("number", 0), meta.get("label", model))
         files.setdefault(path.parent.name, {})[model] = rows
+    known = {label for _, label in order.values()}
+    if labels != Args().models and (unknown := set(labels) - known):
+        stop(f"--models {', '.join(unknown)}: with --regrade, give labels that are there: {', '.join(sorted(known))}")
     place = {label: i - len(labels) for i, label in enumerate(labels)}
     for model, (_, label) in sorted(order.items(), key=lambda item: place.get(item[1][1], item[1][0])):
         groups.setdefault(label, []).append(model)
@@ -1514,7 +1559,12 @@ def main(args: Args):
     if args.credit:
         return credit(args)
     began = time.time()
+    if args.check_contamination and not args.check_contamination.is_file():
+        stop(f"--check-contamination {args.check_contamination}: no such file; give the training pairs or problems")
+    if args.protocol != "strict":
+        refuse(args, ("chat_template",), f"with --protocol {args.protocol}, whose prompt is raw text")
     if args.regrade:
+        refuse(args, ("data", "limit", "samples", "out", "protocol", "base_url", "chat_template"), "with --regrade")
         args.out = args.regrade
         groups, files, settings = load_results(args.regrade, args.models)
         args.protocol, runs = settings.get("protocol", args.protocol), {}
@@ -1527,8 +1577,7 @@ def main(args: Args):
     decoding = "greedy"
     if settings.get("temperature"):
         decoding = f"temperature {settings['temperature']}, top-p {settings['top_p']}"
-    k = max(len(rows) for by_model in responses.values() for by_id in by_model.values() for rows in by_id.values())
-    summary = {"protocol": args.protocol, "samples": k, "benchmarks": benchmarks, "runs": runs,
+    summary = {"protocol": args.protocol, "benchmarks": benchmarks, "runs": runs,
                "about": f"{decoding}, at most {settings.get('max_tokens', '?')} tokens"}  # fmt: skip
     if args.check_contamination:
         problems = {name: [rows[0] for rows in next(iter(by_model.values())).values()] for name, by_model in responses.items()}

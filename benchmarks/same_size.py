@@ -39,7 +39,8 @@ def main(args: Args):
              for method, rows in found.items()}  # fmt: skip
     size = min(args.pairs, *(len(train) if method != "scdpo" else 2 * len(train) for method, (train, _) in parts.items()))
     half = [parts["scdpo"][0][: size // 2] + parts["dpo"][0][: size - size // 2], parts["scdpo"][1] + parts["dpo"][1]]
-    random.Random(1).shuffle(half[0])
+    for part in half:
+        random.Random(1).shuffle(part)
     parts["scdpo"] = half
     tokens = lambda rows: sum(len(tokenizer(row[side])["input_ids"]) for row in rows for side in ("chosen", "rejected"))
     write = lambda name, rows: (args.out / "pairs" / f"{name}.jsonl").write_text(

@@ -53,9 +53,10 @@ def main(args: Args):
             found = json.loads(Path(f"{out}.meta.json").read_text())["summary"]
             share = lambda count, found=found: f"{count / found['attempts']:.1%}"
             garbled = sum(value for kind, value in found.items() if kind.startswith("garbled: "))
-            lines.append(f"| {name} | {found['attempts']} | {share(found['pairs'])} | {share(found.get('still right', 0))} "
-                         f"| {share(garbled)} | {found['pairs'] / found['steps tried']:.1%} "
-                         f"| {found['tokens'] / found['pairs']:.0f} |")  # fmt: skip
+            pairs = found.get("pairs", 0)
+            lines.append(f"| {name} | {found['attempts']} | {share(pairs)} | {share(found.get('still right', 0))} "
+                         f"| {share(garbled)} | {pairs / found['steps tried']:.1%} "
+                         f"| {found['tokens'] / max(1, pairs):.0f} |")  # fmt: skip
             print(lines[-1], file=sys.stderr)
     print("\n".join(lines))
 

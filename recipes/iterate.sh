@@ -2,7 +2,8 @@
 # Several rounds of Step-DPO: each round's model samples, locates and rectifies its own errors, and is the next one's reference.
 # The papers make one round. Defaults are for the bundled world, about 7 minutes a round on two cores.
 #   bash recipes/iterate.sh                                   # three rounds, other problems in each
-#   MODEL=Qwen/Qwen2-7B-Instruct DATA="gsm8k math" LR=5e-7 BETA=0.4 EPOCHS=8 BATCH=128 TOKENS=2048 TEST="gsm8k math" bash recipes/iterate.sh
+#   MODEL=Qwen/Qwen2-7B-Instruct DATA="gsm8k math" LR=5e-7 BETA=0.4 EPOCHS=8 BATCH=128 TOKENS=2048 TEST="gsm8k math" \
+#       SERVE="--server-args=--max-model-len 4096" bash recipes/iterate.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
@@ -16,7 +17,7 @@ for round in $(seq "$ROUNDS"); do
   mkdir -p "$here"
   if [ -f "$DATA" ]; then  # a file: the next so many of its problems, so that no round learns from problems it has seen
     data=$here/problems.jsonl
-    tail -n +"$(((round - 1) * PROBLEMS + 1))" "$DATA" | head -n "$PROBLEMS" >"$data"
+    sed -n "$(((round - 1) * PROBLEMS + 1)),$((round * PROBLEMS))p" "$DATA" >"$data"
   fi
   python 01_sample_errors.py --data $data --model "$policy" --max-tokens "$TOKENS" --out "$here/samples.jsonl" "$SERVE"
   python 02_locate_step.py --samples "$here/samples.jsonl" --model "$policy" --max-tokens "$TOKENS" --out "$here/located.jsonl" \

@@ -21,10 +21,14 @@ if [ -z "$DATA" ]; then
   python 01_sample_errors.py --model "$MODEL" --out "$OUT/samples.jsonl" "$SERVE"
   python 02_locate_step.py --samples "$OUT/samples.jsonl" --model "$MODEL" --out "$OUT/located.jsonl" \
     --keep-rollouts "$OUT/rollouts.jsonl" $LOCATOR "$SERVE"
-  python 03_rectify.py --located "$OUT/located.jsonl" --rollouts "$OUT/rollouts.jsonl" --model "$MODEL" --out "$OUT/pairs.jsonl" "$SERVE"
+  kept=()
+  [ ! -f "$OUT/rollouts.jsonl" ] || kept=(--rollouts "$OUT/rollouts.jsonl")  # a judge makes none
+  python 03_rectify.py --located "$OUT/located.jsonl" "${kept[@]}" --model "$MODEL" --out "$OUT/pairs.jsonl" "$SERVE"
   DATA=$OUT/pairs.jsonl
 fi
 accelerate launch --config_file configs/fsdp2.yaml --num_processes "$GPUS" 04_train_stepdpo.py --data "$DATA" --model "$MODEL" \
   --beta "$BETA" --out "$OUT/model" --save-steps 300 --keep 1
+check=()
+[ ! -f "$OUT/pairs.jsonl" ] || check=(--check-contamination "$OUT/pairs.jsonl")
 python 05_eval.py --data gsm8k math odyssey-math aime24 --models "base=$MODEL" "Step-DPO=$OUT/model" --protocol paper \
-  --check-contamination "$OUT/pairs.jsonl" --out "$OUT/results" "$SERVE"
+  "${check[@]}" --out "$OUT/results" "$SERVE"

@@ -241,8 +241,17 @@ def test_regrade_writes_the_whole_report(tmp_path):
     assert "script" not in kinds and {"math", "mn", "table", "img"} <= kinds
     assert all(attributes["src"].startswith("data:image/png") for tag, attributes in tags if tag == "img"), "self-contained"
     assert not any(name.startswith("on") or name == "href" for _, attributes in tags for name in attributes)
+    with open(tmp_path / "sums" / "base.jsonl", "a") as file:
+        file.write('{"id": "torn')  # by a kill
     again = run(5, "--regrade", tmp_path)
     assert again.stdout.count(" 0 verdicts changed") == 2
+    for more, word in [(["--limit", 3], "--limit has no effect"), (["--models", "best"], "labels that are there: base, tuned"),
+                       (["--check-contamination", "none.jsonl"], "none.jsonl: no such file")]:  # fmt: skip
+        done = run(5, "--regrade", tmp_path, *more, check=False)
+        assert done.returncode == 2 and word in done.stderr, done.stderr
+    run(5, "--regrade", tmp_path, "--models", "tuned")
+    models = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["sums"]["models"]
+    assert list(models) == ["tuned-0", "base"], "the label that is named is the base of the comparison"
 
 
 def test_seeds_and_samples_in_the_report(tmp_path):
@@ -258,6 +267,16 @@ def test_seeds_and_samples_in_the_report(tmp_path):
     assert curves["k"] == [1, 2, 4] and curves["pass"][0] == pytest.approx(models["base"]["accuracy"])
     assert curves["pass"][0] < curves["pass"][1] < curves["pass"][2]
     assert "maj@4" in (tmp_path / "report.md").read_text() and (tmp_path / "curves.png").stat().st_size > 5000
+    for path in (tmp_path / "sums").glob("*.jsonl"):  # another benchmark with one response a problem, in the same folder
+        (tmp_path / "ones").mkdir(exist_ok=True)
+        (tmp_path / "ones" / path.name).write_text("".join(json.dumps(row) + "\n" for row in read(path) if row["sample"] == 0))
+    run(5, "--regrade", tmp_path, "--models", "base")
+    text = (tmp_path / "report.md").read_text()
+    assert "## Accuracy\n" in text and "## Accuracy of 4 responses to each problem" in text
+    rows = read(tmp_path / "sums" / "base.jsonl")
+    (tmp_path / "sums" / "base.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    done = run(5, "--regrade", tmp_path, check=False)
+    assert done.returncode == 2 and "3 responses to some problems and 4 to others" in done.stderr
 
 
 def test_regrade_of_a_wrong_folder_is_refused(tmp_path):
@@ -319,7 +338,10 @@ def test_tokens_fall_into_their_steps():
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
-    ids, places = stage(5).encode_solution({"problem": "p", "steps": STEPS}, tokenizer)
+    ids, places, texts = stage(5).encode_solution({"problem": "p", "steps": STEPS}, tokenizer)
+    assert "".join(texts) == "".join(STEPS).removeprefix(stage(5).OPENING)
+    chinese = stage(5).encode_solution({"problem": "p", "steps": ["三加四等于七。"]}, tokenizer)
+    assert "".join(chinese[2]) == "三加四等于七。" and "\ufffd" not in "".join(chinese[2])
     texts = {k: tokenizer.decode([i for i, place in zip(ids, places, strict=True) if place == k]) for k in (1, 2, 3)}
     assert texts == {1: STEPS[0].removeprefix(stage(5).OPENING), 2: STEPS[1], 3: STEPS[2]}
     assert tokenizer.decode([i for i, place in zip(ids, places, strict=True) if not place]).endswith(stage(5).OPENING)
@@ -373,7 +395,7 @@ def test_credit_of_a_trained_model(tmp_path, small_model):
         and "class" in [a for t, a in tags if t == "span" and a["title"].endswith("step 2")][0]
     )
     tokenizer = AutoTokenizer.from_pretrained(small_model)
-    ids, places = stage(5).encode_solution(located, tokenizer)
+    ids, places, _ = stage(5).encode_solution(located, tokenizer)
     logps = []
     for folder in (tmp_path / "tuned", small_model):
         lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
