@@ -39,10 +39,6 @@ def choose(args: Args):
     lines = ["| method | " + " | ".join(f"lr {s.replace(':', ', β ')}" for s in args.grid) + " |",
              "|---|" + "---:|" * len(args.grid)]  # fmt: skip
     for method in args.methods:
-        if method.endswith("-tokens"):
-            text = (args.out / "grid" / f"{method.removesuffix('-tokens')}.chosen").read_text()
-            (args.out / "grid" / f"{method}.chosen").write_text(text)
-            continue
         found = {}
         for setting in args.grid:
             path = args.out / "grid" / "results" / f"{method}_{setting.replace(':', '_')}" / "summary.json"

@@ -2,10 +2,12 @@
 
     python benchmarks/foreign_solutions.py data/tiny/train.jsonl runs/foreign.jsonl
 
-"Step 2: Lena now has 13 - 6 = 7 shells." becomes "Step 2: Since 13 - 6 is 7, that makes 7 shells."
+"Step 2: Lena now has 13 - 6 = 7 shells." becomes "Step 2: Since 13 - 6 is 7, that makes 7 shells." The steps before a random
+one keep their words (seed 0), so that a model taught with these goes on from the policy's own steps.
 """
 
 import json
+import random
 import re
 import sys
 from pathlib import Path
@@ -13,12 +15,16 @@ from pathlib import Path
 
 def main(path: str, out: str):
     rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
+    r = random.Random(0)
     for row in rows:
-        text, changed = re.subn(
-            r"(Step \d+:) .*?(\d+ [-+*/] \d+) = (\d+) (\w+)\.", r"\1 Since \2 is \3, that makes \3 \4.", row["solution"]
-        )
-        assert changed == row["solution"].count("Step "), row["id"]
-        row["solution"] = text
+        steps = re.split(r"(?=Step \d+:)", row["solution"])  # the opening, then the steps
+        kept = r.randrange(1, len(steps))
+        for k in range(kept, len(steps)):
+            steps[k], changed = re.subn(
+                r"(Step \d+:) .*?(\d+ [-+*/] \d+) = (\d+) (\w+)\.", r"\1 Since \2 is \3, that makes \3 \4.", steps[k]
+            )
+            assert changed == 1, row["id"]
+        row["solution"] = "".join(steps)
     Path(out).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(f"{out}: {len(rows)} solutions in other words, such as {rows[0]['solution']!r}")
 

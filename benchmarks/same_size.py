@@ -1,6 +1,6 @@
 """Cut the pairs of recipes/ablation_tiny.sh to equal numbers of pairs, and to equal numbers of trained tokens.
 
-    python benchmarks/same_size.py runs/ablation --pairs 600
+    python benchmarks/same_size.py runs/ablation --pairs 400
 
 Reads OUT/all-METHOD.jsonl; writes OUT/pairs/METHOD.jsonl (the same number of pairs each; SCDPO: half naive, half
 step-controlled), METHOD-tokens.jsonl (as many tokens in chosen and rejected as Step-DPO has) and METHOD.validation.jsonl (a
@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 class Args:
     out: Annotated[Path, tyro.conf.Positional]
     """folder of the ablation"""
-    pairs: int = 600
+    pairs: int = 400
     """pairs of each method at most"""
     model: str = "data/tiny/model"
     """whose tokens to count"""
@@ -30,6 +30,8 @@ class Args:
 def main(args: Args):
     tokenizer, found = AutoTokenizer.from_pretrained(args.model), {}
     for method in ("dpo", "scdpo", "step-dpo", "step-dpo-ood"):
+        if method == "step-dpo-ood" and not (args.out / f"all-{method}.jsonl").exists():
+            continue  # METHODS without it
         rows = [json.loads(line) for line in (args.out / f"all-{method}.jsonl").read_text().split("\n") if line]
         random.Random(0).shuffle(rows)
         found[method] = rows

@@ -1,118 +1,139 @@
 #!/usr/bin/env bash
 # DPO, SCDPO, Step-DPO and Step-DPO with another model's steps beside each other on the bundled world (README, "The papers'
 # comparison"): equal numbers of pairs, and equal numbers of trained tokens; settings by the same grid on validation.jsonl.
-#   bash recipes/ablation_tiny.sh              # five seeds; two hours on two cores
-#   bash recipes/ablation_tiny.sh --quick      # one seed, fewer problems, no grid; 20 minutes
+#   bash recipes/ablation_tiny.sh              # five seeds; under two hours on two cores
+#   bash recipes/ablation_tiny.sh --quick      # one seed, fewer problems, no grid; under 20 minutes
 #   SEEDS="0 1" bash recipes/ablation_tiny.sh  # fewer seeds
-# Stopped at any moment, the same command goes on: what is there is not made again.
+# Stopped at any moment, the same command goes on: what is there is not made again. FROM=FOLDER takes the pairs made there, for
+# other PAIRS, GRID or TRAIN: OUT=runs/ablation_nll FROM=runs/ablation TRAIN="--nll-weight 1" bash recipes/ablation_tiny.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ "${1:-}" = --quick ]; then
   OUT=${OUT:-runs/ablation_quick} SEEDS=${SEEDS:-0} PROBLEMS=${PROBLEMS:-800} TEST=${TEST:-500} PAIRS=${PAIRS:-250} GRID=${GRID:-3e-5:1}
 elif [ $# -gt 0 ]; then
-  sed -n '2,7p' "$0" >&2; exit 2
+  sed -n '2,8p' "$0" >&2; exit 2
 fi
-OUT=${OUT:-runs/ablation} SEEDS=${SEEDS:-0 1 2 3 4} PROBLEMS=${PROBLEMS:-2000} TEST=${TEST:-1000} PAIRS=${PAIRS:-600}
-GRID=${GRID:-1e-5:1 3e-5:1 3e-5:0.4}  # learning rate : beta
+OUT=${OUT:-runs/ablation} SEEDS=${SEEDS:-0 1 2 3 4} PROBLEMS=${PROBLEMS:-2000} TEST=${TEST:-1000} PAIRS=${PAIRS:-400}
+GRID=${GRID:-1e-5:1 3e-5:1 1e-4:1 3e-5:0.4}  # learning rate : beta
 METHODS=${METHODS:-dpo scdpo step-dpo step-dpo-ood dpo-tokens scdpo-tokens}
-BASE=data/tiny/model
+WORLD=${WORLD:-data/tiny} TRAIN=${TRAIN:-} HEAT=${HEAT:-1.1 0.05 1.4} FROM=${FROM:-}
+JOBS=${JOBS:-2}  # trainings and evaluations side by side, a core each: such a small model does not fill two
+BASE=$WORLD/model
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-4}
 export PATH="$PWD/.venv/bin:$PATH" OPENAI_API_KEY=$(head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \n')
 mkdir -p "$OUT"/{pairs,models,grid,logs}
 began=$SECONDS
 say() { printf '%5d s  %s\n' $((SECONDS - began)) "$*"; }
 
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT  # servers, and what the pool runs
 cpu=$(python -c 'import importlib.metadata as m; print("--enforce-eager --no-enable-chunked-prefill" if list(m.distributions(name="vllm-cpu")) else "")')
-server=""
-trap '[ -z "$server" ] || kill "$server" 2>/dev/null || true' EXIT
 up() {  # up MODEL: serve it; URL is set
-  local port; port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+  local port log; log=$OUT/logs/server-$(basename "$1").log
+  port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
   VLLM_API_KEY=$OPENAI_API_KEY python -m vllm.entrypoints.openai.api_server --model "$1" --host 127.0.0.1 --port "$port" \
-    --max-num-seqs 512 --max-model-len 1024 --disable-uvicorn-access-log $cpu >"$OUT/logs/server.log" 2>&1 &
+    --max-num-seqs 512 --max-model-len 1024 --disable-uvicorn-access-log $cpu >"$log" 2>&1 &
   server=$! URL=http://127.0.0.1:$port/v1
   for _ in $(seq 600); do
-    python -c "import httpx, sys; sys.exit(not httpx.get('http://127.0.0.1:$port/health').is_success)" 2>/dev/null && return
+    (exec 3<>"/dev/tcp/127.0.0.1/$port" && printf 'GET /health HTTP/1.0\r\n\r\n' >&3 && grep -q ' 200 ' <&3) 2>/dev/null && return
     kill -0 $server 2>/dev/null || break
     sleep 1
   done
-  echo "the server of $1 did not come up; see $OUT/logs/server.log" >&2; exit 2
+  echo "the server of $1 did not come up; see $log" >&2; exit 2
 }
-down() { kill "$server" && wait "$server" 2>/dev/null || true; server=""; }
+down() { kill "$server" && wait "$server" 2>/dev/null || true; }
 quiet() {  # quiet NAME COMMAND ...: its output goes to a log, its last line here
   local log="$OUT/logs/$1.log"; shift
-  "$@" >"$log" 2>&1 || { tail -3 "$log" >&2; exit 2; }
+  "$@" >"$log" 2>&1 & wait $! || { tail -3 "$log" >&2; exit 2; }
   say "$(grep -v '^$' "$log" | tail -1 | cut -c1-200)"
 }
+pool() {  # pool COMMAND ...: in the background as soon as fewer than JOBS run, a core each
+  while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || exit 2; done
+  (
+    trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+    [ "$JOBS" = 1 ] || export OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=2
+    "$@"
+  ) &
+}
+drain() { while [ -n "$(jobs -p)" ]; do wait -n || exit 2; done; }
 
 # --- pairs -----------------------------------------------------------------------------------------------------------
-if [ ! -f "$OUT/pairs/ready" ]; then
-  up $BASE
+[ -z "$FROM" ] || cp -n "$FROM"/all-*.jsonl "$FROM/samples.jsonl" "$OUT"
+if [ ! -f "$OUT/pairs/ready" ] && [ -z "$FROM" ]; then
+  up "$BASE"
   ask="--base-url $URL --max-tokens 400"
-  quiet 01 python 01_sample_errors.py --data data/tiny/train.jsonl --limit "$PROBLEMS" --n 4 --out "$OUT/samples.jsonl" $ask --model $BASE
+  quiet 01 python 01_sample_errors.py --data "$WORLD/train.jsonl" --limit "$PROBLEMS" --n 4 --out "$OUT/samples.jsonl" $ask --model "$BASE"
   quiet 02 python 02_locate_step.py --samples "$OUT/samples.jsonl" --max-per-problem 1 --out "$OUT/located.jsonl" \
-    --keep-rollouts "$OUT/rollouts.jsonl" $ask --model $BASE
+    --keep-rollouts "$OUT/rollouts.jsonl" $ask --model "$BASE"
   quiet 03-step-dpo python 03_rectify.py --located "$OUT/located.jsonl" --rollouts "$OUT/rollouts.jsonl" --n 8 \
-    --max-pairs-per-error 1 --out "$OUT/all-step-dpo.jsonl" $ask --model $BASE
+    --max-pairs-per-error 1 --out "$OUT/all-step-dpo.jsonl" $ask --model "$BASE"
   quiet 03-dpo python 03_rectify.py --method dpo --samples "$OUT/samples.jsonl" --out "$OUT/all-dpo.jsonl"
-  quiet 03-scdpo python 03_rectify.py --method scdpo --samples "$OUT/samples.jsonl" --out "$OUT/all-scdpo.jsonl" $ask --model $BASE
+  quiet 03-scdpo python 03_rectify.py --method scdpo --samples "$OUT/samples.jsonl" --heat $HEAT --out "$OUT/all-scdpo.jsonl" $ask \
+    --model "$BASE"
   down
-  # another model for the chosen steps: the base taught to solve the same problems in other words
-  quiet foreign-text python benchmarks/foreign_solutions.py data/tiny/train.jsonl "$OUT/foreign.jsonl"
-  [ -f "$OUT/foreign/model.safetensors" ] || quiet foreign python 04_train_stepdpo.py --objective sft --data "$OUT/foreign.jsonl" \
-    --model $BASE --out "$OUT/foreign" --lr 1e-3 --epochs 2 --batch-size 64 --keep 0 --log-steps 20
-  up "$OUT/foreign"
-  quiet 03-ood python 03_rectify.py --located "$OUT/located.jsonl" --rectifier "$OUT/foreign" --n 8 --max-pairs-per-error 1 \
-    --out "$OUT/all-step-dpo-ood.jsonl" --base-url "$URL" --max-tokens 400
-  down
-  quiet sizes python benchmarks/same_size.py "$OUT" --pairs "$PAIRS"
+  if [[ " $METHODS " == *" step-dpo-ood "* ]]; then  # another model: the base taught to solve the same problems in other words
+    quiet foreign-text python benchmarks/foreign_solutions.py "$WORLD/train.jsonl" "$OUT/foreign.jsonl"
+    [ -f "$OUT/foreign/model.safetensors" ] || quiet foreign python 04_train_stepdpo.py --objective sft --data "$OUT/foreign.jsonl" \
+      --model "$BASE" --out "$OUT/foreign" --lr 1e-3 --epochs 2 --batch-size 64 --keep 0 --log-steps 20
+    up "$OUT/foreign"
+    quiet 03-ood python 03_rectify.py --located "$OUT/located.jsonl" --rectifier "$OUT/foreign" --n 8 --max-pairs-per-error 1 \
+      --out "$OUT/all-step-dpo-ood.jsonl" --base-url "$URL" --max-tokens 400
+    down
+  fi
+fi
+if [ ! -f "$OUT/pairs/ready" ]; then
+  quiet sizes python benchmarks/same_size.py "$OUT" --pairs "$PAIRS" --model "$BASE"
   touch "$OUT/pairs/ready"
 fi
 
 # --- settings, by the same grid for every method, seed 0, greedy accuracy on validation.jsonl ------------------------------
 train() {  # train METHOD LR BETA SEED FOLDER
-  [ -f "$5/model.safetensors" ] || quiet "train-$1-$2-$3-$4" python 04_train_stepdpo.py --data "$OUT/pairs/$1.jsonl" --model $BASE \
+  [ -f "$5/model.safetensors" ] || quiet "train-$1-$2-$3-$4" python 04_train_stepdpo.py --data "$OUT/pairs/$1.jsonl" --model "$BASE" \
     --out "$5" --lr "$2" --beta "$3" --epochs 2 --batch-size 32 --validation "$OUT/pairs/$1.validation.jsonl" --eval-steps 6 \
-    --log-steps 3 --keep 0 --seed "$4"
+    --log-steps 3 --keep 0 --seed "$4" $TRAIN
 }
 evaluate() {  # evaluate LABEL MODEL DATA LIMIT FOLDER [OPTIONS]: with the server that is up
   local label=$1 model=$2 data=$3 limit=$4 folder=$5; shift 5
   quiet "eval-$(basename "$folder")-$label-$(basename "$model")" python 05_eval.py --data "$data" --limit "$limit" \
     --models "$label=$model" --base-url "$URL" --max-tokens 400 --out "$folder" "$@"
 }
-for method in $METHODS; do  # the equal-token runs take their method's setting
-  case $method in *-tokens) continue ;; esac
+try() {  # try METHOD LR BETA FOLDER
+  train "$1" "$2" "$3" 0 "$4"
+  up "$4"
+  evaluate "$1-$2:$3" "$4" "$WORLD/validation.jsonl" 500 "$OUT/grid/results/$(basename "$4")"
+  down
+  touch "$4.done"
+}
+for method in $METHODS; do
   for setting in $GRID; do
-    name=${method}_${setting/:/_} folder="$OUT/grid/${method}_${setting/:/_}"
-    if [ "$(wc -w <<<"$GRID")" -gt 1 ] && [ ! -f "$folder.done" ]; then
-      train "$method" "${setting%:*}" "${setting#*:}" 0 "$folder"
-      up "$folder"
-      evaluate "$method-$setting" "$folder" data/tiny/validation.jsonl 500 "$OUT/grid/results/$name"
-      down
-      touch "$folder.done"
-    fi
+    folder="$OUT/grid/${method}_${setting/:/_}"
+    [ "$(wc -w <<<"$GRID")" = 1 ] || [ -f "$folder.done" ] || pool try "$method" "${setting%:*}" "${setting#*:}" "$folder"
   done
 done
+drain
 python benchmarks/ablation_table.py "$OUT" --choose --methods $METHODS --grid $GRID
 
 # --- models, and both evaluations of each -------------------------------------------------------------------------------
 both() {  # both LABEL MODEL: greedy and at temperature 1, with one server
-  local done; done="$OUT/models/.$(basename "$2").done"
-  if [ ! -f "$done" ]; then
-    up "$2"
-    evaluate "$1" "$2" data/tiny/test.jsonl "$TEST" "$OUT/greedy"
-    evaluate "$1" "$2" data/tiny/test.jsonl "$TEST" "$OUT/temperature1" --temperature 1
-    down
-    touch "$done"
-  fi
+  up "$2"
+  evaluate "$1" "$2" "$WORLD/test.jsonl" "$TEST" "$OUT/greedy"
+  evaluate "$1" "$2" "$WORLD/test.jsonl" "$TEST" "$OUT/temperature1" --temperature 1
+  down
+  touch "$OUT/models/.$(basename "$2").done"
 }
-both base $BASE
+one() {  # one METHOD LR BETA SEED
+  local grid="$OUT/grid/$1_$2_$3" model="$OUT/models/$1-$4"
+  [ "$4" != 0 ] || [ ! -f "$grid.done" ] || [ -d "$model" ] || cp -r "$grid" "$model"  # seed 0 is the grid's
+  train "$1" "$2" "$3" "$4" "$model"
+  both "$1" "$model"
+}
+[ -f "$OUT/models/.model.done" ] || pool both base "$BASE"
 for seed in $SEEDS; do  # a seed of all methods before the next seed, so that a run cut short can be compared
   for method in $METHODS; do
     read -r lr beta <"$OUT/grid/$method.chosen"
-    train "$method" "$lr" "$beta" "$seed" "$OUT/models/$method-$seed"
-    both "$method" "$OUT/models/$method-$seed"
+    [ -f "$OUT/models/.$method-$seed.done" ] || pool one "$method" "$lr" "$beta" "$seed"
   done
 done
+drain
 
 # --- one table ------------------------------------------------------------------------------------------------------------
 for kind in greedy temperature1; do
@@ -120,7 +141,7 @@ for kind in greedy temperature1; do
 done
 first=${SEEDS%% *} tuned=""
 for method in $METHODS; do tuned="$tuned $OUT/models/$method-$first"; done
-quiet labels python benchmarks/true_errors.py "$OUT/greedy/test/data-tiny-model.jsonl" "$OUT/labelled.jsonl"
-quiet credit python 05_eval.py --credit "$OUT/labelled.jsonl" --models $BASE $tuned --beta 1 --credit-show 10 --out "$OUT/credit"
+quiet labels python benchmarks/true_errors.py "$OUT/greedy/test/${BASE//\//-}.jsonl" "$OUT/labelled.jsonl"
+quiet credit python 05_eval.py --credit "$OUT/labelled.jsonl" --models "$BASE" $tuned --beta 1 --credit-show 10 --out "$OUT/credit"
 python benchmarks/ablation_table.py "$OUT" --methods $METHODS --grid $GRID
 say "all done: $OUT/table.md, $OUT/ablation.png, $OUT/greedy/report.html, $OUT/credit/credit.html"
