@@ -55,8 +55,8 @@ def choose(args: Args):
     print((args.out / "grid.md").read_text())
 
 
-def draw(args: Args, metrics: dict[str, list[list[dict]]]):
-    """Validation accuracy and margin over the training, as in Fig. 2 of the Step-DPO paper, and both accuracies."""
+def draw(args: Args, metrics: dict[str, list[list[dict]]], results: dict[str, dict]):
+    """Test accuracy with interval; accuracy and margin on held-out pairs over the training, as in Fig. 2 of Step-DPO."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -64,21 +64,42 @@ def draw(args: Args, metrics: dict[str, list[list[dict]]]):
     import numpy as np
 
     plt.rcParams |= {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
-    for i, (method, seeds) in enumerate(metrics.items()):
+    figure, (test, left, right) = plt.subplots(1, 3, figsize=(12, 3.8), width_ratios=(1.2, 1, 1))
+    names = ["base", *args.methods]
+    for kind, label, marker, shift in (("greedy", "greedy", "o", -0.15), ("temperature1", "temperature 1", "s", 0.15)):
+        for y, method in enumerate(names):
+            found = results[kind]["groups"][method]
+            color = f"C{y - 1}" if y else "black"
+            test.plot([100 * x for x in found["interval"]], [y + shift] * 2, color=color, lw=2)
+            test.plot(100 * found["accuracy"], y + shift, marker, color=color, mfc="white" if shift > 0 else color, ms=6)
+        test.plot([], [], marker, color="gray", mfc="white" if shift > 0 else "gray", label=label, ls="")
+    test.set(yticks=range(len(names)), yticklabels=[NAMES[name].replace(", another", ",\nanother") for name in names])
+    test.set(xlabel="test problems right, %, with 95 % interval")
+    test.invert_yaxis()
+    test.legend(frameon=False, fontsize=9)
+    for i, seeds in enumerate(metrics.values()):
         for axes, key, scale in ((left, "val_accuracy", 100), (right, "val_margin", 1)):
-            curves = [[(row["step"], row[key] * scale) for row in rows if key in row and row["step"]] for rows in seeds]
+            shown = lambda row, key=key: key in row and (row["step"] or key == "val_margin")  # untrained, no pair is told apart
+            curves = [[(row["step"], row[key] * scale) for row in rows if shown(row)] for rows in seeds]
             values = np.array([[value for _, value in curve] for curve in curves])
             steps = np.array([step for step, _ in curves[0]]) / max(step for step, _ in curves[0])
-            axes.plot(steps, values.mean(0), "o-", ms=3, color=f"C{i}", label=NAMES[method])
+            axes.plot(steps, values.mean(0), "o-", ms=3, color=f"C{i}")
             axes.fill_between(steps, values.min(0), values.max(0), color=f"C{i}", alpha=0.15, lw=0)
     left.set(xlabel="share of the training", ylabel="held-out pairs told apart, %")
     right.set(xlabel="share of the training", ylabel="reward margin of held-out pairs")
-    for axes in (left, right):
+    for axes in (test, left, right):
         axes.grid(alpha=0.3)
-    figure.legend(*left.get_legend_handles_labels(), loc="upper center", ncol=3, frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, 0, 1, 0.87))
+    figure.tight_layout()
     figure.savefig(args.out / "ablation.png", dpi=150)
+
+
+def holm(p: dict[str, float]) -> dict[str, float]:
+    """Holm's adjusted p: below 0.05 is significant with all these comparisons made."""
+    adjusted, worst = {}, 0.0
+    for i, key in enumerate(sorted(p, key=p.get)):
+        worst = max(worst, min(1.0, p[key] * (len(p) - i)))
+        adjusted[key] = worst
+    return adjusted
 
 
 def main(args: Args):
@@ -87,42 +108,49 @@ def main(args: Args):
     results = {kind: json.loads((args.out / kind / "summary.json").read_text())["benchmarks"]["test"]
                for kind in ("greedy", "temperature1")}  # fmt: skip
     credit = json.loads((args.out / "credit" / "credit.json").read_text())
-    show = lambda f: f"{f['accuracy']:.1%} ({f['interval'][0]:.1%} to {f['interval'][1]:.1%})"
-    points = lambda f: "{:+.1f} ({:+.1f} to {:+.1f}), p {:.2g}".format(
-        100 * f["difference"], *(100 * x for x in f["difference_interval"]), f["p"]
-    )
-    lines = ["| method | pairs | tokens | lr, β | greedy | temperature 1 | sd over seeds | seconds | pairs told apart "
-             "| margin | log π chosen, rejected | log π_ref of chosen | lowest step is the error |",
-             "|---|" + "---:|" * 12]  # fmt: skip
-    metrics = {}
+    sizes = (args.out / "logs" / "sizes.log").read_text()
+    percent = lambda f: f"{f['accuracy']:.1%} ({f['interval'][0]:.1%} to {f['interval'][1]:.1%})"
+    metrics, training = {}, []
+    lines = ["| method | pairs | tokens | lr, β | greedy (95 % interval) | sd over seeds | temperature 1 | sd over seeds "
+             "| training, s |", "|---|" + "---:|" * 8]  # fmt: skip
     for method in ("base", *args.methods):
         greedy, warm = (results[kind]["groups"][method] for kind in ("greedy", "temperature1"))
-        cells = [NAMES[method], "", "", "", show(greedy), show(warm), "", "", "", "", "", "", ""]
-        if method != "base":
-            folders = [Path(folder) for folder in greedy["models"]]
-            metrics[method] = [rows_of(folder / "metrics.jsonl") for folder in folders]
-            last = [next(row for row in reversed(rows) if "val_accuracy" in row) for rows in metrics[method]]
-            first = metrics[method][0][0]
-            mean = lambda key, last=last: sum(row[key] for row in last) / len(last)
-            training = [json.loads((folder / "training.json").read_text()) for folder in folders]
-            seconds = sum(run["seconds"] for run in training) / len(training)
-            said = (args.out / "logs" / "sizes.log").read_text()
-            pairs, tokens = re.search(rf"(?:^|; |\n){re.escape(method)} (\d+) pairs, (\d+) tokens", said).groups()
-            lr, beta = (args.out / "grid" / f"{method}.chosen").read_text().split()
-            share = next((f["share"] for model, f in credit.items() if Path(model).name == folders[0].name), None)
-            cells[1:4], cells[6:8] = [pairs, tokens, f"{lr}, {beta}"], [f"{100 * greedy['spread']:.1f}", f"{seconds:.0f}"]
-            cells[8:11] = [f"{mean('val_accuracy'):.1%}", f"{mean('val_margin'):.2f}",
-                           f"{mean('val_chosen_logp'):.1f}, {mean('val_rejected_logp'):.1f}"]  # fmt: skip
-            cells[11:] = [f"{first['val_chosen_logp']:.1f}", f"{share:.1%}" if share is not None else ""]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| greedy, paired by problem | points (95 % interval), p | temperature 1 |", "|---|---:|---:|"]
+        if method == "base":
+            lines.append(f"| base | | | | {percent(greedy)} | | {percent(warm)} | | |")
+            continue
+        folders = [Path(folder) for folder in greedy["models"]]
+        seconds = [json.loads((folder / "training.json").read_text())["seconds"] for folder in folders]
+        pairs, tokens = re.search(rf"(?:^|; |\n){re.escape(method)} (\d+) pairs, (\d+) tokens", sizes).groups()
+        lr, beta = (args.out / "grid" / f"{method}.chosen").read_text().split()
+        lines.append(f"| {NAMES[method]} | {pairs} | {int(tokens):,} | {lr}, {beta} | {percent(greedy)} "
+                     f"| {100 * greedy['spread']:.1f} | {percent(warm)} | {100 * warm['spread']:.1f} "
+                     f"| {sum(seconds) / len(seconds):.0f} |")  # fmt: skip
+        metrics[method] = [rows_of(folder / "metrics.jsonl") for folder in folders]
+        first = [next(row for row in rows if "val_accuracy" in row) for rows in metrics[method]]
+        last = [next(row for row in reversed(rows) if "val_accuracy" in row) for rows in metrics[method]]
+        mean = lambda rows, key: sum(row[key] for row in rows) / len(rows)
+        training.append(
+            f"| {NAMES[method]} | {mean(last, 'val_accuracy'):.1%} | {mean(last, 'val_margin'):.2f} "
+            f"| {mean(first, 'val_chosen_logp'):.1f} to {mean(last, 'val_chosen_logp'):.1f} "
+            f"| {mean(first, 'val_rejected_logp'):.1f} to {mean(last, 'val_rejected_logp'):.1f} |"
+        )
+        found = next((f for model, f in credit.items() if Path(model).name == folders[0].name), None)
+        training[-1] += f" {percent(found | {'accuracy': found['share']})} | {found['auc']:.3f} |" if found else " | |"
+    lines += ["", "| method | held-out pairs told apart | margin | log π of chosen, before to after | log π of rejected "
+              "| lowest step is the error, first seed | AUC |", "|---|" + "---:|" * 6, *training]  # fmt: skip
+    lines += ["", "| test accuracy, paired by problem | greedy, points (95 % interval) | p, Holm | temperature 1 | p, Holm |",
+              "|---|" + "---:|" * 4]  # fmt: skip
+    adjusted = {kind: holm({key: f["p"] for key, f in found["pairwise"].items()}) for kind, found in results.items()}
     for key in results["greedy"]["pairwise"]:
-        a, b = key.split("\n")
-        lines.append(f"| {NAMES[a]} − {NAMES[b]} | {points(results['greedy']['pairwise'][key])} "
-                     f"| {points(results['temperature1']['pairwise'][key])} |")  # fmt: skip
+        cells = [" − ".join(NAMES[name] for name in key.split("\n"))]
+        for kind, found in results.items():
+            f = found["pairwise"][key]
+            low, high = f["difference_interval"]
+            cells += [f"{100 * f['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})", f"{adjusted[kind][key]:.2g}"]
+        lines.append(f"| {' | '.join(cells)} |")
     (args.out / "table.md").write_text("\n".join(lines) + "\n")
     print((args.out / "table.md").read_text())
-    draw(args, metrics)
+    draw(args, metrics, results)
 
 
 if __name__ == "__main__":

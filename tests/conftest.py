@@ -3,8 +3,11 @@
 import importlib
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,25 @@ def run(number: int, *arguments, check: bool = True, **more) -> subprocess.Compl
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **more)
     assert not check or done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stderr[-3000:]}"
     return done
+
+
+def run_killed(number: int, *arguments, journal: Path, kills: int, seed: int, torn: bytes = b""):
+    """Start a stage and kill -9 it soon after its journal has grown, `kills` times; `torn` ends the journal then, as a kill
+    within a write would, which a real one only rarely does."""
+    moments = random.Random(seed)
+    size = lambda: journal.stat().st_size if journal.exists() else 0
+    for _ in range(kills):
+        before = size()
+        process = subprocess.Popen([sys.executable, f"{STAGES[number]}.py", *map(str, arguments)], cwd=ROOT,
+                                   stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # fmt: skip
+        while process.poll() is None and size() <= before:
+            time.sleep(0.01)
+        time.sleep(moments.random() * 0.3)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if torn:
+            with open(journal, "ab") as file:
+                file.write(torn)
 
 
 def read(path) -> list[dict]:

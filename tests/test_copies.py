@@ -1,6 +1,6 @@
 """Blocks marked `# Copied from FILE` equal their original.
 
-    python tests/test_copies.py --write     # after a change of an original: bring all copies up to date
+python tests/test_copies.py --write     # after a change of an original: bring all copies up to date
 """
 
 import ast

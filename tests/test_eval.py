@@ -5,15 +5,12 @@ import itertools
 import json
 import math
 import random
-import signal
-import subprocess
-import sys
 import time
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from conftest import ROOT, STAGES, TINY, read, run, stage
+from conftest import ROOT, TINY, read, run, run_killed, stage
 
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -422,32 +419,12 @@ def test_credit_refuses_bad_rows(tmp_path):
 def test_samples_survive_kills_and_give_the_same_rows(server, tmp_path):
     """kill -9 at five moments, then the rows of an uninterrupted run, each once; k samples differ from each other."""
     options = [option.replace("--model", "--models") for option in server]
-    arguments = [
-        "--data",
-        TINY / "validation.jsonl",
-        "--limit",
-        30,
-        "--samples",
-        4,
-        "--temperature",
-        0.8,
-        "--max-tokens",
-        300,
-        *options,
-    ]
+    arguments = ["--data", TINY / "validation.jsonl", "--limit", 30, "--samples", 4, "--temperature", 0.8, "--max-tokens", 300]
+    arguments += options
     run(5, *arguments, "--out", tmp_path / "whole")
     [whole] = (tmp_path / "whole" / "validation").glob("*.jsonl")
-    path, moments = tmp_path / "cut" / "validation" / whole.name, random.Random(5)
-    for _ in range(5):
-        size = path.stat().st_size if path.exists() else 0
-        process = subprocess.Popen([sys.executable, f"{STAGES[5]}.py", *map(str, arguments), "--out", str(tmp_path / "cut"),
-                                    "--concurrency", "6"], cwd=ROOT,
-                                   stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # fmt: skip
-        while process.poll() is None and (path.stat().st_size if path.exists() else 0) <= size:
-            time.sleep(0.01)
-        time.sleep(moments.random() * 0.3)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    path = tmp_path / "cut" / "validation" / whole.name
+    run_killed(5, *arguments, "--out", tmp_path / "cut", "--concurrency", 6, journal=path, kills=5, seed=5)
     run(5, *arguments, "--out", tmp_path / "cut")
     key = lambda row: (row["id"], row["sample"])
     assert sorted(read(path), key=key) == sorted(read(whole), key=key) and len({key(row) for row in read(path)}) == 120

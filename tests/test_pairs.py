@@ -2,15 +2,10 @@
 
 import asyncio
 import json
-import random
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 
 import pytest
-from conftest import ROOT, STAGES, TINY, read, run, stage
+from conftest import ROOT, TINY, read, run, run_killed, stage
 from test_locate import judge  # noqa: F401  the scripted judge
 
 OPENING = "Let's think step by step.\nStep 1:"
@@ -101,24 +96,8 @@ def test_scdpo_pairs_survive_kills_and_follow_their_form(samples, server, tmp_pa
     """kill -9 at five moments: the pairs of an uninterrupted run. Each goes wrong behind k right steps, and ends parsable."""
     arguments = ["--method", "scdpo", "--samples", samples, *SHORT, *server]
     done = run(3, *arguments, "--out", tmp_path / "whole.jsonl")
-    journal, moments = tmp_path / "cut.tries.jsonl", random.Random(3)
-    for _ in range(5):
-        size = journal.stat().st_size if journal.exists() else 0
-        command = [
-            sys.executable,
-            f"{STAGES[3]}.py",
-            *map(str, arguments),
-            "--out",
-            str(tmp_path / "cut.jsonl"),
-            "--concurrency",
-            "4",
-        ]
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        while process.poll() is None and (journal.stat().st_size if journal.exists() else 0) <= size:
-            time.sleep(0.01)
-        time.sleep(moments.random() * 0.3)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    cut = [*arguments, "--out", tmp_path / "cut.jsonl"]
+    run_killed(3, *cut, "--concurrency", 4, journal=tmp_path / "cut.tries.jsonl", kills=5, seed=3)
     run(3, *arguments, "--out", tmp_path / "cut.jsonl")
     pairs = read(tmp_path / "whole.jsonl")
     assert read(tmp_path / "cut.jsonl") == pairs and len(pairs) > 5 and "yield" in done.stdout

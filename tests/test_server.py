@@ -2,8 +2,6 @@
 
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
 import time
@@ -11,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, STAGES, TINY, read, run, stage
+from conftest import ROOT, TINY, read, run, run_killed, stage
 
 pytestmark = pytest.mark.slow
 SHARED = ROOT.parent / "shared" / "data"
@@ -87,18 +85,7 @@ def test_kill_and_restart(files, server, tmp_path, number):
     arguments = [*stage_arguments(server, files, tmp_path)[number], "--concurrency", "6"]
     name = {1: "samples.jsonl", 2: "located.jsonl", 3: "pairs.jsonl"}[number]
     journal = tmp_path / ("pairs.tries.jsonl" if number == 3 else name)
-    moments = random.Random(number)
-    for _ in range(10):
-        size = journal.stat().st_size if journal.exists() else 0
-        process = subprocess.Popen([sys.executable, f"{STAGES[number]}.py", *map(str, arguments)], cwd=ROOT,
-                                   stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # fmt: skip
-        while process.poll() is None and (journal.stat().st_size if journal.exists() else 0) <= size:
-            time.sleep(0.01)
-        time.sleep(moments.random() * 0.3)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        with open(journal, "ab") as file:  # and a line that the kill tore, which a real one only rarely leaves
-            file.write(b'{"id": "torn", "sam')
+    run_killed(number, *arguments, journal=journal, kills=10, seed=number, torn=b'{"id": "torn", "sam')
     run(number, *arguments)
     key = ("id", "sample", "chosen") if number == 3 else ("id", "sample")
     assert keyed(tmp_path / name, *key) == keyed(files / name, *key)

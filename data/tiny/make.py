@@ -3,8 +3,8 @@
     python data/tiny/make.py                                   # all of it, as committed; see README for the minutes
     python data/tiny/make.py --only problems                   # the three problem files alone, seconds
     python data/tiny/make.py --out /tmp/big --hidden 512 --layers 8 --steps 6000   # a larger model, on a GPU
-    python data/tiny/make.py --out runs/long --work runs/long/work --operations 6 12 --start data/tiny/model --steps 250 --lr 5e-4
-                                                               # a harder world: longer problems, the bundled model goes on
+    python data/tiny/make.py --out runs/long --work runs/long/work --operations 6 12 --start data/tiny/model --steps 250 \\
+        --lr 5e-4                                              # a harder world: longer problems, the bundled model goes on
 
 Output in --out (default: this folder):
     train.jsonl, validation.jsonl, test.jsonl    {"id": "tiny-test-0", "problem": "Ava has ...", "answer": "59",
@@ -156,9 +156,11 @@ def together(r, c, hi, who, other):
 
 def sale(r, c, hi, who, other):
     p = r.randint(2, 9)
-    return f"Then {who} sells all of them for {p} dollars each.", f"How many dollars does {who} get?", [
-        ("{who} gets", "count", "*", p)
-    ]
+    return (
+        f"Then {who} sells all of them for {p} dollars each.",
+        f"How many dollars does {who} get?",
+        [("{who} gets", "count", "*", p)],
+    )
 
 
 def plain(r, c, hi, who, other):

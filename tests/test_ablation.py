@@ -1,0 +1,48 @@
+"""recipes/ablation_tiny.sh at a small size, from problems to table and picture; the cutting of the pairs."""
+
+import json
+import os
+import subprocess
+
+import pytest
+from conftest import ROOT, read
+
+
+@pytest.mark.slow
+def test_ablation(tmp_path):
+    sizes = {
+        "OUT": str(tmp_path),
+        "SEEDS": "0",
+        "METHODS": "step-dpo",
+        "PROBLEMS": "150",
+        "TEST": "80",
+        "PAIRS": "40",
+        "GRID": "1e-4:1",
+    }
+    done = subprocess.run(
+        ["bash", "recipes/ablation_tiny.sh"], cwd=ROOT, env=os.environ | sizes, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    names = ("dpo", "scdpo", "step-dpo", "dpo-tokens", "step-dpo.validation", "dpo.validation")
+    rows = {name: read(tmp_path / "pairs" / f"{name}.jsonl") for name in names}
+    assert len(rows["dpo"]) == len(rows["scdpo"]) == len(rows["step-dpo"]) > 20 > len(rows["dpo-tokens"]) > 0
+    assert {row["method"] for row in rows["scdpo"]} == {"dpo", "scdpo"}
+    for name in ("step-dpo", "dpo"):
+        assert not {row["id"] for row in rows[name]} & {row["id"] for row in rows[f"{name}.validation"]}
+    length = lambda name: sum(len(row["chosen"]) + len(row["rejected"]) for row in rows[name])
+    assert 0.5 < length("dpo-tokens") / length("step-dpo") < 1.3  # characters, for tokens
+    table = (tmp_path / "table.md").read_text()
+    found = json.loads((tmp_path / "greedy" / "summary.json").read_text())["benchmarks"]["test"]["groups"]
+    assert f"| base | | | | {found['base']['accuracy']:.1%} (" in table
+    [line] = [line for line in table.split("\n") if line.startswith("| Step-DPO | ") and "1e-4, 1" in line]
+    assert f" {found['step-dpo']['accuracy']:.1%} (" in line and f"| {len(rows['step-dpo'])} |" in line
+    assert (tmp_path / "ablation.png").stat().st_size > 10_000
+    again = subprocess.run(
+        ["bash", "recipes/ablation_tiny.sh"], cwd=ROOT, env=os.environ | sizes, capture_output=True, text=True
+    )
+    assert again.returncode == 0 and "train" not in again.stdout and (tmp_path / "table.md").read_text() == table
+
+
+def test_ablation_wrong_argument():
+    done = subprocess.run(["bash", "recipes/ablation_tiny.sh", "--fast"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "--quick" in done.stderr
