@@ -644,7 +644,7 @@ def save_checkpoint(accelerator: Accelerator, args: Args, step: int, settings: d
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
         older = sorted(args.out.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-        for old in older[: -args.keep or None]:
+        for old in older[: -max(1, args.keep)]:  # the newest stays, whatever --keep says: a stop may come
             shutil.rmtree(old)
         for torn in args.out.glob("writing-checkpoint-*"):  # of an earlier run that was killed
             shutil.rmtree(torn)

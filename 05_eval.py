@@ -929,30 +929,40 @@ def permutation(differences: np.ndarray, seed: int, draws: int = 10_000) -> floa
     return (1 + larger) / (1 + draws)
 
 
-def bootstrap(rates: np.ndarray, base: np.ndarray | None, seed: int, draws: int = 10_000) -> tuple[float, float]:
-    """95 % percentile interval of the mean of `rates` (seeds, problems), less that of `base` on the same problems.
+def redrawn(rates: np.ndarray, base: np.ndarray | None, seed: int, draws: int = 10_000) -> np.ndarray:
+    """Bootstrap: the mean of `rates` (seeds, problems), less that of `base` on the same problems, in each of `draws` draws.
 
     Problems are drawn again, the same for both; where there are several seeds, they too, for each side on its own."""
     rng, base = np.random.default_rng(seed), np.zeros_like(rates[:1]) if base is None else base
     if len(rates) == len(base) == 1:  # few distinct differences: how often each is drawn says all
         values, counts = np.unique(rates[0] - base[0], return_counts=True)
-        means = rng.multinomial(rates.shape[1], counts / counts.sum(), size=draws) @ values / rates.shape[1]
-    else:
-        pick = lambda side: side[rng.integers(len(side), size=len(side))].mean(0)
-        means = [(pick(rates) - pick(base))[rng.integers(rates.shape[1], size=rates.shape[1])].mean()
-                 for _ in range(min(draws, 2000))]  # fmt: skip
+        return rng.multinomial(rates.shape[1], counts / counts.sum(), size=draws) @ values / rates.shape[1]
+    pick = lambda side: side[rng.integers(len(side), size=len(side))].mean(0)
+    return np.array([(pick(rates) - pick(base))[rng.integers(rates.shape[1], size=rates.shape[1])].mean()
+                     for _ in range(min(draws, 4000))])  # fmt: skip
+
+
+def middle(means: np.ndarray) -> tuple[float, float]:
+    """95 % percentile interval."""
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 
 def paired(rates: np.ndarray, base: np.ndarray, seed: int) -> dict:
     """Difference of two models' rates, each (seeds, problems), paired by problem: its interval, p, and the smallest
-    difference that such a comparison would find four times out of five (power 80 %, two-sided 5 %)."""
-    differences = rates.mean(0) - base.mean(0)
-    single = len(rates) == len(base) == 1 and set(np.unique(differences)) <= {-1.0, 0.0, 1.0}
-    p = mcnemar(int((differences > 0).sum()), int((differences < 0).sum())) if single else permutation(differences, seed)
-    return {"difference": float(differences.mean()), "difference_interval": bootstrap(rates, base, seed), "p": p,
-            "test": "McNemar, exact" if single else "permutation",
+    difference that such a comparison would find four times out of five (power 80 %, two-sided 5 %).
+
+    With several seeds p is the bootstrap's, twice the share of draws beyond 0: a permutation of problems would hold for these
+    seeds only, and call a seed's luck a method's gain."""
+    differences, means = rates.mean(0) - base.mean(0), redrawn(rates, base, seed)
+    if len(rates) > 1 or len(base) > 1:
+        test, beyond = "bootstrap", min((means <= 0).sum(), (means >= 0).sum())
+        p = min(1.0, 2 * (1 + int(beyond)) / (1 + len(means)))
+    elif set(np.unique(differences)) <= {-1.0, 0.0, 1.0}:
+        test, p = "McNemar, exact", mcnemar(int((differences > 0).sum()), int((differences < 0).sum()))
+    else:
+        test, p = "permutation", permutation(differences, seed)
+    return {"difference": float(differences.mean()), "difference_interval": middle(means), "p": p, "test": test,
             "detectable": 2.8016 * float(differences.std()) / math.sqrt(len(differences))}  # fmt: skip
 
 
@@ -994,7 +1004,7 @@ def curves(table: list[list[dict]], field: str, seed: int) -> dict:
 
 def interval(rates: np.ndarray, k: int, seed: int) -> tuple[float, float]:
     """Of the mean of rates (seeds, problems): Wilson's where they are single verdicts, else the bootstrap's."""
-    return wilson(round(rates.sum()), rates.size) if k == len(rates) == 1 else bootstrap(rates, None, seed)
+    return wilson(round(rates.sum()), rates.size) if k == len(rates) == 1 else middle(redrawn(rates, None, seed))
 
 
 def score(table: list[list[dict]], field: str, seed: int) -> dict:
@@ -1101,7 +1111,7 @@ def tables(summary: dict) -> list[tuple[str, list[str], list[list[str]], str]]:
     if rows:
         head = ["benchmark", "model", "seeds", "mean accuracy (95 % interval)", "standard deviation over seeds, points",
                 "against the base, points", "p"]  # fmt: skip
-        note = "Intervals draw seeds and problems again; p is of a permutation over problems."
+        note = "Intervals and p draw seeds and problems again."
         found.append(("Several seeds", head, rows, note))
     rows = [[name, f"{a} − {b}", *difference_cells(f)] for name, benchmark in summary["benchmarks"].items()
             for (a, b), f in ((key.split("\n"), f) for key, f in benchmark["pairwise"].items())]  # fmt: skip
@@ -1231,7 +1241,7 @@ def write_report(summary: dict, responses: dict, out: Path, seed: int) -> str:
     tie = " maj@k takes the commonest answer, of equally common ones that which came first." if several else ""
     about = (f"Protocol {summary['protocol']}: {summary['about']}. The column accuracy is by {equality}; intervals are "
              "Wilson's for one response a problem, else bootstrap over problems; differences are paired by problem, p is "
-             f"McNemar's exact one or of a permutation.{tie}")  # fmt: skip
+             f"McNemar's exact one, of a permutation, or with several seeds of the bootstrap.{tie}")  # fmt: skip
     for title, head, rows, note in tables(summary):
         right = ["---", "---", *["---:"] * (len(head) - 2)]
         listed = rows[:20] if title == "Contamination" else rows

@@ -8,6 +8,7 @@ Accuracies: mean over seeds; 95 % intervals draw seeds and problems again; diffe
 
 import json
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -45,7 +46,12 @@ def choose(args: Args):
             if path.exists():
                 [model] = json.loads(path.read_text())["benchmarks"]["validation"]["models"].values()
                 found[setting] = model["accuracy"]
+        if len(args.grid) > 1 and len(found) < len(args.grid):
+            sys.exit(f"{args.out / 'grid'}: no result of {method} with {', '.join(sorted(set(args.grid) - set(found)))}")
         best = max(found, key=found.get, default=args.grid[0])
+        rates = [float(setting.split(":")[0]) for setting in args.grid]
+        if len(rates) > 1 and float(best.split(":")[0]) in (min(rates), max(rates)):
+            print(f"{NAMES[method]} is best at {best}, at the end of the grid: its optimum may lie beyond", file=sys.stderr)
         (args.out / "grid" / f"{method}.chosen").write_text(best.replace(":", " ") + "\n")
         cells = [
             f"{'**' if s == best else ''}{found[s]:.1%}{'**' if s == best else ''}" if s in found else "" for s in args.grid
@@ -110,6 +116,7 @@ def main(args: Args):
     credit = json.loads((args.out / "credit" / "credit.json").read_text())
     sizes = (args.out / "logs" / "sizes.log").read_text()
     percent = lambda f: f"{f['accuracy']:.1%} ({f['interval'][0]:.1%} to {f['interval'][1]:.1%})"
+    spread = lambda f: f"{100 * f['spread']:.1f}" if f["seeds"] > 1 else ""
     metrics, training = {}, []
     lines = ["| method | pairs | tokens | lr, β | greedy (95 % interval) | sd over seeds | temperature 1 | sd over seeds "
              "| training, s |", "|---|" + "---:|" * 8]  # fmt: skip
@@ -123,7 +130,7 @@ def main(args: Args):
         pairs, tokens = re.search(rf"(?:^|; |\n){re.escape(method)} (\d+) pairs, (\d+) tokens", sizes).groups()
         lr, beta = (args.out / "grid" / f"{method}.chosen").read_text().split()
         lines.append(f"| {NAMES[method]} | {pairs} | {int(tokens):,} | {lr}, {beta} | {percent(greedy)} "
-                     f"| {100 * greedy['spread']:.1f} | {percent(warm)} | {100 * warm['spread']:.1f} "
+                     f"| {spread(greedy)} | {percent(warm)} | {spread(warm)} "
                      f"| {sum(seconds) / len(seconds):.0f} |")  # fmt: skip
         metrics[method] = [rows_of(folder / "metrics.jsonl") for folder in folders]
         first = [next(row for row in rows if "val_accuracy" in row) for rows in metrics[method]]

@@ -14,7 +14,7 @@ elif [ $# -gt 0 ]; then
   sed -n '2,8p' "$0" >&2; exit 2
 fi
 OUT=${OUT:-runs/ablation} SEEDS=${SEEDS:-0 1 2 3 4} PROBLEMS=${PROBLEMS:-2000} TEST=${TEST:-1000} PAIRS=${PAIRS:-400}
-GRID=${GRID:-1e-5:1 3e-5:1 1e-4:1 3e-5:0.4}  # learning rate : beta
+GRID=${GRID:-1e-5:1 3e-5:1 1e-4:1 3e-4:1 3e-5:0.4}  # learning rate : beta
 METHODS=${METHODS:-dpo scdpo step-dpo step-dpo-ood dpo-tokens scdpo-tokens}
 WORLD=${WORLD:-data/tiny} TRAIN=${TRAIN:-} HEAT=${HEAT:-1.1 0.05 1.4} FROM=${FROM:-}
 JOBS=${JOBS:-2}  # trainings and evaluations side by side, a core each: such a small model does not fill two
@@ -22,6 +22,15 @@ BASE=$WORLD/model
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-4}
 export PATH="$PWD/.venv/bin:$PATH" OPENAI_API_KEY=$(head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \n')
 mkdir -p "$OUT"/{pairs,models,grid,logs}
+exec 9>"$OUT/.lock"  # what a killed run left at work holds it too
+if command -v flock >/dev/null && ! flock -n 9; then
+  echo "another run, or what a killed one left behind, is still at work in $OUT; try again in two minutes" >&2; exit 2
+fi
+settings="$WORLD, $PROBLEMS problems, $PAIRS pairs, $TEST test problems, heat $HEAT, training ${TRAIN:-as it is}, from ${FROM:-the start}"
+[ -f "$OUT/settings" ] || echo "$settings" >"$OUT/settings"
+if [ "$(cat "$OUT/settings")" != "$settings" ]; then
+  echo "$OUT was made with: $(cat "$OUT/settings"); now it would be: $settings. Give another OUT" >&2; exit 2
+fi
 began=$SECONDS
 say() { printf '%5d s  %s\n' $((SECONDS - began)) "$*"; }
 
@@ -54,11 +63,15 @@ pool() {  # pool COMMAND ...: in the background as soon as fewer than JOBS run, 
     "$@"
   ) &
 }
-drain() { while [ -n "$(jobs -p)" ]; do wait -n || exit 2; done; }
+drain() {  # drain FILE ...: wait for all jobs; these files tell that they are done
+  while [ -n "$(jobs -p)" ]; do wait -n || exit 2; done
+  local file; for file; do [ -f "$file" ] || { echo "$file is missing: its job was killed; run the same command to go on" >&2; exit 2; }; done
+}
 
 # --- pairs -----------------------------------------------------------------------------------------------------------
-[ -z "$FROM" ] || cp -n "$FROM"/all-*.jsonl "$FROM/samples.jsonl" "$OUT"
-if [ ! -f "$OUT/pairs/ready" ] && [ -z "$FROM" ]; then
+if [ ! -f "$OUT/pairs/ready" ] && [ -n "$FROM" ]; then
+  cp "$FROM"/all-*.jsonl "$OUT"
+elif [ ! -f "$OUT/pairs/ready" ]; then
   up "$BASE"
   ask="--base-url $URL --max-tokens 400"
   quiet 01 python 01_sample_errors.py --data "$WORLD/train.jsonl" --limit "$PROBLEMS" --n 4 --out "$OUT/samples.jsonl" $ask --model "$BASE"
@@ -70,10 +83,11 @@ if [ ! -f "$OUT/pairs/ready" ] && [ -z "$FROM" ]; then
   quiet 03-scdpo python 03_rectify.py --method scdpo --samples "$OUT/samples.jsonl" --heat $HEAT --out "$OUT/all-scdpo.jsonl" $ask \
     --model "$BASE"
   down
-  if [[ " $METHODS " == *" step-dpo-ood "* ]]; then  # another model: the base taught to solve the same problems in other words
+  if [[ " $METHODS " == *ood* ]]; then  # another model: the base taught to solve the same problems in other words
     quiet foreign-text python benchmarks/foreign_solutions.py "$WORLD/train.jsonl" "$OUT/foreign.jsonl"
-    [ -f "$OUT/foreign/model.safetensors" ] || quiet foreign python 04_train_stepdpo.py --objective sft --data "$OUT/foreign.jsonl" \
+    [ -f "$OUT/foreign/.trained" ] || quiet foreign python 04_train_stepdpo.py --objective sft --data "$OUT/foreign.jsonl" \
       --model "$BASE" --out "$OUT/foreign" --lr 1e-3 --epochs 2 --batch-size 64 --keep 0 --log-steps 20
+    touch "$OUT/foreign/.trained"
     up "$OUT/foreign"
     quiet 03-ood python 03_rectify.py --located "$OUT/located.jsonl" --rectifier "$OUT/foreign" --n 8 --max-pairs-per-error 1 \
       --out "$OUT/all-step-dpo-ood.jsonl" --base-url "$URL" --max-tokens 400
@@ -87,9 +101,10 @@ fi
 
 # --- settings, by the same grid for every method, seed 0, greedy accuracy on validation.jsonl ------------------------------
 train() {  # train METHOD LR BETA SEED FOLDER
-  [ -f "$5/model.safetensors" ] || quiet "train-$1-$2-$3-$4" python 04_train_stepdpo.py --data "$OUT/pairs/$1.jsonl" --model "$BASE" \
+  [ -f "$5/.trained" ] || quiet "train-$1-$2-$3-$4" python 04_train_stepdpo.py --data "$OUT/pairs/$1.jsonl" --model "$BASE" \
     --out "$5" --lr "$2" --beta "$3" --epochs 2 --batch-size 32 --validation "$OUT/pairs/$1.validation.jsonl" --eval-steps 6 \
     --log-steps 3 --keep 0 --seed "$4" $TRAIN
+  touch "$5/.trained"
 }
 evaluate() {  # evaluate LABEL MODEL DATA LIMIT FOLDER [OPTIONS]: with the server that is up
   local label=$1 model=$2 data=$3 limit=$4 folder=$5; shift 5
@@ -103,45 +118,54 @@ try() {  # try METHOD LR BETA FOLDER
   down
   touch "$4.done"
 }
+made=()
 for method in $METHODS; do
   for setting in $GRID; do
     folder="$OUT/grid/${method}_${setting/:/_}"
-    [ "$(wc -w <<<"$GRID")" = 1 ] || [ -f "$folder.done" ] || pool try "$method" "${setting%:*}" "${setting#*:}" "$folder"
+    [ "$(wc -w <<<"$GRID")" -gt 1 ] || break  # nothing to choose
+    [ -f "$folder.done" ] || pool try "$method" "${setting%:*}" "${setting#*:}" "$folder"
+    made+=("$folder.done")
   done
 done
-drain
+drain "${made[@]}"
 python benchmarks/ablation_table.py "$OUT" --choose --methods $METHODS --grid $GRID
 
 # --- models, and both evaluations of each -------------------------------------------------------------------------------
-both() {  # both LABEL MODEL: greedy and at temperature 1, with one server
+both() {  # both LABEL MODEL DONE: greedy and at temperature 1, with one server
   up "$2"
   evaluate "$1" "$2" "$WORLD/test.jsonl" "$TEST" "$OUT/greedy"
   evaluate "$1" "$2" "$WORLD/test.jsonl" "$TEST" "$OUT/temperature1" --temperature 1
   down
-  touch "$OUT/models/.$(basename "$2").done"
+  touch "$3"
 }
-one() {  # one METHOD LR BETA SEED
-  local grid="$OUT/grid/$1_$2_$3" model="$OUT/models/$1-$4"
-  [ "$4" != 0 ] || [ ! -f "$grid.done" ] || [ -d "$model" ] || cp -r "$grid" "$model"  # seed 0 is the grid's
-  train "$1" "$2" "$3" "$4" "$model"
-  both "$1" "$model"
+one() {  # one METHOD LR BETA SEED MODEL
+  local grid="$OUT/grid/$1_$2_$3"
+  if [ "$4" = 0 ] && [ -f "$grid.done" ] && [ ! -d "$5" ]; then  # seed 0 is the grid's
+    rm -rf "$5.part" && cp -r "$grid" "$5.part" && mv "$5.part" "$5"
+  fi
+  train "$1" "$2" "$3" "$4" "$5"
+  both "$1" "$5" "$5.done"
 }
-[ -f "$OUT/models/.model.done" ] || pool both base "$BASE"
+made=("$OUT/models/base.done")
+[ -f "${made[0]}" ] || pool both base "$BASE" "${made[0]}"
+declare -A group=([base]=$BASE)
 for seed in $SEEDS; do  # a seed of all methods before the next seed, so that a run cut short can be compared
   for method in $METHODS; do
     read -r lr beta <"$OUT/grid/$method.chosen"
-    [ -f "$OUT/models/.$method-$seed.done" ] || pool one "$method" "$lr" "$beta" "$seed"
+    model="$OUT/models/${method}_${lr}_$beta-$seed"
+    [ -f "$model.done" ] || pool one "$method" "$lr" "$beta" "$seed" "$model"
+    made+=("$model.done") group[$method]=${group[$method]:+${group[$method]},}$model
   done
 done
-drain
+drain "${made[@]}"
 
 # --- one table ------------------------------------------------------------------------------------------------------------
-for kind in greedy temperature1; do
-  quiet "report-$kind" python 05_eval.py --regrade "$OUT/$kind" --models base $METHODS
-done
-first=${SEEDS%% *} tuned=""
-for method in $METHODS; do tuned="$tuned $OUT/models/$method-$first"; done
-quiet labels python benchmarks/true_errors.py "$OUT/greedy/test/${BASE//\//-}.jsonl" "$OUT/labelled.jsonl"
-quiet credit python 05_eval.py --credit "$OUT/labelled.jsonl" --models "$BASE" $tuned --beta 1 --credit-show 10 --out "$OUT/credit"
+named=() first=()
+for method in base $METHODS; do named+=("$method=${group[$method]}") first+=("${group[$method]%%,*}"); done
+ask="--data $WORLD/test.jsonl --limit $TEST --max-tokens 400 --base-url http://127.0.0.1:9/v1"  # all responses are there
+quiet report-greedy python 05_eval.py --models "${named[@]}" $ask --out "$OUT/greedy"
+quiet report-temperature1 python 05_eval.py --models "${named[@]}" $ask --out "$OUT/temperature1" --temperature 1
+quiet labels python benchmarks/true_errors.py "$OUT"/greedy/test/*-model.jsonl "$OUT/labelled.jsonl"  # the base's
+quiet credit python 05_eval.py --credit "$OUT/labelled.jsonl" --models "${first[@]}" --beta 1 --credit-show 10 --out "$OUT/credit"
 python benchmarks/ablation_table.py "$OUT" --methods $METHODS --grid $GRID
 say "all done: $OUT/table.md, $OUT/ablation.png, $OUT/greedy/report.html, $OUT/credit/credit.html"

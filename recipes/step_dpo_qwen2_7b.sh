@@ -4,7 +4,7 @@
 # Hardware   8 GPUs with 80 GB (training: 16 bytes a parameter, sharded by FSDP2). Not run here.
 # Hours      about 3 by counting tokens, none measured: sampling 9 M tokens, locating 60 M, rectifying 40 M at 20,000 a second
 #            on 8 GPUs, 1.8 h; training 34 M tokens at 40 % of the peak, 0.5 h; evaluation 2 models x 6,319 problems, 0.5 h
-# Disk       60 GB: two checkpoints with optimizer state would be 2 x 92 GB, so --keep 1 and --save-steps 300: 110 GB at most
+# Disk       110 GB: a checkpoint with optimizer state is 92 GB, so --keep 1 and --save-steps 300
 # Published  Qwen2-7B-Instruct, the authors' prompt: MATH 53.0, GSM8K 85.5; after Step-DPO 58.6 and 87.9
 # Paper and code disagree
 #   beta            0.4 for 7B in the paper, 0.5 in its script (swapped for 72B); here 0.4. BETA=0.5 takes the script's

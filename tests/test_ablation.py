@@ -37,10 +37,15 @@ def test_ablation(tmp_path):
     [line] = [line for line in table.split("\n") if line.startswith("| Step-DPO | ") and "1e-4, 1" in line]
     assert f" {found['step-dpo']['accuracy']:.1%} (" in line and f"| {len(rows['step-dpo'])} |" in line
     assert (tmp_path / "ablation.png").stat().st_size > 10_000
+    made = (tmp_path / "models" / "step-dpo_1e-4_1-0" / "model.safetensors").stat().st_mtime_ns
     again = subprocess.run(
         ["bash", "recipes/ablation_tiny.sh"], cwd=ROOT, env=os.environ | sizes, capture_output=True, text=True
     )
-    assert again.returncode == 0 and "train" not in again.stdout and (tmp_path / "table.md").read_text() == table
+    assert again.returncode == 0 and (tmp_path / "table.md").read_text() == table, again.stderr[-2000:]
+    assert (tmp_path / "models" / "step-dpo_1e-4_1-0" / "model.safetensors").stat().st_mtime_ns == made, "not trained again"
+    other = subprocess.run(["bash", "recipes/ablation_tiny.sh"], cwd=ROOT, env=os.environ | sizes | {"PAIRS": "30"},
+                           capture_output=True, text=True)  # fmt: skip
+    assert other.returncode == 2 and "40 pairs" in other.stderr and "30 pairs" in other.stderr
 
 
 def test_ablation_wrong_argument():

@@ -32,10 +32,21 @@ def test_bootstrap_of_several_seeds_is_wider_where_seeds_differ():
     base = (rng.random((1, 400)) < 0.5).astype(float)
     alike, apart = (np.stack([rng.random(400) < share for share in shares]).astype(float)
                     for shares in ((0.6, 0.6, 0.6), (0.4, 0.6, 0.8)))  # fmt: skip
-    widths = [np.diff(stage(5).bootstrap(rates, base, 0))[0] for rates in (alike, apart)]
+    widths = [np.diff(stage(5).paired(rates, base, 0)["difference_interval"])[0] for rates in (alike, apart)]
     assert widths[1] > 1.4 * widths[0]
-    low, high = stage(5).bootstrap(alike, base, 0)
+    low, high = stage(5).paired(alike, base, 0)["difference_interval"]
     assert low < alike.mean() - base.mean() < high
+
+
+def test_luck_of_seeds_is_no_gain():
+    """Two equal methods whose seeds differ by 5 points (sd): p below 0.05 is rare, by a permutation of problems it is not."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(40):
+        ease, luck = rng.random(400), rng.normal(0, 0.05, (2, 5, 1))
+        a, b = (rng.random((2, 5, 400)) < ease + luck).astype(float)
+        found.append((stage(5).paired(a, b, 0)["p"], stage(5).permutation(a.mean(0) - b.mean(0), 0)))
+    share = (np.array(found) < 0.05).mean(0)
+    assert share[0] <= 0.15 and share[1] >= 0.25, share
 
 
 def test_detectable_difference_is_found_four_times_of_five():
@@ -258,7 +269,7 @@ def test_seeds_and_samples_in_the_report(tmp_path):
     group, models = found["groups"]["tuned"], found["models"]
     accuracies = [models[f"tuned-{i}"]["accuracy"] for i in range(3)]
     assert group["seeds"] == 3 and group["accuracy"] == pytest.approx(np.mean(accuracies))
-    assert group["spread"] == pytest.approx(np.std(accuracies, ddof=1)) and group["test"] == "permutation"
+    assert group["spread"] == pytest.approx(np.std(accuracies, ddof=1)) and group["test"] == "bootstrap"
     assert group["difference"] == pytest.approx(np.mean(accuracies) - models["base"]["accuracy"])
     curves = models["base"]["curves"]
     assert curves["k"] == [1, 2, 4] and curves["pass"][0] == pytest.approx(models["base"]["accuracy"])
