@@ -158,6 +158,8 @@ class Args:
     """pairs of one wrong sample at most; 0: all"""
     pairs_per_problem: int = 1
     """pairs of one problem at most with --method dpo; 0: every right with every wrong solution"""
+    solutions_per_problem: int = 0
+    """--method scdpo: right solutions of one problem to go astray from at most; 0: all that differ"""
     every_step: bool = False
     """--method scdpo: go astray from every step of a right solution, not from one drawn at random"""
     tries: int = 8
@@ -978,7 +980,8 @@ def lead_astray(args: Args, server, grader: Grader, spent: Counter):
 
     async def make(rows: list[dict]) -> tuple[list[dict], Counter]:
         count, todo = Counter(), []
-        for row in distinct([row for row in rows if row["correct"] and row["finish_reason"] == "stop"], count):
+        right = distinct([row for row in rows if row["correct"] and row["finish_reason"] == "stop"], count)
+        for row in right[: args.solutions_per_problem or None]:
             n = len(row["steps"])
             drawn = [1 + seed_of(args.seed, "scdpo", row["id"], row["sample"]) % (n - 1)] if n > 1 else []
             todo += [(row, k) for k in (range(1, n) if args.every_step else drawn)]
@@ -1078,23 +1081,26 @@ def load_input(args: Args) -> dict[str, list[dict]]:
 
 
 UNUSED = {
-    "step-dpo": ("samples", "pairs_per_problem", "every_step", "tries", "heat"),
+    "step-dpo": ("samples", "pairs_per_problem", "solutions_per_problem", "every_step", "tries", "heat"),
     "scdpo": ("located", "rectifier", "rollouts", "n", "max_pairs", "max_pairs_per_error", "pairs_per_problem", "temperature"),
-    "dpo": ("located", "rectifier", "rollouts", "n", "max_pairs", "max_pairs_per_error", "every_step", "tries", "heat",
-            "temperature"),
+    "dpo": ("located", "rectifier", "rollouts", "n", "max_pairs", "max_pairs_per_error", "solutions_per_problem",
+            "every_step", "tries", "heat", "temperature"),
 }  # fmt: skip
 SETTINGS = {
     "step-dpo": ("chat_template", "n", "max_pairs", "max_pairs_per_error", "temperature", "top_p", "max_tokens", "seed"),
-    "scdpo": ("chat_template", "every_step", "tries", "heat", "top_p", "max_tokens", "seed"),
+    "scdpo": ("chat_template", "solutions_per_problem", "every_step", "tries", "heat", "top_p", "max_tokens", "seed"),
     "dpo": ("pairs_per_problem", "seed"),
 }
 
 
 def main(args: Args):
     least = (args.n, args.concurrency, args.max_tokens, args.tries, 1 if args.limit is None else args.limit)
-    if min(least) < 1 or min(args.max_pairs, args.max_pairs_per_error, args.pairs_per_problem, args.retries) < 0:
-        stop("--n, --concurrency, --max-tokens, --tries and --limit are at least 1, --max-pairs, --pairs-per-problem and "
-             "--retries at least 0")  # fmt: skip
+    if (
+        min(least) < 1
+        or min(args.max_pairs, args.max_pairs_per_error, args.pairs_per_problem, args.solutions_per_problem, args.retries) < 0
+    ):
+        stop("--n, --concurrency, --max-tokens, --tries and --limit are at least 1, --max-pairs, --pairs-per-problem, "
+             "--solutions-per-problem and --retries at least 0")  # fmt: skip
     refuse(args, UNUSED[args.method], f"with --method {args.method}")
     if args.rectifier and args.rollouts:
         stop("--rectifier goes without --rollouts, which are the policy's")

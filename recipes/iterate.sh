@@ -3,12 +3,14 @@
 # The papers make one round. Defaults are for the bundled world, about 7 minutes a round on two cores.
 #   bash recipes/iterate.sh                                   # three rounds, other problems in each
 #   MODEL=Qwen/Qwen2-7B-Instruct DATA="gsm8k math" LR=5e-7 BETA=0.4 EPOCHS=8 BATCH=128 TOKENS=2048 TEST="gsm8k math" \
-#       SERVE="--server-args=--max-model-len 4096" bash recipes/iterate.sh
+#       LAUNCH="--config_file configs/fsdp2.yaml --num_processes 8" SERVE="--server-args=--max-model-len 4096" bash recipes/iterate.sh
+# LAUNCH goes to accelerate, TRAIN to 04. The same command goes on after a stop.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 ROUNDS=${ROUNDS:-3} OUT=${OUT:-runs/iterate} MODEL=${MODEL:-data/tiny/model} DATA=${DATA:-data/tiny/train.jsonl} PROBLEMS=${PROBLEMS:-1200}
 LR=${LR:-3e-5} BETA=${BETA:-1} EPOCHS=${EPOCHS:-2} BATCH=${BATCH:-32} TOKENS=${TOKENS:-400} TEST=${TEST:-data/tiny/test.jsonl}
+LAUNCH=${LAUNCH:-} TRAIN=${TRAIN:-}
 SERVE=${SERVE:---server-args=--max-num-seqs 512 --max-model-len 1024}
 [ "$MODEL" != data/tiny/model ] || export HF_HUB_OFFLINE=1
 policy=$MODEL models=("base=$MODEL")
@@ -24,8 +26,11 @@ for round in $(seq "$ROUNDS"); do
     --keep-rollouts "$here/rollouts.jsonl" "$SERVE"
   python 03_rectify.py --located "$here/located.jsonl" --rollouts "$here/rollouts.jsonl" --n 8 --model "$policy" \
     --max-tokens "$TOKENS" --out "$here/pairs.jsonl" "$SERVE"
-  accelerate launch 04_train_stepdpo.py --data "$here/pairs.jsonl" --model "$policy" --lr "$LR" --beta "$BETA" --epochs "$EPOCHS" \
-    --batch-size "$BATCH" --keep 0 --out "$here/model"
+  if [ ! -f "$here/trained" ]; then  # not again after a stop: other last bits would make it another policy to the next round
+    accelerate launch $LAUNCH 04_train_stepdpo.py --data "$here/pairs.jsonl" --model "$policy" --lr "$LR" --beta "$BETA" \
+      --epochs "$EPOCHS" --batch-size "$BATCH" --keep 0 --out "$here/model" $TRAIN
+    touch "$here/trained"
+  fi
   policy=$here/model models+=("round-$round=$policy")
 done
 python 05_eval.py --data $TEST --models "${models[@]}" --max-tokens "$TOKENS" --out "$OUT/results" "$SERVE"

@@ -3,9 +3,9 @@
 #
 # Hardware   8 GPUs with 80 GB. Not run here.
 # Hours      about 4 by counting, none measured: sampling until a problem has a right and a wrong solution is most of it, up to 100
-#            samples of the hardest of 14,973 problems (some 150 M tokens, 2 h); step-controlled pairs 20 M tokens; training 2
-#            epochs over 30,000 whole solutions, 1 h
-# Disk       110 GB
+#            samples of the hardest of 14,973 problems (some 150 M tokens, 2 h); step-controlled pairs, from two right solutions of a
+#            problem at most (12 K naive and 18 K step-controlled ones in the paper), 30 M tokens; training 2 epochs, 1 h
+# Disk       200 GB: a checkpoint with optimizer state is 87 GB, and the next is whole before the last one goes
 # Published  MetaMath-Mistral-7B: SFT 77.7 on GSM8K and 28.2 on MATH; DPO 81.0, 28.7; DPO with equal data 81.4, 29.0; SCDPO 81.7, 29.3.
 #            Mistral-7B-Ours (code-integrated, whose interpreter is not here): 76.8, 43.2; 78.8, 45.1; 79.0, 45.7; 80.1, 47.7
 # Paper and code disagree
@@ -22,7 +22,7 @@ python 01_sample_errors.py --model "$MODEL" --chat-template "$TEMPLATE" --temper
   --out "$OUT/samples.jsonl" "$SERVE"
 python 03_rectify.py --method dpo --samples "$OUT/samples.jsonl" --out "$OUT/naive.jsonl"
 python 03_rectify.py --method scdpo --samples "$OUT/samples.jsonl" --model "$MODEL" --chat-template "$TEMPLATE" \
-  --heat $HEAT $EVERY --out "$OUT/controlled.jsonl" "$SERVE"
+  --heat $HEAT --solutions-per-problem 2 $EVERY --out "$OUT/controlled.jsonl" "$SERVE"
 accelerate launch --config_file configs/fsdp2.yaml --num_processes "$GPUS" 04_train_stepdpo.py --model "$MODEL" \
   --chat-template "$TEMPLATE" --data "$OUT/naive.jsonl" "$OUT/controlled.jsonl" --lr 1e-7 --beta "$BETA" --epochs 2 --batch-size 64 \
   --max-length 2048 --out "$OUT/model" --save-steps 300 --keep 1

@@ -113,10 +113,13 @@ def test_scdpo_pairs_survive_kills_and_follow_their_form(samples, server, tmp_pa
         assert answer is not None and not asyncio.run(grader(pair["answer"], answer))
     grader.close()
     assert len({pair["error_step"] for pair in pairs}) > 1, "k is drawn"
-    every = run(3, *arguments, "--every-step", "--tries", 1, "--out", tmp_path / "every.jsonl")
-    right = [row for row in solutions.values() if row["correct"]]
+    every = run(3, *arguments, "--every-step", "--tries", 1, "--solutions-per-problem", 1, "--out", tmp_path / "every.jsonl")
+    first = {}
+    for row in sorted(read(samples), key=lambda row: row["sample"]):
+        first.setdefault(row["id"], row) if row["correct"] and row["finish_reason"] == "stop" else None
     summary = json.loads((tmp_path / "every.jsonl.meta.json").read_text())["summary"]
-    assert summary["steps tried"] == summary["attempts"] > len({row["id"] for row in right}) and "garbled" in every.stdout
+    steps = sum(len(row["steps"]) - 1 for row in first.values())
+    assert summary["steps tried"] == summary["attempts"] == steps > len(first) and "garbled" in every.stdout
 
 
 @pytest.mark.slow
