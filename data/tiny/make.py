@@ -3,8 +3,7 @@
     python data/tiny/make.py                                   # all of it, as committed; see README for the minutes
     python data/tiny/make.py --only problems                   # the three problem files alone, seconds
     python data/tiny/make.py --out /tmp/big --hidden 512 --layers 8 --steps 6000   # a larger model, on a GPU
-    python data/tiny/make.py --out runs/long --work runs/long/work --operations 6 12 --start data/tiny/model --steps 250 \\
-        --lr 5e-4                                              # a harder world: longer problems, the bundled model goes on
+    python data/tiny/make.py --only problems --out runs/hard --operations 5 6 --levels 3   # a harder world for the same model
 
 Output in --out (default: this folder):
     train.jsonl, validation.jsonl, test.jsonl    {"id": "tiny-test-0", "problem": "Ava has ...", "answer": "59",
@@ -76,8 +75,8 @@ class Args:
     """tokens in the byte-level BPE vocabulary"""
     operations: tuple[int, int] = (2, 6)
     """fewest and most steps of a problem"""
-    start: Path | None = None
-    """go on from this model, with its tokenizer, instead of random weights"""
+    levels: tuple[int, ...] = (1, 2, 3)
+    """levels that occur; see LEVELS"""
     steps: int = 1200
     """optimizer steps"""
     batch: int = 64
@@ -232,18 +231,18 @@ def make_problem(r: random.Random, level: int, n_steps: int, slips: random.Rando
         return {"problem": text, "answer": str(values[-1]), "solution": solution, "level": level, "values": values}
 
 
-def draw(r: random.Random, operations: tuple[int, int] = (2, 6), slips: random.Random | None = None) -> dict:
-    return make_problem(r, r.choice(sorted(LEVELS)), r.randint(*operations), slips)
+def draw(r: random.Random, args: Args, slips: random.Random | None = None) -> dict:
+    return make_problem(r, r.choice(args.levels), r.randint(*args.operations), slips)
 
 
-def make_files(out: Path, seed: int, operations: tuple[int, int]):
+def make_files(args: Args):
     """Write the three problem files; no problem stands in two of them or twice in one."""
     seen = set()
     for number, (split, size) in enumerate([("train", 5000), ("validation", 1000), ("test", 2000)]):
-        r = random.Random(f"{seed}-{split}")
-        with open(out / f"{split}.jsonl", "w", encoding="utf-8") as f:
+        r = random.Random(f"{args.seed}-{split}")
+        with open(args.out / f"{split}.jsonl", "w", encoding="utf-8") as f:
             while size:
-                row = draw(r, operations)
+                row = draw(r, args)
                 if row["problem"] in seen:
                     continue
                 seen.add(row["problem"])
@@ -256,7 +255,7 @@ def make_files(out: Path, seed: int, operations: tuple[int, int]):
 # tokenizer and model
 
 
-def make_tokenizer(vocab: int, seed: int) -> PreTrainedTokenizerFast:
+def make_tokenizer(args: Args) -> PreTrainedTokenizerFast:
     """Byte-level BPE, a token for every single digit, with or without a space before it; ChatML turns.
 
     transformers gives every model of type qwen2 the splitting of Qwen2, whatever its tokenizer.json says; that one parts
@@ -270,9 +269,9 @@ def make_tokenizer(vocab: int, seed: int) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(learning), "isolated"), byte_level])
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=special, initial_alphabet=alphabet)
-    r = random.Random(f"{seed}-tokenizer")
-    tokenizer.train_from_iterator([render(draw(r)) for _ in range(4000)], trainer)
+    trainer = trainers.BpeTrainer(vocab_size=args.vocab, special_tokens=special, initial_alphabet=alphabet)
+    r = random.Random(f"{args.seed}-tokenizer")
+    tokenizer.train_from_iterator([render(draw(r, args)) for _ in range(4000)], trainer)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), byte_level])
     data = json.loads(tokenizer.to_str())
     for digit in "123456789":  # no number begins with 0
@@ -298,15 +297,15 @@ def make_corpus(args: Args, path: Path):
     r, wanted = random.Random(f"{args.seed}-training"), args.steps * args.batch
     with open(path, "w", encoding="utf-8") as file:
         while wanted:
-            row = draw(r, args.operations, r)
+            row = draw(r, args, r)
             if row["problem"] not in known:
                 file.write(json.dumps({"problem": row["problem"], "solution": row["solution"]}) + "\n")
                 wanted -= 1
 
 
-def make_start(args: Args, folder: Path):
-    """Write random weights and the tokenizer."""
-    tokenizer = make_tokenizer(args.vocab, args.seed)
+def make_model(args: Args, work: Path):
+    """Random weights and the tokenizer in work/start; 04's supervised stage makes work/model of them."""
+    tokenizer = make_tokenizer(args)
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3,
         num_hidden_layers=args.layers, num_attention_heads=args.hidden // 32, num_key_value_heads=args.hidden // 32,
@@ -315,19 +314,11 @@ def make_start(args: Args, folder: Path):
     )  # fmt: skip
     torch.manual_seed(args.seed)
     model = Qwen2ForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    loaded, sample = AutoTokenizer.from_pretrained(folder), render(draw(random.Random(args.seed)))
+    model.save_pretrained(work / "start")
+    tokenizer.save_pretrained(work / "start")
+    loaded, sample = AutoTokenizer.from_pretrained(work / "start"), render(draw(random.Random(args.seed), args))
     assert loaded(sample)["input_ids"] == tokenizer(sample)["input_ids"], "the tokenizer loads as another one"
     print(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(tokenizer)} tokens", flush=True)
-
-
-def make_model(args: Args, work: Path):
-    """work/start, the corpus; 04's supervised stage makes work/model of them."""
-    if args.start:
-        shutil.copytree(args.start, work / "start", dirs_exist_ok=True)
-    else:
-        make_start(args, work / "start")
     make_corpus(args, work / "corpus.jsonl")
     trainer = [sys.executable, str(Path(__file__).parents[2] / "04_train_stepdpo.py"), "--objective", "sft", "--epochs", "1"]
     trainer += ["--data", str(work / "corpus.jsonl"), "--model", str(work / "start"), "--out", str(work / "model")]
@@ -344,7 +335,7 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.only != "model":
-        make_files(args.out, args.seed, args.operations)
+        make_files(args)
     if args.only != "problems":
         (args.out / "model").mkdir(exist_ok=True)
         args.work.mkdir(parents=True, exist_ok=True)
