@@ -93,6 +93,8 @@ def draw(args: Args, metrics: dict[str, list[list[dict]]], results: dict[str, di
             axes.fill_between(steps, values.min(0), values.max(0), color=f"C{i}", alpha=0.15, lw=0)
     left.set(xlabel="share of the training", ylabel="held-out pairs told apart, %")
     right.set(xlabel="share of the training", ylabel="reward margin of held-out pairs")
+    right.set_yscale("symlog", linthresh=1)  # other models' steps start so unlikely that their margin dwarfs the rest
+    right.set_ylim(bottom=min(0, right.get_ylim()[0]))
     for axes in (test, left, right):
         axes.grid(alpha=0.3)
     figure.tight_layout()
