@@ -9,14 +9,14 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ "${1:-}" = --quick ]; then
-  OUT=${OUT:-runs/ablation_quick} SEEDS=${SEEDS:-0} PROBLEMS=${PROBLEMS:-800} TEST=${TEST:-500} PAIRS=${PAIRS:-250} GRID=${GRID:-3e-5:1}
+  OUT=${OUT:-runs/ablation_quick} SEEDS=${SEEDS:-0} PROBLEMS=${PROBLEMS:-800} TEST=${TEST:-500} PAIRS=${PAIRS:-250} GRID=${GRID:-3e-5:1} FOREIGN=${FOREIGN:-1}
 elif [ $# -gt 0 ]; then
   sed -n '2,8p' "$0" >&2; exit 2
 fi
 OUT=${OUT:-runs/ablation} SEEDS=${SEEDS:-0 1 2 3 4} PROBLEMS=${PROBLEMS:-2000} TEST=${TEST:-1000} PAIRS=${PAIRS:-400}
 GRID=${GRID:-1e-5:1 3e-5:1 1e-4:1 3e-4:1 3e-5:0.4}  # learning rate : beta
 METHODS=${METHODS:-dpo scdpo step-dpo step-dpo-ood dpo-tokens scdpo-tokens}
-WORLD=${WORLD:-data/tiny} TRAIN=${TRAIN:-} HEAT=${HEAT:-1.1 0.05 1.4} FROM=${FROM:-}
+WORLD=${WORLD:-data/tiny} TRAIN=${TRAIN:-} HEAT=${HEAT:-1.1 0.05 1.4} FROM=${FROM:-} FOREIGN=${FOREIGN:-2}  # epochs of the other model
 JOBS=${JOBS:-2}  # trainings and evaluations side by side, a core each: such a small model does not fill two
 BASE=$WORLD/model
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-4}
@@ -86,7 +86,7 @@ elif [ ! -f "$OUT/pairs/ready" ]; then
   if [[ " $METHODS " == *ood* ]]; then  # another model: the base taught to solve the same problems in other words
     quiet foreign-text python benchmarks/foreign_solutions.py "$WORLD/train.jsonl" "$OUT/foreign.jsonl"
     [ -f "$OUT/foreign/.trained" ] || quiet foreign python 04_train_stepdpo.py --objective sft --data "$OUT/foreign.jsonl" \
-      --model "$BASE" --out "$OUT/foreign" --lr 1e-3 --epochs 2 --batch-size 64 --keep 0 --log-steps 20
+      --model "$BASE" --out "$OUT/foreign" --lr 1e-3 --epochs "$FOREIGN" --batch-size 64 --keep 0 --log-steps 20
     touch "$OUT/foreign/.trained"
     up "$OUT/foreign"
     quiet 03-ood python 03_rectify.py --located "$OUT/located.jsonl" --rectifier "$OUT/foreign" --n 8 --max-pairs-per-error 1 \
