@@ -161,10 +161,10 @@ def test_bootstrap_covers_the_mean_and_has_the_right_width():
 
     new, old = np.zeros((1, 1000)), np.zeros((1, 1000))
     new[0, :60], old[0, 60:90] = 1, 1
-    low, high = stage(5).bootstrap(new, old, 0)
+    low, high = stage(5).paired(new, old, 0)["difference_interval"]
     half = 1.96 * (new - old).std() / math.sqrt(1000)
     assert (low, high) == pytest.approx((0.03 - half, 0.03 + half), abs=0.003)
-    assert stage(5).bootstrap(new, old, 0) == (low, high)
+    assert stage(5).paired(new, old, 0)["difference_interval"] == (low, high)
 
 
 def locate(truth: list[bool], linear: bool) -> tuple[int | None, int]:
