@@ -197,7 +197,7 @@ class Args:
     max_per_problem: int | None = None
     """use the first so many wrong samples of a problem"""
     limit: int | None = None
-    """use the first so many wrong samples"""
+    """use the first so many wrong samples, by id"""
     seed: int = 0
     """every request gets its own seed from this, the problem's id, the sample's number and the prefix"""
     concurrency: int = 128
@@ -1120,7 +1120,7 @@ def load_samples(args: Args) -> tuple[list[dict], set[str]]:
         return rows[: args.limit], {row["id"] for row in rows if row["correct"]}
     samples = read_rows(args.samples, ("id", "problem", "answer", "sample", "steps", "correct", "finish_reason"))
     rows, seen = [], Counter()
-    for row in samples:
+    for row in sorted(samples, key=lambda row: (row["id"], row["sample"])):  # 01 writes them in the order they were ready in
         seen[row["id"]] += not row["correct"]
         if not row["correct"] and seen[row["id"]] <= (args.max_per_problem or math.inf):
             rows.append(row)

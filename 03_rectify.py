@@ -190,7 +190,7 @@ class Args:
     max_tokens: int = 2048
     """longest continuation, in tokens"""
     limit: int | None = None
-    """use the first so many rows of the input"""
+    """use the first so many rows of the input, by id"""
     seed: int = 0
     """every request gets its own seed from this, the problem's id and the sample's number"""
     concurrency: int = 64
@@ -1066,16 +1066,17 @@ def load_input(args: Args) -> dict[str, list[dict]]:
     """Rows by problem, in an order that does not depend on the file's."""
     path = args.located if args.method == "step-dpo" else args.samples
     field, maker = ("error_step", "02_locate_step.py") if args.method == "step-dpo" else ("correct", "01_sample_errors.py")
-    rows = read_rows(path, ("id", "problem", "answer", "sample", "steps", "finish_reason"))[: args.limit]
+    rows = read_rows(path, ("id", "problem", "answer", "sample", "steps", "finish_reason"))
     for number, row in enumerate(rows, 1):
         if field not in row or "response" not in row:
             stop(f"{path}, row {number}: no {field!r} or no 'response'; give the output of {maker}")
+    rows = sorted(rows, key=lambda row: (row["id"], row["sample"]))[: args.limit]
     if args.method == "step-dpo" and not any(row["error_step"] for row in rows):
         stop(f"{path}: none of its {len(rows)} rows has an error_step; see their reason fields")
     if args.method != "step-dpo" and not any(row["correct"] for row in rows):
         stop(f"{path}: none of its {len(rows)} solutions is right; sample easier problems, or more")
     problems = {}
-    for row in sorted(rows, key=lambda row: (row["id"], row["sample"])):
+    for row in rows:
         problems.setdefault(row["id"], []).append(row)
     return problems
 

@@ -231,6 +231,20 @@ def test_open_rows_go_to_the_rollouts(judge, server, tmp_path):
     assert all(found[row["problem"]]["judge"]["text"] == "no idea" for row in rows[2:])
 
 
+def test_the_order_of_the_samples_does_not_count(tmp_path):
+    """01 writes rows as they get ready; which ones --limit and --max-per-problem take must not hang on that."""
+    row = {"problem": "p", "answer": "1", "response": "r", "steps": ["r"], "finish_reason": "stop"}
+    rows = [row | {"id": f"q{i}", "sample": j, "correct": (i + j) % 3 == 0} for i in range(12) for j in range(4)]
+    found = []
+    for seed in range(3):
+        random.Random(seed).shuffle(rows)
+        (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        two = stage(2).load_samples(stage(2).Args(samples=tmp_path / "in.jsonl", max_per_problem=1, limit=5))[0]
+        three = stage(3).load_input(stage(3).Args(method="dpo", samples=tmp_path / "in.jsonl", limit=7))
+        found.append((two, three, list(three)))
+    assert found[0] == found[1] == found[2] and len(found[0][0]) == 5 and sum(map(len, found[0][1].values())) == 7
+
+
 @pytest.mark.slow
 def test_kept_rollouts_are_used_by_03(server, tmp_path):
     common = [*server, "--max-tokens", 300]
