@@ -37,6 +37,9 @@ def kind(pair: dict, split_steps, make) -> str:
 def main(paths: list[str]):
     split_steps, make = importlib.import_module("01_sample_errors").split_steps, importlib.import_module("make")
     print("| pairs of | pairs | " + " | ".join(KINDS) + " |\n|---|---:|" + "---:|" * len(KINDS))
+    if missing := [path for path in paths if not Path(path).is_file()]:
+        print(f"{missing[0]}: no such file; give pairs of 03_rectify.py", file=sys.stderr)
+        raise SystemExit(2)
     for path in paths:
         rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
         count = Counter(kind(row, split_steps, make) for row in rows)

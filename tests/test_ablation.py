@@ -8,20 +8,15 @@ import pytest
 from conftest import ROOT, read
 
 
+def recipe(*arguments, **settings):
+    command = ["bash", "recipes/ablation_tiny.sh", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True)
+
+
 @pytest.mark.slow
 def test_ablation(tmp_path):
-    sizes = {
-        "OUT": str(tmp_path),
-        "SEEDS": "0",
-        "METHODS": "step-dpo",
-        "PROBLEMS": "150",
-        "TEST": "80",
-        "PAIRS": "40",
-        "GRID": "1e-4:1",
-    }
-    done = subprocess.run(
-        ["bash", "recipes/ablation_tiny.sh"], cwd=ROOT, env=os.environ | sizes, capture_output=True, text=True
-    )
+    sizes = {"OUT": str(tmp_path), "SEEDS": "0", "METHODS": "step-dpo", "PROBLEMS": "150", "TEST": "80", "GRID": "1e-4:1"}
+    done = recipe(**sizes, PAIRS="40")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     names = ("dpo", "scdpo", "step-dpo", "dpo-tokens", "step-dpo.validation", "dpo.validation")
     rows = {name: read(tmp_path / "pairs" / f"{name}.jsonl") for name in names}
@@ -38,16 +33,13 @@ def test_ablation(tmp_path):
     assert f" {found['step-dpo']['accuracy']:.1%} (" in line and f"| {len(rows['step-dpo'])} |" in line
     assert (tmp_path / "ablation.png").stat().st_size > 10_000
     made = (tmp_path / "models" / "step-dpo_1e-4_1-0" / "model.safetensors").stat().st_mtime_ns
-    again = subprocess.run(
-        ["bash", "recipes/ablation_tiny.sh"], cwd=ROOT, env=os.environ | sizes, capture_output=True, text=True
-    )
+    again = recipe(**sizes, PAIRS="40")
     assert again.returncode == 0 and (tmp_path / "table.md").read_text() == table, again.stderr[-2000:]
     assert (tmp_path / "models" / "step-dpo_1e-4_1-0" / "model.safetensors").stat().st_mtime_ns == made, "not trained again"
-    other = subprocess.run(["bash", "recipes/ablation_tiny.sh"], cwd=ROOT, env=os.environ | sizes | {"PAIRS": "30"},
-                           capture_output=True, text=True)  # fmt: skip
+    other = recipe(**sizes, PAIRS="30")
     assert other.returncode == 2 and "40 pairs" in other.stderr and "30 pairs" in other.stderr
 
 
 def test_ablation_wrong_argument():
-    done = subprocess.run(["bash", "recipes/ablation_tiny.sh", "--fast"], cwd=ROOT, capture_output=True, text=True)
+    done = recipe("--fast")
     assert done.returncode == 2 and "--quick" in done.stderr
