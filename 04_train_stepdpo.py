@@ -4,14 +4,17 @@
     accelerate launch --config_file configs/fsdp2.yaml 04_train_stepdpo.py       # a model that does not fit on one
     python 04_train_stepdpo.py --data runs/pairs.jsonl --model data/tiny/model --lr 1e-5 --epochs 2 --out runs/tuned
     python 04_train_stepdpo.py --data xinlai/Math-Step-DPO-10K --dry-run         # memory and time, without training
-    python 04_train_stepdpo.py --objective sft --data solutions.jsonl --model Qwen/Qwen2-7B --lr 5e-6 --epochs 3 \\
+    python 04_train_stepdpo.py --data xinlai/Math-Step-DPO-10K --sides full      # its whole answers: the papers' DPO baseline
+    python 04_train_stepdpo.py --objective sft --data data/samples.jsonl --model Qwen/Qwen2-7B --lr 5e-6 --epochs 3 \\
         --batch-size 256 --schedule linear --warmup 0.03                         # the paper's SFT stage
 
 Input, a line a pair (the schema of xinlai/Math-Step-DPO-10K; other fields are ignored):
     {"prompt": "Ava has ...", "initial_reason_steps": "Let's think step by step.\\nStep 1: ...\\nStep 2:",
      "chosen": " 3 + 4 = 7.\\n", "rejected": " 3 + 4 = 8.\\n", "full_chosen": "...", "full_rejected": "..."}
-or TRL's (whole responses; strings as they stand, or lists of messages), or for SFT:
+or TRL's (whole responses; strings as they stand, or lists of messages), or for SFT the output of 01_sample_errors.py, of which
+the right responses are taken, once each, or solutions:
     {"prompt": "...", "chosen": "...", "rejected": "..."}        {"problem": "Ava has ...", "solution": "Let's think ..."}
+    {"problem": "Ava has ...", "response": "Let's think ...", "correct": true}
 
 Output: a Hugging Face folder with a model card and training.png, beside it metrics.jsonl, a line a logged step:
     {"step": 1, "loss": 0.6931, "accuracy": 0.0, "margin": 0.0, "chosen_logp": -1.2, "rejected_logp": -4.1, ...}
@@ -33,6 +36,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -71,8 +75,12 @@ class Args:
     """folder to write"""
     chat_template: Path | None = None
     """Jinja file to use instead of the model's own chat template; give 01 to 03 the same"""
+    chat_template_kwargs: str = "{}"
+    """switches of the chat template, as JSON; give what 01 was given"""
     objective: Literal["dpo", "sft"] = "dpo"
     """dpo on pairs, or sft on problem and solution (loss on the solution alone, mean over the batch's tokens)"""
+    sides: Literal["step", "full"] = "step"
+    """what a pair contrasts: chosen and rejected, or full_chosen and full_rejected behind the forced opening (plain DPO)"""
     beta: float = 0.4
     """strength of the pull to the reference (paper: 0.4, for 72B 0.5; its released scripts have them the other way round)"""
     label_smoothing: float = 0.0
@@ -97,8 +105,8 @@ class Args:
     """AdamW weight decay"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """arithmetic of forward and backward; master weights are fp32 in both"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """arithmetic of forward and backward; master weights are fp32 in both. auto: bf16, on a processor that lacks it fp32"""
     gradient_checkpointing: bool = False
     """compute activations twice to save memory"""
     compile: bool = False
@@ -135,6 +143,17 @@ def stop(message: str) -> NoReturn:
 
 
 # Copied from 01_sample_errors.py
+def check_switches(args):
+    """Stop where --chat-template-kwargs is no JSON object."""
+    try:
+        switches = json.loads(args.chat_template_kwargs)
+    except ValueError:
+        switches = None
+    if not isinstance(switches, dict):
+        stop(f"--chat-template-kwargs {args.chat_template_kwargs}: no JSON object such as '{{\"enable_thinking\": false}}'")
+
+
+# Copied from 01_sample_errors.py
 def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
     """Rows of a JSON Lines file. Stops, naming file and line, where one is no object or lacks one of `fields`."""
     try:
@@ -157,26 +176,47 @@ def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
     return rows or stop(f"{path}: no rows; it is empty")
 
 
+# Copied from 01_sample_errors.py
+def processor_has_bf16() -> bool:
+    """Whether bf16 is arithmetic here. On AVX2 and AVX-512 alone it is emulated: fp32 samples 2.3 times as fast there."""
+    path = Path("/proc/cpuinfo")
+    return bool(re.search(r"\b(?:avx512_bf16|amx_bf16|bf16)\b", path.read_text() if path.is_file() else ""))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # data
 
 
 def load_rows(name: str, objective: str) -> list[dict]:
-    """Rows of a file, or of a data set on the hub (its train split); stops where one lacks a field of its format."""
-    fields = {"sft": ("problem", "solution"), "dpo": ("prompt", "chosen", "rejected")}[objective]
+    """Rows of a file, or of a data set on the hub (its train split). A row may have an empty side, which prepare() counts;
+    stops where the first row lacks a field of its format."""
     if name.endswith(".jsonl") or Path(name).exists():
-        rows = read_rows(Path(name), fields)
-        return read_rows(Path(name), STEP_FIELDS) if "initial_reason_steps" in rows[0] else rows
-    import datasets
+        rows = read_rows(Path(name), ())
+    else:
+        import datasets
 
-    try:
-        rows = list(datasets.load_dataset(name, split="train"))
-    except Exception as error:  # the library raises many kinds: no network, no such set, gated ...
-        stop(f"--data {name}: no such file, and the hub does not give it ({str(error).splitlines()[0]})")
-    fields = STEP_FIELDS if "initial_reason_steps" in rows[0] else fields
-    if missing := [field for field in fields if field not in rows[0]]:
-        stop(f"--data {name}: no {missing[0]!r}; rows need {', '.join(fields)}")
-    return rows
+        try:
+            rows = list(datasets.load_dataset(name, split="train"))
+        except Exception as error:  # the library raises many kinds: no network, no such set, gated ...
+            stop(f"--data {name}: no such file, and the hub does not give it ({str(error).splitlines()[0]})")
+    sampled = objective == "sft" and "response" in rows[0]
+    fields = ("problem", "response", "correct") if sampled else ("problem", "solution")
+    if objective == "dpo":
+        fields = STEP_FIELDS if "initial_reason_steps" in rows[0] else ("prompt", "chosen", "rejected")
+    for number, row in enumerate(rows, 1):
+        if missing := [field for field in fields if field not in row]:
+            stop(f"--data {name}, row {number}: no {missing[0]!r}; every row needs {', '.join(fields)}")
+    if objective == "sft":
+        print_main(f"{name}: training on the field {fields[1]!r}")
+    return own_solutions(rows, name) if sampled else rows
+
+
+def own_solutions(rows: list[dict], name: str) -> list[dict]:
+    """01's right responses as solutions, once each: the model's own text, never the reference solution."""
+    right = [row for row in rows if row["correct"]]
+    found = {(row["problem"], row["response"]): {"problem": row["problem"], "solution": row["response"]} for row in right}
+    print_main(f"{name}: {len(rows)} samples, {len(right)} right, {len(found)} of these distinct")
+    return list(found.values()) or stop(f"--data {name}: none of its {len(rows)} samples is right")
 
 
 def ends_solution(prefix: str, suffix: str, full: str) -> bool:
@@ -196,35 +236,59 @@ def part(prefix: str, suffix: str, tokenizer, special: bool = False) -> tuple[li
     return ids, joint[len(ids) :] if fits else tokenizer(suffix, add_special_tokens=False)["input_ids"]
 
 
-def encode(row: dict, tokenizer) -> tuple[list[int], list[list[int]]]:
+def split_sides(row: dict, sides: str) -> tuple[str, list[str], list[bool]]:
+    """The assistant's text that both sides share, the two sides behind it, and whether each ends its solution.
+
+    full_chosen and full_rejected are whole responses in 03's file; in the published set they go on behind
+    initial_reason_steps, which its own trainer joins to them as they are."""
+    given = row["initial_reason_steps"]
+    opening = given.rstrip(" ")  # a space before the suffix belongs to the suffix's first token
+    if sides == "step":
+        texts = [given[len(opening) :] + row[side] for side in ("chosen", "rejected")]
+        ends = [ends_solution(opening, text, row[full]) for text, full in zip(texts, STEP_FIELDS[4:], strict=True)]
+        return opening, texts, ends
+    fulls = [row[full] for full in STEP_FIELDS[4:]]
+    wholes = [full if full.startswith(given.strip()) else f"{opening} {full.lstrip(' ')}" for full in fulls]
+    forced = re.match(r".*?Step 1:", given, re.S)
+    opening = forced[0] if forced else opening
+    return opening, [whole[len(opening) :] for whole in wholes], [True, True]
+
+
+def encode(row: dict, tokenizer, sides: str = "step", switches: dict | None = None) -> tuple[list[int], list[list[int]]]:
     """Token ids of the prefix and of its suffixes: chosen and rejected, or the solution alone (SFT)."""
-    eos, render = tokenizer.eos_token_id, tokenizer.apply_chat_template
+    eos, special, ends = tokenizer.eos_token_id, False, [True, True]
+
+    def render(messages: list[dict], **how) -> str:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **how, **(switches or {}))
+
+    user = [{"role": "user", "content": USER_TURN.format(problem=row.get("problem", row.get("prompt")))}]
     if "initial_reason_steps" in row:
-        opening = row["initial_reason_steps"].rstrip(" ")
-        moved = row["initial_reason_steps"][len(opening) :]  # a space before the suffix belongs to the suffix's first token
-        messages = [{"role": "user", "content": USER_TURN.format(problem=row["prompt"])},
-                    {"role": "assistant", "content": opening}]  # fmt: skip
-        text, special = render(messages, tokenize=False, continue_final_message=True), False
+        opening, texts, ends = split_sides(row, sides)
+        turn = [{"role": "assistant", "content": opening}] if opening else []
+        text = render(user + turn, **{"continue_final_message" if turn else "add_generation_prompt": True})
         if not text.endswith(opening):
             raise ValueError(f"the chat template does not end the prompt with the given steps but with {text[-60:]!r}")
-        texts = [moved + row["chosen"], moved + row["rejected"]]
-        ends = [ends_solution(opening, text, row[full]) for text, full in zip(texts, STEP_FIELDS[4:], strict=True)]
     elif "solution" in row:
-        messages = [{"role": "user", "content": USER_TURN.format(problem=row["problem"])}]
-        text, special = render(messages, tokenize=False, add_generation_prompt=True), False
-        texts, ends = [row["solution"]], [True]
+        text, texts, ends = render(user, add_generation_prompt=True), [row["solution"]], [True]
     elif isinstance(row["prompt"], str):
-        text, special, texts, ends = row["prompt"], True, [row["chosen"], row["rejected"]], [True, True]
+        text, special, texts = row["prompt"], True, [row["chosen"], row["rejected"]]
     else:
-        text, special = render(row["prompt"], tokenize=False, add_generation_prompt=True), False
-        whole = [render(row["prompt"] + row[side], tokenize=False) for side in ("chosen", "rejected")]
+        text = render(row["prompt"], add_generation_prompt=True)
+        whole = [render(row["prompt"] + row[side]) for side in ("chosen", "rejected")]
         if not all(full.startswith(text) for full in whole):
             raise ValueError(f"the chat template renders the prompt alone in another way, as {text[-60:]!r}")
-        texts, ends = [full[len(text) :] for full in whole], [True, True]
+        texts = [full[len(text) :] for full in whole]
     parts = [part(text, suffix, tokenizer, special) for suffix in texts]
     # a single step gets no EOS: it would teach to stop half-way; a template may have closed a whole turn already
     suffixes = [[*ids, eos] if end and eos not in ids[-2:] else ids for (_, ids), end in zip(parts, ends, strict=True)]
     return parts[0][0], suffixes
+
+
+def sides_of(row: dict, sides: str) -> tuple[str, ...]:
+    """The fields of a row that are trained on."""
+    if "initial_reason_steps" in row and sides == "full":
+        return "prompt", *STEP_FIELDS[4:]
+    return ("problem", "solution") if "solution" in row else ("prompt", "chosen", "rejected")
 
 
 class Pairs:
@@ -265,10 +329,16 @@ class Pairs:
 
 def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
     """Encode; print what there is and what was left out, and why."""
-    pairs, left_out, seen, repeated = Pairs(), Counter(), set(), 0
+    pairs, left_out, seen, repeated, blank = Pairs(), Counter(), set(), 0, []
+    switches = json.loads(args.chat_template_kwargs)
     for number, row in enumerate(tqdm(rows, desc="encoding", disable=not PRINTS, leave=False, mininterval=1), 1):
+        if not all(row[side] if not isinstance(row[side], str) else row[side].strip() for side in sides_of(row, args.sides)):
+            blank.append(str(number))
+            left_out["with an empty side"] += 1
+            continue
+        row = {field: "" if field in STEP_FIELDS and value is None else value for field, value in row.items()}
         try:
-            prefix, suffixes = encode(row, tokenizer)
+            prefix, suffixes = encode(row, tokenizer, args.sides, switches)
         except (TypeError, KeyError, AttributeError) as error:
             stop(f"{name}, row {number}: {error.__class__.__name__}: {error}; see the formats in --help")
         except (ValueError, transformers.utils.chat_template_utils.jinja2.TemplateError) as error:
@@ -283,6 +353,7 @@ def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
             repeated += key in seen
             seen.add(key)
     why = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
+    print_main(f"{name}: an empty side in row {', '.join(blank[:20])}{' ...' if len(blank) > 20 else ''}") if blank else None
     if not len(pairs):
         stop(f"{name}: no pair is left of {len(rows)}: {why}")
     lengths = np.array([(len(pairs.prefixes[g]), *map(len, s)) for g, s in zip(pairs.group, pairs.suffixes, strict=True)])
@@ -529,7 +600,7 @@ def print_main(text: str):
     tqdm.write(text, file=sys.stderr) if PRINTS else None
 
 
-PRINTS = True  # false on all processes but the first
+PRINTS = os.environ.get("RANK", "0") == "0"  # false on all processes but the first
 
 
 def check_strategy(accelerator: Accelerator):
@@ -714,6 +785,9 @@ def main(args: Args):
     least = (args.epochs, args.batch_size, args.tokens_per_batch, args.eval_steps, args.save_steps, args.log_steps)
     if min(least) < 1 or not 0 <= args.label_smoothing < 0.5 or not 0 <= args.warmup <= 1:
         stop("--epochs, --batch-size, --tokens-per-batch and all --...-steps are at least 1, --label-smoothing is below 0.5")
+    check_switches(args)
+    if args.precision == "auto":
+        args.precision = "bf16" if torch.cuda.is_available() or processor_has_bf16() else "fp32"
     began, rows = time.time(), [row for name in args.data for row in load_rows(name, args.objective)]
     validation_rows = load_rows(str(args.validation), args.objective) if args.validation else []
     if args.validation_fraction:

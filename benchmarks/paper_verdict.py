@@ -1,0 +1,114 @@
+"""How often 05's `correct_paper` agrees with the Step-DPO authors' own evaluation, on responses made from gold answers.
+
+    git clone https://github.com/dvlab-research/Step-DPO; python -m venv theirs
+    theirs/bin/pip install sympy==1.12 antlr4-python3-runtime==4.11.0 regex numpy     # another antlr than math-verify's
+    python benchmarks/paper_verdict.py --authors Step-DPO --python theirs/bin/python \\
+        --data ../shared/data/math_test.jsonl ../shared/data/gsm8k_test.jsonl ../shared/data/odyssey_math.jsonl
+
+Of each file up to --limit problems, drawn with seed 0, in seven forms by turns: in a box, in a sentence, another answer in a
+box, in a sentence, after "x =" without a box, within "x = ..." in a box of a text that breaks off, after an earlier box and
+with a unit; then the reference solutions. Prints the table of verdicts and the responses on which they differ.
+"""
+
+import asyncio
+import importlib
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+five = importlib.import_module("05_eval")
+
+THEIRS = """
+import json, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+say, sys.stdout = sys.stdout, open(os.devnull, "w")
+from evaluation.data_processing.answer_extraction import extract_math_answer
+from evaluation.eval.eval_script import eval_math
+def late(*_): raise TimeoutError
+signal.signal(signal.SIGALRM, late)
+for line in open(sys.argv[2]):
+    case = json.loads(line)
+    signal.alarm(5)
+    try:
+        found = extract_math_answer(case["problem"], case["response"], task="cot")
+        gold = extract_math_answer(case["problem"], "\\\\boxed{" + case["gold"] + "}", task="cot")  # their files hold it so
+        right = bool(found) and bool(eval_math({"prediction": found, "answer": gold}))
+    except Exception:
+        right = False
+    signal.alarm(0)
+    print(json.dumps(right), file=say)
+"""
+
+
+@dataclass
+class Args:
+    authors: Path
+    """clone of the authors' repository"""
+    data: tuple[Path, ...]
+    """problems with solutions"""
+    python: str = sys.executable
+    """interpreter with what their code imports"""
+    limit: int = 700
+    """problems of each file"""
+    show: int = 30
+    """differences to print"""
+
+
+def cases(args: Args) -> list[dict]:
+    from test_answers import changed
+
+    found, rng = [], random.Random(0)
+    for path in args.data:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        for number, row in enumerate(rng.sample(rows, min(len(rows), args.limit))):
+            gold, other = str(row["answer"]), changed(str(row["answer"]))
+            forms = [
+                f"So \\boxed{{{gold}}}.",
+                f"The answer is: {gold}.",
+                f"\\boxed{{{other}}}",
+                f"The answer is {other}",
+                f"we get x = {gold}",
+                f"Thus $\\boxed{{x={gold}}}$ and now",
+                f"\\boxed{{3}}, then \\boxed{{{gold} \\text{{ cm}}}}",
+            ]
+            texts = [forms[number % 7], *([row["solution"]] if row.get("solution") else [])]
+            found += [{"problem": row["problem"], "response": text, "gold": gold} for text in texts]
+    return found
+
+
+async def ours(rows: list[dict]) -> list[bool]:
+    grader = five.Grader(5.0)
+    try:
+        one = lambda row: grader(row["gold"], five.paper_answers(row["problem"], row["response"]), rules=five.PAPER)
+        return await asyncio.gather(*map(one, rows))
+    finally:
+        grader.close()
+
+
+def main(args: Args):
+    rows = cases(args)
+    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        command = [args.python, "-c", THEIRS, str(args.authors), file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    theirs, here = [json.loads(line) for line in done.stdout.splitlines()], asyncio.run(ours(rows))
+    table = Counter(zip(theirs, here, strict=True))
+    for row, a, b in [case for case in zip(rows, theirs, here, strict=True) if case[1] != case[2]][: args.show]:
+        print(f"theirs {a}, here {b}: gold {row['gold']!r}, response {row['response'][-80:]!r}")
+    agree = table[True, True] + table[False, False]
+    print(f"{agree} of {len(rows)} alike ({agree / len(rows):.2%}): right in both {table[True, True]}, wrong in both "
+          f"{table[False, False]}, right here only {table[False, True]}, right there only {table[True, False]}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
