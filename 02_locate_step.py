@@ -478,8 +478,8 @@ def options(problem: str) -> dict[str, str]:
     for mark in OPTION.finditer(problem):
         if (mark[1] or mark[2]) == chr(ord("A") + len(marks)):
             marks.append(mark)
-    for mark, end in zip(marks, [mark.start() for mark in marks[1:]] + [len(problem)], strict=True):
-        value = problem[mark.end() : end].split("\n")[0]
+    for mark, after in zip(marks, [*marks[1:], None], strict=False):
+        value = problem[mark.end() : after.start() if after else None].split("\n")[0]
         found[mark[1] or mark[2]] = re.sub(r"^(?:\\ |[~\s])+|(?:\\qquad|\\quad|\\hspace\{[^}]*\}|\\ |[~\s\\,;$])+$", "", value)
     return found if len(found) > 1 else {}
 

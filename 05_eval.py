@@ -571,8 +571,8 @@ def options(problem: str) -> dict[str, str]:
     for mark in OPTION.finditer(problem):
         if (mark[1] or mark[2]) == chr(ord("A") + len(marks)):
             marks.append(mark)
-    for mark, end in zip(marks, [mark.start() for mark in marks[1:]] + [len(problem)], strict=True):
-        value = problem[mark.end() : end].split("\n")[0]
+    for mark, after in zip(marks, [*marks[1:], None], strict=False):
+        value = problem[mark.end() : after.start() if after else None].split("\n")[0]
         found[mark[1] or mark[2]] = re.sub(r"^(?:\\ |[~\s])+|(?:\\qquad|\\quad|\\hspace\{[^}]*\}|\\ |[~\s\\,;$])+$", "", value)
     return found if len(found) > 1 else {}
 
@@ -1539,7 +1539,7 @@ def summarize(groups: dict[str, list[str]], files: dict[str, dict], field: str, 
 # credit assignment (SCDPO, arXiv 2407.00782, section 4 and Eq. 7)
 
 
-def encode_solution(row: dict, tokenizer, switches: dict) -> tuple[list[int], list[int], list[str]]:
+def encode_solution(row: dict, tokenizer, switches: dict | None = None) -> tuple[list[int], list[int], list[str]]:
     """Token ids of prompt and solution, for each the number of its step from 1 (0 for the prompt and the forced opening), and
     its text, from where it begins to where the next one does: a token may be half a character."""
     response = "".join(row["steps"])
@@ -1547,7 +1547,7 @@ def encode_solution(row: dict, tokenizer, switches: dict) -> tuple[list[int], li
     messages = [{"role": "user", "content": USER_TURN.format(problem=row["problem"])}]
     messages += [{"role": "assistant", "content": opening}] if opening else []
     how = {"continue_final_message": True} if opening else {"add_generation_prompt": True}
-    text = tokenizer.apply_chat_template(messages, tokenize=False, **how, **switches)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, **how, **(switches or {}))
     prefix = tokenizer(text, add_special_tokens=False)["input_ids"]
     sampled = response[len(opening) :]
     rest = tokenizer(sampled, add_special_tokens=False, return_offsets_mapping=True)

@@ -84,6 +84,43 @@ def test_regression_pairs(grades):
     assert grades([("3", None)])[0] == [False]
 
 
+CHOICES = [  # problem, and the options that it lists
+    ("How fast?\nOptions:\nA)32400\nB)6,000 km\nC)(1,1)", {"A": "32400", "B": "6,000 km", "C": "(1,1)"}),
+    ("What curve?\n\n(A) Line\n(B) Circle\n(C) Parabola\n\nEnter the letter.", {"A": "Line", "B": "Circle", "C": "Parabola"}),
+    ("\\[z = c.\\](A) Line\n(B) Circle", {"A": "Line", "B": "Circle"}),
+    (
+        "Find $x$. $\\textbf{(A)}\\ 5 \\qquad \\textbf{(B)}\\ \\frac{1}{2} \\qquad\\text{(C) } 7$",
+        {"A": "5", "B": "\\frac{1}{2}", "C": "7"},
+    ),
+    ("A. 3\nB. 4", {"A": "3", "B": "4"}),
+    ("With $P(A) = 1$, what is it?", {}),
+    ("B) 3\nC) 4", {}),
+    ("Ann has 3 apples and Bob 4. A train leaves.", {}),
+]
+
+
+@pytest.mark.parametrize("problem, listed", CHOICES)
+def test_options_of_a_problem(problem, listed):
+    assert stage(1).options(problem) == listed
+
+
+def test_the_value_of_the_right_option_counts_and_of_another_never():
+    problem = "Which?\nOptions:\nA)12 km\nB)0.5\nC)\\frac{1}{2}\nD)7\nE)none"
+    cases = [("A", "12", True), ("A", "(A)", True), ("A", "12 \\text{ km}", True), ("A", "7", False), ("D", "7", True),
+             ("D", "D) 7", True), ("D", "12", False), ("D", "A", False), ("D", "8", False), ("E", "none", True),
+             ("D", None, False), ("B", "0.5", False)]  # B and C are worth the same: the value alone does not tell  # fmt: skip
+
+    async def verdicts():
+        grader = stage(1).Grader()
+        try:
+            return [await grader(gold, said, problem) for gold, said, _ in cases]
+        finally:
+            grader.close()
+
+    found = asyncio.run(verdicts())
+    assert [case for case, verdict in zip(cases, found, strict=True) if case[2] != verdict] == []
+
+
 HOSTILE = [
     "9^{9^{9^{9}}}", "{" * 4000, "(1," * 1600, "\\{" * 2000, "\\int_0^1 " * 400 + "x", "\x00", "1" * 5000, "x" * 1_000_000,
     "\\frac{1}" * 500, "1,2," * 1000, "\\sqrt{" * 900, "10^{99}" * 50, "(" * 10 + "1" + ")" * 10, "a<" * 2000, "\\pm" * 900,

@@ -225,7 +225,7 @@ def test_fields_of_the_hub_sets(name, tmp_path, monkeypatch):
 def test_questions_without_an_answer_are_left_out(tmp_path, monkeypatch):
     rows = [{"question": "q", "answer": answer, "perturbation_type": kind}
             for answer, kind in (("7", "numerical substitution"), ("None", "critical thinking"))]  # fmt: skip
-    (tmp_path / "gsm_plus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     hub = (str(tmp_path), *stage(1).DATA_SETS["gsm-plus"][1:])
     monkeypatch.setitem(stage(1).DATA_SETS, "gsm-plus", hub)
     [found] = stage(1).load_problems("gsm-plus", False, None)

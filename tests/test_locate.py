@@ -175,6 +175,24 @@ def test_judge_votes_agreement_retries_and_cost(judge, tmp_path):
     assert judge.seen[0]["key"] == "Bearer secret" and len({body["seed"] for body in judge.seen}) == calls
 
 
+def test_the_judge_is_not_asked_about_a_diagram_that_is_not_there(judge, tmp_path):
+    """As in the paper's code, unless --no-skip-diagrams; a diagram in Asymptote code can be read."""
+    judge.script = lambda n, body: verdicts(true_step(body))
+    rows = wrong_samples(tmp_path / "samples.jsonl")
+    rows[0]["problem"] += " in the diagram?"
+    rows[1]["problem"] += " in the diagram? [asy] draw((0,0)--(1,1)); [/asy]"
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--samples", tmp_path / "samples.jsonl", "--locator", "judge", "--judge-model", "judge",
+                 "--judge-base-url", f"http://127.0.0.1:{judge.server_port}/v1"]  # fmt: skip
+    done = run(2, *arguments, "--out", tmp_path / "a.jsonl")
+    found = {row["id"]: row for row in read(tmp_path / "a.jsonl")}
+    assert found["q0"]["error_step"] is None and "--no-skip-diagrams" in found["q0"]["reason"]
+    assert all(found[f"q{i}"]["error_step"] for i in range(1, 6)) and "problems with a diagram skipped 1" in done.stdout
+    assert judge.count == 5 and not any(set(body) & {"top_k", "min_p", "repetition_penalty"} for body in judge.seen)
+    run(2, *arguments, "--no-skip-diagrams", "--out", tmp_path / "b.jsonl")
+    assert all(row["error_step"] for row in read(tmp_path / "b.jsonl"))
+
+
 def test_low_agreement_and_a_judge_that_finds_nothing_make_no_pair(judge, tmp_path):
     wrong_samples(tmp_path / "in.jsonl", 2)
     judge.script = lambda n, body: verdicts(1 if n % 3 else 2)

@@ -1,11 +1,14 @@
 """Stages 01, 02, 03 and 05 against a real vLLM server with the bundled model: resume, kills, reproducibility, the recipe."""
 
+import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -115,6 +118,98 @@ def test_until_both_goes_on_as_long_as_needed(server, tmp_path):
         both = len(set(verdicts.values())) == 2
         assert both or count == 7
         assert count == 2 or len({verdicts[i] for i in range(count - (2 if count < 7 else 1))}) == 1  # no wave too many
+
+
+def test_unfinished_samples_are_not_the_wrong_one(server, tmp_path):
+    """--until-both goes on until an answer is right and another, finished and parsed, is wrong: then 03 finds a pair."""
+    arguments = ["--data", TINY / "train.jsonl", "--limit", 40, "--until-both", 6, "--max-tokens", 70, *server]
+    run(1, *arguments, "--out", tmp_path / "a.jsonl")
+    by_problem = {}
+    for row in read(tmp_path / "a.jsonl"):
+        by_problem.setdefault(row["id"], []).append(row)
+    stopped = [rows for rows in by_problem.values() if len(rows) < 6]
+    assert stopped and any(row["finish_reason"] == "length" for rows in by_problem.values() for row in rows)
+    for rows in stopped:
+        assert {row["correct"] for row in rows if row["prediction"] is not None} == {True, False}
+    both = sum({True, False} <= {row["correct"] for row in rows if row["prediction"]} for rows in by_problem.values())
+    run(3, "--method", "dpo", "--samples", tmp_path / "a.jsonl", "--out", tmp_path / "p.jsonl")
+    assert len({row["id"] for row in read(tmp_path / "p.jsonl")}) == both
+
+
+PENALTIES = {"repetition_penalty": 1.05, "top_k": 20, "top_p": 0.8, "temperature": 0.7, "do_sample": True, "eos_token_id": [0]}
+
+
+def test_the_models_generation_config_does_not_sample(tmp_path):
+    """Qwen2-Instruct's penalizes repetition, in greedy text too. With the file and without it the text is the same, from the
+    server that 05 starts and from one that was started otherwise."""
+    config = json.loads((TINY / "model" / "config.json").read_text())
+    for name in ("plain", "penalized"):
+        shutil.copytree(TINY / "model", tmp_path / name)
+        eos = config["eos_token_id"] if isinstance(config.get("eos_token_id"), int) else 0
+        more = PENALTIES if name == "penalized" else {}
+        (tmp_path / name / "generation_config.json").write_text(json.dumps({**more, "eos_token_id": eos}))
+    arguments = ["--data", TINY / "validation.jsonl", "--limit", 24, "--max-tokens", 200]
+    models = [str(tmp_path / "plain"), str(tmp_path / "penalized")]
+    run(5, *arguments, "--models", *models, "--out", tmp_path / "own")
+    more = SimpleNamespace(base_url=None, chat_template=None, server_args="--generation-config auto", server_timeout=600.0)
+    with stage(1).served(more, models[1], tmp_path / "server.log") as (url, key, model):
+        environment = os.environ | {"OPENAI_API_KEY": key}
+        run(5, *arguments, "--models", model, "--base-url", url, "--out", tmp_path / "running", env=environment)
+    texts = {}
+    for path in [*(tmp_path / "own" / "validation").glob("*.jsonl"), *(tmp_path / "running" / "validation").glob("*.jsonl")]:
+        texts[path.parent.parent.name, path.stem] = {row["id"]: row["response"] for row in read(path)}
+        settings = json.loads(path.with_name(path.name + ".meta.json").read_text())["settings"]
+        assert (settings["top_k"], settings["min_p"], settings["repetition_penalty"]) == (-1, 0.0, 1.0)
+    assert len(texts) == 3 and len(next(iter(texts.values()))) == 24
+    plain, *others = texts.values()
+    assert all(other == plain for other in others)
+
+
+def test_every_stage_renders_the_same_prefix(tmp_path):
+    """Qwen3's template with a prefilled turn and a switch: the token ids of the prompts that 01, 02, 03 and 05 ask for, by
+    the server, are those that 04 trains behind and that 05 --credit reads."""
+    import httpx
+    import openai
+    import trl
+    from transformers import AutoTokenizer
+
+    template = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
+    switches = json.dumps({"enable_thinking": False})
+    args = SimpleNamespace(base_url=None, chat_template=template, server_args="", server_timeout=600.0, temperature=0.0,
+                           top_p=1.0, max_tokens=1, chat_template_kwargs=switches)  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "model", chat_template=template.read_text())
+    prefixes = [stage(1).OPENING, stage(1).OPENING + " 3 + 4 = 7.\nStep 2: So it is 7.\nStep 3:"]
+    sent, bodies = {}, []
+
+    async def keep(request):
+        bodies.append(json.loads(request.content))
+
+    async def ask(number: int, url: str, key: str, model: str, prefix: str):
+        client = openai.AsyncOpenAI(base_url=url, api_key=key, http_client=httpx.AsyncClient(event_hooks={"request": [keep]}))
+        await stage(number).ask(client, model, SOLVED["problem"], prefix, 1, args)
+
+    with stage(1).served(args, str(TINY / "model"), tmp_path / "server.log") as (url, key, model):
+        for number in (1, 2, 3, 5):
+            for prefix in prefixes:
+                asyncio.run(ask(number, url, key, model, prefix))
+                body = bodies.pop()
+                assert (body["top_k"], body["min_p"], body["repetition_penalty"]) == (-1, 0.0, 1.0)
+                names = ("model", "messages", "continue_final_message", "add_generation_prompt", "chat_template_kwargs")
+                reply = httpx.post(f"{url.removesuffix('/v1')}/tokenize", json={name: body[name] for name in names},
+                                   headers={"Authorization": f"Bearer {key}"})  # fmt: skip
+                sent[number, prefix] = reply.raise_for_status().json()["tokens"]
+    for prefix in prefixes:
+        row = {"prompt": SOLVED["problem"], "initial_reason_steps": prefix, "chosen": " 7.\n", "rejected": " 8.\n",
+               "full_chosen": "", "full_rejected": ""}  # fmt: skip
+        trained, _ = stage(4).encode(row, tokenizer, "step", json.loads(switches))
+        assert tokenizer.decode(trained).endswith(f"<|im_start|>assistant\n<think>\n\n</think>\n\n{prefix}")
+        assert [ids for (_, given), ids in sent.items() if given == prefix] == [trained] * 4
+    solution = {"problem": SOLVED["problem"], "steps": [stage(1).OPENING + " 7."], "error_step": None}
+    ids, places, _ = stage(5).encode_solution(solution, tokenizer, json.loads(switches))
+    assert ids[: places.count(0)] == sent[1, prefixes[0]]
+    closed, opened = (stage(4).encode({"problem": "p", "solution": "s"}, tokenizer, "step", more)[0]
+                      for more in ({"enable_thinking": False}, {"enable_thinking": True}))  # fmt: skip
+    assert tokenizer.decode(closed).endswith("<think>\n\n</think>\n\n") and "<think>" not in tokenizer.decode(opened)
 
 
 def test_linear_agrees_with_bisection_on_what_both_estimate(files, server, tmp_path):

@@ -152,6 +152,53 @@ def test_whole_responses_in_trl_form_and_sft_rows(tokenizer):
     assert tokenizer.decode(solution) == "Step 1: 2.<|im_end|>"
 
 
+@pytest.mark.parametrize("published", [False, True])
+def test_full_sides_are_whole_answers_behind_the_forced_opening(tokenizer, published):
+    """The published set's full texts go on behind initial_reason_steps; 03's are the whole response."""
+    train, opening = stage(4), "Let's think step by step.\nStep 1:"
+    given = opening + " 1 + 1 = 2.\nStep 2:"
+    row = {"prompt": "1 + 1 + 1?", "initial_reason_steps": given, "chosen": " 2 + 1 = 3.\n", "rejected": " 2 + 1 = 4.\n",
+           "full_chosen": " 2 + 1 = 3.\nSo \\boxed{3}.", "full_rejected": " 2 + 1 = 4.\nStep 3: \\boxed{4}."}  # fmt: skip
+    wholes = [given + row["full_chosen"], given + row["full_rejected"]]
+    if published:
+        row["full_chosen"] = row["full_chosen"].strip()  # a label is followed by a space
+    else:
+        row["full_chosen"], row["full_rejected"] = wholes
+    prefix, suffixes = train.encode(row, tokenizer, "full")
+    assert tokenizer.decode(prefix).endswith(f"assistant\n{opening}")
+    assert [opening + tokenizer.decode(ids) for ids in suffixes] == [f"{whole}<|im_end|>" for whole in wholes]
+    prefix, suffixes = train.encode(row, tokenizer)
+    assert tokenizer.decode(prefix).endswith(given) and tokenizer.decode(suffixes[1]) == row["rejected"]
+
+
+def test_rows_with_an_empty_side_are_left_out_counted_and_named(tmp_path, small_model):
+    rows = [pair(n) for n in range(8)]
+    rows[2]["rejected"], rows[4]["full_rejected"], rows[6]["chosen"] = None, "", " "
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for sides, count, named in (("step", 6, "row 3, 7"), ("full", 7, "row 5")):
+        done = run(4, "--data", tmp_path / "pairs.jsonl", "--model", small_model, "--sides", sides, "--epochs", 1,
+                   "--batch-size", 4, "--out", tmp_path / sides)  # fmt: skip
+        assert f"{count} pairs" in done.stderr and f"{8 - count} with an empty side" in done.stderr
+        assert f"an empty side in {named}\n" in done.stderr
+        assert read(tmp_path / sides / "metrics.jsonl")[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_sft_on_samples_takes_right_responses_once(tmp_path, small_model):
+    """01's file carries the reference solution along: it is not what the model said."""
+    sample = lambda problem, response, correct: {"id": problem, "problem": problem, "answer": "3", "solution": "REFERENCE",
+                                                 "response": response, "correct": correct, "finish_reason": "stop"}  # fmt: skip
+    rows = [sample("a", "Step 1: 3.", True), sample("a", "Step 1: 3.", True), sample("a", "Step 1: three.", True),
+            sample("b", "Step 1: 3.", True), sample("b", "Step 1: 4.", False)]  # fmt: skip
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = stage(4).load_rows(str(tmp_path / "samples.jsonl"), "sft")
+    assert found == [{"problem": problem, "solution": text} for problem, text in
+                     (("a", "Step 1: 3."), ("a", "Step 1: three."), ("b", "Step 1: 3."))]  # fmt: skip
+    done = run(4, "--objective", "sft", "--data", tmp_path / "samples.jsonl", "--model", small_model, "--epochs", 1,
+               "--out", tmp_path / "tuned")  # fmt: skip
+    assert "training on the field 'response'" in done.stderr and "5 samples, 4 right, 3 of these distinct" in done.stderr
+    assert "first row" in done.stderr and "REFERENCE" not in done.stderr
+
+
 def test_boundary_is_where_generation_had_it(tokenizer):
     """Decoded ids give the text back, whether or not the prefix carries the space; a merge over the boundary is not used."""
     train = stage(4)
