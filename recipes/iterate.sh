@@ -7,6 +7,9 @@
 # LAUNCH goes to accelerate, TRAIN to 04. The same command goes on after a stop.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# INT or TERM to this script alone ends the running stage too, and so the server that this has started
+job=; run() { set -m; "$@" & job=$!; set +m; wait $job; }
+trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM
 export PATH="$PWD/.venv/bin:$PATH"
 ROUNDS=${ROUNDS:-3} OUT=${OUT:-runs/iterate} MODEL=${MODEL:-data/tiny/model} DATA=${DATA:-data/tiny/train.jsonl} PROBLEMS=${PROBLEMS:-1200}
 LR=${LR:-3e-5} BETA=${BETA:-1} EPOCHS=${EPOCHS:-2} BATCH=${BATCH:-32} TOKENS=${TOKENS:-400} TEST=${TEST:-data/tiny/test.jsonl}
@@ -21,16 +24,16 @@ for round in $(seq "$ROUNDS"); do
     data=$here/problems.jsonl
     sed -n "$(((round - 1) * PROBLEMS + 1)),$((round * PROBLEMS))p" "$DATA" >"$data"
   fi
-  python 01_sample_errors.py --data $data --model "$policy" --max-tokens "$TOKENS" --out "$here/samples.jsonl" "$SERVE"
-  python 02_locate_step.py --samples "$here/samples.jsonl" --model "$policy" --max-tokens "$TOKENS" --out "$here/located.jsonl" \
+  run python 01_sample_errors.py --data $data --model "$policy" --max-tokens "$TOKENS" --out "$here/samples.jsonl" "$SERVE"
+  run python 02_locate_step.py --samples "$here/samples.jsonl" --model "$policy" --max-tokens "$TOKENS" --out "$here/located.jsonl" \
     --keep-rollouts "$here/rollouts.jsonl" "$SERVE"
-  python 03_rectify.py --located "$here/located.jsonl" --rollouts "$here/rollouts.jsonl" --n 8 --model "$policy" \
+  run python 03_rectify.py --located "$here/located.jsonl" --rollouts "$here/rollouts.jsonl" --n 8 --model "$policy" \
     --max-tokens "$TOKENS" --out "$here/pairs.jsonl" "$SERVE"
   if [ ! -f "$here/trained" ]; then  # not again after a stop: other last bits would make it another policy to the next round
-    accelerate launch $LAUNCH 04_train_stepdpo.py --data "$here/pairs.jsonl" --model "$policy" --lr "$LR" --beta "$BETA" \
+    run accelerate launch $LAUNCH 04_train_stepdpo.py --data "$here/pairs.jsonl" --model "$policy" --lr "$LR" --beta "$BETA" \
       --epochs "$EPOCHS" --batch-size "$BATCH" --keep 0 --out "$here/model" $TRAIN
     touch "$here/trained"
   fi
   policy=$here/model models+=("round-$round=$policy")
 done
-python 05_eval.py --data $TEST --models "${models[@]}" --max-tokens "$TOKENS" --out "$OUT/results" "$SERVE"
+run python 05_eval.py --data $TEST --models "${models[@]}" --max-tokens "$TOKENS" --out "$OUT/results" "$SERVE"

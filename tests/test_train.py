@@ -183,6 +183,15 @@ def test_rows_with_an_empty_side_are_left_out_counted_and_named(tmp_path, small_
         assert read(tmp_path / sides / "metrics.jsonl")[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
 
 
+def test_no_eos_on_request(tmp_path, small_model, tokenizer):
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair(n, last=True)) + "\n" for n in range(4)))
+    train, rows = stage(4), read(tmp_path / "pairs.jsonl")
+    for eos in (True, False):
+        args = train.Args(model=str(small_model), eos=eos)
+        ends = [ids[-1] for suffixes in train.prepare(rows, tokenizer, args, "rows").suffixes for ids in suffixes]
+        assert {end == tokenizer.eos_token_id for end in ends} == {eos}
+
+
 def test_sft_on_samples_takes_right_responses_once(tmp_path, small_model):
     """01's file carries the reference solution along: it is not what the model said."""
     sample = lambda problem, response, correct: {"id": problem, "problem": problem, "answer": "3", "solution": "REFERENCE",
