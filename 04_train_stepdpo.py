@@ -51,9 +51,12 @@ import torch.nn.functional as F
 import transformers
 import tyro
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
 
 # Copied from 01_sample_errors.py
 USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
@@ -404,27 +407,36 @@ def collate(pairs: Pairs, rows: list[list[int]], pad: int, device) -> dict:
     return {name: torch.from_numpy(array.astype(np.int64)).to(device) for name, array in batch.items()}
 
 
-def plan(pairs: Pairs, numbers: list[int], tokens: int, rank: int, world: int) -> list[list[list[int]]]:
-    """Micro-batches of this process for the pairs `numbers`: lists of rows, at most `tokens` with their padding.
+def plan(pairs: Pairs, numbers: list[int], tokens: int, rank: int, world: int) -> list[tuple[list[list[int]], int]]:
+    """Micro-batches of this process for the pairs `numbers`: (rows, chunks), rows at most `tokens` with their padding.
 
-    Pairs of one prefix come in one row, as far as `tokens` allow. Every process gets the same number of micro-batches,
-    since sharded strategies wait for each other in every pass: where rows run out, a batch repeats one pair as
-    [[-1 - number]], to be computed and not counted."""
+    Pairs of one prefix come in one row, as far as `tokens` allow. Sharded strategies wait for each other in every pass and at
+    every call of the head: so every process gets the same number of micro-batches, and in each the same number of chunks of
+    logits, whatever it needs itself. Where rows run out, a batch repeats one pair as [[-1 - number]], to be computed and not
+    counted."""
     groups = {}
     for i in numbers:
         row = groups.setdefault(pairs.group[i], [[]])
         row.append([]) if row[-1] and pairs.length([*row[-1], i]) > tokens else None
         row[-1].append(i)
     rows = sorted(((pairs.length(row), row) for group in groups.values() for row in group), key=lambda r: (r[0], r[1]))
+    dealt, loads = [[] for _ in range(world)], [0] * world
+    for length, row in reversed(rows):  # the longest first, each to who has least
+        process = loads.index(min(loads))
+        loads[process] += length
+        dealt[process].insert(0, (length, row))
     batches = []
-    for process in range(world):
+    for own in dealt:
         batches.append([])
-        for length, row in rows[process::world]:
+        for length, row in own:
             if not batches[-1] or (len(batches[-1][-1]) + 1) * length > tokens:  # sorted: this row is the longest
                 batches[-1].append([])
             batches[-1][-1].append(row)
     most = max(map(len, batches))
-    return batches[rank] + [[[-1 - rows[0][1][0]]]] * (most - len(batches[rank]))
+    batches = [own + [[[-1 - rows[0][1][0]]]] * (most - len(own)) for own in batches]
+    targets = lambda rows: sum(len(suffix) for row in rows for suffix in pairs.row([max(i, -1 - i) for i in row])[0])
+    chunks = [math.ceil(max(map(targets, side_by_side)) / LOGITS_CHUNK) for side_by_side in zip(*batches, strict=True)]
+    return list(zip(batches[rank], chunks, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -439,8 +451,12 @@ class SuffixScorer(torch.nn.Module):
         self.lm = lm
         self._no_split_modules = getattr(lm, "_no_split_modules", None)  # what FSDP wraps
 
-    def forward(self, ids, positions, last, source, target, owner, picks):
-        """ids, positions, last: (rows, width); source, target, owner: (suffix tokens,); picks: for the caller."""
+    def tie_weights(self):  # accelerate calls it after it has loaded the shards; else a tied head would be of its own
+        self.lm.tie_weights()
+
+    def forward(self, ids, positions, last, source, target, owner, picks, chunks: int = 1):
+        """ids, positions, last: (rows, width); source, target, owner: (suffix tokens,); picks: for the caller. The logits are
+        made in so many chunks, with several again in the backward pass."""
         at = torch.arange(ids.shape[1], device=ids.device)
         sees = (at[:, None] >= at) & (at[:, None] < last[:, None, :])  # (rows, width, width); see collate
         masks = {"full_attention": sees[:, None]}
@@ -452,11 +468,10 @@ class SuffixScorer(torch.nn.Module):
             input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False
         ).last_hidden_state.flatten(0, 1)[source]  # (suffix tokens, hidden size)
         parts = []
-        for hidden_part, target_part in zip(hidden.split(LOGITS_CHUNK), target.split(LOGITS_CHUNK), strict=True):
-            many = torch.is_grad_enabled() and len(target) > LOGITS_CHUNK  # then logits are made again in the backward pass
+        for hidden_part, target_part in zip(hidden.tensor_split(chunks), target.tensor_split(chunks), strict=True):
             parts.append(
                 checkpoint(self.token_logps, hidden_part, target_part, use_reentrant=False)
-                if many else self.token_logps(hidden_part, target_part)
+                if torch.is_grad_enabled() and chunks > 1 else self.token_logps(hidden_part, target_part)
             )  # fmt: skip
         sums = torch.zeros(int(picks.max()) + 1, dtype=torch.float32, device=ids.device)
         return sums.index_add(0, owner, torch.cat(parts))
@@ -503,12 +518,16 @@ def load_tokenizer(args: Args):
     return tokenizer, config
 
 
-def load_model(args: Args, config):
-    """The model with fp32 weights and no dropout."""
+def load_model(args: Args, config, accelerator: Accelerator):
+    """The model without dropout. Weights are fp32, but for a frozen base and where DeepSpeed keeps fp32 masters of its own.
+
+    Under FSDP, by fsdp_cpu_ram_efficient_loading, the first process of a machine alone reads the files; ZeRO-3 builds the model
+    in shards, and what is read of the files is memory that processes share."""
     for name in vars(config):
         if name.endswith(("dropout", "pdrop")) and isinstance(getattr(config, name), float):
             setattr(config, name, 0.0)  # the reference has none either: with it, step 0 would not be ln 2
-    dtype = config.dtype if args.lora_rank and args.precision == "bf16" else torch.float32  # LoRA: the base stays as it is
+    own_masters = args.lora_rank or accelerator.distributed_type == "DEEPSPEED"
+    dtype = config.dtype if own_masters and args.precision == "bf16" else torch.float32
     try:
         lm = AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError) as error:
@@ -530,10 +549,16 @@ def add_lora(lm, args: Args):
     return peft.get_peft_model(lm, peft.LoraConfig(**settings, task_type="CAUSAL_LM"))
 
 
-def weights_hash(lm) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(lm.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+def weights_hash(model: str) -> str:
+    """Of the weight files: names, sizes and 64 MiB of each, spread over it; smaller ones whole."""
+    folder, digest, block = Path(cached_file(model, "config.json")).parent, hashlib.sha256(), 1 << 20
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as file:
+            for start in np.linspace(0, max(0, size - block), min(64, math.ceil(size / block)), dtype=np.int64).tolist():
+                file.seek(start)
+                digest.update(file.read(block))
     return digest.hexdigest()
 
 
@@ -557,8 +582,8 @@ def flops(pairs: Pairs, numbers, config, body: int, head: int) -> float:
 
 def count_weights(config) -> tuple[int, int]:
     """Weights of the layers and of the head; an embedding that is only looked up does no arithmetic."""
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config)
+    with torch.device("meta"):  # by the class: from_config() would build it in ZeRO-3's shards, which meta has not
+        lm = AutoModelForCausalLM._model_mapping[type(config)](config)
     head, embedding = lm.get_output_embeddings().weight, lm.get_input_embeddings().weight
     return sum(p.numel() for p in lm.parameters()) - head.numel() * (1 if head is embedding else 2), head.numel()
 
@@ -574,19 +599,60 @@ def matrix_rate(device, precision: str) -> float:
     return best
 
 
+def memory(config, args: Args, strategy: str, world: int, machines: int = 1, offloaded: float = 0.0) -> dict[str, float]:
+    """Bytes by count. strategy: "copies" (one process, or the whole model on each), "fsdp2" or "zero3"; offloaded: the share of
+    AdamW's state that ZeRO-3 keeps in main memory. Keys that begin with "machine" are of main memory on one machine."""
+    body, head = count_weights(config)
+    parameters, low = body + head * (1 if config.tie_word_embeddings else 2), 2 if args.precision == "bf16" else 4
+    layer, copies = body / config.num_hidden_layers, 0 if low == 4 else 2  # of weights, by autocast
+    trained = 0 if args.lora_rank else parameters
+    frozen = low * (parameters - trained)
+    if strategy == "copies":  # fp32 weights, gradients, two moments; DDP sends gradients from buckets of their own
+        found = {"weights, gradients, AdamW": (16 + copies + (4 if world > 1 else 0)) * trained + frozen}
+        found["machine: model read by every process"] = world / machines * (4 * trained + frozen)
+    elif strategy == "fsdp2":  # gathered: embedding and head throughout, two layers; a layer's gradients in fp32
+        found = {"weights, gradients, AdamW": (16 * trained + frozen) / world}
+        found["gathered"] = low * (2 * head + 2 * layer) + 4 * layer
+        found["machine: model read by one process"] = 4 * trained + frozen
+    else:  # weights and gradients in 16 bits, fp32 masters and moments; by default 1e9 weights are gathered at most
+        found = {
+            "weights, gradients, AdamW": (12 * (1 - offloaded) * trained + low * (2 - (offloaded > 0)) * trained + frozen)
+            / world
+        }
+        found["gathered"] = low * min(1e9, parameters)
+        found["machine: AdamW and gradients"] = offloaded * 12 * trained / machines + (
+            low * trained / machines if offloaded else 0
+        )
+        found["machine: files of the model, shared"] = 2 * parameters
+    # 34 bytes a token, layer and unit of width in 16 bits (Korthikanti et al., arXiv 2205.05198), without attention scores;
+    # checkpointing keeps 2 of them, and one layer's all
+    token, layers = 34 * low / 2 * config.hidden_size, config.num_hidden_layers
+    found["activations"] = args.tokens_per_batch * token * ((layers / 17 + 1) if args.gradient_checkpointing else layers)
+    found["logits"] = 3 * 4 * LOGITS_CHUNK * config.vocab_size
+    return found
+
+
+def strategy_of(accelerator: Accelerator) -> tuple[str, float]:
+    """The name that memory() knows, and the share of AdamW's state in main memory."""
+    if accelerator.distributed_type == "DEEPSPEED":
+        zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        offload = zero.get("offload_optimizer") or {}
+        return "zero3", offload.get("ratio", 1.0) if offload.get("device") == "cpu" else 0.0
+    return ("fsdp2" if accelerator.distributed_type == "FSDP" else "copies"), 0.0
+
+
 def estimate(pairs: Pairs, config, args: Args, accelerator: Accelerator):
     """Print memory and time of a run on this machine, without making it."""
-    (body, head), world, gib = count_weights(config), accelerator.num_processes, 2**30
-    parameters = body + head * (1 if config.tie_word_embeddings else 2)
-    sharded = world if accelerator.distributed_type in ("FSDP", "DEEPSPEED") else 1
-    state = (2 if args.lora_rank else 16) * parameters / sharded  # fp32 weights, gradients and two moments
-    # 34 bytes a token, layer and unit of width in 16 bits (Korthikanti et al., arXiv 2205.05198), without attention scores
-    kept = (2 if args.gradient_checkpointing else 34) * (1 if args.precision == "bf16" else 2)
-    activations = args.tokens_per_batch * config.num_hidden_layers * kept * config.hidden_size
-    logits = 3 * 4 * LOGITS_CHUNK * config.vocab_size
-    print_main(f"a device needs about {state / gib:.2f} GiB for weights, gradients and AdamW, {activations / gib:.2f} GiB for "
-               f"activations of {args.tokens_per_batch} tokens, {logits / gib:.2f} GiB for logits: "
-               f"{(state + activations + logits) / gib:.2f} GiB")  # fmt: skip
+    (body, head), world = count_weights(config), accelerator.num_processes
+    strategy, offloaded = strategy_of(accelerator)
+    machines = max(1, world // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+    found = memory(config, args, strategy, world, machines, offloaded)
+    for where in ("device", "machine"):
+        parts = {
+            n.removeprefix("machine: "): b / 2**30 for n, b in found.items() if n.startswith("machine") == (where == "machine")
+        }
+        print_main(f"a {where} needs about {sum(parts.values()):.2f} GiB{' of main memory' if where == 'machine' else ''}: "
+                   + ", ".join(f"{size:.2f} GiB for {name}" for name, size in parts.items()))  # fmt: skip
     forward = flops(pairs, range(len(pairs)), config, body, head)
     passes = 3 + args.gradient_checkpointing
     rate = matrix_rate(accelerator.device, args.precision) * world
@@ -607,6 +673,13 @@ def print_main(text: str):
 PRINTS = os.environ.get("RANK", "0") == "0"  # false on all processes but the first
 
 
+def from_first(accelerator: Accelerator, find):
+    """What find() gives on the first process, on all of them."""
+    found = [find() if accelerator.is_main_process else None]
+    broadcast_object_list(found)
+    return found[0]
+
+
 def check_strategy(accelerator: Accelerator):
     """Stop where accelerate runs another strategy than it was asked for: without a GPU, 1.15 drops FSDP and DeepSpeed
     for plain data parallelism, or a single process, and says nothing."""
@@ -624,10 +697,10 @@ def score_all(scorer, pairs: Pairs, args: Args, pad: int, accelerator: Accelerat
     found = torch.zeros(len(pairs), len(pairs.suffixes[0]), device=accelerator.device)
     tokens = 4 * args.tokens_per_batch  # no gradients: room for more
     batches = plan(pairs, range(len(pairs)), tokens, accelerator.process_index, accelerator.num_processes)
-    for rows in tqdm(batches, desc=label, disable=not PRINTS, leave=False):
+    for rows, chunks in tqdm(batches, desc=label, disable=not PRINTS, leave=False):
         numbers = [i if i >= 0 else -1 - i for row in rows for i in row]
         inputs = collate(pairs, [[i if i >= 0 else -1 - i for i in row] for row in rows], pad, accelerator.device)
-        logps = scorer(**inputs)[inputs["picks"]]
+        logps = scorer(**inputs, chunks=chunks)[inputs["picks"]]
         if rows[0][0] >= 0:
             found[numbers] = logps
     return accelerator.reduce(found, "sum").cpu()
@@ -669,15 +742,16 @@ def train_step(scorer, optimizer, pairs: Pairs, reference, batch: list[int], arg
     micro = plan(pairs, batch, args.tokens_per_batch, accelerator.process_index, world)
     weight = 1 / (len(batch) if args.objective == "dpo" else sum(len(pairs.suffixes[i][0]) for i in batch))
     sums = torch.zeros(9, dtype=torch.float64, device=device)
-    for number, rows in enumerate(micro):
+    for number, (rows, chunks) in enumerate(micro):
         rows, counts = [[i if i >= 0 else -1 - i for i in row] for row in rows], float(rows[0][0] >= 0)
         numbers, inputs = [i for row in rows for i in row], collate(pairs, rows, pad, device)
         ends = number == len(micro) - 1
         if accelerator.distributed_type == "DEEPSPEED":  # its engine steps within the backward pass that is said to be last
             accelerator.gradient_state._set_sync_gradients(ends)
             ends = True
-        with contextlib.nullcontext() if ends else accelerator.no_sync(scorer):
-            logps = scorer(**inputs)[inputs["picks"]]  # (pairs, sides)
+        # FSDP2 would keep whole gradients until they are synchronized: a model that needs shards has no room for them
+        with contextlib.nullcontext() if ends or accelerator.is_fsdp2 else accelerator.no_sync(scorer):
+            logps = scorer(**inputs, chunks=chunks)[inputs["picks"]]  # (pairs, sides)
             if args.objective == "dpo":
                 loss, rewards = dpo_loss(logps, reference[numbers].to(device), args.beta, args.label_smoothing)
             else:
@@ -701,6 +775,7 @@ def train_step(scorer, optimizer, pairs: Pairs, reference, batch: list[int], arg
     result = {name: value / len(batch) for name, value in zip(names, sums, strict=False)}
     if args.objective == "sft":
         result = {"loss": sums[0] * weight}
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all shards, not of the local part
     return result | {"grad_norm": float(norm or 0.0), "tokens": sums[8], "padding": 1 - sums[8] / sums[7]}
 
 
@@ -714,6 +789,7 @@ def save_checkpoint(accelerator: Accelerator, args: Args, step: int, settings: d
     path = args.out / f"checkpoint-{step}"
     temporary = args.out / f"writing-checkpoint-{step}"
     accelerator.save_state(str(temporary))
+    accelerator.wait_for_everyone()  # others may be writing still, and the folder is renamed
     if accelerator.is_main_process:
         (temporary / "state.json").write_text(json.dumps({"step": step, "settings": settings}, indent=1))
         shutil.rmtree(path, ignore_errors=True)
@@ -726,23 +802,35 @@ def save_checkpoint(accelerator: Accelerator, args: Args, step: int, settings: d
     accelerator.wait_for_everyone()
 
 
-def save_model(accelerator: Accelerator, scorer, adapters, tokenizer, args: Args, dtype: torch.dtype):
-    """A Hugging Face folder in the dtype of the base model, from every strategy; with LoRA merged, or the adapters."""
+def whole_weights(state: dict, args: Args, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Names and weights of the model from a gathered state, in `dtype`; adapters are merged, W + (alpha / r) B A."""
+    weights = {}
+    for name, tensor in state.items():
+        if ".lora_" in name:
+            continue
+        stem = name.removesuffix(".base_layer.weight")
+        if stem != name:
+            a, b = (state[f"{stem}.lora_{side}.default.weight"].float() for side in "AB")  # (rank, in), (out, rank)
+            tensor = tensor.float() + 2 * b @ a
+        weights[name.removeprefix("lm.").replace(".base_layer.", ".")] = tensor.to(dtype)
+    return weights
+
+
+def save_model(accelerator: Accelerator, scorer, lm, adapters, twice: set, tokenizer, args: Args, dtype: torch.dtype):
+    """A Hugging Face folder in the dtype of the base model, from every strategy; with LoRA merged, or the adapters. `twice`:
+    names under which a weight of another name is seen again, a tied head."""
     state = accelerator.get_state_dict(scorer)
     if accelerator.is_main_process:
-        lm, out = accelerator.unwrap_model(scorer).lm, args.out
+        state = {name: tensor for name, tensor in state.items() if name not in twice}
         if adapters and args.lora_save == "adapter":
-            adapters.save_pretrained(out)
-        elif adapters:
-            adapters.merge_and_unload().to(dtype).save_pretrained(out)
+            names = {f"base_model.model.{name.removeprefix('lm.')}": tensor for name, tensor in state.items()}
+            adapters.save_pretrained(args.out, state_dict=names)
         else:
-            place = lambda tensor: (tensor.data_ptr(), tensor.shape)
-            cast = {place(tensor): tensor.to(dtype) for tensor in state.values()}  # a tied head stays tied, stored once
-            lm.save_pretrained(out, state_dict={k.removeprefix("lm."): cast[place(tensor)] for k, tensor in state.items()})
-            config = json.loads((out / "config.json").read_text())  # it names the fp32 of the master weights
+            lm.save_pretrained(args.out, state_dict=whole_weights(state, args, dtype))
+            config = json.loads((args.out / "config.json").read_text())  # it names the fp32 of the master weights
             config["dtype"] = str(dtype).removeprefix("torch.")
-            (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        tokenizer.save_pretrained(out)
+            (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        tokenizer.save_pretrained(args.out)
     accelerator.wait_for_everyone()
 
 
@@ -812,6 +900,9 @@ def main(args: Args):
     if accelerator.distributed_type == "DEEPSPEED":  # asked for, though batches are planned here
         more = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": args.max_grad_norm}
         accelerator.state.deepspeed_plugin.deepspeed_config.update(more)
+    if accelerator.is_fsdp2 and args.precision == "bf16":  # accelerate's own would round what comes out, too, to 8 bits
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     torch.manual_seed(args.seed)
     tokenizer, config = load_tokenizer(args)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, str(config.dtype or "bfloat16"))
@@ -823,18 +914,21 @@ def main(args: Args):
     if args.dry_run:
         return estimate(pairs, config, args, accelerator)
 
-    lm, pad = load_model(args, config), tokenizer.eos_token_id
+    lm, pad = load_model(args, config, accelerator), tokenizer.eos_token_id
     per_epoch = math.ceil(len(pairs) / args.batch_size)
     total = per_epoch * args.epochs
     ignored = {"out", "save_steps", "eval_steps", "log_steps", "keep", "data", "validation", "tokens_per_batch", "dry_run",
                "tracker", "lora_save", "compile"}  # fmt: skip
     settings = {name: str(value) for name, value in asdict(args).items() if name not in ignored}
-    weights = weights_hash(lm)
+    weights = from_first(accelerator, lambda: weights_hash(args.model))
     hashes = pairs.digest() + (val_pairs.digest() if val_pairs else "")
     settings |= {"weights": weights[:16], "pairs": hashlib.sha256(hashes.encode()).hexdigest()[:16]}
     args.out.mkdir(parents=True, exist_ok=True)
-    resume = last_checkpoint(args.out)
+    resume = from_first(accelerator, lambda: last_checkpoint(args.out))  # on several machines files come late
     if resume:
+        if not (resume / "state.json").exists():
+            stop(f"{resume}: process {accelerator.process_index} does not see it; --out must be on a file system that all "
+                 "machines share")  # fmt: skip
         old = json.loads((resume / "state.json").read_text())
         for name, value in settings.items():
             if old["settings"].get(name) != value:
@@ -846,6 +940,7 @@ def main(args: Args):
     if args.compile:
         lm.base_model.compile(dynamic=True)
     scorer = SuffixScorer(lm)
+    twice = {name for name, _ in scorer.named_parameters(remove_duplicate=False)} - {n for n, _ in scorer.named_parameters()}
     trained = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
     fused = accelerator.device.type in ("cuda", "cpu")
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=fused)
@@ -861,8 +956,9 @@ def main(args: Args):
         start = old["step"]
         print_main(f"going on from {resume}")
     metrics_path = args.out / "metrics.jsonl"
-    lines = [line for line in read_rows(metrics_path, ("step",)) if line["step"] <= start] if resume else []
+    lines = []
     if accelerator.is_main_process:
+        lines = [line for line in read_rows(metrics_path, ("step",)) if line["step"] <= start] if resume else []
         metrics_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     if log_with:
         accelerator.init_trackers("stepdpo", config={name: str(value) for name, value in asdict(args).items()})
@@ -925,7 +1021,7 @@ def main(args: Args):
         if step % args.save_steps == 0 and step < total:
             save_checkpoint(accelerator, args, step, settings)
     bar.close()
-    save_model(accelerator, scorer, adapters, tokenizer, args, stored)
+    save_model(accelerator, scorer, lm, adapters, twice, tokenizer, args, stored)
     if accelerator.is_main_process:
         summary = {"arguments": {name: str(value) for name, value in asdict(args).items()}, "settings": settings,
                    "pairs": len(pairs), "steps": total, "seconds": round(time.time() - began, 1), "last": log}  # fmt: skip

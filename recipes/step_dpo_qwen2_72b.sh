@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Step-DPO for Qwen2-72B-Instruct (arXiv 2406.18629): as for 7B but beta 0.5 and 4 epochs, with ZeRO-3 and CPU offload.
 #
-# Hardware   8 GPUs with 80 GB and 1.3 TB of main memory (weights and AdamW: 16 bytes a parameter). Not run here.
+# Hardware   8 GPUs with 80 GB and 1 TB of main memory (by count 62 GB and 945 GB: README, "The trainer"). Not run here.
 # Hours      about 30 by counting, none measured: generation as for 7B at a tenth of its speed, 18 h; training 17 M tokens, 4 h
 #            at 30 % of the peak and as much again for the transfers; evaluation 2 models, 4 h
 # Disk       1.5 TB: model 145 GB, one checkpoint with optimizer state 870 GB, base model 145 GB
@@ -20,6 +20,6 @@ run python 02_locate_step.py --samples "$OUT/samples.jsonl" --model "$MODEL" --o
   --keep-rollouts "$OUT/rollouts.jsonl" "$SERVE"
 run python 03_rectify.py --located "$OUT/located.jsonl" --rollouts "$OUT/rollouts.jsonl" --model "$MODEL" --out "$OUT/pairs.jsonl" "$SERVE"
 run accelerate launch --config_file configs/zero3_offload.yaml 04_train_stepdpo.py --data "$OUT/pairs.jsonl" --model "$MODEL" \
-  --beta "$BETA" --epochs 4 --gradient-checkpointing --out "$OUT/model" --save-steps 200 --keep 1
+  --beta "$BETA" --epochs 4 --gradient-checkpointing --tokens-per-batch 8192 --out "$OUT/model" --save-steps 200 --keep 1
 run python 05_eval.py --data gsm8k math odyssey-math aime24 --models "base=$MODEL" "Step-DPO=$OUT/model" --protocol paper \
   --check-contamination "$OUT/pairs.jsonl" --out "$OUT/results" "$SERVE"

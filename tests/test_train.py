@@ -88,10 +88,11 @@ def test_shared_prefix_equals_separate_rows(kind, chunk, tokenizer, monkeypatch)
     rows.append(rows[0] | {"chosen": " Now it is 22.\n"})
     pairs, scorer = pairs_of(train, rows, tokenizer), train.SuffixScorer(shaped(kind))
     assert pairs.row([0, 4])[1] == [[0, 1], [2, 1]]
-    [micro] = train.plan(pairs, range(5), 10_000, 0, 1)
+    [(micro, chunks)] = train.plan(pairs, range(5), 10_000, 0, 1)
     assert sorted(map(len, micro)) == [1, 1, 1, 2]
     inputs, numbers = train.collate(pairs, micro, 0, "cpu"), [i for row in micro for i in row]
-    ours = scorer(**inputs)[inputs["picks"]]
+    assert chunks == math.ceil(len(inputs["target"]) / chunk)
+    ours = scorer(**inputs, chunks=chunks)[inputs["picks"]]
     assert ours.shape == (5, 2)
     plain = torch.stack([plain_logps(scorer.lm, *train.encode(rows[i], tokenizer)) for i in numbers])
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=0)
@@ -240,6 +241,12 @@ def test_plan_covers_each_pair_once_within_the_budget(world):
         pairs.add(list(range(5 + i % 14 * 6)), [[i, 1, 2], [500 + i % 14]])
     plans = [train.plan(pairs, range(41), 200, rank, world) for rank in range(world)]
     assert len({len(batches) for batches in plans}) == 1
+    assert len({tuple(chunks for _, chunks in batches) for batches in plans}) == 1
+    plans = [[batch for batch, _ in batches] for batches in plans]
+    loads = [
+        sum(map(pairs.length, batch)) for batches in plans for batch in [[row for b in batches for row in b if row[0] >= 0]]
+    ]
+    assert max(loads) <= 1.1 * sum(loads) / world
     rows = [row for batches in plans for batch in batches for row in batch if row[0] >= 0]
     assert sorted(i for row in rows for i in row) == list(range(41)) and len(rows) == 14
     assert all(len({i % 14 for i in row}) == 1 for row in rows)
@@ -247,7 +254,12 @@ def test_plan_covers_each_pair_once_within_the_budget(world):
         for batch in batches:
             assert batch[0][0] < 0 or len(batch) == 1 or len(batch) * max(map(pairs.length, batch)) <= 200
     few = [train.plan(pairs, [3], 200, rank, world) for rank in range(world)]
-    assert [batch for batches in few for batch in batches].count([[3]]) == 1 and all(len(batches) == 1 for batches in few)
+    assert [batch for batches in few for batch, _ in batches].count([[3]]) == 1 and all(len(batches) == 1 for batches in few)
+    long = train.Pairs()
+    for length in (2500, 5, 5, 5):  # three chunks of logits on one process, so three on all
+        long.add([length], [list(range(length)), [1]])
+    counts = [[chunks for _, chunks in train.plan(long, range(4), 3000, rank, 2)] for rank in range(2)]
+    assert counts[0] == counts[1] and max(counts[0]) == math.ceil(2501 / train.LOGITS_CHUNK)
 
 
 def test_schedule_warms_up_and_ends_at_zero():
@@ -464,6 +476,30 @@ def test_kill_at_any_moment_and_go_on_bit_for_bit(tmp_path, small_model):
         assert torch.equal(tensor, weights(out)[name]), name
 
 
+QWEN2 = {"vocab_size": 152064, "num_key_value_heads": 4, "tie_word_embeddings": False}
+SIZES = {"7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28},
+         "72b": {"hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80, "num_attention_heads": 64,
+                 "num_key_value_heads": 8}}  # fmt: skip
+
+
+@pytest.mark.parametrize("size, config, device, machine", [("7b", "fsdp2", 24e9, 31e9), ("72b", "zero3_offload", 63e9, 950e9)])
+def test_recipes_fit_by_count(size, config, device, machine):
+    """7B on 8 GPUs with 80 GB, and 72B with 1 TB of main memory, by the configurations of the recipes."""
+    from transformers import Qwen2Config
+
+    train, shape = stage(4), Qwen2Config(**QWEN2 | SIZES[size])
+    zero = ROOT / "configs" / f"{config}.json"
+    offloaded = json.loads(zero.read_text())["zero_optimization"]["offload_optimizer"]["ratio"] if zero.exists() else 0.0
+    args = train.Args(precision="bf16", gradient_checkpointing=True, tokens_per_batch=8192)
+    found = train.memory(shape, args, "zero3" if zero.exists() else "fsdp2", 8, 1, offloaded)
+    on_machine = sum(size for name, size in found.items() if name.startswith("machine"))
+    assert on_machine == pytest.approx(machine, rel=0.02) and on_machine < 1e12
+    assert sum(found.values()) - on_machine == pytest.approx(device, rel=0.03) and sum(found.values()) - on_machine < 75e9
+    alone = train.memory(shape, args, "copies", 1)
+    parameters = sum(train.count_weights(shape)) + train.count_weights(shape)[1]
+    assert alone["weights, gradients, AdamW"] == 18 * parameters
+
+
 @pytest.mark.slow
 def test_many_pairs_in_little_memory(tmp_path, small_model):
     """Through the dry run; 20,000 pairs may add a fifth of the 2 GB that are allowed for 100,000."""
@@ -476,7 +512,11 @@ def test_many_pairs_in_little_memory(tmp_path, small_model):
         (tmp_path / "pairs.jsonl").write_text("".join(text[:count]))
         command = [sys.executable, "-c", watch, sys.executable, "04_train_stepdpo.py", *map(str, arguments)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert f"{count} pairs" in done.stderr and "GiB for weights" in done.stderr and " h; at 40 %" in done.stderr
+        assert (
+            f"{count} pairs" in done.stderr
+            and "GiB for weights, gradients, AdamW" in done.stderr
+            and " h; at 40 %" in done.stderr
+        )
         peaks.append(int(done.stdout.splitlines()[-1]) / 2**20)
     assert not (tmp_path / "out").exists() and peaks[1] - peaks[0] < 0.4, peaks
     (tmp_path / "pairs.jsonl").write_text("".join(text[:7]) + '{"prompt": "torn\n' + "".join(text[7:]))

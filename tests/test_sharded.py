@@ -1,0 +1,144 @@
+"""04 under FSDP2 and ZeRO-3, two processes on the CPU through the committed configurations (tests/sharded_cpu.py): weights of
+one process, files that load, checkpoints that survive kills. fp32, so that equal means equal."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, read, run, stage
+from safetensors.torch import load_file
+from test_train import pair
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = pytest.mark.slow
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with models whose matrices ZeRO-3 really parts (100,000 elements or more), pairs, and one process's results.
+
+    One pair has more suffix tokens than LOGITS_CHUNK: the process that has it calls the head twice, the other once."""
+    folder = tmp_path_factory.mktemp("sharded")
+    for name in ("tied", "untied"):
+        config = AutoConfig.from_pretrained(TINY / "model")
+        config.hidden_size, config.intermediate_size, config.num_hidden_layers = 384, 768, 2
+        config.num_attention_heads, config.num_key_value_heads = 6, 2
+        config.layer_types, config.tie_word_embeddings = ["full_attention"] * 2, name == "tied"
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.05) if parameter.ndim > 1 else None
+        model.save_pretrained(folder / name)
+        AutoTokenizer.from_pretrained(TINY / "model").save_pretrained(folder / name)
+    rows = [pair(n, last=n % 3 == 0) for n in range(19)]
+    rows.append(pair(99) | {"rejected": " So" + " 3 + 4 = 7," * 190 + " and so on.\n"})
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done: dict[tuple, Path] = {}
+
+    def one(model: str, *more) -> Path:
+        if (model, *more) not in done:
+            done[model, *more] = folder / f"one-{len(done)}"
+            run(4, *arguments(folder, model, done[model, *more]), *more)
+        return done[model, *more]
+
+    return folder, one
+
+
+def arguments(folder: Path, model: str, out: Path) -> list:
+    return ["--data", folder / "pairs.jsonl", "--model", folder / model, "--out", out, "--precision", "fp32", "--epochs", 2,
+            "--batch-size", 7, "--lr", 1e-4, "--max-length", 4096, "--tokens-per-batch", 2600]  # fmt: skip
+
+
+def launch(config: str, *given) -> list[str]:
+    accelerate = ["accelerate.commands.launch", "--config_file", f"configs/{config}.yaml", "--num_processes", "2"]
+    more = ["--mixed_precision", "no", "tests/sharded_cpu.py", "04_train_stepdpo.py", *given]
+    return [sys.executable, "-m", *accelerate, *map(str, more)]
+
+
+def train(config: str, *given) -> str:
+    done = subprocess.run(launch(config, *given), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
+
+
+def weights(folder: Path) -> dict:
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        found |= load_file(path)
+    return found
+
+
+def same(ours: Path, theirs: Path, base: Path):
+    """The same names and, within 1e-5, the same weights, which training has moved by far more; and they load."""
+    a, b, start = weights(ours), weights(theirs), weights(base)
+    assert set(a) == set(b)
+    assert max((a[name] - b[name]).abs().max() for name in a) < 1e-5
+    if not list(ours.glob("adapter_config.json")):
+        assert max((a[name] - start[name]).abs().max() for name in a) > 2e-4
+        loaded = AutoModelForCausalLM.from_pretrained(ours)
+        assert len(a) == len(list(loaded.named_parameters())) and torch.equal(loaded.model.norm.weight, a["model.norm.weight"])
+
+
+CASES = [("fsdp2", "tied"), ("fsdp2", "untied"), ("zero3", "tied"), ("zero3", "untied"), ("zero3_offload", "untied")]
+
+
+@pytest.mark.parametrize("config, model", CASES)
+def test_sharded_weights_are_those_of_one_process(world, tmp_path, config, model):
+    folder, one = world
+    said = train(config, *arguments(folder, model, tmp_path / "out"))
+    expected = one(model)
+    same(tmp_path / "out", expected, folder / model)
+    for ours, theirs in zip(read(tmp_path / "out" / "metrics.jsonl"), read(expected / "metrics.jsonl"), strict=True):
+        for name in ("loss", "margin", "chosen_logp", "grad_norm"):  # the norm of all shards
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
+    assert "first loss" not in said  # ln 2
+
+
+@pytest.mark.parametrize("save", ["merged", "adapter"])
+@pytest.mark.parametrize("config", ["fsdp2", "zero3"])
+def test_adapters_are_saved_from_shards(world, tmp_path, config, save):
+    folder, one = world
+    lora = ["--lora-rank", 4, "--lr", 1e-3, "--lora-save", save]
+    train(config, *arguments(folder, "tied", tmp_path / "out"), *lora)
+    same(tmp_path / "out", one("tied", *lora), folder / "tied")
+
+
+@pytest.mark.parametrize("config", ["fsdp2", "zero3"])
+def test_a_kill_within_a_sharded_checkpoint(world, tmp_path, config):
+    """Every process is killed while a checkpoint is being written; the same command goes on from the one before it."""
+    folder, one = world
+    given = [*arguments(folder, "tied", tmp_path / "out"), "--save-steps", 1]
+    process = subprocess.Popen(launch(config, *given), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    deadline, out = time.time() + 120, tmp_path / "out"
+    while not ((out / "checkpoint-1").exists() and list(out.glob("writing-checkpoint-*"))):
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run(["pkill", "-9", "-f", str(out)], check=False)  # workers have sessions of their own
+    kept = sorted(path.name for path in out.glob("checkpoint-*"))
+    said = train(config, *given)
+    assert f"going on from {out / kept[-1]}" in said
+    same(out, one("tied"), folder / "tied")
+
+
+def test_a_reference_of_other_weights_is_not_taken(world, tmp_path):
+    """Under ZeRO-3 the weights in a process are empty: the cache's name comes from the files."""
+    folder, _ = world
+    shutil.copytree(folder / "tied", tmp_path / "other")
+    state = load_file(tmp_path / "other" / "model.safetensors")
+    from safetensors.torch import save_file
+
+    state["model.layers.0.mlp.up_proj.weight"] += 0.01
+    save_file(state, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    hashes = [stage(4).weights_hash(str(path)) for path in (folder / "tied", tmp_path / "other", folder / "tied")]
+    assert hashes[0] == hashes[2] != hashes[1]
