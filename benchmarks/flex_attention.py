@@ -4,7 +4,8 @@
     python benchmarks/flex_attention.py --device cpu --lengths 256 512 --forward-only     # tried here; seconds
 
 A line a length: milliseconds of a forward and backward pass (median of --repeats), making of the masks included, the ratio, and
-the largest difference of the outputs over the largest output. Others measured 0.72 times at 512 tokens, 1.3 at 2,048, 2.3 at 8,192.
+the largest difference of the outputs over the largest output. Others measured 0.72 times at 512 tokens, 1.3 at 2,048, 2.3 at
+8,192.
 """
 
 import statistics
