@@ -5,7 +5,7 @@
 # Learning rate, beta and epochs were chosen on data/tiny/validation.jsonl (README, "The bundled world").
 set -euo pipefail
 cd "$(dirname "$0")/.."
-OUT=${OUT:-runs/quickstart} SEEDS=${SEEDS:-0} PROBLEMS=${PROBLEMS:-1600} TEST_PROBLEMS=${TEST_PROBLEMS:-2000}
+OUT=${OUT:-runs/quickstart} SEEDS=${SEEDS:-0} PROBLEMS=${PROBLEMS:-1000} TEST_PROBLEMS=${TEST_PROBLEMS:-2000}
 MODEL=data/tiny/model
 mkdir -p "$OUT"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-4}
