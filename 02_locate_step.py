@@ -590,9 +590,7 @@ class Grader:
     math-verify's own time limit uses SIGALRM, which fails off the main thread."""
 
     def __init__(self, seconds: float = 10.0):
-        self.seconds, self.kills, self.known = seconds, 0, {}
-        start = {"initializer": importlib.import_module, "initargs": ("math_verify",)}  # seconds that are no job's
-        self.pool = pebble.ProcessPool(max_workers=2, context=multiprocessing.get_context("spawn"), **start)
+        self.seconds, self.kills, self.known, self.pool = seconds, 0, {}, None
 
     async def __call__(self, gold: str, prediction: str | None, problem: str = "", rules=STRICT) -> bool:
         """Whether the prediction is the gold answer. Where this is a letter and the problem lists options, the value of its
@@ -602,6 +600,9 @@ class Grader:
             return False
         verdict = self.known.get((gold, prediction, slow), quick(gold, prediction))
         if verdict is None:
+            if not self.pool:
+                start = {"initializer": importlib.import_module, "initargs": ("math_verify",)}  # seconds that are no job's
+                self.pool = pebble.ProcessPool(max_workers=2, context=multiprocessing.get_context("spawn"), **start)
             try:
                 job = self.pool.schedule(slow, args=(gold, prediction), timeout=self.seconds)
                 verdict = await asyncio.wrap_future(job)
@@ -616,8 +617,9 @@ class Grader:
         return verdict
 
     def close(self):
-        self.pool.stop()
-        self.pool.join()
+        if self.pool:
+            self.pool.stop()
+            self.pool.join()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -745,8 +747,10 @@ async def engine(args, model: str, log: Path):
     except (Exception, SystemExit) as error:
         if running:
             raise
-        lines = [line for line in log.read_text(errors="replace").splitlines() if re.search("[Ee]rror", line)]
-        stop(f"vLLM does not start for {model}: {(lines or [str(error)])[-1].strip()[-300:]}; see {log}")
+        why = " ".join(str(error).split())  # of an engine's process, or of the options, the log has more
+        if isinstance(error, SystemExit) or "initialization failed" in why:
+            why = ([line for line in log.read_text(errors="replace").splitlines() if re.search(r"rror: \S", line)] or [why])[-1]
+        stop(f"vLLM does not start for {model}: {why.strip()[:400]}; see {log}")
     finally:
         if running:
             running.pop().shutdown()
