@@ -1170,35 +1170,40 @@ def pair_up(args: Args):
     return make
 
 
-async def make_all(args: Args, problems: dict, make, tries: Output, pairs_file):
+async def make_all(args: Args, problems: dict, make, tries: Output):
     """Make and write the pairs of the problems that are not done yet."""
     done = {row["id"] for row in tries.rows}
+    with open(args.out, "w", encoding="utf-8") as file:
 
-    async def work(rows: list[dict]):
-        pairs, count = await make(rows)
-        pairs_file.write("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
-        pairs_file.flush()
-        tries.write({"id": rows[0]["id"], "count": dict(count), "pairs": pairs})
+        def write(pairs: list[dict]):
+            file.write("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
+            file.flush()
 
-    todo = [rows for identity, rows in problems.items() if identity not in done]
-    await run_all(todo, work, args.concurrency, args.method)
+        async def work(rows: list[dict]):
+            pairs, count = await make(rows)
+            write(pairs)
+            tries.write({"id": rows[0]["id"], "count": dict(count), "pairs": pairs})
+
+        for row in tries.rows:  # the file is what tries says: a kill between the two writes leaves no half problem
+            write(row["pairs"])
+        todo = [rows for identity, rows in problems.items() if identity not in done]
+        await run_all(todo, work, args.concurrency, args.method)
 
 
-async def make_with_model(args: Args, model: str, problems: dict, grader: Grader, rollouts: dict, spent: Counter, tries, file):
+async def make_with_model(args: Args, problems: dict, tokenizer, grader: Grader, rollouts: dict, spent: Counter, tries: Output):
     """make_all() by the method's way; DPO needs no model."""
     if args.method == "dpo":
-        return await make_all(args, problems, pair_up(args), tries, file)
+        return await make_all(args, problems, pair_up(args), tries)
     rows = [row for found in problems.values() for row in found]
     first = next((row for row in rows if row.get("error_step")), rows[0])
     prefix = error_prefix(first)[0] if args.method == "step-dpo" else first["steps"][0] if first["steps"] else OPENING
-    tokenizer = load_tokenizer(args.tokenizer or model, args.chat_template)
     show_prompt(tokenizer, first["problem"], prefix, args)
-    async with engine(args, model, Path(f"{args.out}.engine.log")) as generate:
+    async with engine(args, args.rectifier or args.model, Path(f"{args.out}.engine.log")) as generate:
         if args.method == "scdpo":
             make = lead_astray(args, tokenizer, generate, grader, spent)
         else:
             make = rectify(args, tokenizer, generate, grader, rollouts, spent)
-        await make_all(args, problems, make, tries, file)
+        await make_all(args, problems, make, tries)
 
 
 async def check_all(args: Args, pairs: list[dict], problems: dict, checked: Output, spent: Counter) -> list[dict]:
@@ -1306,14 +1311,12 @@ def main(args: Args):
     tries_path = args.out.with_suffix(".tries.jsonl")
     if args.out.exists() and args.out.stat().st_size and not tries_path.exists():
         stop(f"{args.out} is there, but not {tries_path}, which would tell how to go on; give another --out")
+    tokenizer = load_tokenizer(args.tokenizer or model, args.chat_template) if args.method != "dpo" else None
     tries, grader, spent = Output(tries_path, settings), Grader(), Counter()
-    with contextlib.ExitStack() as stack:
-        stack.callback(grader.close)
-        file = stack.enter_context(open(args.out, "w", encoding="utf-8"))
-        for row in tries.rows:  # the file is what tries says: a kill between the two writes leaves no half problem
-            file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in row["pairs"])
-        file.flush()
-        asyncio.run(make_with_model(args, model, problems, grader, rollouts, spent, tries, file))
+    try:
+        asyncio.run(make_with_model(args, problems, tokenizer, grader, rollouts, spent, tries))
+    finally:
+        grader.close()
     pairs = [pair for row in sorted(tries.rows, key=lambda row: row["id"]) for pair in row["pairs"] if row["id"] in problems]
     total = sum((Counter(row["count"]) for row in tries.rows if row["id"] in problems), Counter())
     if args.check_chosen:

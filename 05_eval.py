@@ -1607,15 +1607,12 @@ def summarize(groups: dict[str, list[str]], files: dict[str, dict], field: str, 
 # credit assignment (SCDPO, arXiv 2407.00782, section 4 and Eq. 7)
 
 
-def encode_solution(row: dict, tokenizer, switches: dict | None = None) -> tuple[list[int], list[int], list[str]]:
+def encode_solution(row: dict, tokenizer, switches: str = "{}") -> tuple[list[int], list[int], list[str]]:
     """Token ids of prompt and solution, for each the number of its step from 1 (0 for the prompt and the forced opening), and
     its text, from where it begins to where the next one does: a token may be half a character."""
     response = "".join(row["steps"])
     opening = row.get("opening", OPENING if response.startswith(OPENING) else "")
-    messages = [{"role": "user", "content": USER_TURN.format(problem=row["problem"])}]
-    messages += [{"role": "assistant", "content": opening}] if opening else []
-    how = {"continue_final_message": True} if opening else {"add_generation_prompt": True}
-    text = tokenizer.apply_chat_template(messages, tokenize=False, **how, **(switches or {}))
+    text = render_prompt(tokenizer, row["problem"], opening, switches)
     prefix = tokenizer(text, add_special_tokens=False)["input_ids"]
     sampled = response[len(opening) :]
     rest = tokenizer(sampled, add_special_tokens=False, return_offsets_mapping=True)
@@ -1681,8 +1678,6 @@ def heat_map(row: dict, tokens: list[str], places: list[int], rewards: dict[str,
 
 def credit(args: Args):
     """Token rewards beta (log pi - log pi_ref) over given solutions: credit.html, credit.json and a table."""
-    from transformers import AutoTokenizer
-
     if len(args.models) < 2:
         stop("--credit needs two models or more: --models REFERENCE TUNED [TUNED ...]")
     rows, began = read_rows(args.credit, ("problem", "steps")), time.time()
@@ -1692,13 +1687,8 @@ def credit(args: Args):
     rows = [row for row in rows if row.get("error_step") or row.get("correct")][: args.limit]
     if not rows:
         stop(f"{args.credit}: no row has an error_step or is correct; give the file of 02_locate_step.py")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.models[0])
-    except (OSError, ValueError) as error:
-        stop(f"--models {args.models[0]}: cannot be loaded ({str(error).splitlines()[0]})")
-    if args.chat_template:
-        tokenizer.chat_template = args.chat_template.read_text()
-    encoded = [encode_solution(row, tokenizer, json.loads(args.chat_template_kwargs)) for row in rows]
+    tokenizer = load_tokenizer(args.tokenizer or args.models[0], args.chat_template)
+    encoded = [encode_solution(row, tokenizer, args.chat_template_kwargs) for row in rows]
     reference = log_probabilities(args.models[0], encoded)
     rewards, found, lines = {}, {}, []
     for model in args.models[1:]:

@@ -92,10 +92,12 @@ def test_server_that_is_not_there(number, tmp_path):
 
 def test_templates_that_are_not_there_or_fail(tmp_path):
     (tmp_path / "in.jsonl").write_text(json.dumps(GOOD) + "\n")
-    (tmp_path / "fails.jinja").write_text("{{ raise_exception('no system turn') }}")
+    (tmp_path / "fails.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% endfor %}{{ raise_exception('no system turn') }}"
+    )
     (tmp_path / "other.jinja").write_text("{% for m in messages %}{{ m.content | upper }}{% endfor %}")
     arguments = ["--data", tmp_path / "in.jsonl", "--model", TINY / "model"]
-    for name, word in (("none.jinja", "no such file"), ("fails.jinja", "no system turn"), ("other.jinja", "given steps")):
+    for name, word in (("none.jinja", "no such file"), ("fails.jinja", "no system turn"), ("other.jinja", "final message")):
         assert word in message(refused(1, tmp_path, *arguments, "--chat-template", tmp_path / name))
     assert "no JSON object" in message(refused(1, tmp_path, *arguments, "--chat-template-kwargs", "{'a': 1}"))
 

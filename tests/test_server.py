@@ -172,8 +172,8 @@ def test_every_stage_renders_the_same_prefix(server):
     from transformers import AutoTokenizer
 
     template = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
-    switches = {"enable_thinking": False}
-    args = SimpleNamespace(chat_template_kwargs=json.dumps(switches))
+    switches = json.dumps({"enable_thinking": False})
+    args = SimpleNamespace(chat_template_kwargs=switches)
     qwen3, own = stage(1).load_tokenizer(str(TINY / "model"), template), AutoTokenizer.from_pretrained(TINY / "model")
     for prefix in (stage(1).OPENING, stage(1).OPENING + " 3 + 4 = 7.\nStep 2: So it is 7.\nStep 3:"):
         row = {"prompt": SOLVED["problem"], "initial_reason_steps": prefix, "chosen": " 7.\n", "rejected": " 8.\n",
@@ -194,7 +194,7 @@ def test_every_stage_renders_the_same_prefix(server):
         reply = httpx.post(f"{server[1].removesuffix('/v1')}/tokenize", json=body, headers=headers)
         assert reply.raise_for_status().json()["tokens"] == trained
     closed, opened = (stage(4).encode({"problem": "p", "solution": "s"}, qwen3, "step", more)[0]
-                      for more in ({"enable_thinking": False}, {"enable_thinking": True}))  # fmt: skip
+                      for more in (switches, json.dumps({"enable_thinking": True})))  # fmt: skip
     assert qwen3.decode(closed).endswith("<think>\n\n</think>\n\n") and "<think>" not in qwen3.decode(opened)
 
 
