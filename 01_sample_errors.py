@@ -748,6 +748,7 @@ async def engine(args, model: str, log: Path):
     try:
         with output_to(file):
             running.append(start_engine(model, [*cpu_options(), *shlex.split(args.engine_args)]))
+        del os.environ["ENGINE_OF"]  # what is started from now on is not the engine's
         logging.getLogger("vllm").handlers = [logging.StreamHandler(file)]
         print(f"engine ready after {time.time() - began:.0f} s", file=sys.stderr)
         yield functools.partial(continue_ids, running, log)
