@@ -16,6 +16,8 @@ Output, a line a sample, right ones and wrong ones, in the order in which they w
 The same command run again goes on where it stopped. OUT.meta.json holds settings, versions, counts and seconds.
 """
 
+from __future__ import annotations
+
 import ast
 import asyncio
 import atexit
@@ -53,9 +55,130 @@ USER_TURN = "{problem}\nPlease reason step by step, and put your final answer wi
 OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would move the token boundary
 # Sent with every request to a policy: what a request leaves out, vLLM's server takes from the model's generation_config.json,
 # which for Qwen2-Instruct means repetition_penalty 1.05 and top_k 20. The papers sampled with neither.
-TOO_LONG = re.compile(r"context length|max_model_len|too long|longer than|maximum (?:input|model) length")
 NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"  # "Step 2:", "## Step 2.", "**Step 2:**"
+
+
+@dataclass
+class Args:
+    """Every default is the value of the Step-DPO paper, where it gives one."""
+
+    data: tuple[str, ...] = ("gsm8k", "math")
+    """JSON Lines files, or names of sets with a training part, loaded from the hub: gsm8k, math, aqua, ape210k"""
+    data_dir: Path | None = None
+    """folder with these sets as files (gsm8k_train.jsonl ...), instead of the hub"""
+    out: Path = Path("data/samples.jsonl")
+    """file to write; rows that it holds already are not made again"""
+    model: str = "Qwen/Qwen2-7B-Instruct"
+    """folder or hub id; vLLM runs it in this process, or with --base-url a server has it under this name"""
+    tokenizer: str = ""
+    """folder or hub id of the tokenizer, where --model is a name that only the server knows"""
+    base_url: str | None = None
+    """an OpenAI-compatible server to use, such as http://127.0.0.1:8000/v1; its key is read from OPENAI_API_KEY"""
+    engine_args: str = ""
+    """vLLM's own options: --engine-args="--data-parallel-size 8 --max-model-len 4096"; the = is needed"""
+    chat_template: Path | None = None
+    """Jinja file to use instead of the model's own chat template"""
+    chat_template_kwargs: str = "{}"
+    """switches of the chat template, as JSON: '{"enable_thinking": false}' for Qwen3; give 02 to 05 the same"""
+    n: int = 2
+    """samples of each problem"""
+    until_both: int = 0
+    """go on, n at a time, until a problem has a right and a wrong answer, at most this many samples (SCDPO: 100)"""
+    temperature: float = 0.8
+    """sampling temperature"""
+    top_p: float = 0.95
+    """nucleus sampling"""
+    max_tokens: int = 2048
+    """longest continuation, in tokens"""
+    limit: int | None = None
+    """use the first so many problems"""
+    seed: int = 0
+    """every request gets its own seed from this, the problem's id and the sample's number"""
+    concurrency: int = 256
+    """problems in flight"""
+
+
+async def sample_all(args: Args, problems: list[dict], output: Output, tokenizer, generate) -> dict:
+    """Sample and write what is not there yet. Returns the summary."""
+    grader, tokens, began = Grader(), 0, time.time()
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
+    verdict_of = lambda row: None if row["prediction"] is None else row["correct"]  # no answer: neither right nor wrong
+    done = {(row["id"], row["sample"]): verdict_of(row) for row in output.rows}
+
+    async def one(problem: dict, sample: int):
+        nonlocal tokens
+        if (problem["id"], sample) in done:
+            return
+        seed = seed_of(args.seed, "sample", problem["id"], sample)
+        [found] = await generate(prompt_ids(tokenizer, problem["problem"], OPENING, args), seed, **sampling)
+        response = OPENING + found["text"] if found["finish_reason"] != "refused" else ""
+        prediction = extract_answer(response) if found["finish_reason"] == "stop" else None
+        correct = await grader(problem["answer"], prediction, problem["problem"])
+        output.write(problem | {
+            "sample": sample, "response": response, "steps": split_steps(response), "prediction": prediction,
+            "correct": correct, "finish_reason": found["finish_reason"], "model": args.model,
+        })  # fmt: skip
+        done[problem["id"], sample] = verdict_of(output.rows[-1])
+        tokens += found["tokens"]
+
+    async def work(problem: dict):
+        most = max(args.until_both, args.n)
+        for first in range(0, most, args.n):
+            last = min(first + args.n, most)
+            await asyncio.gather(*(one(problem, sample) for sample in range(first, last)))
+            if not args.until_both or {True, False} <= {done[problem["id"], sample] for sample in range(last)}:
+                return
+
+    try:
+        await run_all(problems, work, args.concurrency, "sampling")
+    finally:
+        grader.close()
+    wanted, verdicts = {problem["id"] for problem in problems}, {}
+    rows = [row for row in output.rows if row["id"] in wanted]
+    for row in rows:
+        verdicts.setdefault(row["id"], set()).add(verdict_of(row))
+    share = lambda test: f"{sum(map(test, rows)) / len(rows):.1%}"
+    return {
+        "problems": len(problems), "samples": len(rows), "accuracy": share(lambda row: row["correct"]),
+        "pass@n": f"{sum(True in found for found in verdicts.values()) / len(verdicts):.1%}",
+        "problems with right and wrong": sum({True, False} <= found for found in verdicts.values()),
+        "unfinished": share(lambda row: row["finish_reason"] == "length"),
+        "unparsable": share(lambda row: row["finish_reason"] == "stop" and row["prediction"] is None),
+        "too long a prompt": share(lambda row: row["finish_reason"] == "refused"), "gradings killed": grader.kills,
+        "tokens": tokens, "tokens/s": round(tokens / (time.time() - began)), "seconds": round(time.time() - began, 1),
+    }  # fmt: skip
+
+
+def main(args: Args):
+    least = (args.n, args.concurrency, args.max_tokens, 1 if args.limit is None else args.limit)
+    if min(least) < 1 or not 0 < args.top_p <= 1 or args.temperature < 0:
+        stop("--n, --concurrency, --limit and --max-tokens are at least 1, --top-p is above 0 and at most 1")
+    check_switches(args)
+    problems = [row for name in args.data for row in load_problems(name, True, args.data_dir)]
+    if len({row["id"] for row in problems}) < len(problems):
+        stop("--data: two files have an id in common; make the ids unique")
+    names = ("chat_template", "chat_template_kwargs", "temperature", "top_p", "max_tokens", "seed")
+    settings = {name: getattr(args, name) for name in names} | NEUTRAL
+    settings |= {"stage": "01_sample_errors", "model": model_id(args.model)}
+    settings["data"] = content_hash(problems)
+    problems, output = problems[: args.limit], Output(args.out, settings)
+    tokenizer = load_tokenizer(args.tokenizer or args.model, args.chat_template)
+    show_prompt(tokenizer, problems[0]["problem"], OPENING, args)
+
+    async def stage() -> dict:
+        async with engine(args, args.model, Path(f"{args.out}.engine.log")) as generate:
+            return await sample_all(args, problems, output, tokenizer, generate)
+
+    summary = asyncio.run(stage())
+    output.save_meta(finished=True, summary=summary)
+    print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# shared with the other stages, which have copies
+
+
 SAME = {"\\\\": "\\\\", "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\leqslant": "\\le", "\\geqslant": "\\ge", "\\leq": "\\le",
         "\\geq": "\\ge", "≤": "\\le ", "≥": "\\ge ", "∞": "\\infty", "π": "\\pi ", "−": "-", "×": "\\times ", "√": "\\sqrt ",
         "\\lbrace": "\\{", "\\rbrace": "\\}", "\\left": "", "\\right": "", "\\displaystyle": "", "\\!": "", "\\$": "", "$": "",
@@ -75,7 +198,7 @@ STATED_ANSWER = re.compile(  # models without \boxed{}: "The answer is: 7", "###
     r"(?:[Tt]he (?:final |correct )?answer is|####|[Aa]nswer[ *]*:|答案(?:是|为|[:：]))[ \t*:：]*"
     r"([^\n]+?)\**(?:[.。](?:\s|$)|\n|$)"
 )
-
+TOO_LONG = re.compile(r"context length|max_model_len|too long|longer than|maximum (?:input|model) length")
 MATH_PARTS = ["algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
               "precalculus"]  # fmt: skip
 # name -> hub id or address, its parts, (split, file for --data-dir) to train on and to test on, licence, row -> our fields
@@ -123,46 +246,6 @@ DATA_SETS = {
 }  # fmt: skip
 LATEX_DEBRIS = r"(?:\s|\\\\|\\noindent|\\newpage|\\end\{problem\}|\\vspace\*?\{[^}]*\}|\\section\*?(?:\{[^}]*\})?)+$"
 ASKS_FOR_ALL = re.compile(r"separated by comma|[Ff]ind all|all (?:possible|real|the) (?:values|solutions)|angles of")
-
-
-@dataclass
-class Args:
-    """Every default is the value of the Step-DPO paper, where it gives one."""
-
-    data: tuple[str, ...] = ("gsm8k", "math")
-    """JSON Lines files, or names of sets with a training part, loaded from the hub: gsm8k, math, aqua, ape210k"""
-    data_dir: Path | None = None
-    """folder with these sets as files (gsm8k_train.jsonl ...), instead of the hub"""
-    out: Path = Path("data/samples.jsonl")
-    """file to write; rows that it holds already are not made again"""
-    model: str = "Qwen/Qwen2-7B-Instruct"
-    """folder or hub id; vLLM runs it in this process, or with --base-url a server has it under this name"""
-    tokenizer: str = ""
-    """folder or hub id of the tokenizer, where --model is a name that only the server knows"""
-    base_url: str | None = None
-    """an OpenAI-compatible server to use, such as http://127.0.0.1:8000/v1; its key is read from OPENAI_API_KEY"""
-    engine_args: str = ""
-    """vLLM's own options: --engine-args="--data-parallel-size 8 --max-model-len 4096"; the = is needed"""
-    chat_template: Path | None = None
-    """Jinja file to use instead of the model's own chat template"""
-    chat_template_kwargs: str = "{}"
-    """switches of the chat template, as JSON: '{"enable_thinking": false}' for Qwen3; give 02 to 05 the same"""
-    n: int = 2
-    """samples of each problem"""
-    until_both: int = 0
-    """go on, n at a time, until a problem has a right and a wrong answer, at most this many samples (SCDPO: 100)"""
-    temperature: float = 0.8
-    """sampling temperature"""
-    top_p: float = 0.95
-    """nucleus sampling"""
-    max_tokens: int = 2048
-    """longest continuation, in tokens"""
-    limit: int | None = None
-    """use the first so many problems"""
-    seed: int = 0
-    """every request gets its own seed from this, the problem's id and the sample's number"""
-    concurrency: int = 256
-    """problems in flight"""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -863,86 +946,6 @@ async def run_all(items: list, work, concurrency: int, label: str):
         async with asyncio.TaskGroup() as group:
             for _ in range(min(concurrency, len(items))):
                 group.create_task(worker())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the stage
-
-
-async def sample_all(args: Args, problems: list[dict], output: Output, tokenizer, generate) -> dict:
-    """Sample and write what is not there yet. Returns the summary."""
-    grader, tokens, began = Grader(), 0, time.time()
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
-    verdict_of = lambda row: None if row["prediction"] is None else row["correct"]  # no answer: neither right nor wrong
-    done = {(row["id"], row["sample"]): verdict_of(row) for row in output.rows}
-
-    async def one(problem: dict, sample: int):
-        nonlocal tokens
-        if (problem["id"], sample) in done:
-            return
-        seed = seed_of(args.seed, "sample", problem["id"], sample)
-        [found] = await generate(prompt_ids(tokenizer, problem["problem"], OPENING, args), seed, **sampling)
-        response = OPENING + found["text"] if found["finish_reason"] != "refused" else ""
-        prediction = extract_answer(response) if found["finish_reason"] == "stop" else None
-        correct = await grader(problem["answer"], prediction, problem["problem"])
-        output.write(problem | {
-            "sample": sample, "response": response, "steps": split_steps(response), "prediction": prediction,
-            "correct": correct, "finish_reason": found["finish_reason"], "model": args.model,
-        })  # fmt: skip
-        done[problem["id"], sample] = verdict_of(output.rows[-1])
-        tokens += found["tokens"]
-
-    async def work(problem: dict):
-        most = max(args.until_both, args.n)
-        for first in range(0, most, args.n):
-            last = min(first + args.n, most)
-            await asyncio.gather(*(one(problem, sample) for sample in range(first, last)))
-            if not args.until_both or {True, False} <= {done[problem["id"], sample] for sample in range(last)}:
-                return
-
-    try:
-        await run_all(problems, work, args.concurrency, "sampling")
-    finally:
-        grader.close()
-    wanted, verdicts = {problem["id"] for problem in problems}, {}
-    rows = [row for row in output.rows if row["id"] in wanted]
-    for row in rows:
-        verdicts.setdefault(row["id"], set()).add(verdict_of(row))
-    share = lambda test: f"{sum(map(test, rows)) / len(rows):.1%}"
-    return {
-        "problems": len(problems), "samples": len(rows), "accuracy": share(lambda row: row["correct"]),
-        "pass@n": f"{sum(True in found for found in verdicts.values()) / len(verdicts):.1%}",
-        "problems with right and wrong": sum({True, False} <= found for found in verdicts.values()),
-        "unfinished": share(lambda row: row["finish_reason"] == "length"),
-        "unparsable": share(lambda row: row["finish_reason"] == "stop" and row["prediction"] is None),
-        "too long a prompt": share(lambda row: row["finish_reason"] == "refused"), "gradings killed": grader.kills,
-        "tokens": tokens, "tokens/s": round(tokens / (time.time() - began)), "seconds": round(time.time() - began, 1),
-    }  # fmt: skip
-
-
-def main(args: Args):
-    least = (args.n, args.concurrency, args.max_tokens, 1 if args.limit is None else args.limit)
-    if min(least) < 1 or not 0 < args.top_p <= 1 or args.temperature < 0:
-        stop("--n, --concurrency, --limit and --max-tokens are at least 1, --top-p is above 0 and at most 1")
-    check_switches(args)
-    problems = [row for name in args.data for row in load_problems(name, True, args.data_dir)]
-    if len({row["id"] for row in problems}) < len(problems):
-        stop("--data: two files have an id in common; make the ids unique")
-    names = ("chat_template", "chat_template_kwargs", "temperature", "top_p", "max_tokens", "seed")
-    settings = {name: getattr(args, name) for name in names} | NEUTRAL
-    settings |= {"stage": "01_sample_errors", "model": model_id(args.model)}
-    settings["data"] = content_hash(problems)
-    problems, output = problems[: args.limit], Output(args.out, settings)
-    tokenizer = load_tokenizer(args.tokenizer or args.model, args.chat_template)
-    show_prompt(tokenizer, problems[0]["problem"], OPENING, args)
-
-    async def stage() -> dict:
-        async with engine(args, args.model, Path(f"{args.out}.engine.log")) as generate:
-            return await sample_all(args, problems, output, tokenizer, generate)
-
-    summary = asyncio.run(stage())
-    output.save_meta(finished=True, summary=summary)
-    print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
 
 
 if __name__ == "__main__":

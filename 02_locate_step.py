@@ -24,6 +24,8 @@ judge: a model reads problem, truth and steps and gives a verdict a step; --vote
 The same command run again goes on where it stopped.
 """
 
+from __future__ import annotations
+
 import ast
 import asyncio
 import atexit
@@ -63,38 +65,9 @@ from tqdm import tqdm
 # Copied from 01_sample_errors.py
 USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 # Copied from 01_sample_errors.py
-TOO_LONG = re.compile(r"context length|max_model_len|too long|longer than|maximum (?:input|model) length")
-# Copied from 01_sample_errors.py
 NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 # Copied from 01_sample_errors.py
 STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"  # "Step 2:", "## Step 2.", "**Step 2:**"
-# Copied from 01_sample_errors.py
-SAME = {"\\\\": "\\\\", "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\leqslant": "\\le", "\\geqslant": "\\ge", "\\leq": "\\le",
-        "\\geq": "\\ge", "≤": "\\le ", "≥": "\\ge ", "∞": "\\infty", "π": "\\pi ", "−": "-", "×": "\\times ", "√": "\\sqrt ",
-        "\\lbrace": "\\{", "\\rbrace": "\\}", "\\left": "", "\\right": "", "\\displaystyle": "", "\\!": "", "\\$": "", "$": "",
-        "\\%": "%", "\\quad": " ", "\\,": " ", "\\;": " ", "\\:": " ", "\\ ": " ", "~": " ", "^{\\circ}": "^\\circ",
-        "°": "^\\circ", "+\\infty": "\\infty", "{:}": ":", ">=": "\\ge ", "<=": "\\le ", "±": "\\pm ", "**": "^"}  # fmt: skip
-# Copied from 01_sample_errors.py
-SPELLINGS = re.compile("|".join(re.escape(old) + ("(?![a-zA-Z])" if old[-1].isalpha() else "") for old in SAME))
-# Copied from 01_sample_errors.py
-PLAIN = re.compile(r"(?<![\\a-zA-Z])(pi|sin|cos|tan|ln|infinity)(?![a-zA-Z])|(?<![\\a-zA-Z])sqrt\(([^()]*)\)")  # 7/10*pi
-# Copied from 01_sample_errors.py
-WORDS = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
-# Copied from 01_sample_errors.py
-PLAIN_UNIT = re.compile(
-    r"(?<=[\d)}%\s])\s+(?!(?:and|or|to|than)\b)[A-Za-z]{2,}\.?(?:[\s/]+[A-Za-z]{2,}\.?)*(?:\^\{?\d\}?)?$|(?<=[\d)}%])[一-鿿]+$"
-)  # "12 inches", "300 miles per hour", "36 cm^2", and Chinese units without a space
-# Copied from 01_sample_errors.py
-OPTION = re.compile(  # the mark of an option: "(A)" anywhere, \textbf{(A)} too, or "A)", "A.", "A:" at the start of a line
-    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?(?:\(([A-J])\)|^[ \t]*([A-J])[).:])[ \t]*\}?", re.M
-)
-# Copied from 01_sample_errors.py
-CLOCK = re.compile(r"(\d{1,2}):(\d\d)(?:([aApP])\.?[mM]\.?)?")
-# Copied from 01_sample_errors.py
-STATED_ANSWER = re.compile(  # models without \boxed{}: "The answer is: 7", "#### 7", "答案是 7"
-    r"(?:[Tt]he (?:final |correct )?answer is|####|[Aa]nswer[ *]*:|答案(?:是|为|[:：]))[ \t*:：]*"
-    r"([^\n]+?)\**(?:[.。](?:\s|$)|\n|$)"
-)
 JUDGE_PROMPT = """Below are a maths problem, {truth_name}, and a solution in {count} numbered steps that somebody wrote. \
 Find out whether the solution goes wrong, and at which step first.
 
@@ -217,8 +190,514 @@ class Args:
     """wrong samples in flight"""
 
 
+def cut_label(step: str, number: int) -> tuple[str, str]:
+    """Part step `number` behind its label: ("Step 2:", " 3 + 4 = 7.\\n"). The forced opening is the label of step 1."""
+    label = re.search(STEP_LABEL.format(number=number), step, re.M)
+    return (step[: label.end()], step[label.end() :]) if label else ("", step)
+
+
+async def first_wrong_step(n_steps: int, reaches, linear: bool) -> int | None:
+    """The step behind the last prefix with V(k) > 0, given `await reaches(k)` = (V(k) > 0). None: V(0) = 0 too, asked first,
+    since a problem that the model never solves would cost the most.
+
+    V(n_steps) = 0 is known: the solution is wrong. A right prefix may fail by chance, a wrong one hardly ever succeeds: so a
+    success counts for all prefixes before it, and bisection looks one prefix behind its result too."""
+    if not await reaches(0):
+        return None
+    if linear:
+        good = await asyncio.gather(*(reaches(k) for k in range(1, n_steps)))
+        return max((k for k, is_good in enumerate(good, 1) if is_good), default=0) + 1
+    low, high, known = 0, n_steps, {n_steps: False}
+    while True:
+        while high - low > 1:
+            middle = (low + high) // 2
+            known[middle] = await reaches(middle)
+            low, high = (middle, high) if known[middle] else (low, middle)
+        after = min(high + 1, n_steps)
+        if after not in known:
+            known[after] = await reaches(after)
+        if not known[after]:
+            return high
+        low, high = after, min(k for k in known if k > after and not known[k])
+
+
+def rollout_locator(args: Args, tokenizer, generate, grader: Grader, solvable: set[str], spent: Counter, keep: Output | None):
+    """`await locate(row)` by continuations of the policy: {"error_step", "locator", "reason", "rollout_values"}.
+
+    `solvable`: ids with a right sample, so V(0) > 0 is known. `spent` counts tokens."""
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
+    kept = {(row["id"], row["sample"]) for row in keep.rows} if keep else set()
+
+    async def locate(row: dict) -> dict:
+        steps, values, texts = row["steps"], {}, {}
+
+        async def reaches(k: int) -> bool:
+            if k == 0 and row["id"] in solvable:
+                return True
+            prefix, right, tried = "".join(steps[:k]) + cut_label(steps[k], k + 1)[0], 0, 0
+            while tried < args.rollouts and not (right and args.early_stop):
+                size = min(max(1, tried), args.rollouts - tried) if args.early_stop else args.rollouts
+                seed = seed_of(args.seed, "locate", row["id"], row["sample"], k, tried)
+                found = await generate(prompt_ids(tokenizer, row["problem"], prefix, args), seed, size, **sampling)
+                answers = [extract_answer(prefix + f["text"]) if f["finish_reason"] == "stop" else None for f in found]
+                verdicts = await asyncio.gather(*(grader(row["answer"], answer, row["problem"]) for answer in answers))
+                texts.setdefault(str(k), []).extend(
+                    {"text": f["text"], "finish_reason": f["finish_reason"], "correct": good}
+                    for f, good in zip(found, verdicts, strict=True)
+                )
+                right, tried = right + sum(verdicts), tried + size
+                spent.update(prompt=found[0]["prompt_tokens"], completion=found[0]["tokens"], rollouts=size)
+            values[k] = [right, tried]
+            return right > 0
+
+        error_step, reason = None, "no response to look at"
+        if steps and row["correct"]:
+            reason = f"{NO_ERROR}: the answer is right"
+        elif steps:
+            error_step = await first_wrong_step(len(steps), reaches, args.linear)
+            reason = None if error_step else "no continuation of the empty prefix reaches the answer"
+        if keep and (row["id"], row["sample"]) not in kept:
+            keep.write({"id": row["id"], "sample": row["sample"], "rollouts": texts})
+        return {"error_step": error_step, "locator": "rollout", "reason": reason,
+                "rollout_values": {str(k): values[k] for k in sorted(values)}}  # fmt: skip
+
+    return locate
+
+
+def judge_prompt(row: dict, neutral: str) -> str:
+    """What the judge reads; the steps without the labels that they brought along."""
+    steps = "\n".join(f"Step {k}: {cut_label(step, k)[1].strip()}" for k, step in enumerate(row["steps"], 1))
+    for field, name in (("solution", "a reference solution"), ("answer", "the answer")):
+        if row.get(field):
+            title, truth = name.split(" ", 1)[1].capitalize(), row[field]
+            break
+    else:
+        name, title, truth = "no reference", "Answer", "It is not known."
+    stop_at = "not correct" if neutral == "error" else "incorrect"
+    return JUDGE_PROMPT.format(truth_name=name, truth_title=title, truth=truth, problem=row["problem"], steps=steps,
+                               count=len(row["steps"]), stop=stop_at)  # fmt: skip
+
+
+def first_error(text: str, count: int, neutral: str) -> int:
+    """The first wrong step that a judgement of `count` steps names, 0 for none. ValueError says why it cannot be read.
+
+    Below the last "Verdicts:" (or anywhere, where no such line is) only whole lines such as "Step 2: incorrect" count, in
+    order and without gaps; what follows the first wrong step does not matter as long as it is in order too."""
+    text = THOUGHT.sub("", text)
+    heads = list(VERDICTS_HEAD.finditer(text))
+    lines = text[heads[-1].end() if heads else 0 :].splitlines()
+    found = [match for line in lines if (match := VERDICT_LINE.fullmatch(line)) and match[2].lower() in VERDICTS]
+    if not found:
+        raise ValueError("no verdict")
+    for number, match in enumerate(found, 1):
+        if int(match[1]) != number:
+            raise ValueError(f"verdict {number} of the list is on step {match[1]}")
+    if len(found) > count:
+        raise ValueError(f"a verdict on step {len(found)}, past the last of {count}")
+    wrong = ("neutral", "incorrect") if neutral == "error" else ("incorrect",)
+    for number, match in enumerate(found, 1):
+        if VERDICTS[match[2].lower()] in wrong:
+            return number
+    if len(found) < count:
+        raise ValueError(f"the verdicts end with step {len(found)} of {count}, and none is wrong")
+    return 0
+
+
+@contextlib.asynccontextmanager
+async def judge(args, log: Path):
+    """Yield `await ask(messages, seed)`: the judge's answer, see complete(), by its server or by vLLM in this process."""
+    sampling = {"temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens}
+    if args.judge_base_url:
+        client = connect(args.judge_base_url, args.judge_model, "JUDGE_API_KEY", args.judge_timeout)
+        yield lambda messages, seed: complete(client, args.judge_model, messages, seed, **sampling)
+        return
+    tokenizer = load_tokenizer(args.judge_path, None)
+    async with engine(dataclasses.replace(args, base_url=None), args.judge_path, log) as generate:
+
+        def ask(messages: list[dict], seed: int):
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return generate(tokenizer(text, add_special_tokens=False)["input_ids"], seed, **sampling)
+
+        yield ask
+
+
+async def judge_once(ask, row: dict, number: int, args, spent: Counter) -> tuple[int | None, str, str]:
+    """One vote: (first wrong step or 0, the judge's text, "") or (None, its last text, why it cannot be read)."""
+    messages = [{"role": "user", "content": judge_prompt(row, args.neutral)}]
+    for attempt in range(args.retries + 1):
+        [found] = await ask(messages, seed_of(args.seed, "judge", row["id"], row["sample"], number, attempt))
+        spent.update(prompt=found["prompt_tokens"], completion=found["tokens"], judgements=1)
+        try:
+            if found["finish_reason"] != "stop":
+                raise ValueError(f"it ended by {found['finish_reason']}; length: --judge-max-tokens, refused: long prompt")
+            return first_error(found["text"], len(row["steps"]), args.neutral), found["text"], ""
+        except ValueError as error:
+            why = str(error)
+            spent.update({"judgements not readable": 1})
+    return None, found["text"], why
+
+
+def judge_locator(args: Args, ask, spent: Counter):
+    """`await locate(row)` by a judge: {"error_step", "locator", "reason", "judge"}. `spent` counts tokens and retries."""
+    model = args.judge_model or args.judge_path
+
+    def vote(row: dict, number: int):
+        return judge_once(ask, row, number, args, spent)
+
+    async def locate(row: dict) -> dict:
+        if not row["steps"]:
+            return {"error_step": None, "locator": "judge", "reason": "no response to look at"}
+        if args.skip_diagrams and "diagram" in row["problem"] and "asy" not in row["problem"]:
+            spent.update({"problems with a diagram skipped": 1})
+            return {"error_step": None, "locator": "judge", "reason": "a diagram that is not there (--no-skip-diagrams)"}
+        votes = await asyncio.gather(*(vote(row, number) for number in range(args.votes)))
+        count = Counter(step for step, _, _ in votes if step is not None)
+        error_step, agreement, text = None, 0.0, votes[0][1]
+        if not count:
+            reason = f"the judge's answer cannot be read: {votes[0][2]}"
+        else:
+            (top, most), *others = count.most_common()
+            agreement, text = most / args.votes, next(text for step, text, _ in votes if step == top)
+            if others and others[0][1] == most or agreement < args.min_agreement:
+                reason = f"the votes disagree: {agreement:.0%} for the first"
+            elif top == 0:
+                reason = f"{NO_ERROR} by the judge"
+            else:
+                error_step, reason = top, None
+        names = {str(step) if step else "none": number for step, number in sorted(count.items())}
+        judge = {"model": model, "votes": names, "agreement": round(agreement, 3), "text": text}
+        return {"error_step": error_step, "locator": "judge", "reason": reason, "judge": judge}
+
+    return locate
+
+
+async def locate_all(rows: list[dict], locate, output: Output, left: Output | None, spent: Counter, args: Args, label: str):
+    """Locate `rows`; write each to `output`, or, if it stays open and there is a fallback, what was found to `left`."""
+    price = lambda: (spent["prompt"] * args.price_in + spent["completion"] * args.price_out) / 1e6
+
+    async def work(row: dict):
+        found = await locate(row)
+        is_open = found["error_step"] is None and not (row["correct"] and str(found["reason"]).startswith(NO_ERROR))
+        if left is not None and is_open:
+            left.write({"id": row["id"], "sample": row["sample"], **found})
+        else:
+            output.write(row | found)
+        if label == "judging" and len(output.rows) % 100 == 0:
+            said = f"{len(output.rows)} rows, tokens: {spent['prompt']} in, {spent['completion']} out"
+            tqdm.write(said + (f", money: {price():.2f}" if args.price_in or args.price_out else ""), file=sys.stderr)
+
+    await run_all(rows, work, args.concurrency, label)
+    if args.price_in or args.price_out:
+        spent["money"] = round(price(), 4)
+
+
+async def judge_rows(args: Args, rows: list[dict], output: Output, left: Output | None, spent: Counter):
+    async with judge(args, Path(f"{args.out}.judge.log")) as ask:
+        await locate_all(rows, judge_locator(args, ask, spent), output, left, spent, args, "judging")
+
+
+async def roll_out(args: Args, rows: list[dict], grader: Grader, solvable: set[str], output: Output, spent: Counter, keep):
+    tokenizer = load_tokenizer(args.tokenizer or args.model, args.chat_template)
+    show_prompt(tokenizer, rows[0]["problem"], "".join(rows[0]["steps"][:1]), args)
+    async with engine(args, args.model, Path(f"{args.out}.engine.log")) as generate:
+        locate = rollout_locator(args, tokenizer, generate, grader, solvable, spent, keep)
+        await locate_all(rows, locate, output, None, spent, args, "locating")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# errors and files
+# how good it is
+
+
+def identity(row: dict) -> tuple:
+    return row["id"], row["sample"]
+
+
+def load_labels(path: Path) -> list[dict]:
+    """Labelled solutions as samples, with `label`: 0-based first wrong step, -1 for none."""
+    rows, found = read_rows(path, ("problem", "steps")), []
+    for number, row in enumerate(rows, 1):
+        label = row.get("label", (row.get("error_step") or 0) - 1)
+        if "label" not in row and "error_step" not in row or type(label) is not int or not -1 <= label < len(row["steps"]):
+            stop(f"{path}, row {number}: no 'label' from -1 to {len(row['steps']) - 1} and no 'error_step'; see --help")
+        if "label" not in row and not row["error_step"] and not str(row.get("reason")).startswith(NO_ERROR):
+            continue  # the annotator was not sure
+        steps = [step if "response" in row or step.endswith("\n") else step + "\n\n" for step in row["steps"]]
+        known = {"id": row["problem"], "sample": 0, "response": "".join(steps), "finish_reason": "stop",
+                 "correct": row.get("final_answer_correct", label < 0)}  # fmt: skip
+        found.append(known | row | {"label": label, "steps": steps})
+    return found or stop(f"{path}: no row has a label")
+
+
+def first_wrong(row: dict) -> int | None:
+    """What a located row says: the first wrong step, 0 for no error, None for nothing."""
+    return row["error_step"] or (0 if str(row.get("reason")).startswith(NO_ERROR) else None)
+
+
+def print_scores(truths: list[int], found: list[int | None], name: str) -> dict:
+    """Print ProcessBench's measures (accuracy on wrong and on right solutions, and their harmonic mean F1) with 95 % Wilson
+    intervals, and how far the located steps are from the true ones. 0 stands for no error, None for a row left open."""
+    wrong = [(t, f) for t, f in zip(truths, found, strict=True) if t]
+    right = [f for t, f in zip(truths, found, strict=True) if not t]
+    lines, result = [f"{name}: {len(truths)} solutions, {len(wrong)} wrong, {len(right)} right"], {}
+    exact = sum(t == f for t, f in wrong)
+    of = [("wrong", exact, len(wrong)), ("right", right.count(0), len(right))]
+    of += [("located", exact, sum(bool(f) for _, f in wrong))]
+    for label, hits, total in of:
+        if total:
+            low, high = wilson(hits, total)
+            result[label] = hits / total
+            lines.append(f"  exact on {label:10} {hits / total:6.1%} of {total:5}   (95 % interval {low:.1%} to {high:.1%})")
+    if "wrong" in result and "right" in result:
+        both = result["wrong"] + result["right"]
+        result["F1"] = 2 * result["wrong"] * result["right"] / both if both else 0.0
+        lines.append(f"  F1 {result['F1']:.1%}")
+    names = ["2 or more early", "1 early", "exact", "1 late", "2 or more late", "said to have no error", "left open"]
+    places = [names[max(-2, min(2, f - t)) + 2] if f else names[6 if f is None else 5] for t, f in wrong]
+    lines += [f"  {label:22} {places.count(label):5} {places.count(label) / len(wrong):6.1%}" for label in names if wrong]
+    print("\n".join(lines))
+    return result
+
+
+def kappa(a: list[int], b: list[int]) -> float:
+    """Cohen's kappa of two lists of labels: agreement beyond what their shares of each label give by chance."""
+    agree, shares = sum(x == y for x, y in zip(a, b, strict=True)) / len(a), (Counter(a), Counter(b))
+    chance = sum(shares[0][label] * shares[1][label] for label in shares[0]) / len(a) ** 2
+    return 1.0 if chance == 1 else (agree - chance) / (1 - chance)
+
+
+def compare(first: Path, second: Path):
+    """Print how far two located files agree on the rows that both have."""
+    files = [{identity(row): row for row in read_rows(path, ("id", "steps"))} for path in (first, second)]
+    common = [key for key in files[0] if key in files[1] and files[0][key]["steps"] == files[1][key]["steps"]]
+    sides = [[first_wrong(file[key]) for key in common] for file in files]
+    both = [(a, b) for a, b in zip(*sides, strict=True) if None not in (a, b)]
+    if not both:
+        stop(f"{first} and {second} have no solution in common on which both say something")
+    a, b = (list(side) for side in zip(*both, strict=True))
+    agree = sum(x == y for x, y in both) / len(both)
+    print(f"in common: {len(common)} solutions, on {len(both)} both say something; agreement {agree:.1%}, "
+          f"Cohen's kappa {kappa(a, b):.3f}")  # fmt: skip
+    known = [(a, b) for a, b in zip(*sides, strict=True) if a is not None]
+    print_scores(*map(list, zip(*known, strict=True)), f"{second} with {first} as the truth")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the page
+
+
+def math_safe(text: str) -> str:
+    """Markdown in which formulas stand between \\( and \\), and dollars that are money between nothing.
+
+    Pandoc's rule: no space behind the opening dollar nor before the closing one, no digit behind the closing one."""
+    formula = r"(\$\$.+?\$\$|\\\(.+?\\\)|\\\[.+?\\\]|\$(?![\s$])(?:[^$\n]*[^\s$\\])?\$(?!\d))"
+    parts = re.split(formula, text, flags=re.S)
+    for i, part in enumerate(parts):
+        if i % 2 == 0:
+            part = re.sub(r"\\boxed\{[^{}]*\}", lambda box: f"\\({box[0]}\\)", part).replace("$", "&#36;")
+        parts[i] = f"\\({part[1:-1]}\\)" if re.match(r"\$[^$]", part) else part
+    return "".join(parts)
+
+
+def annotate(args: Args, rows: list[dict], settings: dict):
+    """Show one solution at a time; write OUT at each click from the journal OUT.clicks.jsonl, which goes on after a stop."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio
+    except ImportError:
+        stop("--locator human needs gradio: pip install gradio")
+    name = f".{args.annotator}" if args.annotator else ""
+    out = args.out.with_name(f"{args.out.stem}{name}{args.out.suffix}")
+    clicks = Output(out.with_suffix(".clicks.jsonl"), settings)
+    known = {identity(row): row for row in rows}
+    said = {identity(click): click["said"] for click in clicks.rows if identity(click) in known}
+    reasons = {"none": f"{NO_ERROR} by hand", "unsure": "unsure"}
+
+    def write():
+        lines = []
+        for key, what in said.items():
+            if what != "skip":
+                found = {"error_step": None if what in reasons else what, "locator": "human", "reason": reasons.get(what)}
+                lines.append(json.dumps(known[key] | found | {"annotator": args.annotator}, ensure_ascii=False) + "\n")
+        temporary = out.with_suffix(".tmp")
+        temporary.write_text("".join(lines), encoding="utf-8")
+        temporary.replace(out)
+
+    def after(place: int) -> int:
+        """The next row without a verdict, from `place` on and around; len(rows) when there is none."""
+        order = [*range(place, len(rows)), *range(place)]
+        return next((i for i in order if said.get(identity(rows[i]), "skip") == "skip" and i != place - 1), len(rows))
+
+    def click(what, place: int) -> int:
+        if what == "back":
+            return max(0, place - 1)
+        clicks.write({"id": rows[place]["id"], "sample": rows[place]["sample"], "said": what, "time": round(time.time())})
+        said[identity(rows[place])] = what
+        write()
+        return after(place + 1)
+
+    latex = [{"left": left, "right": right, "display": left != "\\("}
+             for left, right in (("$$", "$$"), ("\\(", "\\)"), ("\\[", "\\]"))]  # fmt: skip
+    show = lambda text: gradio.Markdown(math_safe(text), latex_delimiters=latex)
+    with gradio.Blocks(title="First wrong step", analytics_enabled=False) as page:
+        place = gradio.State(after(0))
+
+        @gradio.render(inputs=place)
+        def solution(at: int):
+            done = sum(what != "skip" for what in said.values())
+            gradio.Markdown(f"**{done} of {len(rows)}** done{f', {args.annotator}' if args.annotator else ''}. Which step is "
+                            "the first wrong one? Click its number or press it.", elem_id="progress")  # fmt: skip
+            if at >= len(rows):
+                gradio.Markdown(f"All solutions were shown. Reload to see skipped ones. The verdicts stand in `{out}`.",
+                                elem_id="done")  # fmt: skip
+                gradio.Button("Back (b)", elem_id="back").click(lambda: len(rows) - 1, None, place)
+                return
+            row = rows[at]
+            with gradio.Row():
+                with gradio.Column(scale=2):
+                    show(f"### Problem {row['id']}\n{row['problem']}\n\n**Answer:** {row.get('answer', 'not known')}\n\n"
+                         f"**This solution's answer:** {row.get('prediction')}")  # fmt: skip
+                    if row.get("solution"):
+                        with gradio.Accordion("Reference solution", open=False):
+                            show(row["solution"].replace("\n", "\n\n"))
+                with gradio.Column(scale=3):
+                    for k, step in enumerate(row["steps"], 1):
+                        with gradio.Row(equal_height=True):
+                            chosen = said.get(identity(row)) == k
+                            button = gradio.Button(str(k), elem_id=f"step-{k}", variant="primary" if chosen else "secondary",
+                                                   scale=0, min_width=48)  # fmt: skip
+                            button.click(lambda at, k=k: click(k, at), place, place)
+                            show(cut_label(step, k)[1].strip())
+            with gradio.Row():
+                for text in ("No error found (n)", "Unsure (u)", "Skip (s)", "Back (b)"):
+                    what = text.split(" ")[0].lower().replace("no", "none")
+                    gradio.Button(text, elem_id=what).click(lambda at, what=what: click(what, at), place, place)
+
+    font = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from the network
+    try:
+        page.launch(server_name=args.host, server_port=args.port, quiet=True, head=HUMAN_KEYS, theme=font, show_error=True,
+                    prevent_thread_lock=True, footer_links=[])  # fmt: skip
+    except OSError as error:
+        stop(f"--port {args.port}: {error}")
+    print(f"open http://{args.host}:{args.port}; each click is saved at once, Ctrl-C ends", file=sys.stderr, flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(1)
+    counts = Counter("located" if isinstance(what, int) else what for what in said.values())
+    clicks.save_meta(finished=len(said) == len(rows), summary=counts)
+    print(f"{out}: " + ", ".join([f"{len(rows)} solutions", *(f"{name} {number}" for name, number in counts.items())]))
+
+
+def load_samples(args: Args) -> tuple[list[dict], set[str]]:
+    """The rows to locate, and the ids of the problems that a right sample shows to be solvable."""
+    if args.labels:
+        rows = load_labels(args.labels)
+        lacks = [row["id"] for row in rows if not row.get("answer")]
+        if lacks and "rollout" in (args.locator, args.fallback):
+            stop(f"{args.labels}: {lacks[0]} has no 'answer', so rollouts cannot be graded; use --locator judge")
+        return rows[: args.limit], {row["id"] for row in rows if row["correct"]}
+    samples = read_rows(args.samples, ("id", "problem", "answer", "sample", "steps", "correct", "finish_reason"))
+    rows, seen = [], Counter()
+    for row in sorted(samples, key=lambda row: (row["id"], row["sample"])):  # 01 writes them in the order they were ready in
+        seen[row["id"]] += not row["correct"]
+        if not row["correct"] and seen[row["id"]] <= (args.max_per_problem or math.inf):
+            rows.append(row)
+    if not rows:
+        stop(f"{args.samples}: none of its {len(samples)} samples is wrong; sample more problems, or harder ones")
+    return rows[: args.limit], {row["id"] for row in samples if row["correct"]}
+
+
+def main(args: Args):
+    least = (args.rollouts, args.concurrency, args.max_tokens, args.votes, args.limit, args.max_per_problem)
+    if min(1 if value is None else value for value in least) < 1 or args.retries < 0 or not 0 <= args.min_agreement <= 1:
+        stop("--rollouts, --concurrency, --max-tokens, --votes, --max-per-problem and --limit are at least 1, --retries at "
+             "least 0, --min-agreement is between 0 and 1")  # fmt: skip
+    check_switches(args)
+    if args.compare:
+        return compare(*args.compare)
+    if args.locator == "judge" and not (args.judge_model if args.judge_base_url else args.judge_path):
+        stop("--locator judge needs --judge-model and --judge-base-url, or --judge-path")
+    rows, solvable = load_samples(args)
+    began, used = time.time(), {args.locator, args.fallback}
+    names = {"rollout": ("temperature", "top_p", "max_tokens", "rollouts", "linear", "early_stop", "chat_template",
+                         "chat_template_kwargs"),
+             "judge": ("judge_model", "judge_path", "judge_temperature", "judge_max_tokens", "neutral", "votes",
+                       "min_agreement", "retries", "skip_diagrams"), "human": (), "none": ()}  # fmt: skip
+    settings = {name: getattr(args, name) for kind in used for name in names[kind]}
+    settings |= {"locator": args.locator, "fallback": args.fallback, "seed": args.seed}
+    settings |= NEUTRAL if "rollout" in used else {}
+    settings |= {"stage": "02_locate_step"} | ({"model": model_id(args.model)} if "rollout" in used else {})
+    if args.locator == "human":
+        return annotate(args, rows, {"stage": "02_locate_step", "locator": "human", "annotator": args.annotator})
+    output, steps = Output(args.out, settings), {identity(row): row["steps"] for row in rows}
+    for row in output.rows:
+        if steps.get(identity(row), row["steps"]) != row["steps"]:
+            stop(f"{args.out} holds another sample {row['sample']} of {row['id']} than {args.labels or args.samples}; "
+                 "give another --out")  # fmt: skip
+    left = Output(args.out.with_suffix(".open.jsonl"), settings) if args.fallback != "none" else None
+    keep = Output(args.keep_rollouts, settings) if args.keep_rollouts else None
+    done = lambda *files: {identity(row) for file in files if file for row in file.rows}
+    grader, spent = Grader(), {"judge": Counter(), "rollout": Counter()}
+    try:
+        todo = [row for row in rows if identity(row) not in done(output, left)]
+        if args.locator == "judge" and todo:
+            asyncio.run(judge_rows(args, todo, output, left, spent["judge"]))
+        opened = {identity(row): row for row in left.rows} if left else {}
+        todo = [row for row in rows if identity(row) not in done(output)]
+        if "rollout" in used and todo:
+            todo = [row | {"judge": opened.get(identity(row), {}).get("judge")} if opened else row for row in todo]
+            asyncio.run(roll_out(args, todo, grader, solvable, output, spent["rollout"], keep))
+    finally:
+        grader.close()
+    located = [row for row in output.rows if identity(row) in steps]
+    found = [row["error_step"] for row in located if row["error_step"]]
+    summary = {"wrong samples" if not args.labels else "solutions": len(located), "located": len(found),
+               "not located": len(located) - len(found),
+               "by step": " ".join(f"{step}:{found.count(step)}" for step in sorted(set(found))),
+               "gradings killed": grader.kills}  # fmt: skip
+    for name, count in spent.items():
+        summary |= {f"{name} {what}{' tokens' if what in ('prompt', 'completion') else ''}": n for what, n in count.items()}
+    summary["seconds"] = round(time.time() - began, 1)
+    output.save_meta(finished=True, summary=summary)
+    keep.save_meta(finished=True) if keep else None
+    print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
+    if args.labels:
+        verdicts = {identity(row): first_wrong(row) for row in located}
+        print_scores([row["label"] + 1 for row in rows], [verdicts[identity(row)] for row in rows], str(args.labels))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# copies of what another stage owns; read each there once
+
+
+# Copied from 01_sample_errors.py
+TOO_LONG = re.compile(r"context length|max_model_len|too long|longer than|maximum (?:input|model) length")
+# Copied from 01_sample_errors.py
+SAME = {"\\\\": "\\\\", "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\leqslant": "\\le", "\\geqslant": "\\ge", "\\leq": "\\le",
+        "\\geq": "\\ge", "≤": "\\le ", "≥": "\\ge ", "∞": "\\infty", "π": "\\pi ", "−": "-", "×": "\\times ", "√": "\\sqrt ",
+        "\\lbrace": "\\{", "\\rbrace": "\\}", "\\left": "", "\\right": "", "\\displaystyle": "", "\\!": "", "\\$": "", "$": "",
+        "\\%": "%", "\\quad": " ", "\\,": " ", "\\;": " ", "\\:": " ", "\\ ": " ", "~": " ", "^{\\circ}": "^\\circ",
+        "°": "^\\circ", "+\\infty": "\\infty", "{:}": ":", ">=": "\\ge ", "<=": "\\le ", "±": "\\pm ", "**": "^"}  # fmt: skip
+# Copied from 01_sample_errors.py
+SPELLINGS = re.compile("|".join(re.escape(old) + ("(?![a-zA-Z])" if old[-1].isalpha() else "") for old in SAME))
+# Copied from 01_sample_errors.py
+PLAIN = re.compile(r"(?<![\\a-zA-Z])(pi|sin|cos|tan|ln|infinity)(?![a-zA-Z])|(?<![\\a-zA-Z])sqrt\(([^()]*)\)")  # 7/10*pi
+# Copied from 01_sample_errors.py
+WORDS = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
+# Copied from 01_sample_errors.py
+PLAIN_UNIT = re.compile(
+    r"(?<=[\d)}%\s])\s+(?!(?:and|or|to|than)\b)[A-Za-z]{2,}\.?(?:[\s/]+[A-Za-z]{2,}\.?)*(?:\^\{?\d\}?)?$|(?<=[\d)}%])[一-鿿]+$"
+)  # "12 inches", "300 miles per hour", "36 cm^2", and Chinese units without a space
+# Copied from 01_sample_errors.py
+OPTION = re.compile(  # the mark of an option: "(A)" anywhere, \textbf{(A)} too, or "A)", "A.", "A:" at the start of a line
+    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?(?:\(([A-J])\)|^[ \t]*([A-J])[).:])[ \t]*\}?", re.M
+)
+# Copied from 01_sample_errors.py
+CLOCK = re.compile(r"(\d{1,2}):(\d\d)(?:([aApP])\.?[mM]\.?)?")
+# Copied from 01_sample_errors.py
+STATED_ANSWER = re.compile(  # models without \boxed{}: "The answer is: 7", "#### 7", "答案是 7"
+    r"(?:[Tt]he (?:final |correct )?answer is|####|[Aa]nswer[ *]*:|答案(?:是|为|[:：]))[ \t*:：]*"
+    r"([^\n]+?)\**(?:[.。](?:\s|$)|\n|$)"
+)
 
 
 # Copied from 01_sample_errors.py
@@ -326,10 +805,6 @@ class Output:
         temporary = self.meta_path.with_suffix(".tmp")
         temporary.write_text(json.dumps(meta, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
         temporary.replace(self.meta_path)  # all or nothing
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# answers
 
 
 # Copied from 01_sample_errors.py
@@ -622,10 +1097,6 @@ class Grader:
             self.pool.join()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the model
-
-
 # Copied from 01_sample_errors.py
 def load_tokenizer(model: str, template: Path | None):
     """The tokenizer of a folder or hub id, with the chat template that will be used."""
@@ -741,6 +1212,7 @@ async def engine(args, model: str, log: Path):
     try:
         with output_to(file):
             running.append(start_engine(model, [*cpu_options(), *shlex.split(args.engine_args)]))
+        del os.environ["ENGINE_OF"]  # what is started from now on is not the engine's
         logging.getLogger("vllm").handlers = [logging.StreamHandler(file)]
         print(f"engine ready after {time.time() - began:.0f} s", file=sys.stderr)
         yield functools.partial(continue_ids, running, log)
@@ -863,232 +1335,6 @@ async def run_all(items: list, work, concurrency: int, label: str):
                 group.create_task(worker())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the stage
-
-
-def cut_label(step: str, number: int) -> tuple[str, str]:
-    """Part step `number` behind its label: ("Step 2:", " 3 + 4 = 7.\\n"). The forced opening is the label of step 1."""
-    label = re.search(STEP_LABEL.format(number=number), step, re.M)
-    return (step[: label.end()], step[label.end() :]) if label else ("", step)
-
-
-async def first_wrong_step(n_steps: int, reaches, linear: bool) -> int | None:
-    """The step behind the last prefix with V(k) > 0, given `await reaches(k)` = (V(k) > 0). None: V(0) = 0 too, asked first,
-    since a problem that the model never solves would cost the most.
-
-    V(n_steps) = 0 is known: the solution is wrong. A right prefix may fail by chance, a wrong one hardly ever succeeds: so a
-    success counts for all prefixes before it, and bisection looks one prefix behind its result too."""
-    if not await reaches(0):
-        return None
-    if linear:
-        good = await asyncio.gather(*(reaches(k) for k in range(1, n_steps)))
-        return max((k for k, is_good in enumerate(good, 1) if is_good), default=0) + 1
-    low, high, known = 0, n_steps, {n_steps: False}
-    while True:
-        while high - low > 1:
-            middle = (low + high) // 2
-            known[middle] = await reaches(middle)
-            low, high = (middle, high) if known[middle] else (low, middle)
-        after = min(high + 1, n_steps)
-        if after not in known:
-            known[after] = await reaches(after)
-        if not known[after]:
-            return high
-        low, high = after, min(k for k in known if k > after and not known[k])
-
-
-def rollout_locator(args: Args, tokenizer, generate, grader: Grader, solvable: set[str], spent: Counter, keep: Output | None):
-    """`await locate(row)` by continuations of the policy: {"error_step", "locator", "reason", "rollout_values"}.
-
-    `solvable`: ids with a right sample, so V(0) > 0 is known. `spent` counts tokens."""
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
-    kept = {(row["id"], row["sample"]) for row in keep.rows} if keep else set()
-
-    async def locate(row: dict) -> dict:
-        steps, values, texts = row["steps"], {}, {}
-
-        async def reaches(k: int) -> bool:
-            if k == 0 and row["id"] in solvable:
-                return True
-            prefix, right, tried = "".join(steps[:k]) + cut_label(steps[k], k + 1)[0], 0, 0
-            while tried < args.rollouts and not (right and args.early_stop):
-                size = min(max(1, tried), args.rollouts - tried) if args.early_stop else args.rollouts
-                seed = seed_of(args.seed, "locate", row["id"], row["sample"], k, tried)
-                found = await generate(prompt_ids(tokenizer, row["problem"], prefix, args), seed, size, **sampling)
-                answers = [extract_answer(prefix + f["text"]) if f["finish_reason"] == "stop" else None for f in found]
-                verdicts = await asyncio.gather(*(grader(row["answer"], answer, row["problem"]) for answer in answers))
-                texts.setdefault(str(k), []).extend(
-                    {"text": f["text"], "finish_reason": f["finish_reason"], "correct": good}
-                    for f, good in zip(found, verdicts, strict=True)
-                )
-                right, tried = right + sum(verdicts), tried + size
-                spent.update(prompt=found[0]["prompt_tokens"], completion=found[0]["tokens"], rollouts=size)
-            values[k] = [right, tried]
-            return right > 0
-
-        error_step, reason = None, "no response to look at"
-        if steps and row["correct"]:
-            reason = f"{NO_ERROR}: the answer is right"
-        elif steps:
-            error_step = await first_wrong_step(len(steps), reaches, args.linear)
-            reason = None if error_step else "no continuation of the empty prefix reaches the answer"
-        if keep and (row["id"], row["sample"]) not in kept:
-            keep.write({"id": row["id"], "sample": row["sample"], "rollouts": texts})
-        return {"error_step": error_step, "locator": "rollout", "reason": reason,
-                "rollout_values": {str(k): values[k] for k in sorted(values)}}  # fmt: skip
-
-    return locate
-
-
-def judge_prompt(row: dict, neutral: str) -> str:
-    """What the judge reads; the steps without the labels that they brought along."""
-    steps = "\n".join(f"Step {k}: {cut_label(step, k)[1].strip()}" for k, step in enumerate(row["steps"], 1))
-    for field, name in (("solution", "a reference solution"), ("answer", "the answer")):
-        if row.get(field):
-            title, truth = name.split(" ", 1)[1].capitalize(), row[field]
-            break
-    else:
-        name, title, truth = "no reference", "Answer", "It is not known."
-    stop_at = "not correct" if neutral == "error" else "incorrect"
-    return JUDGE_PROMPT.format(truth_name=name, truth_title=title, truth=truth, problem=row["problem"], steps=steps,
-                               count=len(row["steps"]), stop=stop_at)  # fmt: skip
-
-
-def first_error(text: str, count: int, neutral: str) -> int:
-    """The first wrong step that a judgement of `count` steps names, 0 for none. ValueError says why it cannot be read.
-
-    Below the last "Verdicts:" (or anywhere, where no such line is) only whole lines such as "Step 2: incorrect" count, in
-    order and without gaps; what follows the first wrong step does not matter as long as it is in order too."""
-    text = THOUGHT.sub("", text)
-    heads = list(VERDICTS_HEAD.finditer(text))
-    lines = text[heads[-1].end() if heads else 0 :].splitlines()
-    found = [match for line in lines if (match := VERDICT_LINE.fullmatch(line)) and match[2].lower() in VERDICTS]
-    if not found:
-        raise ValueError("no verdict")
-    for number, match in enumerate(found, 1):
-        if int(match[1]) != number:
-            raise ValueError(f"verdict {number} of the list is on step {match[1]}")
-    if len(found) > count:
-        raise ValueError(f"a verdict on step {len(found)}, past the last of {count}")
-    wrong = ("neutral", "incorrect") if neutral == "error" else ("incorrect",)
-    for number, match in enumerate(found, 1):
-        if VERDICTS[match[2].lower()] in wrong:
-            return number
-    if len(found) < count:
-        raise ValueError(f"the verdicts end with step {len(found)} of {count}, and none is wrong")
-    return 0
-
-
-@contextlib.asynccontextmanager
-async def judge(args, log: Path):
-    """Yield `await ask(messages, seed)`: the judge's answer, see complete(), by its server or by vLLM in this process."""
-    sampling = {"temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens}
-    if args.judge_base_url:
-        client = connect(args.judge_base_url, args.judge_model, "JUDGE_API_KEY", args.judge_timeout)
-        yield lambda messages, seed: complete(client, args.judge_model, messages, seed, **sampling)
-        return
-    tokenizer = load_tokenizer(args.judge_path, None)
-    async with engine(dataclasses.replace(args, base_url=None), args.judge_path, log) as generate:
-
-        def ask(messages: list[dict], seed: int):
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            return generate(tokenizer(text, add_special_tokens=False)["input_ids"], seed, **sampling)
-
-        yield ask
-
-
-async def judge_once(ask, row: dict, number: int, args, spent: Counter) -> tuple[int | None, str, str]:
-    """One vote: (first wrong step or 0, the judge's text, "") or (None, its last text, why it cannot be read)."""
-    messages = [{"role": "user", "content": judge_prompt(row, args.neutral)}]
-    for attempt in range(args.retries + 1):
-        [found] = await ask(messages, seed_of(args.seed, "judge", row["id"], row["sample"], number, attempt))
-        spent.update(prompt=found["prompt_tokens"], completion=found["tokens"], judgements=1)
-        try:
-            if found["finish_reason"] != "stop":
-                raise ValueError(f"it ended by {found['finish_reason']}; length: --judge-max-tokens, refused: long prompt")
-            return first_error(found["text"], len(row["steps"]), args.neutral), found["text"], ""
-        except ValueError as error:
-            why = str(error)
-            spent.update({"judgements not readable": 1})
-    return None, found["text"], why
-
-
-def judge_locator(args: Args, ask, spent: Counter):
-    """`await locate(row)` by a judge: {"error_step", "locator", "reason", "judge"}. `spent` counts tokens and retries."""
-    model = args.judge_model or args.judge_path
-
-    def vote(row: dict, number: int):
-        return judge_once(ask, row, number, args, spent)
-
-    async def locate(row: dict) -> dict:
-        if not row["steps"]:
-            return {"error_step": None, "locator": "judge", "reason": "no response to look at"}
-        if args.skip_diagrams and "diagram" in row["problem"] and "asy" not in row["problem"]:
-            spent.update({"problems with a diagram skipped": 1})
-            return {"error_step": None, "locator": "judge", "reason": "a diagram that is not there (--no-skip-diagrams)"}
-        votes = await asyncio.gather(*(vote(row, number) for number in range(args.votes)))
-        count = Counter(step for step, _, _ in votes if step is not None)
-        error_step, agreement, text = None, 0.0, votes[0][1]
-        if not count:
-            reason = f"the judge's answer cannot be read: {votes[0][2]}"
-        else:
-            (top, most), *others = count.most_common()
-            agreement, text = most / args.votes, next(text for step, text, _ in votes if step == top)
-            if others and others[0][1] == most or agreement < args.min_agreement:
-                reason = f"the votes disagree: {agreement:.0%} for the first"
-            elif top == 0:
-                reason = f"{NO_ERROR} by the judge"
-            else:
-                error_step, reason = top, None
-        names = {str(step) if step else "none": number for step, number in sorted(count.items())}
-        judge = {"model": model, "votes": names, "agreement": round(agreement, 3), "text": text}
-        return {"error_step": error_step, "locator": "judge", "reason": reason, "judge": judge}
-
-    return locate
-
-
-async def locate_all(rows: list[dict], locate, output: Output, left: Output | None, spent: Counter, args: Args, label: str):
-    """Locate `rows`; write each to `output`, or, if it stays open and there is a fallback, what was found to `left`."""
-    price = lambda: (spent["prompt"] * args.price_in + spent["completion"] * args.price_out) / 1e6
-
-    async def work(row: dict):
-        found = await locate(row)
-        is_open = found["error_step"] is None and not (row["correct"] and str(found["reason"]).startswith(NO_ERROR))
-        if left is not None and is_open:
-            left.write({"id": row["id"], "sample": row["sample"], **found})
-        else:
-            output.write(row | found)
-        if label == "judging" and len(output.rows) % 100 == 0:
-            said = f"{len(output.rows)} rows, tokens: {spent['prompt']} in, {spent['completion']} out"
-            tqdm.write(said + (f", money: {price():.2f}" if args.price_in or args.price_out else ""), file=sys.stderr)
-
-    await run_all(rows, work, args.concurrency, label)
-    if args.price_in or args.price_out:
-        spent["money"] = round(price(), 4)
-
-
-async def judge_rows(args: Args, rows: list[dict], output: Output, left: Output | None, spent: Counter):
-    async with judge(args, Path(f"{args.out}.judge.log")) as ask:
-        await locate_all(rows, judge_locator(args, ask, spent), output, left, spent, args, "judging")
-
-
-async def roll_out(args: Args, rows: list[dict], grader: Grader, solvable: set[str], output: Output, spent: Counter, keep):
-    tokenizer = load_tokenizer(args.tokenizer or args.model, args.chat_template)
-    show_prompt(tokenizer, rows[0]["problem"], "".join(rows[0]["steps"][:1]), args)
-    async with engine(args, args.model, Path(f"{args.out}.engine.log")) as generate:
-        locate = rollout_locator(args, tokenizer, generate, grader, solvable, spent, keep)
-        await locate_all(rows, locate, output, None, spent, args, "locating")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# how good it is
-
-
-def identity(row: dict) -> tuple:
-    return row["id"], row["sample"]
-
-
 # Copied from 05_eval.py
 def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
     """95 % interval of a share (Wilson 1927); stays within 0 and 1 and has a width at 0 and at 1 too."""
@@ -1096,262 +1342,6 @@ def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]
     middle = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
     return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def load_labels(path: Path) -> list[dict]:
-    """Labelled solutions as samples, with `label`: 0-based first wrong step, -1 for none."""
-    rows, found = read_rows(path, ("problem", "steps")), []
-    for number, row in enumerate(rows, 1):
-        label = row.get("label", (row.get("error_step") or 0) - 1)
-        if "label" not in row and "error_step" not in row or type(label) is not int or not -1 <= label < len(row["steps"]):
-            stop(f"{path}, row {number}: no 'label' from -1 to {len(row['steps']) - 1} and no 'error_step'; see --help")
-        if "label" not in row and not row["error_step"] and not str(row.get("reason")).startswith(NO_ERROR):
-            continue  # the annotator was not sure
-        steps = [step if "response" in row or step.endswith("\n") else step + "\n\n" for step in row["steps"]]
-        known = {"id": row["problem"], "sample": 0, "response": "".join(steps), "finish_reason": "stop",
-                 "correct": row.get("final_answer_correct", label < 0)}  # fmt: skip
-        found.append(known | row | {"label": label, "steps": steps})
-    return found or stop(f"{path}: no row has a label")
-
-
-def first_wrong(row: dict) -> int | None:
-    """What a located row says: the first wrong step, 0 for no error, None for nothing."""
-    return row["error_step"] or (0 if str(row.get("reason")).startswith(NO_ERROR) else None)
-
-
-def print_scores(truths: list[int], found: list[int | None], name: str) -> dict:
-    """Print ProcessBench's measures (accuracy on wrong and on right solutions, and their harmonic mean F1) with 95 % Wilson
-    intervals, and how far the located steps are from the true ones. 0 stands for no error, None for a row left open."""
-    wrong = [(t, f) for t, f in zip(truths, found, strict=True) if t]
-    right = [f for t, f in zip(truths, found, strict=True) if not t]
-    lines, result = [f"{name}: {len(truths)} solutions, {len(wrong)} wrong, {len(right)} right"], {}
-    exact = sum(t == f for t, f in wrong)
-    of = [("wrong", exact, len(wrong)), ("right", right.count(0), len(right))]
-    of += [("located", exact, sum(bool(f) for _, f in wrong))]
-    for label, hits, total in of:
-        if total:
-            low, high = wilson(hits, total)
-            result[label] = hits / total
-            lines.append(f"  exact on {label:10} {hits / total:6.1%} of {total:5}   (95 % interval {low:.1%} to {high:.1%})")
-    if "wrong" in result and "right" in result:
-        both = result["wrong"] + result["right"]
-        result["F1"] = 2 * result["wrong"] * result["right"] / both if both else 0.0
-        lines.append(f"  F1 {result['F1']:.1%}")
-    names = ["2 or more early", "1 early", "exact", "1 late", "2 or more late", "said to have no error", "left open"]
-    places = [names[max(-2, min(2, f - t)) + 2] if f else names[6 if f is None else 5] for t, f in wrong]
-    lines += [f"  {label:22} {places.count(label):5} {places.count(label) / len(wrong):6.1%}" for label in names if wrong]
-    print("\n".join(lines))
-    return result
-
-
-def kappa(a: list[int], b: list[int]) -> float:
-    """Cohen's kappa of two lists of labels: agreement beyond what their shares of each label give by chance."""
-    agree, shares = sum(x == y for x, y in zip(a, b, strict=True)) / len(a), (Counter(a), Counter(b))
-    chance = sum(shares[0][label] * shares[1][label] for label in shares[0]) / len(a) ** 2
-    return 1.0 if chance == 1 else (agree - chance) / (1 - chance)
-
-
-def compare(first: Path, second: Path):
-    """Print how far two located files agree on the rows that both have."""
-    files = [{identity(row): row for row in read_rows(path, ("id", "steps"))} for path in (first, second)]
-    common = [key for key in files[0] if key in files[1] and files[0][key]["steps"] == files[1][key]["steps"]]
-    sides = [[first_wrong(file[key]) for key in common] for file in files]
-    both = [(a, b) for a, b in zip(*sides, strict=True) if None not in (a, b)]
-    if not both:
-        stop(f"{first} and {second} have no solution in common on which both say something")
-    a, b = (list(side) for side in zip(*both, strict=True))
-    agree = sum(x == y for x, y in both) / len(both)
-    print(f"in common: {len(common)} solutions, on {len(both)} both say something; agreement {agree:.1%}, "
-          f"Cohen's kappa {kappa(a, b):.3f}")  # fmt: skip
-    known = [(a, b) for a, b in zip(*sides, strict=True) if a is not None]
-    print_scores(*map(list, zip(*known, strict=True)), f"{second} with {first} as the truth")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the page
-
-
-def math_safe(text: str) -> str:
-    """Markdown in which formulas stand between \\( and \\), and dollars that are money between nothing.
-
-    Pandoc's rule: no space behind the opening dollar nor before the closing one, no digit behind the closing one."""
-    formula = r"(\$\$.+?\$\$|\\\(.+?\\\)|\\\[.+?\\\]|\$(?![\s$])(?:[^$\n]*[^\s$\\])?\$(?!\d))"
-    parts = re.split(formula, text, flags=re.S)
-    for i, part in enumerate(parts):
-        if i % 2 == 0:
-            part = re.sub(r"\\boxed\{[^{}]*\}", lambda box: f"\\({box[0]}\\)", part).replace("$", "&#36;")
-        parts[i] = f"\\({part[1:-1]}\\)" if re.match(r"\$[^$]", part) else part
-    return "".join(parts)
-
-
-def annotate(args: Args, rows: list[dict], settings: dict):
-    """Show one solution at a time; write OUT at each click from the journal OUT.clicks.jsonl, which goes on after a stop."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    try:
-        import gradio
-    except ImportError:
-        stop("--locator human needs gradio: pip install gradio")
-    name = f".{args.annotator}" if args.annotator else ""
-    out = args.out.with_name(f"{args.out.stem}{name}{args.out.suffix}")
-    clicks = Output(out.with_suffix(".clicks.jsonl"), settings)
-    known = {identity(row): row for row in rows}
-    said = {identity(click): click["said"] for click in clicks.rows if identity(click) in known}
-    reasons = {"none": f"{NO_ERROR} by hand", "unsure": "unsure"}
-
-    def write():
-        lines = []
-        for key, what in said.items():
-            if what != "skip":
-                found = {"error_step": None if what in reasons else what, "locator": "human", "reason": reasons.get(what)}
-                lines.append(json.dumps(known[key] | found | {"annotator": args.annotator}, ensure_ascii=False) + "\n")
-        temporary = out.with_suffix(".tmp")
-        temporary.write_text("".join(lines), encoding="utf-8")
-        temporary.replace(out)
-
-    def after(place: int) -> int:
-        """The next row without a verdict, from `place` on and around; len(rows) when there is none."""
-        order = [*range(place, len(rows)), *range(place)]
-        return next((i for i in order if said.get(identity(rows[i]), "skip") == "skip" and i != place - 1), len(rows))
-
-    def click(what, place: int) -> int:
-        if what == "back":
-            return max(0, place - 1)
-        clicks.write({"id": rows[place]["id"], "sample": rows[place]["sample"], "said": what, "time": round(time.time())})
-        said[identity(rows[place])] = what
-        write()
-        return after(place + 1)
-
-    latex = [{"left": left, "right": right, "display": left != "\\("}
-             for left, right in (("$$", "$$"), ("\\(", "\\)"), ("\\[", "\\]"))]  # fmt: skip
-    show = lambda text: gradio.Markdown(math_safe(text), latex_delimiters=latex)
-    with gradio.Blocks(title="First wrong step", analytics_enabled=False) as page:
-        place = gradio.State(after(0))
-
-        @gradio.render(inputs=place)
-        def solution(at: int):
-            done = sum(what != "skip" for what in said.values())
-            gradio.Markdown(f"**{done} of {len(rows)}** done{f', {args.annotator}' if args.annotator else ''}. Which step is "
-                            "the first wrong one? Click its number or press it.", elem_id="progress")  # fmt: skip
-            if at >= len(rows):
-                gradio.Markdown(f"All solutions were shown. Reload to see skipped ones. The verdicts stand in `{out}`.",
-                                elem_id="done")  # fmt: skip
-                gradio.Button("Back (b)", elem_id="back").click(lambda: len(rows) - 1, None, place)
-                return
-            row = rows[at]
-            with gradio.Row():
-                with gradio.Column(scale=2):
-                    show(f"### Problem {row['id']}\n{row['problem']}\n\n**Answer:** {row.get('answer', 'not known')}\n\n"
-                         f"**This solution's answer:** {row.get('prediction')}")  # fmt: skip
-                    if row.get("solution"):
-                        with gradio.Accordion("Reference solution", open=False):
-                            show(row["solution"].replace("\n", "\n\n"))
-                with gradio.Column(scale=3):
-                    for k, step in enumerate(row["steps"], 1):
-                        with gradio.Row(equal_height=True):
-                            chosen = said.get(identity(row)) == k
-                            button = gradio.Button(str(k), elem_id=f"step-{k}", variant="primary" if chosen else "secondary",
-                                                   scale=0, min_width=48)  # fmt: skip
-                            button.click(lambda at, k=k: click(k, at), place, place)
-                            show(cut_label(step, k)[1].strip())
-            with gradio.Row():
-                for text in ("No error found (n)", "Unsure (u)", "Skip (s)", "Back (b)"):
-                    what = text.split(" ")[0].lower().replace("no", "none")
-                    gradio.Button(text, elem_id=what).click(lambda at, what=what: click(what, at), place, place)
-
-    font = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from the network
-    try:
-        page.launch(server_name=args.host, server_port=args.port, quiet=True, head=HUMAN_KEYS, theme=font, show_error=True,
-                    prevent_thread_lock=True, footer_links=[])  # fmt: skip
-    except OSError as error:
-        stop(f"--port {args.port}: {error}")
-    print(f"open http://{args.host}:{args.port}; each click is saved at once, Ctrl-C ends", file=sys.stderr, flush=True)
-    with contextlib.suppress(KeyboardInterrupt):
-        while True:
-            time.sleep(1)
-    counts = Counter("located" if isinstance(what, int) else what for what in said.values())
-    clicks.save_meta(finished=len(said) == len(rows), summary=counts)
-    print(f"{out}: " + ", ".join([f"{len(rows)} solutions", *(f"{name} {number}" for name, number in counts.items())]))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def load_samples(args: Args) -> tuple[list[dict], set[str]]:
-    """The rows to locate, and the ids of the problems that a right sample shows to be solvable."""
-    if args.labels:
-        rows = load_labels(args.labels)
-        lacks = [row["id"] for row in rows if not row.get("answer")]
-        if lacks and "rollout" in (args.locator, args.fallback):
-            stop(f"{args.labels}: {lacks[0]} has no 'answer', so rollouts cannot be graded; use --locator judge")
-        return rows[: args.limit], {row["id"] for row in rows if row["correct"]}
-    samples = read_rows(args.samples, ("id", "problem", "answer", "sample", "steps", "correct", "finish_reason"))
-    rows, seen = [], Counter()
-    for row in sorted(samples, key=lambda row: (row["id"], row["sample"])):  # 01 writes them in the order they were ready in
-        seen[row["id"]] += not row["correct"]
-        if not row["correct"] and seen[row["id"]] <= (args.max_per_problem or math.inf):
-            rows.append(row)
-    if not rows:
-        stop(f"{args.samples}: none of its {len(samples)} samples is wrong; sample more problems, or harder ones")
-    return rows[: args.limit], {row["id"] for row in samples if row["correct"]}
-
-
-def main(args: Args):
-    least = (args.rollouts, args.concurrency, args.max_tokens, args.votes, args.limit, args.max_per_problem)
-    if min(1 if value is None else value for value in least) < 1 or args.retries < 0 or not 0 <= args.min_agreement <= 1:
-        stop("--rollouts, --concurrency, --max-tokens, --votes, --max-per-problem and --limit are at least 1, --retries at "
-             "least 0, --min-agreement is between 0 and 1")  # fmt: skip
-    check_switches(args)
-    if args.compare:
-        return compare(*args.compare)
-    if args.locator == "judge" and not (args.judge_model if args.judge_base_url else args.judge_path):
-        stop("--locator judge needs --judge-model and --judge-base-url, or --judge-path")
-    rows, solvable = load_samples(args)
-    began, used = time.time(), {args.locator, args.fallback}
-    names = {"rollout": ("temperature", "top_p", "max_tokens", "rollouts", "linear", "early_stop", "chat_template",
-                         "chat_template_kwargs"),
-             "judge": ("judge_model", "judge_path", "judge_temperature", "judge_max_tokens", "neutral", "votes",
-                       "min_agreement", "retries", "skip_diagrams"), "human": (), "none": ()}  # fmt: skip
-    settings = {name: getattr(args, name) for kind in used for name in names[kind]}
-    settings |= {"locator": args.locator, "fallback": args.fallback, "seed": args.seed}
-    settings |= NEUTRAL if "rollout" in used else {}
-    settings |= {"stage": "02_locate_step"} | ({"model": model_id(args.model)} if "rollout" in used else {})
-    if args.locator == "human":
-        return annotate(args, rows, {"stage": "02_locate_step", "locator": "human", "annotator": args.annotator})
-    output, steps = Output(args.out, settings), {identity(row): row["steps"] for row in rows}
-    for row in output.rows:
-        if steps.get(identity(row), row["steps"]) != row["steps"]:
-            stop(f"{args.out} holds another sample {row['sample']} of {row['id']} than {args.labels or args.samples}; "
-                 "give another --out")  # fmt: skip
-    left = Output(args.out.with_suffix(".open.jsonl"), settings) if args.fallback != "none" else None
-    keep = Output(args.keep_rollouts, settings) if args.keep_rollouts else None
-    done = lambda *files: {identity(row) for file in files if file for row in file.rows}
-    grader, spent = Grader(), {"judge": Counter(), "rollout": Counter()}
-    try:
-        todo = [row for row in rows if identity(row) not in done(output, left)]
-        if args.locator == "judge" and todo:
-            asyncio.run(judge_rows(args, todo, output, left, spent["judge"]))
-        opened = {identity(row): row for row in left.rows} if left else {}
-        todo = [row for row in rows if identity(row) not in done(output)]
-        if "rollout" in used and todo:
-            todo = [row | {"judge": opened.get(identity(row), {}).get("judge")} if opened else row for row in todo]
-            asyncio.run(roll_out(args, todo, grader, solvable, output, spent["rollout"], keep))
-    finally:
-        grader.close()
-    located = [row for row in output.rows if identity(row) in steps]
-    found = [row["error_step"] for row in located if row["error_step"]]
-    summary = {"wrong samples" if not args.labels else "solutions": len(located), "located": len(found),
-               "not located": len(located) - len(found),
-               "by step": " ".join(f"{step}:{found.count(step)}" for step in sorted(set(found))),
-               "gradings killed": grader.kills}  # fmt: skip
-    for name, count in spent.items():
-        summary |= {f"{name} {what}{' tokens' if what in ('prompt', 'completion') else ''}": n for what, n in count.items()}
-    summary["seconds"] = round(time.time() - began, 1)
-    output.save_meta(finished=True, summary=summary)
-    keep.save_meta(finished=True) if keep else None
-    print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
-    if args.labels:
-        verdicts = {identity(row): first_wrong(row) for row in located}
-        print_scores([row["label"] + 1 for row in rows], [verdicts[identity(row)] for row in rows], str(args.labels))
 
 
 if __name__ == "__main__":

