@@ -1,6 +1,7 @@
 """04 under FSDP2 and ZeRO-3, two processes on the CPU through the committed configurations (tests/sharded_cpu.py): weights of
 one process, files that load, checkpoints that survive kills. fp32, so that equal means equal."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT, TINY, read, run, stage
@@ -143,7 +145,9 @@ def test_a_kill_within_a_sharded_checkpoint(world, tmp_path, config):
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    subprocess.run(["pkill", "-9", "-f", str(out)], check=False)  # workers have sessions of their own
+    for worker in psutil.process_iter():  # workers have sessions of their own
+        with contextlib.suppress(psutil.Error):
+            worker.kill() if str(out) in worker.cmdline() else None
     kept = sorted(path.name for path in out.glob("checkpoint-*"))
     said = train(config, *given)
     assert f"going on from {out / kept[-1]}" in said
