@@ -2,7 +2,7 @@
 # The papers' SFT stage: step-formatted solutions are sampled from a teacher, the right ones are kept, and a base model learns
 # from them. What comes out is a model like the Step-DPO authors' Qwen2-7B-SFT, for step_dpo_qwen2_7b.sh with MODEL=runs/sft/model.
 #
-# Hardware   8 GPUs with 80 GB. Run here on the bundled model only:
+# Hardware   8 GPUs with 80 GB. Not run whole here. On the bundled model it would be:
 #              TEACHER=data/tiny/model MODEL=data/tiny/model DATA=data/tiny/train.jsonl TEST=data/tiny/test.jsonl \
 #                LAUNCH= SERVE= HF_HUB_OFFLINE=1 OUT=runs/sft_tiny bash recipes/sft_stage.sh
 # Hours      about 2 by counting, none measured: 60,000 samples of 300 tokens at 20,000 tokens a second, 0.3 h; 3 epochs over some
