@@ -2,7 +2,7 @@
 
     python benchmarks/eval_overhead.py --data ../shared/data/gsm8k_test.jsonl      # about 5 minutes on two cores
 
-One vLLM server with the bundled model; in turns the bare client and 05 (requests, answers, two graders, file), three times.
+One vLLM server with the bundled model; in turns the bare client and 05 (requests, answers, three verdicts, file), three times.
 Prints the seconds of each, the difference of the medians, and the processor time of 05's whole process beside its wall time.
 """
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # DPO, SCDPO, Step-DPO and Step-DPO with another model's steps beside each other on the bundled world (README, "The papers'
-# comparison"): equal numbers of pairs, and equal numbers of trained tokens; settings by the same grid on validation.jsonl.
+# comparison", and docs/comparison.md): equal numbers of pairs, and equal numbers of trained tokens; settings by the same grid on
+# validation.jsonl.
 #   bash recipes/ablation_tiny.sh              # five seeds; under two hours on two cores
 #   bash recipes/ablation_tiny.sh --quick      # one seed, fewer problems, no grid; under 20 minutes
 #   SEEDS="0 1" bash recipes/ablation_tiny.sh  # fewer seeds
@@ -11,7 +12,7 @@ cd "$(dirname "$0")/.."
 if [ "${1:-}" = --quick ]; then
   OUT=${OUT:-runs/ablation_quick} SEEDS=${SEEDS:-0} PROBLEMS=${PROBLEMS:-800} TEST=${TEST:-500} PAIRS=${PAIRS:-250} GRID=${GRID:-3e-5:1} FOREIGN=${FOREIGN:-1}
 elif [ $# -gt 0 ]; then
-  sed -n '2,8p' "$0" >&2; exit 2
+  sed -n '2,9p' "$0" >&2; exit 2
 fi
 OUT=${OUT:-runs/ablation} SEEDS=${SEEDS:-0 1 2 3 4} PROBLEMS=${PROBLEMS:-2000} TEST=${TEST:-1000} PAIRS=${PAIRS:-400}
 GRID=${GRID:-1e-5:1 3e-5:1 1e-4:1 3e-4:1 3e-5:0.4}  # learning rate : beta

@@ -2,7 +2,7 @@
 # The five stages on the bundled model: one vLLM server for 01 to 03, then training, then base against tuned model on
 # the 2,000 test problems. `make quickstart` calls it; README has the minutes.
 #   SEEDS="0 1 2" make quickstart      # three trained models instead of one, from the same pairs
-# Learning rate, beta and epochs were chosen on data/tiny/validation.jsonl (README, "The bundled world").
+# Learning rate, beta and epochs were chosen on data/tiny/validation.jsonl (docs/world.md).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-runs/quickstart} SEEDS=${SEEDS:-0} PROBLEMS=${PROBLEMS:-1000} TEST_PROBLEMS=${TEST_PROBLEMS:-2000}
