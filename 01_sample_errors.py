@@ -18,7 +18,6 @@ The same command run again goes on where it stopped. OUT.meta.json holds setting
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import atexit
 import contextlib
@@ -39,8 +38,6 @@ import time
 import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import accumulate
-from operator import add, mul, sub, truediv
 from pathlib import Path
 from typing import NoReturn
 
@@ -174,25 +171,6 @@ def main(args: Args):
 # shared with the other stages, which have copies
 
 
-SAME = {"\\\\": "\\\\", "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\leqslant": "\\le", "\\geqslant": "\\ge", "\\leq": "\\le",
-        "\\geq": "\\ge", "≤": "\\le ", "≥": "\\ge ", "∞": "\\infty", "π": "\\pi ", "−": "-", "×": "\\times ", "√": "\\sqrt ",
-        "\\lbrace": "\\{", "\\rbrace": "\\}", "\\left": "", "\\right": "", "\\displaystyle": "", "\\!": "", "\\$": "", "$": "",
-        "\\%": "%", "\\quad": " ", "\\,": " ", "\\;": " ", "\\:": " ", "\\ ": " ", "~": " ", "^{\\circ}": "^\\circ",
-        "°": "^\\circ", "+\\infty": "\\infty", "{:}": ":", ">=": "\\ge ", "<=": "\\le ", "±": "\\pm ", "**": "^"}  # fmt: skip
-SPELLINGS = re.compile("|".join(re.escape(old) + ("(?![a-zA-Z])" if old[-1].isalpha() else "") for old in SAME))
-PLAIN = re.compile(r"(?<![\\a-zA-Z])(pi|sin|cos|tan|ln|infinity)(?![a-zA-Z])|(?<![\\a-zA-Z])sqrt\(([^()]*)\)")  # 7/10*pi
-WORDS = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
-PLAIN_UNIT = re.compile(
-    r"(?<=[\d)}%\s])\s+(?!(?:and|or|to|than)\b)[A-Za-z]{2,}\.?(?:[\s/]+[A-Za-z]{2,}\.?)*(?:\^\{?\d\}?)?$|(?<=[\d)}%])[一-鿿]+$"
-)  # "12 inches", "300 miles per hour", "36 cm^2", and Chinese units without a space
-OPTION = re.compile(  # the mark of an option: "(A)" anywhere, \textbf{(A)} too, or "A)", "A.", "A:" at the start of a line
-    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?(?:\(([A-J])\)|^[ \t]*([A-J])[).:])[ \t]*\}?", re.M
-)
-CLOCK = re.compile(r"(\d{1,2}):(\d\d)(?:([aApP])\.?[mM]\.?)?")
-STATED_ANSWER = re.compile(  # models without \boxed{}: "The answer is: 7", "#### 7", "答案是 7"
-    r"(?:[Tt]he (?:final |correct )?answer is|####|[Aa]nswer[ *]*:|答案(?:是|为|[:：]))[ \t*:：]*"
-    r"([^\n]+?)\**(?:[.。](?:\s|$)|\n|$)"
-)
 MATH_PARTS = ["algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
               "precalculus"]  # fmt: skip
 # name -> hub id or address, its parts, (split, file for --data-dir) to train on and to test on, licence, row -> our fields
@@ -427,6 +405,12 @@ def split_steps(response: str) -> list[str]:
     return steps
 
 
+STATED_ANSWER = re.compile(  # models without \boxed{}: "The answer is: 7", "#### 7", "答案是 7"
+    r"(?:[Tt]he (?:final |correct )?answer is|####|[Aa]nswer[ *]*:|答案(?:是|为|[:：]))[ \t*:：]*"
+    r"([^\n]+?)\**(?:[.。](?:\s|$)|\n|$)"
+)
+
+
 def extract_answer(response: str) -> str | None:
     r"""What stands in the last \boxed{}; where there is none, behind the last "The answer is". None: no answer.
 
@@ -435,16 +419,11 @@ def extract_answer(response: str) -> str | None:
     if start < 0:
         stated = STATED_ANSWER.findall(response)
         return (stated[-1].strip().removesuffix(".").strip() or None) if stated else None
-    start = response.index("{", start) + 1
-    depth, position = 1, start
-    while position < len(response):
-        if response[position] == "\\":  # \{ and \} are printed braces, they open and close nothing
-            position += 2
-            continue
-        depth += {"{": 1, "}": -1}.get(response[position], 0)
-        if depth == 0:
-            return response[start:position].strip() or None
-        position += 1
+    start, depth = response.index("{", start) + 1, 0
+    for mark in re.compile(r"\\.|[{}]", re.S).finditer(response, start):  # \{ and \} are printed: they open and close nothing
+        depth += {"{": 1, "}": -1}.get(mark[0], 0)
+        if depth < 0:
+            return response[start : mark.start()].strip() or None
     return None
 
 
@@ -458,223 +437,131 @@ def all_boxes(solution: str) -> list[str]:
     return found
 
 
+SAME = {"\\\\": "\\\\", "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\leqslant": "\\le", "\\geqslant": "\\ge", "\\leq": "\\le",
+        "\\geq": "\\ge", "≤": "\\le ", "≥": "\\ge ", "∞": "\\infty", "π": "\\pi ", "−": "-", "×": "\\times ", "√": "\\sqrt ",
+        "\\left": "", "\\right": "", "\\!": "", "\\$": "", "$": "", "\\(": "", "\\)": "", "\\%": "%", "\\quad": " ", "\\,": " ",
+        "\\;": " ", "\\:": " ", "\\ ": " ", "~": " ", "^{\\circ}": "^\\circ", "°": "^\\circ", "+\\infty": "\\infty",
+        ">=": "\\ge ", "<=": "\\le ", "±": "\\pm ", "**": "^", "{,}": ","}  # fmt: skip
+SPELLINGS = re.compile("|".join(re.escape(old) + ("(?![a-zA-Z])" if old[-1].isalpha() else "") for old in SAME))
+WORDS = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
+UNIT = re.compile(  # "12 inches", "300 miles per hour", "36 cm^2", "36\ \text{cm}^2", and Chinese units without a space
+    rf"(?<=[\d)}}%])(?:\s*{WORDS}(?:\^\{{?\d\}}?|\s)*|[一-鿿]+"
+    r"|\s+(?!(?:and|or|to|than)\b)[A-Za-z]{2,}\.?(?:[\s/]+[A-Za-z]{2,}\.?)*(?:\^\{?\d\}?)?)$"
+)
+CLOCK = re.compile(r"\W*0?(\d+)\W*:\W*(\d\d)\W*(?:(?:text|mbox|mathrm)?\W*([ap])\W*m\W*)?", re.I)
+RELATION = re.compile(r"[<>]|\\(?:le|ge|in)(?![a-z])")
+
+
 def tidy(answer: str) -> str:
     """An answer without what does not change its meaning: dollars, spacing, thousands separators, degrees, units."""
-    answer = re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\,|\\!)(?=\d{3}(?!\d))", "", unicodedata.normalize("NFKC", answer))
-    answer = SPELLINGS.sub(lambda found: SAME[found[0]], answer.replace("{,}", ", "))
-    answer = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", re.sub(r"\\sqrt\s*(\d)", r"\\sqrt{\1}", answer))
-    answer = re.sub(r"^\\\(|\\\)$", "", answer.strip())
-    if not answer.isdigit():
-        name = lambda found: f"\\sqrt{{{found[2]}}}" if found[2] else "\\infty " if found[1] == "infinity" else f"\\{found[1]} "
-        answer = PLAIN.sub(name, answer)
-        answer = re.sub(r"^\[\[(.*)\]\]$", lambda found: "[" + re.sub(r"\],\s*\[", ";", found[1]) + "]", answer)
-        answer = re.sub(r"^\{([^{}]*)\}$", r"\1", answer)
-    if not re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", answer):
-        answer = answer.replace("^\\circ", "")
-    answer = re.sub(r"(?<=[\d)}%])\s*" + WORDS + r"(?:\^\{?\d\}?|\s)*$", "", answer)
-    answer = re.sub(WORDS, r" \1 ", answer).strip()
-    if re.match(r"[-+\d.\\({]", answer):
-        answer = PLAIN_UNIT.sub("", answer)
-    answer = re.sub(r"\s+or\s+", r"\\cup ", answer) if re.search(r"[<>]|\\[lg]e(?![a-z])", answer) else answer
-    answer = re.sub(r"\s+(?:and|or|和|或)\s+", ",", answer)
-    answer = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", answer).rstrip(".")
+    if clock := CLOCK.fullmatch(answer):
+        return f"{clock[1]}:{clock[2]}{(clock[3] or '').lower()}"  # 4:30p
+    answer = re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\,)(?=\d{3}(?!\d))", "", unicodedata.normalize("NFKC", answer))
+    answer = SPELLINGS.sub(lambda found: SAME[found[0]], answer).strip()
+    answer = re.sub(r"(?<![\\a-zA-Z])(pi|sin|cos|tan|ln)(?![a-zA-Z])", r"\\\1 ", answer)  # 7/10 * pi
+    answer = answer if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", answer) else answer.replace("^\\circ", "")
+    answer = re.sub(WORDS, r" \1 ", UNIT.sub("", answer)).strip()
+    answer = re.sub(r"\s+(?:and|or|和|或)\s+", r"\\cup " if RELATION.search(answer) else ",", answer)
+    answer = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", re.sub(r"_\{(\d+)\}", r"_\1", answer)).rstrip(".")
+    if matrix := re.fullmatch(r"\\begin\{[pbB]?matrix\}(.*)\\end\{[pbB]?matrix\}|\[([^\[\]]*;[^\[\]]*)\]", answer):
+        rows = re.sub(r"\\\\|\\cr|;", "],[", matrix[matrix.lastindex].rstrip("\\"))
+        return f"[[{rows.replace('&', ',')}]]"  # as programs write it, and [2, -2; 4, -4] with it
     return answer.replace(",", "") if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", answer) else answer  # (1,234) stays
 
 
 def as_number(answer: str) -> Fraction | None:
-    """The value of a plain, mixed, repeating or scientific number or a fraction of two numbers; None for anything else."""
-    if len(answer) > 60:
-        return None
-    number, whole = r"[-+]?(?:\d+\.?\d*|\.\d+)", r"([-+]?)(\d+)"
-    answer = re.sub(r"^\((.*)\)$", r"\1", answer)
-    if mixed := re.fullmatch(whole + r"(?:\\frac\{(\d+)\}\{(\d+)\}|\((\d+)/(\d+)\)|\s(\d+)/(\d+))", answer):
-        sign, units, *rest = mixed.groups()
-        top, bottom = (int(part) for part in rest if part is not None)
-        return (Fraction(top, bottom) + int(units)) * (-1 if sign == "-" else 1) if bottom else None
-    if repeating := re.fullmatch(whole + r"\.(\d*)\\overline\{(\d+)\}", answer):
-        sign, units, fixed, period = repeating.groups()
-        value = int(units) + Fraction(int(fixed or 0) + Fraction(int(period), 10 ** len(period) - 1), 10 ** len(fixed))
-        return -value if sign == "-" else value
-    if power := re.fullmatch(rf"(?:({number})(?:\\times|\\cdot|\*))?10\^\{{?([-+]?\d\d?)\}}?", answer):
-        return Fraction(power[1] or 1) * Fraction(10) ** int(power[2])
-    ratio = re.fullmatch(rf"([-+]?)(?:\\frac\{{({number})\}}\{{({number})\}}|({number})(?:/({number}))?)", answer)
-    if not ratio:
-        return arithmetic(answer.replace("\\times", "*").replace("\\cdot", "*"))
-    top, bottom = ratio[2] or ratio[4], ratio[3] or ratio[5] or "1"
-    return Fraction(top) / Fraction(bottom) * (-1 if ratio[1] == "-" else 1) if Fraction(bottom) else None
-
-
-def arithmetic(text: str) -> Fraction | None:
-    """The exact value of sums and products of plain numbers; None for anything else."""
-
-    def value(node) -> Fraction:
-        if isinstance(node, ast.Constant):
-            return Fraction(text[node.col_offset : node.end_col_offset])
-        if isinstance(node, ast.UnaryOp):
-            return value(node.operand) * (-1 if isinstance(node.op, ast.USub) else 1)
-        return {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}[type(node.op)](value(node.left), value(node.right))
-
-    if not re.fullmatch(r"[\d.+*/()-]+", text) or "**" in text or "//" in text:
-        return None
+    """The value of a plain number, a percentage or a fraction of two numbers; None for anything else."""
+    answer = re.sub(r"^([-+]?)\\frac\{([-\d.]+)\}\{([-\d.]+)\}", r"\1\2/\3", answer)
+    found = re.fullmatch(r"\(?([-+]?[\d.]{1,60})(?:/(-?[\d.]{1,60}))?\)?(%?)", answer)
     try:
-        return value(ast.parse(text, mode="eval").body)
-    except (SyntaxError, KeyError, AttributeError, ValueError, ZeroDivisionError, RecursionError):
+        return Fraction(found[1]) / Fraction(found[2] or "1") / (100 if found[3] else 1) if found else None
+    except (ValueError, ZeroDivisionError):
         return None
 
 
-def split_top(text: str, mark: str) -> list[str]:
-    """`text` split at the marks that stand in no bracket. An opening bracket of one kind may close with another: [1,2)."""
-    parts, depth, start, position = [], 0, 0, 0
-    while position < len(text):
-        if text.startswith(mark, position) and depth == 0:
-            parts.append(text[start:position])
-            start = position = position + len(mark)
-            continue
-        depth += (text[position] in "([{") - (text[position] in ")]}")
-        position += 1
-    return [*parts, text[start:]]
+COMMA = re.compile(r",(?!(?:[^()\[\]]++|[(\[][^()\[\]]*+[)\]])*+[)\]])")  # outside of brackets: no closing one is left over
 
 
 def structure(answer: str) -> tuple[str, list[str]]:
-    """("", [answer]) for a single thing; else what it is (its brackets where their order counts, or "set") and its parts."""
-    if matrix := re.fullmatch(r"\\begin\{[pbvB]?matrix\}(.*)\\end\{[pbvB]?matrix\}|\[([^\[\]]*;[^\[\]]*)\]", answer):
-        rows = re.split(r"\\\\|\\cr", matrix[1]) if matrix[1] is not None else matrix[2].split(";")
-        cells = [re.split("[&,]" if matrix[2] else "&", row) for row in rows if row]
-        return "matrix" + "/".join(str(len(row)) for row in cells), sum(cells, [])
-    if len(parts := split_top(answer, "\\cup")) > 1:
-        return "union", parts
-    braces = answer.startswith("\\{") and answer.endswith("\\}")
-    inner = answer[2:-2] if braces else answer[1:-1]
-    enclosed = braces or answer[:1] in ("(", "[") and answer[-1:] in (")", "]")
-    if enclosed and min(accumulate((c in "([{") - (c in ")]}") for c in inner), default=0) >= 0:
-        parts = split_top(inner, ",")
-        if braces or len(parts) > 1:
-            return "set" if braces else answer[0] + answer[-1], parts
-    parts = split_top(answer, ",")
-    return ("set" if len(parts) > 1 else ""), parts
+    """What an answer is (its brackets, where the order of its parts counts; "union"; "" for a set or one thing), its parts."""
+    if "\\cup" in answer:
+        return "union", answer.split("\\cup")
+    answer = re.sub(r"^\{([^{}]*)\}$|^\\\{((?:(?!\\[{}]).)*)\\\}$", r"\1\2", answer)
+    if answer.count("\\pm") == 1 and answer[0] not in "([":
+        answer = re.sub(r"([^,]*)\\pm([^,]*)", r"\1+\2,\1-\2", answer)
+    parts = COMMA.split(answer)
+    if len(parts) == 1 and re.fullmatch(r"[(\[].{,500}[)\]]", answer):  # longer ones may nest too deep for Python
+        inner = COMMA.split(answer[1:-1])
+        if len(inner) > 1 or answer[0] == "[":
+            return answer[0] + answer[-1], inner
+    return "", parts
 
 
-def unfold(answer: str) -> str:
-    """Inequalities of one letter as intervals, x in an interval as the interval, a plus-minus as its two values."""
-    answer = re.sub(r"^[a-zA-Z]\\in(?![a-z])", "", answer)
-    if "\\cup" in answer and re.search(r"[<>]|\\[lg]e(?![a-z])", answer):
-        return "\\cup".join(map(unfold, answer.split("\\cup")))
-    sides = re.fullmatch(r"(?:(.+?)(<|\\le))?([a-z])(<|>|\\le|\\ge)(?![a-z])(.+)", answer)
-    if sides and not re.search(r"[<>=]|\\[lg]e", sides[5] + (sides[1] or "")):
-        low, left, _, sign, high = sides.groups()
-        if sign in (">", "\\ge") and low is None:
-            return f"{'(' if sign == '>' else '['}{high},\\infty)"
-        if sign in ("<", "\\le"):
-            begin = f"{'(' if left == '<' else '['}{low}" if low else "(-\\infty"
-            return f"{begin},{high}{')' if sign == '<' else ']'}"
-    if answer.count("\\pm") == 1 and not re.match(r"[(\[]|\\\{", answer):
-        return answer.replace("\\pm", "+").removeprefix("+") + "," + answer.replace("\\pm", "-")
-    return answer
+LETTER = re.compile(r"\(?([A-J])\)?")
+BY_TEXT = re.compile(r"\d+:\d\d[ap]?|-?[\dA-F.]+_\d+|[^\W\d_]{3,}|no", re.I)
 
 
-def options(problem: str) -> dict[str, str]:
-    """The options that a problem lists, by letter; {} where it does not list A and B."""
-    marks, found = [], {}
-    for mark in OPTION.finditer(problem):
-        if (mark[1] or mark[2]) == chr(ord("A") + len(marks)):
-            marks.append(mark)
-    for mark, after in zip(marks, [*marks[1:], None], strict=False):
-        value = problem[mark.end() : after.start() if after else None].split("\n")[0]
-        found[mark[1] or mark[2]] = re.sub(r"^(?:\\ |[~\s])+|(?:\\qquad|\\quad|\\hspace\{[^}]*\}|\\ |[~\s\\,;$])+$", "", value)
-    return found if len(found) > 1 else {}
-
-
-def verdict(gold: str, prediction: str, algebra) -> bool | None:
-    """Whether two answers are the same. algebra(gold, prediction) decides single expressions; its None makes None here."""
-    texts = gold, prediction
-    clocks = [
-        CLOCK.fullmatch(re.sub(WORDS, r"\1", text).replace("{:}", ":").replace("\\!", "").strip("$ ").replace(" ", ""))
-        for text in texts
-    ]
-    if any(clocks):
-        times = [(int(clock[1]), clock[2]) for clock in clocks if clock]
-        halves = {clock[3].lower() for clock in clocks if clock and clock[3]}
-        return len(times) == 2 and times[0] == times[1] and len(halves) < 2
+def quick_verdict(gold: str, prediction: str, algebra=lambda *_: None) -> bool | None:
+    """Whether two answers are the same, by text, number and structure. None: only algebra(gold, prediction) can tell."""
     gold, prediction = tidy(gold), tidy(prediction)
     if gold == prediction:
         return bool(gold)
-    if letter := re.fullmatch(r"\(?([A-J])\)?", gold):
+    if letter := LETTER.fullmatch(gold):  # "C) 15"
         said = re.match(r"\(([A-Ja-j])\)(?![-+*/^=<>])|([A-Ja-j])(?:[).:]|$)", prediction)
         return bool(said) and (said[1] or said[2]).upper() == letter[1]
-    if re.fullmatch(r"[A-Za-z]+", gold) and ("\\text" in texts[0] or len(gold) > 3 or gold.lower() in ("yes", "no")):
-        return gold.lower() == prediction.lower()
-    bases = [re.fullmatch(r"(-?[0-9A-F.]+)_\{?(\d+)\}?", answer) for answer in (gold, prediction)]
-    if any(bases):
-        digits = [base[1] if base else answer for base, answer in zip(bases, (gold, prediction), strict=True)]
-        return digits[0] == digits[1] and (not all(bases) or bases[0][2] == bases[1][2])
-    named = [re.fullmatch(r"([a-zA-Z](?:\([a-z]\))?)=([^=<>]+)", answer) for answer in (gold, prediction)]
-    equations = ("=" in gold) + ("=" in prediction)
-    if any(named) and (not all(named) or named[0][1] == named[1][1]) and equations == sum(map(bool, named)):
-        gold, prediction = (name[2] if name else answer for name, answer in zip(named, (gold, prediction), strict=True))
-    gold, prediction = unfold(gold), unfold(prediction)
+    if BY_TEXT.fullmatch(gold):  # math-verify: 4:30 = 2/15, 2516_8 = 2516_9, Evelyn = E*e*l*n*v*y
+        short = lambda answer: re.sub(r"(?<=\d)(?:[ap]|_\d+)$", "", answer)
+        return prediction.lower() == gold.lower() or prediction == short(gold) or ":" in gold and short(prediction) == gold
+    a, b = as_number(gold), as_number(prediction)
+    if a is not None and b is not None:  # a gold of 20 % takes 20 and 0.2, a gold of 20 does not take 20 %
+        return a == b or gold.endswith("%") and not prediction.endswith("%") and 100 * a == b
     (kind, parts), (other_kind, others) = structure(gold), structure(prediction)
-    if (kind or other_kind) and as_number(gold) is None:
-        if len(parts) != len(others) or kind != other_kind and {kind, other_kind} != {"set", ""}:
-            return False
-        if kind not in ("set", "", "union"):
-            found = [verdict(a, b, algebra) for a, b in zip(parts, others, strict=True)]
-            return False if False in found else None if None in found else True
-        open_ = False
-        for part in parts:  # in any order
-            found = [verdict(part, other, algebra) for other in others]
-            if True in found:
-                others = others[: found.index(True)] + others[found.index(True) + 1 :]
-            elif None in found:
-                open_ = True
-            else:
-                return False
-        return None if open_ else True
-    a, b = (as_number(answer.rstrip("%")) for answer in (gold, prediction))
-    if a is not None and b is not None:
-        if gold.endswith("%"):
-            return a == b or not prediction.endswith("%") and a / 100 == b
-        return a == (b / 100 if prediction.endswith("%") else b)
-    return algebra(gold, prediction)
-
-
-def quick_verdict(gold: str, prediction: str) -> bool | None:
-    """Equal or not by text, number and structure: most answers. None: only algebra can tell."""
-    try:
-        return verdict(gold, prediction, lambda *_: None)
-    except Exception:  # a thousand brackets in each other, or what else a model writes: no credit, and no end of the run
-        return False
+    if kind != other_kind or len(parts) != len(others) or len(parts) > 99:  # math-verify: (1,2) = \{1,2\}, and 2,2 = 2
+        return algebra(gold, prediction) if RELATION.search(gold + prediction) else False
+    if not kind and len(parts) == 1:
+        return algebra(parts[0], others[0])
+    for part in parts:  # brackets keep their order; in a list or union each part takes one that equals it
+        found = [quick_verdict(part, other, algebra) for other in (others if kind in ("", "union") else others[:1])]
+        if True not in found:
+            return None if None in found else False
+        others.pop(found.index(True))
+    return True
 
 
 def algebra_verdict(gold: str, prediction: str) -> bool:
-    r"""The verdict with math-verify's on single expressions; runs in a worker process. Both are boxed: bare `3*x-1*y+13=0`
-    would be read as 0."""
+    """The same with math-verify on single expressions; runs in a worker process."""
     import math_verify
     import sympy
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it says at every call that its time limit is off
     config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
 
-    def same(*texts: str) -> bool:
-        boxed = ["\\boxed{" + re.sub(r"(\d+)\^\\circ", r"{(\1\\pi/180)}", text) + "}" for text in texts]
+    def same(*texts: str) -> bool:  # raises where it cannot read or compare: no credit
+        boxed = ["\\boxed{" + re.sub(r"(\d+)\^\\circ", r"{(\1\\pi/180)}", text) + "}" for text in texts]  # bare x-1=0 is 0
         parsed = [math_verify.parse(text, config, fallback_mode="no_fallback", parsing_timeout=None) for text in boxed]
-        if not all(parsed):
-            return False
-        if all(isinstance(found[0], sympy.Eq) and not found[0].free_symbols for found in parsed):  # 0.56 = 56 %
-            sides = zip(*(value.args for value, *_ in parsed), strict=True)
-            return all(abs(sympy.N(x.doit() - y.doit())) <= 1e-12 for x, y in sides)
-        if all(isinstance(found[0], sympy.Expr) for found in parsed):
-            a, b = (value.subs({x: sympy.I for x in value.free_symbols if x.name == "i"}) for value, *_ in parsed)
-            if not a.free_symbols | b.free_symbols:  # numbers: math-verify would round, and 2^{-98} to 0
-                a, b = sympy.N(a, 30), sympy.N(b, 30)
-                if not (a.is_finite and b.is_finite):
-                    return a == b
-                return bool(abs(a - b) <= 1e-12 * max(abs(a), abs(b)))
-        return math_verify.verify(*parsed, float_rounding=10, timeout_seconds=None)
+        a, b = (value.subs({x: sympy.I for x in value.free_symbols if x.name == "i"}) for value, *_ in parsed)
+        if not a.free_symbols | b.free_symbols:  # math-verify: 2^{-98} = 2^{-99}, and 0.56=56% is 1.56=56%
+            a, b = sympy.N(a, 30), sympy.N(b, 30)
+            return bool(a == b or abs(a - b) <= 1e-12 * max(abs(a), abs(b)) < sympy.oo)
+        return math_verify.verify(a, b, float_rounding=10, timeout_seconds=None, allow_set_relation_comp=True)
 
-    return bool(verdict(gold, prediction, same))
+    return bool(quick_verdict(gold, prediction, same))
 
 
 STRICT = quick_verdict, algebra_verdict
+OPTION = re.compile(  # the mark of an option: "(A)" anywhere, \textbf{(A)} too, or "A)", "A.", "A:" at the start of a line
+    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?(?:\((?=[A-J]\))|^[ \t]*)([A-J])[).:][ \t]*\}?", re.M
+)
+
+
+def options(problem: str) -> dict[str, str]:
+    """The options that a problem lists, by letter; {} where it does not list A and B."""
+    pieces, found = OPTION.split(problem), {}
+    for letter, text in zip(pieces[1::2], pieces[2::2], strict=True):
+        if letter == chr(ord("A") + len(found)):
+            value = text.split("\n")[0]
+            found[letter] = re.sub(r"^(?:\\ |[~\s])+|(?:\\qquad|\\quad|\\hspace\{[^}]*\}|\\ |[~\s\\,;$])+$", "", value)
+    return found if len(found) > 1 else {}
 
 
 class Grader:
@@ -694,15 +581,13 @@ class Grader:
             return False
         verdict = self.known.get((gold, prediction, slow), quick(gold, prediction))
         if verdict is None:
-            try:
+            try:  # the first job starts the processes
                 job = self.pool.schedule(slow, args=(gold, prediction), timeout=self.seconds)
                 verdict = await asyncio.wrap_future(job)
-            except (TimeoutError, pebble.ProcessExpired):
-                verdict, self.kills = False, self.kills + 1
-            except Exception:  # what sympy raises on odd input has no common class: no credit
-                verdict = False
+            except Exception as error:  # what sympy raises on odd input has no common class: no credit
+                verdict, self.kills = False, self.kills + isinstance(error, (TimeoutError, pebble.ProcessExpired))
             self.known[gold, prediction, slow] = verdict
-        letter = problem and len(gold) < 20 and re.fullmatch(r"\(?([A-J])\)?", tidy(gold))
+        letter = problem and len(gold) < 20 and LETTER.fullmatch(tidy(gold))
         if letter and not verdict and letter[1] in (values := options(problem)):
             return [key for key, value in values.items() if await self(value, prediction, "", rules)] == [letter[1]]
         return verdict

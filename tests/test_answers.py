@@ -55,7 +55,7 @@ def test_extracted_answer(response, answer):
     assert stage(1).extract_answer(response) == answer
 
 
-# gold, prediction, equal or unequal, reason
+# gold, prediction, "equal", "unequal", or "unsupported": equal, but the grader gives no credit; reason
 PAIRS = [line.split("\t") for line in (ROOT / "tests" / "answer_pairs.tsv").read_text(encoding="utf-8").splitlines()]
 
 
