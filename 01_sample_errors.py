@@ -38,6 +38,7 @@ import time
 import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NoReturn
 
@@ -445,10 +446,10 @@ SAME = {"\\\\": "\\\\", "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\leqslant": 
 SPELLINGS = re.compile("|".join(re.escape(old) + ("(?![a-zA-Z])" if old[-1].isalpha() else "") for old in SAME))
 WORDS = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
 UNIT = re.compile(  # "12 inches", "300 miles per hour", "36 cm^2", "36\ \text{cm}^2", and Chinese units without a space
-    rf"(?<=[\d)}}%])(?:\s*{WORDS}(?:\^\{{?\d\}}?|\s)*|[一-鿿]+"
-    r"|\s+(?!(?:and|or|to|than)\b)[A-Za-z]{2,}\.?(?:[\s/]+[A-Za-z]{2,}\.?)*(?:\^\{?\d\}?)?)$"
+    rf"(?:(?<=[\d)\]}}%])|(?<=\\pi))(?:\s*{WORDS}(?:\^\{{?\d\}}?|\s)*|[一-鿿]+"
+    r"|\s+(?!(?:and|or|to|than)\b)[A-Za-z]{2,}\.?(?:[\s/]+[A-Za-z]{2,}\.?)*(?:\^\{?\d\}?)?)\.?$"
 )
-CLOCK = re.compile(r"\W*0?(\d+)\W*:\W*(\d\d)\W*(?:(?:text|mbox|mathrm)?\W*([ap])\W*m\W*)?", re.I)
+CLOCK = re.compile(r"[^\w-]*0?(\d+)\W*:\W*(\d\d)\W*(?:(?:text|mbox|mathrm)?\W*([ap])\W*m\W*)?", re.I)
 RELATION = re.compile(r"[<>]|\\(?:le|ge|in)(?![a-z])")
 
 
@@ -456,30 +457,34 @@ def tidy(answer: str) -> str:
     """An answer without what does not change its meaning: dollars, spacing, thousands separators, degrees, units."""
     if clock := CLOCK.fullmatch(answer):
         return f"{clock[1]}:{clock[2]}{(clock[3] or '').lower()}"  # 4:30p
-    answer = re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\,)(?=\d{3}(?!\d))", "", unicodedata.normalize("NFKC", answer))
+    answer = re.sub(r"(?<=\d)(?:\{,\}|,\\!\s?|\\,)(?=\d{3}(?!\d))", "", unicodedata.normalize("NFKC", answer))
     answer = SPELLINGS.sub(lambda found: SAME[found[0]], answer).strip()
     answer = re.sub(r"(?<![\\a-zA-Z])(pi|sin|cos|tan|ln)(?![a-zA-Z])", r"\\\1 ", answer)  # 7/10 * pi
-    answer = answer if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", answer) else answer.replace("^\\circ", "")
     answer = re.sub(WORDS, r" \1 ", UNIT.sub("", answer)).strip()
+    if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?", answer):  # (1,234) and 45, 135 stay
+        answer = answer.replace(",", "")
+    answer = answer if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", answer) else answer.replace("^\\circ", "")
     answer = re.sub(r"\s+(?:and|or|和|或)\s+", r"\\cup " if RELATION.search(answer) else ",", answer)
-    answer = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", re.sub(r"_\{(\d+)\}", r"_\1", answer)).rstrip(".")
+    answer = re.sub(r"^(-?\d+)\s+(\d+)/(\d+)$", r"\1\\frac{\2}{\3}", re.sub(r"_\{(\d+)\}", r"_\1", answer))
+    answer = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", answer).rstrip(".")
     if matrix := re.fullmatch(r"\\begin\{[pbB]?matrix\}(.*)\\end\{[pbB]?matrix\}|\[([^\[\]]*;[^\[\]]*)\]", answer):
         rows = re.sub(r"\\\\|\\cr|;", "],[", matrix[matrix.lastindex].rstrip("\\"))
         return f"[[{rows.replace('&', ',')}]]"  # as programs write it, and [2, -2; 4, -4] with it
-    return answer.replace(",", "") if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", answer) else answer  # (1,234) stays
+    return answer
 
 
 def as_number(answer: str) -> Fraction | None:
     """The value of a plain number, a percentage or a fraction of two numbers; None for anything else."""
     answer = re.sub(r"^([-+]?)\\frac\{([-\d.]+)\}\{([-\d.]+)\}", r"\1\2/\3", answer)
-    found = re.fullmatch(r"\(?([-+]?[\d.]{1,60})(?:/(-?[\d.]{1,60}))?\)?(%?)", answer)
-    try:
-        return Fraction(found[1]) / Fraction(found[2] or "1") / (100 if found[3] else 1) if found else None
-    except (ValueError, ZeroDivisionError):
-        return None
+    found = re.fullmatch(r"\(?([-+]?(?:\d+\.?\d*|\.\d+))(?:/(-?0*[1-9]\d*))?\)?(%?)", answer) if len(answer) < 99 else None
+    return Fraction(found[1]) / int(found[2] or 1) / (100 if found[3] else 1) if found else None
 
 
-COMMA = re.compile(r",(?!(?:[^()\[\]]++|[(\[][^()\[\]]*+[)\]])*+[)\]])")  # outside of brackets: no closing one is left over
+def split_commas(text: str) -> list[str]:
+    """`text` split at the commas that stand in no bracket; [1,2) is one, too."""
+    depths = accumulate((c in "([{") - (c in ")]}") for c in text)
+    cuts = [at for at, (c, depth) in enumerate(zip(text, depths, strict=True)) if c == "," and depth == 0]
+    return [text[left + 1 : right] for left, right in pairwise([-1, *cuts, len(text)])]
 
 
 def structure(answer: str) -> tuple[str, list[str]]:
@@ -489,9 +494,9 @@ def structure(answer: str) -> tuple[str, list[str]]:
     answer = re.sub(r"^\{([^{}]*)\}$|^\\\{((?:(?!\\[{}]).)*)\\\}$", r"\1\2", answer)
     if answer.count("\\pm") == 1 and answer[0] not in "([":
         answer = re.sub(r"([^,]*)\\pm([^,]*)", r"\1+\2,\1-\2", answer)
-    parts = COMMA.split(answer)
+    parts = split_commas(answer)
     if len(parts) == 1 and re.fullmatch(r"[(\[].{,500}[)\]]", answer):  # longer ones may nest too deep for Python
-        inner = COMMA.split(answer[1:-1])
+        inner = split_commas(answer[1:-1])
         if len(inner) > 1 or answer[0] == "[":
             return answer[0] + answer[-1], inner
     return "", parts
@@ -504,6 +509,8 @@ BY_TEXT = re.compile(r"\d+:\d\d[ap]?|-?[\dA-F.]+_\d+|[^\W\d_]{3,}|no", re.I)
 def quick_verdict(gold: str, prediction: str, algebra=lambda *_: None) -> bool | None:
     """Whether two answers are the same, by text, number and structure. None: only algebra(gold, prediction) can tell."""
     gold, prediction = tidy(gold), tidy(prediction)
+    if "=" not in gold and prediction.count("=") == 1:  # (x,y)=(1,2), 17+64=81
+        prediction = tidy(prediction.split("=")[1])
     if gold == prediction:
         return bool(gold)
     if letter := LETTER.fullmatch(gold):  # "C) 15"
@@ -536,7 +543,7 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it says at every call that its time limit is off
     config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
 
-    def same(*texts: str) -> bool:  # raises where it cannot read or compare: no credit
+    def same(*texts: str) -> bool:
         boxed = ["\\boxed{" + re.sub(r"(\d+)\^\\circ", r"{(\1\\pi/180)}", text) + "}" for text in texts]  # bare x-1=0 is 0
         parsed = [math_verify.parse(text, config, fallback_mode="no_fallback", parsing_timeout=None) for text in boxed]
         a, b = (value.subs({x: sympy.I for x in value.free_symbols if x.name == "i"}) for value, *_ in parsed)
@@ -545,7 +552,10 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
             return bool(a == b or abs(a - b) <= 1e-12 * max(abs(a), abs(b)) < sympy.oo)
         return math_verify.verify(a, b, float_rounding=10, timeout_seconds=None, allow_set_relation_comp=True)
 
-    return bool(quick_verdict(gold, prediction, same))
+    try:
+        return bool(quick_verdict(gold, prediction, same))
+    except Exception:  # has no common class, and not every one can be sent back to the stage
+        return False
 
 
 STRICT = quick_verdict, algebra_verdict
@@ -584,7 +594,7 @@ class Grader:
             try:  # the first job starts the processes
                 job = self.pool.schedule(slow, args=(gold, prediction), timeout=self.seconds)
                 verdict = await asyncio.wrap_future(job)
-            except Exception as error:  # what sympy raises on odd input has no common class: no credit
+            except Exception as error:  # of `rules`, which may raise anything: no credit
                 verdict, self.kills = False, self.kills + isinstance(error, (TimeoutError, pebble.ProcessExpired))
             self.known[gold, prediction, slow] = verdict
         letter = problem and len(gold) < 20 and LETTER.fullmatch(tidy(gold))
