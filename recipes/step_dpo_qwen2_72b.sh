@@ -10,11 +10,11 @@
 # Paper and code disagree: beta is 0.5 for 72B in the paper and 0.4 in its script; here 0.5. The rest as in step_dpo_qwen2_7b.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# INT or TERM to this script alone ends the running stage too, and so the server that this has started
+# INT or TERM to this script alone ends the running stage too, and so the engine in it
 job=; run() { set -m; "$@" & job=$!; set +m; wait $job; }
 trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM
 MODEL=${MODEL:-Qwen/Qwen2-72B-Instruct} OUT=${OUT:-runs/step_dpo_72b} BETA=${BETA:-0.5}
-SERVE="--server-args=--tensor-parallel-size 8 --max-model-len 4096"
+SERVE="--engine-args=--tensor-parallel-size 8 --max-model-len 4096"
 run python 01_sample_errors.py --model "$MODEL" --out "$OUT/samples.jsonl" "$SERVE"
 run python 02_locate_step.py --samples "$OUT/samples.jsonl" --model "$MODEL" --out "$OUT/located.jsonl" \
   --keep-rollouts "$OUT/rollouts.jsonl" "$SERVE"

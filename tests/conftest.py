@@ -1,15 +1,20 @@
 """Fixtures: the stages as modules, a small random model, and one vLLM server for the whole session."""
 
+import contextlib
 import importlib
 import json
 import os
 import random
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import httpx
+import psutil
 import pytest
 import torch
 
@@ -51,21 +56,52 @@ def run_killed(number: int, *arguments, journal: Path, kills: int, seed: int, to
                 file.write(torn)
 
 
+def engine_processes() -> list[psutil.Process]:
+    """All processes of engines that stages have started: they carry a mark in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            found += [process] if "ENGINE_OF" in process.environ() else []
+    return found
+
+
 def read(path) -> list[dict]:
     """Rows of a JSON Lines file; splitlines() would part them at U+2028 too."""
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
 
 
+@contextlib.contextmanager
+def serving(model, log: Path, *options: str):
+    """A vLLM server of its own, as a user starts one: yields its address and its key."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--disable-uvicorn-access-log", *stage(1).cpu_options(), *options]
+    key, url = secrets.token_hex(16), f"http://127.0.0.1:{port}/v1"
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "4"} | os.environ | {"VLLM_API_KEY": key}
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, env=environment)
+    try:
+        for _ in range(1200):
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=5).is_success:
+                    break
+            assert process.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.5)
+        yield url, key
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """Arguments that point stages 01 to 03 at one real vLLM server with the bundled model."""
-    from types import SimpleNamespace
-
     log = tmp_path_factory.mktemp("server") / "server.log"
-    args = SimpleNamespace(base_url=None, chat_template=None, server_args="--max-num-seqs 256", server_timeout=600.0)
-    with stage(1).served(args, str(TINY / "model"), log) as (url, key, model):
+    with serving(TINY / "model", log, "--max-num-seqs", "256") as (url, key):
         os.environ["OPENAI_API_KEY"] = key
-        yield ["--base-url", url, "--model", model]
+        yield ["--base-url", url, "--model", str(TINY / "model")]
 
 
 @pytest.fixture()

@@ -125,12 +125,15 @@ def test_scdpo_pairs_survive_kills_and_follow_their_form(samples, server, tmp_pa
 @pytest.mark.slow
 def test_heat_rises_step_by_step(samples, server, tmp_path, monkeypatch):
     """The requests that go to the real server, as they are sent: 1.1, 1.15 ... from the drawn step on, each behind the last."""
-    three, seen = stage(3), []
+    from transformers import AutoTokenizer
+
+    three, seen, tokenizer = stage(3), [], AutoTokenizer.from_pretrained(TINY / "model")
     real = three.complete
 
-    async def recorded(client, model, prompt, seed, n, **more):
-        found = await real(client, model, prompt, seed, n, **more)
-        seen.append((prompt[1]["content"], more["temperature"], more["stop"][0], found[0]["text"]))
+    async def recorded(client, model, ids, seed, n=1, **more):
+        found = await real(client, model, ids, seed, n, **more)
+        content = tokenizer.decode(ids).split("<|im_start|>assistant\n")[1]
+        seen.append((content, more["temperature"], more["stop"][0], found[0]["text"]))
         return found
 
     monkeypatch.setattr(three, "complete", recorded)
