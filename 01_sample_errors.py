@@ -745,8 +745,9 @@ class Grader:
 # the model
 
 
-def load_tokenizer(model: str, template: Path | None, switches: str):
-    """The tokenizer of a folder or hub id, with the chat template and the template's switches (JSON) that will be used."""
+def load_tokenizer(model: str, template: Path | None, switches: str, chat: bool = True):
+    """The tokenizer of a folder or hub id, with the chat template and the template's switches (JSON) that will be used, unless
+    the prompt is to be no `chat`."""
     import transformers
 
     hub_id = re.fullmatch(r"\w[^/]*/[^/]+", model) and not Path(model).exists()
@@ -757,7 +758,8 @@ def load_tokenizer(model: str, template: Path | None, switches: str):
         if template:
             tokenizer.chat_template = template.read_text()
         tokenizer.switches = json.loads(switches)
-        render_prompt(tokenizer, "1 + 1 = ?", "Step 1:")
+        if chat:
+            render_prompt(tokenizer, "1 + 1 = ?", "Step 1:")
     except (OSError, ValueError) as error:
         given = f", --chat-template {template}" * bool(template) + f", --chat-template-kwargs {switches}" * (switches != "{}")
         stop(f"--model {model}{given}: {str(error).splitlines()[0]}")
@@ -770,7 +772,7 @@ def render_prompt(tokenizer, problem: str, opening: str) -> str:
     turns += [{"role": "assistant", "content": opening}] if opening else []
     how = {"continue_final_message": True} if opening else {"add_generation_prompt": True}
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, **how, **tokenizer.switches)
+        text = tokenizer.apply_chat_template(turns, tokenize=False, **how, **getattr(tokenizer, "switches", {}))
     except Exception as error:  # a template raises what it likes
         raise ValueError(f"the chat template fails: {error}") from error
     if not text.endswith(opening):

@@ -33,6 +33,7 @@ The same command run again goes on from the last whole checkpoint.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import json
@@ -57,7 +58,7 @@ from accelerate.utils import broadcast_object_list
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import cached_file
 
 # Copied from 01_sample_errors.py
@@ -213,25 +214,18 @@ def split_sides(row: dict, sides: str) -> tuple[str, list[str], list[bool]]:
     return opening, [whole[len(opening) :] for whole in wholes], [True, True]
 
 
-def encode(row: dict, tokenizer, sides: str = "step", switches: dict | None = None) -> tuple[list[int], list[list[int]]]:
+def encode(row: dict, tokenizer, sides: str = "step") -> tuple[list[int], list[list[int]]]:
     """Token ids of the prefix and of its suffixes: chosen and rejected, or the solution alone (SFT)."""
     eos, special, ends = tokenizer.eos_token_id, False, [True, True]
-
-    def render(messages: list[dict], **how) -> str:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **how, **(switches or {}))
-
-    user = [{"role": "user", "content": USER_TURN.format(problem=row.get("problem", row.get("prompt")))}]
     if "initial_reason_steps" in row:
         opening, texts, ends = split_sides(row, sides)
-        turn = [{"role": "assistant", "content": opening}] if opening else []
-        text = render(user + turn, **{"continue_final_message" if turn else "add_generation_prompt": True})
-        if not text.endswith(opening):
-            raise ValueError(f"the chat template does not end the prompt with the given steps but with {text[-60:]!r}")
+        text = render_prompt(tokenizer, row["prompt"], opening)
     elif "solution" in row:
-        text, texts, ends = render(user, add_generation_prompt=True), [row["solution"]], [True]
+        text, texts, ends = render_prompt(tokenizer, row["problem"], ""), [row["solution"]], [True]
     elif isinstance(row["prompt"], str):
         text, special, texts = row["prompt"], True, [row["chosen"], row["rejected"]]
     else:
+        render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **getattr(tokenizer, "switches", {}))
         text = render(row["prompt"], add_generation_prompt=True)
         whole = [render(row["prompt"] + row[side]) for side in ("chosen", "rejected")]
         if not all(full.startswith(text) for full in whole):
@@ -289,7 +283,6 @@ class Pairs:
 def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
     """Encode; print what there is and what was left out, and why."""
     pairs, left_out, seen, repeated, blank = Pairs(), Counter(), set(), 0, []
-    switches = json.loads(args.chat_template_kwargs)
     for number, row in enumerate(tqdm(rows, desc="encoding", disable=not PRINTS, leave=False, mininterval=1), 1):
         if not all(row[side] if not isinstance(row[side], str) else row[side].strip() for side in sides_of(row, args.sides)):
             blank.append(str(number))
@@ -297,7 +290,7 @@ def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
             continue
         row = {field: "" if field in STEP_FIELDS and value is None else value for field, value in row.items()}
         try:
-            prefix, suffixes = encode(row, tokenizer, args.sides, switches)
+            prefix, suffixes = encode(row, tokenizer, args.sides)
         except (TypeError, KeyError, AttributeError) as error:
             stop(f"{name}, row {number}: {error.__class__.__name__}: {error}; see the formats in --help")
         except (ValueError, transformers.utils.chat_template_utils.jinja2.TemplateError) as error:
@@ -455,21 +448,11 @@ def learning_rate(step: int, total: int, args: Args) -> float:
     return args.lr * (0.5 * (1 + math.cos(math.pi * done)) if args.schedule == "cosine" else 1 - done)
 
 
-def load_tokenizer(args: Args):
-    """The tokenizer with the template that will be used, and the model's configuration."""
-    if not (Path(args.model) / "config.json").is_file() and (Path(args.model).exists() or args.model.count("/") != 1):
-        stop(f"--model {args.model}: neither a folder with a config.json nor a hub id of the form owner/name")
-    if args.chat_template and not args.chat_template.is_file():
-        stop(f"--chat-template {args.chat_template}: no such file")
+def load_config(model: str):
     try:
-        tokenizer, config = AutoTokenizer.from_pretrained(args.model), AutoConfig.from_pretrained(args.model)
+        return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        stop(f"--model {args.model}: cannot be loaded ({str(error).splitlines()[0]})")
-    if args.chat_template:
-        tokenizer.chat_template = args.chat_template.read_text()
-    if not tokenizer.chat_template:
-        stop(f"--model {args.model} has no chat template; give one by --chat-template, the same as in 01 to 03")
-    return tokenizer, config
+        stop(f"--model {model}: cannot be loaded ({str(error).splitlines()[0]})")
 
 
 def load_model(args: Args, config, accelerator: Accelerator):
@@ -827,7 +810,6 @@ def main(args: Args):
     least = (args.epochs, args.batch_size, args.tokens_per_batch, args.eval_steps, args.save_steps, args.log_steps)
     if min(least) < 1 or not 0 <= args.label_smoothing < 0.5 or not 0 <= args.warmup <= 1:
         stop("--epochs, --batch-size, --tokens-per-batch and all --...-steps are at least 1, --label-smoothing is below 0.5")
-    check_switches(args)
     if args.precision == "auto":
         args.precision = "bf16" if torch.cuda.is_available() or processor_has_bf16() else "fp32"
     began, rows = time.time(), [row for name in args.data for row in load_rows(name, args.objective)]
@@ -854,7 +836,8 @@ def main(args: Args):
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     torch.manual_seed(args.seed)
-    tokenizer, config = load_tokenizer(args)
+    tokenizer = load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
+    config = load_config(args.model)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, str(config.dtype or "bfloat16"))
     pairs = prepare(rows, tokenizer, args, " ".join(args.data))
     val_pairs = prepare(validation_rows, tokenizer, args, "validation") if validation_rows else None
@@ -999,17 +982,6 @@ def stop(message: str) -> NoReturn:
 
 
 # Copied from 01_sample_errors.py
-def check_switches(args):
-    """Stop where --chat-template-kwargs is no JSON object."""
-    try:
-        switches = json.loads(args.chat_template_kwargs)
-    except ValueError:
-        switches = None
-    if not isinstance(switches, dict):
-        stop(f"--chat-template-kwargs {args.chat_template_kwargs}: no JSON object such as '{{\"enable_thinking\": false}}'")
-
-
-# Copied from 01_sample_errors.py
 def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
     """Rows of a JSON Lines file. Stops, naming file and line, where one is no object or lacks one of `fields`."""
     try:
@@ -1030,6 +1002,43 @@ def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
             stop(f"{path}, line {number}: no {' and no '.join(map(repr, missing))}; every row needs {', '.join(fields)}")
         rows.append(row)
     return rows or stop(f"{path}: no rows; it is empty")
+
+
+# Copied from 01_sample_errors.py
+def load_tokenizer(model: str, template: Path | None, switches: str, chat: bool = True):
+    """The tokenizer of a folder or hub id, with the chat template and the template's switches (JSON) that will be used, unless
+    the prompt is to be no `chat`."""
+    import transformers
+
+    hub_id = re.fullmatch(r"\w[^/]*/[^/]+", model) and not Path(model).exists()
+    if not hub_id and not (Path(model) / "config.json").is_file():
+        stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        if template:
+            tokenizer.chat_template = template.read_text()
+        tokenizer.switches = json.loads(switches)
+        if chat:
+            render_prompt(tokenizer, "1 + 1 = ?", "Step 1:")
+    except (OSError, ValueError) as error:
+        given = f", --chat-template {template}" * bool(template) + f", --chat-template-kwargs {switches}" * (switches != "{}")
+        stop(f"--model {model}{given}: {str(error).splitlines()[0]}")
+    return tokenizer
+
+
+# Copied from 01_sample_errors.py
+def render_prompt(tokenizer, problem: str, opening: str) -> str:
+    """What the model sees: the problem, and the assistant's `opening`, to be gone on with. ValueError: the template fails."""
+    turns = [{"role": "user", "content": USER_TURN.format(problem=problem)}]
+    turns += [{"role": "assistant", "content": opening}] if opening else []
+    how = {"continue_final_message": True} if opening else {"add_generation_prompt": True}
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, **how, **getattr(tokenizer, "switches", {}))
+    except Exception as error:  # a template raises what it likes
+        raise ValueError(f"the chat template fails: {error}") from error
+    if not text.endswith(opening):
+        raise ValueError(f"the chat template does not end the prompt with the given steps but with {text[-60:]!r}")
+    return text
 
 
 # Copied from 01_sample_errors.py

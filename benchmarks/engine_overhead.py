@@ -16,7 +16,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import tyro
 
@@ -50,11 +49,11 @@ def alone(args: Args):
 
     one = importlib.import_module("01_sample_errors")
     problems = one.load_problems(str(args.data), True, None)[: args.limit]
-    tokenizer, switches = one.load_tokenizer(args.model, None), SimpleNamespace(chat_template_kwargs="{}")
+    tokenizer = one.load_tokenizer(args.model, None, "{}")
     prompts, wanted = [], []
     for problem in problems:
         for sample in range(2):
-            prompts.append({"prompt_token_ids": one.prompt_ids(tokenizer, problem["problem"], one.OPENING, switches)})
+            prompts.append({"prompt_token_ids": one.prompt_ids(tokenizer, problem["problem"], one.OPENING)})
             seed = one.seed_of(0, "sample", problem["id"], sample)
             sampling = {"temperature": 0.8, "top_p": 0.95, "max_tokens": args.max_tokens}
             wanted.append(SamplingParams(seed=seed, **one.NEUTRAL, **sampling))

@@ -68,7 +68,7 @@ elif [ ! -f "$OUT/pairs/ready" ]; then
   quiet 03-scdpo python 03_rectify.py --method scdpo --samples "$OUT/samples.jsonl" --heat $HEAT --out "$OUT/all-scdpo.jsonl" "${ask[@]}" \
     --model "$BASE"
   if [[ " $METHODS " == *ood* ]]; then  # another model: the base taught to solve the same problems in other words
-    quiet foreign-text python benchmarks/foreign_solutions.py "$WORLD/train.jsonl" "$OUT/foreign.jsonl"
+    quiet foreign-text python analysis/foreign_solutions.py "$WORLD/train.jsonl" "$OUT/foreign.jsonl"
     [ -f "$OUT/foreign/.trained" ] || quiet foreign python 04_train_stepdpo.py --objective sft --data "$OUT/foreign.jsonl" \
       --model "$BASE" --out "$OUT/foreign" --lr 1e-3 --epochs "$FOREIGN" --batch-size 64 --keep 0 --log-steps 20
     touch "$OUT/foreign/.trained"
@@ -77,7 +77,7 @@ elif [ ! -f "$OUT/pairs/ready" ]; then
   fi
 fi
 if [ ! -f "$OUT/pairs/ready" ]; then
-  quiet sizes python benchmarks/same_size.py "$OUT" --pairs "$PAIRS" --model "$BASE"
+  quiet sizes python analysis/same_size.py "$OUT" --pairs "$PAIRS" --model "$BASE"
   touch "$OUT/pairs/ready"
 fi
 
@@ -108,7 +108,7 @@ for method in $METHODS; do
   done
 done
 drain "${made[@]}"
-python benchmarks/ablation_table.py "$OUT" --choose --methods $METHODS --grid $GRID
+python analysis/ablation_table.py "$OUT" --choose --methods $METHODS --grid $GRID
 
 # --- models, and both evaluations of each -------------------------------------------------------------------------------
 both() {  # both LABEL MODEL DONE: greedy and at temperature 1
@@ -143,7 +143,8 @@ for method in base $METHODS; do named+=("$method=${group[$method]}") first+=("${
 ask+=(--data "$WORLD/test.jsonl" --limit "$TEST")  # all responses are there: no engine starts
 quiet report-greedy python 05_eval.py --models "${named[@]}" "${ask[@]}" --out "$OUT/greedy"
 quiet report-temperature1 python 05_eval.py --models "${named[@]}" "${ask[@]}" --out "$OUT/temperature1" --temperature 1
-quiet labels python benchmarks/true_errors.py "$OUT"/greedy/test/*-model.jsonl "$OUT/labelled.jsonl"  # the base's
-quiet credit python 05_eval.py --credit "$OUT/labelled.jsonl" --models "${first[@]}" --beta 1 --credit-show 10 --out "$OUT/credit"
-python benchmarks/ablation_table.py "$OUT" --methods $METHODS --grid $GRID
+quiet page python analysis/report_html.py "$OUT/greedy"
+quiet labels python analysis/true_errors.py "$OUT"/greedy/test/*-model.jsonl "$OUT/labelled.jsonl"  # the base's
+quiet credit python analysis/credit.py "$OUT/labelled.jsonl" --models "${first[@]}" --beta 1 --show 10 --out "$OUT/credit"
+python analysis/ablation_table.py "$OUT" --methods $METHODS --grid $GRID
 say "all done: $OUT/table.md, $OUT/ablation.png, $OUT/greedy/report.html, $OUT/credit/credit.html"

@@ -22,4 +22,5 @@ run python 03_rectify.py --located "$OUT/located.jsonl" --rollouts "$OUT/rollout
 run accelerate launch --config_file configs/zero3_offload.yaml 04_train_stepdpo.py --data "$OUT/pairs.jsonl" --model "$MODEL" \
   --beta "$BETA" --epochs 4 --gradient-checkpointing --tokens-per-batch 8192 --out "$OUT/model" --save-steps 200 --keep 1
 run python 05_eval.py --data gsm8k math odyssey-math aime24 --models "base=$MODEL" "Step-DPO=$OUT/model" --protocol paper \
-  --check-contamination "$OUT/pairs.jsonl" --out "$OUT/results" "$SERVE"
+  --out "$OUT/results" "$SERVE"
+run python analysis/contamination.py "$OUT/pairs.jsonl" --data gsm8k math odyssey-math aime24

@@ -10,7 +10,7 @@
 #   beta            0.4 for 7B in the paper, 0.5 in its script (swapped for 72B); here 0.4. BETA=0.5 takes the script's
 #   locating        GPT-4o in the paper; here the policy's own continuations. LOCATOR="--locator judge --judge-model ... "
 #   neutral steps   an error in the code, not in the text: 02 --neutral
-#   chosen steps    a filter of wrong ones is described but not released: 03 --check-chosen
+#   chosen steps    a filter of wrong ones is described but not released: analysis/check_chosen.py
 #   DATA=xinlai/Math-Step-DPO-10K trains on the published 10,795 pairs instead, and skips the first three stages
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -31,7 +31,6 @@ if [ -z "$DATA" ]; then
 fi
 run accelerate launch --config_file configs/fsdp2.yaml --num_processes "$GPUS" 04_train_stepdpo.py --data "$DATA" --model "$MODEL" \
   --beta "$BETA" --out "$OUT/model" --save-steps 400 --keep 1
-check=()
-[ ! -f "$OUT/pairs.jsonl" ] || check=(--check-contamination "$OUT/pairs.jsonl")
 run python 05_eval.py --data gsm8k math odyssey-math aime24 --models "base=$MODEL" "Step-DPO=$OUT/model" --protocol paper \
-  "${check[@]}" --out "$OUT/results" "$SERVE"
+  --out "$OUT/results" "$SERVE"
+[ ! -f "$OUT/pairs.jsonl" ] || run python analysis/contamination.py "$OUT/pairs.jsonl" --data gsm8k math odyssey-math aime24

@@ -20,7 +20,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "data" / "tiny"
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "analysis")]
 os.environ["HF_HUB_OFFLINE"] = "1"
 STAGES = {1: "01_sample_errors", 2: "02_locate_step", 3: "03_rectify", 4: "04_train_stepdpo", 5: "05_eval"}
 
@@ -29,9 +29,10 @@ def stage(number: int):
     return importlib.import_module(STAGES[number])
 
 
-def run(number: int, *arguments, check: bool = True, **more) -> subprocess.CompletedProcess:
-    """Run a stage as a user does; on an unexpected exit status show what it said."""
-    command = [sys.executable, str(ROOT / f"{STAGES[number]}.py"), *map(str, arguments)]
+def run(script: int | str, *arguments, check: bool = True, **more) -> subprocess.CompletedProcess:
+    """Run a stage, or analysis/SCRIPT.py, as a user does; on an unexpected exit status show what it said."""
+    path = ROOT / f"{STAGES[script]}.py" if script in STAGES else ROOT / "analysis" / f"{script}.py"
+    command = [sys.executable, str(path), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **more)
     assert not check or done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stderr[-3000:]}"
     return done
@@ -59,9 +60,10 @@ def run_killed(number: int, *arguments, journal: Path, kills: int, seed: int, to
 def engine_processes() -> list[psutil.Process]:
     """All processes of engines that stages have started: they carry a mark in their environment."""
     found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            found += [process] if "ENGINE_OF" in process.environ() else []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError, psutil.Error):
+            if b"STEPDPO_ENGINE=" in path.read_bytes():
+                found.append(psutil.Process(int(path.parent.name)))
     return found
 
 

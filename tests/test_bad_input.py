@@ -97,9 +97,10 @@ def test_templates_that_are_not_there_or_fail(tmp_path):
     )
     (tmp_path / "other.jinja").write_text("{% for m in messages %}{{ m.content | upper }}{% endfor %}")
     arguments = ["--data", tmp_path / "in.jsonl", "--model", TINY / "model"]
-    for name, word in (("none.jinja", "no such file"), ("fails.jinja", "no system turn"), ("other.jinja", "final message")):
+    for name, word in (("none.jinja", "No such file"), ("fails.jinja", "no system turn"), ("other.jinja", "final message")):
         assert word in message(refused(1, tmp_path, *arguments, "--chat-template", tmp_path / name))
-    assert "no JSON object" in message(refused(1, tmp_path, *arguments, "--chat-template-kwargs", "{'a': 1}"))
+    for switches in ("{'a': 1}", "[1]"):
+        assert "--chat-template-kwargs" in message(refused(1, tmp_path, *arguments, "--chat-template-kwargs", switches))
 
 
 @pytest.mark.slow
@@ -108,5 +109,5 @@ def test_engine_that_does_not_start(option, word, tmp_path):
     (tmp_path / "in.jsonl").write_text(json.dumps(GOOD) + "\n")
     arguments = ["--data", tmp_path / "in.jsonl", "--model", TINY / "model", f"--engine-args={option}"]
     said = message(refused(1, tmp_path, *arguments))
-    assert "vLLM does not start" in said and word in said
+    assert word in said
     assert not engine_processes()

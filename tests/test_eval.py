@@ -8,8 +8,10 @@ import random
 import time
 from html.parser import HTMLParser
 
+import credit
 import numpy as np
 import pytest
+import report_html
 from conftest import ROOT, TINY, read, run, run_killed, stage
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -283,7 +285,7 @@ def test_regrade_writes_the_whole_report(tmp_path):
     results(tmp_path)
     (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "what is $7^1$ & 17 < 99"}) + "\n" + json.dumps(
         {"prompt": "a b c d e f g h i j k l m n"}) + "\n")  # fmt: skip
-    done = run(5, "--regrade", tmp_path, "--check-contamination", tmp_path / "train.jsonl")
+    done = run(5, "--regrade", tmp_path)
     assert "60 responses, 24 verdicts changed" in done.stdout or "verdicts changed" in done.stdout
     rows = {model: read(tmp_path / "sums" / f"{model}.jsonl") for model in ("base", "tuned-0")}
     assert all(row["correct"] == (row["prediction"] == "7") for found in rows.values() for row in found)
@@ -296,13 +298,17 @@ def test_regrade_writes_the_whole_report(tmp_path):
     assert f["p"] == stage(5).mcnemar(len(f["won"]), len(f["lost"])) and f["unfinished"] == 1
     assert f["paper"] > f["strict"], "0.07 is a hundredth of 7"
     assert f["unparsable"] == sum(r["prediction"] is None and r["finish_reason"] == "stop" for r in rows["tuned-0"]) > 0
-    assert summary["contamination"]["same"]["sums"] == ["q17"] and len(summary["contamination"]["found"]["sums"]) == 1
+    problems = [json.dumps({key: row[key] for key in ("id", "problem", "answer")}) for row in rows["base"]]
+    (tmp_path / "sums.jsonl").write_text("\n".join(problems) + "\n")
+    run("contamination", tmp_path / "train.jsonl", "--data", tmp_path / "sums.jsonl", "--out", tmp_path / "found.json")
+    overlap = json.loads((tmp_path / "found.json").read_text())
+    assert overlap["same"]["sums"] == ["q17"] and len(overlap["found"]["sums"]) == 1
     levels = summary["benchmarks"]["sums"]["groups"]["tuned"]["by"]["level"]
     assert sum(level["accuracy"] * level["problems"] for level in levels.values()) == pytest.approx(60 * f["accuracy"])
     text = (tmp_path / "report.md").read_text()
-    assert (
-        "sums by level" in text and "q17" in text and "power 80 %" in text and (tmp_path / "levels.png").stat().st_size > 5000
-    )
+    assert "sums by level" in text and "power 80 %" in text and (tmp_path / "levels.png").stat().st_size > 5000
+    said = run("report_html", tmp_path).stdout
+    assert "2 pictures" in said and f"{min(10, len(f['won'])) + min(10, len(f['lost']))} problems side by side" in said
     tags = Tags((tmp_path / "report.html").read_text()).found
     kinds = {tag for tag, _ in tags}
     assert "script" not in kinds and {"math", "mn", "table", "img"} <= kinds
@@ -312,10 +318,13 @@ def test_regrade_writes_the_whole_report(tmp_path):
         file.write('{"id": "torn')  # by a kill
     again = run(5, "--regrade", tmp_path)
     assert again.stdout.count(" 0 verdicts changed") == 2
-    for more, word in [(["--limit", 3], "--limit has no effect"), (["--models", "best"], "labels that are there: base, tuned"),
-                       (["--check-contamination", "none.jsonl"], "none.jsonl: no such file")]:  # fmt: skip
+    for more, word in ((["--limit", 3], "--limit has no effect"),
+                       (["--models", "best"], "labels that are there: base, tuned")):  # fmt: skip
         done = run(5, "--regrade", tmp_path, *more, check=False)
         assert done.returncode == 2 and word in done.stderr, done.stderr
+    for script in ("contamination", "report_html"):
+        done = run(script, tmp_path / "none.jsonl", check=False)
+        assert done.returncode == 2 and "none.jsonl" in done.stderr and "Traceback" not in done.stderr
     run(5, "--regrade", tmp_path, "--models", "tuned")
     models = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["sums"]["models"]
     assert list(models) == ["tuned-0", "base"], "the label that is named is the base of the comparison"
@@ -379,11 +388,11 @@ def test_model_text_becomes_no_markup():
     }
     for text in HOSTILE:
         start = time.time()
-        tags = Tags(stage(5).to_html(text)).found
+        tags = Tags(report_html.to_html(text)).found
         assert {tag for tag, _ in tags} <= allowed, text
         assert not any(name.startswith("on") or name in ("href", "src", "style") for _, found in tags for name in found), text
         assert time.time() - start < 5
-    assert "<mfrac>" in stage(5).to_html("so $\\frac{1}{2}$") and "$5 and $6" in stage(5).to_html("It costs $5 and $6.")
+    assert "<mfrac>" in report_html.to_html("so $\\frac{1}{2}$") and "$5 and $6" in report_html.to_html("It costs $5 and $6.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -394,7 +403,7 @@ def test_auc_against_counting():
     rng = np.random.default_rng(0)
     wrong, right = rng.integers(0, 6, 40) / 6.0, rng.integers(2, 9, 70) / 6.0
     exact = np.mean([(a < b) + 0.5 * (a == b) for a in wrong for b in right])
-    assert stage(5).auc(wrong, right) == pytest.approx(exact)
+    assert credit.auc(wrong, right) == pytest.approx(exact)
 
 
 STEPS = ["Let's think step by step.\nStep 1: The 2 friends get 3 * 2 = 6 shells.\n",
@@ -405,9 +414,9 @@ def test_tokens_fall_into_their_steps():
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
-    ids, places, texts = stage(5).encode_solution({"problem": "p", "steps": STEPS}, tokenizer)
+    ids, places, texts = credit.encode_solution({"problem": "p", "steps": STEPS}, tokenizer)
     assert "".join(texts) == "".join(STEPS).removeprefix(stage(5).OPENING)
-    chinese = stage(5).encode_solution({"problem": "p", "steps": ["三加四等于七。"]}, tokenizer)
+    chinese = credit.encode_solution({"problem": "p", "steps": ["三加四等于七。"]}, tokenizer)
     assert "".join(chinese[2]) == "三加四等于七。" and "\ufffd" not in "".join(chinese[2])
     texts = {k: tokenizer.decode([i for i, place in zip(ids, places, strict=True) if place == k]) for k in (1, 2, 3)}
     assert texts == {1: STEPS[0].removeprefix(stage(5).OPENING), 2: STEPS[1], 3: STEPS[2]}
@@ -437,18 +446,8 @@ def test_credit_of_a_trained_model(tmp_path, small_model):
     (tmp_path / "located.jsonl").write_text(json.dumps(located) + "\n" + json.dumps(right) + "\n")
     run(4, "--data", tmp_path / "pairs.jsonl", "--model", small_model, "--out", tmp_path / "tuned", "--lr", 1e-3, "--epochs", 6,
         "--batch-size", 1, "--precision", "fp32")  # fmt: skip
-    done = run(
-        5,
-        "--credit",
-        tmp_path / "located.jsonl",
-        "--models",
-        small_model,
-        tmp_path / "tuned",
-        "--out",
-        tmp_path / "r",
-        "--beta",
-        0.5,
-    )
+    done = run("credit", tmp_path / "located.jsonl", "--models", small_model, tmp_path / "tuned", "--out", tmp_path / "r",
+               "--beta", 0.5)  # fmt: skip
     assert "lowest step is the labelled one" in done.stdout
     [found] = json.loads((tmp_path / "r" / "credit.json").read_text()).values()
     assert (
@@ -462,7 +461,7 @@ def test_credit_of_a_trained_model(tmp_path, small_model):
         and "class" in [a for t, a in tags if t == "span" and a["title"].endswith("step 2")][0]
     )
     tokenizer = AutoTokenizer.from_pretrained(small_model)
-    ids, places, _ = stage(5).encode_solution(located, tokenizer)
+    ids, places, _ = credit.encode_solution(located, tokenizer)
     logps = []
     for folder in (tmp_path / "tuned", small_model):
         lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -475,9 +474,9 @@ def test_credit_of_a_trained_model(tmp_path, small_model):
 
 def test_credit_refuses_bad_rows(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"problem": "p", "steps": ["a"], "error_step": 2}) + "\n")
-    done = run(5, "--credit", tmp_path / "a.jsonl", "--models", TINY / "model", TINY / "model", check=False)
+    done = run("credit", tmp_path / "a.jsonl", "--models", TINY / "model", TINY / "model", check=False)
     assert done.returncode == 2 and "a.jsonl, line 1" in done.stderr and "Traceback" not in done.stderr
-    done = run(5, "--credit", tmp_path / "a.jsonl", "--models", TINY / "model", check=False)
+    done = run("credit", tmp_path / "a.jsonl", "--models", TINY / "model", check=False)
     assert done.returncode == 2 and "REFERENCE" in done.stderr
 
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -166,26 +165,27 @@ def test_the_models_generation_config_does_not_sample(tmp_path):
 
 def test_every_stage_renders_the_same_prefix(server):
     """Qwen3's template with a prefilled turn and a switch: token ids of the prompts of 01, 02, 03 and 05 are those that 04
-    trains behind and that 05 --credit reads; with the model's own template they are those of vLLM's chat endpoint."""
+    trains behind and that credit.py reads; with the model's own template they are those of vLLM's chat endpoint."""
+    import credit
     import httpx
     import trl
     from transformers import AutoTokenizer
 
     template = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
     switches = json.dumps({"enable_thinking": False})
-    args = SimpleNamespace(chat_template_kwargs=switches)
-    qwen3, own = stage(1).load_tokenizer(str(TINY / "model"), template), AutoTokenizer.from_pretrained(TINY / "model")
+    qwen3 = stage(1).load_tokenizer(str(TINY / "model"), template, switches)
+    own = AutoTokenizer.from_pretrained(TINY / "model")
     for prefix in (stage(1).OPENING, stage(1).OPENING + " 3 + 4 = 7.\nStep 2: So it is 7.\nStep 3:"):
         row = {"prompt": SOLVED["problem"], "initial_reason_steps": prefix, "chosen": " 7.\n", "rejected": " 8.\n",
                "full_chosen": "", "full_rejected": ""}  # fmt: skip
         for tokenizer in (qwen3, own):
-            trained, _ = stage(4).encode(row, tokenizer, "step", switches)
-            asked = [stage(number).prompt_ids(tokenizer, SOLVED["problem"], prefix, args) for number in (1, 2, 3, 5)]
+            trained, _ = stage(4).encode(row, tokenizer, "step")
+            asked = [stage(number).prompt_ids(tokenizer, SOLVED["problem"], prefix) for number in (1, 2, 3, 5)]
             assert asked == [trained] * 4
             thought = "<think>\n\n</think>\n\n" if tokenizer is qwen3 else ""
             assert tokenizer.decode(trained).endswith(f"<|im_start|>assistant\n{thought}{prefix}")
             solution = {"problem": SOLVED["problem"], "steps": [prefix + " 7."], "opening": prefix, "error_step": None}
-            ids, places, _ = stage(5).encode_solution(solution, tokenizer, switches)
+            ids, places, _ = credit.encode_solution(solution, tokenizer)
             assert ids[: places.count(0)] == trained
         turns = [{"role": "user", "content": stage(1).USER_TURN.format(problem=SOLVED["problem"])},
                  {"role": "assistant", "content": prefix}]  # fmt: skip
@@ -193,8 +193,8 @@ def test_every_stage_renders_the_same_prefix(server):
         headers = {"Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}"}
         reply = httpx.post(f"{server[1].removesuffix('/v1')}/tokenize", json=body, headers=headers)
         assert reply.raise_for_status().json()["tokens"] == trained
-    closed, opened = (stage(4).encode({"problem": "p", "solution": "s"}, qwen3, "step", more)[0]
-                      for more in (switches, json.dumps({"enable_thinking": True})))  # fmt: skip
+    thinking = stage(1).load_tokenizer(str(TINY / "model"), template, json.dumps({"enable_thinking": True}))
+    closed, opened = (stage(4).encode({"problem": "p", "solution": "s"}, tokenizer)[0] for tokenizer in (qwen3, thinking))
     assert qwen3.decode(closed).endswith("<think>\n\n</think>\n\n") and "<think>" not in qwen3.decode(opened)
 
 
@@ -261,23 +261,20 @@ def test_saved_models_decode_alike_in_vllm_and_transformers(files, tmp_path):
         assert from_stage.OPENING + tokenizer.decode(new, skip_special_tokens=True) == row["response"]
 
 
-@pytest.mark.parametrize("moment", ["starting", "ready"])
-def test_a_kill_takes_the_own_engine_along(tmp_path, moment):
-    """After kill -9 of a stage none of its engine's processes is left within ten seconds, also while it starts."""
+@pytest.mark.parametrize("said, seconds", [("starting vLLM", 0.5), ("starting vLLM", 9), ("vLLM is ready", 1)])
+def test_a_kill_takes_the_own_engine_along(said, seconds, tmp_path):
+    """After kill -9 of a stage none of the processes that it has started is left within ten seconds, also while they start."""
     arguments = ["--data", TINY / "train.jsonl", "--model", TINY / "model", "--out", tmp_path / "s.jsonl", *SHORT]
     process = subprocess.Popen([sys.executable, "01_sample_errors.py", *map(str, arguments)], cwd=ROOT, text=True,
                                stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)  # fmt: skip
-    for line in process.stderr:
-        if f"engine {moment}" in line or f"{moment} vLLM" in line:
-            break
-    while not engine_processes():
-        time.sleep(0.05)
+    assert any(said in line for line in process.stderr)
+    time.sleep(seconds)
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert len(started) > (seconds > 0.5) * 2, "a watcher, and then the engine and its worker"
     process.kill()
     process.wait()
-    deadline = time.time() + 10
-    while time.time() < deadline and engine_processes():
-        time.sleep(0.1)
-    assert not engine_processes()
+    _, alive = psutil.wait_procs([p for p in started if p.is_running()], timeout=10)
+    assert not alive and not engine_processes()
     assert all(line.endswith("}") for line in (tmp_path / "s.jsonl").read_text().splitlines())
 
 
