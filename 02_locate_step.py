@@ -24,7 +24,6 @@ The same command run again goes on where it stopped.
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import atexit
 import contextlib
@@ -49,7 +48,6 @@ from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
-from operator import add, mul, sub, truediv
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -103,11 +101,11 @@ class Args:
     out: Path = Path("data/located.jsonl")
     """file to write; rows that it holds already are not made again"""
     model: str = "Qwen/Qwen2-7B-Instruct"
-    """folder or hub id of the model that made the samples; with --base-url the name to ask for"""
+    """model that made the samples"""
     tokenizer: str = ""
-    """folder or hub id of the tokenizer, where --model is a name that only the server knows"""
+    """folder or hub id of the tokenizer, where only a server knows --model"""
     base_url: str | None = None
-    """an OpenAI-compatible server to use, such as http://127.0.0.1:8000/v1; its key is read from OPENAI_API_KEY"""
+    """OpenAI-compatible server, http://host:8000/v1; its key is OPENAI_API_KEY"""
     engine_args: str = ""
     """vLLM's own options: --engine-args="--data-parallel-size 8"; the = is needed"""
     chat_template: Path | None = None
@@ -119,13 +117,13 @@ class Args:
     fallback: Literal["none", "rollout"] = "none"
     """locator for the rows that the first leaves open"""
     labels: Path | None = None
-    """instead of --samples: rows with problem, steps and label (0-based, -1 for none: ProcessBench's form), or located rows"""
+    """instead of --samples: rows with problem, steps, label (ProcessBench), or located rows"""
     rollouts: int = 8
-    """continuations of a prefix; a prefix with no right one among them is taken for wrong"""
+    """continuations of a prefix; one with no right one among them is taken for wrong"""
     linear: bool = False
-    """estimate every prefix instead of bisecting; costs more, and shows the whole curve"""
+    """estimate every prefix instead of bisecting; shows the whole curve"""
     early_stop: bool = True
-    """no more continuations of a prefix once one is right; --no-early-stop gives exact shares"""
+    """no more continuations of a prefix once one is right; without: exact shares"""
     keep_rollouts: Path | None = None
     """file to keep the continuations in, so that 03 need not sample them again"""
     temperature: float = 0.8
@@ -137,21 +135,21 @@ class Args:
     judge_model: str = ""
     """name of the judge on its server"""
     judge_base_url: str | None = None
-    """the judge's OpenAI-compatible server; its key is read from JUDGE_API_KEY"""
+    """its server; the key is JUDGE_API_KEY"""
     judge_path: str = ""
-    """folder or hub id of a judge that vLLM runs in this process, instead of a server"""
+    """folder or hub id of a judge for vLLM in this process, instead"""
     judge_temperature: float = 0.6
-    """sampling temperature of the judge; at 0 votes and retries would all be the same"""
+    """sampling temperature of the judge; at 0 all votes would be the same"""
     judge_max_tokens: int = 2048
-    """longest judgement in tokens, thoughts included; reasoning models need 16384 or more"""
+    """longest judgement, thoughts included; reasoning models need 16384"""
     judge_timeout: float = 600.0
     """seconds of silence after which a judgement is asked for again"""
     neutral: Literal["error", "correct"] = "error"
     """what a neutral step counts as (the paper's code: error)"""
     skip_diagrams: bool = True
-    """no judgement of a problem that speaks of a diagram and has no Asymptote code for it, as in the paper's code"""
+    """leave out problems with a diagram that is missing, as the paper's code does"""
     votes: int = 1
-    """judgements of a solution; the step with most of them is taken, a tie leaves the row open"""
+    """judgements of a solution; most count, a tie leaves the row open"""
     min_agreement: float = 0.5
     """smallest share of the votes that the step must have"""
     retries: int = 3
@@ -165,7 +163,7 @@ class Args:
     limit: int | None = None
     """use the first so many wrong samples, by id"""
     seed: int = 0
-    """every request gets its own seed from this, the problem's id, the sample's number and the prefix"""
+    """every request gets its own seed from this and what it is about"""
     concurrency: int = 128
     """wrong samples in flight"""
 
@@ -671,45 +669,18 @@ def tidy(answer: str) -> str:
 
 # Copied from 01_sample_errors.py
 def as_number(answer: str) -> Fraction | None:
-    """The value of a plain, mixed, repeating or scientific number or a fraction of two numbers; None for anything else."""
+    """The value of a plain or repeating number or a fraction of two numbers; None for anything else."""
+    number = r"[-+]?(?:\d+\.?\d*|\.\d+)"
+    answer = re.sub(r"^\((.*)\)$", r"\1", answer)
     if len(answer) > 60:
         return None
-    number, whole = r"[-+]?(?:\d+\.?\d*|\.\d+)", r"([-+]?)(\d+)"
-    answer = re.sub(r"^\((.*)\)$", r"\1", answer)
-    if mixed := re.fullmatch(whole + r"(?:\\frac\{(\d+)\}\{(\d+)\}|\((\d+)/(\d+)\)|\s(\d+)/(\d+))", answer):
-        sign, units, *rest = mixed.groups()
-        top, bottom = (int(part) for part in rest if part is not None)
-        return (Fraction(top, bottom) + int(units)) * (-1 if sign == "-" else 1) if bottom else None
-    if repeating := re.fullmatch(whole + r"\.(\d*)\\overline\{(\d+)\}", answer):
-        sign, units, fixed, period = repeating.groups()
-        value = int(units) + Fraction(int(fixed or 0) + Fraction(int(period), 10 ** len(period) - 1), 10 ** len(fixed))
-        return -value if sign == "-" else value
-    if power := re.fullmatch(rf"(?:({number})(?:\\times|\\cdot|\*))?10\^\{{?([-+]?\d\d?)\}}?", answer):
-        return Fraction(power[1] or 1) * Fraction(10) ** int(power[2])
+    if repeating := re.fullmatch(r"([-+]?\d+)\.(\d*)\\overline\{(\d+)\}", answer):  # math-verify cannot read 0.\overline{3}
+        whole, fixed, period = repeating.groups()
+        rest = (int(fixed or 0) + Fraction(int(period), 10 ** len(period) - 1)) / 10 ** len(fixed)
+        return int(whole) + (-rest if whole.startswith("-") else rest)
     ratio = re.fullmatch(rf"([-+]?)(?:\\frac\{{({number})\}}\{{({number})\}}|({number})(?:/({number}))?)", answer)
-    if not ratio:
-        return arithmetic(answer.replace("\\times", "*").replace("\\cdot", "*"))
-    top, bottom = ratio[2] or ratio[4], ratio[3] or ratio[5] or "1"
-    return Fraction(top) / Fraction(bottom) * (-1 if ratio[1] == "-" else 1) if Fraction(bottom) else None
-
-
-# Copied from 01_sample_errors.py
-def arithmetic(text: str) -> Fraction | None:
-    """The exact value of sums and products of plain numbers; None for anything else."""
-
-    def value(node) -> Fraction:
-        if isinstance(node, ast.Constant):
-            return Fraction(text[node.col_offset : node.end_col_offset])
-        if isinstance(node, ast.UnaryOp):
-            return value(node.operand) * (-1 if isinstance(node.op, ast.USub) else 1)
-        return {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}[type(node.op)](value(node.left), value(node.right))
-
-    if not re.fullmatch(r"[\d.+*/()-]+", text) or "**" in text or "//" in text:
-        return None
-    try:
-        return value(ast.parse(text, mode="eval").body)
-    except (SyntaxError, KeyError, AttributeError, ValueError, ZeroDivisionError, RecursionError):
-        return None
+    top, bottom = (ratio[2] or ratio[4], Fraction(ratio[3] or ratio[5] or "1")) if ratio else ("0", 0)
+    return Fraction(top) / bottom * (-1 if ratio[1] == "-" else 1) if bottom else None
 
 
 # Copied from 01_sample_errors.py
@@ -1131,7 +1102,7 @@ async def run_all(items: list, work, concurrency: int, label: str):
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__))
+        main(tyro.cli(Args, description=__doc__.split("\n\nInput")[0]))
     except KeyboardInterrupt:
         print("interrupted; the rows so far are kept, run the same command to go on", file=sys.stderr)
         raise SystemExit(130) from None

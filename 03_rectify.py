@@ -25,7 +25,6 @@ OUT.tries.jsonl keeps what became of every problem; the same command run again g
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import atexit
 import contextlib
@@ -49,7 +48,6 @@ from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate, product
-from operator import add, mul, sub, truediv
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -81,17 +79,17 @@ class Args:
     located: Path = Path("data/located.jsonl")
     """output of 02_locate_step.py, for --method step-dpo"""
     out: Path = Path("data/pairs.jsonl")
-    """file to write; problems that OUT.tries.jsonl holds already are not done again"""
+    """file to write; what OUT.tries.jsonl holds already is not done again"""
     rollouts: Path | None = None
-    """what 02 --keep-rollouts kept: continuations that need not be sampled again; they count towards --n"""
+    """what 02 --keep-rollouts kept: not sampled again; counts towards --n"""
     model: str = "Qwen/Qwen2-7B-Instruct"
-    """folder or hub id of the model to go on with, in the papers the one that made the samples; with --base-url its name"""
+    """the model to go on with, in the papers the one that made the samples"""
     rectifier: str = ""
-    """another model for the chosen steps of Step-DPO: out of distribution, which the paper found worse"""
+    """another model for Step-DPO's chosen steps: out of distribution, worse in the paper"""
     tokenizer: str = ""
-    """folder or hub id of the tokenizer, where --model is a name that only the server knows"""
+    """folder or hub id of the tokenizer, where only a server knows --model"""
     base_url: str | None = None
-    """an OpenAI-compatible server to use, such as http://127.0.0.1:8000/v1; its key is read from OPENAI_API_KEY"""
+    """OpenAI-compatible server, http://host:8000/v1; its key is OPENAI_API_KEY"""
     engine_args: str = ""
     """vLLM's own options: --engine-args="--data-parallel-size 8"; the = is needed"""
     chat_template: Path | None = None
@@ -105,26 +103,25 @@ class Args:
     max_pairs_per_error: int = 0
     """pairs of one wrong sample at most; 0: all"""
     pairs_per_problem: int = 1
-    """pairs of one problem at most with --method dpo; 0: every right with every wrong solution"""
+    """dpo: pairs of one problem at most; 0: every right with every wrong"""
     solutions_per_problem: int = 0
-    """--method scdpo: right solutions of one problem to go astray from at most; 0: all that differ"""
+    """scdpo: right solutions of one problem at most; 0: all that differ"""
     every_step: bool = False
-    """--method scdpo: go astray from every step of a right solution, not from one drawn at random"""
+    """scdpo: go astray from every step of a right solution, not from one at random"""
     tries: int = 8
-    """--method scdpo: attempts at a wrong answer from one step"""
+    """scdpo: attempts at a wrong answer from one step"""
     heat: tuple[float, float, float] = (1.1, 0.05, 1.4)
-    """--method scdpo: temperature of the first step, what each further step adds, and the most. These are the paper's; its
-    code has 1.0 0.05 1.3 and 1.1 0.1 1.4"""
+    """scdpo: first temperature, rise a step, most (its code: 1.0 0.05 1.3; 1.1 0.1 1.4)"""
     temperature: float = 0.8
     """sampling temperature"""
     top_p: float | None = None
-    """nucleus sampling; if not given 0.95, for --method scdpo 1: it would cut off what the temperature adds"""
+    """nucleus sampling; default 0.95, scdpo 1: it would cut off what heat adds"""
     max_tokens: int = 2048
     """longest continuation, in tokens"""
     limit: int | None = None
     """use the first so many rows of the input, by id"""
     seed: int = 0
-    """every request gets its own seed from this, the problem's id and the sample's number"""
+    """every request gets its own seed from this and what it is about"""
     concurrency: int = 64
     """problems in flight"""
 
@@ -668,45 +665,18 @@ def tidy(answer: str) -> str:
 
 # Copied from 01_sample_errors.py
 def as_number(answer: str) -> Fraction | None:
-    """The value of a plain, mixed, repeating or scientific number or a fraction of two numbers; None for anything else."""
+    """The value of a plain or repeating number or a fraction of two numbers; None for anything else."""
+    number = r"[-+]?(?:\d+\.?\d*|\.\d+)"
+    answer = re.sub(r"^\((.*)\)$", r"\1", answer)
     if len(answer) > 60:
         return None
-    number, whole = r"[-+]?(?:\d+\.?\d*|\.\d+)", r"([-+]?)(\d+)"
-    answer = re.sub(r"^\((.*)\)$", r"\1", answer)
-    if mixed := re.fullmatch(whole + r"(?:\\frac\{(\d+)\}\{(\d+)\}|\((\d+)/(\d+)\)|\s(\d+)/(\d+))", answer):
-        sign, units, *rest = mixed.groups()
-        top, bottom = (int(part) for part in rest if part is not None)
-        return (Fraction(top, bottom) + int(units)) * (-1 if sign == "-" else 1) if bottom else None
-    if repeating := re.fullmatch(whole + r"\.(\d*)\\overline\{(\d+)\}", answer):
-        sign, units, fixed, period = repeating.groups()
-        value = int(units) + Fraction(int(fixed or 0) + Fraction(int(period), 10 ** len(period) - 1), 10 ** len(fixed))
-        return -value if sign == "-" else value
-    if power := re.fullmatch(rf"(?:({number})(?:\\times|\\cdot|\*))?10\^\{{?([-+]?\d\d?)\}}?", answer):
-        return Fraction(power[1] or 1) * Fraction(10) ** int(power[2])
+    if repeating := re.fullmatch(r"([-+]?\d+)\.(\d*)\\overline\{(\d+)\}", answer):  # math-verify cannot read 0.\overline{3}
+        whole, fixed, period = repeating.groups()
+        rest = (int(fixed or 0) + Fraction(int(period), 10 ** len(period) - 1)) / 10 ** len(fixed)
+        return int(whole) + (-rest if whole.startswith("-") else rest)
     ratio = re.fullmatch(rf"([-+]?)(?:\\frac\{{({number})\}}\{{({number})\}}|({number})(?:/({number}))?)", answer)
-    if not ratio:
-        return arithmetic(answer.replace("\\times", "*").replace("\\cdot", "*"))
-    top, bottom = ratio[2] or ratio[4], ratio[3] or ratio[5] or "1"
-    return Fraction(top) / Fraction(bottom) * (-1 if ratio[1] == "-" else 1) if Fraction(bottom) else None
-
-
-# Copied from 01_sample_errors.py
-def arithmetic(text: str) -> Fraction | None:
-    """The exact value of sums and products of plain numbers; None for anything else."""
-
-    def value(node) -> Fraction:
-        if isinstance(node, ast.Constant):
-            return Fraction(text[node.col_offset : node.end_col_offset])
-        if isinstance(node, ast.UnaryOp):
-            return value(node.operand) * (-1 if isinstance(node.op, ast.USub) else 1)
-        return {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}[type(node.op)](value(node.left), value(node.right))
-
-    if not re.fullmatch(r"[\d.+*/()-]+", text) or "**" in text or "//" in text:
-        return None
-    try:
-        return value(ast.parse(text, mode="eval").body)
-    except (SyntaxError, KeyError, AttributeError, ValueError, ZeroDivisionError, RecursionError):
-        return None
+    top, bottom = (ratio[2] or ratio[4], Fraction(ratio[3] or ratio[5] or "1")) if ratio else ("0", 0)
+    return Fraction(top) / bottom * (-1 if ratio[1] == "-" else 1) if bottom else None
 
 
 # Copied from 01_sample_errors.py
@@ -1135,7 +1105,7 @@ def cut_label(step: str, number: int) -> tuple[str, str]:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__))
+        main(tyro.cli(Args, description=__doc__.split("\n\nInput")[0]))
     except KeyboardInterrupt:
         print("interrupted; the rows so far are kept, run the same command to go on", file=sys.stderr)
         raise SystemExit(130) from None

@@ -3,7 +3,7 @@
     accelerate launch 04_train_stepdpo.py                                        # the paper's 7B run, on every GPU there is
     accelerate launch --config_file configs/fsdp2.yaml 04_train_stepdpo.py       # a model that does not fit on one
     python 04_train_stepdpo.py --data runs/pairs.jsonl --model data/tiny/model --lr 1e-5 --epochs 2 --out runs/tuned
-    python 04_train_stepdpo.py --data xinlai/Math-Step-DPO-10K --dry-run         # memory and time, without training
+    python analysis/estimate.py --data xinlai/Math-Step-DPO-10K                  # memory and time, without training
     python 04_train_stepdpo.py --data xinlai/Math-Step-DPO-10K --sides full      # its whole answers: the papers' DPO baseline
     python 04_train_stepdpo.py --objective sft --data data/samples.jsonl --model Qwen/Qwen2-7B --lr 5e-6 --epochs 3 \\
         --batch-size 256 --schedule linear --warmup 0.03                         # the paper's SFT stage
@@ -76,25 +76,25 @@ class Args:
     data: tuple[str, ...] = ("data/pairs.jsonl",)
     """files of pairs, or data sets on the hub"""
     model: str = "Qwen/Qwen2-7B-Instruct"
-    """folder or hub id of the model to train, which is the reference too"""
+    """folder or hub id of the model, which is the reference too"""
     out: Path = Path("runs/stepdpo")
     """folder to write"""
     chat_template: Path | None = None
-    """Jinja file to use instead of the model's own chat template; give 01 to 03 the same"""
+    """Jinja file instead of the model's own chat template; give 01 to 03 the same"""
     chat_template_kwargs: str = "{}"
     """switches of the chat template, as JSON; give what 01 was given"""
     objective: Literal["dpo", "sft"] = "dpo"
-    """dpo on pairs, or sft on problem and solution (loss on the solution alone, mean over the batch's tokens)"""
+    """dpo on pairs, or sft on solutions (mean over the batch's solution tokens)"""
     sides: Literal["step", "full"] = "step"
-    """what a pair contrasts: chosen and rejected, or full_chosen and full_rejected behind the forced opening (plain DPO)"""
+    """chosen and rejected, or full_chosen and full_rejected (plain DPO)"""
     eos: bool = True
-    """end a suffix that ends its solution with EOS, a single step never; the authors' code has none in either"""
+    """end a suffix that ends its solution with EOS; the authors' code has none"""
     beta: float = 0.4
-    """strength of the pull to the reference (paper: 0.4, for 72B 0.5; its released scripts have them the other way round)"""
+    """pull to the reference (paper: 0.4, for 72B 0.5; its scripts the other way round)"""
     label_smoothing: float = 0.0
-    """assumed share of pairs that are the wrong way round (conservative DPO)"""
+    """assumed share of pairs that are the wrong way round"""
     nll_weight: float = 0.0
-    """weight of the chosen suffix's mean negative log-likelihood per token, added to the loss; the papers have none"""
+    """weight of the chosen suffix's mean negative log-likelihood; the papers have none"""
     epochs: int = 8
     """passes over the pairs (paper: 8, above 30B 4)"""
     lr: float = 5e-7
@@ -104,29 +104,27 @@ class Args:
     warmup: float = 0.1
     """share of all steps that warm up"""
     batch_size: int = 128
-    """pairs of one optimizer step, over all processes; the gradient is their mean, however they are packed"""
+    """pairs of one optimizer step, over all processes; the gradient is their mean"""
     tokens_per_batch: int = 16384
     """tokens, padding included, of one forward pass on one device"""
     max_length: int = 1024
-    """longest prefix + suffix in tokens; longer pairs are left out and counted, never cut"""
+    """longest prefix + suffix; longer pairs are left out and counted, never cut"""
     weight_decay: float = 0.0
     """AdamW weight decay"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """arithmetic of forward and backward; master weights are fp32 in both. auto: bf16, on a processor that lacks it fp32"""
+    """of forward and backward; master weights are fp32. auto: bf16 where possible"""
     gradient_checkpointing: bool = False
     """compute activations twice to save memory"""
-    compile: bool = False
-    """torch.compile the transformer"""
     lora_rank: int = 0
-    """train adapters of this rank on all linear layers instead of the weights (needs peft); alpha is twice the rank"""
+    """train adapters of this rank on all linear layers (needs peft); alpha is twice it"""
     lora_save: Literal["merged", "adapter"] = "merged"
     """save the whole model with the adapters in it, or the adapters alone"""
     validation: Path | None = None
     """file of pairs to watch accuracy and margin on"""
     validation_fraction: float = 0.0
-    """take this share of the problems of --data for validation instead; they are not trained on"""
+    """share of the problems of --data to validate with instead of training on them"""
     eval_steps: int = 50
     """validate every so many steps, before the first and after the last"""
     save_steps: int = 100
@@ -137,14 +135,274 @@ class Args:
     """log every so many steps"""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """where accelerate sends the figures too"""
-    dry_run: bool = False
-    """read the data, print what a run would need of memory and time on this machine, and end"""
     seed: int = 0
     """seed of the data order"""
 
 
+def main(args: Args):
+    began = time.time()
+    accelerator, tokenizer, config, pairs, val_pairs = start(args)
+    lm, pad = load_model(args, config, accelerator), tokenizer.eos_token_id
+    weights = from_first(accelerator, lambda: weights_hash(args.model))
+    settings = settings_of(args, weights, pairs, val_pairs)
+    resume, step = checkpoint_to_resume(accelerator, args, settings)
+
+    adapters = add_lora(lm, args) if args.lora_rank else None
+    scorer = SuffixScorer(lm)
+    twice = {name for name, _ in scorer.named_parameters(remove_duplicate=False)} - {n for n, _ in scorer.named_parameters()}
+    trained = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
+    fused = accelerator.device.type in ("cuda", "cpu")
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=fused)
+    scorer, optimizer = accelerator.prepare(scorer, optimizer)
+    scorer.train()
+    references = [reference_logps(scorer, some, args, pad, accelerator, weights) if some and args.objective == "dpo" else None
+                  for some in (pairs, val_pairs)]  # fmt: skip
+    if resume:
+        accelerator.load_state(str(resume))
+        print_main(f"going on from {resume}")
+
+    log = Log(accelerator, args, step)
+    total = train(scorer, optimizer, pairs, val_pairs, references, args, config, pad, accelerator, log, settings, step)
+
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, str(config.dtype or "bfloat16"))
+    save_model(accelerator, scorer, lm, adapters, twice, tokenizer, args, stored)
+    if accelerator.is_main_process:
+        finish(args, settings, pairs, total, log, began)
+    # freed before the process group is: with accelerate 1.15 and gloo about one exit in seven hung the other way round
+    scorer, optimizer = accelerator.free_memory(scorer, optimizer)
+    accelerator.end_training()
+
+
+def start(args: Args) -> tuple[Accelerator, object, object, Pairs, Pairs | None]:
+    """Check the arguments; the accelerator, tokenizer, the model's configuration, pairs to train on and to validate with."""
+    least = (args.epochs, args.batch_size, args.tokens_per_batch, args.eval_steps, args.save_steps, args.log_steps)
+    if min(least) < 1 or not 0 <= args.label_smoothing < 0.5 or not 0 <= args.warmup <= 1:
+        stop("--epochs, --batch-size, --tokens-per-batch and all --...-steps are at least 1, --label-smoothing is below 0.5")
+    if args.precision == "auto":
+        args.precision = "bf16" if torch.cuda.is_available() or processor_has_bf16() else "fp32"
+    rows, validation_rows = [row for name in args.data for row in load_rows(name, args.objective)], []
+    if args.validation:
+        validation_rows = load_rows(str(args.validation), args.objective)
+    if args.validation_fraction:
+        text = lambda row: row["problem"] if args.objective == "sft" else row["prompt"]
+        aside = lambda row: hashlib.sha256(f"{args.seed} {text(row)}".encode()).digest()[0] / 256 < args.validation_fraction
+        validation_rows += [row for row in rows if aside(row)]
+        rows = [row for row in rows if not aside(row)]
+    accelerator = start_accelerate(args)
+    torch.manual_seed(args.seed)
+    tokenizer = load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
+    pairs = prepare(rows, tokenizer, args, " ".join(args.data))
+    val_pairs = prepare(validation_rows, tokenizer, args, "validation") if validation_rows else None
+    suffixes = " | ".join(repr(tokenizer.decode(ids)) for ids in pairs.suffixes[0])
+    print_main(f"first row: {tokenizer.decode(pairs.prefixes[0])!r} | {suffixes}")
+    return accelerator, tokenizer, load_config(args.model), pairs, val_pairs
+
+
+def start_accelerate(args: Args) -> Accelerator:
+    """The accelerator of the launch configuration, set for batches that are planned here."""
+    global PRINTS
+    if args.tracker != "none" and not transformers.utils.import_utils._is_package_available(args.tracker)[0]:
+        stop(f"--tracker {args.tracker} needs its package: pip install {args.tracker}")
+    log_with = None if args.tracker == "none" else args.tracker
+    precision = "bf16" if args.precision == "bf16" else "no"
+    try:
+        accelerator = Accelerator(mixed_precision=precision, log_with=log_with, project_dir=args.out)
+    except (ImportError, ValueError) as error:  # a package or a device that the launch configuration needs
+        stop(f"accelerate cannot start: {error}")
+    PRINTS = accelerator.is_main_process
+    check_strategy(accelerator)
+    if accelerator.distributed_type == "DEEPSPEED":  # asked for, though batches are planned here
+        more = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": args.max_grad_norm}
+        accelerator.state.deepspeed_plugin.deepspeed_config.update(more)
+    if accelerator.is_fsdp2 and args.precision == "bf16":  # accelerate's own would round what comes out, too, to 8 bits
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    return accelerator
+
+
+def settings_of(args: Args, weights: str, pairs: Pairs, val_pairs: Pairs | None) -> dict[str, str]:
+    """What a run that is gone on with must have in common with its beginning."""
+    free = {"out", "save_steps", "eval_steps", "log_steps", "keep", "data", "validation", "tokens_per_batch", "tracker",
+            "lora_save"}  # fmt: skip
+    hashes = pairs.digest() + (val_pairs.digest() if val_pairs else "")
+    settings = {name: str(value) for name, value in asdict(args).items() if name not in free}
+    return settings | {"weights": weights[:16], "pairs": hashlib.sha256(hashes.encode()).hexdigest()[:16]}
+
+
+def checkpoint_to_resume(accelerator: Accelerator, args: Args, settings: dict) -> tuple[Path | None, int]:
+    """The last whole checkpoint in OUT and its step; stops where it was made with other settings."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    resume = from_first(accelerator, lambda: last_checkpoint(args.out))  # on several machines files come late
+    if not resume:
+        return None, 0
+    if not (resume / "state.json").exists():
+        stop(f"{resume}: process {accelerator.process_index} does not see it; --out must be on a file system that all "
+             "machines share")  # fmt: skip
+    old = json.loads((resume / "state.json").read_text())
+    for name, value in settings.items():
+        if old["settings"].get(name) != value:
+            stop(f"{resume} was made with {name} = {old['settings'].get(name)!r}, now it is {value!r}; "
+                 "take the old setting or give another --out")  # fmt: skip
+    return resume, old["step"]
+
+
+def train(scorer, optimizer, pairs: Pairs, val_pairs, references, args: Args, config, pad: int, accelerator: Accelerator,
+          log: Log, settings: dict, start: int) -> int:  # fmt: skip
+    """The steps behind `start`. `references`: log-probabilities of all pairs and of the validation pairs. Returns the number
+    of steps of a whole run."""
+    per_epoch = math.ceil(len(pairs) / args.batch_size)
+    total, (body, head) = per_epoch * args.epochs, count_weights(config)
+    device_name = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else ""
+    peak = next((rate for name, rate in PEAK_FLOPS.items() if name in device_name), None)
+
+    def check_validation(step: int):
+        row = {"step": step} | validate(scorer, val_pairs, references[1], args, pad, accelerator)
+        log.record(row)
+        log.warn(row.get("val_accuracy") == 1.0 and len(val_pairs) >= 20,
+                 "validation accuracy 1.0: the pairs are too easy, or validation pairs stand in the training data")  # fmt: skip
+
+    if val_pairs and start == 0:
+        check_validation(0)
+    for step in tqdm(range(start + 1, total + 1), total=total, initial=start, desc="training", disable=not PRINTS):
+        epoch, place = divmod(step - 1, per_epoch)
+        if place == 0 or step == start + 1:  # pairs of one prefix stay together, so that they share a row
+            groups = np.random.default_rng([args.seed, epoch]).permutation(len(pairs.prefixes))
+            order = np.argsort(groups[np.array(pairs.group)], kind="stable")
+        batch = order[place * args.batch_size :][: args.batch_size].tolist()
+        tick, rate = time.time(), learning_rate(step - 1, total, args)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        found = train_step(scorer, optimizer, pairs, references[0], batch, args, pad, accelerator)
+        seconds = time.time() - tick
+        log.check(step, found, args)
+        found |= {"lr": rate, "pairs_per_s": len(batch) / seconds, "tokens_per_s": found.pop("tokens") / seconds}
+        if accelerator.device.type == "cuda":
+            found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if peak:
+            found["mfu"] = 3 * flops(pairs, batch, config, body, head) / seconds / peak / accelerator.num_processes
+        log.last = found
+        if step % args.log_steps == 0 or step == total:
+            log.record({"step": step, "epoch": epoch + 1} | found)
+        if val_pairs and (step % args.eval_steps == 0 or step == total):
+            check_validation(step)
+        if step % args.save_steps == 0 and step < total:
+            save_checkpoint(accelerator, args, step, settings)
+    return total
+
+
+def train_step(scorer, optimizer, pairs: Pairs, reference, batch: list[int], args, pad, accelerator) -> dict:
+    """One optimizer step over the pairs `batch`. Returns the means over these pairs, the same on every process."""
+    device, world = accelerator.device, accelerator.num_processes
+    micro = plan(pairs, batch, args.tokens_per_batch, accelerator.process_index, world)
+    weight = 1 / (len(batch) if args.objective == "dpo" else sum(len(pairs.suffixes[i][0]) for i in batch))
+    sums = torch.zeros(9, dtype=torch.float64, device=device)
+    for number, (rows, chunks) in enumerate(micro):
+        rows, counts = [[i if i >= 0 else -1 - i for i in row] for row in rows], float(rows[0][0] >= 0)
+        numbers, inputs = [i for row in rows for i in row], collate(pairs, rows, pad, device)
+        ends = number == len(micro) - 1
+        if accelerator.distributed_type == "DEEPSPEED":  # its engine steps within the backward pass that is said to be last
+            accelerator.gradient_state._set_sync_gradients(ends)
+            ends = True
+        # FSDP2 would keep whole gradients until they are synchronized: a model that needs shards has no room for them
+        with contextlib.nullcontext() if ends or accelerator.is_fsdp2 else accelerator.no_sync(scorer):
+            logps = scorer(**inputs, chunks=chunks)[inputs["picks"]]  # (pairs, sides)
+            if args.objective == "dpo":
+                loss, rewards = dpo_loss(logps, reference[numbers].to(device), args.beta, args.label_smoothing)
+            else:
+                loss, rewards = -logps[:, 0], torch.zeros(len(numbers), 2, device=device)
+            if args.nll_weight:
+                tokens = torch.tensor([len(pairs.suffixes[i][0]) for i in numbers], device=device)
+                loss = loss - args.nll_weight * logps[:, 0] / tokens
+            # counts is 0 for a stand-in, there only to keep the processes together; data-parallel gradients are averaged
+            # over processes, while the mean over the global batch is meant
+            accelerator.backward(counts * loss.sum() * world * weight)
+        margin = (rewards[:, 0] - rewards[:, 1]).detach()
+        parts = [loss.detach(), (margin > 0).float(), margin, *rewards.detach().unbind(1), *logps.detach().unbind(1)]
+        sums[: len(parts)] += counts * torch.stack([p.sum() for p in parts]).double()
+        sums[7] += inputs["ids"].numel()
+        sums[8] += counts * sum(map(pairs.length, rows))
+    norm = accelerator.clip_grad_norm_(scorer.parameters(), args.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    sums = accelerator.reduce(sums, "sum").tolist()
+    names = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp")
+    result = {name: value / len(batch) for name, value in zip(names, sums, strict=False)}
+    if args.objective == "sft":
+        result = {"loss": sums[0] * weight}
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all shards, not of the local part
+    return result | {"grad_norm": float(norm or 0.0), "tokens": sums[8], "padding": 1 - sums[8] / sums[7]}
+
+
+def dpo_loss(logps: torch.Tensor, reference: torch.Tensor, beta: float, smoothing: float = 0.0):
+    """Loss (pairs,) of Eq. 2 and the implicit rewards beta * (log pi - log pi_ref), (pairs, 2), chosen first.
+
+    Label smoothing as in conservative DPO: the pair is the wrong way round with this probability."""
+    rewards = beta * (logps - reference)
+    margin = rewards[:, 0] - rewards[:, 1]
+    return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin), rewards
+
+
+def learning_rate(step: int, total: int, args: Args) -> float:
+    """Rate of step 0, 1, ...: a line up to the peak, then half a cosine, or a line, down to zero."""
+    warm = math.ceil(args.warmup * total)
+    if step < warm:
+        return args.lr * (step + 1) / warm
+    done = (step - warm) / max(1, total - warm)
+    return args.lr * (0.5 * (1 + math.cos(math.pi * done)) if args.schedule == "cosine" else 1 - done)
+
+
+def validate(scorer, pairs, reference, args, pad, accelerator) -> dict:
+    logps = score_all(scorer, pairs, args, pad, accelerator, "validation")
+    if args.objective == "sft":
+        return {"val_loss": -logps.sum().item() / sum(len(s[0]) for s in pairs.suffixes)}
+    loss, rewards = dpo_loss(logps, reference, args.beta, args.label_smoothing)
+    margin = rewards[:, 0] - rewards[:, 1]
+    return {
+        "val_loss": loss.mean().item(), "val_accuracy": (margin > 0).float().mean().item(), "val_margin": margin.mean().item(),
+        "val_chosen_logp": logps[:, 0].mean().item(), "val_rejected_logp": logps[:, 1].mean().item(),
+    }  # fmt: skip
+
+
+class Log:
+    """OUT/metrics.jsonl, the tracker and the terminal; `lines` are all since the first step, `last` is the last step's."""
+
+    def __init__(self, accelerator: Accelerator, args: Args, start: int):
+        self.accelerator, self.path, self.lines, self.warned, self.last = accelerator, args.out / "metrics.jsonl", [], set(), {}
+        if accelerator.is_main_process:
+            self.lines = [line for line in read_rows(self.path, ("step",)) if line["step"] <= start] if start else []
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        if args.tracker != "none":
+            accelerator.init_trackers("stepdpo", config={name: str(value) for name, value in asdict(args).items()})
+
+    def record(self, row: dict):
+        self.lines.append(row)
+        if self.accelerator.is_main_process:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+        print_main(" ".join(f"{name} {value:.4g}" for name, value in row.items()))
+
+    def warn(self, when: bool, text: str):
+        """Once for each kind of warning, which is what stands before the colon."""
+        if when and text.split(":")[0] not in self.warned:
+            self.warned.add(text.split(":")[0])
+            print_main(f"warning: {text}")
+
+    def check(self, step: int, found: dict, args: Args):
+        """Stop or warn where a step's figures say that something is wrong."""
+        if not math.isfinite(found["loss"] + found["grad_norm"]):
+            stop(f"step {step}: loss {found['loss']}, gradient norm {found['grad_norm']}; last good checkpoint: "
+                 f"{last_checkpoint(args.out) or 'none'}")  # fmt: skip
+        if args.objective == "dpo":
+            self.warn(step == 1 and not args.nll_weight and abs(found["loss"] - math.log(2)) > 0.02,
+                      f"first loss: {found['loss']:.4f} and not ln 2 = 0.6931: policy and reference differ")  # fmt: skip
+            self.warn(found["chosen_reward"] < -CHOSEN_DROP * args.beta, f"chosen suffixes: at step {step} they are "
+                      f"{-found['chosen_reward'] / args.beta:.1f} nats less likely than under the reference; lower --lr or "
+                      "give --nll-weight")  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# data
+# pairs
 
 
 def load_rows(name: str, objective: str) -> list[dict]:
@@ -179,23 +437,6 @@ def own_solutions(rows: list[dict], name: str) -> list[dict]:
     return list(found.values()) or stop(f"--data {name}: none of its {len(rows)} samples is right")
 
 
-def ends_solution(prefix: str, suffix: str, full: str) -> bool:
-    """Whether nothing follows `suffix` in the full text, which may or may not repeat the prefix (the published set
-    has both texts as the model's whole answer)."""
-    return full.strip() in ((prefix + suffix).strip(), suffix.strip())
-
-
-def part(prefix: str, suffix: str, tokenizer, special: bool = False) -> tuple[list[int], list[int]]:
-    """Token ids of prefix and suffix, parted where generation had parted them.
-
-    Joint ids are used where they begin with the prefix's. Where a token would span the boundary they are not what was
-    sampled (the prefix was given, the suffix drawn), and the suffix is encoded on its own."""
-    ids = tokenizer(prefix, add_special_tokens=special)["input_ids"]
-    joint = tokenizer(prefix + suffix, add_special_tokens=special)["input_ids"]
-    fits = joint[: len(ids)] == ids
-    return ids, joint[len(ids) :] if fits else tokenizer(suffix, add_special_tokens=False)["input_ids"]
-
-
 def split_sides(row: dict, sides: str) -> tuple[str, list[str], list[bool]]:
     """The assistant's text that both sides share, the two sides behind it, and whether each ends its solution.
 
@@ -212,6 +453,30 @@ def split_sides(row: dict, sides: str) -> tuple[str, list[str], list[bool]]:
     forced = re.match(r".*?Step 1:", given, re.S)
     opening = forced[0] if forced else opening
     return opening, [whole[len(opening) :] for whole in wholes], [True, True]
+
+
+def sides_of(row: dict, sides: str) -> tuple[str, ...]:
+    """The fields of a row that are trained on."""
+    if "initial_reason_steps" in row and sides == "full":
+        return "prompt", *STEP_FIELDS[4:]
+    return ("problem", "solution") if "solution" in row else ("prompt", "chosen", "rejected")
+
+
+def ends_solution(prefix: str, suffix: str, full: str) -> bool:
+    """Whether nothing follows `suffix` in the full text, which may or may not repeat the prefix (the published set
+    has both texts as the model's whole answer)."""
+    return full.strip() in ((prefix + suffix).strip(), suffix.strip())
+
+
+def part(prefix: str, suffix: str, tokenizer, special: bool = False) -> tuple[list[int], list[int]]:
+    """Token ids of prefix and suffix, parted where generation had parted them.
+
+    Joint ids are used where they begin with the prefix's. Where a token would span the boundary they are not what was
+    sampled (the prefix was given, the suffix drawn), and the suffix is encoded on its own."""
+    ids = tokenizer(prefix, add_special_tokens=special)["input_ids"]
+    joint = tokenizer(prefix + suffix, add_special_tokens=special)["input_ids"]
+    fits = joint[: len(ids)] == ids
+    return ids, joint[len(ids) :] if fits else tokenizer(suffix, add_special_tokens=False)["input_ids"]
 
 
 def encode(row: dict, tokenizer, sides: str = "step") -> tuple[list[int], list[list[int]]]:
@@ -235,13 +500,6 @@ def encode(row: dict, tokenizer, sides: str = "step") -> tuple[list[int], list[l
     # a single step gets no EOS: it would teach to stop half-way; a template may have closed a whole turn already
     suffixes = [[*ids, eos] if end and eos not in ids[-2:] else ids for (_, ids), end in zip(parts, ends, strict=True)]
     return parts[0][0], suffixes
-
-
-def sides_of(row: dict, sides: str) -> tuple[str, ...]:
-    """The fields of a row that are trained on."""
-    if "initial_reason_steps" in row and sides == "full":
-        return "prompt", *STEP_FIELDS[4:]
-    return ("problem", "solution") if "solution" in row else ("prompt", "chosen", "rejected")
 
 
 class Pairs:
@@ -324,36 +582,6 @@ def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
     return pairs
 
 
-def collate(pairs: Pairs, rows: list[list[int]], pad: int, device) -> dict:
-    """Rows [prefix | suffix | suffix ...], padded on the right; each row is a list of pair numbers with one prefix.
-
-    For prefix [a b], chosen [c d], rejected [e]:  ids [a b c d e], positions [0 1 2 3 2]; token i sees token j if
-    j <= i < last[j], with last [5 5 4 4 5]: the prefix is seen to the end, a suffix up to its own end.
-    c and e are predicted at b, d at c: source [1 2 1], target [c d e], owner [0 0 1] (the suffix).
-    picks [[0 1]]: a pair's chosen and rejected among all suffixes."""
-    parts = [(pairs.prefixes[pairs.group[numbers[0]]], *pairs.row(numbers)) for numbers in rows]
-    width = max(len(prefix) + sum(map(len, suffixes)) for prefix, suffixes, _ in parts)
-    ids, positions = np.full((len(rows), width), pad), np.zeros((len(rows), width), dtype=np.int64)
-    last = np.tile(np.arange(1, width + 1), (len(rows), 1))  # padding sees itself: a row of nothing would be NaN
-    source, target, owner, picks, count = [], [], [], [], 0
-    for b, (prefix, suffixes, own) in enumerate(parts):
-        start = at = len(prefix)
-        end = start + sum(map(len, suffixes))
-        ids[b, :start], positions[b, :start], last[b, :start] = prefix, np.arange(start), end
-        for number, suffix in enumerate(suffixes, count):
-            here = slice(at, at + len(suffix))
-            ids[b, here], positions[b, here], last[b, here] = suffix, np.arange(start, start + len(suffix)), here.stop
-            source += [np.array([b * width + start - 1]), np.arange(b * width + at, b * width + here.stop - 1)]
-            target.append(suffix)
-            owner.append(np.full(len(suffix), number))
-            at = here.stop
-        picks += [[count + place for place in places] for places in own]
-        count += len(suffixes)
-    batch = {"ids": ids, "positions": positions, "last": last, "source": np.concatenate(source),
-             "target": np.concatenate(target), "owner": np.concatenate(owner), "picks": np.array(picks)}  # fmt: skip
-    return {name: torch.from_numpy(array.astype(np.int64)).to(device) for name, array in batch.items()}
-
-
 def plan(pairs: Pairs, numbers: list[int], tokens: int, rank: int, world: int) -> list[tuple[list[list[int]], int]]:
     """Micro-batches of this process for the pairs `numbers`: (rows, chunks), rows at most `tokens` with their padding.
 
@@ -386,8 +614,76 @@ def plan(pairs: Pairs, numbers: list[int], tokens: int, rank: int, world: int) -
     return list(zip(batches[rank], chunks, strict=True))
 
 
+def collate(pairs: Pairs, rows: list[list[int]], pad: int, device) -> dict:
+    """Rows [prefix | suffix | suffix ...], padded on the right; each row is a list of pair numbers with one prefix.
+
+    For prefix [a b], chosen [c d], rejected [e]:  ids [a b c d e], positions [0 1 2 3 2]; token i sees token j if
+    j <= i < last[j], with last [5 5 4 4 5]: the prefix is seen to the end, a suffix up to its own end.
+    c and e are predicted at b, d at c: source [1 2 1], target [c d e], owner [0 0 1] (the suffix).
+    picks [[0 1]]: a pair's chosen and rejected among all suffixes."""
+    parts = [(pairs.prefixes[pairs.group[numbers[0]]], *pairs.row(numbers)) for numbers in rows]
+    width = max(len(prefix) + sum(map(len, suffixes)) for prefix, suffixes, _ in parts)
+    ids, positions = np.full((len(rows), width), pad), np.zeros((len(rows), width), dtype=np.int64)
+    last = np.tile(np.arange(1, width + 1), (len(rows), 1))  # padding sees itself: a row of nothing would be NaN
+    source, target, owner, picks, count = [], [], [], [], 0
+    for b, (prefix, suffixes, own) in enumerate(parts):
+        start = at = len(prefix)
+        end = start + sum(map(len, suffixes))
+        ids[b, :start], positions[b, :start], last[b, :start] = prefix, np.arange(start), end
+        for number, suffix in enumerate(suffixes, count):
+            here = slice(at, at + len(suffix))
+            ids[b, here], positions[b, here], last[b, here] = suffix, np.arange(start, start + len(suffix)), here.stop
+            source += [np.array([b * width + start - 1]), np.arange(b * width + at, b * width + here.stop - 1)]
+            target.append(suffix)
+            owner.append(np.full(len(suffix), number))
+            at = here.stop
+        picks += [[count + place for place in places] for places in own]
+        count += len(suffixes)
+    batch = {"ids": ids, "positions": positions, "last": last, "source": np.concatenate(source),
+             "target": np.concatenate(target), "owner": np.concatenate(owner), "picks": np.array(picks)}  # fmt: skip
+    return {name: torch.from_numpy(array.astype(np.int64)).to(device) for name, array in batch.items()}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# model and loss
+# the model
+
+
+def load_config(model: str):
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        stop(f"--model {model}: cannot be loaded ({str(error).splitlines()[0]})")
+
+
+def load_model(args: Args, config, accelerator: Accelerator):
+    """The model without dropout. Weights are fp32, but for a frozen base and where DeepSpeed keeps fp32 masters of its own.
+
+    Under FSDP, by fsdp_cpu_ram_efficient_loading, the first process of a machine alone reads the files; ZeRO-3 builds the model
+    in shards, and what is read of the files is memory that processes share."""
+    for name in vars(config):
+        if name.endswith(("dropout", "pdrop")) and isinstance(getattr(config, name), float):
+            setattr(config, name, 0.0)  # the reference has none either: with it, step 0 would not be ln 2
+    own_masters = args.lora_rank or accelerator.distributed_type == "DEEPSPEED"
+    dtype = config.dtype if own_masters and args.precision == "bf16" else torch.float32
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype=dtype, attn_implementation="sdpa")
+    except (OSError, ValueError) as error:
+        stop(f"--model {args.model}: cannot be loaded ({str(error).splitlines()[0]})")
+    if args.gradient_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        lm.enable_input_require_grads() if args.lora_rank else None
+    return lm
+
+
+def add_lora(lm, args: Args):
+    """Put adapters into `lm`, in place; the returned peft model is needed to save it."""
+    try:
+        import peft
+    except ImportError:
+        stop("--lora-rank needs peft: pip install peft")
+    torch.manual_seed(args.seed)  # every process draws the same adapters
+    settings = {"r": args.lora_rank, "lora_alpha": 2 * args.lora_rank, "target_modules": "all-linear"}
+    return peft.get_peft_model(lm, peft.LoraConfig(**settings, task_type="CAUSAL_LM"))
 
 
 class SuffixScorer(torch.nn.Module):
@@ -430,200 +726,6 @@ class SuffixScorer(torch.nn.Module):
         return -F.cross_entropy(logits, target, reduction="none")
 
 
-def dpo_loss(logps: torch.Tensor, reference: torch.Tensor, beta: float, smoothing: float = 0.0):
-    """Loss (pairs,) of Eq. 2 and the implicit rewards beta * (log pi - log pi_ref), (pairs, 2), chosen first.
-
-    Label smoothing as in conservative DPO: the pair is the wrong way round with this probability."""
-    rewards = beta * (logps - reference)
-    margin = rewards[:, 0] - rewards[:, 1]
-    return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin), rewards
-
-
-def learning_rate(step: int, total: int, args: Args) -> float:
-    """Rate of step 0, 1, ...: a line up to the peak, then half a cosine, or a line, down to zero."""
-    warm = math.ceil(args.warmup * total)
-    if step < warm:
-        return args.lr * (step + 1) / warm
-    done = (step - warm) / max(1, total - warm)
-    return args.lr * (0.5 * (1 + math.cos(math.pi * done)) if args.schedule == "cosine" else 1 - done)
-
-
-def load_config(model: str):
-    try:
-        return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        stop(f"--model {model}: cannot be loaded ({str(error).splitlines()[0]})")
-
-
-def load_model(args: Args, config, accelerator: Accelerator):
-    """The model without dropout. Weights are fp32, but for a frozen base and where DeepSpeed keeps fp32 masters of its own.
-
-    Under FSDP, by fsdp_cpu_ram_efficient_loading, the first process of a machine alone reads the files; ZeRO-3 builds the model
-    in shards, and what is read of the files is memory that processes share."""
-    for name in vars(config):
-        if name.endswith(("dropout", "pdrop")) and isinstance(getattr(config, name), float):
-            setattr(config, name, 0.0)  # the reference has none either: with it, step 0 would not be ln 2
-    own_masters = args.lora_rank or accelerator.distributed_type == "DEEPSPEED"
-    dtype = config.dtype if own_masters and args.precision == "bf16" else torch.float32
-    try:
-        lm = AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError) as error:
-        stop(f"--model {args.model}: cannot be loaded ({str(error).splitlines()[0]})")
-    if args.gradient_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
-        lm.enable_input_require_grads() if args.lora_rank else None
-    return lm
-
-
-def add_lora(lm, args: Args):
-    """Put adapters into `lm`, in place; the returned peft model is needed to save it."""
-    try:
-        import peft
-    except ImportError:
-        stop("--lora-rank needs peft: pip install peft")
-    torch.manual_seed(args.seed)  # every process draws the same adapters
-    settings = {"r": args.lora_rank, "lora_alpha": 2 * args.lora_rank, "target_modules": "all-linear"}
-    return peft.get_peft_model(lm, peft.LoraConfig(**settings, task_type="CAUSAL_LM"))
-
-
-def weights_hash(model: str) -> str:
-    """Of the weight files: names, sizes and 64 MiB of each, spread over it; smaller ones whole."""
-    folder, digest, block = Path(cached_file(model, "config.json")).parent, hashlib.sha256(), 1 << 20
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with open(path, "rb") as file:
-            for start in np.linspace(0, max(0, size - block), min(64, math.ceil(size / block)), dtype=np.int64).tolist():
-                file.seek(start)
-                digest.update(file.read(block))
-    return digest.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what a run will cost
-
-
-def flops(pairs: Pairs, numbers, config, body: int, head: int) -> float:
-    """Floating-point operations of one forward pass over the rows of these pairs: 2 a weight of the layers and token, 2 a
-    weight of the head and suffix token, 4 * layers * width for each two tokens of which one sees the other."""
-    rows, total = {}, 0.0
-    for i in numbers:
-        rows.setdefault(pairs.group[i], []).append(i)
-    for row in rows.values():
-        prefix, suffixes = len(pairs.prefixes[pairs.group[row[0]]]), [len(s) for s in pairs.row(row)[0]]
-        seen = prefix * (prefix + 1) / 2 + sum(prefix * s + s * (s + 1) / 2 for s in suffixes)
-        total += 2 * body * (prefix + sum(suffixes)) + 2 * head * sum(suffixes)
-        total += 4 * config.num_hidden_layers * config.hidden_size * seen
-    return total
-
-
-def count_weights(config) -> tuple[int, int]:
-    """Weights of the layers and of the head; an embedding that is only looked up does no arithmetic."""
-    with torch.device("meta"):  # by the class: from_config() would build it in ZeRO-3's shards, which meta has not
-        lm = AutoModelForCausalLM._model_mapping[type(config)](config)
-    head, embedding = lm.get_output_embeddings().weight, lm.get_input_embeddings().weight
-    return sum(p.numel() for p in lm.parameters()) - head.numel() * (1 if head is embedding else 2), head.numel()
-
-
-def matrix_rate(device, precision: str) -> float:
-    """Measured FLOP/s of large matrix products on this device."""
-    size, dtype = (8192 if device.type == "cuda" else 1536), torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b, best = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype), 0.0
-    for _ in range(6):
-        began = time.perf_counter()
-        (a @ b).sum().item()  # waits for the device
-        best = max(best, 2 * size**3 / (time.perf_counter() - began))
-    return best
-
-
-def memory(config, args: Args, strategy: str, world: int, machines: int = 1, offloaded: float = 0.0) -> dict[str, float]:
-    """Bytes by count. strategy: "copies" (one process, or the whole model on each), "fsdp2" or "zero3"; offloaded: the share of
-    AdamW's state that ZeRO-3 keeps in main memory. Keys that begin with "machine" are of main memory on one machine."""
-    body, head = count_weights(config)
-    parameters, low = body + head * (1 if config.tie_word_embeddings else 2), 2 if args.precision == "bf16" else 4
-    layer, copies = body / config.num_hidden_layers, 0 if low == 4 else 2  # of weights, by autocast
-    trained = 0 if args.lora_rank else parameters
-    frozen = low * (parameters - trained)
-    if strategy == "copies":  # fp32 weights, gradients, two moments; DDP sends gradients from buckets of their own
-        found = {"weights, gradients, AdamW": (16 + copies + (4 if world > 1 else 0)) * trained + frozen}
-        found["machine: model read by every process"] = world / machines * (4 * trained + frozen)
-    elif strategy == "fsdp2":  # gathered: embedding and head throughout, two layers; a layer's gradients in fp32
-        found = {"weights, gradients, AdamW": (16 * trained + frozen) / world}
-        found["gathered"] = low * (2 * head + 2 * layer) + 4 * layer
-        found["machine: model read by one process"] = 4 * trained + frozen
-    else:  # weights and gradients in 16 bits, fp32 masters and moments; by default 1e9 weights are gathered at most
-        found = {
-            "weights, gradients, AdamW": (12 * (1 - offloaded) * trained + low * (2 - (offloaded > 0)) * trained + frozen)
-            / world
-        }
-        found["gathered"] = low * min(1e9, parameters)
-        found["machine: AdamW and gradients"] = offloaded * 12 * trained / machines + (
-            low * trained / machines if offloaded else 0
-        )
-        found["machine: files of the model, shared"] = 2 * parameters
-    # 34 bytes a token, layer and unit of width in 16 bits (Korthikanti et al., arXiv 2205.05198), without attention scores;
-    # checkpointing keeps 2 of them, and one layer's all
-    token, layers = 34 * low / 2 * config.hidden_size, config.num_hidden_layers
-    found["activations"] = args.tokens_per_batch * token * ((layers / 17 + 1) if args.gradient_checkpointing else layers)
-    found["logits"] = 3 * 4 * LOGITS_CHUNK * config.vocab_size
-    return found
-
-
-def strategy_of(accelerator: Accelerator) -> tuple[str, float]:
-    """The name that memory() knows, and the share of AdamW's state in main memory."""
-    if accelerator.distributed_type == "DEEPSPEED":
-        zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
-        offload = zero.get("offload_optimizer") or {}
-        return "zero3", offload.get("ratio", 1.0) if offload.get("device") == "cpu" else 0.0
-    return ("fsdp2" if accelerator.distributed_type == "FSDP" else "copies"), 0.0
-
-
-def estimate(pairs: Pairs, config, args: Args, accelerator: Accelerator):
-    """Print memory and time of a run on this machine, without making it."""
-    (body, head), world = count_weights(config), accelerator.num_processes
-    strategy, offloaded = strategy_of(accelerator)
-    machines = max(1, world // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
-    found = memory(config, args, strategy, world, machines, offloaded)
-    for where in ("device", "machine"):
-        parts = {
-            n.removeprefix("machine: "): b / 2**30 for n, b in found.items() if n.startswith("machine") == (where == "machine")
-        }
-        print_main(f"a {where} needs about {sum(parts.values()):.2f} GiB{' of main memory' if where == 'machine' else ''}: "
-                   + ", ".join(f"{size:.2f} GiB for {name}" for name, size in parts.items()))  # fmt: skip
-    forward = flops(pairs, range(len(pairs)), config, body, head)
-    passes = 3 + args.gradient_checkpointing
-    rate = matrix_rate(accelerator.device, args.precision) * world
-    seconds = forward * (passes * args.epochs + (args.objective == "dpo")) / rate
-    print_main(f"{forward * passes / len(pairs) / 1e12:.4f} TFLOP a pair; at {rate / 1e12:.2f} TFLOP/s, which large matrix "
-               f"products reach on {world} device(s) like this one, {args.epochs} epochs over {len(pairs)} pairs take "
-               f"{seconds / 3600:.2f} h; at 40 % of that rate {seconds / 1440:.2f} h")  # fmt: skip
-
-
-def print_main(text: str):
-    tqdm.write(text, file=sys.stderr) if PRINTS else None
-
-
-PRINTS = os.environ.get("RANK", "0") == "0"  # false on all processes but the first
-
-
-def from_first(accelerator: Accelerator, find):
-    """What find() gives on the first process, on all of them."""
-    found = [find() if accelerator.is_main_process else None]
-    broadcast_object_list(found)
-    return found[0]
-
-
-def check_strategy(accelerator: Accelerator):
-    """Stop where accelerate runs another strategy than it was asked for: without a GPU, 1.15 drops FSDP and DeepSpeed
-    for plain data parallelism, or a single process, and says nothing."""
-    found, world = str(accelerator.distributed_type.value), int(os.environ.get("WORLD_SIZE", 1))
-    for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" and found != name:
-            stop(f"{name} was asked for, but accelerate runs {found}; it needs GPUs, use configs/ddp.yaml without them")
-    if world != accelerator.num_processes:
-        stop(f"{world} processes were started, but each trains alone; without a GPU set ACCELERATE_USE_CPU=true")
-
-
 @torch.no_grad()
 def score_all(scorer, pairs: Pairs, args: Args, pad: int, accelerator: Accelerator, label: str) -> torch.Tensor:
     """Log-probabilities of all pairs, (pairs, sides) on the CPU, the same on every process."""
@@ -657,59 +759,72 @@ def reference_logps(scorer, pairs, args, pad, accelerator, weights: str) -> torc
     return found
 
 
-def validate(scorer, pairs, reference, args, pad, accelerator) -> dict:
-    logps = score_all(scorer, pairs, args, pad, accelerator, "validation")
-    if args.objective == "sft":
-        return {"val_loss": -logps.sum().item() / sum(len(s[0]) for s in pairs.suffixes)}
-    loss, rewards = dpo_loss(logps, reference, args.beta, args.label_smoothing)
-    margin = rewards[:, 0] - rewards[:, 1]
-    return {
-        "val_loss": loss.mean().item(), "val_accuracy": (margin > 0).float().mean().item(), "val_margin": margin.mean().item(),
-        "val_chosen_logp": logps[:, 0].mean().item(), "val_rejected_logp": logps[:, 1].mean().item(),
-    }  # fmt: skip
+def weights_hash(model: str) -> str:
+    """Of the weight files: names, sizes and 64 MiB of each, spread over it; smaller ones whole."""
+    folder, digest, block = Path(cached_file(model, "config.json")).parent, hashlib.sha256(), 1 << 20
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as file:
+            for start in np.linspace(0, max(0, size - block), min(64, math.ceil(size / block)), dtype=np.int64).tolist():
+                file.seek(start)
+                digest.update(file.read(block))
+    return digest.hexdigest()
 
 
-def train_step(scorer, optimizer, pairs: Pairs, reference, batch: list[int], args, pad, accelerator) -> dict:
-    """One optimizer step over the pairs `batch`. Returns the means over these pairs, the same on every process."""
-    device, world = accelerator.device, accelerator.num_processes
-    micro = plan(pairs, batch, args.tokens_per_batch, accelerator.process_index, world)
-    weight = 1 / (len(batch) if args.objective == "dpo" else sum(len(pairs.suffixes[i][0]) for i in batch))
-    sums = torch.zeros(9, dtype=torch.float64, device=device)
-    for number, (rows, chunks) in enumerate(micro):
-        rows, counts = [[i if i >= 0 else -1 - i for i in row] for row in rows], float(rows[0][0] >= 0)
-        numbers, inputs = [i for row in rows for i in row], collate(pairs, rows, pad, device)
-        ends = number == len(micro) - 1
-        if accelerator.distributed_type == "DEEPSPEED":  # its engine steps within the backward pass that is said to be last
-            accelerator.gradient_state._set_sync_gradients(ends)
-            ends = True
-        # FSDP2 would keep whole gradients until they are synchronized: a model that needs shards has no room for them
-        with contextlib.nullcontext() if ends or accelerator.is_fsdp2 else accelerator.no_sync(scorer):
-            logps = scorer(**inputs, chunks=chunks)[inputs["picks"]]  # (pairs, sides)
-            if args.objective == "dpo":
-                loss, rewards = dpo_loss(logps, reference[numbers].to(device), args.beta, args.label_smoothing)
-            else:
-                loss, rewards = -logps[:, 0], torch.zeros(len(numbers), 2, device=device)
-            if args.nll_weight:
-                tokens = torch.tensor([len(pairs.suffixes[i][0]) for i in numbers], device=device)
-                loss = loss - args.nll_weight * logps[:, 0] / tokens
-            # counts is 0 for a stand-in, there only to keep the processes together; data-parallel gradients are averaged
-            # over processes, while the mean over the global batch is meant
-            accelerator.backward(counts * loss.sum() * world * weight)
-        margin = (rewards[:, 0] - rewards[:, 1]).detach()
-        parts = [loss.detach(), (margin > 0).float(), margin, *rewards.detach().unbind(1), *logps.detach().unbind(1)]
-        sums[: len(parts)] += counts * torch.stack([p.sum() for p in parts]).double()
-        sums[7] += inputs["ids"].numel()
-        sums[8] += counts * sum(map(pairs.length, rows))
-    norm = accelerator.clip_grad_norm_(scorer.parameters(), args.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    sums = accelerator.reduce(sums, "sum").tolist()
-    names = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp")
-    result = {name: value / len(batch) for name, value in zip(names, sums, strict=False)}
-    if args.objective == "sft":
-        result = {"loss": sums[0] * weight}
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all shards, not of the local part
-    return result | {"grad_norm": float(norm or 0.0), "tokens": sums[8], "padding": 1 - sums[8] / sums[7]}
+def count_weights(config) -> tuple[int, int]:
+    """Weights of the layers and of the head; an embedding that is only looked up does no arithmetic."""
+    with torch.device("meta"):  # by the class: from_config() would build it in ZeRO-3's shards, which meta has not
+        lm = AutoModelForCausalLM._model_mapping[type(config)](config)
+    head, embedding = lm.get_output_embeddings().weight, lm.get_input_embeddings().weight
+    return sum(p.numel() for p in lm.parameters()) - head.numel() * (1 if head is embedding else 2), head.numel()
+
+
+def flops(pairs: Pairs, numbers, config, body: int, head: int) -> float:
+    """Floating-point operations of one forward pass over the rows of these pairs: 2 a weight of the layers and token, 2 a
+    weight of the head and suffix token, 4 * layers * width for each two tokens of which one sees the other."""
+    rows, total = {}, 0.0
+    for i in numbers:
+        rows.setdefault(pairs.group[i], []).append(i)
+    for row in rows.values():
+        prefix, suffixes = len(pairs.prefixes[pairs.group[row[0]]]), [len(s) for s in pairs.row(row)[0]]
+        seen = prefix * (prefix + 1) / 2 + sum(prefix * s + s * (s + 1) / 2 for s in suffixes)
+        total += 2 * body * (prefix + sum(suffixes)) + 2 * head * sum(suffixes)
+        total += 4 * config.num_hidden_layers * config.hidden_size * seen
+    return total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# processes
+
+
+PRINTS = os.environ.get("RANK", "0") == "0"  # false on all processes but the first
+
+
+def print_main(text: str):
+    tqdm.write(text, file=sys.stderr) if PRINTS else None
+
+
+def from_first(accelerator: Accelerator, find):
+    """What find() gives on the first process, on all of them."""
+    found = [find() if accelerator.is_main_process else None]
+    broadcast_object_list(found)
+    return found[0]
+
+
+def check_strategy(accelerator: Accelerator):
+    """Stop where accelerate runs another strategy than it was asked for: without a GPU, 1.15 drops FSDP and DeepSpeed
+    for plain data parallelism, or a single process, and says nothing."""
+    found, world = str(accelerator.distributed_type.value), int(os.environ.get("WORLD_SIZE", 1))
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" and found != name:
+            stop(f"{name} was asked for, but accelerate runs {found}; it needs GPUs, use configs/ddp.yaml without them")
+    if world != accelerator.num_processes:
+        stop(f"{world} processes were started, but each trains alone; without a GPU set ACCELERATE_USE_CPU=true")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is written
 
 
 def last_checkpoint(out: Path) -> Path | None:
@@ -767,6 +882,21 @@ def save_model(accelerator: Accelerator, scorer, lm, adapters, twice: set, token
     accelerator.wait_for_everyone()
 
 
+def finish(args: Args, settings: dict, pairs: Pairs, total: int, log: Log, began: float):
+    """What stands beside the model: training.json, the picture, the model card."""
+    seconds = round(time.time() - began, 1)
+    arguments = {name: str(value) for name, value in asdict(args).items()}
+    summary = {"arguments": arguments, "settings": settings, "pairs": len(pairs), "steps": total, "seconds": seconds,
+               "last": log.last}  # fmt: skip
+    (args.out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
+    draw(args.out / "training.png", log.lines)
+    (args.out / "README.md").write_text(model_card(args, summary))
+    for path in args.out.glob("checkpoint-*") if args.keep == 0 else ():
+        shutil.rmtree(path)
+    last = ", ".join(f"{name} {log.last[name]:.4g}" for name in ("loss", "accuracy", "margin") if name in log.last)
+    print(f"{args.out}: {total} steps over {len(pairs)} pairs, {seconds} s; last step: {last}")
+
+
 def draw(path: Path, lines: list[dict]):
     """training.png: loss, accuracy, margin and log-probabilities, training and validation (Fig. 2 of the paper)."""
     try:
@@ -803,171 +933,6 @@ def model_card(args: Args, summary: dict) -> str:
         f"(hash {summary['settings']['pairs']}), {summary['steps']} steps, {summary['seconds']} s.\n\n"
         f"Last step: {last}.\n\n![training](training.png)\n\n| setting | value |\n|---|---|\n{given}\n"
     )
-
-
-def main(args: Args):
-    global PRINTS
-    least = (args.epochs, args.batch_size, args.tokens_per_batch, args.eval_steps, args.save_steps, args.log_steps)
-    if min(least) < 1 or not 0 <= args.label_smoothing < 0.5 or not 0 <= args.warmup <= 1:
-        stop("--epochs, --batch-size, --tokens-per-batch and all --...-steps are at least 1, --label-smoothing is below 0.5")
-    if args.precision == "auto":
-        args.precision = "bf16" if torch.cuda.is_available() or processor_has_bf16() else "fp32"
-    began, rows = time.time(), [row for name in args.data for row in load_rows(name, args.objective)]
-    validation_rows = load_rows(str(args.validation), args.objective) if args.validation else []
-    if args.validation_fraction:
-        text = lambda row: row["problem"] if args.objective == "sft" else row["prompt"]
-        aside = lambda row: hashlib.sha256(f"{args.seed} {text(row)}".encode()).digest()[0] / 256 < args.validation_fraction
-        validation_rows += [row for row in rows if aside(row)]
-        rows = [row for row in rows if not aside(row)]
-    if args.tracker != "none" and not transformers.utils.import_utils._is_package_available(args.tracker)[0]:
-        stop(f"--tracker {args.tracker} needs its package: pip install {args.tracker}")
-    log_with = None if args.tracker == "none" else args.tracker
-    precision = "bf16" if args.precision == "bf16" else "no"
-    try:
-        accelerator = Accelerator(mixed_precision=precision, log_with=log_with, project_dir=args.out)
-    except (ImportError, ValueError) as error:  # a package or a device that the launch configuration needs
-        stop(f"accelerate cannot start: {error}")
-    PRINTS = accelerator.is_main_process
-    check_strategy(accelerator)
-    if accelerator.distributed_type == "DEEPSPEED":  # asked for, though batches are planned here
-        more = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": args.max_grad_norm}
-        accelerator.state.deepspeed_plugin.deepspeed_config.update(more)
-    if accelerator.is_fsdp2 and args.precision == "bf16":  # accelerate's own would round what comes out, too, to 8 bits
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
-    torch.manual_seed(args.seed)
-    tokenizer = load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
-    config = load_config(args.model)
-    stored = config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, str(config.dtype or "bfloat16"))
-    pairs = prepare(rows, tokenizer, args, " ".join(args.data))
-    val_pairs = prepare(validation_rows, tokenizer, args, "validation") if validation_rows else None
-    sides = " | ".join(f"{name} {tokenizer.decode(ids)!r}" for name, ids in zip(("chosen", "rejected"), pairs.suffixes[0],
-                                                                               strict=False))  # fmt: skip
-    print_main(f"first row: {tokenizer.decode(pairs.prefixes[0])!r} | {sides}")
-    if args.dry_run:
-        return estimate(pairs, config, args, accelerator)
-
-    lm, pad = load_model(args, config, accelerator), tokenizer.eos_token_id
-    per_epoch = math.ceil(len(pairs) / args.batch_size)
-    total = per_epoch * args.epochs
-    ignored = {"out", "save_steps", "eval_steps", "log_steps", "keep", "data", "validation", "tokens_per_batch", "dry_run",
-               "tracker", "lora_save", "compile"}  # fmt: skip
-    settings = {name: str(value) for name, value in asdict(args).items() if name not in ignored}
-    weights = from_first(accelerator, lambda: weights_hash(args.model))
-    hashes = pairs.digest() + (val_pairs.digest() if val_pairs else "")
-    settings |= {"weights": weights[:16], "pairs": hashlib.sha256(hashes.encode()).hexdigest()[:16]}
-    args.out.mkdir(parents=True, exist_ok=True)
-    resume = from_first(accelerator, lambda: last_checkpoint(args.out))  # on several machines files come late
-    if resume:
-        if not (resume / "state.json").exists():
-            stop(f"{resume}: process {accelerator.process_index} does not see it; --out must be on a file system that all "
-                 "machines share")  # fmt: skip
-        old = json.loads((resume / "state.json").read_text())
-        for name, value in settings.items():
-            if old["settings"].get(name) != value:
-                stop(f"{resume} was made with {name} = {old['settings'].get(name)!r}, now it is {value!r}; "
-                     "take the old setting or give another --out")  # fmt: skip
-
-    body, head = count_weights(config)
-    adapters = add_lora(lm, args) if args.lora_rank else None
-    if args.compile:
-        lm.base_model.compile(dynamic=True)
-    scorer = SuffixScorer(lm)
-    twice = {name for name, _ in scorer.named_parameters(remove_duplicate=False)} - {n for n, _ in scorer.named_parameters()}
-    trained = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
-    fused = accelerator.device.type in ("cuda", "cpu")
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=fused)
-    scorer, optimizer = accelerator.prepare(scorer, optimizer)
-    scorer.train()
-    reference = val_reference = None
-    if args.objective == "dpo":
-        reference = reference_logps(scorer, pairs, args, pad, accelerator, weights)
-        val_reference = reference_logps(scorer, val_pairs, args, pad, accelerator, weights) if val_pairs else None
-    start = 0
-    if resume:
-        accelerator.load_state(str(resume))
-        start = old["step"]
-        print_main(f"going on from {resume}")
-    metrics_path = args.out / "metrics.jsonl"
-    lines = []
-    if accelerator.is_main_process:
-        lines = [line for line in read_rows(metrics_path, ("step",)) if line["step"] <= start] if resume else []
-        metrics_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if log_with:
-        accelerator.init_trackers("stepdpo", config={name: str(value) for name, value in asdict(args).items()})
-    log, warned = {}, set()
-
-    def record(row: dict):
-        lines.append(row)
-        if accelerator.is_main_process:
-            with open(metrics_path, "a") as file:
-                file.write(json.dumps(row) + "\n")
-        accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
-        print_main(" ".join(f"{name} {value:.4g}" for name, value in row.items()))
-
-    def warn(when: bool, text: str):
-        if when and text.split(":")[0] not in warned:
-            warned.add(text.split(":")[0])
-            print_main(f"warning: {text}")
-
-    def check_validation(step: int):
-        row = {"step": step} | validate(scorer, val_pairs, val_reference, args, pad, accelerator)
-        record(row)
-        warn(row.get("val_accuracy") == 1.0 and len(val_pairs) >= 20,
-             "validation accuracy 1.0: the pairs are too easy, or validation pairs stand in the training data")  # fmt: skip
-
-    if val_pairs and start == 0:
-        check_validation(0)
-    device_name = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else ""
-    peak = next((rate for name, rate in PEAK_FLOPS.items() if name in device_name), None)
-    bar = tqdm(total=total, initial=start, desc="training", disable=not PRINTS)
-    for step in range(start + 1, total + 1):
-        epoch, place = divmod(step - 1, per_epoch)
-        if place == 0 or step == start + 1:  # pairs of one prefix stay together, so that they share a row
-            groups = np.random.default_rng([args.seed, epoch]).permutation(len(pairs.prefixes))
-            order = np.argsort(groups[np.array(pairs.group)], kind="stable")
-        batch = order[place * args.batch_size :][: args.batch_size].tolist()
-        tick, rate = time.time(), learning_rate(step - 1, total, args)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        log = train_step(scorer, optimizer, pairs, reference, batch, args, pad, accelerator)
-        seconds = time.time() - tick
-        bar.update()
-        if not math.isfinite(log["loss"] + log["grad_norm"]):
-            stop(f"step {step}: loss {log['loss']}, gradient norm {log['grad_norm']}; last good checkpoint: "
-                 f"{last_checkpoint(args.out) or 'none'}")  # fmt: skip
-        if args.objective == "dpo":
-            warn(step == 1 and not args.nll_weight and abs(log["loss"] - math.log(2)) > 0.02,
-                 f"first loss: {log['loss']:.4f} and not ln 2 = 0.6931: policy and reference differ")  # fmt: skip
-            warn(log["chosen_reward"] < -CHOSEN_DROP * args.beta, f"chosen suffixes: at step {step} they are "
-                 f"{-log['chosen_reward'] / args.beta:.1f} nats less likely than under the reference; lower --lr or "
-                 "give --nll-weight")  # fmt: skip
-        log |= {"lr": rate, "pairs_per_s": len(batch) / seconds, "tokens_per_s": log.pop("tokens") / seconds}
-        if accelerator.device.type == "cuda":
-            log["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            if peak:
-                log["mfu"] = 3 * flops(pairs, batch, config, body, head) / seconds / peak / accelerator.num_processes
-        if step % args.log_steps == 0 or step == total:
-            record({"step": step, "epoch": epoch + 1} | log)
-        if val_pairs and (step % args.eval_steps == 0 or step == total):
-            check_validation(step)
-        if step % args.save_steps == 0 and step < total:
-            save_checkpoint(accelerator, args, step, settings)
-    bar.close()
-    save_model(accelerator, scorer, lm, adapters, twice, tokenizer, args, stored)
-    if accelerator.is_main_process:
-        summary = {"arguments": {name: str(value) for name, value in asdict(args).items()}, "settings": settings,
-                   "pairs": len(pairs), "steps": total, "seconds": round(time.time() - began, 1), "last": log}  # fmt: skip
-        (args.out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
-        draw(args.out / "training.png", lines)
-        (args.out / "README.md").write_text(model_card(args, summary))
-        for path in args.out.glob("checkpoint-*") if args.keep == 0 else ():
-            shutil.rmtree(path)
-        print(f"{args.out}: {total} steps over {len(pairs)} pairs, {time.time() - began:.1f} s; last step: "
-              + ", ".join(f"{name} {log[name]:.4g}" for name in ("loss", "accuracy", "margin") if name in log))  # fmt: skip
-    # freed before the process group is: with accelerate 1.15 and gloo about one exit in seven hung the other way round
-    scorer, optimizer = accelerator.free_memory(scorer, optimizer)
-    accelerator.end_training()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1050,7 +1015,7 @@ def processor_has_bf16() -> bool:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__))
+        main(tyro.cli(Args, description=__doc__.split("\n\nInput")[0]))
     except KeyboardInterrupt:
         print("interrupted; run the same command to go on from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import estimate
 import pytest
 import safetensors
 import torch
@@ -491,32 +492,29 @@ def test_recipes_fit_by_count(size, config, device, machine):
     zero = ROOT / "configs" / f"{config}.json"
     offloaded = json.loads(zero.read_text())["zero_optimization"]["offload_optimizer"]["ratio"] if zero.exists() else 0.0
     args = train.Args(precision="bf16", gradient_checkpointing=True, tokens_per_batch=8192)
-    found = train.memory(shape, args, "zero3" if zero.exists() else "fsdp2", 8, 1, offloaded)
+    found = estimate.memory(shape, args, "zero3" if zero.exists() else "fsdp2", 8, 1, offloaded)
     on_machine = sum(size for name, size in found.items() if name.startswith("machine"))
     assert on_machine == pytest.approx(machine, rel=0.02) and on_machine < 1e12
     assert sum(found.values()) - on_machine == pytest.approx(device, rel=0.03) and sum(found.values()) - on_machine < 75e9
-    alone = train.memory(shape, args, "copies", 1)
+    alone = estimate.memory(shape, args, "copies", 1)
     parameters = sum(train.count_weights(shape)) + train.count_weights(shape)[1]
     assert alone["weights, gradients, AdamW"] == 18 * parameters
 
 
 @pytest.mark.slow
 def test_many_pairs_in_little_memory(tmp_path, small_model):
-    """Through the dry run; 10,000 pairs may add a tenth of the 2 GB that are allowed for 100,000."""
+    """Through the estimate; 10,000 pairs may add a tenth of the 2 GB that are allowed for 100,000."""
     text = [json.dumps(pair(n)) + "\n" for n in range(10_000)]
-    arguments = ["--data", tmp_path / "pairs.jsonl", "--model", small_model, "--out", tmp_path / "out", "--dry-run"]
+    arguments = ["--data", tmp_path / "pairs.jsonl", "--model", small_model, "--out", tmp_path / "out"]
     watch = "import resource, subprocess, sys; subprocess.run(sys.argv[1:]); "
     watch += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     peaks = []
     for count in (20, 10_000):
         (tmp_path / "pairs.jsonl").write_text("".join(text[:count]))
-        command = [sys.executable, "-c", watch, sys.executable, "04_train_stepdpo.py", *map(str, arguments)]
+        command = [sys.executable, "-c", watch, sys.executable, "analysis/estimate.py", *map(str, arguments)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert (
-            f"{count} pairs" in done.stderr
-            and "GiB for weights, gradients, AdamW" in done.stderr
-            and " h; at 40 %" in done.stderr
-        )
+        for text_of_it in (f"{count} pairs", "GiB for weights, gradients, AdamW", " h; at 40 %"):
+            assert text_of_it in done.stderr
         peaks.append(int(done.stdout.splitlines()[-1]) / 2**20)
     assert not (tmp_path / "out").exists() and peaks[1] - peaks[0] < 0.2, peaks
     (tmp_path / "pairs.jsonl").write_text("".join(text[:7]) + '{"prompt": "torn\n' + "".join(text[7:]))
