@@ -68,22 +68,6 @@ PROTOCOLS = {  # raw prompt and the response's opening, as the authors' evaluati
     "paper-deepseek": ("User: " + USER_TURN + "\n\nAssistant:", ""),
     "scdpo": (ALPACA, "Let's think step by step."),
 }  # fmt: skip
-PAPER_STRIP = [  # what the Step-DPO authors take off or rewrite in an answer, in their order
-    (r"^\s+|\s+$|\n", ""), (r"\.+$", ""), (r"\\!", ""), (r"^\\text\{(.*)\}$", r"\1"), (r"\\?[tdc]frac", r"\\frac"),
-    (r"\\(?:left|right)", ""), (r"(?<=.)\\text\{.*?\}$", ""), (r"\^(?:\{\\circ\}|\\circ)", ""), (r"^\s+|\s+$", ""),
-    (r"\{[cm]?m\}(?:\^[23])?", ""), (r"p\.m\.$", ""), (r"(\d)\s*t$", r"\1"), (r"\\?\$|x\\in", ""), (r"\\%", "%"),
-    (r" \.", " 0."), (r"\{\.", "{0."), (r"\\cdot|\\math(?:bf|rm)|\\mbox\{.*?\}", ""),
-    (r"(?<!\\)infinity|(?<!\\)inf(?!ty)", r"\\infty"),
-    (r"(\d+)\.0+(?=\D|$)", r"\1"), (r"^\.", "0."), (r"\\(sqrt|tan)(-?[0-9.a-zA-Z]+)", r"\\\1{\2}"), (" ", ""),
-    (r"\\frac([^{])([^{])", r"\\frac{\1}{\2}"), (r"\\frac([^{])\{", r"\\frac{\1}{"), (r"^(-?\d+)/(-?\d+)$", r"\\frac{\1}{\2}"),
-    (r"[\\,.]+$", ""),
-]  # fmt: skip
-SCDPO_STRIP = [  # and those of SCDPO, which look at what stands behind the last "="
-    (r"^.*(?:=|\\approx)", ""), (r"\\,|\s|\\text|\\mbox|\\left|\\right|\\!|\^(?:\{\\circ\}|\\circ)|\\?\$|\\?%", ""),
-    ("∞", r"\\infty"), (r"\+\\inf", r"\\inf"), (r"\\\\", r"\\"), ("bmatrix", "pmatrix"), (r"\\?[td]frac", r"\\frac"),
-    (r"\{m\}\^3|m\^3|\{units\}|units|\{km\}|km", ""), (r"\{\.", "{0."), (r"^\.", "0."), (r"\\sqrt([^{])", r"\\sqrt{\1}"),
-    (r"^0\.5$", r"\\frac{1}{2}"), (r"^(-?\d+)/(-?\d+)$", r"\\frac{\1}{\2}"),
-]  # fmt: skip
 VERDICT_OF = {"strict": "correct", "scdpo": "correct_scdpo"}  # the others' is correct_paper
 
 
@@ -133,8 +117,559 @@ class Args:
     """problems in flight"""
 
 
+def main(args: Args):
+    began, runs = time.time(), {}
+    if args.protocol != "strict":
+        refuse(args, ("chat_template", "chat_template_kwargs"), f"with --protocol {args.protocol}, whose prompt is raw text")
+    if args.regrade:
+        refuse(args, ("data", "limit", "samples", "out", "protocol", "base_url", "chat_template"), "with --regrade")
+        args.out = args.regrade
+        groups, files, settings = load_results(args.regrade, args.models)
+        args.protocol = settings.get("protocol", args.protocol)
+    else:
+        groups = model_groups(args.models)
+        files, runs = evaluate(args, groups)
+        settings = {name: getattr(args, name) for name in ("temperature", "top_p", "max_tokens")}
+    benchmarks = compare_models(groups, files, VERDICT_OF.get(args.protocol, "correct_paper"), args.seed)
+    decoding = "greedy"
+    if settings.get("temperature"):
+        decoding = f"temperature {settings['temperature']}, top-p {settings['top_p']}"
+    decoding += f", at most {settings.get('max_tokens', '?')} tokens"
+    summary = {"protocol": args.protocol, "benchmarks": benchmarks, "runs": runs, "about": decoding}
+    print(write_report(summary, args.out))
+    problems = sum(found["problems"] for found in benchmarks.values())
+    print(f"{args.out / 'report.md'}: {sum(map(len, groups.values()))} models, {problems} problems each, "
+          f"{time.time() - began:.1f} s; {runs}")  # fmt: skip
+
+
+def model_groups(names: tuple[str, ...]) -> dict[str, list[str]]:
+    """Label -> models. NAME=A,B gives its own label; a plain folder or hub id is its own."""
+    groups = {}
+    for name in names:
+        label, models = name.split("=", 1) if "=" in name and not Path(name).exists() else (name, name)
+        if label in groups:
+            stop(f"--models: {label} comes twice")
+        groups[label] = models.split(",")
+    models = [model for group in groups.values() for model in group]
+    if len(set(models)) < len(models) or not all(models):
+        stop(f"--models: {', '.join(models)}: the same model twice, or an empty name")
+    return groups
+
+
+def evaluate(args: Args, groups: dict[str, list[str]]) -> tuple[dict, dict]:
+    """Make and grade what is not there. Returns rows by benchmark and model, and counts by model."""
+    if min(args.concurrency, args.max_tokens, 1 if args.limit is None else args.limit, args.samples) < 1:
+        stop("--concurrency, --max-tokens, --limit and --samples are at least 1")
+    if args.samples > 1 and not args.temperature:
+        stop("--samples above 1 needs --temperature above 0: greedy responses are all the same")
+    if len({Path(name).stem for name in args.data}) < len(args.data):
+        stop("--data: the same name twice")
+    benchmarks = {Path(name).stem: load_problems(name, False, args.data_dir)[: args.limit] for name in args.data}
+    fixed = ("protocol", "chat_template", "chat_template_kwargs", "temperature", "top_p", "max_tokens", "seed")
+    settings = {name: getattr(args, name) for name in fixed} | NEUTRAL
+    models, rows, runs, slugs = [model for group in groups.values() for model in group], {}, {}, {}
+    for model in models:
+        slug = re.sub(r"[^\w.-]+", "-", model).strip("-.")
+        slugs[model] = slug if slug not in slugs.values() else f"{slug}-{hashlib.sha256(model.encode()).hexdigest()[:6]}"
+    for number, model in enumerate(models):
+        files, todo = {}, []
+        label = next(label for label, group in groups.items() if model in group)
+        for name, problems in benchmarks.items():
+            files[name] = Output(args.out / name / f"{slugs[model]}.jsonl", settings | {"model": model_id(model)})
+            files[name].save_meta(finished=False, number=number, label=label)
+            done = {(row["id"], row["sample"]): row for row in files[name].rows}
+            for problem in problems:
+                for sample in range(args.samples):
+                    old = done.get((problem["id"], sample))
+                    if old and (old["problem"], old["answer"]) != (problem["problem"], problem["answer"]):
+                        stop(f"{files[name].path} holds another problem with the id {problem['id']!r}; give another --out")
+                    todo += [] if old else [(problem, sample, files[name])]
+        if todo:
+            runs[model] = asyncio.run(answer_all(args, model, todo))
+        for name, problems in benchmarks.items():
+            wanted = {problem["id"]: i for i, problem in enumerate(problems)}
+            kept = [row for row in files[name].rows if row["id"] in wanted and row["sample"] < args.samples]
+            rows.setdefault(name, {})[model] = sorted(kept, key=lambda row: (wanted[row["id"]], row["sample"]))
+            files[name].save_meta(finished=True, number=number, label=label)
+            files[name].file.close()
+    return rows, runs
+
+
+async def answer_all(args: Args, model: str, todo: list[tuple[dict, int, Output]]) -> dict:
+    """Answer and grade (problem, sample, file to write to). Returns counts."""
+    strict, (template, opening) = args.protocol == "strict", PROTOCOLS.get(args.protocol, ("", OPENING))
+    tokenizer = load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs, chat=strict)
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
+    grader, tokens = Grader(), 0
+    if not strict:
+        print(f"first prompt: {template.format(problem=todo[0][0]['problem']) + opening!r}", file=sys.stderr)
+
+    async def work(item: tuple[dict, int, Output]):
+        nonlocal tokens
+        problem, sample, output = item
+        seed = seed_of(args.seed, "eval", problem["id"], *([sample] if sample else []))
+        if strict:
+            prompt = prompt_ids(tokenizer, problem["problem"], OPENING)
+        else:  # with the special tokens that LLM.generate gives a text, as the authors' code does
+            prompt = tokenizer(template.format(problem=problem["problem"]) + opening)["input_ids"]
+        [found] = await generate(prompt, seed, **sampling)
+        row = problem | {
+            "sample": sample,
+            "opening": opening,
+            "response": opening + found["text"] if found["finish_reason"] != "refused" else "",
+            "finish_reason": found["finish_reason"],
+            "tokens": found["tokens"],
+            "model": model,
+        }
+        output.write(await grade(row, grader))
+        tokens += found["tokens"]
+
+    try:
+        async with engine(args, model) as generate:
+            began = time.time()
+            await run_all(todo, work, args.concurrency, model[-30:])
+            seconds = time.time() - began
+    finally:
+        grader.close()
+    rate = round(tokens / seconds)
+    return {"gradings killed": grader.kills, "tokens": tokens, "tokens/s": rate, "seconds": round(seconds, 1)}
+
+
+async def grade(row: dict, grader: Grader) -> dict:
+    """The row with `prediction` and the three verdicts. Only the strict one asks that the response be finished."""
+    gold, problem, response = str(row["answer"]), row.get("problem", ""), row["response"]
+    opening = row.get("opening", OPENING if response.startswith(OPENING) else "")
+    prediction = extract_answer(response) if row.get("finish_reason", "stop") == "stop" else None
+    answers = paper_answers(problem, response.removeprefix(opening))
+    return row | {
+        "prediction": prediction, "correct": await grader(gold, prediction, problem),
+        "correct_paper": await grader(gold, answers, rules=PAPER),
+        "correct_scdpo": await grader(gold, extract_answer(response), rules=SCDPO),
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# statistics
+
+
+def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927); stays within 0 and 1 and has a width at 0 and at 1 too."""
+    share, spread = correct / total, z * z / total
+    middle = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mcnemar(wins: int, losses: int) -> float:
+    """Two-sided exact p of wins against losses being a fair coin (McNemar's test in its binomial form)."""
+    total = wins + losses
+    return min(1.0, 2 * sum(math.comb(total, i) for i in range(min(wins, losses) + 1)) / 2**total)
+
+
+def permutation(differences: np.ndarray, seed: int, draws: int = 10_000) -> float:
+    """Two-sided p of a mean difference, (problems,), when each problem's sign is a coin (Fisher's randomization test)."""
+    rng, moving = np.random.default_rng(seed), differences[differences != 0]
+    signs = (rng.integers(0, 2, (draws // 100, len(moving)), dtype=np.int8) * 2 - 1 for _ in range(100))
+    larger = sum(int((abs(sign @ moving) >= abs(moving.sum()) - 1e-9).sum()) for sign in signs)
+    return (1 + larger) / (1 + draws)
+
+
+def redrawn(rates: np.ndarray, base: np.ndarray | None, seed: int, draws: int = 10_000) -> np.ndarray:
+    """Bootstrap: the mean of `rates` (seeds, problems), less that of `base` on the same problems, in each of `draws` draws.
+
+    Problems are drawn again, the same for both; where there are several seeds, they too, for each side on its own."""
+    rng, base = np.random.default_rng(seed), np.zeros_like(rates[:1]) if base is None else base
+    if len(rates) == len(base) == 1:  # few distinct differences: how often each is drawn says all
+        values, counts = np.unique(rates[0] - base[0], return_counts=True)
+        return rng.multinomial(rates.shape[1], counts / counts.sum(), size=draws) @ values / rates.shape[1]
+    pick = lambda side: side[rng.integers(len(side), size=len(side))].mean(0)
+    return np.array([(pick(rates) - pick(base))[rng.integers(rates.shape[1], size=rates.shape[1])].mean()
+                     for _ in range(min(draws, 4000))])  # fmt: skip
+
+
+def middle(means: np.ndarray) -> tuple[float, float]:
+    """95 % percentile interval."""
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def interval(rates: np.ndarray, k: int, seed: int) -> tuple[float, float]:
+    """Of the mean of rates (seeds, problems): Wilson's where they are single verdicts, else the bootstrap's."""
+    return wilson(round(rates.sum()), rates.size) if k == len(rates) == 1 else middle(redrawn(rates, None, seed))
+
+
+def paired(rates: np.ndarray, base: np.ndarray, seed: int) -> dict:
+    """Difference of two models' rates, each (seeds, problems), paired by problem: its interval, p, and the smallest
+    difference that such a comparison would find four times out of five (power 80 %, two-sided 5 %).
+
+    With several seeds p is the bootstrap's, twice the share of draws beyond 0: a permutation of problems would hold for these
+    seeds only, and call a seed's luck a method's gain."""
+    differences, means = rates.mean(0) - base.mean(0), redrawn(rates, base, seed)
+    if len(rates) > 1 or len(base) > 1:
+        test, beyond = "bootstrap", min((means <= 0).sum(), (means >= 0).sum())
+        p = min(1.0, 2 * (1 + int(beyond)) / (1 + len(means)))
+    elif set(np.unique(differences)) <= {-1.0, 0.0, 1.0}:
+        test, p = "McNemar, exact", mcnemar(int((differences > 0).sum()), int((differences < 0).sum()))
+    else:
+        test, p = "permutation", permutation(differences, seed)
+    return {"difference": float(differences.mean()), "difference_interval": middle(means), "p": p, "test": test,
+            "detectable": 2.8016 * float(differences.std()) / math.sqrt(len(differences))}  # fmt: skip
+
+
+def majority(votes: list[int]) -> int:
+    """The commonest class of answers; of several, the one that came first. -1 stands for no answer and has no vote."""
+    counts = Counter(vote for vote in votes if vote >= 0)
+    return counts.most_common(1)[0][0] if counts else -1  # most_common keeps the order in which they came
+
+
+def classes(rows: list[dict], field: str) -> list[int]:
+    """For each response to one problem the number of its class of equal answers; -1 where it has none."""
+    found, kinds = [], []
+    for row in rows:
+        same = lambda other, row=row: row[field] and other[field] or not row[field] and not other[field] and bool(
+            quick_verdict(other["prediction"], row["prediction"]))  # fmt: skip
+        answered = row["prediction"] is not None or row[field]
+        place = next((i for i, other in enumerate(kinds) if same(other)), len(kinds)) if answered else -1
+        kinds += [row] if place == len(kinds) else []
+        found.append(place)
+    return found
+
+
+def curves(table: list[list[dict]], field: str, seed: int) -> dict:
+    """pass@j, unbiased (Chen et al. 2021, arXiv 2107.03374), and maj@j for j = 1, 2, 4 ... k; maj@j below k is the mean over 50
+    draws of j of the k responses. `final` says for each problem whether maj@k is right."""
+    k, rng = len(table[0]), np.random.default_rng(seed)
+    sizes = sorted({2**i for i in range(k.bit_length()) if 2**i <= k} | {k})
+    right = [sum(row[field] for row in rows) for rows in table]
+    votes = [classes(rows, field) for rows in table]
+    good = [{vote for vote, row in zip(*both, strict=True) if row[field]} for both in zip(votes, table, strict=True)]
+    passed = [float(np.mean([1 - math.comb(k - c, j) / math.comb(k, j) for c in right])) for j in sizes]
+    final = [majority(found) in kinds for found, kinds in zip(votes, good, strict=True)]
+    voted = []
+    for j in sizes[:-1]:
+        orders = [rng.permutation(k)[:j] for _ in range(50)]
+        voted.append(float(np.mean([[majority([found[i] for i in order]) in kinds for order in orders]
+                                    for found, kinds in zip(votes, good, strict=True)])))  # fmt: skip
+    return {"k": sizes, "pass": passed, "maj": [*voted, float(np.mean(final))], "final": final}
+
+
+def score(table: list[list[dict]], field: str, seed: int) -> dict:
+    """Figures of one model on one benchmark. `table` holds for each problem its rows, as many for each."""
+    rows, k = [row for found in table for row in found], len(table[0])
+    rates = np.array([[row[field] for row in found] for found in table]).mean(1)
+    return {
+        "problems": len(table), "accuracy": float(rates.mean()), "interval": interval(rates[None], k, seed),
+        "strict": sum(row["correct"] for row in rows) / len(rows),
+        "paper": sum(row["correct_paper"] for row in rows) / len(rows),
+        "scdpo": sum(row["correct_scdpo"] for row in rows) / len(rows),
+        "unfinished": sum(row["finish_reason"] == "length" for row in rows),
+        "unparsable": sum(row["finish_reason"] == "stop" and row["prediction"] is None for row in rows),
+        "too_long_a_prompt": sum(row["finish_reason"] == "refused" for row in rows),
+        "mean_tokens": sum(row.get("tokens", 0) for row in rows) / len(rows), "rates": rates.tolist(),
+        "curves": curves(table, field, seed) if k > 1 else None,
+    }  # fmt: skip
+
+
+def breakdown(problems: list[dict], rates: np.ndarray, k: int, seed: int) -> dict:
+    """Accuracy by level and by subject, where the problems have them, of rates (seeds, problems)."""
+    found = {}
+    for name, fields in (("level", ("level", "grade")), ("subject", ("subject", "type"))):
+        values = [next((str(row[key]) for key in fields if row.get(key)), "") for row in problems]
+        if len(set(values) - {""}) > 1:
+            parts = {value: rates[:, [other == value for other in values]] for value in sorted(set(values) - {""})}
+            found[name] = {value: {"problems": part.shape[1], "accuracy": float(part.mean()),
+                                   "interval": interval(part, k, seed)} for value, part in parts.items()}  # fmt: skip
+    return found
+
+
+def compare_models(groups: dict[str, list[str]], files: dict[str, dict], field: str, seed: int) -> dict:
+    """All figures by benchmark. `files` holds rows by benchmark and model."""
+    found = {}
+    models = [model for group in groups.values() for model in group]
+    for name, by_model in files.items():
+        tables_of, k = {}, None
+        for model in models:
+            by_id = {}
+            for row in by_model[model]:
+                by_id.setdefault(str(row["id"]), []).append({"finish_reason": "stop"} | row)
+            tables_of[model] = {key: sorted(rows, key=lambda row: row.get("sample", 0)) for key, rows in by_id.items()}
+        ids = [key for key in tables_of[models[0]] if all(key in table for table in tables_of.values())]
+        if not ids:
+            stop(f"{name}: no problem is answered by all models; run the evaluation to its end first")
+        sizes = {len(table[key]) for table in tables_of.values() for key in ids}
+        if len(sizes) > 1:
+            stop(f"{name}: {min(sizes)} responses to some problems and {max(sizes)} to others; run the evaluation to its end")
+        [k] = sizes
+        rows = {model: [table[key][:k] for key in ids] for model, table in tables_of.items()}
+        figures = {model: score(rows[model], field, seed) for model in models}
+        rates = {model: np.array(figures[model].pop("rates")) for model in models}
+        finals = {m: np.array(f["curves"].pop("final") if k > 1 else rates[m], dtype=bool) for m, f in figures.items()}
+        for model in models[1:]:
+            both = list(zip(ids, finals[model], finals[models[0]], strict=True))
+            figures[model] |= paired(rates[model][None], rates[models[0]][None], seed)
+            figures[model] |= {"won": [key for key, new, old in both if new and not old],
+                               "lost": [key for key, new, old in both if old and not new]}  # fmt: skip
+        stacks, of_groups = {label: np.stack([rates[model] for model in group]) for label, group in groups.items()}, {}
+        for i, (label, stack) in enumerate(stacks.items()):
+            of_curves = [figures[model]["curves"] for model in groups[label]]
+            mean = {key: np.mean([c[key] for c in of_curves], axis=0).tolist() for key in ("pass", "maj") if k > 1}
+            of_groups[label] = {"models": groups[label], "seeds": len(stack), "accuracy": float(stack.mean()),
+                                "interval": interval(stack, k, seed),
+                                "by": breakdown([found[0] for found in rows[models[0]]], stack, k, seed),
+                                "curves": k > 1 and of_curves[0] | mean,
+                                "spread": float(stack.mean(1).std(ddof=1)) if len(stack) > 1 else 0.0}  # fmt: skip
+            of_groups[label] |= paired(stack, stacks[next(iter(groups))], seed) if i else {}
+        pairs = list(combinations(list(groups)[1:], 2))
+        found[name] = {"problems": len(ids), "samples": k, "models": figures, "groups": of_groups,
+                       "hash": content_hash([{"problem": ""} | rows[models[0]][i][0] for i in range(len(ids))]),
+                       "pairwise": {f"{b}\n{a}": paired(stacks[b], stacks[a], seed) for a, b in pairs}}  # fmt: skip
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the report
+
+
+def percent(share: float, interval=None) -> str:
+    return f"{share:.1%}" if interval is None else "{:.1%} ({:.1%} to {:.1%})".format(share, *interval)
+
+
+def difference_cells(found: dict) -> list[str]:
+    low, high = found["difference_interval"]
+    return [f"{100 * found['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})", f"{found['p']:.2g}"]
+
+
+def accuracy_table(benchmarks: dict, k: int) -> tuple[str, list[str], list[list[str]], str]:
+    """The main table of the benchmarks with k responses to each problem."""
+    rows, notes = [], []
+    for name, benchmark in benchmarks.items():
+        alone = {group["models"][0]: label for label, group in benchmark["groups"].items() if group["seeds"] == 1}
+        for model, f in benchmark["models"].items():
+            versus = [*difference_cells(f), f"{len(f['won'])} / {len(f['lost'])}"] if "p" in f else ["base", "", ""]
+            more = [percent(f["curves"]["maj"][-1]), percent(f["curves"]["pass"][-1])] if k > 1 else []
+            cells = [f"{name} ({f['problems']})", alone.get(model, model), percent(f["accuracy"], f["interval"])]
+            rows.append([*cells, percent(f["strict"]),
+                         percent(f["paper"]), percent(f["scdpo"]), *more, *versus, str(f["unfinished"]),
+                         str(f["unparsable"] + f["too_long_a_prompt"]), f"{f['mean_tokens']:.0f}"])  # fmt: skip
+        # where there is nothing to compare with: two models that disagree on a tenth of the problems
+        least = [f["detectable"] for f in benchmark["models"].values() if f.get("detectable")]
+        least = max(least, default=2.8016 * math.sqrt(0.1 / benchmark["problems"]))
+        notes.append(f"On {name} a true difference below {100 * least:.1f} points would be missed more than once in five "
+                     "such comparisons (power 80 %, two-sided 5 %).")  # fmt: skip
+    head = ["benchmark", "model", f"{'accuracy' if k == 1 else f'avg@{k}'} (95 % interval)", "strict", "Step-DPO's", "SCDPO's"]
+    head += [f"maj@{k}", f"pass@{k}"] if k > 1 else []
+    won = "won / lost" if k == 1 else "won / lost by majority"
+    head += ["against the base, points", "p", won, "unfinished", "no answer", "tokens"]
+    return "Accuracy" if k == 1 else f"Accuracy of {k} responses to each problem", head, rows, " ".join(notes)
+
+
+def tables(summary: dict) -> list[tuple[str, list[str], list[list[str]], str]]:
+    """(title, head, rows, note) of each table of the report; the first column of cells is text."""
+    found = []
+    for k in sorted({benchmark["samples"] for benchmark in summary["benchmarks"].values()}):
+        found.append(accuracy_table({name: b for name, b in summary["benchmarks"].items() if b["samples"] == k}, k))
+    rows = []
+    for name, benchmark in summary["benchmarks"].items():
+        for label, f in benchmark["groups"].items():
+            if f["seeds"] > 1:
+                rows.append([name, label, str(f["seeds"]), percent(f["accuracy"], f["interval"]), f"{100 * f['spread']:.1f}",
+                             *(difference_cells(f) if "p" in f else ["base", ""])])  # fmt: skip
+    if rows:
+        head = ["benchmark", "model", "seeds", "mean accuracy (95 % interval)", "standard deviation over seeds, points",
+                "against the base, points", "p"]  # fmt: skip
+        note = "Intervals and p draw seeds and problems again."
+        found.append(("Several seeds", head, rows, note))
+    rows = [[name, f"{a} − {b}", *difference_cells(f)] for name, benchmark in summary["benchmarks"].items()
+            for (a, b), f in ((key.split("\n"), f) for key, f in benchmark["pairwise"].items())]  # fmt: skip
+    if rows:
+        found.append(("Models against each other", ["benchmark", "models", "points (95 % interval)", "p"], rows,
+                      "These p are not corrected for the number of comparisons."))  # fmt: skip
+    for by in ("level", "subject"):
+        for name, benchmark in summary["benchmarks"].items():
+            groups = benchmark["groups"]
+            kinds = next(iter(groups.values()))["by"].get(by, {})
+            rows = [[kind, str(f["problems"]), *(percent(g["by"][by][kind]["accuracy"], g["by"][by][kind]["interval"])
+                     for g in groups.values())] for kind, f in kinds.items()]  # fmt: skip
+            if rows:
+                found.append((f"{name} by {by}", [by, "problems", *groups], rows, ""))
+    return found
+
+
+def about(summary: dict) -> str:
+    """What the figures are, in a paragraph."""
+    equality = {"strict": "strict equality", "scdpo": "the rule of the SCDPO authors"}
+    equality = equality.get(summary["protocol"], "the verdict of the Step-DPO authors")
+    several = any(found["samples"] > 1 for found in summary["benchmarks"].values())
+    tie = " maj@k takes the commonest answer, of equally common ones that which came first." if several else ""
+    sources = "; ".join(f"{found['problems']} of {name}, content hash {found['hash']}"
+                        for name, found in summary["benchmarks"].items())  # fmt: skip
+    return (f"Protocol {summary['protocol']}: {summary['about']}. Problems: {sources}. The column accuracy is by {equality}; "
+            "intervals are Wilson's for one response a problem, else bootstrap over problems; differences are paired by "
+            f"problem, p is McNemar's exact one, of a permutation, or with several seeds of the bootstrap.{tie}")  # fmt: skip
+
+
+def write_report(summary: dict, out: Path) -> str:
+    """report.md, pictures and summary.json. Returns the first table, in Markdown."""
+    parts = []
+    for title, head, rows, note in tables(summary):
+        right = ["---", "---", *["---:"] * (len(head) - 2)]
+        cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [head, right, *rows]]
+        table = "\n".join(f"| {' | '.join(row)} |" for row in cells)
+        parts.append(f"## {title}\n\n{table}\n\n{note}".rstrip())
+    pictures = [f"![{path.stem}]({path.name})" for path in draw_report(summary, out)]
+    text = "\n\n".join(["# Evaluation", about(summary), parts[0], *pictures, *parts[1:]])
+    (out / "report.md").write_text(text + "\n", encoding="utf-8")
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return parts[0]
+
+
+def draw_report(summary: dict, out: Path) -> list[Path]:
+    """accuracy.png, levels.png where there are levels, and curves.png where there are several samples."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams |= {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid.axis": "y"}
+    benchmarks, files = summary["benchmarks"], []
+
+    def bars(axes, groups: list[str], models: list[str], value):
+        for i, model in enumerate(models):
+            shares = np.array([value(group, model)["accuracy"] for group in groups]) * 100
+            ends = np.array([value(group, model)["interval"] for group in groups]).T * 100
+            x = np.arange(len(groups)) + (i - (len(models) - 1) / 2) * 0.8 / len(models)
+            axes.bar(x, shares, 0.8 / len(models), yerr=abs(ends - shares), capsize=3, label=model[-40:], error_kw={"lw": 1})
+            if len(groups) * len(models) <= 12:
+                for place, share, top in zip(x, shares, ends[1], strict=True):
+                    axes.text(place, top + 1, f"{share:.1f}", ha="center", fontsize=9)
+        axes.set_xticks(range(len(groups)), groups)
+        axes.set_ylabel("accuracy, %")
+        axes.set(xlim=(-0.75, len(groups) - 0.25), ylim=(0, 108))
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+
+    def finish(figure, axes, name: str):
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="upper center", ncol=min(3, len(labels)), frameon=False, fontsize=9)
+        figure.tight_layout(rect=(0, 0, 1, 1 - 0.08 * math.ceil(len(labels) / 3)))
+        figure.savefig(out / name, dpi=150)
+        plt.close(figure)
+        files.append(out / name)
+
+    models = list(next(iter(benchmarks.values()))["groups"])
+    figure, axes = plt.subplots(figsize=(8, 4))
+    bars(axes, [*benchmarks], models, lambda name, model: benchmarks[name]["groups"][model])
+    finish(figure, axes, "accuracy.png")
+    leveled = [name for name, found in benchmarks.items() if found["groups"][models[0]]["by"].get("level")]
+    if leveled:
+        figure, grid = plt.subplots(len(leveled), 1, figsize=(8, 3.4 * len(leveled)), squeeze=False)
+        for name, axes in zip(leveled, grid[:, 0], strict=True):
+            by = lambda model, name=name: benchmarks[name]["groups"][model]["by"]["level"]
+            bars(axes, [*by(models[0])], models, lambda level, model, by=by: by(model)[level])
+            axes.set_title(f"{name} by level", fontsize=11, loc="left")
+        finish(figure, grid[0, 0], "levels.png")
+    several = [name for name, found in benchmarks.items() if found["samples"] > 1]
+    if several:
+        figure, grid = plt.subplots(1, len(several), figsize=(max(6, 4 * len(several)), 4), squeeze=False)
+        for name, axes in zip(several, grid[0], strict=True):
+            for i, (model, f) in enumerate(benchmarks[name]["groups"].items()):
+                for kind, style in (("pass", "-"), ("maj", "--")):
+                    values = 100 * np.array(f["curves"][kind])
+                    axes.plot(f["curves"]["k"], values, f"o{style}", color=f"C{i}", ms=4, label=f"{model[-30:]}, {kind}@k")
+            axes.set(xscale="log", xlabel="k, responses a problem", title=name, ylabel="problems, %")
+            axes.set_xticks(f["curves"]["k"], f["curves"]["k"])
+            axes.minorticks_off()
+            axes.grid(alpha=0.3)
+        finish(figure, grid[0, 0], "curves.png")
+    return files
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# stored responses again
+
+
+def load_results(folder: Path, labels: tuple[str, ...]) -> tuple[dict, dict, dict]:
+    """Groups, rows by benchmark and model, and settings of a folder of results, graded again. `labels` come first."""
+    paths = sorted(folder.glob("*/*.jsonl"))
+    if not paths:
+        stop(f"--regrade {folder}: no BENCHMARK/MODEL.jsonl there; give the --out of an earlier run")
+    groups, files, settings, order = {}, {}, {}, {}
+    for path in paths:
+        print(asyncio.run(regrade(path)))
+        meta_path = Path(f"{path}.meta.json")
+        meta = json.loads(meta_path.read_text()) if meta_path.exists() else {}
+        rows, settings = read_rows(path, ()), meta.get("settings", settings)
+        model = str(rows[0].get("model", path.stem))
+        order[model] = (meta.get("number", 0), meta.get("label", model))
+        files.setdefault(path.parent.name, {})[model] = rows
+    known = {label for _, label in order.values()}
+    if labels != Args().models and (unknown := set(labels) - known):
+        stop(f"--models {', '.join(unknown)}: with --regrade, give labels that are there: {', '.join(sorted(known))}")
+    place = {label: i - len(labels) for i, label in enumerate(labels)}
+    for model, (_, label) in sorted(order.items(), key=lambda item: place.get(item[1][1], item[1][0])):
+        groups.setdefault(label, []).append(model)
+    for name, by_model in files.items():
+        if missing := set(order) - set(by_model):
+            stop(f"--regrade {folder}: {name} lacks responses of {', '.join(missing)}; every model needs every benchmark")
+    return groups, files, settings
+
+
+async def regrade(path: Path) -> str:
+    """Grade the rows of one file again, in place. Returns what changed."""
+    with open(path, "rb+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stop(f"{path}: another process is writing it; let it end first")
+        whole, _, last = file.read().rpartition(b"\n")
+        try:
+            json.loads(last or b"0")
+        except ValueError:
+            file.truncate(len(whole) + 1)  # torn by a kill
+    rows = read_rows(path, ("id", "answer"))
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("response"), str):
+            stop(f"{path}, line {number}: no text in 'response'; every row needs id, answer, response")
+    grader, began = Grader(), time.time()
+    new = [None] * len(rows)
+
+    async def work(item: tuple[int, dict]):
+        new[item[0]] = await grade(item[1], grader)
+
+    try:
+        await run_all(list(enumerate(rows)), work, 64, f"grading {path.name}"[-30:])
+    finally:
+        grader.close()
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new), encoding="utf-8")
+    temporary.replace(path)
+    changed = sum(row["correct"] != old.get("correct") for row, old in zip(new, rows, strict=True))
+    return (f"{path}: {len(rows)} responses, {changed} verdicts changed, {len(rows) / (time.time() - began):.0f} a second, "
+            f"{grader.kills} gradings killed")  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the papers' verdicts, written from what their evaluation does; simplification is by math-verify's parser and sympy here
+
+
+PAPER_STRIP = [  # what the Step-DPO authors take off or rewrite in an answer, in their order
+    (r"^\s+|\s+$|\n", ""), (r"\.+$", ""), (r"\\!", ""), (r"^\\text\{(.*)\}$", r"\1"), (r"\\?[tdc]frac", r"\\frac"),
+    (r"\\(?:left|right)", ""), (r"(?<=.)\\text\{.*?\}$", ""), (r"\^(?:\{\\circ\}|\\circ)", ""), (r"^\s+|\s+$", ""),
+    (r"\{[cm]?m\}(?:\^[23])?", ""), (r"p\.m\.$", ""), (r"(\d)\s*t$", r"\1"), (r"\\?\$|x\\in", ""), (r"\\%", "%"),
+    (r" \.", " 0."), (r"\{\.", "{0."), (r"\\cdot|\\math(?:bf|rm)|\\mbox\{.*?\}", ""),
+    (r"(?<!\\)infinity|(?<!\\)inf(?!ty)", r"\\infty"),
+    (r"(\d+)\.0+(?=\D|$)", r"\1"), (r"^\.", "0."), (r"\\(sqrt|tan)(-?[0-9.a-zA-Z]+)", r"\\\1{\2}"), (" ", ""),
+    (r"\\frac([^{])([^{])", r"\\frac{\1}{\2}"), (r"\\frac([^{])\{", r"\\frac{\1}{"), (r"^(-?\d+)/(-?\d+)$", r"\\frac{\1}{\2}"),
+    (r"[\\,.]+$", ""),
+]  # fmt: skip
+
+
+SCDPO_STRIP = [  # and those of SCDPO, which look at what stands behind the last "="
+    (r"^.*(?:=|\\approx)", ""), (r"\\,|\s|\\text|\\mbox|\\left|\\right|\\!|\^(?:\{\\circ\}|\\circ)|\\?\$|\\?%", ""),
+    ("∞", r"\\infty"), (r"\+\\inf", r"\\inf"), (r"\\\\", r"\\"), ("bmatrix", "pmatrix"), (r"\\?[td]frac", r"\\frac"),
+    (r"\{m\}\^3|m\^3|\{units\}|units|\{km\}|km", ""), (r"\{\.", "{0."), (r"^\.", "0."), (r"\\sqrt([^{])", r"\\sqrt{\1}"),
+    (r"^0\.5$", r"\\frac{1}{2}"), (r"^(-?\d+)/(-?\d+)$", r"\\frac{\1}{\2}"),
+]  # fmt: skip
 
 
 def paper_strip(answer: str, table=PAPER_STRIP) -> str:
@@ -282,537 +817,6 @@ def slow_scdpo(gold: str, answer: str) -> bool:
 
 
 PAPER, SCDPO = (quick_paper, slow_paper), (quick_scdpo, slow_scdpo)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the server and its requests
-
-
-async def grade(row: dict, grader: Grader) -> dict:
-    """The row with `prediction` and the three verdicts. Only the strict one asks that the response be finished."""
-    gold, problem, response = str(row["answer"]), row.get("problem", ""), row["response"]
-    opening = row.get("opening", OPENING if response.startswith(OPENING) else "")
-    prediction = extract_answer(response) if row.get("finish_reason", "stop") == "stop" else None
-    answers = paper_answers(problem, response.removeprefix(opening))
-    return row | {
-        "prediction": prediction, "correct": await grader(gold, prediction, problem),
-        "correct_paper": await grader(gold, answers, rules=PAPER),
-        "correct_scdpo": await grader(gold, extract_answer(response), rules=SCDPO),
-    }  # fmt: skip
-
-
-async def answer_all(args: Args, model: str, todo: list[tuple[dict, int, Output]]) -> dict:
-    """Answer and grade (problem, sample, file to write to). Returns counts."""
-    strict, (template, opening) = args.protocol == "strict", PROTOCOLS.get(args.protocol, ("", OPENING))
-    tokenizer = load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs, chat=strict)
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
-    grader, tokens = Grader(), 0
-    if not strict:
-        print(f"first prompt: {template.format(problem=todo[0][0]['problem']) + opening!r}", file=sys.stderr)
-
-    async def work(item: tuple[dict, int, Output]):
-        nonlocal tokens
-        problem, sample, output = item
-        seed = seed_of(args.seed, "eval", problem["id"], *([sample] if sample else []))
-        if strict:
-            prompt = prompt_ids(tokenizer, problem["problem"], OPENING)
-        else:  # with the special tokens that LLM.generate gives a text, as the authors' code does
-            prompt = tokenizer(template.format(problem=problem["problem"]) + opening)["input_ids"]
-        [found] = await generate(prompt, seed, **sampling)
-        row = problem | {
-            "sample": sample,
-            "opening": opening,
-            "response": opening + found["text"] if found["finish_reason"] != "refused" else "",
-            "finish_reason": found["finish_reason"],
-            "tokens": found["tokens"],
-            "model": model,
-        }
-        output.write(await grade(row, grader))
-        tokens += found["tokens"]
-
-    try:
-        async with engine(args, model) as generate:
-            began = time.time()
-            await run_all(todo, work, args.concurrency, model[-30:])
-            seconds = time.time() - began
-    finally:
-        grader.close()
-    rate = round(tokens / seconds)
-    return {"gradings killed": grader.kills, "tokens": tokens, "tokens/s": rate, "seconds": round(seconds, 1)}
-
-
-async def regrade(path: Path) -> str:
-    """Grade the rows of one file again, in place. Returns what changed."""
-    with open(path, "rb+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stop(f"{path}: another process is writing it; let it end first")
-        whole, _, last = file.read().rpartition(b"\n")
-        try:
-            json.loads(last or b"0")
-        except ValueError:
-            file.truncate(len(whole) + 1)  # torn by a kill
-    rows = read_rows(path, ("id", "answer"))
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row.get("response"), str):
-            stop(f"{path}, line {number}: no text in 'response'; every row needs id, answer, response")
-    grader, began = Grader(), time.time()
-    new = [None] * len(rows)
-
-    async def work(item: tuple[int, dict]):
-        new[item[0]] = await grade(item[1], grader)
-
-    try:
-        await run_all(list(enumerate(rows)), work, 64, f"grading {path.name}"[-30:])
-    finally:
-        grader.close()
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new), encoding="utf-8")
-    temporary.replace(path)
-    changed = sum(row["correct"] != old.get("correct") for row, old in zip(new, rows, strict=True))
-    return (f"{path}: {len(rows)} responses, {changed} verdicts changed, {len(rows) / (time.time() - began):.0f} a second, "
-            f"{grader.kills} gradings killed")  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# statistics
-
-
-def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927); stays within 0 and 1 and has a width at 0 and at 1 too."""
-    share, spread = correct / total, z * z / total
-    middle = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def mcnemar(wins: int, losses: int) -> float:
-    """Two-sided exact p of wins against losses being a fair coin (McNemar's test in its binomial form)."""
-    total = wins + losses
-    return min(1.0, 2 * sum(math.comb(total, i) for i in range(min(wins, losses) + 1)) / 2**total)
-
-
-def permutation(differences: np.ndarray, seed: int, draws: int = 10_000) -> float:
-    """Two-sided p of a mean difference, (problems,), when each problem's sign is a coin (Fisher's randomization test)."""
-    rng, moving = np.random.default_rng(seed), differences[differences != 0]
-    signs = (rng.integers(0, 2, (draws // 100, len(moving)), dtype=np.int8) * 2 - 1 for _ in range(100))
-    larger = sum(int((abs(sign @ moving) >= abs(moving.sum()) - 1e-9).sum()) for sign in signs)
-    return (1 + larger) / (1 + draws)
-
-
-def redrawn(rates: np.ndarray, base: np.ndarray | None, seed: int, draws: int = 10_000) -> np.ndarray:
-    """Bootstrap: the mean of `rates` (seeds, problems), less that of `base` on the same problems, in each of `draws` draws.
-
-    Problems are drawn again, the same for both; where there are several seeds, they too, for each side on its own."""
-    rng, base = np.random.default_rng(seed), np.zeros_like(rates[:1]) if base is None else base
-    if len(rates) == len(base) == 1:  # few distinct differences: how often each is drawn says all
-        values, counts = np.unique(rates[0] - base[0], return_counts=True)
-        return rng.multinomial(rates.shape[1], counts / counts.sum(), size=draws) @ values / rates.shape[1]
-    pick = lambda side: side[rng.integers(len(side), size=len(side))].mean(0)
-    return np.array([(pick(rates) - pick(base))[rng.integers(rates.shape[1], size=rates.shape[1])].mean()
-                     for _ in range(min(draws, 4000))])  # fmt: skip
-
-
-def middle(means: np.ndarray) -> tuple[float, float]:
-    """95 % percentile interval."""
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def paired(rates: np.ndarray, base: np.ndarray, seed: int) -> dict:
-    """Difference of two models' rates, each (seeds, problems), paired by problem: its interval, p, and the smallest
-    difference that such a comparison would find four times out of five (power 80 %, two-sided 5 %).
-
-    With several seeds p is the bootstrap's, twice the share of draws beyond 0: a permutation of problems would hold for these
-    seeds only, and call a seed's luck a method's gain."""
-    differences, means = rates.mean(0) - base.mean(0), redrawn(rates, base, seed)
-    if len(rates) > 1 or len(base) > 1:
-        test, beyond = "bootstrap", min((means <= 0).sum(), (means >= 0).sum())
-        p = min(1.0, 2 * (1 + int(beyond)) / (1 + len(means)))
-    elif set(np.unique(differences)) <= {-1.0, 0.0, 1.0}:
-        test, p = "McNemar, exact", mcnemar(int((differences > 0).sum()), int((differences < 0).sum()))
-    else:
-        test, p = "permutation", permutation(differences, seed)
-    return {"difference": float(differences.mean()), "difference_interval": middle(means), "p": p, "test": test,
-            "detectable": 2.8016 * float(differences.std()) / math.sqrt(len(differences))}  # fmt: skip
-
-
-def majority(votes: list[int]) -> int:
-    """The commonest class of answers; of several, the one that came first. -1 stands for no answer and has no vote."""
-    counts = Counter(vote for vote in votes if vote >= 0)
-    return counts.most_common(1)[0][0] if counts else -1  # most_common keeps the order in which they came
-
-
-def classes(rows: list[dict], field: str) -> list[int]:
-    """For each response to one problem the number of its class of equal answers; -1 where it has none."""
-    found, kinds = [], []
-    for row in rows:
-        same = lambda other, row=row: row[field] and other[field] or not row[field] and not other[field] and bool(
-            quick_verdict(other["prediction"], row["prediction"]))  # fmt: skip
-        answered = row["prediction"] is not None or row[field]
-        place = next((i for i, other in enumerate(kinds) if same(other)), len(kinds)) if answered else -1
-        kinds += [row] if place == len(kinds) else []
-        found.append(place)
-    return found
-
-
-def curves(table: list[list[dict]], field: str, seed: int) -> dict:
-    """pass@j, unbiased (Chen et al. 2021, arXiv 2107.03374), and maj@j for j = 1, 2, 4 ... k; maj@j below k is the mean over 50
-    draws of j of the k responses. `final` says for each problem whether maj@k is right."""
-    k, rng = len(table[0]), np.random.default_rng(seed)
-    sizes = sorted({2**i for i in range(k.bit_length()) if 2**i <= k} | {k})
-    right = [sum(row[field] for row in rows) for rows in table]
-    votes = [classes(rows, field) for rows in table]
-    good = [{vote for vote, row in zip(*both, strict=True) if row[field]} for both in zip(votes, table, strict=True)]
-    passed = [float(np.mean([1 - math.comb(k - c, j) / math.comb(k, j) for c in right])) for j in sizes]
-    final = [majority(found) in kinds for found, kinds in zip(votes, good, strict=True)]
-    voted = []
-    for j in sizes[:-1]:
-        orders = [rng.permutation(k)[:j] for _ in range(50)]
-        voted.append(float(np.mean([[majority([found[i] for i in order]) in kinds for order in orders]
-                                    for found, kinds in zip(votes, good, strict=True)])))  # fmt: skip
-    return {"k": sizes, "pass": passed, "maj": [*voted, float(np.mean(final))], "final": final}
-
-
-def interval(rates: np.ndarray, k: int, seed: int) -> tuple[float, float]:
-    """Of the mean of rates (seeds, problems): Wilson's where they are single verdicts, else the bootstrap's."""
-    return wilson(round(rates.sum()), rates.size) if k == len(rates) == 1 else middle(redrawn(rates, None, seed))
-
-
-def score(table: list[list[dict]], field: str, seed: int) -> dict:
-    """Figures of one model on one benchmark. `table` holds for each problem its rows, as many for each."""
-    rows, k = [row for found in table for row in found], len(table[0])
-    rates = np.array([[row[field] for row in found] for found in table]).mean(1)
-    return {
-        "problems": len(table), "accuracy": float(rates.mean()), "interval": interval(rates[None], k, seed),
-        "strict": sum(row["correct"] for row in rows) / len(rows),
-        "paper": sum(row["correct_paper"] for row in rows) / len(rows),
-        "scdpo": sum(row["correct_scdpo"] for row in rows) / len(rows),
-        "unfinished": sum(row["finish_reason"] == "length" for row in rows),
-        "unparsable": sum(row["finish_reason"] == "stop" and row["prediction"] is None for row in rows),
-        "too_long_a_prompt": sum(row["finish_reason"] == "refused" for row in rows),
-        "mean_tokens": sum(row.get("tokens", 0) for row in rows) / len(rows), "rates": rates.tolist(),
-        "curves": curves(table, field, seed) if k > 1 else None,
-    }  # fmt: skip
-
-
-def breakdown(problems: list[dict], rates: np.ndarray, k: int, seed: int) -> dict:
-    """Accuracy by level and by subject, where the problems have them, of rates (seeds, problems)."""
-    found = {}
-    for name, fields in (("level", ("level", "grade")), ("subject", ("subject", "type"))):
-        values = [next((str(row[key]) for key in fields if row.get(key)), "") for row in problems]
-        if len(set(values) - {""}) > 1:
-            parts = {value: rates[:, [other == value for other in values]] for value in sorted(set(values) - {""})}
-            found[name] = {value: {"problems": part.shape[1], "accuracy": float(part.mean()),
-                                   "interval": interval(part, k, seed)} for value, part in parts.items()}  # fmt: skip
-    return found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the report
-
-
-def percent(share: float, interval=None) -> str:
-    return f"{share:.1%}" if interval is None else "{:.1%} ({:.1%} to {:.1%})".format(share, *interval)
-
-
-def difference_cells(found: dict) -> list[str]:
-    low, high = found["difference_interval"]
-    return [f"{100 * found['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})", f"{found['p']:.2g}"]
-
-
-def accuracy_table(benchmarks: dict, k: int) -> tuple[str, list[str], list[list[str]], str]:
-    """The main table of the benchmarks with k responses to each problem."""
-    rows, notes = [], []
-    for name, benchmark in benchmarks.items():
-        alone = {group["models"][0]: label for label, group in benchmark["groups"].items() if group["seeds"] == 1}
-        for model, f in benchmark["models"].items():
-            versus = [*difference_cells(f), f"{len(f['won'])} / {len(f['lost'])}"] if "p" in f else ["base", "", ""]
-            more = [percent(f["curves"]["maj"][-1]), percent(f["curves"]["pass"][-1])] if k > 1 else []
-            cells = [f"{name} ({f['problems']})", alone.get(model, model), percent(f["accuracy"], f["interval"])]
-            rows.append([*cells, percent(f["strict"]),
-                         percent(f["paper"]), percent(f["scdpo"]), *more, *versus, str(f["unfinished"]),
-                         str(f["unparsable"] + f["too_long_a_prompt"]), f"{f['mean_tokens']:.0f}"])  # fmt: skip
-        # where there is nothing to compare with: two models that disagree on a tenth of the problems
-        least = [f["detectable"] for f in benchmark["models"].values() if f.get("detectable")]
-        least = max(least, default=2.8016 * math.sqrt(0.1 / benchmark["problems"]))
-        notes.append(f"On {name} a true difference below {100 * least:.1f} points would be missed more than once in five "
-                     "such comparisons (power 80 %, two-sided 5 %).")  # fmt: skip
-    head = ["benchmark", "model", f"{'accuracy' if k == 1 else f'avg@{k}'} (95 % interval)", "strict", "Step-DPO's", "SCDPO's"]
-    head += [f"maj@{k}", f"pass@{k}"] if k > 1 else []
-    won = "won / lost" if k == 1 else "won / lost by majority"
-    head += ["against the base, points", "p", won, "unfinished", "no answer", "tokens"]
-    return "Accuracy" if k == 1 else f"Accuracy of {k} responses to each problem", head, rows, " ".join(notes)
-
-
-def tables(summary: dict) -> list[tuple[str, list[str], list[list[str]], str]]:
-    """(title, head, rows, note) of each table of the report; the first column of cells is text."""
-    found = []
-    for k in sorted({benchmark["samples"] for benchmark in summary["benchmarks"].values()}):
-        found.append(accuracy_table({name: b for name, b in summary["benchmarks"].items() if b["samples"] == k}, k))
-    rows = []
-    for name, benchmark in summary["benchmarks"].items():
-        for label, f in benchmark["groups"].items():
-            if f["seeds"] > 1:
-                rows.append([name, label, str(f["seeds"]), percent(f["accuracy"], f["interval"]), f"{100 * f['spread']:.1f}",
-                             *(difference_cells(f) if "p" in f else ["base", ""])])  # fmt: skip
-    if rows:
-        head = ["benchmark", "model", "seeds", "mean accuracy (95 % interval)", "standard deviation over seeds, points",
-                "against the base, points", "p"]  # fmt: skip
-        note = "Intervals and p draw seeds and problems again."
-        found.append(("Several seeds", head, rows, note))
-    rows = [[name, f"{a} − {b}", *difference_cells(f)] for name, benchmark in summary["benchmarks"].items()
-            for (a, b), f in ((key.split("\n"), f) for key, f in benchmark["pairwise"].items())]  # fmt: skip
-    if rows:
-        found.append(("Models against each other", ["benchmark", "models", "points (95 % interval)", "p"], rows,
-                      "These p are not corrected for the number of comparisons."))  # fmt: skip
-    for by in ("level", "subject"):
-        for name, benchmark in summary["benchmarks"].items():
-            groups = benchmark["groups"]
-            kinds = next(iter(groups.values()))["by"].get(by, {})
-            rows = [[kind, str(f["problems"]), *(percent(g["by"][by][kind]["accuracy"], g["by"][by][kind]["interval"])
-                     for g in groups.values())] for kind, f in kinds.items()]  # fmt: skip
-            if rows:
-                found.append((f"{name} by {by}", [by, "problems", *groups], rows, ""))
-    return found
-
-
-def draw_report(summary: dict, out: Path) -> list[Path]:
-    """accuracy.png, levels.png where there are levels, and curves.png where there are several samples."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams |= {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid.axis": "y"}
-    benchmarks, files = summary["benchmarks"], []
-
-    def bars(axes, groups: list[str], models: list[str], value):
-        for i, model in enumerate(models):
-            shares = np.array([value(group, model)["accuracy"] for group in groups]) * 100
-            ends = np.array([value(group, model)["interval"] for group in groups]).T * 100
-            x = np.arange(len(groups)) + (i - (len(models) - 1) / 2) * 0.8 / len(models)
-            axes.bar(x, shares, 0.8 / len(models), yerr=abs(ends - shares), capsize=3, label=model[-40:], error_kw={"lw": 1})
-            if len(groups) * len(models) <= 12:
-                for place, share, top in zip(x, shares, ends[1], strict=True):
-                    axes.text(place, top + 1, f"{share:.1f}", ha="center", fontsize=9)
-        axes.set_xticks(range(len(groups)), groups)
-        axes.set_ylabel("accuracy, %")
-        axes.set(xlim=(-0.75, len(groups) - 0.25), ylim=(0, 108))
-        axes.grid(axis="y", alpha=0.3)
-        axes.set_axisbelow(True)
-
-    def finish(figure, axes, name: str):
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="upper center", ncol=min(3, len(labels)), frameon=False, fontsize=9)
-        figure.tight_layout(rect=(0, 0, 1, 1 - 0.08 * math.ceil(len(labels) / 3)))
-        figure.savefig(out / name, dpi=150)
-        plt.close(figure)
-        files.append(out / name)
-
-    models = list(next(iter(benchmarks.values()))["groups"])
-    figure, axes = plt.subplots(figsize=(8, 4))
-    bars(axes, [*benchmarks], models, lambda name, model: benchmarks[name]["groups"][model])
-    finish(figure, axes, "accuracy.png")
-    leveled = [name for name, found in benchmarks.items() if found["groups"][models[0]]["by"].get("level")]
-    if leveled:
-        figure, grid = plt.subplots(len(leveled), 1, figsize=(8, 3.4 * len(leveled)), squeeze=False)
-        for name, axes in zip(leveled, grid[:, 0], strict=True):
-            by = lambda model, name=name: benchmarks[name]["groups"][model]["by"]["level"]
-            bars(axes, [*by(models[0])], models, lambda level, model, by=by: by(model)[level])
-            axes.set_title(f"{name} by level", fontsize=11, loc="left")
-        finish(figure, grid[0, 0], "levels.png")
-    several = [name for name, found in benchmarks.items() if found["samples"] > 1]
-    if several:
-        figure, grid = plt.subplots(1, len(several), figsize=(max(6, 4 * len(several)), 4), squeeze=False)
-        for name, axes in zip(several, grid[0], strict=True):
-            for i, (model, f) in enumerate(benchmarks[name]["groups"].items()):
-                for kind, style in (("pass", "-"), ("maj", "--")):
-                    values = 100 * np.array(f["curves"][kind])
-                    axes.plot(f["curves"]["k"], values, f"o{style}", color=f"C{i}", ms=4, label=f"{model[-30:]}, {kind}@k")
-            axes.set(xscale="log", xlabel="k, responses a problem", title=name, ylabel="problems, %")
-            axes.set_xticks(f["curves"]["k"], f["curves"]["k"])
-            axes.minorticks_off()
-            axes.grid(alpha=0.3)
-        finish(figure, grid[0, 0], "curves.png")
-    return files
-
-
-def about(summary: dict) -> str:
-    """What the figures are, in a paragraph."""
-    equality = {"strict": "strict equality", "scdpo": "the rule of the SCDPO authors"}
-    equality = equality.get(summary["protocol"], "the verdict of the Step-DPO authors")
-    several = any(found["samples"] > 1 for found in summary["benchmarks"].values())
-    tie = " maj@k takes the commonest answer, of equally common ones that which came first." if several else ""
-    sources = "; ".join(f"{found['problems']} of {name}, content hash {found['hash']}"
-                        for name, found in summary["benchmarks"].items())  # fmt: skip
-    return (f"Protocol {summary['protocol']}: {summary['about']}. Problems: {sources}. The column accuracy is by {equality}; "
-            "intervals are Wilson's for one response a problem, else bootstrap over problems; differences are paired by "
-            f"problem, p is McNemar's exact one, of a permutation, or with several seeds of the bootstrap.{tie}")  # fmt: skip
-
-
-def write_report(summary: dict, out: Path) -> str:
-    """report.md, pictures and summary.json. Returns the first table, in Markdown."""
-    parts = []
-    for title, head, rows, note in tables(summary):
-        right = ["---", "---", *["---:"] * (len(head) - 2)]
-        cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [head, right, *rows]]
-        table = "\n".join(f"| {' | '.join(row)} |" for row in cells)
-        parts.append(f"## {title}\n\n{table}\n\n{note}".rstrip())
-    pictures = [f"![{path.stem}]({path.name})" for path in draw_report(summary, out)]
-    text = "\n\n".join(["# Evaluation", about(summary), parts[0], *pictures, *parts[1:]])
-    (out / "report.md").write_text(text + "\n", encoding="utf-8")
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    return parts[0]
-
-
-def compare_models(groups: dict[str, list[str]], files: dict[str, dict], field: str, seed: int) -> dict:
-    """All figures by benchmark. `files` holds rows by benchmark and model."""
-    found = {}
-    models = [model for group in groups.values() for model in group]
-    for name, by_model in files.items():
-        tables_of, k = {}, None
-        for model in models:
-            by_id = {}
-            for row in by_model[model]:
-                by_id.setdefault(str(row["id"]), []).append({"finish_reason": "stop"} | row)
-            tables_of[model] = {key: sorted(rows, key=lambda row: row.get("sample", 0)) for key, rows in by_id.items()}
-        ids = [key for key in tables_of[models[0]] if all(key in table for table in tables_of.values())]
-        if not ids:
-            stop(f"{name}: no problem is answered by all models; run the evaluation to its end first")
-        sizes = {len(table[key]) for table in tables_of.values() for key in ids}
-        if len(sizes) > 1:
-            stop(f"{name}: {min(sizes)} responses to some problems and {max(sizes)} to others; run the evaluation to its end")
-        [k] = sizes
-        rows = {model: [table[key][:k] for key in ids] for model, table in tables_of.items()}
-        figures = {model: score(rows[model], field, seed) for model in models}
-        rates = {model: np.array(figures[model].pop("rates")) for model in models}
-        finals = {m: np.array(f["curves"].pop("final") if k > 1 else rates[m], dtype=bool) for m, f in figures.items()}
-        for model in models[1:]:
-            both = list(zip(ids, finals[model], finals[models[0]], strict=True))
-            figures[model] |= paired(rates[model][None], rates[models[0]][None], seed)
-            figures[model] |= {"won": [key for key, new, old in both if new and not old],
-                               "lost": [key for key, new, old in both if old and not new]}  # fmt: skip
-        stacks, of_groups = {label: np.stack([rates[model] for model in group]) for label, group in groups.items()}, {}
-        for i, (label, stack) in enumerate(stacks.items()):
-            of_curves = [figures[model]["curves"] for model in groups[label]]
-            mean = {key: np.mean([c[key] for c in of_curves], axis=0).tolist() for key in ("pass", "maj") if k > 1}
-            of_groups[label] = {"models": groups[label], "seeds": len(stack), "accuracy": float(stack.mean()),
-                                "interval": interval(stack, k, seed),
-                                "by": breakdown([found[0] for found in rows[models[0]]], stack, k, seed),
-                                "curves": k > 1 and of_curves[0] | mean,
-                                "spread": float(stack.mean(1).std(ddof=1)) if len(stack) > 1 else 0.0}  # fmt: skip
-            of_groups[label] |= paired(stack, stacks[next(iter(groups))], seed) if i else {}
-        pairs = list(combinations(list(groups)[1:], 2))
-        found[name] = {"problems": len(ids), "samples": k, "models": figures, "groups": of_groups,
-                       "hash": content_hash([{"problem": ""} | rows[models[0]][i][0] for i in range(len(ids))]),
-                       "pairwise": {f"{b}\n{a}": paired(stacks[b], stacks[a], seed) for a, b in pairs}}  # fmt: skip
-    return found
-
-
-def model_groups(names: tuple[str, ...]) -> dict[str, list[str]]:
-    """Label -> models. NAME=A,B gives its own label; a plain folder or hub id is its own."""
-    groups = {}
-    for name in names:
-        label, models = name.split("=", 1) if "=" in name and not Path(name).exists() else (name, name)
-        if label in groups:
-            stop(f"--models: {label} comes twice")
-        groups[label] = models.split(",")
-    models = [model for group in groups.values() for model in group]
-    if len(set(models)) < len(models) or not all(models):
-        stop(f"--models: {', '.join(models)}: the same model twice, or an empty name")
-    return groups
-
-
-def evaluate(args: Args, groups: dict[str, list[str]]) -> tuple[dict, dict]:
-    """Make and grade what is not there. Returns rows by benchmark and model, and counts by model."""
-    if min(args.concurrency, args.max_tokens, 1 if args.limit is None else args.limit, args.samples) < 1:
-        stop("--concurrency, --max-tokens, --limit and --samples are at least 1")
-    if args.samples > 1 and not args.temperature:
-        stop("--samples above 1 needs --temperature above 0: greedy responses are all the same")
-    if len({Path(name).stem for name in args.data}) < len(args.data):
-        stop("--data: the same name twice")
-    benchmarks = {Path(name).stem: load_problems(name, False, args.data_dir)[: args.limit] for name in args.data}
-    fixed = ("protocol", "chat_template", "chat_template_kwargs", "temperature", "top_p", "max_tokens", "seed")
-    settings = {name: getattr(args, name) for name in fixed} | NEUTRAL
-    models, rows, runs, slugs = [model for group in groups.values() for model in group], {}, {}, {}
-    for model in models:
-        slug = re.sub(r"[^\w.-]+", "-", model).strip("-.")
-        slugs[model] = slug if slug not in slugs.values() else f"{slug}-{hashlib.sha256(model.encode()).hexdigest()[:6]}"
-    for number, model in enumerate(models):
-        files, todo = {}, []
-        label = next(label for label, group in groups.items() if model in group)
-        for name, problems in benchmarks.items():
-            files[name] = Output(args.out / name / f"{slugs[model]}.jsonl", settings | {"model": model_id(model)})
-            files[name].save_meta(finished=False, number=number, label=label)
-            done = {(row["id"], row["sample"]): row for row in files[name].rows}
-            for problem in problems:
-                for sample in range(args.samples):
-                    old = done.get((problem["id"], sample))
-                    if old and (old["problem"], old["answer"]) != (problem["problem"], problem["answer"]):
-                        stop(f"{files[name].path} holds another problem with the id {problem['id']!r}; give another --out")
-                    todo += [] if old else [(problem, sample, files[name])]
-        if todo:
-            runs[model] = asyncio.run(answer_all(args, model, todo))
-        for name, problems in benchmarks.items():
-            wanted = {problem["id"]: i for i, problem in enumerate(problems)}
-            kept = [row for row in files[name].rows if row["id"] in wanted and row["sample"] < args.samples]
-            rows.setdefault(name, {})[model] = sorted(kept, key=lambda row: (wanted[row["id"]], row["sample"]))
-            files[name].save_meta(finished=True, number=number, label=label)
-            files[name].file.close()
-    return rows, runs
-
-
-def load_results(folder: Path, labels: tuple[str, ...]) -> tuple[dict, dict, dict]:
-    """Groups, rows by benchmark and model, and settings of a folder of results, graded again. `labels` come first."""
-    paths = sorted(folder.glob("*/*.jsonl"))
-    if not paths:
-        stop(f"--regrade {folder}: no BENCHMARK/MODEL.jsonl there; give the --out of an earlier run")
-    groups, files, settings, order = {}, {}, {}, {}
-    for path in paths:
-        print(asyncio.run(regrade(path)))
-        meta_path = Path(f"{path}.meta.json")
-        meta = json.loads(meta_path.read_text()) if meta_path.exists() else {}
-        rows, settings = read_rows(path, ()), meta.get("settings", settings)
-        model = str(rows[0].get("model", path.stem))
-        order[model] = (meta.get("number", 0), meta.get("label", model))
-        files.setdefault(path.parent.name, {})[model] = rows
-    known = {label for _, label in order.values()}
-    if labels != Args().models and (unknown := set(labels) - known):
-        stop(f"--models {', '.join(unknown)}: with --regrade, give labels that are there: {', '.join(sorted(known))}")
-    place = {label: i - len(labels) for i, label in enumerate(labels)}
-    for model, (_, label) in sorted(order.items(), key=lambda item: place.get(item[1][1], item[1][0])):
-        groups.setdefault(label, []).append(model)
-    for name, by_model in files.items():
-        if missing := set(order) - set(by_model):
-            stop(f"--regrade {folder}: {name} lacks responses of {', '.join(missing)}; every model needs every benchmark")
-    return groups, files, settings
-
-
-def main(args: Args):
-    began, runs = time.time(), {}
-    if args.protocol != "strict":
-        refuse(args, ("chat_template", "chat_template_kwargs"), f"with --protocol {args.protocol}, whose prompt is raw text")
-    if args.regrade:
-        refuse(args, ("data", "limit", "samples", "out", "protocol", "base_url", "chat_template"), "with --regrade")
-        args.out = args.regrade
-        groups, files, settings = load_results(args.regrade, args.models)
-        args.protocol = settings.get("protocol", args.protocol)
-    else:
-        groups = model_groups(args.models)
-        files, runs = evaluate(args, groups)
-        settings = {name: getattr(args, name) for name in ("temperature", "top_p", "max_tokens")}
-    benchmarks = compare_models(groups, files, VERDICT_OF.get(args.protocol, "correct_paper"), args.seed)
-    decoding = "greedy"
-    if settings.get("temperature"):
-        decoding = f"temperature {settings['temperature']}, top-p {settings['top_p']}"
-    decoding += f", at most {settings.get('max_tokens', '?')} tokens"
-    summary = {"protocol": args.protocol, "benchmarks": benchmarks, "runs": runs, "about": decoding}
-    print(write_report(summary, args.out))
-    problems = sum(found["problems"] for found in benchmarks.values())
-    print(f"{args.out / 'report.md'}: {sum(map(len, groups.values()))} models, {problems} problems each, "
-          f"{time.time() - began:.1f} s; {runs}")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
