@@ -66,7 +66,11 @@ PROTOCOLS = {  # raw prompt and the response's opening, as the authors' evaluati
     "paper-deepseek": ("User: " + USER_TURN + "\n\nAssistant:", ""),
     "scdpo": (ALPACA, "Let's think step by step."),
 }  # fmt: skip
-VERDICTS = {"correct": "strict", "correct_paper": "Step-DPO's", "correct_scdpo": "SCDPO's"}  # a row's field, a column's head
+VERDICT_NAMES = {
+    "correct": "strict",
+    "correct_paper": "Step-DPO's",
+    "correct_scdpo": "SCDPO's",
+}  # a row's field, a column's head
 VERDICT_OF = {"strict": "correct", "scdpo": "correct_scdpo"}  # of a protocol; the others' is correct_paper
 
 
@@ -340,7 +344,13 @@ def curves(table: list[list[dict]], field: str, seed: int) -> dict:
 # comparison
 
 
-def score(seeds: list[list[list[dict]]], field: str, seed: int) -> tuple[dict, np.ndarray, np.ndarray]:
+def verdicts_in(tables: dict[str, dict]) -> list[str]:
+    """The verdicts that every row has: a row made after analysis/regrade.py has run lacks the papers'."""
+    rows = [row for by_model in tables.values() for table in by_model.values() for found in table for row in found]
+    return [name for name in VERDICT_NAMES if all(name in row for row in rows)]
+
+
+def score(seeds: list[list[list[dict]]], verdicts: list[str], field: str, seed: int) -> tuple[dict, np.ndarray, np.ndarray]:
     """Figures of a model on a benchmark; its rates (seeds, problems); and for each problem whether it is solved, which is
     what most of a problem's responses and seeds say. `seeds` holds a table of each seed."""
     k, rows = len(seeds[0][0]), [row for table in seeds for found in table for row in found]
@@ -354,7 +364,7 @@ def score(seeds: list[list[list[dict]]], field: str, seed: int) -> tuple[dict, n
         "accuracy": float(rates.mean()),
         "interval": interval(rates, k, seed),
         "spread": float(rates.mean(1).std(ddof=1)) if len(seeds) > 1 else 0.0,
-        "verdicts": {name: sum(row[name] for row in rows) / len(rows) for name in VERDICTS if name in rows[0]},
+        "verdicts": {name: sum(row[name] for row in rows) / len(rows) for name in verdicts},
         "unfinished": sum(row["finish_reason"] == "length" for row in rows),
         "unparsable": sum(row["finish_reason"] == "stop" and row["prediction"] is None for row in rows),
         "too_long_a_prompt": sum(row["finish_reason"] == "refused" for row in rows),
@@ -380,13 +390,13 @@ def breakdown(problems: list[dict], rates: np.ndarray, k: int, seed: int) -> dic
 
 def compare(groups: dict[str, list[str]], tables: dict[str, dict], field: str, seed: int) -> dict:
     """All figures by benchmark: of each model, and of each seed where it has several, and its difference from the base."""
-    found, base, each = {}, next(iter(groups)), {}
+    found, base, each, verdicts = {}, next(iter(groups)), {}, verdicts_in(tables)
     for label, group in groups.items():
         each |= {model: [model] for model in group if len(group) > 1} | {label: group}
     for name, by_model in tables.items():
         figures, rates, solved = {}, {}, {}
         for label, group in each.items():
-            figures[label], rates[label], solved[label] = score([by_model[model] for model in group], field, seed)
+            figures[label], rates[label], solved[label] = score([by_model[model] for model in group], verdicts, field, seed)
         first = [rows[0] for rows in by_model[groups[base][0]]]
         ids = [str(row["id"]) for row in first]
         for label in each:
@@ -437,7 +447,7 @@ def accuracy_table(benchmarks: dict, k: int) -> tuple[str, list[str], list[list[
         notes.append(f"On {name} a true difference below {100 * least:.1f} points would be missed more than once in five "
                      "such comparisons (power 80 %, two-sided 5 %).")  # fmt: skip
     head = ["benchmark", "model", f"{'accuracy' if k == 1 else f'avg@{k}'} (95 % interval)"]
-    head += [VERDICTS[field] for field in f["verdicts"]] if len(f["verdicts"]) > 1 else []
+    head += [VERDICT_NAMES[field] for field in f["verdicts"]] if len(f["verdicts"]) > 1 else []
     head += [f"maj@{k}", f"pass@{k}"] if k > 1 else []
     won = "won / lost" if k == 1 else "won / lost by majority"
     head += ["against the base, points", "p", won, "unfinished", "no answer", "tokens"]
@@ -484,7 +494,7 @@ def bars(axes, figures: dict[str, dict[str, dict]]):
     axes.set_xticks(range(len(figures)), figures)
 
 
-def draw(summary: dict, out: Path) -> list[Path]:
+def draw_report(summary: dict, out: Path) -> list[Path]:
     """accuracy.png, levels.png where there are levels, and curves.png where there are several samples."""
     import matplotlib
 
@@ -553,14 +563,14 @@ def write_report(summary: dict, out: Path) -> str:
         cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [head, right, *rows]]
         table = "\n".join(f"| {' | '.join(row)} |" for row in cells)
         parts.append(f"## {title}\n\n{table}\n\n{note}".rstrip())
-    pictures = [f"![{path.stem}]({path.name})" for path in draw(summary, out)]
+    pictures = [f"![{path.stem}]({path.name})" for path in draw_report(summary, out)]
     text = "\n\n".join(["# Evaluation", about(summary), parts[0], *pictures, *parts[1:]])
     (out / "report.md").write_text(text + "\n", encoding="utf-8")
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return parts[0]
 
 
-def summarize(groups: dict, tables: dict, settings: dict, verdict: str, seed: int) -> dict:
+def summary_of(groups: dict, tables: dict, settings: dict, verdict: str, seed: int) -> dict:
     """What summary.json holds: the figures, and how the responses were made (settings of their files)."""
     decoding = "greedy"
     if settings.get("temperature"):
@@ -583,9 +593,9 @@ def main(args: Args):
     groups = model_groups(args.models)
     tables, runs = evaluate(args, groups)
     verdict = VERDICT_OF.get(args.protocol, "correct_paper")
-    if any(verdict not in row for found in tables.values() for table in found.values() for rows in table for row in rows):
+    if verdict not in verdicts_in(tables):
         verdict = "correct"  # until analysis/regrade.py has added the others
-    summary = summarize(groups, tables, vars(args), verdict, args.seed) | {"runs": runs}
+    summary = summary_of(groups, tables, vars(args), verdict, args.seed) | {"runs": runs}
     print(write_report(summary, args.out))
     problems = sum(found["problems"] for found in summary["benchmarks"].values())
     print(f"{args.out / 'report.md'}: {sum(map(len, groups.values()))} models, {problems} problems each, "

@@ -65,6 +65,7 @@ class Args:
 
 def to_html(text: str) -> str:
     """Text with its formulas as MathML, which browsers show without a script. Everything else is escaped: it is a model's."""
+
     def formula(tex: str) -> str:
         safe = len(tex) < 2000 and not re.search(r"\\(?:href|url|class|style|cssId|unicode|html)", tex)
         try:
@@ -86,29 +87,30 @@ def render(**parts) -> str:
     return environment.from_string(PAGE).render(**{"tables": [], "pictures": [], "sides": [], "more": ""} | parts)
 
 
-def sides_of(name: str, responses: dict, f: dict, base: str, model: str, field: str, seed: int) -> list[tuple]:
-    """(title, problems) of ten problems won and ten lost: a right and a wrong response of the two models for each. `responses`
-    holds rows by model and problem."""
-    found, rng = [], np.random.default_rng(seed)
+def sides_of(name: str, f: dict, sides: dict[str, dict], field: str, seed: int) -> list[tuple]:
+    """(title, problems) of ten problems won and ten lost: a right and a wrong response of the two models each. `sides` holds
+    by label, the base first, the rows of each problem, of all seeds."""
+    (base, model), found, rng = sides, [], np.random.default_rng(seed)
     for kind, ids in (("won", f["won"]), ("lost", f["lost"])):
         problems = []
         for key in [ids[i] for i in sorted(rng.permutation(len(ids))[:10])]:
             columns = []
             for label, good in ((base, kind == "lost"), (model, kind == "won")):
-                # of several responses one with the majority's verdict
-                row = next(row for row in responses[label][key] if row[field] == good)
+                # of several responses and seeds one with the majority's verdict
+                row = next(row for row in sides[label][key] if row.get(field) == good)
                 columns.append((label, "right" if good else "wrong", str(row["prediction"]), row["response"]))
             problems.append((key, row.get("problem", ""), str(row["answer"]), columns))
         found.append((f"{name}: {len(problems)} of {len(ids)} {kind} by {model}", problems))
     return found
 
 
-def read_responses(folder: Path) -> dict:
-    """Rows by model and problem id, in the order of the samples."""
-    found = {}
+def read_responses(folder: Path, groups: dict[str, list[str]]) -> dict:
+    """Rows by label and problem id: of a label's seeds one after the other, of each in the order of the samples."""
+    found, labels = {}, {model: label for label, models in groups.items() for model in models}
     for path in sorted(folder.glob("*.jsonl")):
         for row in sorted(EVAL.read_rows(path, ("id", "response")), key=lambda row: row.get("sample", 0)):
-            found.setdefault(str(row.get("model", path.stem)), {}).setdefault(str(row["id"]), []).append(row)
+            label = labels.get(str(row.get("model", path.stem)))
+            found.setdefault(label, {}).setdefault(str(row["id"]), []).append(row)
     return found
 
 
@@ -117,12 +119,12 @@ def main(args: Args):
     if not path.is_file():
         EVAL.stop(f"{path}: no such file; give the --out of 05_eval.py")
     summary, sides = json.loads(path.read_text()), []
-    base, *others = summary["groups"].items()
+    base, *others = summary["groups"]
     for name, benchmark in summary["benchmarks"].items():
-        responses = read_responses(args.results / name)
-        for label, models in others[:6]:
-            f = benchmark["models"][label if len(models) == 1 else models[0]]
-            sides += sides_of(name, responses, f, base[1][0], models[0], summary["verdict"], args.seed)
+        responses = read_responses(args.results / name, summary["groups"])
+        for label in others[:6]:
+            pair = {base: responses[base], label: responses[label]}
+            sides += sides_of(name, benchmark["models"][label], pair, summary["verdict"], args.seed)
     files = [args.results / name for name in ("accuracy.png", "levels.png", "curves.png")]
     pictures = [(file.stem, base64.b64encode(file.read_bytes()).decode()) for file in files if file.is_file()]
     out, tables = args.results / "report.html", EVAL.tables_of(summary)

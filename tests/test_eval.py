@@ -359,6 +359,29 @@ def test_seeds_and_samples_in_the_report(tmp_path):
     assert done.returncode == 2 and "3 responses to some problems and 4 to others" in done.stderr
 
 
+def test_a_base_of_several_seeds_side_by_side(tmp_path):
+    """What the base lost by most of its seeds, its first one may have solved: the page needs the rows of all."""
+    results(tmp_path, seeds=2)
+    for path in (tmp_path / "sums").glob("*.jsonl.meta.json"):
+        meta = json.loads(path.read_text())
+        path.write_text(json.dumps(meta | {"label": "two" if meta["number"] else "one"}))
+    run("regrade", tmp_path, "--base", "two")
+    models = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["sums"]["models"]
+    assert models["two"]["seeds"] == 2 and models["one"]["test"] == "bootstrap" and len(models["one"]["won"]) > 5
+    assert "problems side by side" in run("report_html", tmp_path).stdout
+
+
+def test_columns_of_verdicts_need_every_row():
+    """Rows regraded and rows made later, of one model or of two: the papers' columns go, in every line of the table."""
+    late = {"id": "a", "problem": "p", "answer": "7", "prediction": "7", "correct": True, "finish_reason": "stop", "tokens": 3}
+    full = late | {"correct_paper": True, "correct_scdpo": True}
+    for first, counts in (([full, full], {9}), ([full, late], {9}), (None, {12})):
+        tables = {"t": {"a": [[row] for row in first or [full, full]], "b": [[late], [late]] if first else [[full], [full]]}}
+        summary = stage(5).summary_of({"a": ["a"], "b": ["b"]}, tables, {}, "correct", 0)
+        _, head, rows, _ = stage(5).tables_of(summary)[0]
+        assert {len(cells) for cells in [head, *rows]} == counts
+
+
 def test_regrade_of_a_wrong_folder_is_refused(tmp_path):
     done = run("regrade", tmp_path, check=False)
     assert done.returncode == 2 and "BENCHMARK/MODEL.jsonl" in done.stderr and "Traceback" not in done.stderr
