@@ -117,15 +117,15 @@ def main(args: Args):
     if not path.is_file():
         EVAL.stop(f"{path}: no such file; give the --out of 05_eval.py")
     summary, sides = json.loads(path.read_text()), []
-    field = EVAL.VERDICT_OF.get(summary["protocol"], "correct_paper")
+    base, *others = summary["groups"].items()
     for name, benchmark in summary["benchmarks"].items():
-        responses, base = read_responses(args.results / name), next(iter(benchmark["models"]))
-        firsts = [group["models"][0] for group in list(benchmark["groups"].values())[1:]]
-        for model in firsts[:6]:
-            sides += sides_of(name, responses, benchmark["models"][model], base, model, field, args.seed)
+        responses = read_responses(args.results / name)
+        for label, models in others[:6]:
+            f = benchmark["models"][label if len(models) == 1 else models[0]]
+            sides += sides_of(name, responses, f, base[1][0], models[0], summary["verdict"], args.seed)
     files = [args.results / name for name in ("accuracy.png", "levels.png", "curves.png")]
     pictures = [(file.stem, base64.b64encode(file.read_bytes()).decode()) for file in files if file.is_file()]
-    out, tables = args.results / "report.html", EVAL.tables(summary)
+    out, tables = args.results / "report.html", EVAL.tables_of(summary)
     page = render(title="Evaluation", about=EVAL.about(summary), tables=tables, pictures=pictures, sides=sides)
     out.write_text(page, encoding="utf-8")
     count = sum(len(found) for _, found in sides)

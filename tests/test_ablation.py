@@ -27,7 +27,7 @@ def test_ablation(tmp_path):
     length = lambda name: sum(len(row["chosen"]) + len(row["rejected"]) for row in rows[name])
     assert 0.5 < length("dpo-tokens") / length("step-dpo") < 1.3  # characters, for tokens
     table = (tmp_path / "table.md").read_text()
-    found = json.loads((tmp_path / "greedy" / "summary.json").read_text())["benchmarks"]["test"]["groups"]
+    found = json.loads((tmp_path / "greedy" / "summary.json").read_text())["benchmarks"]["test"]["models"]
     assert f"| base | | | | {found['base']['accuracy']:.1%} (" in table
     [line] = [line for line in table.split("\n") if line.startswith("| Step-DPO | ") and "1e-4, 1" in line]
     assert f" {found['step-dpo']['accuracy']:.1%} (" in line and f"| {len(rows['step-dpo'])} |" in line

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 import credit
 import numpy as np
 import pytest
+import regrade
 import report_html
 from conftest import ROOT, TINY, read, run, run_killed, stage
 
@@ -136,7 +137,7 @@ def graded(rows: list[dict]) -> list[dict]:
     grader = stage(5).Grader()
 
     async def all_of_them():
-        return await asyncio.gather(*(stage(5).grade(row, grader) for row in rows))
+        return await asyncio.gather(*(regrade.grade(row, grader) for row in rows))
 
     try:
         return asyncio.run(all_of_them())
@@ -285,25 +286,25 @@ def test_regrade_writes_the_whole_report(tmp_path):
     results(tmp_path)
     (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "what is $7^1$ & 17 < 99"}) + "\n" + json.dumps(
         {"prompt": "a b c d e f g h i j k l m n"}) + "\n")  # fmt: skip
-    done = run(5, "--regrade", tmp_path)
+    done = run("regrade", tmp_path)
     assert "60 responses, 24 verdicts changed" in done.stdout or "verdicts changed" in done.stdout
     rows = {model: read(tmp_path / "sums" / f"{model}.jsonl") for model in ("base", "tuned-0")}
     assert all(row["correct"] == (row["prediction"] == "7") for found in rows.values() for row in found)
     assert all(row["prediction"] is None for found in rows.values() for row in found if row["id"] == "q5"), "unfinished"
     summary = json.loads((tmp_path / "summary.json").read_text())
-    f = summary["benchmarks"]["sums"]["models"]["tuned-0"]
+    f = summary["benchmarks"]["sums"]["models"]["tuned"]
     right = {model: {row["id"] for row in found if row["correct"]} for model, found in rows.items()}
     assert f["accuracy"] == len(right["tuned-0"]) / 60 and f["interval"] == list(stage(5).wilson(len(right["tuned-0"]), 60))
     assert set(f["won"]) == right["tuned-0"] - right["base"] and set(f["lost"]) == right["base"] - right["tuned-0"]
     assert f["p"] == stage(5).mcnemar(len(f["won"]), len(f["lost"])) and f["unfinished"] == 1
-    assert f["paper"] > f["strict"], "0.07 is a hundredth of 7"
+    assert f["verdicts"]["correct_paper"] > f["verdicts"]["correct"] == f["accuracy"], "0.07 is a hundredth of 7"
     assert f["unparsable"] == sum(r["prediction"] is None and r["finish_reason"] == "stop" for r in rows["tuned-0"]) > 0
     problems = [json.dumps({key: row[key] for key in ("id", "problem", "answer")}) for row in rows["base"]]
     (tmp_path / "sums.jsonl").write_text("\n".join(problems) + "\n")
     run("contamination", tmp_path / "train.jsonl", "--data", tmp_path / "sums.jsonl", "--out", tmp_path / "found.json")
     overlap = json.loads((tmp_path / "found.json").read_text())
     assert overlap["same"]["sums"] == ["q17"] and len(overlap["found"]["sums"]) == 1
-    levels = summary["benchmarks"]["sums"]["groups"]["tuned"]["by"]["level"]
+    levels = summary["benchmarks"]["sums"]["models"]["tuned"]["by"]["level"]
     assert sum(level["accuracy"] * level["problems"] for level in levels.values()) == pytest.approx(60 * f["accuracy"])
     text = (tmp_path / "report.md").read_text()
     assert "sums by level" in text and "power 80 %" in text and (tmp_path / "levels.png").stat().st_size > 5000
@@ -316,25 +317,28 @@ def test_regrade_writes_the_whole_report(tmp_path):
     assert not any(name.startswith("on") or name == "href" for _, attributes in tags for name in attributes)
     with open(tmp_path / "sums" / "base.jsonl", "a") as file:
         file.write('{"id": "torn')  # by a kill
-    again = run(5, "--regrade", tmp_path)
+    again = run("regrade", tmp_path)
     assert again.stdout.count(" 0 verdicts changed") == 2
-    for more, word in ((["--limit", 3], "--limit has no effect"),
-                       (["--models", "best"], "labels that are there: base, tuned")):  # fmt: skip
-        done = run(5, "--regrade", tmp_path, *more, check=False)
-        assert done.returncode == 2 and word in done.stderr, done.stderr
+    done = run("regrade", tmp_path, "--base", "best", check=False)
+    assert done.returncode == 2 and "a label that is there: base, tuned" in done.stderr
     for script in ("contamination", "report_html"):
         done = run(script, tmp_path / "none.jsonl", check=False)
         assert done.returncode == 2 and "none.jsonl" in done.stderr and "Traceback" not in done.stderr
-    run(5, "--regrade", tmp_path, "--models", "tuned")
+    run("regrade", tmp_path, "--base", "tuned")
     models = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["sums"]["models"]
-    assert list(models) == ["tuned-0", "base"], "the label that is named is the base of the comparison"
+    assert list(models) == ["tuned", "base"] and "p" in models["base"], "the label that is named is the base"
+    run("regrade", tmp_path, "--verdict", "paper")
+    again = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["sums"]["models"]["tuned"]
+    assert again["accuracy"] == f["verdicts"]["correct_paper"] and again["verdicts"] == f["verdicts"]
+    assert "is by the verdict of the Step-DPO authors;" in (tmp_path / "report.md").read_text()
 
 
 def test_seeds_and_samples_in_the_report(tmp_path):
     results(tmp_path, seeds=3, samples=4)
-    run(5, "--regrade", tmp_path)
+    run("regrade", tmp_path)
     found = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["sums"]
-    group, models = found["groups"]["tuned"], found["models"]
+    models = found["models"]
+    group = models["tuned"]
     accuracies = [models[f"tuned-{i}"]["accuracy"] for i in range(3)]
     assert group["seeds"] == 3 and group["accuracy"] == pytest.approx(np.mean(accuracies))
     assert group["spread"] == pytest.approx(np.std(accuracies, ddof=1)) and group["test"] == "bootstrap"
@@ -346,21 +350,21 @@ def test_seeds_and_samples_in_the_report(tmp_path):
     for path in (tmp_path / "sums").glob("*.jsonl"):  # another benchmark with one response a problem, in the same folder
         (tmp_path / "ones").mkdir(exist_ok=True)
         (tmp_path / "ones" / path.name).write_text("".join(json.dumps(row) + "\n" for row in read(path) if row["sample"] == 0))
-    run(5, "--regrade", tmp_path, "--models", "base")
+    run("regrade", tmp_path, "--base", "base")
     text = (tmp_path / "report.md").read_text()
     assert "## Accuracy\n" in text and "## Accuracy of 4 responses to each problem" in text
     rows = read(tmp_path / "sums" / "base.jsonl")
     (tmp_path / "sums" / "base.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
-    done = run(5, "--regrade", tmp_path, check=False)
+    done = run("regrade", tmp_path, check=False)
     assert done.returncode == 2 and "3 responses to some problems and 4 to others" in done.stderr
 
 
 def test_regrade_of_a_wrong_folder_is_refused(tmp_path):
-    done = run(5, "--regrade", tmp_path, check=False)
+    done = run("regrade", tmp_path, check=False)
     assert done.returncode == 2 and "BENCHMARK/MODEL.jsonl" in done.stderr and "Traceback" not in done.stderr
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "m.jsonl").write_text('{"id": "a", "answer": "1", "response": "x"}\n{"id": "b", "answer": "1"}\n')
-    done = run(5, "--regrade", tmp_path, check=False)
+    done = run("regrade", tmp_path, check=False)
     assert done.returncode == 2 and "m.jsonl, line 2" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -517,8 +521,9 @@ def test_samples_survive_kills_and_give_the_same_rows(server, tmp_path):
 def test_the_authors_prompt_reaches_the_model_as_it_is(server, tmp_path, protocol, start, end):
     """No forced "Step 1:" in the evaluation; what the prompt gave of the response stands in the row's opening."""
     options = [option.replace("--model", "--models") for option in server]
-    done = run(5, "--data", TINY / "validation.jsonl", "--limit", 8, "--protocol", protocol, "--max-tokens", 200, *options,
-               "--out", tmp_path)  # fmt: skip
+    arguments = ["--data", TINY / "validation.jsonl", "--limit", 8, "--protocol", protocol, "--max-tokens", 200, *options]
+    arguments += ["--out", tmp_path]
+    done = run(5, *arguments)
     [prompt] = [line.removeprefix("first prompt: ")[1:-1] for line in done.stderr.splitlines() if "first prompt:" in line]
     assert prompt.startswith(start) and prompt.endswith(end), prompt
     [path] = (tmp_path / "validation").glob("*.jsonl")
@@ -527,6 +532,12 @@ def test_the_authors_prompt_reaches_the_model_as_it_is(server, tmp_path, protoco
     assert len(rows) == 8 and all(row["opening"] == opening and row["response"].startswith(opening) for row in rows)
     assert not any(row["response"].startswith(stage(1).OPENING + " ") for row in rows if opening)
     verdict = "the rule of the SCDPO authors" if protocol == "scdpo" else "the verdict of the Step-DPO authors"
-    assert verdict in (tmp_path / "report.md").read_text()
-    run(5, "--regrade", tmp_path)
-    assert read(path) == rows
+    assert f"strict equality (`python analysis/regrade.py` adds {verdict});" in (tmp_path / "report.md").read_text()
+    run("regrade", tmp_path)
+    added = {"correct_paper", "correct_scdpo"}
+    assert all(added < set(row) for row in read(path))
+    assert [{name: row[name] for name in row if name not in added} for row in read(path)] == rows
+    text = (tmp_path / "report.md").read_text()
+    assert f"accuracy is by {verdict};" in text
+    run(5, *arguments)  # the same, from the rows
+    assert (tmp_path / "report.md").read_text() == text
