@@ -75,7 +75,8 @@ def main(args: Args):
             common = ["--data", args.data, "--model", args.model, "--limit", args.limit, "--max-tokens", args.max_tokens]
             command = [sys.executable, __file__, "--child", *common]
             done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
-            theirs = json.loads(done.stdout.strip().splitlines()[-1])
+            [line] = [line for line in done.stdout.splitlines() if line.startswith('{"tokens"')]  # vLLM prints there too
+            theirs = json.loads(line)
             out = Path(folder, f"{turn}.jsonl")
             command = [sys.executable, ROOT / "01_sample_errors.py", *common, f"--engine-args={OPTIONS}", "--out", out]
             subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -261,7 +262,7 @@ def test_saved_models_decode_alike_in_vllm_and_transformers(files, tmp_path):
         assert from_stage.OPENING + tokenizer.decode(new, skip_special_tokens=True) == row["response"]
 
 
-@pytest.mark.parametrize("said, seconds", [("starting vLLM", 0.5), ("starting vLLM", 9), ("vLLM is ready", 1)])
+@pytest.mark.parametrize("said, seconds", [("starting vLLM", 9), ("vLLM is ready", 1)])
 def test_a_kill_takes_the_own_engine_along(said, seconds, tmp_path):
     """After kill -9 of a stage none of the processes that it has started is left within ten seconds, also while they start."""
     arguments = ["--data", TINY / "train.jsonl", "--model", TINY / "model", "--out", tmp_path / "s.jsonl", *SHORT]
@@ -270,7 +271,7 @@ def test_a_kill_takes_the_own_engine_along(said, seconds, tmp_path):
     assert any(said in line for line in process.stderr)
     time.sleep(seconds)
     started = psutil.Process(process.pid).children(recursive=True)
-    assert len(started) > (seconds > 0.5) * 2, "a watcher, and then the engine and its worker"
+    assert len(started) > 2, "a watcher, the engine and its helpers"
     process.kill()
     process.wait()
     _, alive = psutil.wait_procs([p for p in started if p.is_running()], timeout=10)
@@ -296,8 +297,9 @@ def test_quickstart_recipe_end_to_end(tmp_path):
 def test_a_stopped_recipe_takes_its_stage_and_engine_along(recipe, kind, tmp_path):
     """The signal comes to the script alone, as from a job scheduler, while an engine is starting."""
     environment = os.environ | {"OUT": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job's children ignore Ctrl-C
     process = subprocess.Popen(["bash", f"recipes/{recipe}"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+                               stderr=subprocess.DEVNULL, start_new_session=True, preexec_fn=heed)  # fmt: skip
     deadline = time.time() + 120
     while not engine_processes():
         assert time.time() < deadline and process.poll() is None
