@@ -110,6 +110,28 @@ class Args:
     """problems in flight"""
 
 
+def main(args: Args):
+    began = time.time()
+    if min(args.concurrency, args.max_tokens, 1 if args.limit is None else args.limit, args.samples) < 1:
+        stop("--concurrency, --max-tokens, --limit and --samples are at least 1")
+    if args.samples > 1 and not args.temperature:
+        stop("--samples above 1 needs --temperature above 0: greedy responses are all the same")
+    if len({Path(name).stem for name in args.data}) < len(args.data):
+        stop("--data: the same name twice")
+    if args.protocol != "strict" and (args.chat_template or args.chat_template_kwargs != "{}"):
+        stop(f"--chat-template and its switches have no effect with --protocol {args.protocol}, whose prompt is raw text")
+    groups = model_groups(args.models)
+    tables, runs = evaluate(args, groups)
+    verdict = VERDICT_OF.get(args.protocol, "correct_paper")
+    if any(verdict not in row for found in tables.values() for table in found.values() for rows in table for row in rows):
+        verdict = "correct"  # until analysis/regrade.py has added the others
+    summary = summary_of(groups, tables, vars(args), verdict, args.seed) | {"runs": runs}
+    print(write_report(summary, args.out))
+    problems = sum(found["problems"] for found in summary["benchmarks"].values())
+    print(f"{args.out / 'report.md'}: {sum(map(len, groups.values()))} models, {problems} problems each, "
+          f"{time.time() - began:.1f} s; {runs}")  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # responses
 
@@ -560,7 +582,7 @@ def write_report(summary: dict, out: Path) -> str:
     return parts[0]
 
 
-def summarize(groups: dict, tables: dict, settings: dict, verdict: str, seed: int) -> dict:
+def summary_of(groups: dict, tables: dict, settings: dict, verdict: str, seed: int) -> dict:
     """What summary.json holds: the figures, and how the responses were made (settings of their files)."""
     decoding = "greedy"
     if settings.get("temperature"):
@@ -568,28 +590,6 @@ def summarize(groups: dict, tables: dict, settings: dict, verdict: str, seed: in
     decoding += f", at most {settings.get('max_tokens', '?')} tokens"
     return {"protocol": settings.get("protocol", "strict"), "decoding": decoding, "verdict": verdict, "groups": groups,
             "benchmarks": compare(groups, tables, verdict, seed)}  # fmt: skip
-
-
-def main(args: Args):
-    began = time.time()
-    if min(args.concurrency, args.max_tokens, 1 if args.limit is None else args.limit, args.samples) < 1:
-        stop("--concurrency, --max-tokens, --limit and --samples are at least 1")
-    if args.samples > 1 and not args.temperature:
-        stop("--samples above 1 needs --temperature above 0: greedy responses are all the same")
-    if len({Path(name).stem for name in args.data}) < len(args.data):
-        stop("--data: the same name twice")
-    if args.protocol != "strict" and (args.chat_template or args.chat_template_kwargs != "{}"):
-        stop(f"--chat-template and its switches have no effect with --protocol {args.protocol}, whose prompt is raw text")
-    groups = model_groups(args.models)
-    tables, runs = evaluate(args, groups)
-    verdict = VERDICT_OF.get(args.protocol, "correct_paper")
-    if any(verdict not in row for found in tables.values() for table in found.values() for rows in table for row in rows):
-        verdict = "correct"  # until analysis/regrade.py has added the others
-    summary = summarize(groups, tables, vars(args), verdict, args.seed) | {"runs": runs}
-    print(write_report(summary, args.out))
-    problems = sum(found["problems"] for found in summary["benchmarks"].values())
-    print(f"{args.out / 'report.md'}: {sum(map(len, groups.values()))} models, {problems} problems each, "
-          f"{time.time() - began:.1f} s; {runs}")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -318,7 +318,7 @@ def main(args: Args):
     tables = {name: table_of(name, by_model) for name, by_model in rows.items()}
     protocol = settings.get("protocol", "strict") if args.verdict == "protocol" else args.verdict
     verdict = EVAL.VERDICT_OF.get(protocol, "correct_paper")
-    summary = EVAL.summarize(groups, tables, settings, verdict, args.seed)
+    summary = EVAL.summary_of(groups, tables, settings, verdict, args.seed)
     print(EVAL.write_report(summary, args.results))
     print(f"{args.results / 'report.md'}: written anew, by {EVAL.VERDICTS[verdict]} verdict")
 
