@@ -139,29 +139,27 @@ def test_unfinished_samples_are_not_the_wrong_one(server, tmp_path):
 PENALTIES = {"repetition_penalty": 1.05, "top_k": 20, "top_p": 0.8, "temperature": 0.7, "do_sample": True, "eos_token_id": [0]}
 
 
-def test_the_models_generation_config_does_not_sample(tmp_path):
+def test_the_models_generation_config_does_not_sample(server, tmp_path):
     """Qwen2-Instruct's penalizes repetition, in greedy text too. With the file and without it the text is the same, from the
-    server that 05 starts and from one that was started otherwise."""
+    engine that 05 starts and from a server that was started otherwise."""
     config = json.loads((TINY / "model" / "config.json").read_text())
-    for name in ("plain", "penalized"):
-        shutil.copytree(TINY / "model", tmp_path / name)
-        eos = config["eos_token_id"] if isinstance(config.get("eos_token_id"), int) else 0
-        more = PENALTIES if name == "penalized" else {}
-        (tmp_path / name / "generation_config.json").write_text(json.dumps({**more, "eos_token_id": eos}))
+    shutil.copytree(TINY / "model", tmp_path / "penalized")
+    eos = config["eos_token_id"] if isinstance(config.get("eos_token_id"), int) else 0
+    (tmp_path / "penalized" / "generation_config.json").write_text(json.dumps({**PENALTIES, "eos_token_id": eos}))
     arguments = ["--data", TINY / "validation.jsonl", "--limit", 24, "--max-tokens", 200]
-    models = [str(tmp_path / "plain"), str(tmp_path / "penalized")]
-    run(5, *arguments, "--models", *models, "--out", tmp_path / "own")
-    with serving(models[1], tmp_path / "server.log", "--generation-config", "auto") as (url, key):
+    penalized = str(tmp_path / "penalized")
+    run(5, *arguments, "--models", server[3], *server[:2], "--out", tmp_path / "plain")  # has no such file
+    run(5, *arguments, "--models", penalized, "--out", tmp_path / "own")
+    with serving(penalized, tmp_path / "server.log", "--generation-config", "auto") as (url, key):
         environment = os.environ | {"OPENAI_API_KEY": key}
-        run(5, *arguments, "--models", models[1], "--base-url", url, "--out", tmp_path / "running", env=environment)
+        run(5, *arguments, "--models", penalized, "--base-url", url, "--out", tmp_path / "running", env=environment)
     texts = {}
-    for path in [*(tmp_path / "own" / "validation").glob("*.jsonl"), *(tmp_path / "running" / "validation").glob("*.jsonl")]:
-        texts[path.parent.parent.name, path.stem] = {row["id"]: row["response"] for row in read(path)}
+    for path in tmp_path.glob("*/validation/*.jsonl"):
+        texts[path.parent.parent.name] = {row["id"]: row["response"] for row in read(path)}
         settings = json.loads(path.with_name(path.name + ".meta.json").read_text())["settings"]
         assert (settings["top_k"], settings["min_p"], settings["repetition_penalty"]) == (-1, 0.0, 1.0)
     assert len(texts) == 3 and len(next(iter(texts.values()))) == 24
-    plain, *others = texts.values()
-    assert all(other == plain for other in others)
+    assert texts["own"] == texts["running"] == texts["plain"]
 
 
 def test_every_stage_renders_the_same_prefix(server):
