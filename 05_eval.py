@@ -66,11 +66,7 @@ PROTOCOLS = {  # raw prompt and the response's opening, as the authors' evaluati
     "paper-deepseek": ("User: " + USER_TURN + "\n\nAssistant:", ""),
     "scdpo": (ALPACA, "Let's think step by step."),
 }  # fmt: skip
-VERDICT_NAMES = {
-    "correct": "strict",
-    "correct_paper": "Step-DPO's",
-    "correct_scdpo": "SCDPO's",
-}  # a row's field, a column's head
+VERDICT_NAMES = {"correct": "strict", "correct_paper": "Step-DPO's", "correct_scdpo": "SCDPO's"}  # field: head
 VERDICT_OF = {"strict": "correct", "scdpo": "correct_scdpo"}  # of a protocol; the others' is correct_paper
 
 
@@ -112,6 +108,28 @@ class Args:
     """seed of the requests (without effect when greedy) and of the bootstrap"""
     concurrency: int = 256
     """problems in flight"""
+
+
+def main(args: Args):
+    began = time.time()
+    if min(args.concurrency, args.max_tokens, 1 if args.limit is None else args.limit, args.samples) < 1:
+        stop("--concurrency, --max-tokens, --limit and --samples are at least 1")
+    if args.samples > 1 and not args.temperature:
+        stop("--samples above 1 needs --temperature above 0: greedy responses are all the same")
+    if len({Path(name).stem for name in args.data}) < len(args.data):
+        stop("--data: the same name twice")
+    if args.protocol != "strict" and (args.chat_template or args.chat_template_kwargs != "{}"):
+        stop(f"--chat-template and its switches have no effect with --protocol {args.protocol}, whose prompt is raw text")
+    groups = model_groups(args.models)
+    tables, runs = evaluate(args, groups)
+    verdict = VERDICT_OF.get(args.protocol, "correct_paper")
+    if verdict not in verdicts_in(tables):
+        verdict = "correct"  # until analysis/regrade.py has added the others
+    summary = summary_of(groups, tables, vars(args), verdict, args.seed) | {"runs": runs}
+    print(write_report(summary, args.out))
+    problems = sum(found["problems"] for found in summary["benchmarks"].values())
+    print(f"{args.out / 'report.md'}: {sum(map(len, groups.values()))} models, {problems} problems each, "
+          f"{time.time() - began:.1f} s; {runs}")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -396,7 +414,8 @@ def compare(groups: dict[str, list[str]], tables: dict[str, dict], field: str, s
     for name, by_model in tables.items():
         figures, rates, solved = {}, {}, {}
         for label, group in each.items():
-            figures[label], rates[label], solved[label] = score([by_model[model] for model in group], verdicts, field, seed)
+            figures[label], rates[label], solved[label] = score(
+                [by_model[model] for model in group], verdicts, field, seed)  # fmt: skip
         first = [rows[0] for rows in by_model[groups[base][0]]]
         ids = [str(row["id"]) for row in first]
         for label in each:
@@ -578,28 +597,6 @@ def summary_of(groups: dict, tables: dict, settings: dict, verdict: str, seed: i
     decoding += f", at most {settings.get('max_tokens', '?')} tokens"
     return {"protocol": settings.get("protocol", "strict"), "decoding": decoding, "verdict": verdict, "groups": groups,
             "benchmarks": compare(groups, tables, verdict, seed)}  # fmt: skip
-
-
-def main(args: Args):
-    began = time.time()
-    if min(args.concurrency, args.max_tokens, 1 if args.limit is None else args.limit, args.samples) < 1:
-        stop("--concurrency, --max-tokens, --limit and --samples are at least 1")
-    if args.samples > 1 and not args.temperature:
-        stop("--samples above 1 needs --temperature above 0: greedy responses are all the same")
-    if len({Path(name).stem for name in args.data}) < len(args.data):
-        stop("--data: the same name twice")
-    if args.protocol != "strict" and (args.chat_template or args.chat_template_kwargs != "{}"):
-        stop(f"--chat-template and its switches have no effect with --protocol {args.protocol}, whose prompt is raw text")
-    groups = model_groups(args.models)
-    tables, runs = evaluate(args, groups)
-    verdict = VERDICT_OF.get(args.protocol, "correct_paper")
-    if verdict not in verdicts_in(tables):
-        verdict = "correct"  # until analysis/regrade.py has added the others
-    summary = summary_of(groups, tables, vars(args), verdict, args.seed) | {"runs": runs}
-    print(write_report(summary, args.out))
-    problems = sum(found["problems"] for found in summary["benchmarks"].values())
-    print(f"{args.out / 'report.md'}: {sum(map(len, groups.values()))} models, {problems} problems each, "
-          f"{time.time() - began:.1f} s; {runs}")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

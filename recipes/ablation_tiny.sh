@@ -23,6 +23,7 @@ BASE=$WORLD/model
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-4}
 export PATH="$PWD/.venv/bin:$PATH"
 ask=(--max-tokens 400 "--engine-args=--max-num-seqs 512 --max-model-len 1024")
+of_base=("${ask[@]}" --model "$BASE" ${BASE_URL:+--base-url "$BASE_URL"})  # BASE_URL: a server that has the base already
 mkdir -p "$OUT"/{pairs,models,grid,logs}
 exec 9>"$OUT/.lock"  # what a killed run left at work holds it too
 if command -v flock >/dev/null && ! flock -n 9; then
@@ -59,14 +60,13 @@ drain() {  # drain FILE ...: wait for all jobs; these files tell that they are d
 if [ ! -f "$OUT/pairs/ready" ] && [ -n "$FROM" ]; then
   cp "$FROM"/all-*.jsonl "$OUT"
 elif [ ! -f "$OUT/pairs/ready" ]; then
-  quiet 01 python 01_sample_errors.py --data "$WORLD/train.jsonl" --limit "$PROBLEMS" --n 4 --out "$OUT/samples.jsonl" "${ask[@]}" --model "$BASE"
+  quiet 01 python 01_sample_errors.py --data "$WORLD/train.jsonl" --limit "$PROBLEMS" --n 4 --out "$OUT/samples.jsonl" "${of_base[@]}"
   quiet 02 python 02_locate_step.py --samples "$OUT/samples.jsonl" --max-per-problem 1 --out "$OUT/located.jsonl" \
-    --keep-rollouts "$OUT/rollouts.jsonl" "${ask[@]}" --model "$BASE"
+    --keep-rollouts "$OUT/rollouts.jsonl" "${of_base[@]}"
   quiet 03-step-dpo python 03_rectify.py --located "$OUT/located.jsonl" --rollouts "$OUT/rollouts.jsonl" --n 8 \
-    --max-pairs-per-error 1 --out "$OUT/all-step-dpo.jsonl" "${ask[@]}" --model "$BASE"
+    --max-pairs-per-error 1 --out "$OUT/all-step-dpo.jsonl" "${of_base[@]}"
   quiet 03-dpo python 03_rectify.py --method dpo --samples "$OUT/samples.jsonl" --out "$OUT/all-dpo.jsonl"
-  quiet 03-scdpo python 03_rectify.py --method scdpo --samples "$OUT/samples.jsonl" --heat $HEAT --out "$OUT/all-scdpo.jsonl" "${ask[@]}" \
-    --model "$BASE"
+  quiet 03-scdpo python 03_rectify.py --method scdpo --samples "$OUT/samples.jsonl" --heat $HEAT --out "$OUT/all-scdpo.jsonl" "${of_base[@]}"
   if [[ " $METHODS " == *ood* ]]; then  # another model: the base taught to solve the same problems in other words
     quiet foreign-text python analysis/foreign_solutions.py "$WORLD/train.jsonl" "$OUT/foreign.jsonl"
     [ -f "$OUT/foreign/.trained" ] || quiet foreign python 04_train_stepdpo.py --objective sft --data "$OUT/foreign.jsonl" \

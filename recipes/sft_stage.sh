@@ -27,3 +27,4 @@ run accelerate launch $LAUNCH 04_train_stepdpo.py --objective sft --data "$OUT/s
   --save-steps 400 --keep 1 --out "$OUT/model"
 run python 05_eval.py --data $TEST ${LIMIT:+--limit $LIMIT} --models "base=$MODEL" "SFT=$OUT/model" --protocol paper-alpaca \
   --out "$OUT/results" ${SERVE:+"$SERVE"}
+run python analysis/regrade.py "$OUT/results"  # adds the verdicts of the papers' own code

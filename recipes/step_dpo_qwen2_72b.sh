@@ -23,4 +23,5 @@ run accelerate launch --config_file configs/zero3_offload.yaml 04_train_stepdpo.
   --beta "$BETA" --epochs 4 --gradient-checkpointing --tokens-per-batch 8192 --out "$OUT/model" --save-steps 200 --keep 1
 run python 05_eval.py --data gsm8k math odyssey-math aime24 --models "base=$MODEL" "Step-DPO=$OUT/model" --protocol paper \
   --out "$OUT/results" "$SERVE"
+run python analysis/regrade.py "$OUT/results"  # adds the verdicts of the papers' own code
 run python analysis/contamination.py "$OUT/pairs.jsonl" --data gsm8k math odyssey-math aime24

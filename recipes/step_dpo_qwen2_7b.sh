@@ -33,4 +33,5 @@ run accelerate launch --config_file configs/fsdp2.yaml --num_processes "$GPUS" 0
   --beta "$BETA" --out "$OUT/model" --save-steps 400 --keep 1
 run python 05_eval.py --data gsm8k math odyssey-math aime24 --models "base=$MODEL" "Step-DPO=$OUT/model" --protocol paper \
   --out "$OUT/results" "$SERVE"
+run python analysis/regrade.py "$OUT/results"  # adds the verdicts of the papers' own code
 [ ! -f "$OUT/pairs.jsonl" ] || run python analysis/contamination.py "$OUT/pairs.jsonl" --data gsm8k math odyssey-math aime24

@@ -5,7 +5,7 @@ import os
 import subprocess
 
 import pytest
-from conftest import ROOT, read
+from conftest import ROOT, TINY, read
 
 
 def recipe(*arguments, **settings):
@@ -14,8 +14,9 @@ def recipe(*arguments, **settings):
 
 
 @pytest.mark.slow
-def test_ablation(tmp_path):
-    sizes = {"OUT": str(tmp_path), "SEEDS": "0", "METHODS": "step-dpo", "PROBLEMS": "150", "TEST": "80", "GRID": "1e-4:1"}
+def test_ablation(server, tmp_path):
+    sizes = {"WORLD": str(TINY), "BASE_URL": server[1], "OUT": str(tmp_path), "SEEDS": "0", "METHODS": "step-dpo",
+             "PROBLEMS": "150", "TEST": "80", "GRID": "1e-4:1"}  # fmt: skip
     done = recipe(**sizes, PAIRS="40")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     names = ("dpo", "scdpo", "step-dpo", "dpo-tokens", "step-dpo.validation", "dpo.validation")

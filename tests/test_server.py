@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -138,29 +139,27 @@ def test_unfinished_samples_are_not_the_wrong_one(server, tmp_path):
 PENALTIES = {"repetition_penalty": 1.05, "top_k": 20, "top_p": 0.8, "temperature": 0.7, "do_sample": True, "eos_token_id": [0]}
 
 
-def test_the_models_generation_config_does_not_sample(tmp_path):
+def test_the_models_generation_config_does_not_sample(server, tmp_path):
     """Qwen2-Instruct's penalizes repetition, in greedy text too. With the file and without it the text is the same, from the
-    server that 05 starts and from one that was started otherwise."""
+    engine that 05 starts and from a server that was started otherwise."""
     config = json.loads((TINY / "model" / "config.json").read_text())
-    for name in ("plain", "penalized"):
-        shutil.copytree(TINY / "model", tmp_path / name)
-        eos = config["eos_token_id"] if isinstance(config.get("eos_token_id"), int) else 0
-        more = PENALTIES if name == "penalized" else {}
-        (tmp_path / name / "generation_config.json").write_text(json.dumps({**more, "eos_token_id": eos}))
+    shutil.copytree(TINY / "model", tmp_path / "penalized")
+    eos = config["eos_token_id"] if isinstance(config.get("eos_token_id"), int) else 0
+    (tmp_path / "penalized" / "generation_config.json").write_text(json.dumps({**PENALTIES, "eos_token_id": eos}))
     arguments = ["--data", TINY / "validation.jsonl", "--limit", 24, "--max-tokens", 200]
-    models = [str(tmp_path / "plain"), str(tmp_path / "penalized")]
-    run(5, *arguments, "--models", *models, "--out", tmp_path / "own")
-    with serving(models[1], tmp_path / "server.log", "--generation-config", "auto") as (url, key):
+    penalized = str(tmp_path / "penalized")
+    run(5, *arguments, "--models", server[3], *server[:2], "--out", tmp_path / "plain")  # has no such file
+    run(5, *arguments, "--models", penalized, "--out", tmp_path / "own")
+    with serving(penalized, tmp_path / "server.log", "--generation-config", "auto") as (url, key):
         environment = os.environ | {"OPENAI_API_KEY": key}
-        run(5, *arguments, "--models", models[1], "--base-url", url, "--out", tmp_path / "running", env=environment)
+        run(5, *arguments, "--models", penalized, "--base-url", url, "--out", tmp_path / "running", env=environment)
     texts = {}
-    for path in [*(tmp_path / "own" / "validation").glob("*.jsonl"), *(tmp_path / "running" / "validation").glob("*.jsonl")]:
-        texts[path.parent.parent.name, path.stem] = {row["id"]: row["response"] for row in read(path)}
+    for path in tmp_path.glob("*/validation/*.jsonl"):
+        texts[path.parent.parent.name] = {row["id"]: row["response"] for row in read(path)}
         settings = json.loads(path.with_name(path.name + ".meta.json").read_text())["settings"]
         assert (settings["top_k"], settings["min_p"], settings["repetition_penalty"]) == (-1, 0.0, 1.0)
     assert len(texts) == 3 and len(next(iter(texts.values()))) == 24
-    plain, *others = texts.values()
-    assert all(other == plain for other in others)
+    assert texts["own"] == texts["running"] == texts["plain"]
 
 
 def test_every_stage_renders_the_same_prefix(server):
@@ -261,7 +260,7 @@ def test_saved_models_decode_alike_in_vllm_and_transformers(files, tmp_path):
         assert from_stage.OPENING + tokenizer.decode(new, skip_special_tokens=True) == row["response"]
 
 
-@pytest.mark.parametrize("said, seconds", [("starting vLLM", 0.5), ("starting vLLM", 9), ("vLLM is ready", 1)])
+@pytest.mark.parametrize("said, seconds", [("starting vLLM", 9), ("vLLM is ready", 1)])
 def test_a_kill_takes_the_own_engine_along(said, seconds, tmp_path):
     """After kill -9 of a stage none of the processes that it has started is left within ten seconds, also while they start."""
     arguments = ["--data", TINY / "train.jsonl", "--model", TINY / "model", "--out", tmp_path / "s.jsonl", *SHORT]
@@ -270,7 +269,7 @@ def test_a_kill_takes_the_own_engine_along(said, seconds, tmp_path):
     assert any(said in line for line in process.stderr)
     time.sleep(seconds)
     started = psutil.Process(process.pid).children(recursive=True)
-    assert len(started) > (seconds > 0.5) * 2, "a watcher, and then the engine and its worker"
+    assert len(started) > 2, "a watcher, the engine and its helpers"
     process.kill()
     process.wait()
     _, alive = psutil.wait_procs([p for p in started if p.is_running()], timeout=10)
@@ -296,8 +295,9 @@ def test_quickstart_recipe_end_to_end(tmp_path):
 def test_a_stopped_recipe_takes_its_stage_and_engine_along(recipe, kind, tmp_path):
     """The signal comes to the script alone, as from a job scheduler, while an engine is starting."""
     environment = os.environ | {"OUT": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job's children ignore Ctrl-C
     process = subprocess.Popen(["bash", f"recipes/{recipe}"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+                               stderr=subprocess.DEVNULL, start_new_session=True, preexec_fn=heed)  # fmt: skip
     deadline = time.time() + 120
     while not engine_processes():
         assert time.time() < deadline and process.poll() is None
