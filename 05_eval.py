@@ -66,7 +66,7 @@ PROTOCOLS = {  # raw prompt and the response's opening, as the authors' evaluati
     "paper-deepseek": ("User: " + USER_TURN + "\n\nAssistant:", ""),
     "scdpo": (ALPACA, "Let's think step by step."),
 }  # fmt: skip
-VERDICTS = {"correct": "strict", "correct_paper": "Step-DPO's", "correct_scdpo": "SCDPO's"}  # a row's field, a column's head
+VERDICT_NAMES = {"correct": "strict", "correct_paper": "Step-DPO's", "correct_scdpo": "SCDPO's"}  # a row's field, a column's head
 VERDICT_OF = {"strict": "correct", "scdpo": "correct_scdpo"}  # of a protocol; the others' is correct_paper
 
 
@@ -313,28 +313,27 @@ def paired(rates: np.ndarray, base: np.ndarray, seed: int) -> dict:
     }
 
 
+def classes(rows: list[dict], field: str) -> list[int]:
+    """For each response to one problem the place of the first with an equal answer; -1 where it has no answer."""
+
+    def same(a: dict, b: dict) -> bool:
+        if a[field] or b[field]:
+            return a[field] == b[field]
+        return bool(quick_verdict(a["prediction"], b["prediction"]))
+
+    found = []
+    for i, row in enumerate(rows):
+        if row["prediction"] is None and not row[field]:
+            found.append(-1)
+        else:
+            found.append(next((j for j in range(i) if found[j] == j and same(rows[j], row)), i))
+    return found
+
+
 def majority(votes: list[int]) -> int:
     """The commonest class of answers; of several, the one that came first. -1 stands for no answer and has no vote."""
     counts = Counter(vote for vote in votes if vote >= 0)
     return counts.most_common(1)[0][0] if counts else -1  # most_common keeps the order in which they came
-
-
-def classes(rows: list[dict], field: str) -> list[int]:
-    """For each response to one problem the number of its class of equal answers; -1 where it has none."""
-    found, kinds = [], []
-    for row in rows:
-        place = -1
-        if row["prediction"] is not None or row[field]:
-            place = next((i for i, kind in enumerate(kinds) if same_answer(kind, row, field)), len(kinds))
-            kinds += [row] if place == len(kinds) else []
-        found.append(place)
-    return found
-
-
-def same_answer(a: dict, b: dict, field: str) -> bool:
-    if a[field] or b[field]:
-        return a[field] == b[field]
-    return bool(quick_verdict(a["prediction"], b["prediction"]))
 
 
 def curves(table: list[list[dict]], field: str, seed: int) -> dict:
@@ -344,17 +343,17 @@ def curves(table: list[list[dict]], field: str, seed: int) -> dict:
     sizes = sorted({2**i for i in range(k.bit_length()) if 2**i <= k} | {k})
     right = [sum(row[field] for row in rows) for rows in table]
     votes = [classes(rows, field) for rows in table]
-    good = [{vote for vote, row in zip(*both, strict=True) if row[field]} for both in zip(votes, table, strict=True)]
 
-    def voted(order: np.ndarray) -> list[bool]:
-        return [majority([found[i] for i in order]) in kinds for found, kinds in zip(votes, good, strict=True)]
+    def voted(order) -> list[bool]:
+        places = [majority([found[i] for i in order]) for found in votes]
+        return [place >= 0 and rows[place][field] for place, rows in zip(places, table, strict=True)]
 
-    draws = {j: [rng.permutation(k)[:j] for _ in range(50)] if j < k else [np.arange(k)] for j in sizes}
+    draws = {j: [rng.permutation(k)[:j] for _ in range(50)] if j < k else [range(k)] for j in sizes}
     return {
         "k": sizes,
         "pass": [float(np.mean([1 - math.comb(k - c, j) / math.comb(k, j) for c in right])) for j in sizes],
         "maj": [float(np.mean([voted(order) for order in draws[j]])) for j in sizes],
-        "final": voted(np.arange(k)),
+        "final": voted(range(k)),
     }
 
 
@@ -376,7 +375,7 @@ def score(seeds: list[list[list[dict]]], field: str, seed: int) -> tuple[dict, n
         "accuracy": float(rates.mean()),
         "interval": interval(rates, k, seed),
         "spread": float(rates.mean(1).std(ddof=1)) if len(seeds) > 1 else 0.0,
-        "verdicts": {name: sum(row[name] for row in rows) / len(rows) for name in VERDICTS if name in rows[0]},
+        "verdicts": {name: sum(row[name] for row in rows) / len(rows) for name in VERDICT_NAMES if name in rows[0]},
         "unfinished": sum(row["finish_reason"] == "length" for row in rows),
         "unparsable": sum(row["finish_reason"] == "stop" and row["prediction"] is None for row in rows),
         "too_long_a_prompt": sum(row["finish_reason"] == "refused" for row in rows),
@@ -459,7 +458,7 @@ def accuracy_table(benchmarks: dict, k: int) -> tuple[str, list[str], list[list[
         notes.append(f"On {name} a true difference below {100 * least:.1f} points would be missed more than once in five "
                      "such comparisons (power 80 %, two-sided 5 %).")  # fmt: skip
     head = ["benchmark", "model", f"{'accuracy' if k == 1 else f'avg@{k}'} (95 % interval)"]
-    head += [VERDICTS[field] for field in f["verdicts"]] if len(f["verdicts"]) > 1 else []
+    head += [VERDICT_NAMES[field] for field in f["verdicts"]] if len(f["verdicts"]) > 1 else []
     head += [f"maj@{k}", f"pass@{k}"] if k > 1 else []
     won = "won / lost" if k == 1 else "won / lost by majority"
     head += ["against the base, points", "p", won, "unfinished", "no answer", "tokens"]
@@ -553,18 +552,17 @@ def draw(summary: dict, out: Path) -> list[Path]:
 
 def about(summary: dict) -> str:
     """What the figures are, in a paragraph."""
-    field, wanted = summary["verdict"], VERDICT_OF.get(summary["protocol"], "correct_paper")
-    rule = {"correct": "strict equality", "correct_paper": "the verdict of the Step-DPO authors",
-            "correct_scdpo": "the rule of the SCDPO authors"}  # fmt: skip
-    add = f" (`python analysis/regrade.py` adds {rule[wanted]})" if field == "correct" != wanted else ""
+    rules = {"correct": "strict equality", "correct_paper": "the verdict of the Step-DPO authors",
+             "correct_scdpo": "the rule of the SCDPO authors"}  # fmt: skip
+    rule, wanted = rules[summary["verdict"]], VERDICT_OF.get(summary["protocol"], "correct_paper")
+    if summary["verdict"] == "correct" != wanted:
+        rule += f" (`python analysis/regrade.py` adds {rules[wanted]})"
     sources = "; ".join(f"{found['problems']} of {name}, content hash {found['hash']}"
                         for name, found in summary["benchmarks"].items())  # fmt: skip
-    text = (f"Protocol {summary['protocol']}: {summary['decoding']}. Problems: {sources}. The column accuracy is by "
-            f"{rule[field]}{add}; intervals are Wilson's for one response a problem, else bootstrap over problems; differences "
-            "are paired by problem, p is McNemar's exact one, of a permutation, or with several seeds of the bootstrap, which "
-            "draws seeds too.")  # fmt: skip
-    several = any(found["samples"] > 1 for found in summary["benchmarks"].values())
-    return text + " maj@k takes the commonest answer, of equally common ones that which came first." * several
+    return (f"Protocol {summary['protocol']}: {summary['decoding']}. Problems: {sources}. The column accuracy is by {rule}; "
+            "intervals are Wilson's for one response a problem, else bootstrap over problems; differences are paired by "
+            "problem, p is McNemar's exact one, of a permutation, or with several seeds of the bootstrap, which draws seeds "
+            "too. maj@k takes the commonest answer, of equally common ones that which came first.")  # fmt: skip
 
 
 def write_report(summary: dict, out: Path) -> str:

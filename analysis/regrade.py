@@ -265,7 +265,7 @@ async def regrade(path: Path) -> list[dict]:
     temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new), encoding="utf-8")
     temporary.replace(path)
     changed = sum(row["correct"] != old.get("correct") for row, old in zip(new, rows, strict=True))
-    right = ", ".join(f"{name} {sum(row[field] for row in new) / len(new):.1%}" for field, name in EVAL.VERDICTS.items())
+    right = ", ".join(f"{name} {sum(row[field] for row in new) / len(new):.1%}" for field, name in EVAL.VERDICT_NAMES.items())
     print(f"{path}: {len(rows)} responses, {changed} verdicts changed; right: {right}; "
           f"{len(rows) / (time.time() - began):.0f} a second, {grader.kills} gradings killed")  # fmt: skip
     return new
@@ -320,7 +320,7 @@ def main(args: Args):
     verdict = EVAL.VERDICT_OF.get(protocol, "correct_paper")
     summary = EVAL.summary_of(groups, tables, settings, verdict, args.seed)
     print(EVAL.write_report(summary, args.results))
-    print(f"{args.results / 'report.md'}: written anew, by {EVAL.VERDICTS[verdict]} verdict")
+    print(f"{args.results / 'report.md'}: written anew, by {EVAL.VERDICT_NAMES[verdict]} verdict")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import jinja2
 import latex2mathml.converter
 import numpy as np
 import tyro
+from markupsafe import Markup
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 EVAL = importlib.import_module("05_eval")
@@ -82,7 +83,7 @@ def to_html(text: str) -> str:
 def render(**parts) -> str:
     """The page; what is no markup of ours is escaped."""
     environment = jinja2.Environment(autoescape=True)
-    environment.filters["formulas"] = lambda text: jinja2.utils.markupsafe.Markup(to_html(text))
+    environment.filters["formulas"] = lambda text: Markup(to_html(text))
     return environment.from_string(PAGE).render(**{"tables": [], "pictures": [], "sides": [], "more": ""} | parts)
 
 
@@ -95,9 +96,10 @@ def sides_of(name: str, responses: dict, f: dict, base: str, model: str, field: 
         for key in [ids[i] for i in sorted(rng.permutation(len(ids))[:10])]:
             columns = []
             for label, good in ((base, kind == "lost"), (model, kind == "won")):
-                # of several responses one with the majority's verdict
-                row = next(row for row in responses[label][key] if row[field] == good)
-                columns.append((label, "right" if good else "wrong", str(row["prediction"]), row["response"]))
+                # of several responses one with the majority's verdict, which of several seeds this one may lack
+                rows = responses[label][key]
+                row = next((row for row in rows if row[field] == good), rows[0])
+                columns.append((label, "right" if row[field] else "wrong", str(row["prediction"]), row["response"]))
             problems.append((key, row.get("problem", ""), str(row["answer"]), columns))
         found.append((f"{name}: {len(problems)} of {len(ids)} {kind} by {model}", problems))
     return found
@@ -107,7 +109,7 @@ def read_responses(folder: Path) -> dict:
     """Rows by model and problem id, in the order of the samples."""
     found = {}
     for path in sorted(folder.glob("*.jsonl")):
-        for row in sorted(EVAL.read_rows(path, ("id", "response")), key=lambda row: row.get("sample", 0)):
+        for row in sorted(EVAL.read_rows(path, ("id",)), key=lambda row: row.get("sample", 0)):
             found.setdefault(str(row.get("model", path.stem)), {}).setdefault(str(row["id"]), []).append(row)
     return found
 
@@ -116,8 +118,12 @@ def main(args: Args):
     path = args.results / "summary.json"
     if not path.is_file():
         EVAL.stop(f"{path}: no such file; give the --out of 05_eval.py")
-    summary, sides = json.loads(path.read_text()), []
-    base, *others = summary["groups"].items()
+    try:
+        summary, sides = json.loads(path.read_text()), []
+        base, *others = summary["groups"].items()
+    except (ValueError, KeyError) as error:
+        again = f"python analysis/regrade.py {args.results}"
+        EVAL.stop(f"{path}: not as this version of 05_eval.py writes it ({error!r}); make it anew by {again}")
     for name, benchmark in summary["benchmarks"].items():
         responses = read_responses(args.results / name)
         for label, models in others[:6]:

@@ -259,8 +259,9 @@ def results(folder, seeds: int = 1, samples: int = 1):
                 if said == "none"
                 else f"It is $x < {i}$, so \\boxed{{{said}}}. Costs $5 and $6."
             )
+            end = {5: "length", 6: "refused"}.get(i, "stop")
             rows.append({"id": f"q{i}", "problem": f"What is $7^1$ & {i} < 99?", "answer": "7", "level": 1 + i % 2,
-                         "sample": sample, "response": text, "finish_reason": "length" if i == 5 else "stop",
+                         "sample": sample, "response": text if end != "refused" else "", "finish_reason": end,
                          "tokens": 10 + i, "model": model})  # fmt: skip
         path = folder / "sums" / f"{model}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -296,7 +297,7 @@ def test_regrade_writes_the_whole_report(tmp_path):
     right = {model: {row["id"] for row in found if row["correct"]} for model, found in rows.items()}
     assert f["accuracy"] == len(right["tuned-0"]) / 60 and f["interval"] == list(stage(5).wilson(len(right["tuned-0"]), 60))
     assert set(f["won"]) == right["tuned-0"] - right["base"] and set(f["lost"]) == right["base"] - right["tuned-0"]
-    assert f["p"] == stage(5).mcnemar(len(f["won"]), len(f["lost"])) and f["unfinished"] == 1
+    assert f["p"] == stage(5).mcnemar(len(f["won"]), len(f["lost"])) and f["unfinished"] == 1 == f["too_long_a_prompt"]
     assert f["verdicts"]["correct_paper"] > f["verdicts"]["correct"] == f["accuracy"], "0.07 is a hundredth of 7"
     assert f["unparsable"] == sum(r["prediction"] is None and r["finish_reason"] == "stop" for r in rows["tuned-0"]) > 0
     problems = [json.dumps({key: row[key] for key in ("id", "problem", "answer")}) for row in rows["base"]]
