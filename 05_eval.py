@@ -66,7 +66,7 @@ PROTOCOLS = {  # raw prompt and the response's opening, as the authors' evaluati
     "paper-deepseek": ("User: " + USER_TURN + "\n\nAssistant:", ""),
     "scdpo": (ALPACA, "Let's think step by step."),
 }  # fmt: skip
-VERDICT_NAMES = {"correct": "strict", "correct_paper": "Step-DPO's", "correct_scdpo": "SCDPO's"}  # a row's field, a column's head
+VERDICT_NAMES = {"correct": "strict", "correct_paper": "Step-DPO's", "correct_scdpo": "SCDPO's"}  # by the field of a row
 VERDICT_OF = {"strict": "correct", "scdpo": "correct_scdpo"}  # of a protocol; the others' is correct_paper
 
 
@@ -505,7 +505,7 @@ def bars(axes, figures: dict[str, dict[str, dict]]):
     axes.set_xticks(range(len(figures)), figures)
 
 
-def draw(summary: dict, out: Path) -> list[Path]:
+def draw_pictures(summary: dict, out: Path) -> list[Path]:
     """accuracy.png, levels.png where there are levels, and curves.png where there are several samples."""
     import matplotlib
 
@@ -573,7 +573,7 @@ def write_report(summary: dict, out: Path) -> str:
         cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [head, right, *rows]]
         table = "\n".join(f"| {' | '.join(row)} |" for row in cells)
         parts.append(f"## {title}\n\n{table}\n\n{note}".rstrip())
-    pictures = [f"![{path.stem}]({path.name})" for path in draw(summary, out)]
+    pictures = [f"![{path.stem}]({path.name})" for path in draw_pictures(summary, out)]
     text = "\n\n".join(["# Evaluation", about(summary), parts[0], *pictures, *parts[1:]])
     (out / "report.md").write_text(text + "\n", encoding="utf-8")
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
