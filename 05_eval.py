@@ -562,7 +562,8 @@ def about(summary: dict) -> str:
     return (f"Protocol {summary['protocol']}: {summary['decoding']}. Problems: {sources}. The column accuracy is by {rule}; "
             "intervals are Wilson's for one response a problem, else bootstrap over problems; differences are paired by "
             "problem, p is McNemar's exact one, of a permutation, or with several seeds of the bootstrap, which draws seeds "
-            "too. maj@k takes the commonest answer, of equally common ones that which came first.")  # fmt: skip
+            "too. maj@k takes the commonest answer, of equally common ones that which came first; a problem is won or lost by "
+            "it, and by most of the seeds.")  # fmt: skip
 
 
 def write_report(summary: dict, out: Path) -> str:
