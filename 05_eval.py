@@ -122,10 +122,7 @@ def main(args: Args):
         stop(f"--chat-template and its switches have no effect with --protocol {args.protocol}, whose prompt is raw text")
     groups = model_groups(args.models)
     tables, runs = evaluate(args, groups)
-    verdict = VERDICT_OF.get(args.protocol, "correct_paper")
-    if any(verdict not in row for found in tables.values() for table in found.values() for rows in table for row in rows):
-        verdict = "correct"  # until analysis/regrade.py has added the others
-    summary = summary_of(groups, tables, vars(args), verdict, args.seed) | {"runs": runs}
+    summary = summary_of(groups, tables, vars(args), args.protocol, args.seed) | {"runs": runs}
     print(write_report(summary, args.out))
     problems = sum(found["problems"] for found in summary["benchmarks"].values())
     print(f"{args.out / 'report.md'}: {sum(map(len, groups.values()))} models, {problems} problems each, "
@@ -361,9 +358,54 @@ def curves(table: list[list[dict]], field: str, seed: int) -> dict:
 # comparison
 
 
-def score(seeds: list[list[list[dict]]], field: str, seed: int) -> tuple[dict, np.ndarray, np.ndarray]:
+def summary_of(groups: dict, tables: dict, settings: dict, verdict: str, seed: int) -> dict:
+    """What summary.json holds. `settings` are those of the responses, `verdict` is the protocol whose verdict counts; where
+    rows lack it, until analysis/regrade.py has added it, the strict one does."""
+    rows = [row for by_model in tables.values() for table in by_model.values() for found in table for row in found]
+    fields = [field for field in VERDICT_NAMES if all(field in row for row in rows)]
+    field = VERDICT_OF.get(verdict, "correct_paper")
+    field = field if field in fields else "correct"
+    decoding = "greedy"
+    if settings.get("temperature"):
+        decoding = f"temperature {settings['temperature']}, top-p {settings['top_p']}"
+    decoding += f", at most {settings.get('max_tokens', '?')} tokens"
+    return {"protocol": settings.get("protocol", "strict"), "decoding": decoding, "verdict": field, "groups": groups,
+            "benchmarks": compare(groups, tables, field, fields, seed)}  # fmt: skip
+
+
+def compare(groups: dict[str, list[str]], tables: dict[str, dict], field: str, fields: list[str], seed: int) -> dict:
+    """All figures by benchmark: of each model, and of each seed where it has several, and its difference from the base.
+    `field` is the verdict that counts, `fields` are all of the rows."""
+    found, base, each = {}, next(iter(groups)), {}
+    for label, group in groups.items():
+        each |= {model: [model] for model in group if len(group) > 1} | {label: group}
+    for name, by_model in tables.items():
+        figures, rates, solved = {}, {}, {}
+        for label, group in each.items():
+            seeds = [by_model[model] for model in group]
+            figures[label], rates[label], solved[label] = score(seeds, field, fields, seed)
+        first = [rows[0] for rows in by_model[groups[base][0]]]
+        ids = [str(row["id"]) for row in first]
+        for label in each:
+            if label != base and label not in groups[base]:
+                won, lost = solved[label] & ~solved[base], solved[base] & ~solved[label]
+                figures[label] |= paired(rates[label], rates[base], seed)
+                figures[label] |= {"won": [ids[i] for i in np.flatnonzero(won)]}
+                figures[label] |= {"lost": [ids[i] for i in np.flatnonzero(lost)]}
+        pairs = combinations([label for label in groups if label != base], 2)
+        found[name] = {
+            "problems": len(ids),
+            "samples": len(by_model[groups[base][0]][0]),
+            "hash": content_hash([{"problem": ""} | row for row in first]),
+            "models": figures,
+            "pairwise": {f"{b}\n{a}": paired(rates[b], rates[a], seed) for a, b in pairs},
+        }
+    return found
+
+
+def score(seeds: list, field: str, fields: list[str], seed: int) -> tuple[dict, np.ndarray, np.ndarray]:
     """Figures of a model on a benchmark; its rates (seeds, problems); and for each problem whether it is solved, which is
-    what most of a problem's responses and seeds say. `seeds` holds a table of each seed."""
+    what most of a problem's responses and seeds say. `seeds` holds a table of each seed; fields as in compare()."""
     k, rows = len(seeds[0][0]), [row for table in seeds for found in table for row in found]
     rates = np.array([[np.mean([row[field] for row in found]) for found in table] for table in seeds])
     solved, parts = rates, [curves(table, field, seed) for table in seeds if k > 1]
@@ -375,7 +417,7 @@ def score(seeds: list[list[list[dict]]], field: str, seed: int) -> tuple[dict, n
         "accuracy": float(rates.mean()),
         "interval": interval(rates, k, seed),
         "spread": float(rates.mean(1).std(ddof=1)) if len(seeds) > 1 else 0.0,
-        "verdicts": {name: sum(row[name] for row in rows) / len(rows) for name in VERDICT_NAMES if name in rows[0]},
+        "verdicts": {name: sum(row[name] for row in rows) / len(rows) for name in fields},
         "unfinished": sum(row["finish_reason"] == "length" for row in rows),
         "unparsable": sum(row["finish_reason"] == "stop" and row["prediction"] is None for row in rows),
         "too_long_a_prompt": sum(row["finish_reason"] == "refused" for row in rows),
@@ -399,34 +441,6 @@ def breakdown(problems: list[dict], rates: np.ndarray, k: int, seed: int) -> dic
     return found
 
 
-def compare(groups: dict[str, list[str]], tables: dict[str, dict], field: str, seed: int) -> dict:
-    """All figures by benchmark: of each model, and of each seed where it has several, and its difference from the base."""
-    found, base, each = {}, next(iter(groups)), {}
-    for label, group in groups.items():
-        each |= {model: [model] for model in group if len(group) > 1} | {label: group}
-    for name, by_model in tables.items():
-        figures, rates, solved = {}, {}, {}
-        for label, group in each.items():
-            figures[label], rates[label], solved[label] = score([by_model[model] for model in group], field, seed)
-        first = [rows[0] for rows in by_model[groups[base][0]]]
-        ids = [str(row["id"]) for row in first]
-        for label in each:
-            if label != base and label not in groups[base]:
-                won, lost = solved[label] & ~solved[base], solved[base] & ~solved[label]
-                figures[label] |= paired(rates[label], rates[base], seed)
-                figures[label] |= {"won": [ids[i] for i in np.flatnonzero(won)]}
-                figures[label] |= {"lost": [ids[i] for i in np.flatnonzero(lost)]}
-        pairs = combinations([label for label in groups if label != base], 2)
-        found[name] = {
-            "problems": len(ids),
-            "samples": len(by_model[groups[base][0]][0]),
-            "hash": content_hash([{"problem": ""} | row for row in first]),
-            "models": figures,
-            "pairwise": {f"{b}\n{a}": paired(rates[b], rates[a], seed) for a, b in pairs},
-        }
-    return found
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the report
 
@@ -445,9 +459,10 @@ def accuracy_table(benchmarks: dict, k: int) -> tuple[str, list[str], list[list[
     rows, notes = [], []
     for name, benchmark in benchmarks.items():
         for label, f in benchmark["models"].items():
+            others = f["verdicts"] if len(f["verdicts"]) > 1 else {}
             seeds = f", {f['seeds']} seeds, standard deviation {100 * f['spread']:.1f}" if f["seeds"] > 1 else ""
             cells = [f"{name} ({benchmark['problems']})", label + seeds, percent(f["accuracy"], f["interval"])]
-            cells += map(percent, f["verdicts"].values()) if len(f["verdicts"]) > 1 else []
+            cells += map(percent, others.values())
             cells += [percent(f["curves"]["maj"][-1]), percent(f["curves"]["pass"][-1])] if k > 1 else []
             versus = [*difference_cells(f), f"{len(f['won'])} / {len(f['lost'])}"] if "p" in f else ["base", "", ""]
             cells += [*versus, str(f["unfinished"]), str(f["unparsable"] + f["too_long_a_prompt"]), f"{f['mean_tokens']:.0f}"]
@@ -458,7 +473,7 @@ def accuracy_table(benchmarks: dict, k: int) -> tuple[str, list[str], list[list[
         notes.append(f"On {name} a true difference below {100 * least:.1f} points would be missed more than once in five "
                      "such comparisons (power 80 %, two-sided 5 %).")  # fmt: skip
     head = ["benchmark", "model", f"{'accuracy' if k == 1 else f'avg@{k}'} (95 % interval)"]
-    head += [VERDICT_NAMES[field] for field in f["verdicts"]] if len(f["verdicts"]) > 1 else []
+    head += [VERDICT_NAMES[field] for field in others]
     head += [f"maj@{k}", f"pass@{k}"] if k > 1 else []
     won = "won / lost" if k == 1 else "won / lost by majority"
     head += ["against the base, points", "p", won, "unfinished", "no answer", "tokens"]
@@ -579,16 +594,6 @@ def write_report(summary: dict, out: Path) -> str:
     (out / "report.md").write_text(text + "\n", encoding="utf-8")
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return parts[0]
-
-
-def summary_of(groups: dict, tables: dict, settings: dict, verdict: str, seed: int) -> dict:
-    """What summary.json holds: the figures, and how the responses were made (settings of their files)."""
-    decoding = "greedy"
-    if settings.get("temperature"):
-        decoding = f"temperature {settings['temperature']}, top-p {settings['top_p']}"
-    decoding += f", at most {settings.get('max_tokens', '?')} tokens"
-    return {"protocol": settings.get("protocol", "strict"), "decoding": decoding, "verdict": verdict, "groups": groups,
-            "benchmarks": compare(groups, tables, verdict, seed)}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

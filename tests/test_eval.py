@@ -542,3 +542,5 @@ def test_the_authors_prompt_reaches_the_model_as_it_is(server, tmp_path, protoco
     assert f"accuracy is by {verdict};" in text
     run(5, *arguments)  # the same, from the rows
     assert (tmp_path / "report.md").read_text() == text
+    run(5, *arguments, "--limit", 9)  # one more row, which has not been regraded
+    assert f"strict equality (`python analysis/regrade.py` adds {verdict});" in (tmp_path / "report.md").read_text()
