@@ -66,7 +66,7 @@ PROTOCOLS = {  # raw prompt and the response's opening, as the authors' evaluati
     "paper-deepseek": ("User: " + USER_TURN + "\n\nAssistant:", ""),
     "scdpo": (ALPACA, "Let's think step by step."),
 }  # fmt: skip
-VERDICT_NAMES = {"correct": "strict", "correct_paper": "Step-DPO's", "correct_scdpo": "SCDPO's"}  # field: head
+VERDICT_NAMES = {"correct": "strict", "correct_paper": "Step-DPO's", "correct_scdpo": "SCDPO's"}  # by the field of a row
 VERDICT_OF = {"strict": "correct", "scdpo": "correct_scdpo"}  # of a protocol; the others' is correct_paper
 
 
@@ -122,10 +122,7 @@ def main(args: Args):
         stop(f"--chat-template and its switches have no effect with --protocol {args.protocol}, whose prompt is raw text")
     groups = model_groups(args.models)
     tables, runs = evaluate(args, groups)
-    verdict = VERDICT_OF.get(args.protocol, "correct_paper")
-    if verdict not in verdicts_in(tables):
-        verdict = "correct"  # until analysis/regrade.py has added the others
-    summary = summary_of(groups, tables, vars(args), verdict, args.seed) | {"runs": runs}
+    summary = summary_of(groups, tables, vars(args), args.protocol, args.seed) | {"runs": runs}
     print(write_report(summary, args.out))
     problems = sum(found["problems"] for found in summary["benchmarks"].values())
     print(f"{args.out / 'report.md'}: {sum(map(len, groups.values()))} models, {problems} problems each, "
@@ -313,28 +310,27 @@ def paired(rates: np.ndarray, base: np.ndarray, seed: int) -> dict:
     }
 
 
+def classes(rows: list[dict], field: str) -> list[int]:
+    """For each response to one problem the place of the first with an equal answer; -1 where it has no answer."""
+
+    def same(a: dict, b: dict) -> bool:
+        if a[field] or b[field]:
+            return a[field] == b[field]
+        return bool(quick_verdict(a["prediction"], b["prediction"]))
+
+    found = []
+    for i, row in enumerate(rows):
+        if row["prediction"] is None and not row[field]:
+            found.append(-1)
+        else:
+            found.append(next((j for j in range(i) if found[j] == j and same(rows[j], row)), i))
+    return found
+
+
 def majority(votes: list[int]) -> int:
     """The commonest class of answers; of several, the one that came first. -1 stands for no answer and has no vote."""
     counts = Counter(vote for vote in votes if vote >= 0)
     return counts.most_common(1)[0][0] if counts else -1  # most_common keeps the order in which they came
-
-
-def classes(rows: list[dict], field: str) -> list[int]:
-    """For each response to one problem the number of its class of equal answers; -1 where it has none."""
-    found, kinds = [], []
-    for row in rows:
-        place = -1
-        if row["prediction"] is not None or row[field]:
-            place = next((i for i, kind in enumerate(kinds) if same_answer(kind, row, field)), len(kinds))
-            kinds += [row] if place == len(kinds) else []
-        found.append(place)
-    return found
-
-
-def same_answer(a: dict, b: dict, field: str) -> bool:
-    if a[field] or b[field]:
-        return a[field] == b[field]
-    return bool(quick_verdict(a["prediction"], b["prediction"]))
 
 
 def curves(table: list[list[dict]], field: str, seed: int) -> dict:
@@ -344,17 +340,17 @@ def curves(table: list[list[dict]], field: str, seed: int) -> dict:
     sizes = sorted({2**i for i in range(k.bit_length()) if 2**i <= k} | {k})
     right = [sum(row[field] for row in rows) for rows in table]
     votes = [classes(rows, field) for rows in table]
-    good = [{vote for vote, row in zip(*both, strict=True) if row[field]} for both in zip(votes, table, strict=True)]
 
-    def voted(order: np.ndarray) -> list[bool]:
-        return [majority([found[i] for i in order]) in kinds for found, kinds in zip(votes, good, strict=True)]
+    def voted(order) -> list[bool]:
+        places = [majority([found[i] for i in order]) for found in votes]
+        return [place >= 0 and rows[place][field] for place, rows in zip(places, table, strict=True)]
 
-    draws = {j: [rng.permutation(k)[:j] for _ in range(50)] if j < k else [np.arange(k)] for j in sizes}
+    draws = {j: [rng.permutation(k)[:j] for _ in range(50)] if j < k else [range(k)] for j in sizes}
     return {
         "k": sizes,
         "pass": [float(np.mean([1 - math.comb(k - c, j) / math.comb(k, j) for c in right])) for j in sizes],
         "maj": [float(np.mean([voted(order) for order in draws[j]])) for j in sizes],
-        "final": voted(np.arange(k)),
+        "final": voted(range(k)),
     }
 
 
@@ -362,15 +358,54 @@ def curves(table: list[list[dict]], field: str, seed: int) -> dict:
 # comparison
 
 
-def verdicts_in(tables: dict[str, dict]) -> list[str]:
-    """The verdicts that every row has: a row made after analysis/regrade.py has run lacks the papers'."""
+def summary_of(groups: dict, tables: dict, settings: dict, verdict: str, seed: int) -> dict:
+    """What summary.json holds. `settings` are those of the responses, `verdict` is the protocol whose verdict counts; where
+    rows lack it, until analysis/regrade.py has added it, the strict one does."""
     rows = [row for by_model in tables.values() for table in by_model.values() for found in table for row in found]
-    return [name for name in VERDICT_NAMES if all(name in row for row in rows)]
+    fields = [field for field in VERDICT_NAMES if all(field in row for row in rows)]
+    field = VERDICT_OF.get(verdict, "correct_paper")
+    field = field if field in fields else "correct"
+    decoding = "greedy"
+    if settings.get("temperature"):
+        decoding = f"temperature {settings['temperature']}, top-p {settings['top_p']}"
+    decoding += f", at most {settings.get('max_tokens', '?')} tokens"
+    return {"protocol": settings.get("protocol", "strict"), "decoding": decoding, "verdict": field, "groups": groups,
+            "benchmarks": compare(groups, tables, field, fields, seed)}  # fmt: skip
 
 
-def score(seeds: list[list[list[dict]]], verdicts: list[str], field: str, seed: int) -> tuple[dict, np.ndarray, np.ndarray]:
+def compare(groups: dict[str, list[str]], tables: dict[str, dict], field: str, fields: list[str], seed: int) -> dict:
+    """All figures by benchmark: of each model, and of each seed where it has several, and its difference from the base.
+    `field` is the verdict that counts, `fields` are all of the rows."""
+    found, base, each = {}, next(iter(groups)), {}
+    for label, group in groups.items():
+        each |= {model: [model] for model in group if len(group) > 1} | {label: group}
+    for name, by_model in tables.items():
+        figures, rates, solved = {}, {}, {}
+        for label, group in each.items():
+            seeds = [by_model[model] for model in group]
+            figures[label], rates[label], solved[label] = score(seeds, field, fields, seed)
+        first = [rows[0] for rows in by_model[groups[base][0]]]
+        ids = [str(row["id"]) for row in first]
+        for label in each:
+            if label != base and label not in groups[base]:
+                won, lost = solved[label] & ~solved[base], solved[base] & ~solved[label]
+                figures[label] |= paired(rates[label], rates[base], seed)
+                figures[label] |= {"won": [ids[i] for i in np.flatnonzero(won)]}
+                figures[label] |= {"lost": [ids[i] for i in np.flatnonzero(lost)]}
+        pairs = combinations([label for label in groups if label != base], 2)
+        found[name] = {
+            "problems": len(ids),
+            "samples": len(by_model[groups[base][0]][0]),
+            "hash": content_hash([{"problem": ""} | row for row in first]),
+            "models": figures,
+            "pairwise": {f"{b}\n{a}": paired(rates[b], rates[a], seed) for a, b in pairs},
+        }
+    return found
+
+
+def score(seeds: list, field: str, fields: list[str], seed: int) -> tuple[dict, np.ndarray, np.ndarray]:
     """Figures of a model on a benchmark; its rates (seeds, problems); and for each problem whether it is solved, which is
-    what most of a problem's responses and seeds say. `seeds` holds a table of each seed."""
+    what most of a problem's responses and seeds say. `seeds` holds a table of each seed; fields as in compare()."""
     k, rows = len(seeds[0][0]), [row for table in seeds for found in table for row in found]
     rates = np.array([[np.mean([row[field] for row in found]) for found in table] for table in seeds])
     solved, parts = rates, [curves(table, field, seed) for table in seeds if k > 1]
@@ -382,7 +417,7 @@ def score(seeds: list[list[list[dict]]], verdicts: list[str], field: str, seed: 
         "accuracy": float(rates.mean()),
         "interval": interval(rates, k, seed),
         "spread": float(rates.mean(1).std(ddof=1)) if len(seeds) > 1 else 0.0,
-        "verdicts": {name: sum(row[name] for row in rows) / len(rows) for name in verdicts},
+        "verdicts": {name: sum(row[name] for row in rows) / len(rows) for name in fields},
         "unfinished": sum(row["finish_reason"] == "length" for row in rows),
         "unparsable": sum(row["finish_reason"] == "stop" and row["prediction"] is None for row in rows),
         "too_long_a_prompt": sum(row["finish_reason"] == "refused" for row in rows),
@@ -406,35 +441,6 @@ def breakdown(problems: list[dict], rates: np.ndarray, k: int, seed: int) -> dic
     return found
 
 
-def compare(groups: dict[str, list[str]], tables: dict[str, dict], field: str, seed: int) -> dict:
-    """All figures by benchmark: of each model, and of each seed where it has several, and its difference from the base."""
-    found, base, each, verdicts = {}, next(iter(groups)), {}, verdicts_in(tables)
-    for label, group in groups.items():
-        each |= {model: [model] for model in group if len(group) > 1} | {label: group}
-    for name, by_model in tables.items():
-        figures, rates, solved = {}, {}, {}
-        for label, group in each.items():
-            figures[label], rates[label], solved[label] = score(
-                [by_model[model] for model in group], verdicts, field, seed)  # fmt: skip
-        first = [rows[0] for rows in by_model[groups[base][0]]]
-        ids = [str(row["id"]) for row in first]
-        for label in each:
-            if label != base and label not in groups[base]:
-                won, lost = solved[label] & ~solved[base], solved[base] & ~solved[label]
-                figures[label] |= paired(rates[label], rates[base], seed)
-                figures[label] |= {"won": [ids[i] for i in np.flatnonzero(won)]}
-                figures[label] |= {"lost": [ids[i] for i in np.flatnonzero(lost)]}
-        pairs = combinations([label for label in groups if label != base], 2)
-        found[name] = {
-            "problems": len(ids),
-            "samples": len(by_model[groups[base][0]][0]),
-            "hash": content_hash([{"problem": ""} | row for row in first]),
-            "models": figures,
-            "pairwise": {f"{b}\n{a}": paired(rates[b], rates[a], seed) for a, b in pairs},
-        }
-    return found
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the report
 
@@ -453,9 +459,10 @@ def accuracy_table(benchmarks: dict, k: int) -> tuple[str, list[str], list[list[
     rows, notes = [], []
     for name, benchmark in benchmarks.items():
         for label, f in benchmark["models"].items():
+            others = f["verdicts"] if len(f["verdicts"]) > 1 else {}
             seeds = f", {f['seeds']} seeds, standard deviation {100 * f['spread']:.1f}" if f["seeds"] > 1 else ""
             cells = [f"{name} ({benchmark['problems']})", label + seeds, percent(f["accuracy"], f["interval"])]
-            cells += map(percent, f["verdicts"].values()) if len(f["verdicts"]) > 1 else []
+            cells += map(percent, others.values())
             cells += [percent(f["curves"]["maj"][-1]), percent(f["curves"]["pass"][-1])] if k > 1 else []
             versus = [*difference_cells(f), f"{len(f['won'])} / {len(f['lost'])}"] if "p" in f else ["base", "", ""]
             cells += [*versus, str(f["unfinished"]), str(f["unparsable"] + f["too_long_a_prompt"]), f"{f['mean_tokens']:.0f}"]
@@ -466,7 +473,7 @@ def accuracy_table(benchmarks: dict, k: int) -> tuple[str, list[str], list[list[
         notes.append(f"On {name} a true difference below {100 * least:.1f} points would be missed more than once in five "
                      "such comparisons (power 80 %, two-sided 5 %).")  # fmt: skip
     head = ["benchmark", "model", f"{'accuracy' if k == 1 else f'avg@{k}'} (95 % interval)"]
-    head += [VERDICT_NAMES[field] for field in f["verdicts"]] if len(f["verdicts"]) > 1 else []
+    head += [VERDICT_NAMES[field] for field in others]
     head += [f"maj@{k}", f"pass@{k}"] if k > 1 else []
     won = "won / lost" if k == 1 else "won / lost by majority"
     head += ["against the base, points", "p", won, "unfinished", "no answer", "tokens"]
@@ -513,7 +520,7 @@ def bars(axes, figures: dict[str, dict[str, dict]]):
     axes.set_xticks(range(len(figures)), figures)
 
 
-def draw_report(summary: dict, out: Path) -> list[Path]:
+def draw_pictures(summary: dict, out: Path) -> list[Path]:
     """accuracy.png, levels.png where there are levels, and curves.png where there are several samples."""
     import matplotlib
 
@@ -560,18 +567,18 @@ def draw_report(summary: dict, out: Path) -> list[Path]:
 
 def about(summary: dict) -> str:
     """What the figures are, in a paragraph."""
-    field, wanted = summary["verdict"], VERDICT_OF.get(summary["protocol"], "correct_paper")
-    rule = {"correct": "strict equality", "correct_paper": "the verdict of the Step-DPO authors",
-            "correct_scdpo": "the rule of the SCDPO authors"}  # fmt: skip
-    add = f" (`python analysis/regrade.py` adds {rule[wanted]})" if field == "correct" != wanted else ""
+    rules = {"correct": "strict equality", "correct_paper": "the verdict of the Step-DPO authors",
+             "correct_scdpo": "the rule of the SCDPO authors"}  # fmt: skip
+    rule, wanted = rules[summary["verdict"]], VERDICT_OF.get(summary["protocol"], "correct_paper")
+    if summary["verdict"] == "correct" != wanted:
+        rule += f" (`python analysis/regrade.py` adds {rules[wanted]})"
     sources = "; ".join(f"{found['problems']} of {name}, content hash {found['hash']}"
                         for name, found in summary["benchmarks"].items())  # fmt: skip
-    text = (f"Protocol {summary['protocol']}: {summary['decoding']}. Problems: {sources}. The column accuracy is by "
-            f"{rule[field]}{add}; intervals are Wilson's for one response a problem, else bootstrap over problems; differences "
-            "are paired by problem, p is McNemar's exact one, of a permutation, or with several seeds of the bootstrap, which "
-            "draws seeds too.")  # fmt: skip
-    several = any(found["samples"] > 1 for found in summary["benchmarks"].values())
-    return text + " maj@k takes the commonest answer, of equally common ones that which came first." * several
+    return (f"Protocol {summary['protocol']}: {summary['decoding']}. Problems: {sources}. The column accuracy is by {rule}; "
+            "intervals are Wilson's for one response a problem, else bootstrap over problems; differences are paired by "
+            "problem, p is McNemar's exact one, of a permutation, or with several seeds of the bootstrap, which draws seeds "
+            "too. maj@k takes the commonest answer, of equally common ones that which came first; a problem is won or lost by "
+            "it, and by most of the seeds.")  # fmt: skip
 
 
 def write_report(summary: dict, out: Path) -> str:
@@ -582,21 +589,11 @@ def write_report(summary: dict, out: Path) -> str:
         cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [head, right, *rows]]
         table = "\n".join(f"| {' | '.join(row)} |" for row in cells)
         parts.append(f"## {title}\n\n{table}\n\n{note}".rstrip())
-    pictures = [f"![{path.stem}]({path.name})" for path in draw_report(summary, out)]
+    pictures = [f"![{path.stem}]({path.name})" for path in draw_pictures(summary, out)]
     text = "\n\n".join(["# Evaluation", about(summary), parts[0], *pictures, *parts[1:]])
     (out / "report.md").write_text(text + "\n", encoding="utf-8")
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return parts[0]
-
-
-def summary_of(groups: dict, tables: dict, settings: dict, verdict: str, seed: int) -> dict:
-    """What summary.json holds: the figures, and how the responses were made (settings of their files)."""
-    decoding = "greedy"
-    if settings.get("temperature"):
-        decoding = f"temperature {settings['temperature']}, top-p {settings['top_p']}"
-    decoding += f", at most {settings.get('max_tokens', '?')} tokens"
-    return {"protocol": settings.get("protocol", "strict"), "decoding": decoding, "verdict": verdict, "groups": groups,
-            "benchmarks": compare(groups, tables, verdict, seed)}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -316,11 +316,10 @@ def main(args: Args):
         return
     groups, rows, settings = regrade_folder(args.results, args.base)
     tables = {name: table_of(name, by_model) for name, by_model in rows.items()}
-    protocol = settings.get("protocol", "strict") if args.verdict == "protocol" else args.verdict
-    verdict = EVAL.VERDICT_OF.get(protocol, "correct_paper")
+    verdict = settings.get("protocol", "strict") if args.verdict == "protocol" else args.verdict
     summary = EVAL.summary_of(groups, tables, settings, verdict, args.seed)
     print(EVAL.write_report(summary, args.results))
-    print(f"{args.results / 'report.md'}: written anew, by {EVAL.VERDICT_NAMES[verdict]} verdict")
+    print(f"{args.results / 'report.md'}: written anew, by the {EVAL.VERDICT_NAMES[summary['verdict']]} verdict")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import jinja2
 import latex2mathml.converter
 import numpy as np
 import tyro
+from markupsafe import Markup
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 EVAL = importlib.import_module("05_eval")
@@ -65,7 +66,6 @@ class Args:
 
 def to_html(text: str) -> str:
     """Text with its formulas as MathML, which browsers show without a script. Everything else is escaped: it is a model's."""
-
     def formula(tex: str) -> str:
         safe = len(tex) < 2000 and not re.search(r"\\(?:href|url|class|style|cssId|unicode|html)", tex)
         try:
@@ -83,7 +83,7 @@ def to_html(text: str) -> str:
 def render(**parts) -> str:
     """The page; what is no markup of ours is escaped."""
     environment = jinja2.Environment(autoescape=True)
-    environment.filters["formulas"] = lambda text: jinja2.utils.markupsafe.Markup(to_html(text))
+    environment.filters["formulas"] = lambda text: Markup(to_html(text))
     return environment.from_string(PAGE).render(**{"tables": [], "pictures": [], "sides": [], "more": ""} | parts)
 
 
@@ -97,7 +97,7 @@ def sides_of(name: str, f: dict, sides: dict[str, dict], field: str, seed: int) 
             columns = []
             for label, good in ((base, kind == "lost"), (model, kind == "won")):
                 # of several responses and seeds one with the majority's verdict
-                row = next(row for row in sides[label][key] if row.get(field) == good)
+                row = next(row for row in sides[label][key] if row[field] == good)
                 columns.append((label, "right" if good else "wrong", str(row["prediction"]), row["response"]))
             problems.append((key, row.get("problem", ""), str(row["answer"]), columns))
         found.append((f"{name}: {len(problems)} of {len(ids)} {kind} by {model}", problems))
@@ -108,9 +108,9 @@ def read_responses(folder: Path, groups: dict[str, list[str]]) -> dict:
     """Rows by label and problem id: of a label's seeds one after the other, of each in the order of the samples."""
     found, labels = {}, {model: label for label, models in groups.items() for model in models}
     for path in sorted(folder.glob("*.jsonl")):
-        for row in sorted(EVAL.read_rows(path, ("id", "response")), key=lambda row: row.get("sample", 0)):
-            label = labels.get(str(row.get("model", path.stem)))
-            found.setdefault(label, {}).setdefault(str(row["id"]), []).append(row)
+        for row in sorted(EVAL.read_rows(path, ("id",)), key=lambda row: row.get("sample", 0)):
+            if label := labels.get(str(row.get("model", path.stem))):  # a file of another run has none
+                found.setdefault(label, {}).setdefault(str(row["id"]), []).append(row)
     return found
 
 
@@ -118,8 +118,12 @@ def main(args: Args):
     path = args.results / "summary.json"
     if not path.is_file():
         EVAL.stop(f"{path}: no such file; give the --out of 05_eval.py")
-    summary, sides = json.loads(path.read_text()), []
-    base, *others = summary["groups"]
+    try:
+        summary, sides = json.loads(path.read_text()), []
+        base, *others = summary["groups"]
+    except (ValueError, KeyError) as error:
+        again = f"python analysis/regrade.py {args.results}"
+        EVAL.stop(f"{path}: not as this version of 05_eval.py writes it ({error!r}); make it anew by {again}")
     for name, benchmark in summary["benchmarks"].items():
         responses = read_responses(args.results / name, summary["groups"])
         for label in others[:6]:

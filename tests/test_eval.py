@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+import re
 import time
 from html.parser import HTMLParser
 
@@ -259,8 +260,9 @@ def results(folder, seeds: int = 1, samples: int = 1):
                 if said == "none"
                 else f"It is $x < {i}$, so \\boxed{{{said}}}. Costs $5 and $6."
             )
+            end = {5: "length", 6: "refused"}.get(i, "stop")
             rows.append({"id": f"q{i}", "problem": f"What is $7^1$ & {i} < 99?", "answer": "7", "level": 1 + i % 2,
-                         "sample": sample, "response": text, "finish_reason": "length" if i == 5 else "stop",
+                         "sample": sample, "response": text if end != "refused" else "", "finish_reason": end,
                          "tokens": 10 + i, "model": model})  # fmt: skip
         path = folder / "sums" / f"{model}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -296,7 +298,7 @@ def test_regrade_writes_the_whole_report(tmp_path):
     right = {model: {row["id"] for row in found if row["correct"]} for model, found in rows.items()}
     assert f["accuracy"] == len(right["tuned-0"]) / 60 and f["interval"] == list(stage(5).wilson(len(right["tuned-0"]), 60))
     assert set(f["won"]) == right["tuned-0"] - right["base"] and set(f["lost"]) == right["base"] - right["tuned-0"]
-    assert f["p"] == stage(5).mcnemar(len(f["won"]), len(f["lost"])) and f["unfinished"] == 1
+    assert f["p"] == stage(5).mcnemar(len(f["won"]), len(f["lost"])) and f["unfinished"] == 1 == f["too_long_a_prompt"]
     assert f["verdicts"]["correct_paper"] > f["verdicts"]["correct"] == f["accuracy"], "0.07 is a hundredth of 7"
     assert f["unparsable"] == sum(r["prediction"] is None and r["finish_reason"] == "stop" for r in rows["tuned-0"]) > 0
     problems = [json.dumps({key: row[key] for key in ("id", "problem", "answer")}) for row in rows["base"]]
@@ -368,7 +370,9 @@ def test_a_base_of_several_seeds_side_by_side(tmp_path):
     run("regrade", tmp_path, "--base", "two")
     models = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["sums"]["models"]
     assert models["two"]["seeds"] == 2 and models["one"]["test"] == "bootstrap" and len(models["one"]["won"]) > 5
-    assert "problems side by side" in run("report_html", tmp_path).stdout
+    shown = int(re.search(r"(\d+) problems side by side", run("report_html", tmp_path).stdout)[1])
+    kinds = [attributes.get("class") for _, attributes in Tags((tmp_path / "report.html").read_text()).found]
+    assert kinds.count("right") == kinds.count("wrong") == shown > 5
 
 
 def test_columns_of_verdicts_need_every_row():
@@ -377,7 +381,7 @@ def test_columns_of_verdicts_need_every_row():
     full = late | {"correct_paper": True, "correct_scdpo": True}
     for first, counts in (([full, full], {9}), ([full, late], {9}), (None, {12})):
         tables = {"t": {"a": [[row] for row in first or [full, full]], "b": [[late], [late]] if first else [[full], [full]]}}
-        summary = stage(5).summary_of({"a": ["a"], "b": ["b"]}, tables, {}, "correct", 0)
+        summary = stage(5).summary_of({"a": ["a"], "b": ["b"]}, tables, {}, "strict", 0)
         _, head, rows, _ = stage(5).tables_of(summary)[0]
         assert {len(cells) for cells in [head, *rows]} == counts
 
@@ -564,3 +568,5 @@ def test_the_authors_prompt_reaches_the_model_as_it_is(server, tmp_path, protoco
     assert f"accuracy is by {verdict};" in text
     run(5, *arguments)  # the same, from the rows
     assert (tmp_path / "report.md").read_text() == text
+    run(5, *arguments, "--limit", 9)  # one more row, which has not been regraded
+    assert f"strict equality (`python analysis/regrade.py` adds {verdict});" in (tmp_path / "report.md").read_text()
