@@ -574,11 +574,13 @@ def about(summary: dict) -> str:
         rule += f" (`python analysis/regrade.py` adds {rules[wanted]})"
     sources = "; ".join(f"{found['problems']} of {name}, content hash {found['hash']}"
                         for name, found in summary["benchmarks"].items())  # fmt: skip
-    return (f"Protocol {summary['protocol']}: {summary['decoding']}. Problems: {sources}. The column accuracy is by {rule}; "
+    text = (f"Protocol {summary['protocol']}: {summary['decoding']}. Problems: {sources}. The column accuracy is by {rule}; "
             "intervals are Wilson's for one response a problem, else bootstrap over problems; differences are paired by "
             "problem, p is McNemar's exact one, of a permutation, or with several seeds of the bootstrap, which draws seeds "
-            "too. maj@k takes the commonest answer, of equally common ones that which came first; a problem is won or lost by "
-            "it, and by most of the seeds.")  # fmt: skip
+            "too; a problem is won or lost by most of the seeds.")  # fmt: skip
+    if any(found["samples"] > 1 for found in summary["benchmarks"].values()):
+        text += " maj@k takes the commonest answer, of equally common ones that which came first; won and lost are by it."
+    return text
 
 
 def write_report(summary: dict, out: Path) -> str:

@@ -171,7 +171,7 @@ def main(args: Args):
                  for row, (_, places, _), values in zip(rows, encoded, rewards[model], strict=True)]  # fmt: skip
         f = found[model] = figures(rows, steps, args.seed)
         cells = [EVAL.percent(f["share"], f["interval"]), EVAL.percent(f["chance"]),
-                 "{:.3f} ({:.3f} to {:.3f})".format(f["auc"], *f["auc_interval"])] if f["auc"] else ["–"] * 3  # fmt: skip
+                 "{:.3f} ({:.3f} to {:.3f})".format(f["auc"], *f["auc_interval"])] if f["auc"] is not None else ["–"] * 3  # fmt: skip
         lines.append([model, *cells])
     head = ["model", "lowest step is the labelled one", "by chance", "AUC, wrong against right steps"]
     every = np.concatenate([values[np.array(places) > 0] for model in rewards

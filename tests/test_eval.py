@@ -333,6 +333,7 @@ def test_regrade_writes_the_whole_report(tmp_path):
     again = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["sums"]["models"]["tuned"]
     assert again["accuracy"] == f["verdicts"]["correct_paper"] and again["verdicts"] == f["verdicts"]
     assert "is by the verdict of the Step-DPO authors;" in (tmp_path / "report.md").read_text()
+    assert "maj@k" not in (tmp_path / "report.md").read_text(), "one response to each problem"
 
 
 def test_seeds_and_samples_in_the_report(tmp_path):
@@ -355,6 +356,7 @@ def test_seeds_and_samples_in_the_report(tmp_path):
     run("regrade", tmp_path, "--base", "base")
     text = (tmp_path / "report.md").read_text()
     assert "## Accuracy\n" in text and "## Accuracy of 4 responses to each problem" in text
+    assert "maj@k takes" in text
     rows = read(tmp_path / "sums" / "base.jsonl")
     (tmp_path / "sums" / "base.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
     done = run("regrade", tmp_path, check=False)
