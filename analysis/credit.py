@@ -170,8 +170,10 @@ def main(args: Args):
         steps = [step_rewards(row, places, values)
                  for row, (_, places, _), values in zip(rows, encoded, rewards[model], strict=True)]  # fmt: skip
         f = found[model] = figures(rows, steps, args.seed)
-        cells = [EVAL.percent(f["share"], f["interval"]), EVAL.percent(f["chance"]),
-                 "{:.3f} ({:.3f} to {:.3f})".format(f["auc"], *f["auc_interval"])] if f["auc"] is not None else ["–"] * 3  # fmt: skip
+        cells = ["–"] * 3
+        if f["auc"] is not None:
+            cells = [EVAL.percent(f["share"], f["interval"]), EVAL.percent(f["chance"])]
+            cells.append("{:.3f} ({:.3f} to {:.3f})".format(f["auc"], *f["auc_interval"]))
         lines.append([model, *cells])
     head = ["model", "lowest step is the labelled one", "by chance", "AUC, wrong against right steps"]
     every = np.concatenate([values[np.array(places) > 0] for model in rewards
