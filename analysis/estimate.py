@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import tyro
 from accelerate import Accelerator
+from transformers import AutoConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 TRAIN = importlib.import_module("04_train_stepdpo")
@@ -72,8 +73,8 @@ def strategy_of(accelerator: Accelerator) -> tuple[str, float]:
 
 def main(args: TRAIN.Args):
     """Print memory and time of a run on this machine."""
-    accelerator, _, config, pairs, _ = TRAIN.start(args)
-    (body, head), world = TRAIN.count_weights(config), accelerator.num_processes
+    accelerator, _, pairs, _ = TRAIN.start(args)
+    config, world = AutoConfig.from_pretrained(args.model), accelerator.num_processes
     strategy, offloaded = strategy_of(accelerator)
     machines = max(1, world // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
     found = memory(config, args, strategy, world, machines, offloaded)
@@ -83,7 +84,7 @@ def main(args: TRAIN.Args):
         listed = ", ".join(f"{size:.2f} GiB for {name}" for name, size in parts.items())
         kind = " of main memory" if where == "machine" else ""
         TRAIN.print_main(f"a {where} needs about {sum(parts.values()):.2f} GiB{kind}: {listed}")
-    forward = TRAIN.flops(pairs, range(len(pairs)), config, body, head)
+    forward = TRAIN.flops(pairs, range(len(pairs)), config, TRAIN.count_weights(config))
     passes = 3 + args.gradient_checkpointing
     rate = matrix_rate(accelerator.device, args.precision) * world
     seconds = forward * (passes * args.epochs + (args.objective == "dpo")) / rate
