@@ -65,7 +65,6 @@ class Args:
 
 def to_html(text: str) -> str:
     """Text with its formulas as MathML, which browsers show without a script. Everything else is escaped: it is a model's."""
-
     def formula(tex: str) -> str:
         safe = len(tex) < 2000 and not re.search(r"\\(?:href|url|class|style|cssId|unicode|html)", tex)
         try:
