@@ -514,19 +514,7 @@ def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
         stop(f"{name}: no pair is left of {len(rows)}: {why}")
     print_main(f"{name}: {len(pairs)} pairs with {len(pairs.prefixes)} prefixes; left out: {why}; "
                f"kept though repeated: {len(pairs) - len(seen)}")  # fmt: skip
-    print_lengths(pairs)
     return pairs
-
-
-def print_lengths(pairs: Pairs):
-    """Lengths in tokens, and what sharing rows saves."""
-    lengths = np.array([(len(pairs.prefixes[g]), *map(len, s)) for g, s in zip(pairs.group, pairs.suffixes, strict=True)])
-    print_main("tokens      median    95 %   most")
-    for part, column in zip(("prefix", "chosen", "rejected"), lengths.T, strict=False):
-        print_main(f"{part:8} {np.median(column):9.0f} {np.percentile(column, 95):7.0f} {column.max():6d}")
-    shared = sum(map(pairs.length, pairs.by_prefix(range(len(pairs)))))
-    separate = (lengths[:, :1] + lengths[:, 1:]).sum()
-    print_main(f"one row for all suffixes of a prefix saves {1 - shared / separate:.0%} of {separate} tokens")
 
 
 def plan(pairs: Pairs, numbers, tokens: int, rank: int, world: int) -> list[tuple[list[list[int]], int, int]]:
@@ -888,28 +876,22 @@ def finish(args: Args, settings: dict, pairs: Pairs, total: int, lines: list[dic
 def draw(path: Path, lines: list[dict]):
     """training.png: loss, accuracy, margin and log-probabilities, training and validation (Fig. 2 of the paper)."""
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
     except ImportError:
         print_main("training.png needs matplotlib: pip install matplotlib; the figures are in metrics.jsonl")
         return
     panels = [("loss",), ("accuracy",), ("margin",), ("chosen_logp", "rejected_logp")]
-    panels = [panel for panel in panels if any(panel[0] in line for line in lines)]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), layout="constrained", squeeze=False)
-    for axis, panel in zip(axes[0], panels, strict=True):
-        for colour, name in zip(("tab:blue", "tab:red"), panel, strict=False):
-            for prefix, style, label in (("", "-", "training"), ("val_", "o--", "validation")):
-                points = [(line["step"], line[prefix + name]) for line in lines if prefix + name in line]
-                if points:
-                    axis.plot(*zip(*points, strict=True), style, color=colour, alpha=0.6 if not prefix else 1, markersize=4,
-                              label=f"{name.removesuffix('_logp')}, {label}" if len(panel) > 1 else label)  # fmt: skip
-        axis.set(xlabel="step", title={"chosen_logp": "log-probability (nats)"}.get(panel[0], panel[0]))
+    panels = [names for names in panels if any(names[0] in line for line in lines)]
+    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
+    for axis, names in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for colour, name in zip(("tab:blue", "tab:red"), names, strict=False):
+            for shown, style in ((name, "-"), (f"val_{name}", "o--")):
+                points = [(line["step"], line[shown]) for line in lines if shown in line]
+                axis.plot(*zip(*points, strict=True), style, color=colour, markersize=4, label=shown) if points else None
+        axis.set(xlabel="step", title=" and ".join(names))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
