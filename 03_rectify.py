@@ -337,8 +337,19 @@ def pair_up(args: Args):
 
 async def make_all(args: Args, problems: dict, tries: Output, rollouts: dict, grader: Grader, spent: Counter):
     """Make and write the pairs of the problems that are not done yet."""
-    done = {row["id"] for row in tries.rows}
+    done, model = {row["id"] for row in tries.rows}, args.rectifier or args.model
     todo = [rows for identity, rows in problems.items() if identity not in done]
+    if args.method == "dpo" or not todo:
+        return await write_each(args, todo, pair_up(args), tries)
+    tokenizer = load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs)
+    async with engine(args, model) as generate:
+        make = (lead_astray(args, tokenizer, generate, grader, spent) if args.method == "scdpo"
+                else rectify(args, tokenizer, generate, grader, rollouts, spent))  # fmt: skip
+        await write_each(args, todo, make, tries)
+
+
+async def write_each(args: Args, todo: list[list[dict]], make, tries: Output):
+    """`await make(rows)` for the rows of each problem, and write what it gives."""
     with open(args.out, "w", encoding="utf-8") as file:
 
         def write(pairs: list[dict]):
@@ -352,15 +363,7 @@ async def make_all(args: Args, problems: dict, tries: Output, rollouts: dict, gr
 
         for row in tries.rows:  # the file is what tries says: a kill between the two writes leaves no half problem
             write(row["pairs"])
-        if args.method == "dpo" or not todo:
-            make = pair_up(args)
-            return await run_all(todo, work, args.concurrency, args.method)
-        model = args.rectifier or args.model
-        tokenizer = load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs)
-        async with engine(args, model) as generate:
-            make = (lead_astray(args, tokenizer, generate, grader, spent) if args.method == "scdpo"
-                    else rectify(args, tokenizer, generate, grader, rollouts, spent))  # fmt: skip
-            await run_all(todo, work, args.concurrency, args.method)
+        await run_all(todo, work, args.concurrency, args.method)
 
 
 def refuse(args, names: tuple[str, ...], where: str):

@@ -3,8 +3,8 @@
     python analysis/estimate.py --data xinlai/Math-Step-DPO-10K                  # the options are those of 04_train_stepdpo.py
     accelerate launch --config_file configs/fsdp2.yaml analysis/estimate.py --data runs/pairs.jsonl
 
-Reads the data as 04 does and prints what a device and a machine need of memory, operations, and hours at the rate that large
-matrix products reach here.
+Reads the data as 04 does and prints lengths, what a device and a machine need of memory, operations, and hours at the rate
+that large matrix products reach here.
 """
 
 import importlib
@@ -13,9 +13,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import tyro
 from accelerate import Accelerator
+from transformers import AutoConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 TRAIN = importlib.import_module("04_train_stepdpo")
@@ -70,10 +72,22 @@ def strategy_of(accelerator: Accelerator) -> tuple[str, float]:
     return ("fsdp2" if accelerator.distributed_type == "FSDP" else "copies"), 0.0
 
 
+def print_lengths(pairs: TRAIN.Pairs):
+    """Lengths in tokens, and what sharing rows saves."""
+    lengths = np.array([(len(pairs.prefixes[g]), *map(len, s)) for g, s in zip(pairs.group, pairs.suffixes, strict=True)])
+    TRAIN.print_main("tokens      median    95 %   most")
+    for part, column in zip(("prefix", "chosen", "rejected"), lengths.T, strict=False):
+        TRAIN.print_main(f"{part:8} {np.median(column):9.0f} {np.percentile(column, 95):7.0f} {column.max():6d}")
+    shared = sum(map(pairs.length, pairs.by_prefix(range(len(pairs)))))
+    separate = (lengths[:, :1] + lengths[:, 1:]).sum()
+    TRAIN.print_main(f"one row for all suffixes of a prefix saves {1 - shared / separate:.0%} of {separate} tokens")
+
+
 def main(args: TRAIN.Args):
     """Print memory and time of a run on this machine."""
-    accelerator, _, config, pairs, _ = TRAIN.start(args)
-    (body, head), world = TRAIN.count_weights(config), accelerator.num_processes
+    accelerator, _, pairs, _ = TRAIN.start(args)
+    print_lengths(pairs)
+    config, world = AutoConfig.from_pretrained(args.model), accelerator.num_processes
     strategy, offloaded = strategy_of(accelerator)
     machines = max(1, world // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
     found = memory(config, args, strategy, world, machines, offloaded)
@@ -83,7 +97,7 @@ def main(args: TRAIN.Args):
         listed = ", ".join(f"{size:.2f} GiB for {name}" for name, size in parts.items())
         kind = " of main memory" if where == "machine" else ""
         TRAIN.print_main(f"a {where} needs about {sum(parts.values()):.2f} GiB{kind}: {listed}")
-    forward = TRAIN.flops(pairs, range(len(pairs)), config, body, head)
+    forward = TRAIN.flops(pairs, range(len(pairs)), config, TRAIN.count_weights(config))
     passes = 3 + args.gradient_checkpointing
     rate = matrix_rate(accelerator.device, args.precision) * world
     seconds = forward * (passes * args.epochs + (args.objective == "dpo")) / rate
