@@ -856,8 +856,9 @@ def load_problems(name: str, training: bool, folder: Path | None) -> list[dict]:
 
 # Copied from 01_sample_errors.py
 def content_hash(rows: list[dict]) -> str:
-    """Sixteen hex digits of the ids, problems and answers, in their order."""
-    return hashlib.sha256(json.dumps([(row["id"], row["problem"], row["answer"]) for row in rows]).encode()).hexdigest()[:16]
+    """Sixteen hex digits of the ids, problems and answers, in whatever order they come."""
+    texts = sorted((row["id"], row["problem"], row["answer"]) for row in rows)
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
 # Copied from 01_sample_errors.py
