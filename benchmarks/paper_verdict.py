@@ -1,4 +1,4 @@
-"""How often 05's `correct_paper` agrees with the Step-DPO authors' own evaluation, on responses made from gold answers.
+"""How often analysis/regrade.py's `correct_paper` agrees with the Step-DPO authors' code, on responses made from gold answers.
 
     git clone https://github.com/dvlab-research/Step-DPO; python -m venv theirs
     theirs/bin/pip install sympy==1.12 antlr4-python3-runtime==4.11.0 regex numpy     # another antlr than math-verify's
@@ -24,8 +24,8 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-five = importlib.import_module("05_eval")
+sys.path[:0] = [str(ROOT), str(ROOT / "analysis"), str(ROOT / "tests")]
+regrade = importlib.import_module("regrade")
 
 THEIRS = """
 import json, os, signal, sys
@@ -86,9 +86,9 @@ def cases(args: Args) -> list[dict]:
 
 
 async def ours(rows: list[dict]) -> list[bool]:
-    grader = five.Grader(5.0)
+    grader = regrade.EVAL.Grader(5.0)
     try:
-        one = lambda row: grader(row["gold"], five.paper_answers(row["problem"], row["response"]), rules=five.PAPER)
+        one = lambda row: grader(row["gold"], regrade.paper_answers(row["problem"], row["response"]), rules=regrade.PAPER)
         return await asyncio.gather(*map(one, rows))
     finally:
         grader.close()

@@ -92,7 +92,7 @@ def time_ours(args: Args, rows: list[dict], separate: bool) -> tuple[list[float]
     from accelerate import Accelerator
     from transformers import AutoTokenizer
 
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(ROOT), str(ROOT / "analysis")]
     train = importlib.import_module("04_train_stepdpo")
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny/model")
     accelerator, pairs = Accelerator(mixed_precision="bf16"), train.Pairs()
@@ -105,13 +105,13 @@ def time_ours(args: Args, rows: list[dict], separate: bool) -> tuple[list[float]
     scorer = train.SuffixScorer(make_model(args))
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
     scorer, optimizer = accelerator.prepare(scorer, optimizer)
-    reference, seconds = torch.zeros(len(pairs), 2), []
-    body, head = train.count_weights(accelerator.unwrap_model(scorer).lm.config)
-    work = train.flops(pairs, range(args.pairs, len(pairs)), accelerator.unwrap_model(scorer).lm.config, body, head)
-    bound = 3 * work / args.steps / train.matrix_rate(accelerator.device, "bf16")
+    pairs.reference, seconds = torch.zeros(len(pairs), 2), []
+    config = accelerator.unwrap_model(scorer).lm.config
+    work = train.flops(pairs, range(args.pairs, len(pairs)), config, train.count_weights(config))
+    bound = 3 * work / args.steps / importlib.import_module("estimate").matrix_rate(accelerator.device, "bf16")
     for step in range(args.steps + 1):
         batch, began = list(range(step * args.pairs, (step + 1) * args.pairs)), time.perf_counter()
-        train.train_step(scorer, optimizer, pairs, reference, batch, settings, 0, accelerator)
+        train.train_step(scorer, optimizer, pairs, batch, settings, accelerator)
         seconds.append(time.perf_counter() - began)
     return seconds, bound
 
@@ -120,7 +120,7 @@ def separate_rows(train):
     """collate() with a row [prefix | suffix] for each suffix of each pair: what sharing saves is computed again."""
     shared = train.collate
 
-    def collate(pairs, rows, pad, device):
+    def collate(pairs, rows, device):
         import torch
 
         apart = train.Pairs()
@@ -128,7 +128,7 @@ def separate_rows(train):
             for i in row:
                 for suffix in pairs.suffixes[i]:
                     apart.add(pairs.prefixes[pairs.group[i]], [suffix])
-        batch = shared(apart, [[i] for i in range(len(apart))], pad, device)
+        batch = shared(apart, [[i] for i in range(len(apart))], device)
         return batch | {"picks": torch.arange(len(apart), device=device).view(-1, 2)}
 
     return collate

@@ -21,7 +21,9 @@ WORLD=${WORLD:-data/tiny} TRAIN=${TRAIN:-} HEAT=${HEAT:-1.1 0.05 1.4} FROM=${FRO
 JOBS=${JOBS:-2}  # trainings and evaluations side by side, a core each: such a small model does not fill two
 BASE=$WORLD/model
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-4}
-export PATH="$PWD/.venv/bin:$PATH" OPENAI_API_KEY=$(head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \n')
+export PATH="$PWD/.venv/bin:$PATH"
+ask=(--max-tokens 400 "--engine-args=--max-num-seqs 512 --max-model-len 1024")
+of_base=("${ask[@]}" --model "$BASE" ${BASE_URL:+--base-url "$BASE_URL"})  # BASE_URL: a server that has the base already
 mkdir -p "$OUT"/{pairs,models,grid,logs}
 exec 9>"$OUT/.lock"  # what a killed run left at work holds it too
 if command -v flock >/dev/null && ! flock -n 9; then
@@ -35,22 +37,7 @@ fi
 began=$SECONDS
 say() { printf '%5d s  %s\n' $((SECONDS - began)) "$*"; }
 
-trap 'trap "" INT TERM; kill $(jobs -p) 2>/dev/null || true' EXIT  # servers, and what the pool runs
-cpu=$(python -c 'import importlib; print(*importlib.import_module("01_sample_errors").cpu_options())')
-up() {  # up MODEL: serve it; URL is set
-  local port log; log=$OUT/logs/server-$(basename "$1").log
-  port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-  VLLM_API_KEY=$OPENAI_API_KEY python -m vllm.entrypoints.openai.api_server --model "$1" --host 127.0.0.1 --port "$port" \
-    --max-num-seqs 512 --max-model-len 1024 --generation-config vllm --disable-uvicorn-access-log $cpu >"$log" 2>&1 &
-  server=$! URL=http://127.0.0.1:$port/v1
-  for _ in $(seq 600); do
-    (exec 3<>"/dev/tcp/127.0.0.1/$port" && printf 'GET /health HTTP/1.0\r\n\r\n' >&3 && grep -q ' 200 ' <&3) 2>/dev/null && return
-    kill -0 $server 2>/dev/null || break
-    sleep 1
-  done
-  echo "the server of $1 did not come up; see $log" >&2; exit 2
-}
-down() { kill "$server" && wait "$server" 2>/dev/null || true; }
+trap 'trap "" INT TERM; kill $(jobs -p) 2>/dev/null || true' EXIT  # what runs, and what the pool runs
 quiet() {  # quiet NAME COMMAND ...: its output goes to a log, its last line here
   local log="$OUT/logs/$1.log"; shift
   "$@" >"$log" 2>&1 & wait $! || { tail -3 "$log" >&2; exit 2; }
@@ -73,30 +60,24 @@ drain() {  # drain FILE ...: wait for all jobs; these files tell that they are d
 if [ ! -f "$OUT/pairs/ready" ] && [ -n "$FROM" ]; then
   cp "$FROM"/all-*.jsonl "$OUT"
 elif [ ! -f "$OUT/pairs/ready" ]; then
-  up "$BASE"
-  ask="--base-url $URL --max-tokens 400"
-  quiet 01 python 01_sample_errors.py --data "$WORLD/train.jsonl" --limit "$PROBLEMS" --n 4 --out "$OUT/samples.jsonl" $ask --model "$BASE"
+  quiet 01 python 01_sample_errors.py --data "$WORLD/train.jsonl" --limit "$PROBLEMS" --n 4 --out "$OUT/samples.jsonl" "${of_base[@]}"
   quiet 02 python 02_locate_step.py --samples "$OUT/samples.jsonl" --max-per-problem 1 --out "$OUT/located.jsonl" \
-    --keep-rollouts "$OUT/rollouts.jsonl" $ask --model "$BASE"
+    --keep-rollouts "$OUT/rollouts.jsonl" "${of_base[@]}"
   quiet 03-step-dpo python 03_rectify.py --located "$OUT/located.jsonl" --rollouts "$OUT/rollouts.jsonl" --n 8 \
-    --max-pairs-per-error 1 --out "$OUT/all-step-dpo.jsonl" $ask --model "$BASE"
+    --max-pairs-per-error 1 --out "$OUT/all-step-dpo.jsonl" "${of_base[@]}"
   quiet 03-dpo python 03_rectify.py --method dpo --samples "$OUT/samples.jsonl" --out "$OUT/all-dpo.jsonl"
-  quiet 03-scdpo python 03_rectify.py --method scdpo --samples "$OUT/samples.jsonl" --heat $HEAT --out "$OUT/all-scdpo.jsonl" $ask \
-    --model "$BASE"
-  down
+  quiet 03-scdpo python 03_rectify.py --method scdpo --samples "$OUT/samples.jsonl" --heat $HEAT --out "$OUT/all-scdpo.jsonl" "${of_base[@]}"
   if [[ " $METHODS " == *ood* ]]; then  # another model: the base taught to solve the same problems in other words
-    quiet foreign-text python benchmarks/foreign_solutions.py "$WORLD/train.jsonl" "$OUT/foreign.jsonl"
+    quiet foreign-text python analysis/foreign_solutions.py "$WORLD/train.jsonl" "$OUT/foreign.jsonl"
     [ -f "$OUT/foreign/.trained" ] || quiet foreign python 04_train_stepdpo.py --objective sft --data "$OUT/foreign.jsonl" \
       --model "$BASE" --out "$OUT/foreign" --lr 1e-3 --epochs "$FOREIGN" --batch-size 64 --keep 0 --log-steps 20
     touch "$OUT/foreign/.trained"
-    up "$OUT/foreign"
     quiet 03-ood python 03_rectify.py --located "$OUT/located.jsonl" --rectifier "$OUT/foreign" --n 8 --max-pairs-per-error 1 \
-      --out "$OUT/all-step-dpo-ood.jsonl" --base-url "$URL" --max-tokens 400
-    down
+      --out "$OUT/all-step-dpo-ood.jsonl" "${ask[@]}"
   fi
 fi
 if [ ! -f "$OUT/pairs/ready" ]; then
-  quiet sizes python benchmarks/same_size.py "$OUT" --pairs "$PAIRS" --model "$BASE"
+  quiet sizes python analysis/same_size.py "$OUT" --pairs "$PAIRS" --model "$BASE"
   touch "$OUT/pairs/ready"
 fi
 
@@ -107,16 +88,14 @@ train() {  # train METHOD LR BETA SEED FOLDER
     --log-steps 3 --keep 0 --seed "$4" $TRAIN
   touch "$5/.trained"
 }
-evaluate() {  # evaluate LABEL MODEL DATA LIMIT FOLDER [OPTIONS]: with the server that is up
+evaluate() {  # evaluate LABEL MODEL DATA LIMIT FOLDER [OPTIONS]
   local label=$1 model=$2 data=$3 limit=$4 folder=$5; shift 5
   quiet "eval-$(basename "$folder")-$label-$(basename "$model")" python 05_eval.py --data "$data" --limit "$limit" \
-    --models "$label=$model" --base-url "$URL" --max-tokens 400 --out "$folder" "$@"
+    --models "$label=$model" "${ask[@]}" --out "$folder" "$@"
 }
 try() {  # try METHOD LR BETA FOLDER
   train "$1" "$2" "$3" 0 "$4"
-  up "$4"
   evaluate "$1-$2:$3" "$4" "$WORLD/validation.jsonl" 500 "$OUT/grid/results/$(basename "$4")"
-  down
   touch "$4.done"
 }
 made=()
@@ -129,14 +108,12 @@ for method in $METHODS; do
   done
 done
 drain "${made[@]}"
-python benchmarks/ablation_table.py "$OUT" --choose --methods $METHODS --grid $GRID
+python analysis/ablation_table.py "$OUT" --choose --methods $METHODS --grid $GRID
 
 # --- models, and both evaluations of each -------------------------------------------------------------------------------
-both() {  # both LABEL MODEL DONE: greedy and at temperature 1, with one server
-  up "$2"
+both() {  # both LABEL MODEL DONE: greedy and at temperature 1
   evaluate "$1" "$2" "$WORLD/test.jsonl" "$TEST" "$OUT/greedy"
   evaluate "$1" "$2" "$WORLD/test.jsonl" "$TEST" "$OUT/temperature1" --temperature 1
-  down
   touch "$3"
 }
 one() {  # one METHOD LR BETA SEED MODEL
@@ -163,10 +140,11 @@ drain "${made[@]}"
 # --- one table ------------------------------------------------------------------------------------------------------------
 named=() first=()
 for method in base $METHODS; do named+=("$method=${group[$method]}") first+=("${group[$method]%%,*}"); done
-ask="--data $WORLD/test.jsonl --limit $TEST --max-tokens 400 --base-url http://127.0.0.1:9/v1"  # all responses are there
-quiet report-greedy python 05_eval.py --models "${named[@]}" $ask --out "$OUT/greedy"
-quiet report-temperature1 python 05_eval.py --models "${named[@]}" $ask --out "$OUT/temperature1" --temperature 1
-quiet labels python benchmarks/true_errors.py "$OUT"/greedy/test/*-model.jsonl "$OUT/labelled.jsonl"  # the base's
-quiet credit python 05_eval.py --credit "$OUT/labelled.jsonl" --models "${first[@]}" --beta 1 --credit-show 10 --out "$OUT/credit"
-python benchmarks/ablation_table.py "$OUT" --methods $METHODS --grid $GRID
+ask+=(--data "$WORLD/test.jsonl" --limit "$TEST")  # all responses are there: no engine starts
+quiet report-greedy python 05_eval.py --models "${named[@]}" "${ask[@]}" --out "$OUT/greedy"
+quiet report-temperature1 python 05_eval.py --models "${named[@]}" "${ask[@]}" --out "$OUT/temperature1" --temperature 1
+quiet page python analysis/report_html.py "$OUT/greedy"
+quiet labels python analysis/true_errors.py "$OUT"/greedy/test/*-model.jsonl "$OUT/labelled.jsonl"  # the base's
+quiet credit python analysis/credit.py "$OUT/labelled.jsonl" --models "${first[@]}" --beta 1 --show 10 --out "$OUT/credit"
+python analysis/ablation_table.py "$OUT" --methods $METHODS --grid $GRID
 say "all done: $OUT/table.md, $OUT/ablation.png, $OUT/greedy/report.html, $OUT/credit/credit.html"

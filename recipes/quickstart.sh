@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The five stages on the bundled model: one vLLM server for 01 to 03, then training, then base against tuned model on
-# the 2,000 test problems. `make quickstart` calls it; README has the minutes.
+# The five stages on the bundled model, base against tuned model on the 2,000 test problems at the end. `make quickstart` calls
+# it; README has the minutes.
 #   SEEDS="0 1 2" make quickstart      # three trained models instead of one, from the same pairs
 # Learning rate, beta and epochs were chosen on data/tiny/validation.jsonl (docs/world.md).
 set -euo pipefail
@@ -9,7 +9,9 @@ OUT=${OUT:-runs/quickstart} SEEDS=${SEEDS:-0} PROBLEMS=${PROBLEMS:-1000} TEST_PR
 MODEL=data/tiny/model
 mkdir -p "$OUT"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-4}
-times=""
+times="" job=
+# INT or TERM to this script alone ends the running stage too, and so the engine in it
+trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM
 stage() {  # stage NAME COMMAND ...: run it and remember its seconds
   local name=$1 start=$SECONDS; shift
   printf '\n== %s: %s\n' "$name" "$*"
@@ -18,36 +20,13 @@ stage() {  # stage NAME COMMAND ...: run it and remember its seconds
   times="$times$(printf '%-28s %4d s' "$name" $((SECONDS - start)))"$'\n'
 }
 
-# one server for three stages; the key is random and stays in the environment
-export OPENAI_API_KEY=$(python -c 'import secrets; print(secrets.token_hex(16))')
-port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-cpu=$(python -c 'import importlib; print(*importlib.import_module("01_sample_errors").cpu_options())')
-set -m  # a process group of its own, to be ended as one
-VLLM_API_KEY=$OPENAI_API_KEY python -m vllm.entrypoints.openai.api_server --model $MODEL --host 127.0.0.1 --port "$port" \
-  --max-num-seqs 512 --max-model-len 1024 --generation-config vllm --disable-uvicorn-access-log $cpu >"$OUT/server.log" 2>&1 &
-server=$! job=
-set +m
-# what is at work goes along, also where INT or TERM comes to this script alone; `|| true`: the status stays the recipe's
-trap 'for group in $server $job; do kill -TERM -- -$group 2>/dev/null || true; done; wait' EXIT
-trap 'exit 130' INT TERM
-wait_for_server() {
-  for _ in $(seq 600); do
-    python -c "import httpx, sys; sys.exit(not httpx.get('http://127.0.0.1:$port/health').is_success)" 2>/dev/null && return
-    kill -0 $server 2>/dev/null || break
-    sleep 1
-  done
-  echo "the server did not come up; see $OUT/server.log" >&2
-  return 2
-}
-SERVER="--base-url http://127.0.0.1:$port/v1 --model $MODEL --max-tokens 400"
-stage "server up" wait_for_server
+MODEL_OPTIONS=(--model $MODEL --max-tokens 400 "--engine-args=--max-num-seqs 512 --max-model-len 1024")
 stage "01 sample" python 01_sample_errors.py --data data/tiny/train.jsonl --limit "$PROBLEMS" --n 2 \
-  --out "$OUT/samples.jsonl" $SERVER
+  --out "$OUT/samples.jsonl" "${MODEL_OPTIONS[@]}"
 stage "02 locate" python 02_locate_step.py --samples "$OUT/samples.jsonl" --out "$OUT/located.jsonl" \
-  --keep-rollouts "$OUT/rollouts.jsonl" $SERVER
+  --keep-rollouts "$OUT/rollouts.jsonl" "${MODEL_OPTIONS[@]}"
 stage "03 rectify" python 03_rectify.py --located "$OUT/located.jsonl" --rollouts "$OUT/rollouts.jsonl" --n 8 \
-  --out "$OUT/pairs.jsonl" $SERVER
-kill -TERM -- -$server && wait $server 2>/dev/null || true
+  --out "$OUT/pairs.jsonl" "${MODEL_OPTIONS[@]}"
 
 tuned=()
 for seed in $SEEDS; do
@@ -56,7 +35,9 @@ for seed in $SEEDS; do
   tuned+=("$OUT/model-$seed")
 done
 stage "05 evaluate" python 05_eval.py --data data/tiny/test.jsonl --max-tokens 400 --limit "$TEST_PROBLEMS" \
-  --models "base=$MODEL" "Step-DPO=$(IFS=,; echo "${tuned[*]}")" --check-contamination "$OUT/pairs.jsonl" \
-  --out "$OUT/results" --server-args="--max-num-seqs 512 --max-model-len 1024"
+  --models "base=$MODEL" "Step-DPO=$(IFS=,; echo "${tuned[*]}")" \
+  --out "$OUT/results" --engine-args="--max-num-seqs 512 --max-model-len 1024"
+stage "overlap of test and pairs" python analysis/contamination.py "$OUT/pairs.jsonl" --data data/tiny/test.jsonl --show 3
+stage "page" python analysis/report_html.py "$OUT/results"
 printf '\nWhere the time went:\n%s%-28s %4d s\n' "$times" all $SECONDS
 echo "The whole report with pictures and responses: $OUT/results/report.html"

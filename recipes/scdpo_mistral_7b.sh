@@ -14,13 +14,13 @@
 #   beta     0.1, for MetaMath 0.5, which is the model here
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# INT or TERM to this script alone ends the running stage too, and so the server that this has started
+# INT or TERM to this script alone ends the running stage too, and so the engine in it
 job=; run() { set -m; "$@" & job=$!; set +m; wait $job; }
 trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM
 MODEL=${MODEL:-meta-math/MetaMath-Mistral-7B} OUT=${OUT:-runs/scdpo_7b} BETA=${BETA:-0.5} HEAT=${HEAT:-1.1 0.05 1.4} EVERY=${EVERY:-}
 TEMPLATE=${TEMPLATE:-data/templates/alpaca.jinja}  # what MetaMath and the Step-DPO authors' SFT models were trained with
 GPUS=${GPUS:-8}
-SERVE="--server-args=--data-parallel-size $GPUS --max-model-len 4096"
+SERVE="--engine-args=--data-parallel-size $GPUS --max-model-len 4096"
 run python 01_sample_errors.py --model "$MODEL" --chat-template "$TEMPLATE" --temperature 1 --top-p 1 --n 4 --until-both 100 \
   --out "$OUT/samples.jsonl" "$SERVE"
 run python 03_rectify.py --method dpo --samples "$OUT/samples.jsonl" --out "$OUT/naive.jsonl"

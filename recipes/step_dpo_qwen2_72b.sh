@@ -10,11 +10,11 @@
 # Paper and code disagree: beta is 0.5 for 72B in the paper and 0.4 in its script; here 0.5. The rest as in step_dpo_qwen2_7b.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# INT or TERM to this script alone ends the running stage too, and so the server that this has started
+# INT or TERM to this script alone ends the running stage too, and so the engine in it
 job=; run() { set -m; "$@" & job=$!; set +m; wait $job; }
 trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM
 MODEL=${MODEL:-Qwen/Qwen2-72B-Instruct} OUT=${OUT:-runs/step_dpo_72b} BETA=${BETA:-0.5}
-SERVE="--server-args=--tensor-parallel-size 8 --max-model-len 4096"
+SERVE="--engine-args=--tensor-parallel-size 8 --max-model-len 4096"
 run python 01_sample_errors.py --model "$MODEL" --out "$OUT/samples.jsonl" "$SERVE"
 run python 02_locate_step.py --samples "$OUT/samples.jsonl" --model "$MODEL" --out "$OUT/located.jsonl" \
   --keep-rollouts "$OUT/rollouts.jsonl" "$SERVE"
@@ -22,4 +22,6 @@ run python 03_rectify.py --located "$OUT/located.jsonl" --rollouts "$OUT/rollout
 run accelerate launch --config_file configs/zero3_offload.yaml 04_train_stepdpo.py --data "$OUT/pairs.jsonl" --model "$MODEL" \
   --beta "$BETA" --epochs 4 --gradient-checkpointing --tokens-per-batch 8192 --out "$OUT/model" --save-steps 200 --keep 1
 run python 05_eval.py --data gsm8k math odyssey-math aime24 --models "base=$MODEL" "Step-DPO=$OUT/model" --protocol paper \
-  --check-contamination "$OUT/pairs.jsonl" --out "$OUT/results" "$SERVE"
+  --out "$OUT/results" "$SERVE"
+run python analysis/regrade.py "$OUT/results"  # adds the verdicts of the papers' own code
+run python analysis/contamination.py "$OUT/pairs.jsonl" --data gsm8k math odyssey-math aime24

@@ -10,16 +10,16 @@
 #   beta            0.4 for 7B in the paper, 0.5 in its script (swapped for 72B); here 0.4. BETA=0.5 takes the script's
 #   locating        GPT-4o in the paper; here the policy's own continuations. LOCATOR="--locator judge --judge-model ... "
 #   neutral steps   an error in the code, not in the text: 02 --neutral
-#   chosen steps    a filter of wrong ones is described but not released: 03 --check-chosen
+#   chosen steps    a filter of wrong ones is described but not released: analysis/check_chosen.py
 #   DATA=xinlai/Math-Step-DPO-10K trains on the published 10,795 pairs instead, and skips the first three stages
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# INT or TERM to this script alone ends the running stage too, and so the server that this has started
+# INT or TERM to this script alone ends the running stage too, and so the engine in it
 job=; run() { set -m; "$@" & job=$!; set +m; wait $job; }
 trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM
 MODEL=${MODEL:-Qwen/Qwen2-7B-Instruct} OUT=${OUT:-runs/step_dpo_7b} BETA=${BETA:-0.4} DATA=${DATA:-}
 GPUS=${GPUS:-8} LOCATOR=${LOCATOR:-}
-SERVE="--server-args=--data-parallel-size $GPUS --max-model-len 4096"
+SERVE="--engine-args=--data-parallel-size $GPUS --max-model-len 4096"
 if [ -z "$DATA" ]; then
   run python 01_sample_errors.py --model "$MODEL" --out "$OUT/samples.jsonl" "$SERVE"
   run python 02_locate_step.py --samples "$OUT/samples.jsonl" --model "$MODEL" --out "$OUT/located.jsonl" \
@@ -31,7 +31,7 @@ if [ -z "$DATA" ]; then
 fi
 run accelerate launch --config_file configs/fsdp2.yaml --num_processes "$GPUS" 04_train_stepdpo.py --data "$DATA" --model "$MODEL" \
   --beta "$BETA" --out "$OUT/model" --save-steps 400 --keep 1
-check=()
-[ ! -f "$OUT/pairs.jsonl" ] || check=(--check-contamination "$OUT/pairs.jsonl")
 run python 05_eval.py --data gsm8k math odyssey-math aime24 --models "base=$MODEL" "Step-DPO=$OUT/model" --protocol paper \
-  "${check[@]}" --out "$OUT/results" "$SERVE"
+  --out "$OUT/results" "$SERVE"
+run python analysis/regrade.py "$OUT/results"  # adds the verdicts of the papers' own code
+[ ! -f "$OUT/pairs.jsonl" ] || run python analysis/contamination.py "$OUT/pairs.jsonl" --data gsm8k math odyssey-math aime24

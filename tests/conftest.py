@@ -1,21 +1,27 @@
 """Fixtures: the stages as modules, a small random model, and one vLLM server for the whole session."""
 
+import contextlib
+import ctypes
 import importlib
 import json
 import os
 import random
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import httpx
+import psutil
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "data" / "tiny"
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "analysis")]
 os.environ["HF_HUB_OFFLINE"] = "1"
 STAGES = {1: "01_sample_errors", 2: "02_locate_step", 3: "03_rectify", 4: "04_train_stepdpo", 5: "05_eval"}
 
@@ -24,9 +30,10 @@ def stage(number: int):
     return importlib.import_module(STAGES[number])
 
 
-def run(number: int, *arguments, check: bool = True, **more) -> subprocess.CompletedProcess:
-    """Run a stage as a user does; on an unexpected exit status show what it said."""
-    command = [sys.executable, str(ROOT / f"{STAGES[number]}.py"), *map(str, arguments)]
+def run(script: int | str, *arguments, check: bool = True, **more) -> subprocess.CompletedProcess:
+    """Run a stage, or analysis/SCRIPT.py, as a user does; on an unexpected exit status show what it said."""
+    path = ROOT / f"{STAGES[script]}.py" if script in STAGES else ROOT / "analysis" / f"{script}.py"
+    command = [sys.executable, str(path), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **more)
     assert not check or done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stderr[-3000:]}"
     return done
@@ -51,21 +58,59 @@ def run_killed(number: int, *arguments, journal: Path, kills: int, seed: int, to
                 file.write(torn)
 
 
+def engine_processes() -> list[psutil.Process]:
+    """All processes of engines that stages have started: they carry a mark in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError, psutil.Error):
+            if b"STEPDPO_ENGINE=" in path.read_bytes():
+                found.append(psutil.Process(int(path.parent.name)))
+    return found
+
+
 def read(path) -> list[dict]:
     """Rows of a JSON Lines file; splitlines() would part them at U+2028 too."""
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
 
 
+def end_with_the_tests():
+    """Linux sends the server SIGTERM when pytest is gone, also by kill -9."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+@contextlib.contextmanager
+def serving(model, log: Path, *options: str):
+    """A vLLM server of its own, as a user starts one: yields its address and its key."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--disable-uvicorn-access-log", *stage(1).cpu_options(), *options]
+    key, url = secrets.token_hex(16), f"http://127.0.0.1:{port}/v1"
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "4"} | os.environ | {"VLLM_API_KEY": key}
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, env=environment,
+                                   preexec_fn=end_with_the_tests)  # fmt: skip
+    try:
+        for _ in range(1200):
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=5).is_success:
+                    break
+            assert process.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.5)
+        yield url, key
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """Arguments that point stages 01 to 03 at one real vLLM server with the bundled model."""
-    from types import SimpleNamespace
-
     log = tmp_path_factory.mktemp("server") / "server.log"
-    args = SimpleNamespace(base_url=None, chat_template=None, server_args="--max-num-seqs 256", server_timeout=600.0)
-    with stage(1).served(args, str(TINY / "model"), log) as (url, key, model):
+    with serving(TINY / "model", log, "--max-num-seqs", "256") as (url, key):
         os.environ["OPENAI_API_KEY"] = key
-        yield ["--base-url", url, "--model", model]
+        yield ["--base-url", url, "--model", str(TINY / "model")]
 
 
 @pytest.fixture()

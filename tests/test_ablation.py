@@ -5,7 +5,7 @@ import os
 import subprocess
 
 import pytest
-from conftest import ROOT, read
+from conftest import ROOT, TINY, read
 
 
 def recipe(*arguments, **settings):
@@ -14,8 +14,9 @@ def recipe(*arguments, **settings):
 
 
 @pytest.mark.slow
-def test_ablation(tmp_path):
-    sizes = {"OUT": str(tmp_path), "SEEDS": "0", "METHODS": "step-dpo", "PROBLEMS": "150", "TEST": "80", "GRID": "1e-4:1"}
+def test_ablation(server, tmp_path):
+    sizes = {"WORLD": str(TINY), "BASE_URL": server[1], "OUT": str(tmp_path), "SEEDS": "0", "METHODS": "step-dpo",
+             "PROBLEMS": "150", "TEST": "80", "GRID": "1e-4:1"}  # fmt: skip
     done = recipe(**sizes, PAIRS="40")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     names = ("dpo", "scdpo", "step-dpo", "dpo-tokens", "step-dpo.validation", "dpo.validation")
@@ -27,7 +28,7 @@ def test_ablation(tmp_path):
     length = lambda name: sum(len(row["chosen"]) + len(row["rejected"]) for row in rows[name])
     assert 0.5 < length("dpo-tokens") / length("step-dpo") < 1.3  # characters, for tokens
     table = (tmp_path / "table.md").read_text()
-    found = json.loads((tmp_path / "greedy" / "summary.json").read_text())["benchmarks"]["test"]["groups"]
+    found = json.loads((tmp_path / "greedy" / "summary.json").read_text())["benchmarks"]["test"]["models"]
     assert f"| base | | | | {found['base']['accuracy']:.1%} (" in table
     [line] = [line for line in table.split("\n") if line.startswith("| Step-DPO | ") and "1e-4, 1" in line]
     assert f" {found['step-dpo']['accuracy']:.1%} (" in line and f"| {len(rows['step-dpo'])} |" in line

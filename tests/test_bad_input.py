@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import TINY, run
+from conftest import TINY, engine_processes, run
 
 GOOD = {"id": "a", "problem": "1 + 1?", "answer": "2"}
 SAMPLE = GOOD | {"sample": 0, "response": "Step 1: 3", "steps": ["Step 1: 3"], "correct": False, "finish_reason": "stop"}
@@ -90,20 +90,24 @@ def test_server_that_is_not_there(number, tmp_path):
     assert "is the server up" in message(refused(number, tmp_path, *arguments))
 
 
-def test_template_with_a_foreign_server(tmp_path):
+def test_templates_that_are_not_there_or_fail(tmp_path):
     (tmp_path / "in.jsonl").write_text(json.dumps(GOOD) + "\n")
-    arguments = ["--data", tmp_path / "in.jsonl", "--base-url", "http://127.0.0.1:9/v1", "--chat-template", __file__]
-    assert "--base-url" in message(refused(1, tmp_path, *arguments))
+    (tmp_path / "fails.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% endfor %}{{ raise_exception('no system turn') }}"
+    )
+    (tmp_path / "other.jinja").write_text("{% for m in messages %}{{ m.content | upper }}{% endfor %}")
+    arguments = ["--data", tmp_path / "in.jsonl", "--model", TINY / "model"]
+    for name, word in (("none.jinja", "No such file"), ("fails.jinja", "no system turn"), ("other.jinja", "final message")):
+        assert word in message(refused(1, tmp_path, *arguments, "--chat-template", tmp_path / name))
+    for switches in ("{'a': 1}", "[1]"):
+        assert "--chat-template-kwargs" in message(refused(1, tmp_path, *arguments, "--chat-template-kwargs", switches))
 
 
 @pytest.mark.slow
-def test_server_that_does_not_come_up(tmp_path):
-    import psutil
-
+@pytest.mark.parametrize("option, word", [("--no-such-option", "no-such-option"), ("--max-model-len 9000000", "max_model_len")])
+def test_engine_that_does_not_start(option, word, tmp_path):
     (tmp_path / "in.jsonl").write_text(json.dumps(GOOD) + "\n")
-    arguments = ["--data", tmp_path / "in.jsonl", "--model", TINY / "model", "--server-args=--no-such-option"]
-    assert "did not come up" in message(refused(1, tmp_path, *arguments))
-    late = ["--data", tmp_path / "in.jsonl", "--model", TINY / "model", "--server-timeout", "2"]
-    assert "--server-timeout" in message(refused(1, tmp_path, *late))
-    left = [p for p in psutil.process_iter(["cmdline"]) if "vllm.entrypoints" in " ".join(p.info["cmdline"] or [])]
-    assert not [p for p in left if str(TINY / "model") in " ".join(p.info["cmdline"])]
+    arguments = ["--data", tmp_path / "in.jsonl", "--model", TINY / "model", f"--engine-args={option}"]
+    said = message(refused(1, tmp_path, *arguments))
+    assert word in said
+    assert not engine_processes()

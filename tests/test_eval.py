@@ -5,11 +5,15 @@ import itertools
 import json
 import math
 import random
+import re
 import time
 from html.parser import HTMLParser
 
+import credit
 import numpy as np
 import pytest
+import regrade
+import report_html
 from conftest import ROOT, TINY, read, run, run_killed, stage
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -134,7 +138,7 @@ def graded(rows: list[dict]) -> list[dict]:
     grader = stage(5).Grader()
 
     async def all_of_them():
-        return await asyncio.gather(*(stage(5).grade(row, grader) for row in rows))
+        return await asyncio.gather(*(regrade.grade(row, grader) for row in rows))
 
     try:
         return asyncio.run(all_of_them())
@@ -171,7 +175,7 @@ def test_all_files_load_by_name(capsys):
         assert len(stage(5).load_problems(name, False, SHARED)) == count
     assert [len(stage(1).load_problems(name, True, SHARED)) for name in ("gsm8k", "math")] == [7473, 7500]
     said = capsys.readouterr().err
-    assert said.count("content hash") == 11 and "CC BY-SA 4.0, test use only" in said
+    assert said.count("content hash") == 11
     by_id = {row["id"]: row["answer"] for row in stage(1).load_problems("math", False, SHARED)}
     assert by_id["test/precalculus/1227.json"] == "-1, 2", "asked for all values, which the solution boxes one by one"
     assert by_id["test/prealgebra/224.json"] == "-34 + 12x" and by_id["test/intermediate_algebra/702.json"].count(",") == 1
@@ -213,11 +217,11 @@ def test_fields_of_the_hub_sets(name, tmp_path, monkeypatch):
         reply = httpx.Response(200, text=json.dumps({"Problem_1": row}) + "\n", request=httpx.Request("GET", hub))
         monkeypatch.setattr(source.httpx, "get", lambda *_, **__: reply)
     else:
-        (tmp_path / f"{test[0]}.jsonl").write_text(json.dumps(row) + "\n")
-        monkeypatch.setitem(source.DATA_SETS, name, (str(tmp_path), [None], train, test, *rest))
+        (tmp_path / f"{test}.jsonl").write_text(json.dumps(row) + "\n")
+        monkeypatch.setitem(source.DATA_SETS, name, (str(tmp_path), "", train, test, *rest))
     [found] = source.load_problems(name, False, None)
     assert (found["problem"], found["answer"], found["dataset"]) == (problem, answer, name)
-    if train is None:
+    if not train:
         with pytest.raises(SystemExit):
             source.load_problems(name, True, None)
 
@@ -256,8 +260,9 @@ def results(folder, seeds: int = 1, samples: int = 1):
                 if said == "none"
                 else f"It is $x < {i}$, so \\boxed{{{said}}}. Costs $5 and $6."
             )
+            end = {5: "length", 6: "refused"}.get(i, "stop")
             rows.append({"id": f"q{i}", "problem": f"What is $7^1$ & {i} < 99?", "answer": "7", "level": 1 + i % 2,
-                         "sample": sample, "response": text, "finish_reason": "length" if i == 5 else "stop",
+                         "sample": sample, "response": text if end != "refused" else "", "finish_reason": end,
                          "tokens": 10 + i, "model": model})  # fmt: skip
         path = folder / "sums" / f"{model}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -283,26 +288,30 @@ def test_regrade_writes_the_whole_report(tmp_path):
     results(tmp_path)
     (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "what is $7^1$ & 17 < 99"}) + "\n" + json.dumps(
         {"prompt": "a b c d e f g h i j k l m n"}) + "\n")  # fmt: skip
-    done = run(5, "--regrade", tmp_path, "--check-contamination", tmp_path / "train.jsonl")
+    done = run("regrade", tmp_path)
     assert "60 responses, 24 verdicts changed" in done.stdout or "verdicts changed" in done.stdout
     rows = {model: read(tmp_path / "sums" / f"{model}.jsonl") for model in ("base", "tuned-0")}
     assert all(row["correct"] == (row["prediction"] == "7") for found in rows.values() for row in found)
     assert all(row["prediction"] is None for found in rows.values() for row in found if row["id"] == "q5"), "unfinished"
     summary = json.loads((tmp_path / "summary.json").read_text())
-    f = summary["benchmarks"]["sums"]["models"]["tuned-0"]
+    f = summary["benchmarks"]["sums"]["models"]["tuned"]
     right = {model: {row["id"] for row in found if row["correct"]} for model, found in rows.items()}
     assert f["accuracy"] == len(right["tuned-0"]) / 60 and f["interval"] == list(stage(5).wilson(len(right["tuned-0"]), 60))
     assert set(f["won"]) == right["tuned-0"] - right["base"] and set(f["lost"]) == right["base"] - right["tuned-0"]
-    assert f["p"] == stage(5).mcnemar(len(f["won"]), len(f["lost"])) and f["unfinished"] == 1
-    assert f["paper"] > f["strict"], "0.07 is a hundredth of 7"
+    assert f["p"] == stage(5).mcnemar(len(f["won"]), len(f["lost"])) and f["unfinished"] == 1 == f["too_long_a_prompt"]
+    assert f["verdicts"]["correct_paper"] > f["verdicts"]["correct"] == f["accuracy"], "0.07 is a hundredth of 7"
     assert f["unparsable"] == sum(r["prediction"] is None and r["finish_reason"] == "stop" for r in rows["tuned-0"]) > 0
-    assert summary["contamination"]["same"]["sums"] == ["q17"] and len(summary["contamination"]["found"]["sums"]) == 1
-    levels = summary["benchmarks"]["sums"]["groups"]["tuned"]["by"]["level"]
+    problems = [json.dumps({key: row[key] for key in ("id", "problem", "answer")}) for row in rows["base"]]
+    (tmp_path / "sums.jsonl").write_text("\n".join(problems) + "\n")
+    run("contamination", tmp_path / "train.jsonl", "--data", tmp_path / "sums.jsonl", "--out", tmp_path / "found.json")
+    overlap = json.loads((tmp_path / "found.json").read_text())
+    assert overlap["same"]["sums"] == ["q17"] and len(overlap["found"]["sums"]) == 1
+    levels = summary["benchmarks"]["sums"]["models"]["tuned"]["by"]["level"]
     assert sum(level["accuracy"] * level["problems"] for level in levels.values()) == pytest.approx(60 * f["accuracy"])
     text = (tmp_path / "report.md").read_text()
-    assert (
-        "sums by level" in text and "q17" in text and "power 80 %" in text and (tmp_path / "levels.png").stat().st_size > 5000
-    )
+    assert "sums by level" in text and "power 80 %" in text and (tmp_path / "levels.png").stat().st_size > 5000
+    said = run("report_html", tmp_path).stdout
+    assert "2 pictures" in said and f"{min(10, len(f['won'])) + min(10, len(f['lost']))} problems side by side" in said
     tags = Tags((tmp_path / "report.html").read_text()).found
     kinds = {tag for tag, _ in tags}
     assert "script" not in kinds and {"math", "mn", "table", "img"} <= kinds
@@ -310,22 +319,29 @@ def test_regrade_writes_the_whole_report(tmp_path):
     assert not any(name.startswith("on") or name == "href" for _, attributes in tags for name in attributes)
     with open(tmp_path / "sums" / "base.jsonl", "a") as file:
         file.write('{"id": "torn')  # by a kill
-    again = run(5, "--regrade", tmp_path)
+    again = run("regrade", tmp_path)
     assert again.stdout.count(" 0 verdicts changed") == 2
-    for more, word in [(["--limit", 3], "--limit has no effect"), (["--models", "best"], "labels that are there: base, tuned"),
-                       (["--check-contamination", "none.jsonl"], "none.jsonl: no such file")]:  # fmt: skip
-        done = run(5, "--regrade", tmp_path, *more, check=False)
-        assert done.returncode == 2 and word in done.stderr, done.stderr
-    run(5, "--regrade", tmp_path, "--models", "tuned")
+    done = run("regrade", tmp_path, "--base", "best", check=False)
+    assert done.returncode == 2 and "a label that is there: base, tuned" in done.stderr
+    for script in ("contamination", "report_html"):
+        done = run(script, tmp_path / "none.jsonl", check=False)
+        assert done.returncode == 2 and "none.jsonl" in done.stderr and "Traceback" not in done.stderr
+    run("regrade", tmp_path, "--base", "tuned")
     models = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["sums"]["models"]
-    assert list(models) == ["tuned-0", "base"], "the label that is named is the base of the comparison"
+    assert list(models) == ["tuned", "base"] and "p" in models["base"], "the label that is named is the base"
+    run("regrade", tmp_path, "--verdict", "paper")
+    again = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["sums"]["models"]["tuned"]
+    assert again["accuracy"] == f["verdicts"]["correct_paper"] and again["verdicts"] == f["verdicts"]
+    assert "is by the verdict of the Step-DPO authors;" in (tmp_path / "report.md").read_text()
+    assert "maj@k" not in (tmp_path / "report.md").read_text(), "one response to each problem"
 
 
 def test_seeds_and_samples_in_the_report(tmp_path):
     results(tmp_path, seeds=3, samples=4)
-    run(5, "--regrade", tmp_path)
+    run("regrade", tmp_path)
     found = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["sums"]
-    group, models = found["groups"]["tuned"], found["models"]
+    models = found["models"]
+    group = models["tuned"]
     accuracies = [models[f"tuned-{i}"]["accuracy"] for i in range(3)]
     assert group["seeds"] == 3 and group["accuracy"] == pytest.approx(np.mean(accuracies))
     assert group["spread"] == pytest.approx(np.std(accuracies, ddof=1)) and group["test"] == "bootstrap"
@@ -337,21 +353,47 @@ def test_seeds_and_samples_in_the_report(tmp_path):
     for path in (tmp_path / "sums").glob("*.jsonl"):  # another benchmark with one response a problem, in the same folder
         (tmp_path / "ones").mkdir(exist_ok=True)
         (tmp_path / "ones" / path.name).write_text("".join(json.dumps(row) + "\n" for row in read(path) if row["sample"] == 0))
-    run(5, "--regrade", tmp_path, "--models", "base")
+    run("regrade", tmp_path, "--base", "base")
     text = (tmp_path / "report.md").read_text()
     assert "## Accuracy\n" in text and "## Accuracy of 4 responses to each problem" in text
+    assert "maj@k takes" in text
     rows = read(tmp_path / "sums" / "base.jsonl")
     (tmp_path / "sums" / "base.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
-    done = run(5, "--regrade", tmp_path, check=False)
+    done = run("regrade", tmp_path, check=False)
     assert done.returncode == 2 and "3 responses to some problems and 4 to others" in done.stderr
 
 
+def test_a_base_of_several_seeds_side_by_side(tmp_path):
+    """What the base lost by most of its seeds, its first one may have solved: the page needs the rows of all."""
+    results(tmp_path, seeds=2)
+    for path in (tmp_path / "sums").glob("*.jsonl.meta.json"):
+        meta = json.loads(path.read_text())
+        path.write_text(json.dumps(meta | {"label": "two" if meta["number"] else "one"}))
+    run("regrade", tmp_path, "--base", "two")
+    models = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["sums"]["models"]
+    assert models["two"]["seeds"] == 2 and models["one"]["test"] == "bootstrap" and len(models["one"]["won"]) > 5
+    shown = int(re.search(r"(\d+) problems side by side", run("report_html", tmp_path).stdout)[1])
+    kinds = [attributes.get("class") for _, attributes in Tags((tmp_path / "report.html").read_text()).found]
+    assert kinds.count("right") == kinds.count("wrong") == shown > 5
+
+
+def test_columns_of_verdicts_need_every_row():
+    """Rows regraded and rows made later, of one model or of two: the papers' columns go, in every line of the table."""
+    late = {"id": "a", "problem": "p", "answer": "7", "prediction": "7", "correct": True, "finish_reason": "stop", "tokens": 3}
+    full = late | {"correct_paper": True, "correct_scdpo": True}
+    for first, counts in (([full, full], {9}), ([full, late], {9}), (None, {12})):
+        tables = {"t": {"a": [[row] for row in first or [full, full]], "b": [[late], [late]] if first else [[full], [full]]}}
+        summary = stage(5).summary_of({"a": ["a"], "b": ["b"]}, tables, {}, "strict", 0)
+        _, head, rows, _ = stage(5).tables_of(summary)[0]
+        assert {len(cells) for cells in [head, *rows]} == counts
+
+
 def test_regrade_of_a_wrong_folder_is_refused(tmp_path):
-    done = run(5, "--regrade", tmp_path, check=False)
+    done = run("regrade", tmp_path, check=False)
     assert done.returncode == 2 and "BENCHMARK/MODEL.jsonl" in done.stderr and "Traceback" not in done.stderr
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "m.jsonl").write_text('{"id": "a", "answer": "1", "response": "x"}\n{"id": "b", "answer": "1"}\n')
-    done = run(5, "--regrade", tmp_path, check=False)
+    done = run("regrade", tmp_path, check=False)
     assert done.returncode == 2 and "m.jsonl, line 2" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -379,11 +421,11 @@ def test_model_text_becomes_no_markup():
     }
     for text in HOSTILE:
         start = time.time()
-        tags = Tags(stage(5).to_html(text)).found
+        tags = Tags(report_html.to_html(text)).found
         assert {tag for tag, _ in tags} <= allowed, text
         assert not any(name.startswith("on") or name in ("href", "src", "style") for _, found in tags for name in found), text
         assert time.time() - start < 5
-    assert "<mfrac>" in stage(5).to_html("so $\\frac{1}{2}$") and "$5 and $6" in stage(5).to_html("It costs $5 and $6.")
+    assert "<mfrac>" in report_html.to_html("so $\\frac{1}{2}$") and "$5 and $6" in report_html.to_html("It costs $5 and $6.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -394,7 +436,7 @@ def test_auc_against_counting():
     rng = np.random.default_rng(0)
     wrong, right = rng.integers(0, 6, 40) / 6.0, rng.integers(2, 9, 70) / 6.0
     exact = np.mean([(a < b) + 0.5 * (a == b) for a in wrong for b in right])
-    assert stage(5).auc(wrong, right) == pytest.approx(exact)
+    assert credit.auc(wrong, right) == pytest.approx(exact)
 
 
 STEPS = ["Let's think step by step.\nStep 1: The 2 friends get 3 * 2 = 6 shells.\n",
@@ -405,9 +447,9 @@ def test_tokens_fall_into_their_steps():
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
-    ids, places, texts = stage(5).encode_solution({"problem": "p", "steps": STEPS}, tokenizer)
+    ids, places, texts = credit.encode_solution({"problem": "p", "steps": STEPS}, tokenizer)
     assert "".join(texts) == "".join(STEPS).removeprefix(stage(5).OPENING)
-    chinese = stage(5).encode_solution({"problem": "p", "steps": ["三加四等于七。"]}, tokenizer)
+    chinese = credit.encode_solution({"problem": "p", "steps": ["三加四等于七。"]}, tokenizer)
     assert "".join(chinese[2]) == "三加四等于七。" and "\ufffd" not in "".join(chinese[2])
     texts = {k: tokenizer.decode([i for i, place in zip(ids, places, strict=True) if place == k]) for k in (1, 2, 3)}
     assert texts == {1: STEPS[0].removeprefix(stage(5).OPENING), 2: STEPS[1], 3: STEPS[2]}
@@ -437,18 +479,8 @@ def test_credit_of_a_trained_model(tmp_path, small_model):
     (tmp_path / "located.jsonl").write_text(json.dumps(located) + "\n" + json.dumps(right) + "\n")
     run(4, "--data", tmp_path / "pairs.jsonl", "--model", small_model, "--out", tmp_path / "tuned", "--lr", 1e-3, "--epochs", 6,
         "--batch-size", 1, "--precision", "fp32")  # fmt: skip
-    done = run(
-        5,
-        "--credit",
-        tmp_path / "located.jsonl",
-        "--models",
-        small_model,
-        tmp_path / "tuned",
-        "--out",
-        tmp_path / "r",
-        "--beta",
-        0.5,
-    )
+    done = run("credit", tmp_path / "located.jsonl", "--models", small_model, tmp_path / "tuned", "--out", tmp_path / "r",
+               "--beta", 0.5)  # fmt: skip
     assert "lowest step is the labelled one" in done.stdout
     [found] = json.loads((tmp_path / "r" / "credit.json").read_text()).values()
     assert (
@@ -462,7 +494,7 @@ def test_credit_of_a_trained_model(tmp_path, small_model):
         and "class" in [a for t, a in tags if t == "span" and a["title"].endswith("step 2")][0]
     )
     tokenizer = AutoTokenizer.from_pretrained(small_model)
-    ids, places, _ = stage(5).encode_solution(located, tokenizer)
+    ids, places, _ = credit.encode_solution(located, tokenizer)
     logps = []
     for folder in (tmp_path / "tuned", small_model):
         lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -475,9 +507,9 @@ def test_credit_of_a_trained_model(tmp_path, small_model):
 
 def test_credit_refuses_bad_rows(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"problem": "p", "steps": ["a"], "error_step": 2}) + "\n")
-    done = run(5, "--credit", tmp_path / "a.jsonl", "--models", TINY / "model", TINY / "model", check=False)
+    done = run("credit", tmp_path / "a.jsonl", "--models", TINY / "model", TINY / "model", check=False)
     assert done.returncode == 2 and "a.jsonl, line 1" in done.stderr and "Traceback" not in done.stderr
-    done = run(5, "--credit", tmp_path / "a.jsonl", "--models", TINY / "model", check=False)
+    done = run("credit", tmp_path / "a.jsonl", "--models", TINY / "model", check=False)
     assert done.returncode == 2 and "REFERENCE" in done.stderr
 
 
@@ -518,8 +550,9 @@ def test_samples_survive_kills_and_give_the_same_rows(server, tmp_path):
 def test_the_authors_prompt_reaches_the_model_as_it_is(server, tmp_path, protocol, start, end):
     """No forced "Step 1:" in the evaluation; what the prompt gave of the response stands in the row's opening."""
     options = [option.replace("--model", "--models") for option in server]
-    done = run(5, "--data", TINY / "validation.jsonl", "--limit", 8, "--protocol", protocol, "--max-tokens", 200, *options,
-               "--out", tmp_path)  # fmt: skip
+    arguments = ["--data", TINY / "validation.jsonl", "--limit", 8, "--protocol", protocol, "--max-tokens", 200, *options]
+    arguments += ["--out", tmp_path]
+    done = run(5, *arguments)
     [prompt] = [line.removeprefix("first prompt: ")[1:-1] for line in done.stderr.splitlines() if "first prompt:" in line]
     assert prompt.startswith(start) and prompt.endswith(end), prompt
     [path] = (tmp_path / "validation").glob("*.jsonl")
@@ -528,6 +561,14 @@ def test_the_authors_prompt_reaches_the_model_as_it_is(server, tmp_path, protoco
     assert len(rows) == 8 and all(row["opening"] == opening and row["response"].startswith(opening) for row in rows)
     assert not any(row["response"].startswith(stage(1).OPENING + " ") for row in rows if opening)
     verdict = "the rule of the SCDPO authors" if protocol == "scdpo" else "the verdict of the Step-DPO authors"
-    assert verdict in (tmp_path / "report.md").read_text()
-    run(5, "--regrade", tmp_path)
-    assert read(path) == rows
+    assert f"strict equality (`python analysis/regrade.py` adds {verdict});" in (tmp_path / "report.md").read_text()
+    run("regrade", tmp_path)
+    added = {"correct_paper", "correct_scdpo"}
+    assert all(added < set(row) for row in read(path))
+    assert [{name: row[name] for name in row if name not in added} for row in read(path)] == rows
+    text = (tmp_path / "report.md").read_text()
+    assert f"accuracy is by {verdict};" in text
+    run(5, *arguments)  # the same, from the rows
+    assert (tmp_path / "report.md").read_text() == text
+    run(5, *arguments, "--limit", 9)  # one more row, which has not been regraded
+    assert f"strict equality (`python analysis/regrade.py` adds {verdict});" in (tmp_path / "report.md").read_text()

@@ -6,10 +6,10 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import read, run
+from conftest import TINY, read, run
 
-GOOD = {"index": 0, "message": {"role": "assistant", "content": " 1+1=2.\nThe answer is \\boxed{2}."}, "finish_reason": "stop"}
-COMPLETION = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [GOOD],
+GOOD = {"index": 0, "text": " 1+1=2.\nThe answer is \\boxed{2}.", "finish_reason": "stop"}
+COMPLETION = {"id": "x", "object": "text_completion", "created": 0, "model": "m", "choices": [GOOD],
               "usage": {"prompt_tokens": 1, "completion_tokens": 9, "total_tokens": 10}}  # fmt: skip
 
 
@@ -34,7 +34,7 @@ class Scripted(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        if not self.path.endswith("/chat/completions"):
+        if not self.path.endswith("/v1/completions"):
             return self.reply(404, "{}")
         with self.server.lock:
             self.server.count += 1
@@ -61,12 +61,18 @@ def scripted():
     server.shutdown()
 
 
+def decoded(body: dict) -> str:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(TINY / "model").decode(body["prompt"])
+
+
 def sample(server, tmp_path, problems: int = 12, check: bool = True):
     lines = [json.dumps({"id": i, "problem": f"{i}: 1 + 1?", "answer": "2"}) for i in range(problems)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
     url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    return run(1, "--data", tmp_path / "in.jsonl", "--base-url", url, "--model", "m", "--out", tmp_path / "out.jsonl",
-               "--concurrency", 3, check=check, timeout=120)  # fmt: skip
+    return run(1, "--data", tmp_path / "in.jsonl", "--base-url", url, "--model", "m", "--tokenizer", TINY / "model",
+               "--out", tmp_path / "out.jsonl", "--concurrency", 3, check=check, timeout=120)  # fmt: skip
 
 
 def test_every_fault_is_survived_and_nothing_comes_twice(scripted, tmp_path):
@@ -93,12 +99,12 @@ def test_a_server_that_dies_keeps_what_is_written(scripted, tmp_path):
 def test_a_server_of_garbage_ends_the_run(scripted, tmp_path):
     scripted.script = lambda n, body: "json"
     done = sample(scripted, tmp_path, check=False)
-    assert done.returncode == 2 and "chat completions" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "answer with completions" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_prompt_that_is_too_long_is_a_row_and_a_wrong_key_is_an_end(scripted, tmp_path):
     refusal = (400, "This model's maximum context length is 4096 tokens. However, you requested 5000 tokens.")
-    scripted.script = lambda n, body: refusal if body["messages"][0]["content"].startswith("3:") else "good"
+    scripted.script = lambda n, body: refusal if "user\n3: 1 + 1" in decoded(body) else "good"
     done = sample(scripted, tmp_path)
     refused = [row for row in read(tmp_path / "out.jsonl") if row["finish_reason"] == "refused"]
     assert [row["id"] for row in refused] == ["3", "3"] and all(row["steps"] == [] for row in refused)
@@ -119,5 +125,5 @@ def test_each_request_has_its_own_stable_seed(scripted, tmp_path):
     sample(scripted, tmp_path)
     assert set(seen) == first and len(seen) == count
     body = next(iter(seen.values()))
-    assert body["messages"][1] == {"role": "assistant", "content": "Let's think step by step.\nStep 1:"}
-    assert body["continue_final_message"] is True and body["add_generation_prompt"] is False
+    assert decoded(body).endswith("<|im_start|>assistant\nLet's think step by step.\nStep 1:")
+    assert (body["top_k"], body["min_p"], body["repetition_penalty"]) == (-1, 0.0, 1.0)  # whatever the server's defaults are

@@ -290,7 +290,8 @@ def test_kept_rollouts_are_used_by_03(server, tmp_path):
 
 
 def test_scores_follow_their_formulas(tmp_path, capsys):
-    locate = stage(2)
+    import locator_scores as locate
+
     result = locate.print_scores([1, 2, 3, 4, 0, 0, 0, 0], [1, 3, 1, None, 0, 0, 2, None], "x")
     out = capsys.readouterr().out
     assert result["wrong"] == 0.25 and result["right"] == 0.5 and result["F1"] == pytest.approx(2 * 0.25 * 0.5 / 0.75)
@@ -319,12 +320,13 @@ def test_processbench_files_and_comparison(judge, tmp_path):
     judge.script = lambda n, body: verdicts(min(2, true_step(body))) if true_step(body) else all_right
     url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
     command = ["--labels", tmp_path / "labels.jsonl", "--locator", "judge", "--judge-base-url", url, "--judge-model", "judge"]
-    done = run(2, *command, "--out", tmp_path / "a.jsonl")
+    run(2, *command, "--out", tmp_path / "a.jsonl")
+    done = run("locator_scores", tmp_path / "a.jsonl")
     for text in ("5 solutions, 3 wrong, 2 right", "F1 80.0%", "exact on wrong       66.7%"):
         assert text in done.stdout
     judge.script = lambda n, body: verdicts(true_step(body)) if true_step(body) else all_right
     run(2, *command, "--out", tmp_path / "b.jsonl")
-    done = run(2, "--compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    done = run("locator_scores", tmp_path / "b.jsonl", "--truth", tmp_path / "a.jsonl")
     assert "on 5 both say something; agreement 80.0%, Cohen's kappa 0.722" in done.stdout
     done = run(2, "--labels", tmp_path / "labels.jsonl", "--out", tmp_path / "c.jsonl", check=False)
     assert done.returncode == 2 and "has no 'answer'" in done.stderr and "Traceback" not in done.stderr
@@ -334,7 +336,8 @@ def test_processbench_files_and_comparison(judge, tmp_path):
 
 
 def test_money_is_not_taken_for_a_formula():
-    safe = stage(2).math_safe
+    from annotate import math_safe as safe
+
     assert safe("He pays $5 - $3 = $2.") == "He pays &#36;5 - &#36;3 = &#36;2."
     assert safe("So $x = 5$, since $2x=10$.") == "So \\(x = 5\\), since \\(2x=10\\)."
     assert safe("The answer is \\boxed{7}.") == "The answer is \\(\\boxed{7}\\)." and safe("$\\boxed{7}$") == "\\(\\boxed{7}\\)"
@@ -361,8 +364,8 @@ def test_the_page_in_a_browser(tmp_path):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        command = [sys.executable, f"{STAGES[2]}.py", "--samples", tmp_path / "in.jsonl", "--locator", "human", "--annotator",
-                   "ann", "--out", tmp_path / "located.jsonl", "--port", port]  # fmt: skip
+        command = [sys.executable, "analysis/annotate.py", "--samples", tmp_path / "in.jsonl", "--annotator", "ann", "--out",
+                    tmp_path / "located.jsonl", "--port", port]  # fmt: skip
         heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a background job's children ignore Ctrl-C
         process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
         assert any("open http://127.0.0.1" in line for line in process.stderr)

@@ -1,6 +1,5 @@
 """Stages 01, 02, 03 and 05 against a real vLLM server with the bundled model: resume, kills, reproducibility, the recipe."""
 
-import asyncio
 import json
 import os
 import shutil
@@ -8,12 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import ROOT, TINY, read, run, run_killed, stage
+from conftest import ROOT, TINY, engine_processes, read, run, run_killed, serving, stage
 
 pytestmark = pytest.mark.slow
 SHARED = ROOT.parent / "shared" / "data"
@@ -142,76 +141,68 @@ PENALTIES = {"repetition_penalty": 1.05, "top_k": 20, "top_p": 0.8, "temperature
 
 def test_the_models_generation_config_does_not_sample(server, tmp_path):
     """Qwen2-Instruct's penalizes repetition, in greedy text too. With the file and without it the text is the same, from the
-    server that 05 starts and from one that was started otherwise."""
+    engine that 05 starts and from a server that was started otherwise."""
     config = json.loads((TINY / "model" / "config.json").read_text())
-    for name in ("plain", "penalized"):
-        shutil.copytree(TINY / "model", tmp_path / name)
-        eos = config["eos_token_id"] if isinstance(config.get("eos_token_id"), int) else 0
-        more = PENALTIES if name == "penalized" else {}
-        (tmp_path / name / "generation_config.json").write_text(json.dumps({**more, "eos_token_id": eos}))
+    shutil.copytree(TINY / "model", tmp_path / "penalized")
+    eos = config["eos_token_id"] if isinstance(config.get("eos_token_id"), int) else 0
+    (tmp_path / "penalized" / "generation_config.json").write_text(json.dumps({**PENALTIES, "eos_token_id": eos}))
     arguments = ["--data", TINY / "validation.jsonl", "--limit", 24, "--max-tokens", 200]
-    models = [str(tmp_path / "plain"), str(tmp_path / "penalized")]
-    run(5, *arguments, "--models", server[3], *server[:2], "--out", tmp_path / "plain-served")  # has no such file
-    run(5, *arguments, "--models", models[1], "--out", tmp_path / "own")
-    more = SimpleNamespace(base_url=None, chat_template=None, server_args="--generation-config auto", server_timeout=600.0)
-    with stage(1).served(more, models[1], tmp_path / "server.log") as (url, key, model):
+    penalized = str(tmp_path / "penalized")
+    run(5, *arguments, "--models", server[3], *server[:2], "--out", tmp_path / "plain")  # has no such file
+    run(5, *arguments, "--models", penalized, "--out", tmp_path / "own")
+    with serving(penalized, tmp_path / "server.log", "--generation-config", "auto") as (url, key):
         environment = os.environ | {"OPENAI_API_KEY": key}
-        run(5, *arguments, "--models", model, "--base-url", url, "--out", tmp_path / "running", env=environment)
+        run(5, *arguments, "--models", penalized, "--base-url", url, "--out", tmp_path / "running", env=environment)
     texts = {}
     for path in tmp_path.glob("*/validation/*.jsonl"):
-        texts[path.parent.parent.name, path.stem] = {row["id"]: row["response"] for row in read(path)}
+        texts[path.parent.parent.name] = {row["id"]: row["response"] for row in read(path)}
         settings = json.loads(path.with_name(path.name + ".meta.json").read_text())["settings"]
         assert (settings["top_k"], settings["min_p"], settings["repetition_penalty"]) == (-1, 0.0, 1.0)
     assert len(texts) == 3 and len(next(iter(texts.values()))) == 24
-    plain = next(found for (folder, _), found in texts.items() if folder == "plain-served")
-    assert all(found == plain for found in texts.values())
+    assert texts["own"] == texts["running"] == texts["plain"]
 
 
-def test_every_stage_renders_the_same_prefix(tmp_path):
-    """Qwen3's template with a prefilled turn and a switch: the token ids of the prompts that 01, 02, 03 and 05 ask for, by
-    the server, are those that 04 trains behind and that 05 --credit reads."""
+def test_every_stage_renders_the_same_prefix(server):
+    """Qwen3's template with a prefilled turn and a switch: token ids of the prompts of 01, 02, 03 and 05 are those that 04
+    trains behind and that credit.py reads; with the model's own template they are those of vLLM's chat endpoint."""
+    import credit
     import httpx
-    import openai
     import trl
     from transformers import AutoTokenizer
 
     template = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
     switches = json.dumps({"enable_thinking": False})
-    args = SimpleNamespace(base_url=None, chat_template=template, server_args="", server_timeout=600.0, temperature=0.0,
-                           top_p=1.0, max_tokens=1, chat_template_kwargs=switches)  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(TINY / "model", chat_template=template.read_text())
-    prefixes = [stage(1).OPENING, stage(1).OPENING + " 3 + 4 = 7.\nStep 2: So it is 7.\nStep 3:"]
-    sent, bodies = {}, []
-
-    async def keep(request):
-        bodies.append(json.loads(request.content))
-
-    async def ask(number: int, url: str, key: str, model: str, prefix: str):
-        client = openai.AsyncOpenAI(base_url=url, api_key=key, http_client=httpx.AsyncClient(event_hooks={"request": [keep]}))
-        await stage(number).ask(client, model, SOLVED["problem"], prefix, 1, args)
-
-    with stage(1).served(args, str(TINY / "model"), tmp_path / "server.log") as (url, key, model):
-        for number in (1, 2, 3, 5):
-            for prefix in prefixes:
-                asyncio.run(ask(number, url, key, model, prefix))
-                body = bodies.pop()
-                assert (body["top_k"], body["min_p"], body["repetition_penalty"]) == (-1, 0.0, 1.0)
-                names = ("model", "messages", "continue_final_message", "add_generation_prompt", "chat_template_kwargs")
-                reply = httpx.post(f"{url.removesuffix('/v1')}/tokenize", json={name: body[name] for name in names},
-                                   headers={"Authorization": f"Bearer {key}"})  # fmt: skip
-                sent[number, prefix] = reply.raise_for_status().json()["tokens"]
-    for prefix in prefixes:
+    qwen3 = stage(1).load_tokenizer(str(TINY / "model"), template, switches)
+    own = AutoTokenizer.from_pretrained(TINY / "model")
+    for prefix in (stage(1).OPENING, stage(1).OPENING + " 3 + 4 = 7.\nStep 2: So it is 7.\nStep 3:"):
         row = {"prompt": SOLVED["problem"], "initial_reason_steps": prefix, "chosen": " 7.\n", "rejected": " 8.\n",
                "full_chosen": "", "full_rejected": ""}  # fmt: skip
-        trained, _ = stage(4).encode(row, tokenizer, "step", json.loads(switches))
-        assert tokenizer.decode(trained).endswith(f"<|im_start|>assistant\n<think>\n\n</think>\n\n{prefix}")
-        assert [ids for (_, given), ids in sent.items() if given == prefix] == [trained] * 4
-    solution = {"problem": SOLVED["problem"], "steps": [stage(1).OPENING + " 7."], "error_step": None}
-    ids, places, _ = stage(5).encode_solution(solution, tokenizer, json.loads(switches))
-    assert ids[: places.count(0)] == sent[1, prefixes[0]]
-    closed, opened = (stage(4).encode({"problem": "p", "solution": "s"}, tokenizer, "step", more)[0]
-                      for more in ({"enable_thinking": False}, {"enable_thinking": True}))  # fmt: skip
-    assert tokenizer.decode(closed).endswith("<think>\n\n</think>\n\n") and "<think>" not in tokenizer.decode(opened)
+        for tokenizer in (qwen3, own):
+            trained, _ = stage(4).encode(row, tokenizer, "step")
+            asked = [stage(number).prompt_ids(tokenizer, SOLVED["problem"], prefix) for number in (1, 2, 3, 5)]
+            assert asked == [trained] * 4
+            thought = "<think>\n\n</think>\n\n" if tokenizer is qwen3 else ""
+            assert tokenizer.decode(trained).endswith(f"<|im_start|>assistant\n{thought}{prefix}")
+            solution = {"problem": SOLVED["problem"], "steps": [prefix + " 7."], "opening": prefix, "error_step": None}
+            ids, places, _ = credit.encode_solution(solution, tokenizer)
+            assert ids[: places.count(0)] == trained
+        turns = [{"role": "user", "content": stage(1).USER_TURN.format(problem=SOLVED["problem"])},
+                 {"role": "assistant", "content": prefix}]  # fmt: skip
+        body = {"model": server[3], "messages": turns, "continue_final_message": True, "add_generation_prompt": False}
+        headers = {"Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}"}
+        reply = httpx.post(f"{server[1].removesuffix('/v1')}/tokenize", json=body, headers=headers)
+        assert reply.raise_for_status().json()["tokens"] == trained
+    thinking = stage(1).load_tokenizer(str(TINY / "model"), template, json.dumps({"enable_thinking": True}))
+    closed, opened = (stage(4).encode({"problem": "p", "solution": "s"}, tokenizer)[0] for tokenizer in (qwen3, thinking))
+    assert qwen3.decode(closed).endswith("<think>\n\n</think>\n\n") and "<think>" not in qwen3.decode(opened)
+
+
+def test_server_and_own_engine_give_the_same_rows(files, tmp_path):
+    """The engine in the process draws what a server draws: 01's rows, and those of SCDPO, which goes on behind stop strings."""
+    own = ["--model", TINY / "model", "--engine-args=--max-num-seqs 256", *SHORT]
+    run(1, "--data", TINY / "train.jsonl", "--limit", 60, "--out", tmp_path / "samples.jsonl", *own)
+    assert keyed(tmp_path / "samples.jsonl", "id", "sample") == keyed(files / "samples.jsonl", "id", "sample")
+    assert not engine_processes()
 
 
 def test_linear_agrees_with_bisection_on_what_both_estimate(files, server, tmp_path):
@@ -257,7 +248,7 @@ def test_saved_models_decode_alike_in_vllm_and_transformers(files, tmp_path):
     run(4, "--data", files / "pairs.jsonl", "--model", TINY / "model", "--out", tmp_path / "tuned", "--lora-rank", 4,
         "--lr", 1e-3, "--epochs", 2, "--batch-size", 4)  # fmt: skip
     arguments = ["--data", TINY / "validation.jsonl", "--limit", 16, "--max-tokens", 120, "--models", tmp_path / "tuned"]
-    run(5, *arguments, "--out", tmp_path / "results", "--server-args=--dtype float32")
+    run(5, *arguments, "--out", tmp_path / "results", "--engine-args=--dtype float32")
     [responses] = (tmp_path / "results" / "validation").glob("*tuned.jsonl")
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", dtype=torch.float32)
     tokenizer, from_stage = AutoTokenizer.from_pretrained(tmp_path / "tuned"), stage(1)
@@ -269,35 +260,26 @@ def test_saved_models_decode_alike_in_vllm_and_transformers(files, tmp_path):
         assert from_stage.OPENING + tokenizer.decode(new, skip_special_tokens=True) == row["response"]
 
 
-def test_a_kill_takes_the_own_server_along(tmp_path):
-    """The stage starts vLLM itself; after kill -9 of the stage no process of that server is left."""
-    model = tmp_path / "model"
-    model.symlink_to(TINY / "model")
-
-    def ours():
-        return [p for p in psutil.process_iter(["cmdline"]) if str(model) in " ".join(p.info["cmdline"] or [])]
-
-    arguments = ["--data", TINY / "train.jsonl", "--model", model, "--out", tmp_path / "s.jsonl", *SHORT]
-    process = subprocess.Popen([sys.executable, "01_sample_errors.py", *arguments], cwd=ROOT, text=True,
+@pytest.mark.parametrize("said, seconds", [("starting vLLM", 9), ("vLLM is ready", 1)])
+def test_a_kill_takes_the_own_engine_along(said, seconds, tmp_path):
+    """After kill -9 of a stage none of the processes that it has started is left within ten seconds, also while they start."""
+    arguments = ["--data", TINY / "train.jsonl", "--model", TINY / "model", "--out", tmp_path / "s.jsonl", *SHORT]
+    process = subprocess.Popen([sys.executable, "01_sample_errors.py", *map(str, arguments)], cwd=ROOT, text=True,
                                stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)  # fmt: skip
-    for line in process.stderr:
-        if "server ready" in line:
-            break
-    server_pids = [p.pid for p in ours() if p.pid != process.pid]
-    children = [c.pid for pid in server_pids for c in psutil.Process(pid).children(recursive=True)]
-    assert server_pids and children
+    assert any(said in line for line in process.stderr)
+    time.sleep(seconds)
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert len(started) > 2, "a watcher, the engine and its helpers"
     process.kill()
     process.wait()
-    deadline = time.time() + 40
-    while time.time() < deadline and (ours() or any(map(psutil.pid_exists, children))):
-        time.sleep(0.5)
-    assert not ours() and not any(map(psutil.pid_exists, children))
+    _, alive = psutil.wait_procs([p for p in started if p.is_running()], timeout=10)
+    assert not alive and not engine_processes()
     assert all(line.endswith("}") for line in (tmp_path / "s.jsonl").read_text().splitlines())
 
 
 def test_quickstart_recipe_end_to_end(tmp_path):
     """The five stages as `make quickstart` runs them, on fewer problems."""
-    environment = os.environ | {"OUT": str(tmp_path), "PROBLEMS": "80", "TEST_PROBLEMS": "60",
+    environment = os.environ | {"OUT": str(tmp_path), "PROBLEMS": "120", "TEST_PROBLEMS": "60",
                                 "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
     done = subprocess.run(["bash", "recipes/quickstart.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
@@ -310,17 +292,17 @@ def test_quickstart_recipe_end_to_end(tmp_path):
 
 
 @pytest.mark.parametrize("recipe, kind", [("iterate.sh", signal.SIGTERM), ("quickstart.sh", signal.SIGINT)])
-def test_a_stopped_recipe_takes_its_stage_and_server_along(recipe, kind, tmp_path):
-    """The signal comes to the script alone, as from a job scheduler, while a server is starting."""
+def test_a_stopped_recipe_takes_its_stage_and_engine_along(recipe, kind, tmp_path):
+    """The signal comes to the script alone, as from a job scheduler, while an engine is starting."""
     environment = os.environ | {"OUT": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job's children ignore Ctrl-C
     process = subprocess.Popen(["bash", f"recipes/{recipe}"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+                               stderr=subprocess.DEVNULL, start_new_session=True, preexec_fn=heed)  # fmt: skip
     deadline = time.time() + 120
-    while not any(path.stat().st_size for path in tmp_path.rglob("*server.log")):
+    while not engine_processes():
         assert time.time() < deadline and process.poll() is None
         time.sleep(0.5)
-    everyone = psutil.Process(process.pid).children(recursive=True)
-    assert any("vllm" in " ".join(p.cmdline()) for p in everyone)
+    everyone = [*psutil.Process(process.pid).children(recursive=True), *engine_processes()]
     process.send_signal(kind)
     assert process.wait(30) == 130
     _, alive = psutil.wait_procs(everyone, timeout=30)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import estimate
 import pytest
 import safetensors
 import torch
@@ -88,9 +89,10 @@ def test_shared_prefix_equals_separate_rows(kind, chunk, tokenizer, monkeypatch)
     rows.append(rows[0] | {"chosen": " Now it is 22.\n"})
     pairs, scorer = pairs_of(train, rows, tokenizer), train.SuffixScorer(shaped(kind))
     assert pairs.row([0, 4])[1] == [[0, 1], [2, 1]]
-    [(micro, chunks)] = train.plan(pairs, range(5), 10_000, 0, 1)
+    [(micro, chunks, counts)] = train.plan(pairs, range(5), 10_000, 0, 1)
+    assert counts == 1
     assert sorted(map(len, micro)) == [1, 1, 1, 2]
-    inputs, numbers = train.collate(pairs, micro, 0, "cpu"), [i for row in micro for i in row]
+    inputs, numbers = train.collate(pairs, micro, "cpu"), [i for row in micro for i in row]
     assert chunks == math.ceil(len(inputs["target"]) / chunk)
     ours = scorer(**inputs, chunks=chunks)[inputs["picks"]]
     assert ours.shape == (5, 2)
@@ -109,9 +111,9 @@ def test_shared_prefix_equals_separate_rows(kind, chunk, tokenizer, monkeypatch)
 def test_rejected_does_not_see_chosen(small_model, tokenizer):
     train = stage(4)
     scorer = train.SuffixScorer(AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32))
-    before = scorer(**train.collate(pairs_of(train, [pair(7)], tokenizer), [[0]], 0, "cpu"))
+    before = scorer(**train.collate(pairs_of(train, [pair(7)], tokenizer), [[0]], "cpu"))
     changed = pairs_of(train, [pair(7) | {"chosen": " No apples at all, or some more of them.\n"}], tokenizer)
-    after = scorer(**train.collate(changed, [[0]], 0, "cpu"))
+    after = scorer(**train.collate(changed, [[0]], "cpu"))
     assert before[0] != after[0]
     torch.testing.assert_close(before[1], after[1], rtol=1e-6, atol=0)
 
@@ -119,7 +121,7 @@ def test_rejected_does_not_see_chosen(small_model, tokenizer):
 def test_collate_matches_its_docstring():
     pairs = stage(4).Pairs()
     pairs.add([11, 12], [[13, 14], [15]])
-    batch = {name: tensor.tolist() for name, tensor in stage(4).collate(pairs, [[0]], 0, "cpu").items()}
+    batch = {name: tensor.tolist() for name, tensor in stage(4).collate(pairs, [[0]], "cpu").items()}
     assert batch == {"ids": [[11, 12, 13, 14, 15]], "positions": [[0, 1, 2, 3, 2]], "last": [[5, 5, 4, 4, 5]],
                      "source": [1, 2, 1], "target": [13, 14, 15], "owner": [0, 0, 1], "picks": [[0, 1]]}  # fmt: skip
 
@@ -241,24 +243,21 @@ def test_plan_covers_each_pair_once_within_the_budget(world):
         pairs.add(list(range(5 + i % 14 * 6)), [[i, 1, 2], [500 + i % 14]])
     plans = [train.plan(pairs, range(41), 200, rank, world) for rank in range(world)]
     assert len({len(batches) for batches in plans}) == 1
-    assert len({tuple(chunks for _, chunks in batches) for batches in plans}) == 1
-    plans = [[batch for batch, _ in batches] for batches in plans]
-    loads = [
-        sum(map(pairs.length, batch)) for batches in plans for batch in [[row for b in batches for row in b if row[0] >= 0]]
-    ]
+    assert len({tuple(chunks for _, chunks, _ in batches) for batches in plans}) == 1
+    counted = [[rows for rows, _, counts in batches if counts] for batches in plans]
+    loads = [sum(pairs.length(row) for rows in batches for row in rows) for batches in counted]
     assert max(loads) <= 1.1 * sum(loads) / world
-    rows = [row for batches in plans for batch in batches for row in batch if row[0] >= 0]
+    rows = [row for batches in counted for rows in batches for row in rows]
     assert sorted(i for row in rows for i in row) == list(range(41)) and len(rows) == 14
     assert all(len({i % 14 for i in row}) == 1 for row in rows)
-    for batches in plans:
-        for batch in batches:
-            assert batch[0][0] < 0 or len(batch) == 1 or len(batch) * max(map(pairs.length, batch)) <= 200
+    for rows, _, _ in [batch for batches in plans for batch in batches]:
+        assert len(rows) == 1 or len(rows) * max(map(pairs.length, rows)) <= 200
     few = [train.plan(pairs, [3], 200, rank, world) for rank in range(world)]
-    assert [batch for batches in few for batch, _ in batches].count([[3]]) == 1 and all(len(batches) == 1 for batches in few)
+    assert sorted(few, reverse=True) == [[([[3]], 1, 1)], *[[([[3]], 1, 0)]] * (world - 1)]
     long = train.Pairs()
     for length in (2500, 5, 5, 5):  # three chunks of logits on one process, so three on all
         long.add([length], [list(range(length)), [1]])
-    counts = [[chunks for _, chunks in train.plan(long, range(4), 3000, rank, 2)] for rank in range(2)]
+    counts = [[chunks for _, chunks, _ in train.plan(long, range(4), 3000, rank, 2)] for rank in range(2)]
     assert counts[0] == counts[1] and max(counts[0]) == math.ceil(2501 / train.LOGITS_CHUNK)
 
 
@@ -379,7 +378,7 @@ def test_trl_computes_the_same_loss(tmp_path, small_model, tokenizer):
     trainer = DPOTrainer(policy, other, args=config, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer)
     theirs = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
     pairs = pairs_of(train, rows, tokenizer)
-    batch = train.collate(pairs, [[i] for i in range(6)], 0, "cpu")
+    batch = train.collate(pairs, [[i] for i in range(6)], "cpu")
     with torch.no_grad():
         logps = [train.SuffixScorer(lm)(**batch)[batch["picks"]] for lm in (load(), other)]
     ours = train.dpo_loss(*logps, 0.4)[0].mean()
@@ -491,32 +490,29 @@ def test_recipes_fit_by_count(size, config, device, machine):
     zero = ROOT / "configs" / f"{config}.json"
     offloaded = json.loads(zero.read_text())["zero_optimization"]["offload_optimizer"]["ratio"] if zero.exists() else 0.0
     args = train.Args(precision="bf16", gradient_checkpointing=True, tokens_per_batch=8192)
-    found = train.memory(shape, args, "zero3" if zero.exists() else "fsdp2", 8, 1, offloaded)
+    found = estimate.memory(shape, args, "zero3" if zero.exists() else "fsdp2", 8, 1, offloaded)
     on_machine = sum(size for name, size in found.items() if name.startswith("machine"))
     assert on_machine == pytest.approx(machine, rel=0.02) and on_machine < 1e12
     assert sum(found.values()) - on_machine == pytest.approx(device, rel=0.03) and sum(found.values()) - on_machine < 75e9
-    alone = train.memory(shape, args, "copies", 1)
+    alone = estimate.memory(shape, args, "copies", 1)
     parameters = sum(train.count_weights(shape)) + train.count_weights(shape)[1]
     assert alone["weights, gradients, AdamW"] == 18 * parameters
 
 
 @pytest.mark.slow
 def test_many_pairs_in_little_memory(tmp_path, small_model):
-    """Through the dry run; 10,000 pairs may add a tenth of the 2 GB that are allowed for 100,000."""
+    """Through the estimate; 10,000 pairs may add a tenth of the 2 GB that are allowed for 100,000."""
     text = [json.dumps(pair(n)) + "\n" for n in range(10_000)]
-    arguments = ["--data", tmp_path / "pairs.jsonl", "--model", small_model, "--out", tmp_path / "out", "--dry-run"]
+    arguments = ["--data", tmp_path / "pairs.jsonl", "--model", small_model, "--out", tmp_path / "out"]
     watch = "import resource, subprocess, sys; subprocess.run(sys.argv[1:]); "
     watch += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     peaks = []
     for count in (20, 10_000):
         (tmp_path / "pairs.jsonl").write_text("".join(text[:count]))
-        command = [sys.executable, "-c", watch, sys.executable, "04_train_stepdpo.py", *map(str, arguments)]
+        command = [sys.executable, "-c", watch, sys.executable, "analysis/estimate.py", *map(str, arguments)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert (
-            f"{count} pairs" in done.stderr
-            and "GiB for weights, gradients, AdamW" in done.stderr
-            and " h; at 40 %" in done.stderr
-        )
+        for text_of_it in (f"{count} pairs", "GiB for weights, gradients, AdamW", " h; at 40 %"):
+            assert text_of_it in done.stderr
         peaks.append(int(done.stdout.splitlines()[-1]) / 2**20)
     assert not (tmp_path / "out").exists() and peaks[1] - peaks[0] < 0.2, peaks
     (tmp_path / "pairs.jsonl").write_text("".join(text[:7]) + '{"prompt": "torn\n' + "".join(text[7:]))

@@ -1,6 +1,6 @@
 """Cut the pairs of recipes/ablation_tiny.sh to equal numbers of pairs, and to equal numbers of trained tokens.
 
-    python benchmarks/same_size.py runs/ablation --pairs 400
+    python analysis/same_size.py runs/ablation --pairs 400
 
 Reads OUT/all-METHOD.jsonl; writes OUT/pairs/METHOD.jsonl (the same number of pairs each; SCDPO: half naive, half
 step-controlled), METHOD-tokens.jsonl (as many tokens in chosen and rejected as Step-DPO has) and METHOD.validation.jsonl (a

@@ -1,8 +1,8 @@
 """Label an evaluation's responses on the bundled world with their first wrong step, which arithmetic tells.
 
-    python benchmarks/true_errors.py results/test/data-tiny-model.jsonl runs/labelled.jsonl
+    python analysis/true_errors.py results/test/data-tiny-model.jsonl runs/labelled.jsonl
 
-Output: the rows with `steps` and `error_step` (null for a right response), as 05_eval.py --credit and 02 --labels read them.
+Output: the rows with `steps` and `error_step` (null for a right response), as credit.py and 02 --labels read them.
 """
 
 import importlib

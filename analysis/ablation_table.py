@@ -1,7 +1,7 @@
 """The table and the figure of recipes/ablation_tiny.sh.
 
-    python benchmarks/ablation_table.py runs/ablation --methods dpo scdpo step-dpo step-dpo-ood --grid 1e-5:1 3e-5:1
-    python benchmarks/ablation_table.py runs/ablation --choose ...     # before: the best setting of each method by validation
+    python analysis/ablation_table.py runs/ablation --methods dpo scdpo step-dpo step-dpo-ood --grid 1e-5:1 3e-5:1
+    python analysis/ablation_table.py runs/ablation --choose ...     # before: the best setting of each method by validation
 
 Accuracies: mean over seeds; 95 % intervals draw seeds and problems again; differences are paired by problem (05_eval.py).
 """
@@ -74,7 +74,7 @@ def draw(args: Args, metrics: dict[str, list[list[dict]]], results: dict[str, di
     names = ["base", *args.methods]
     for kind, label, marker, shift in (("greedy", "greedy", "o", -0.15), ("temperature1", "temperature 1", "s", 0.15)):
         for y, method in enumerate(names):
-            found = results[kind]["groups"][method]
+            found = results[kind]["models"][method]
             color = f"C{y - 1}" if y else "black"
             test.plot([100 * x for x in found["interval"]], [y + shift] * 2, color=color, lw=2)
             test.plot(100 * found["accuracy"], y + shift, marker, color=color, mfc="white" if shift > 0 else color, ms=6)
@@ -113,8 +113,8 @@ def holm(p: dict[str, float]) -> dict[str, float]:
 def main(args: Args):
     if args.choose:
         return choose(args)
-    results = {kind: json.loads((args.out / kind / "summary.json").read_text())["benchmarks"]["test"]
-               for kind in ("greedy", "temperature1")}  # fmt: skip
+    summaries = {kind: json.loads((args.out / kind / "summary.json").read_text()) for kind in ("greedy", "temperature1")}
+    results = {kind: summary["benchmarks"]["test"] for kind, summary in summaries.items()}
     credit = json.loads((args.out / "credit" / "credit.json").read_text())
     sizes = (args.out / "logs" / "sizes.log").read_text()
     percent = lambda f: f"{f['accuracy']:.1%} ({f['interval'][0]:.1%} to {f['interval'][1]:.1%})"
@@ -123,11 +123,11 @@ def main(args: Args):
     lines = ["| method | pairs | tokens | lr, β | greedy (95 % interval) | sd over seeds | temperature 1 | sd over seeds "
              "| training, s |", "|---|" + "---:|" * 8]  # fmt: skip
     for method in ("base", *args.methods):
-        greedy, warm = (results[kind]["groups"][method] for kind in ("greedy", "temperature1"))
+        greedy, warm = (results[kind]["models"][method] for kind in ("greedy", "temperature1"))
         if method == "base":
             lines.append(f"| base | | | | {percent(greedy)} | | {percent(warm)} | | |")
             continue
-        folders = [Path(folder) for folder in greedy["models"]]
+        folders = [Path(folder) for folder in summaries["greedy"]["groups"][method]]
         seconds = [json.loads((folder / "training.json").read_text())["seconds"] for folder in folders]
         pairs, tokens = re.search(rf"(?:^|; |\n){re.escape(method)} (\d+) pairs, (\d+) tokens", sizes).groups()
         lr, beta = (args.out / "grid" / f"{method}.chosen").read_text().split()

@@ -1,11 +1,10 @@
 """How exact the rollout locator is by number of rollouts, search and rule, and what it costs, on the bundled world.
 
-    python -m vllm.entrypoints.openai.api_server --model data/tiny/model --port 8123 --max-num-seqs 512 --max-model-len 1024
-    python benchmarks/locator_curve.py --samples runs/quickstart/samples.jsonl --base-url http://127.0.0.1:8123/v1
+    python analysis/locator_curve.py --samples runs/quickstart/samples.jsonl
 
 02_locate_step.py makes 16 continuations of every prefix of the first --limit wrong samples (alone, with no right samples
 beside them, so that V(0) is estimated too; --linear --no-early-stop --keep-rollouts). Then its own search is run with these
-instead of a server, --repeats times with the continuations in another random order. The truth is arithmetic's
+instead of an engine, --repeats times with the continuations in another random order. The truth is arithmetic's
 (locator_accuracy.py). Output: two tables and OUT.png.
 Rules on V(0) .. V(n):  first: the first k with V(k) = 0.  last: the one behind the last k with V(k) > 0.  drop: the largest
 fall V(k-1) - V(k).  half: the first k with V(k) < V(k-1) / 2.  change: the likeliest change point, where V is beta(1/2, 1/2)
@@ -35,10 +34,8 @@ LOCATE = importlib.import_module("02_locate_step")
 class Args:
     samples: Path = Path("runs/quickstart/samples.jsonl")
     """output of 01 on a problem file of data/tiny"""
-    base_url: str = "http://127.0.0.1:8123/v1"
-    """a server with the model that made the samples; its key is read from OPENAI_API_KEY"""
     model: str = "data/tiny/model"
-    """its name there"""
+    """the model that made the samples"""
     limit: int = 400
     """wrong samples"""
     repeats: int = 5
@@ -54,9 +51,10 @@ def continuations(args: Args) -> list[dict]:
     args.out.mkdir(parents=True, exist_ok=True)
     wrong = [row for line in open(args.samples, encoding="utf-8") if not (row := json.loads(line))["correct"]][: args.limit]
     (args.out / "wrong.jsonl").write_text("".join(json.dumps(row) + "\n" for row in wrong), encoding="utf-8")
-    command = [sys.executable, ROOT / "02_locate_step.py", "--samples", args.out / "wrong.jsonl", "--base-url", args.base_url,
-               "--model", args.model, "--max-tokens", "400", "--out", args.out / "whole.jsonl", "--linear", "--no-early-stop",
-               "--rollouts", max(args.rollouts), "--keep-rollouts", args.out / "whole.kept"]  # fmt: skip
+    out = args.out / "whole.jsonl"
+    command = [sys.executable, ROOT / "02_locate_step.py", "--samples", args.out / "wrong.jsonl", "--model", args.model,
+               "--engine-args=--max-num-seqs 512 --max-model-len 1024", "--max-tokens", "400", "--out", out, "--linear",
+               "--no-early-stop", "--rollouts", max(args.rollouts), "--keep-rollouts", args.out / "whole.kept"]  # fmt: skip
     if not (args.out / "whole.jsonl.meta.json").exists():
         subprocess.run(list(map(str, command)), check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     count = AutoTokenizer.from_pretrained(ROOT / args.model)

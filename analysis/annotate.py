@@ -1,0 +1,164 @@
+"""Find the first wrong step by hand, on a page in the browser.
+
+    python analysis/annotate.py --annotator ann          # data/samples.jsonl -> data/located.ann.jsonl
+
+Input: the output of 01_sample_errors.py. Output: rows as 02_locate_step.py writes them, so that 03 makes pairs of them and
+locator_scores.py compares them:
+    {"id": "q1", "sample": 0, "steps": ["...", "..."], "error_step": 2, "locator": "human", "reason": null, "annotator": "ann"}
+
+Click on the step or press its number; n: no error found, u: unsure, s: skip, b: back. Each click is saved at once, and the same
+command goes on where it was stopped.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import re
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+LOCATE = importlib.import_module("02_locate_step")
+KEYS = """<script>
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.altKey || event.metaKey || event.target.matches("input, textarea")) return;
+  const name = {n: "none", u: "unsure", s: "skip", b: "back"}[event.key];
+  document.getElementById(name || "step-" + event.key)?.click();
+});
+</script>"""
+
+
+@dataclass
+class Args:
+    samples: Path = Path("data/samples.jsonl")
+    """output of 01_sample_errors.py"""
+    out: Path = Path("data/located.jsonl")
+    """file to write, with the annotator's name in it"""
+    annotator: str = ""
+    """name of who clicks; each has a file of their own"""
+    max_per_problem: int | None = None
+    """use the first so many wrong samples of a problem"""
+    limit: int | None = None
+    """use the first so many wrong samples, by id"""
+    host: str = "127.0.0.1"
+    """address of the page; others than this machine's let everyone in"""
+    port: int = 7860
+    """port of the page"""
+
+
+def math_safe(text: str) -> str:
+    """Markdown in which formulas stand between \\( and \\), and dollars that are money between nothing.
+
+    Pandoc's rule: no space behind the opening dollar nor before the closing one, no digit behind the closing one."""
+    formula = r"(\$\$.+?\$\$|\\\(.+?\\\)|\\\[.+?\\\]|\$(?![\s$])(?:[^$\n]*[^\s$\\])?\$(?!\d))"
+    parts = re.split(formula, text, flags=re.S)
+    for i, part in enumerate(parts):
+        if i % 2 == 0:
+            part = re.sub(r"\\boxed\{[^{}]*\}", lambda box: f"\\({box[0]}\\)", part).replace("$", "&#36;")
+        parts[i] = f"\\({part[1:-1]}\\)" if re.match(r"\$[^$]", part) else part
+    return "".join(parts)
+
+
+def annotate(args: Args, rows: list[dict]):
+    """Show one solution at a time; write OUT at each click from the journal OUT.clicks.jsonl, which goes on after a stop."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio
+    except ImportError:
+        LOCATE.stop("this page needs gradio: pip install gradio")
+    name = f".{args.annotator}" if args.annotator else ""
+    out = args.out.with_name(f"{args.out.stem}{name}{args.out.suffix}")
+    settings = {"stage": "annotate", "locator": "human", "annotator": args.annotator}
+    clicks = LOCATE.Output(out.with_suffix(".clicks.jsonl"), settings)
+    known = {LOCATE.identity(row): row for row in rows}
+    said = {LOCATE.identity(click): click["said"] for click in clicks.rows if LOCATE.identity(click) in known}
+    reasons = {"none": f"{LOCATE.NO_ERROR} by hand", "unsure": "unsure"}
+
+    def write():
+        lines = []
+        for key, what in said.items():
+            if what != "skip":
+                found = {"error_step": None if what in reasons else what, "locator": "human", "reason": reasons.get(what)}
+                lines.append(json.dumps(known[key] | found | {"annotator": args.annotator}, ensure_ascii=False) + "\n")
+        temporary = out.with_suffix(".tmp")
+        temporary.write_text("".join(lines), encoding="utf-8")
+        temporary.replace(out)
+
+    def after(place: int) -> int:
+        """The next row without a verdict, from `place` on and around; len(rows) when there is none."""
+        order = [*range(place, len(rows)), *range(place)]
+        return next((i for i in order if said.get(LOCATE.identity(rows[i]), "skip") == "skip" and i != place - 1), len(rows))
+
+    def click(what, place: int) -> int:
+        if what == "back":
+            return max(0, place - 1)
+        clicks.write({"id": rows[place]["id"], "sample": rows[place]["sample"], "said": what, "time": round(time.time())})
+        said[LOCATE.identity(rows[place])] = what
+        write()
+        return after(place + 1)
+
+    latex = [{"left": left, "right": right, "display": left != "\\("}
+             for left, right in (("$$", "$$"), ("\\(", "\\)"), ("\\[", "\\]"))]  # fmt: skip
+    show = lambda text: gradio.Markdown(math_safe(text), latex_delimiters=latex)
+    with gradio.Blocks(title="First wrong step", analytics_enabled=False) as page:
+        place = gradio.State(after(0))
+
+        @gradio.render(inputs=place)
+        def solution(at: int):
+            done = sum(what != "skip" for what in said.values())
+            gradio.Markdown(f"**{done} of {len(rows)}** done{f', {args.annotator}' if args.annotator else ''}. Which step is "
+                            "the first wrong one? Click its number or press it.", elem_id="progress")  # fmt: skip
+            if at >= len(rows):
+                gradio.Markdown(f"All solutions were shown. Reload to see skipped ones. The verdicts stand in `{out}`.",
+                                elem_id="done")  # fmt: skip
+                gradio.Button("Back (b)", elem_id="back").click(lambda: len(rows) - 1, None, place)
+                return
+            row = rows[at]
+            with gradio.Row():
+                with gradio.Column(scale=2):
+                    show(f"### Problem {row['id']}\n{row['problem']}\n\n**Answer:** {row.get('answer', 'not known')}\n\n"
+                         f"**This solution's answer:** {row.get('prediction')}")  # fmt: skip
+                    if row.get("solution"):
+                        with gradio.Accordion("Reference solution", open=False):
+                            show(row["solution"].replace("\n", "\n\n"))
+                with gradio.Column(scale=3):
+                    for k, step in enumerate(row["steps"], 1):
+                        with gradio.Row(equal_height=True):
+                            chosen = said.get(LOCATE.identity(row)) == k
+                            button = gradio.Button(str(k), elem_id=f"step-{k}", variant="primary" if chosen else "secondary",
+                                                   scale=0, min_width=48)  # fmt: skip
+                            button.click(lambda at, k=k: click(k, at), place, place)
+                            show(LOCATE.cut_label(step, k)[1].strip())
+            with gradio.Row():
+                for text in ("No error found (n)", "Unsure (u)", "Skip (s)", "Back (b)"):
+                    what = text.split(" ")[0].lower().replace("no", "none")
+                    gradio.Button(text, elem_id=what).click(lambda at, what=what: click(what, at), place, place)
+
+    font = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from the network
+    try:
+        page.launch(server_name=args.host, server_port=args.port, quiet=True, head=KEYS, theme=font, show_error=True,
+                    prevent_thread_lock=True, footer_links=[])  # fmt: skip
+    except OSError as error:
+        LOCATE.stop(f"--port {args.port}: {error}")
+    print(f"open http://{args.host}:{args.port}; each click is saved at once, Ctrl-C ends", file=sys.stderr, flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(1)
+    counts = Counter("located" if isinstance(what, int) else what for what in said.values())
+    clicks.save_meta(finished=len(said) == len(rows), summary=counts)
+    print(f"{out}: " + ", ".join([f"{len(rows)} solutions", *(f"{name} {number}" for name, number in counts.items())]))
+
+
+def main(args: Args):
+    where = LOCATE.Args(samples=args.samples, max_per_problem=args.max_per_problem, limit=args.limit)
+    annotate(args, LOCATE.load_samples(where)[0])
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,99 @@
+"""Drop pairs whose chosen steps a judge finds wrong (the Step-DPO paper's filter, which it did not release).
+
+    python analysis/check_chosen.py data/pairs.jsonl --judge-model gpt-4o --judge-base-url https://host/v1
+    python analysis/check_chosen.py data/pairs.jsonl --judge-path Qwen/Qwen2.5-72B-Instruct --out data/checked.jsonl
+
+Input and output: pairs of 03_rectify.py. The judge reads the steps before the chosen one and the chosen one, with 02's prompt.
+OUT.verdicts.jsonl keeps what it said; the same command run again goes on where it stopped.
+"""
+
+import asyncio
+import importlib
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+SAMPLE, LOCATE = importlib.import_module("01_sample_errors"), importlib.import_module("02_locate_step")
+
+
+@dataclass
+class Args:
+    pairs: tyro.conf.Positional[Path]
+    """output of 03_rectify.py"""
+    out: Path = Path("data/checked.jsonl")
+    """file for the pairs that pass"""
+    judge_model: str = ""
+    """name of the judge on its server"""
+    judge_base_url: str | None = None
+    """the judge's OpenAI-compatible server; its key is read from JUDGE_API_KEY"""
+    judge_path: str = ""
+    """folder or hub id of a judge that vLLM runs in this process, instead of a server"""
+    engine_args: str = ""
+    """vLLM's own options for --judge-path"""
+    base_url: tyro.conf.Suppress[None] = None
+    judge_temperature: float = 0.6
+    """sampling temperature of the judge"""
+    judge_max_tokens: int = 2048
+    """longest judgement in tokens"""
+    judge_timeout: float = 600.0
+    """seconds of silence after which a judgement is asked for again"""
+    neutral: Literal["error", "correct"] = "correct"
+    """what a neutral chosen step counts as"""
+    retries: int = 3
+    """how often a judgement that cannot be read is asked for again"""
+    seed: int = 0
+    """every request gets its own seed from this and the pair"""
+    concurrency: int = 64
+    """judgements in flight"""
+
+
+def name_of(pair: dict) -> int:
+    return LOCATE.seed_of(pair["id"], pair["initial_reason_steps"], pair["chosen"])
+
+
+async def check_all(args: Args, pairs: list[dict], verdicts: dict[int, int], checked, spent: Counter):
+    """Ask for what `verdicts` lacks: by name of the pair the first wrong step, 0 for none, -1 for no readable judgement."""
+    todo = list({name_of(pair): pair for pair in pairs if name_of(pair) not in verdicts}.values())
+    if not todo:
+        return
+
+    async def work(pair: dict):
+        text = pair["full_chosen"] if pair["method"] != "step-dpo" else pair["initial_reason_steps"] + pair["chosen"]
+        row = {"id": pair["id"], "problem": pair["prompt"], "answer": pair["answer"], "sample": name_of(pair)}
+        step, said, why = await LOCATE.judge_once(ask, row | {"steps": SAMPLE.split_steps(text)}, 0, args, spent)
+        step = -1 if step is None else step
+        checked.write({"pair": name_of(pair), "id": pair["id"], "step": step, "text": said, "why": why})
+        verdicts[name_of(pair)] = step
+
+    async with LOCATE.judge(args) as ask:
+        await LOCATE.run_all(todo, work, args.concurrency, "checking")
+
+
+def main(args: Args):
+    if not (args.judge_model if args.judge_base_url else args.judge_path):
+        LOCATE.stop("give --judge-model and --judge-base-url, or --judge-path")
+    pairs = LOCATE.read_rows(args.pairs, ("id", "prompt", "chosen", "answer", "method"))
+    names = ("judge_model", "judge_path", "judge_temperature", "judge_max_tokens", "neutral", "retries", "seed")
+    settings = {"stage": "check_chosen"} | {name: getattr(args, name) for name in names}
+    checked, spent = LOCATE.Output(args.out.with_suffix(".verdicts.jsonl"), settings), Counter()
+    verdicts = {row["pair"]: row["step"] for row in checked.rows}
+    asyncio.run(check_all(args, pairs, verdicts, checked, spent))
+    kept = [pair for pair in pairs if verdicts[name_of(pair)] == 0]
+    temporary = args.out.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in kept), encoding="utf-8")
+    temporary.replace(args.out)
+    outcome = Counter(verdicts[name_of(pair)] for pair in pairs)
+    unread = outcome[-1]
+    summary = {"pairs": len(kept), "judged wrong": len(pairs) - len(kept) - unread, "without a readable judgement": unread}
+    checked.save_meta(finished=True, summary=summary | spent)
+    print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in (summary | spent).items()))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
