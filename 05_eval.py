@@ -885,7 +885,7 @@ UNIT = re.compile(  # "12 inches", "300 miles per hour", "36 cm^2", "36\ \text{c
     r"|\s+(?!(?:and|or|to|than)\b)[A-Za-z]{2,}\.?(?:[\s/]+[A-Za-z]{2,}\.?)*(?:\^\{?\d\}?)?)\.?$"
 )
 # Copied from 01_sample_errors.py
-CLOCK = re.compile(r"[^\w-]*0?(\d+)\W*:\W*(\d\d)\W*(?:(?:text|mbox|mathrm)?\W*([ap])\W*m\W*)?", re.I)
+CLOCK = re.compile(r"(?:\\text)?[^\w-]*0?(\d+)\W*:\W*(\d\d)\W*(?:(?:text|mbox|mathrm)?\W*([ap])\W*m\W*)?", re.I)
 # Copied from 01_sample_errors.py
 RELATION = re.compile(r"[<>]|\\(?:le|ge|in)(?![a-z])")
 
@@ -914,14 +914,14 @@ def tidy(answer: str) -> str:
 # Copied from 01_sample_errors.py
 def as_number(answer: str) -> Fraction | None:
     """The value of a plain number, a percentage or a fraction of two numbers; None for anything else."""
-    answer = re.sub(r"^([-+]?)\\frac\{([-\d.]+)\}\{([-\d.]+)\}", r"\1\2/\3", answer)
+    answer = re.sub(r"^([-+]?)\\frac\{([-\d.]+)\}\{([-\d.]+)\}(%?)$", r"\1\2/\3\4", answer)
     found = re.fullmatch(r"\(?([-+]?(?:\d+\.?\d*|\.\d+))(?:/(-?0*[1-9]\d*))?\)?(%?)", answer) if len(answer) < 99 else None
     return Fraction(found[1]) / int(found[2] or 1) / (100 if found[3] else 1) if found else None
 
 
 # Copied from 01_sample_errors.py
 def split_commas(text: str) -> list[str]:
-    """`text` split at the commas that stand in no bracket; [1,2) is one, too."""
+    """`text` split at the commas that stand in no bracket; [1,2) is a pair of brackets, too."""
     depths = accumulate((c in "([{") - (c in ")]}") for c in text)
     cuts = [at for at, (c, depth) in enumerate(zip(text, depths, strict=True)) if c == "," and depth == 0]
     return [text[left + 1 : right] for left, right in pairwise([-1, *cuts, len(text)])]
@@ -966,8 +966,8 @@ def quick_verdict(gold: str, prediction: str, algebra=lambda *_: None) -> bool |
     a, b = as_number(gold), as_number(prediction)
     if a is not None and b is not None:  # a gold of 20 % takes 20 and 0.2, a gold of 20 does not take 20 %
         return a == b or gold.endswith("%") and not prediction.endswith("%") and 100 * a == b
-    (kind, parts), (other_kind, others) = structure(gold), structure(prediction)
-    if kind != other_kind or len(parts) != len(others) or len(parts) > 99:  # math-verify: (1,2) = \{1,2\}, and 2,2 = 2
+    (kind, parts), (other_kind, others) = structure(gold), structure(prediction)  # math-verify: (1,2) = \{1,2\}, 2,2 = 2
+    if kind != other_kind or len(parts) != len(others) or len(parts) > 99:  # each is held against each
         return algebra(gold, prediction) if RELATION.search(gold + prediction) else False
     if not kind and len(parts) == 1:
         return algebra(parts[0], others[0])
