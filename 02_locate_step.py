@@ -630,7 +630,7 @@ SPELLINGS = re.compile("|".join(re.escape(old) + ("(?![a-zA-Z])" if old[-1].isal
 WORDS = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
 # Copied from 01_sample_errors.py
 UNIT = re.compile(  # "12 inches", "300 miles per hour", "36 cm^2", "36\ \text{cm}^2", and Chinese units without a space
-    rf"(?:(?<=[\d)\]}}%])|(?<=\\pi))(?:\s*{WORDS}(?:\^\{{?\d\}}?|\s)*|[一-鿿]+"
+    rf"(?:(?<=[\d)\]}}%])|(?<=\\pi))(?:\s*(?!\\\w+{{[ei]}}){WORDS}(?:\^\{{?\d\}}?|\s)*|[一-鿿]+"
     r"|\s+(?!(?:and|or|to|than)\b)[A-Za-z]{2,}\.?(?:[\s/]+[A-Za-z]{2,}\.?)*(?:\^\{?\d\}?)?)\.?$"
 )
 # Copied from 01_sample_errors.py
@@ -652,8 +652,9 @@ def tidy(answer: str) -> str:
         answer = answer.replace(",", "")
     answer = answer if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", answer) else answer.replace("^\\circ", "")
     answer = re.sub(r"\s+(?:and|or|和|或)\s+", r"\\cup " if RELATION.search(answer) else ",", answer)
-    answer = re.sub(r"^(-?\d+)\s+(\d+)/(\d+)$", r"\1\\frac{\2}{\3}", re.sub(r"_\{(\d+)\}", r"_\1", answer))
+    answer = re.sub(r"(?<![\d.])(\d+)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}", re.sub(r"_\{(\d+)\}", r"_\1", answer))
     answer = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", answer).rstrip(".")
+    answer = re.sub(r"^([\d.]+)\s+(?=[\d.]+$)", r"\1@", answer)  # math-verify: 1 2 = 3
     if matrix := re.fullmatch(r"\\begin\{[pbB]?matrix\}(.*)\\end\{[pbB]?matrix\}|\[([^\[\]]*;[^\[\]]*)\]", answer):
         rows = re.sub(r"\\\\|\\cr|;", "],[", matrix[matrix.lastindex].rstrip("\\"))
         return f"[[{rows.replace('&', ',')}]]"  # as programs write it, and [2, -2; 4, -4] with it
@@ -681,10 +682,10 @@ def structure(answer: str) -> tuple[str, list[str]]:
     """What an answer is (its brackets, where the order of its parts counts; "union"; "" for a set or one thing), its parts."""
     if "\\cup" in answer:
         return "union", answer.split("\\cup")
-    answer = re.sub(r"^\{([^{}]*)\}$|^\\\{((?:(?!\\[{}]).)*)\\\}$", r"\1\2", answer)
-    if answer.count("\\pm") == 1 and answer[0] not in "([":
-        answer = re.sub(r"([^,]*)\\pm([^,]*)", r"\1+\2,\1-\2", answer)
-    parts = split_commas(answer)
+    listed = re.sub(r"^\{([^{}]*)\}$|^\\\{((?:(?!\\[{}]).)*)\\\}$", r"\1\2", answer)
+    if listed.count("\\pm") == 1 and listed[0] not in "([":
+        listed = re.sub(r"([^,]*)\\pm([^,]*)", r"\1+\2,\1-\2", listed)
+    parts = split_commas(listed)
     if len(parts) == 1 and re.fullmatch(r"[(\[].{,500}[)\]]", answer):  # longer ones may nest too deep for Python
         inner = split_commas(answer[1:-1])
         if len(inner) > 1 or answer[0] == "[":
@@ -702,8 +703,9 @@ BY_TEXT = re.compile(r"\d+:\d\d[ap]?|-?[\dA-F.]+_\d+|[^\W\d_]{3,}|no", re.I)
 def quick_verdict(gold: str, prediction: str, algebra=lambda *_: None) -> bool | None:
     """Whether two answers are the same, by text, number and structure. None: only algebra(gold, prediction) can tell."""
     gold, prediction = tidy(gold), tidy(prediction)
-    if "=" not in gold and prediction.count("=") == 1:  # (x,y)=(1,2), 17+64=81
-        prediction = tidy(prediction.split("=")[1])
+    left, equals, _ = prediction.partition("=")
+    if prediction.count("=") == 1 and ("=" not in gold or gold.startswith(left + equals)):  # (x,y)=(1,2), 17+64=81
+        gold, prediction = (tidy(answer.split("=")[-1]) for answer in (gold, prediction))
     if gold == prediction:
         return bool(gold)
     if letter := LETTER.fullmatch(gold):  # "C) 15"
