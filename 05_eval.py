@@ -381,6 +381,8 @@ def compare(groups: dict[str, list[str]], tables: dict[str, dict], field: str, f
         each |= {model: [model] for model in group if len(group) > 1} | {label: group}
     for name, by_model in tables.items():
         figures, rates, solved = {}, {}, {}
+        # an order of the problems that does not depend on that of the rows, on which the bootstrap's draws would
+        by_model = {model: sorted(table, key=lambda rows: str(rows[0]["id"])) for model, table in by_model.items()}
         for label, group in each.items():
             seeds = [by_model[model] for model in group]
             figures[label], rates[label], solved[label] = score(seeds, field, fields, seed)
