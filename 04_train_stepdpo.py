@@ -482,7 +482,7 @@ class Pairs:
 
 def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
     """Encode; print what there is and what was left out, and why."""
-    pairs, left_out, seen, blank = Pairs(), Counter(), Counter(), []
+    pairs, left_out, seen, blank = Pairs(), Counter(), set(), []
     for number, row in enumerate(tqdm(rows, desc="encoding", disable=not PRINTS, leave=False, mininterval=1), 1):
         fields = ("problem", "solution") if "solution" in row else ("prompt", "chosen", "rejected")
         if "initial_reason_steps" in row and args.sides == "full":
@@ -505,7 +505,7 @@ def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
             left_out["without contrast"] += 1
         else:
             pairs.add(prefix, suffixes)
-            seen[hashlib.sha256(repr((prefix, suffixes)).encode()).digest()] += 1
+            seen.add(hashlib.sha256(repr((prefix, suffixes)).encode()).digest())
     if blank:
         print_main(f"{name}: an empty side in row {', '.join(blank[:20])}{' ...' if len(blank) > 20 else ''}")
     why = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
@@ -858,7 +858,7 @@ def finish(args: Args, settings: dict, pairs: Pairs, total: int, lines: list[dic
     summary = {"arguments": arguments, "settings": settings, "pairs": len(pairs), "steps": total, "seconds": seconds,
                "last": last}  # fmt: skip
     (args.out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
-    draw(args.out / "training.png", lines)
+    draw_training(args.out / "training.png", lines)
     figures = ", ".join(f"{name} {value:.4g}" for name, value in last.items())
     table = "\n".join(f"| {name} | {value} |" for name, value in arguments.items())
     (args.out / "README.md").write_text(
@@ -872,7 +872,7 @@ def finish(args: Args, settings: dict, pairs: Pairs, total: int, lines: list[dic
     print(f"{args.out}: {total} steps over {len(pairs)} pairs, {seconds} s; last step: {figures}")
 
 
-def draw(path: Path, lines: list[dict]):
+def draw_training(path: Path, lines: list[dict]):
     """training.png: loss, accuracy, margin and log-probabilities, training and validation (Fig. 2 of the paper)."""
     try:
         from matplotlib.figure import Figure
