@@ -869,7 +869,8 @@ def finish(args: Args, settings: dict, pairs: Pairs, total: int, lines: list[dic
     )
     for path in args.out.glob("checkpoint-*") if args.keep == 0 else ():
         shutil.rmtree(path)
-    print(f"{args.out}: {total} steps over {len(pairs)} pairs, {seconds} s; last step: {figures}")
+    short = ", ".join(f"{name} {last[name]:.4g}" for name in ("loss", "accuracy", "margin") if name in last)
+    print(f"{args.out}: {total} steps over {len(pairs)} pairs, {seconds} s; last step: {short}")
 
 
 def draw_training(path: Path, lines: list[dict]):
