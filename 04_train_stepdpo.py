@@ -59,7 +59,7 @@ from accelerate.utils import broadcast_object_list
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
 # Copied from 01_sample_errors.py
@@ -834,7 +834,9 @@ def save_model(accelerator: Accelerator, scorer, lm, adapters, tokenizer, args: 
             config = json.loads((args.out / "config.json").read_text())  # it names the fp32 of the master weights
             config["dtype"] = str(dtype).removeprefix("torch.")
             (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        tokenizer.save_pretrained(args.out)
+        saved = AutoTokenizer.from_pretrained(args.model)  # under the class that the model names
+        saved.chat_template = tokenizer.chat_template
+        saved.save_pretrained(args.out)
     accelerator.wait_for_everyone()
 
 
@@ -938,7 +940,10 @@ def load_tokenizer(model: str, template: Path | None, switches: str, chat: bool 
     if not hub_id and not (Path(model) / "config.json").is_file():
         stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        try:  # tokenizer.json as it is; AutoTokenizer takes three seconds to import torch, and builds its own for some models
+            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(model)
+        except Exception:  # no tokenizer.json: it says so in many ways
+            tokenizer = transformers.AutoTokenizer.from_pretrained(model)
         if template:
             tokenizer.chat_template = template.read_text()
         tokenizer.switches = json.loads(switches)
