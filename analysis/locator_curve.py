@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-LOCATE = importlib.import_module("02_locate_step")
+LOCATE, EVAL = importlib.import_module("02_locate_step"), importlib.import_module("05_eval")
 
 
 @dataclass
@@ -105,7 +105,7 @@ RULES = {
 def share(hits: list[bool], repeats: int) -> tuple[float, float, float]:
     """Share of hits and its 95 % interval, for the number of solutions and not that of their repetitions."""
     total = max(1, round(len(hits) / repeats))
-    return sum(hits) / max(1, len(hits)), *LOCATE.wilson(round(total * sum(hits) / max(1, len(hits))), total)
+    return sum(hits) / max(1, len(hits)), *EVAL.wilson(round(total * sum(hits) / max(1, len(hits))), total)
 
 
 def main(args: Args):

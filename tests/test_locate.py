@@ -163,7 +163,7 @@ def test_judge_votes_agreement_retries_and_cost(judge, tmp_path):
         return {"role": "assistant", "content": None, "reasoning_content": verdicts(step)}  # all of it taken for thought
 
     judge.votes, judge.script = {}, script
-    done = judged(judge, tmp_path, "--votes", 3, "--retries", 2, "--price-in", 2, "--price-out", 10, "--concurrency", 1)
+    done = judged(judge, tmp_path, "--votes", 3, "--retries", 2, "--price", 2, 10, "--concurrency", 1)
     found = {row["id"]: row for row in read(tmp_path / "out.jsonl")}
     assert [found[row["id"]]["error_step"] for row in rows] == [1, None, None, 4, 1]
     assert found["q4"]["judge"]["votes"] == {"1": 2, "4": 1} and found["q4"]["judge"]["agreement"] == 0.667
