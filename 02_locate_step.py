@@ -56,12 +56,6 @@ import pebble
 import tyro
 from tqdm import tqdm
 
-# Copied from 01_sample_errors.py
-USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
-# Copied from 01_sample_errors.py
-NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-# Copied from 01_sample_errors.py
-STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"  # "Step 2:", "## Step 2.", "**Step 2:**"
 JUDGE_PROMPT = """Below are a maths problem, {truth_name}, and a solution in {count} numbered steps that somebody wrote. \
 Find out whether the solution goes wrong, and at which step first.
 
@@ -122,7 +116,7 @@ class Args:
     """continuations of a prefix; one with no right one among them is taken for wrong"""
     linear: bool = False
     """estimate every prefix instead of bisecting; shows the whole curve"""
-    early_stop: bool = True
+    all_rollouts: bool = False
     """go on behind the first right continuation of a prefix, for exact shares"""
     keep_rollouts: Path | None = None
     """file to keep the continuations in, so that 03 need not sample them again"""
@@ -144,8 +138,8 @@ class Args:
     """seconds of silence after which a judgement is asked for again"""
     neutral: Literal["error", "correct"] = "error"
     """what a neutral step counts as (the paper's code: error)"""
-    skip_diagrams: bool = True
-    """judge problems whose diagram is missing too, which the paper's code does not"""
+    missing_diagrams: bool = False
+    """judge problems whose diagram is missing too; the paper's code does not"""
     votes: int = 1
     """judgements of a solution; most count, a tie leaves the row open"""
     min_agreement: float = 0.5
@@ -165,10 +159,10 @@ class Args:
 
 
 SETTINGS = {  # what a row depends on
-    "rollout": ("temperature", "top_p", "max_tokens", "rollouts", "linear", "early_stop", "chat_template",
+    "rollout": ("temperature", "top_p", "max_tokens", "rollouts", "linear", "all_rollouts", "chat_template",
                 "chat_template_kwargs"),
     "judge": ("judge_model", "judge_temperature", "judge_max_tokens", "neutral", "votes", "min_agreement", "retries",
-              "skip_diagrams"),
+              "missing_diagrams"),
 }  # fmt: skip
 
 
@@ -214,8 +208,8 @@ async def by_rollouts(args: Args, go_on, grader: Grader, solvable: set[str], row
         if k == 0 and row["id"] in solvable:
             return True
         prefix, right, tried, texts[k] = "".join(steps[:k]) + cut_label(steps[k], k + 1)[0], 0, 0, []
-        while tried < args.rollouts and not (right and args.early_stop):
-            size = min(max(1, tried), args.rollouts - tried) if args.early_stop else args.rollouts
+        while tried < args.rollouts and (args.all_rollouts or not right):
+            size = args.rollouts if args.all_rollouts else min(max(1, tried), args.rollouts - tried)
             found = await go_on(row, prefix, seed_of(args.seed, "locate", row["id"], row["sample"], k, tried), size)
             answers = [extract_answer(prefix + f["text"]) if f["finish_reason"] == "stop" else None for f in found]
             verdicts = await asyncio.gather(*(grader(row["answer"], answer, row["problem"]) for answer in answers))
@@ -312,9 +306,9 @@ async def by_judge(args: Args, ask, row: dict, spent: Counter) -> dict:
     found = {"error_step": None, "locator": "judge"}
     if not row["steps"]:
         return found | {"reason": "no response to look at"}
-    if args.skip_diagrams and "diagram" in row["problem"] and "asy" not in row["problem"]:
+    if not args.missing_diagrams and "diagram" in row["problem"] and "asy" not in row["problem"]:
         spent["problems with a diagram skipped"] += 1
-        return found | {"reason": "a diagram that is not there (--no-skip-diagrams)"}
+        return found | {"reason": "a diagram that is not there (--missing-diagrams)"}
     votes = await asyncio.gather(*(judge_once(ask, row, number, args, spent) for number in range(args.votes)))
     if any(args.price):
         spent["money"] = round((spent["prompt"] * args.price[0] + spent["completion"] * args.price[1]) / 1e6, 4)
@@ -454,6 +448,12 @@ def main(args: Args):
 # copies of what another stage owns; read each there once
 
 
+# Copied from 01_sample_errors.py
+USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+# Copied from 01_sample_errors.py
+NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+# Copied from 01_sample_errors.py
+STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"  # "Step 2:", "## Step 2.", "**Step 2:**"
 # Copied from 01_sample_errors.py
 SAME = {"\\\\": "\\\\", "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\leqslant": "\\le", "\\geqslant": "\\ge", "\\leq": "\\le",
         "\\geq": "\\ge", "≤": "\\le ", "≥": "\\ge ", "∞": "\\infty", "π": "\\pi ", "−": "-", "×": "\\times ", "√": "\\sqrt ",

@@ -56,14 +56,6 @@ import pebble
 import tyro
 from tqdm import tqdm
 
-# Copied from 01_sample_errors.py
-USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
-# Copied from 01_sample_errors.py
-NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-# Copied from 01_sample_errors.py
-STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"  # "Step 2:", "## Step 2.", "**Step 2:**"
-# Copied from 01_sample_errors.py
-OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would move the token boundary
 # A right solution that corrects itself on the way (SCDPO)
 SECOND_THOUGHTS = re.compile(r"\b(?:errors?|apolog\w+)\b|抱歉", re.I)
 
@@ -413,6 +405,14 @@ def main(args: Args):
 # copies of what another stage owns; read each there once
 
 
+# Copied from 01_sample_errors.py
+USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+# Copied from 01_sample_errors.py
+NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+# Copied from 01_sample_errors.py
+STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"  # "Step 2:", "## Step 2.", "**Step 2:**"
+# Copied from 01_sample_errors.py
+OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would move the token boundary
 # Copied from 01_sample_errors.py
 SAME = {"\\\\": "\\\\", "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\leqslant": "\\le", "\\geqslant": "\\ge", "\\leq": "\\le",
         "\\geq": "\\ge", "≤": "\\le ", "≥": "\\ge ", "∞": "\\infty", "π": "\\pi ", "−": "-", "×": "\\times ", "√": "\\sqrt ",

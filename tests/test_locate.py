@@ -176,7 +176,7 @@ def test_judge_votes_agreement_retries_and_cost(judge, tmp_path):
 
 
 def test_the_judge_is_not_asked_about_a_diagram_that_is_not_there(judge, tmp_path):
-    """As in the paper's code, unless --no-skip-diagrams; a diagram in Asymptote code can be read."""
+    """As in the paper's code, unless --missing-diagrams; a diagram in Asymptote code can be read."""
     judge.script = lambda n, body: verdicts(true_step(body))
     rows = wrong_samples(tmp_path / "samples.jsonl")
     rows[0]["problem"] += " in the diagram?"
@@ -186,10 +186,10 @@ def test_the_judge_is_not_asked_about_a_diagram_that_is_not_there(judge, tmp_pat
                  "--judge-base-url", f"http://127.0.0.1:{judge.server_port}/v1"]  # fmt: skip
     done = run(2, *arguments, "--out", tmp_path / "a.jsonl")
     found = {row["id"]: row for row in read(tmp_path / "a.jsonl")}
-    assert found["q0"]["error_step"] is None and "--no-skip-diagrams" in found["q0"]["reason"]
+    assert found["q0"]["error_step"] is None and "--missing-diagrams" in found["q0"]["reason"]
     assert all(found[f"q{i}"]["error_step"] for i in range(1, 6)) and "problems with a diagram skipped 1" in done.stdout
     assert judge.count == 5 and not any(set(body) & {"top_k", "min_p", "repetition_penalty"} for body in judge.seen)
-    run(2, *arguments, "--no-skip-diagrams", "--out", tmp_path / "b.jsonl")
+    run(2, *arguments, "--missing-diagrams", "--out", tmp_path / "b.jsonl")
     assert all(row["error_step"] for row in read(tmp_path / "b.jsonl"))
 
 
