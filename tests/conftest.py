@@ -1,6 +1,7 @@
 """Fixtures: the stages as modules, a small random model, and one vLLM server for the whole session."""
 
 import contextlib
+import ctypes
 import importlib
 import json
 import os
@@ -72,6 +73,11 @@ def read(path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
 
 
+def end_with_the_tests():
+    """Linux sends the server SIGTERM when pytest is gone, also by kill -9."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 @contextlib.contextmanager
 def serving(model, log: Path, *options: str):
     """A vLLM server of its own, as a user starts one: yields its address and its key."""
@@ -83,7 +89,8 @@ def serving(model, log: Path, *options: str):
     key, url = secrets.token_hex(16), f"http://127.0.0.1:{port}/v1"
     environment = {"VLLM_CPU_KVCACHE_SPACE": "4"} | os.environ | {"VLLM_API_KEY": key}
     with open(log, "w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, env=environment)
+        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, env=environment,
+                                   preexec_fn=end_with_the_tests)  # fmt: skip
     try:
         for _ in range(1200):
             with contextlib.suppress(httpx.HTTPError):
