@@ -136,7 +136,7 @@ def error_prefix(row: dict) -> tuple[str, str]:
     return "".join(row["steps"][: row["error_step"] - 1]) + label, rejected
 
 
-def step_pairs(row: dict, found: list[dict], right: list[bool], seen: set[str], most: int, count: Counter) -> list[dict]:
+def make_pairs(row: dict, found: list[dict], right: list[bool], seen: set[str], most: int, count: Counter) -> list[dict]:
     """Pairs of one located error from its continuations; `count` gets what became of each.
 
     `seen` holds the chosen steps used so far for this prefix and rejected step, white space squeezed."""
@@ -187,7 +187,7 @@ async def rectify(args: Args, go_on, grader: Grader, rollouts: dict, rows: list[
     count["errors not located"], count["errors cut short by max_tokens"] = len(rows) - len(located), len(located) - len(whole)
     made = await asyncio.gather(*map(continuations, whole))
     for row, (found, right) in zip(whole, made, strict=True):
-        new = step_pairs(row, found, right, seen.setdefault(error_prefix(row), set()), args.max_pairs_per_error, count)
+        new = make_pairs(row, found, right, seen.setdefault(error_prefix(row), set()), args.max_pairs_per_error, count)
         count.update({"errors tried": 1, "errors with a pair": bool(new)})
         pairs += new
     return pairs, count

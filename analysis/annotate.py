@@ -152,14 +152,14 @@ def make_page(gradio, verdicts: Verdicts):
 
 
 def main(args: Args):
+    where = LOCATE.Args(samples=args.samples, max_per_problem=args.max_per_problem, limit=args.limit)
+    rows, name = LOCATE.load_samples(where)[0], f".{args.annotator}" if args.annotator else ""
+    verdicts = Verdicts(rows, args.out.with_name(f"{args.out.stem}{name}{args.out.suffix}"), args.annotator)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio
     except ImportError:
         LOCATE.stop("this page needs gradio: pip install gradio")
-    where = LOCATE.Args(samples=args.samples, max_per_problem=args.max_per_problem, limit=args.limit)
-    rows, name = LOCATE.load_samples(where)[0], f".{args.annotator}" if args.annotator else ""
-    verdicts = Verdicts(rows, args.out.with_name(f"{args.out.stem}{name}{args.out.suffix}"), args.annotator)
     font = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from the network
     try:
         make_page(gradio, verdicts).launch(

@@ -335,6 +335,21 @@ def test_processbench_files_and_comparison(judge, tmp_path):
     assert done.returncode == 2 and "row 1" in done.stderr and "label" in done.stderr
 
 
+def test_labels_of_rows_that_say_nothing_else(tmp_path):
+    """true_errors.py gives a right solution no reason; a person who was not sure gives one, and no label."""
+    row = {"problem": "p", "steps": ["a", "b"]}
+    rows = [{"error_step": 2}, {"error_step": None}, {"error_step": None, "reason": "unsure"}, {"label": -1}, {"label": 1}]
+    (tmp_path / "l.jsonl").write_text("".join(json.dumps(row | more) + "\n" for more in rows))
+    assert [row["label"] for row in stage(2).load_labels(tmp_path / "l.jsonl")] == [1, -1, -1, 1]
+
+
+def test_a_page_does_not_write_over_a_file_that_is_not_its_own(tmp_path):
+    wrong_samples(tmp_path / "in.jsonl", 2)
+    (tmp_path / "located.jsonl").write_text("{}\n")
+    done = run("annotate", "--samples", tmp_path / "in.jsonl", "--out", tmp_path / "located.jsonl", check=False)
+    assert done.returncode == 2 and "--annotator" in done.stderr and (tmp_path / "located.jsonl").read_text() == "{}\n"
+
+
 def test_money_is_not_taken_for_a_formula():
     from annotate import math_safe as safe
 
