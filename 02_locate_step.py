@@ -868,7 +868,10 @@ def load_tokenizer(model: str, template: Path | None, switches: str, chat: bool 
     if not hub_id and not (Path(model) / "config.json").is_file():
         stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        try:  # tokenizer.json as it is; AutoTokenizer takes three seconds to import torch, and builds its own for some models
+            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(model)
+        except Exception:  # no tokenizer.json: it says so in many ways
+            tokenizer = transformers.AutoTokenizer.from_pretrained(model)
         if template:
             tokenizer.chat_template = template.read_text()
         tokenizer.switches = json.loads(switches)

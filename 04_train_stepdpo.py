@@ -3,7 +3,6 @@
     accelerate launch 04_train_stepdpo.py                                        # the paper's 7B run, on every GPU there is
     accelerate launch --config_file configs/fsdp2.yaml 04_train_stepdpo.py       # a model that does not fit on one
     python 04_train_stepdpo.py --data runs/pairs.jsonl --model data/tiny/model --lr 1e-5 --epochs 2 --out runs/tuned
-    python analysis/estimate.py --data xinlai/Math-Step-DPO-10K                  # memory and time, without training
     python 04_train_stepdpo.py --data xinlai/Math-Step-DPO-10K --sides full      # its whole answers: the papers' DPO baseline
     python 04_train_stepdpo.py --objective sft --data data/samples.jsonl --model Qwen/Qwen2-7B --lr 5e-6 --epochs 3 \\
         --batch-size 256 --schedule linear --warmup 0.03                         # the paper's SFT stage
@@ -27,7 +26,8 @@ What is particular here:
   - master weights and the loss are fp32, also under bf16 autocast: a bf16 weight swallows a step of 5e-7;
   - a single step never ends in EOS; a suffix that ends the solution does;
   - the loss is the mean over the global batch, however it is packed and spread over processes.
-The same command run again goes on from the last whole checkpoint.
+The same command run again goes on from the last whole checkpoint. analysis/estimate.py, with the same options, prints what a
+run needs of memory and time.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import inspect
 import json
 import math
@@ -52,18 +53,18 @@ import jinja2
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
 # Copied from 01_sample_errors.py
 USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm
 LOGITS_CHUNK = 1024  # suffix positions whose logits stand in memory at once
 STEP_FIELDS = ("prompt", "initial_reason_steps", "chosen", "rejected", "full_chosen", "full_rejected")
 CHOSEN_DROP = 5.0  # nats: a mean fall of the chosen suffixes' log-probability that is worth a warning
@@ -113,8 +114,6 @@ class Args:
     """longest prefix + suffix; longer pairs are left out and counted, never cut"""
     weight_decay: float = 0.0
     """AdamW weight decay"""
-    max_grad_norm: float = 1.0
-    """gradients are scaled down to this norm"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """of forward and backward; master weights are fp32. auto: bf16 where possible"""
     gradient_checkpointing: bool = False
@@ -218,7 +217,7 @@ def train_step(scorer, optimizer, pairs: Pairs, batch: list[int], args: Args, ac
         for name, values in found.items():
             sums[name] += counts * values.detach().double().sum()
         sums["places"] += torch.tensor(inputs["ids"].numel(), device=device)
-    norm = accelerator.clip_grad_norm_(scorer.parameters(), args.max_grad_norm)
+    norm = accelerator.clip_grad_norm_(scorer.parameters(), MAX_GRAD_NORM)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -332,7 +331,7 @@ def start(args: Args) -> tuple[Accelerator, object, Pairs, Pairs | None]:
 
 def start_accelerate(args: Args) -> Accelerator:
     """The accelerator of the launch configuration, set for batches that are planned here."""
-    if args.tracker != "none" and not transformers.utils.import_utils._is_package_available(args.tracker)[0]:
+    if args.tracker != "none" and not importlib.util.find_spec(args.tracker):
         stop(f"--tracker {args.tracker} needs its package: pip install {args.tracker}")
     log_with = None if args.tracker == "none" else args.tracker
     precision = "bf16" if args.precision == "bf16" else "no"
@@ -350,7 +349,7 @@ def start_accelerate(args: Args) -> Accelerator:
         stop(f"{world} processes were started, but each trains alone; without a GPU set ACCELERATE_USE_CPU=true")
 
     if found == "DEEPSPEED":  # asked for, though batches are planned here
-        more = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": args.max_grad_norm}
+        more = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": MAX_GRAD_NORM}
         accelerator.state.deepspeed_plugin.deepspeed_config.update(more)
     if accelerator.is_fsdp2 and args.precision == "bf16":  # accelerate's own would round what comes out, too, to 8 bits
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -483,7 +482,7 @@ class Pairs:
 
 def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
     """Encode; print what there is and what was left out, and why."""
-    pairs, left_out, seen, blank = Pairs(), Counter(), Counter(), []
+    pairs, left_out, seen, blank = Pairs(), Counter(), set(), []
     for number, row in enumerate(tqdm(rows, desc="encoding", disable=not PRINTS, leave=False, mininterval=1), 1):
         fields = ("problem", "solution") if "solution" in row else ("prompt", "chosen", "rejected")
         if "initial_reason_steps" in row and args.sides == "full":
@@ -506,7 +505,7 @@ def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
             left_out["without contrast"] += 1
         else:
             pairs.add(prefix, suffixes)
-            seen[hashlib.sha256(repr((prefix, suffixes)).encode()).digest()] += 1
+            seen.add(hashlib.sha256(repr((prefix, suffixes)).encode()).digest())
     if blank:
         print_main(f"{name}: an empty side in row {', '.join(blank[:20])}{' ...' if len(blank) > 20 else ''}")
     why = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
@@ -835,7 +834,9 @@ def save_model(accelerator: Accelerator, scorer, lm, adapters, tokenizer, args: 
             config = json.loads((args.out / "config.json").read_text())  # it names the fp32 of the master weights
             config["dtype"] = str(dtype).removeprefix("torch.")
             (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        tokenizer.save_pretrained(args.out)
+        saved = AutoTokenizer.from_pretrained(args.model)  # under the class that the model names
+        saved.chat_template = tokenizer.chat_template
+        saved.save_pretrained(args.out)
     accelerator.wait_for_everyone()
 
 
@@ -859,7 +860,7 @@ def finish(args: Args, settings: dict, pairs: Pairs, total: int, lines: list[dic
     summary = {"arguments": arguments, "settings": settings, "pairs": len(pairs), "steps": total, "seconds": seconds,
                "last": last}  # fmt: skip
     (args.out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
-    draw(args.out / "training.png", lines)
+    draw_training(args.out / "training.png", lines)
     figures = ", ".join(f"{name} {value:.4g}" for name, value in last.items())
     table = "\n".join(f"| {name} | {value} |" for name, value in arguments.items())
     (args.out / "README.md").write_text(
@@ -870,10 +871,11 @@ def finish(args: Args, settings: dict, pairs: Pairs, total: int, lines: list[dic
     )
     for path in args.out.glob("checkpoint-*") if args.keep == 0 else ():
         shutil.rmtree(path)
-    print(f"{args.out}: {total} steps over {len(pairs)} pairs, {seconds} s; last step: {figures}")
+    short = ", ".join(f"{name} {last[name]:.4g}" for name in ("loss", "accuracy", "margin") if name in last)
+    print(f"{args.out}: {total} steps over {len(pairs)} pairs, {seconds} s; last step: {short}")
 
 
-def draw(path: Path, lines: list[dict]):
+def draw_training(path: Path, lines: list[dict]):
     """training.png: loss, accuracy, margin and log-probabilities, training and validation (Fig. 2 of the paper)."""
     try:
         from matplotlib.figure import Figure
@@ -938,7 +940,10 @@ def load_tokenizer(model: str, template: Path | None, switches: str, chat: bool 
     if not hub_id and not (Path(model) / "config.json").is_file():
         stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        try:  # tokenizer.json as it is; AutoTokenizer takes three seconds to import torch, and builds its own for some models
+            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(model)
+        except Exception:  # no tokenizer.json: it says so in many ways
+            tokenizer = transformers.AutoTokenizer.from_pretrained(model)
         if template:
             tokenizer.chat_template = template.read_text()
         tokenizer.switches = json.loads(switches)

@@ -381,6 +381,8 @@ def compare(groups: dict[str, list[str]], tables: dict[str, dict], field: str, f
         each |= {model: [model] for model in group if len(group) > 1} | {label: group}
     for name, by_model in tables.items():
         figures, rates, solved = {}, {}, {}
+        # an order of the problems that does not depend on that of the rows, on which the bootstrap's draws would
+        by_model = {model: sorted(table, key=lambda rows: str(rows[0]["id"])) for model, table in by_model.items()}
         for label, group in each.items():
             seeds = [by_model[model] for model in group]
             figures[label], rates[label], solved[label] = score(seeds, field, fields, seed)
@@ -1145,7 +1147,10 @@ def load_tokenizer(model: str, template: Path | None, switches: str, chat: bool 
     if not hub_id and not (Path(model) / "config.json").is_file():
         stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        try:  # tokenizer.json as it is; AutoTokenizer takes three seconds to import torch, and builds its own for some models
+            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(model)
+        except Exception:  # no tokenizer.json: it says so in many ways
+            tokenizer = transformers.AutoTokenizer.from_pretrained(model)
         if template:
             tokenizer.chat_template = template.read_text()
         tokenizer.switches = json.loads(switches)

@@ -28,7 +28,8 @@ quickstart: setup
 
 test: .venv/tests
 	.venv/bin/ruff check .
-	.venv/bin/python -m pytest -q --durations=10
+	.venv/bin/python -m pytest -q -n 2 -m "not slow"
+	.venv/bin/python -m pytest -q -m slow --durations=10
 
 test-quick: .venv/tests
 	.venv/bin/python -m pytest -q -m "not slow"

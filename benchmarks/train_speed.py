@@ -27,7 +27,6 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -100,8 +99,7 @@ def time_ours(args: Args, rows: list[dict], separate: bool) -> tuple[list[float]
         pairs.add(*train.encode(row, tokenizer))
     if separate:
         train.collate = separate_rows(train)
-    settings = SimpleNamespace(tokens_per_batch=args.tokens_per_batch, objective="dpo", beta=0.4, label_smoothing=0.0,
-                               nll_weight=0.0, max_grad_norm=1.0)  # fmt: skip
+    settings = train.Args(tokens_per_batch=args.tokens_per_batch)
     scorer = train.SuffixScorer(make_model(args))
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
     scorer, optimizer = accelerator.prepare(scorer, optimizer)

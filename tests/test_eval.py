@@ -350,6 +350,11 @@ def test_seeds_and_samples_in_the_report(tmp_path):
     assert curves["k"] == [1, 2, 4] and curves["pass"][0] == pytest.approx(models["base"]["accuracy"])
     assert curves["pass"][0] < curves["pass"][1] < curves["pass"][2]
     assert "maj@4" in (tmp_path / "report.md").read_text() and (tmp_path / "curves.png").stat().st_size > 5000
+    text = (tmp_path / "report.md").read_text()
+    for path in (tmp_path / "sums").glob("*.jsonl"):  # the order in which the responses came does not matter
+        path.write_text("".join(json.dumps(row) + "\n" for row in reversed(read(path))))
+    run("regrade", tmp_path)
+    assert (tmp_path / "report.md").read_text() == text
     for path in (tmp_path / "sums").glob("*.jsonl"):  # another benchmark with one response a problem, in the same folder
         (tmp_path / "ones").mkdir(exist_ok=True)
         (tmp_path / "ones" / path.name).write_text("".join(json.dumps(row) + "\n" for row in read(path) if row["sample"] == 0))

@@ -173,7 +173,7 @@ def test_every_stage_renders_the_same_prefix(server):
     template = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
     switches = json.dumps({"enable_thinking": False})
     qwen3 = stage(1).load_tokenizer(str(TINY / "model"), template, switches)
-    own = AutoTokenizer.from_pretrained(TINY / "model")
+    own, ours = AutoTokenizer.from_pretrained(TINY / "model"), stage(1).load_tokenizer(str(TINY / "model"), None, "{}")
     for prefix in (stage(1).OPENING, stage(1).OPENING + " 3 + 4 = 7.\nStep 2: So it is 7.\nStep 3:"):
         row = {"prompt": SOLVED["problem"], "initial_reason_steps": prefix, "chosen": " 7.\n", "rejected": " 8.\n",
                "full_chosen": "", "full_rejected": ""}  # fmt: skip
@@ -181,6 +181,7 @@ def test_every_stage_renders_the_same_prefix(server):
             trained, _ = stage(4).encode(row, tokenizer, "step")
             asked = [stage(number).prompt_ids(tokenizer, SOLVED["problem"], prefix) for number in (1, 2, 3, 5)]
             assert asked == [trained] * 4
+            assert tokenizer is qwen3 or stage(1).prompt_ids(ours, SOLVED["problem"], prefix) == trained
             thought = "<think>\n\n</think>\n\n" if tokenizer is qwen3 else ""
             assert tokenizer.decode(trained).endswith(f"<|im_start|>assistant\n{thought}{prefix}")
             solution = {"problem": SOLVED["problem"], "steps": [prefix + " 7."], "opening": prefix, "error_step": None}
