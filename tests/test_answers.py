@@ -128,6 +128,7 @@ HOSTILE = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow  # it looks at the clock, and quick tests run two at a time
 @pytest.mark.parametrize("seconds", [2.0])
 def test_hostile_answers_cost_their_deadline_and_no_more(grades, seconds):
     start = time.time()
@@ -136,6 +137,7 @@ def test_hostile_answers_cost_their_deadline_and_no_more(grades, seconds):
     assert time.time() - start < 15 + kills * (seconds + 3)
 
 
+@pytest.mark.slow
 def test_hostile_responses_are_read_in_linear_time():
     start = time.time()
     for text in ("\\boxed{", "The answer is ", "{", "answer: ", "\x00", "\n#### ", "**Answer:** **"):
