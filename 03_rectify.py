@@ -5,7 +5,6 @@
     python 03_rectify.py --method scdpo --samples data/samples.jsonl --out data/scdpo.jsonl
     python 03_rectify.py --method dpo --samples data/samples.jsonl --out data/naive.jsonl       # no model needed
     python 03_rectify.py --rectifier Qwen/Qwen2.5-72B-Instruct     # chosen steps from another model (out of distribution)
-SCDPO trains on naive and step-controlled pairs: 04_train_stepdpo.py --data data/scdpo.jsonl data/naive.jsonl mixes them.
 
 Input: for Step-DPO the output of 02_locate_step.py, else that of 01_sample_errors.py:
     {"id": "q1", "problem": "...", "answer": "7", "sample": 0, "response": "...", "steps": ["...", "..."],
@@ -20,6 +19,7 @@ Step-DPO (arXiv 2406.18629, section 3.2): from steps 1..k-1 and the label of ste
 continuations that reach the answer, the first step is a chosen step, once each; the rejected step is the located one.
 SCDPO (arXiv 2407.00782, section 3): from steps 1..k of a right solution, k drawn at random, the model goes on step by step,
 ever hotter, until it ends at a wrong answer; chosen is the rest of the right solution. DPO: whole right and wrong solutions.
+SCDPO trains on naive (DPO's) and step-controlled pairs: 04_train_stepdpo.py --data data/scdpo.jsonl data/naive.jsonl.
 OUT.tries.jsonl keeps what became of every problem; the same command run again goes on where it stopped.
 """
 
@@ -56,14 +56,6 @@ import pebble
 import tyro
 from tqdm import tqdm
 
-# Copied from 01_sample_errors.py
-USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
-# Copied from 01_sample_errors.py
-NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-# Copied from 01_sample_errors.py
-STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"  # "Step 2:", "## Step 2.", "**Step 2:**"
-# Copied from 01_sample_errors.py
-OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would move the token boundary
 # A right solution that corrects itself on the way (SCDPO)
 SECOND_THOUGHTS = re.compile(r"\b(?:errors?|apolog\w+)\b|抱歉", re.I)
 
@@ -98,8 +90,6 @@ class Args:
     """switches of the chat template, as JSON; give what 01 was given"""
     n: int = 20
     """continuations of each correct prefix"""
-    max_pairs: int = 0
-    """pairs of one problem at most; 0: all"""
     max_pairs_per_error: int = 0
     """pairs of one wrong sample at most; 0: all"""
     pairs_per_problem: int = 1
@@ -126,35 +116,18 @@ class Args:
     """problems in flight"""
 
 
-def make_pairs(row: dict, found: list[dict], right: list[bool], seen: set[str], most: int) -> tuple[list[dict], Counter]:
-    """Pairs of one located error from its continuations, and what became of each continuation.
+METHODS = {  # of each its input, and the options that it alone heeds
+    "step-dpo": ("located", "rollouts", "rectifier", "n", "max_pairs_per_error", "temperature"),
+    "scdpo": ("samples", "solutions_per_problem", "every_step", "tries", "heat"),
+    "dpo": ("samples", "pairs_per_problem"),
+}
 
-    `seen` holds the chosen steps used so far for this prefix and rejected step, white space squeezed."""
-    k, count, pairs = row["error_step"], Counter(), []
-    prefix, rejected = error_prefix(row)
-    for continuation, is_right in zip(found, right, strict=True):
-        if not is_right:
-            count["wrong"] += 1
-            continue
-        full = prefix + continuation["text"]
-        chosen = cut_label(split_steps(full)[k - 1], k)[1]
-        if not chosen.strip() or not rejected.strip():
-            count["blank step"] += 1
-        elif " ".join(chosen.split()) == " ".join(rejected.split()):
-            count["restates the rejected step"] += 1
-        elif " ".join(chosen.split()) in seen:
-            count["repeats a chosen step"] += 1
-        elif most and len(pairs) == most:
-            count["over --max-pairs"] += 1
-        else:
-            count["pairs"] += 1
-            seen.add(" ".join(chosen.split()))
-            pairs.append({
-                "dataset": row.get("dataset", ""), "prompt": row["problem"], "initial_reason_steps": prefix,
-                "chosen": chosen, "rejected": rejected, "full_chosen": full, "full_rejected": row["response"],
-                "answer": row["answer"], "id": row["id"], "method": "step-dpo", "error_step": k, "sample": row["sample"],
-            })  # fmt: skip
-    return pairs, count
+
+def pair_of(row: dict, method: str, step: int, prefix: str, chosen: str, rejected: str, full_chosen: str, full_rejected: str):
+    """The pair that is made: behind `prefix`, which ends in the label of `step`, a better text and a worse one."""
+    return {"dataset": row.get("dataset", ""), "prompt": row["problem"], "initial_reason_steps": prefix, "chosen": chosen,
+            "rejected": rejected, "full_chosen": full_chosen, "full_rejected": full_rejected, "answer": row["answer"],
+            "id": row["id"], "method": method, "error_step": step, "sample": row["sample"]}  # fmt: skip
 
 
 def error_prefix(row: dict) -> tuple[str, str]:
@@ -163,71 +136,65 @@ def error_prefix(row: dict) -> tuple[str, str]:
     return "".join(row["steps"][: row["error_step"] - 1]) + label, rejected
 
 
-def load_rollouts(args: Args, settings: dict) -> dict[tuple, list[dict]]:
-    """Kept continuations by (id, sample, steps before them); they must come from the same model and sampling."""
-    meta = Path(f"{args.rollouts}.meta.json")
-    rows = read_rows(args.rollouts, ("id", "rollouts"))
-    made = json.loads(meta.read_text())["settings"] if meta.exists() else stop(f"{meta} is missing; see 02 --keep-rollouts")
-    for name in ("model", "temperature", "top_p", "max_tokens", "chat_template", "chat_template_kwargs", *NEUTRAL):
-        if made.get(name) != json.loads(json.dumps(settings[name], default=str)):
-            stop(f"{args.rollouts} was made with {name} = {made.get(name)!r}, here it is {settings[name]!r}")
-    return {(row["id"], row["sample"], int(k)): found for row in rows for k, found in row["rollouts"].items()}
+def make_pairs(row: dict, found: list[dict], right: list[bool], seen: set[str], most: int, count: Counter) -> list[dict]:
+    """Pairs of one located error from its continuations; `count` gets what became of each.
+
+    `seen` holds the chosen steps used so far for this prefix and rejected step, white space squeezed."""
+    pairs, step, (prefix, rejected) = [], row["error_step"], error_prefix(row)
+    for continuation, is_right in zip(found, right, strict=True):
+        if not is_right:
+            count["wrong"] += 1
+            continue
+        full = prefix + continuation["text"]
+        chosen = cut_label(split_steps(full)[step - 1], step)[1]
+        words = " ".join(chosen.split())
+        if not words or not rejected.strip():
+            count["blank step"] += 1
+        elif words == " ".join(rejected.split()):
+            count["restates the rejected step"] += 1
+        elif words in seen:
+            count["repeats a chosen step"] += 1
+        elif most and len(pairs) == most:
+            count["over --max-pairs-per-error"] += 1
+        else:
+            count["pairs"] += 1
+            seen.add(words)
+            pairs.append(pair_of(row, "step-dpo", step, prefix, chosen, rejected, full, row["response"]))
+    return pairs
 
 
-def rectify(args: Args, tokenizer, generate, grader: Grader, rollouts: dict, spent: Counter):
-    """`await make(rows of one problem)` -> (pairs, counts) for Step-DPO. `spent` counts tokens."""
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
+async def rectify(args: Args, go_on, grader: Grader, rollouts: dict, rows: list[dict]) -> tuple[list[dict], Counter]:
+    """Step-DPO's pairs of one problem, and what became of its errors. See make_all() for `go_on`."""
+    count, seen, pairs = Counter(), {}, []
 
-    async def continuations(row: dict, count: Counter) -> tuple[list[dict], list[bool]]:
+    async def continuations(row: dict) -> tuple[list[dict], list[bool]]:
         prefix, _ = error_prefix(row)
         kept = rollouts.get((row["id"], row["sample"], row["error_step"] - 1), [])[: args.n]
-        spent["continuations reused"] += len(kept)
+        count["continuations reused"] += len(kept)
         right = [continuation["correct"] for continuation in kept]
         if len(kept) == args.n:
             return kept, right
         seed = seed_of(args.seed, "rectify", row["id"], row["sample"])
-        prompt = prompt_ids(tokenizer, row["problem"], prefix)
-        found = await generate(prompt, seed, args.n - len(kept), **sampling)
-        spent["tokens"] += found[0]["tokens"]
+        found = await go_on(row, prefix, seed, args.n - len(kept), temperature=args.temperature, max_tokens=args.max_tokens)
         count["tokens"] += found[0]["tokens"]
         answers = [extract_answer(prefix + f["text"]) if f["finish_reason"] == "stop" else None for f in found]
         graded = (grader(row["answer"], answer, row["problem"]) for answer in answers)
         return kept + found, right + await asyncio.gather(*graded)
 
-    async def make(rows: list[dict]) -> tuple[list[dict], Counter]:
-        count, usable, seen, pairs = Counter(), [], {}, []
-        for row in rows:
-            if not row["error_step"]:
-                count["errors not located"] += 1
-            elif row["finish_reason"] != "stop" and row["error_step"] == len(row["steps"]):
-                count["errors cut short by max_tokens"] += 1  # half a step teaches to stop half-way
-            else:
-                usable.append(row)
-        made = await asyncio.gather(*(continuations(row, count) for row in usable))
-        for row, (found, right) in zip(usable, made, strict=True):
-            room = min([m for m in (args.max_pairs_per_error, args.max_pairs - len(pairs) if args.max_pairs else 0) if m],
-                       default=0)  # fmt: skip
-            if args.max_pairs and len(pairs) >= args.max_pairs:
-                count["errors over --max-pairs"] += 1
-                continue
-            new, outcome = make_pairs(row, found, right, seen.setdefault(error_prefix(row), set()), room)
-            count += outcome + Counter({"errors tried": 1, "errors with a pair": bool(new)})
-            pairs += new
-        return pairs, count
-
-    return make
-
-
-def whole_pair(right: dict, prefix: str, chosen: str, rejected: str, method: str, step: int) -> dict:
-    """A pair whose suffixes run to the end of the solution."""
-    return {"dataset": right.get("dataset", ""), "prompt": right["problem"], "initial_reason_steps": prefix, "chosen": chosen,
-            "rejected": rejected, "full_chosen": right["response"], "full_rejected": prefix + rejected,
-            "answer": right["answer"], "id": right["id"], "method": method, "error_step": step,
-            "sample": right["sample"]}  # fmt: skip
+    located = [row for row in rows if row["error_step"]]
+    # an error that max_tokens cut in two would teach to stop half-way
+    whole = [row for row in located if row["finish_reason"] == "stop" or row["error_step"] < len(row["steps"])]
+    count["errors not located"], count["errors cut short by max_tokens"] = len(rows) - len(located), len(located) - len(whole)
+    made = await asyncio.gather(*map(continuations, whole))
+    for row, (found, right) in zip(whole, made, strict=True):
+        new = make_pairs(row, found, right, seen.setdefault(error_prefix(row), set()), args.max_pairs_per_error, count)
+        count.update({"errors tried": 1, "errors with a pair": bool(new)})
+        pairs += new
+    return pairs, count
 
 
 def distinct(rows: list[dict], count: Counter) -> list[dict]:
-    """Right, finished solutions without second thoughts, near-duplicates once: nine tenths of their three-word runs shared."""
+    """Solutions without second thoughts, near-duplicates once: nine tenths of their three-word runs shared."""
     kept, grams = [], []
     for row in rows:
         words = row["response"].split()
@@ -253,36 +220,33 @@ def garbled(text: str, finish_reason: str, like: str) -> str:
     return "repeats itself" if max(runs.values(), default=0) > 2 else "odd characters" if odd > 0.02 * len(text) else ""
 
 
-def lead_astray(args: Args, tokenizer, generate, grader: Grader, spent: Counter):
-    """`await make(rows of one problem)` -> (pairs, counts) for SCDPO: from a right solution's steps 1..k on, step by step, at a
-    rising temperature, until the answer is wrong."""
-    start, rise, most = args.heat
+async def lead_astray(args: Args, go_on, grader: Grader, rows: list[dict]) -> tuple[list[dict], Counter]:
+    """SCDPO's pairs of one problem: from a right solution's steps 1..k on, step by step, at a rising temperature, until the
+    answer is wrong. See make_all() for `go_on`."""
+    count, (start, rise, most) = Counter(), args.heat
 
-    async def attempt(row: dict, prefix: str, k: int, number: int, count: Counter) -> tuple[str, str]:
+    async def attempt(row: dict, prefix: str, k: int, number: int) -> tuple[str, str]:
         """The text behind `prefix`, which ends in the label of step k + 1, and how it ended."""
-        text, left = "", args.max_tokens
-        for step in range(k + 1, k + 1000):
+        text, left, step = "", args.max_tokens, k + 1
+        while left > 0:
             label = f"Step {step + 1}:"  # the answer ends with it, and the next one goes on behind it
-            prompt, heat = prompt_ids(tokenizer, row["problem"], prefix + text), min(start + rise * (step - k - 1), most)
+            heat = min(start + rise * (step - k - 1), most)
             seed = seed_of(args.seed, "scdpo", row["id"], row["sample"], k, number, step)
-            [found] = await generate(prompt, seed, temperature=heat, top_p=args.top_p, max_tokens=left, stop=[label])
-            text, left = text + found["text"], left - found["tokens"]
-            spent["tokens"] += found["tokens"]
+            [found] = await go_on(row, prefix + text, seed, temperature=heat, max_tokens=left, stop=[label])
             count["tokens"] += found["tokens"]
+            text, left, step = text + found["text"], left - found["tokens"], step + 1
             if found["finish_reason"] != "stop" or not found["text"].endswith(label):
                 return text, found["finish_reason"]
-            if left < 1:
-                break
         return text, "length"
 
-    async def astray(row: dict, k: int, count: Counter) -> list[dict]:
+    async def astray(row: dict, k: int) -> list[dict]:
         label, chosen = cut_label(row["steps"][k], k + 1)
         prefix, chosen = "".join(row["steps"][:k]) + label, chosen + "".join(row["steps"][k + 1 :])
         count["steps tried"] += 1
         for number in range(args.tries):
-            text, finish_reason = await attempt(row, prefix, k, number, count)
-            why = garbled(text, finish_reason, row["problem"] + row["response"])
+            text, finish_reason = await attempt(row, prefix, k, number)
             answer = extract_answer(prefix + text)
+            why = garbled(text, finish_reason, row["problem"] + row["response"])
             why = why or ("no answer" if answer is None or not text.strip() else "")
             count["attempts"] += 1
             if why:
@@ -291,178 +255,164 @@ def lead_astray(args: Args, tokenizer, generate, grader: Grader, spent: Counter)
                 count["still right"] += 1
             else:
                 count["pairs"] += 1
-                return [whole_pair(row, prefix, chosen, text, "scdpo", k + 1)]
+                return [pair_of(row, "scdpo", k + 1, prefix, chosen, text, row["response"], prefix + text)]
         return []
 
-    async def make(rows: list[dict]) -> tuple[list[dict], Counter]:
-        count, todo = Counter(), []
-        right = distinct([row for row in rows if row["correct"] and row["finish_reason"] == "stop"], count)
-        for row in right[: args.solutions_per_problem or None]:
-            n = len(row["steps"])
-            drawn = [1 + seed_of(args.seed, "scdpo", row["id"], row["sample"]) % (n - 1)] if n > 1 else []
-            todo += [(row, k) for k in (range(1, n) if args.every_step else drawn)]
-            count["right solutions of one step"] += n == 1
-        found = await asyncio.gather(*(astray(row, k, count) for row, k in todo))
-        return sum(found, []), count
-
-    return make
+    todo = []
+    right = distinct([row for row in rows if row["correct"] and row["finish_reason"] == "stop"], count)
+    for row in right[: args.solutions_per_problem or None]:
+        n = len(row["steps"])
+        drawn = [1 + seed_of(args.seed, "scdpo", row["id"], row["sample"]) % (n - 1)] if n > 1 else []
+        todo += [(row, k) for k in (range(1, n) if args.every_step else drawn)]
+        count["right solutions of one step"] += n == 1
+    found = await asyncio.gather(*(astray(row, k) for row, k in todo))
+    return sum(found, []), count
 
 
-def pair_up(args: Args):
-    """`await make(rows of one problem)` -> (pairs, counts) for DPO: right and wrong solutions at random, each once before any
-    comes twice."""
+def pair_up(args: Args, rows: list[dict]) -> tuple[list[dict], Counter]:
+    """DPO's pairs of one problem: right and wrong solutions at random, each once before any comes twice."""
+    count, used, pairs = Counter(), Counter(), []
+    parsed = [row for row in rows if row["finish_reason"] == "stop" and row["prediction"] is not None]
+    finished = [row for row in parsed if row["response"].startswith(OPENING)]
+    count["without the forced opening"] = len(parsed) - len(finished)
+    right = distinct([row for row in finished if row["correct"]], count)
+    wrong = [row for row in finished if not row["correct"]]
 
-    async def make(rows: list[dict]) -> tuple[list[dict], Counter]:
-        count, used = Counter(), Counter()
-        finished = [row for row in rows if row["finish_reason"] == "stop" and row["prediction"] is not None]
-        count["without the forced opening"] = sum(not row["response"].startswith(OPENING) for row in finished)
-        finished = [row for row in finished if row["response"].startswith(OPENING)]
-        right = distinct([row for row in finished if row["correct"]], count)
-        wrong = [row for row in finished if not row["correct"]]
-        both = list(product(right, wrong))
-        pairs = []
-        while both and (not args.pairs_per_problem or len(pairs) < args.pairs_per_problem):
-            order = lambda two: (sum(used[row["correct"], row["sample"]] for row in two),
-                                 seed_of(args.seed, "dpo", two[0]["id"], two[0]["sample"], two[1]["sample"]))  # fmt: skip
-            both.sort(key=order)
-            good, bad = both.pop(0)
-            used.update(((True, good["sample"]), (False, bad["sample"])))
-            chosen, rejected = (row["response"].removeprefix(OPENING) for row in (good, bad))
-            pairs.append(whole_pair(good, OPENING, chosen, rejected, "dpo", 1))
-        count.update({"pairs": len(pairs), "problems with right and wrong": bool(right and wrong)})
-        return pairs, count
+    def order(two: tuple[dict, dict]) -> tuple[int, int]:
+        numbers = [row["sample"] for row in two]
+        return sum(used[number] for number in numbers), seed_of(args.seed, "dpo", two[0]["id"], *numbers)
 
-    return make
+    both = list(product(right, wrong))
+    while both and (not args.pairs_per_problem or len(pairs) < args.pairs_per_problem):
+        good, bad = two = min(both, key=order)
+        both.remove(two)
+        used.update((good["sample"], bad["sample"]))
+        chosen, rejected = (row["response"].removeprefix(OPENING) for row in two)
+        pairs.append(pair_of(good, "dpo", 1, OPENING, chosen, rejected, good["response"], bad["response"]))
+    count.update({"pairs": len(pairs), "problems with right and wrong": bool(right and wrong)})
+    return pairs, count
 
 
-async def make_all(args: Args, problems: dict, tries: Output, rollouts: dict, grader: Grader, spent: Counter):
-    """Make and write the pairs of the problems that are not done yet."""
+async def make_all(args: Args, problems: dict[str, list[dict]], rollouts: dict, tries: Output, grader: Grader):
+    """Make the pairs of the problems that are not done yet; `tries` gets a row a problem.
+
+    `await go_on(row, prefix, seed, n, **sampling)` gives n continuations of a solution's first steps; see complete()."""
     done, model = {row["id"] for row in tries.rows}, args.rectifier or args.model
     todo = [rows for identity, rows in problems.items() if identity not in done]
-    if args.method == "dpo" or not todo:
-        return await write_each(args, todo, pair_up(args), tries)
-    tokenizer = load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs)
-    async with engine(args, model) as generate:
-        make = (lead_astray(args, tokenizer, generate, grader, spent) if args.method == "scdpo"
-                else rectify(args, tokenizer, generate, grader, rollouts, spent))  # fmt: skip
-        await write_each(args, todo, make, tries)
+    idle = args.method == "dpo" or not todo
+    tokenizer = None if idle else load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs)
+    async with contextlib.nullcontext() if idle else engine(args, model) as generate:
 
-
-async def write_each(args: Args, todo: list[list[dict]], make, tries: Output):
-    """`await make(rows)` for the rows of each problem, and write what it gives."""
-    with open(args.out, "w", encoding="utf-8") as file:
-
-        def write(pairs: list[dict]):
-            file.write("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
-            file.flush()
+        def go_on(row: dict, prefix: str, seed: int, n: int = 1, **sampling):
+            return generate(prompt_ids(tokenizer, row["problem"], prefix), seed, n, top_p=args.top_p, **sampling)
 
         async def work(rows: list[dict]):
-            pairs, count = await make(rows)
-            write(pairs)
+            if args.method == "dpo":
+                pairs, count = pair_up(args, rows)
+            elif args.method == "scdpo":
+                pairs, count = await lead_astray(args, go_on, grader, rows)
+            else:
+                pairs, count = await rectify(args, go_on, grader, rollouts, rows)
             tries.write({"id": rows[0]["id"], "count": dict(count), "pairs": pairs})
 
-        for row in tries.rows:  # the file is what tries says: a kill between the two writes leaves no half problem
-            write(row["pairs"])
         await run_all(todo, work, args.concurrency, args.method)
-
-
-def refuse(args, names: tuple[str, ...], where: str):
-    """Stop where one of these options was given: it would have no effect, and the run would not be what was asked for."""
-    for name in names:
-        if getattr(args, name) != getattr(type(args)(), name):
-            stop(f"--{name.replace('_', '-')} has no effect {where}; leave it out")
 
 
 def load_input(args: Args) -> dict[str, list[dict]]:
     """Rows by problem, in an order that does not depend on the file's."""
-    path = args.located if args.method == "step-dpo" else args.samples
-    field, maker = ("error_step", "02_locate_step.py") if args.method == "step-dpo" else ("correct", "01_sample_errors.py")
+    path = getattr(args, METHODS[args.method][0])
+    field, maker, none = (
+        ("error_step", "02_locate_step.py", "rows has an error_step; see their reason fields") if args.method == "step-dpo"
+        else ("correct", "01_sample_errors.py", "solutions is right; sample easier problems, or more")
+    )  # fmt: skip
     rows = read_rows(path, ("id", "problem", "answer", "sample", "steps", "finish_reason"))
     for number, row in enumerate(rows, 1):
         if field not in row or "response" not in row:
             stop(f"{path}, row {number}: no {field!r} or no 'response'; give the output of {maker}")
-    rows = sorted(rows, key=lambda row: (row["id"], row["sample"]))[: args.limit]
-    if args.method == "step-dpo" and not any(row["error_step"] for row in rows):
-        stop(f"{path}: none of its {len(rows)} rows has an error_step; see their reason fields")
-    if args.method != "step-dpo" and not any(row["correct"] for row in rows):
-        stop(f"{path}: none of its {len(rows)} solutions is right; sample easier problems, or more")
-    problems = {}
+    rows, problems = sorted(rows, key=lambda row: (row["id"], row["sample"]))[: args.limit], {}
+    if not any(row[field] for row in rows):
+        stop(f"{path}: none of its {len(rows)} {none}")
     for row in rows:
         problems.setdefault(row["id"], []).append(row)
     return problems
 
 
-UNUSED = {
-    "step-dpo": ("samples", "pairs_per_problem", "solutions_per_problem", "every_step", "tries", "heat"),
-    "scdpo": ("located", "rectifier", "rollouts", "n", "max_pairs", "max_pairs_per_error", "pairs_per_problem", "temperature"),
-    "dpo": ("located", "rectifier", "rollouts", "n", "max_pairs", "max_pairs_per_error", "solutions_per_problem",
-            "every_step", "tries", "heat", "temperature"),
-}  # fmt: skip
+def load_rollouts(args: Args, settings: dict) -> dict[tuple, list[dict]]:
+    """Kept continuations by (id, sample, steps before them); they must come from the same model and sampling."""
+    meta = Path(f"{args.rollouts}.meta.json")
+    rows = read_rows(args.rollouts, ("id", "rollouts"))
+    made = json.loads(meta.read_text())["settings"] if meta.exists() else stop(f"{meta} is missing; see 02 --keep-rollouts")
+    for name in ("model", "temperature", "top_p", "max_tokens", "chat_template", "chat_template_kwargs", *NEUTRAL):
+        if made.get(name) != json.loads(json.dumps(settings[name], default=str)):
+            stop(f"{args.rollouts} was made with {name} = {made.get(name)!r}, here it is {settings[name]!r}")
+    return {(row["id"], row["sample"], int(k)): found for row in rows for k, found in row["rollouts"].items()}
 
 
-METHOD_SETTINGS = {
-    "step-dpo": ("n", "max_pairs", "max_pairs_per_error", "temperature"),
-    "scdpo": ("solutions_per_problem", "every_step", "tries", "heat"),
-    "dpo": ("pairs_per_problem",),
-}
-
-
-def main(args: Args):
-    least = (args.n, args.concurrency, args.max_tokens, args.tries, 1 if args.limit is None else args.limit)
-    most = (args.max_pairs, args.max_pairs_per_error, args.pairs_per_problem, args.solutions_per_problem)
-    if min(least) < 1 or min(most) < 0:
-        stop("--n, --concurrency, --max-tokens, --tries and --limit are at least 1, --max-pairs, --pairs-per-problem and "
-             "--solutions-per-problem at least 0")  # fmt: skip
-    refuse(args, UNUSED[args.method], f"with --method {args.method}")
-    if args.rectifier and args.rollouts:
-        stop("--rectifier goes without --rollouts, which are the policy's")
-    args.top_p = args.top_p or (1.0 if args.method == "scdpo" else 0.95)
-    began, problems = time.time(), load_input(args)
-    settings = {"stage": "03_rectify", "method": args.method, "seed": args.seed}
-    settings |= {name: getattr(args, name) for name in METHOD_SETTINGS[args.method]}
-    if args.method != "dpo":
-        names = ("chat_template", "chat_template_kwargs", "top_p", "max_tokens")
-        settings |= {name: getattr(args, name) for name in names} | NEUTRAL | {"model": model_id(args.rectifier or args.model)}
-    rollouts = load_rollouts(args, settings) if args.rollouts and args.method == "step-dpo" else {}
-    settings["rollouts"] = hashlib.sha256(args.rollouts.read_bytes()).hexdigest()[:16] if rollouts else None
-    settings["located"] = hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]  # sorted: order does not count
-    tries_path = args.out.with_suffix(".tries.jsonl")
-    if args.out.exists() and args.out.stat().st_size and not tries_path.exists():
-        stop(f"{args.out} is there, but not {tries_path}, which would tell how to go on; give another --out")
-    tries, grader, spent = Output(tries_path, settings), Grader(), Counter()
-    try:
-        asyncio.run(make_all(args, problems, tries, rollouts, grader, spent))
-    finally:
-        grader.close()
-    write_pairs(args, problems, tries, dict(spent) | {"gradings killed": grader.kills}, began)
-
-
-def write_pairs(args: Args, problems: dict, tries: Output, spent: dict, began: float):
-    """Write the pairs in an order that does not depend on which problem was ready first, and say what became of all."""
+def write_pairs(args: Args, problems: dict, tries: Output, kills: int, tokens: int, seconds: float):
+    """Write the pairs in an order that does not depend on which problem was ready first, and say what became of all.
+    `tokens` and `seconds` are this run's."""
     rows = sorted((row for row in tries.rows if row["id"] in problems), key=lambda row: row["id"])
-    pairs = [pair for row in rows for pair in row["pairs"]]
-    if args.rectifier:
-        pairs = [pair | {"rectifier": args.rectifier} for pair in pairs]
+    more = {"rectifier": args.rectifier} if args.rectifier else {}
+    pairs = [pair | more for row in rows for pair in row["pairs"]]
     temporary = args.out.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
     temporary.replace(args.out)
     total = sum((Counter(row["count"]) for row in rows), Counter())
-    session = spent.pop("tokens", 0)  # this run's; those of all runs are in `total`
-    summary = {"problems": len(problems), **total, **spent}
+    summary = {"problems": len(problems), **total, "gradings killed": kills}
     if args.method == "scdpo" and total["attempts"]:
         broken = sum(number for name, number in total.items() if name.startswith("garbled"))
         summary |= {"yield": f"{total['pairs'] / total['attempts']:.1%}", "garbled": f"{broken / total['attempts']:.1%}"}
-    summary["seconds"] = round(time.time() - began, 1)
-    summary |= {"tokens/s": round(session / summary["seconds"])} if session else {}
+    summary |= {"seconds": round(seconds, 1)} | ({"tokens/s": round(tokens / seconds)} if tokens else {})
     tries.save_meta(finished=True, summary=summary)
     shutil.copy(tries.meta_path, f"{args.out}.meta.json")
     print(f"{args.out}: {len(pairs)} pairs; " + ", ".join(f"{name} {value}" for name, value in summary.items()))
+
+
+def main(args: Args):
+    own = METHODS[args.method]
+    for name in sum(METHODS.values(), ()):
+        if name not in own and getattr(args, name) != getattr(Args(), name):
+            stop(f"--{name.replace('_', '-')} has no effect with --method {args.method}; leave it out")
+    least = (args.n, args.concurrency, args.max_tokens, args.tries, 1 if args.limit is None else args.limit)
+    if min(least) < 1 or min(args.max_pairs_per_error, args.pairs_per_problem, args.solutions_per_problem) < 0:
+        stop("--n, --concurrency, --max-tokens, --tries and --limit are at least 1, --max-pairs-per-error, "
+             "--pairs-per-problem and --solutions-per-problem at least 0")  # fmt: skip
+    if args.rectifier and args.rollouts:
+        stop("--rectifier goes without --rollouts, which are the policy's")
+    tries_path = args.out.with_suffix(".tries.jsonl")
+    if args.out.exists() and args.out.stat().st_size and not tries_path.exists():
+        stop(f"{args.out} is there, but not {tries_path}, which would tell how to go on; give another --out")
+    args.top_p = args.top_p or (1.0 if args.method == "scdpo" else 0.95)
+    began, problems, digest = time.time(), load_input(args), lambda data: hashlib.sha256(data).hexdigest()[:16]
+    settings = {"stage": "03_rectify", "method": args.method, "seed": args.seed} | {name: getattr(args, name) for name in own}
+    if args.method != "dpo":
+        names = ("chat_template", "chat_template_kwargs", "top_p", "max_tokens")
+        settings |= {name: getattr(args, name) for name in names} | NEUTRAL | {"model": model_id(args.rectifier or args.model)}
+    rollouts = load_rollouts(args, settings) if args.rollouts else {}
+    settings[own[0]] = digest(json.dumps(problems).encode())  # sorted: the file's order does not count
+    settings["rollouts"] = digest(args.rollouts.read_bytes()) if rollouts else None
+    tries, grader = Output(tries_path, settings), Grader()
+    before = len(tries.rows)
+    try:
+        asyncio.run(make_all(args, problems, rollouts, tries, grader))
+    finally:
+        grader.close()
+    tokens = sum(row["count"].get("tokens", 0) for row in tries.rows[before:])
+    write_pairs(args, problems, tries, grader.kills, tokens, time.time() - began)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # copies of what another stage owns; read each there once
 
 
+# Copied from 01_sample_errors.py
+USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+# Copied from 01_sample_errors.py
+OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would move the token boundary
+# Copied from 01_sample_errors.py
+NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+# Copied from 01_sample_errors.py
+STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"  # "Step 2:", "## Step 2.", "**Step 2:**"
 # Copied from 01_sample_errors.py
 REFUSED = {"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}
 # Copied from 01_sample_errors.py
@@ -643,8 +593,8 @@ def tidy(answer: str) -> str:
     """An answer without what does not change its meaning: dollars, spacing, thousands separators, degrees, units."""
     if clock := CLOCK.fullmatch(answer):
         return f"{clock[1]}:{clock[2]}{(clock[3] or '').lower()}"  # 4:30p
-    answer = re.sub(r"(?<=\d)(?:\{,\}|,\\!\s?|\\,)(?=\d{3}(?!\d))", "", unicodedata.normalize("NFKC", answer))
-    answer = SPELLINGS.sub(lambda found: SAME[found[0]], answer).strip()
+    answer = re.sub(r"(?<=\d)(?:\{,\}|,\s*\\!\s?|\\,)(?=\d{3}(?!\d))", "", unicodedata.normalize("NFKC", answer))
+    answer = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", SPELLINGS.sub(lambda found: SAME[found[0]], answer)).strip()
     answer = re.sub(r"(?<![\\a-zA-Z])(pi|sin|cos|tan|ln)(?![a-zA-Z])", r"\\\1 ", answer)  # 7/10 * pi
     answer = re.sub(WORDS, r" \1 ", UNIT.sub("", answer)).strip()
     if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?", answer):  # (1,234) and 45, 135 stay

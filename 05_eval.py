@@ -897,8 +897,8 @@ def tidy(answer: str) -> str:
     """An answer without what does not change its meaning: dollars, spacing, thousands separators, degrees, units."""
     if clock := CLOCK.fullmatch(answer):
         return f"{clock[1]}:{clock[2]}{(clock[3] or '').lower()}"  # 4:30p
-    answer = re.sub(r"(?<=\d)(?:\{,\}|,\\!\s?|\\,)(?=\d{3}(?!\d))", "", unicodedata.normalize("NFKC", answer))
-    answer = SPELLINGS.sub(lambda found: SAME[found[0]], answer).strip()
+    answer = re.sub(r"(?<=\d)(?:\{,\}|,\s*\\!\s?|\\,)(?=\d{3}(?!\d))", "", unicodedata.normalize("NFKC", answer))
+    answer = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", SPELLINGS.sub(lambda found: SAME[found[0]], answer)).strip()
     answer = re.sub(r"(?<![\\a-zA-Z])(pi|sin|cos|tan|ln)(?![a-zA-Z])", r"\\\1 ", answer)  # 7/10 * pi
     answer = re.sub(WORDS, r" \1 ", UNIT.sub("", answer)).strip()
     if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?", answer):  # (1,234) and 45, 135 stay

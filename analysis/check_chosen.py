@@ -1,7 +1,7 @@
 """Drop pairs whose chosen steps a judge finds wrong (the Step-DPO paper's filter, which it did not release).
 
     python analysis/check_chosen.py data/pairs.jsonl --judge-model gpt-4o --judge-base-url https://host/v1
-    python analysis/check_chosen.py data/pairs.jsonl --judge-path Qwen/Qwen2.5-72B-Instruct --out data/checked.jsonl
+    python analysis/check_chosen.py data/pairs.jsonl --judge-model Qwen/Qwen2.5-72B-Instruct --out data/checked.jsonl
 
 Input and output: pairs of 03_rectify.py. The judge reads the steps before the chosen one and the chosen one, with 02's prompt.
 OUT.verdicts.jsonl keeps what it said; the same command run again goes on where it stopped.
@@ -29,13 +29,11 @@ class Args:
     out: Path = Path("data/checked.jsonl")
     """file for the pairs that pass"""
     judge_model: str = ""
-    """name of the judge on its server"""
+    """name of the judge on its server, or folder or hub id for vLLM in this process"""
     judge_base_url: str | None = None
-    """the judge's OpenAI-compatible server; its key is read from JUDGE_API_KEY"""
-    judge_path: str = ""
-    """folder or hub id of a judge that vLLM runs in this process, instead of a server"""
+    """the judge's OpenAI-compatible server; its key is JUDGE_API_KEY"""
     engine_args: str = ""
-    """vLLM's own options for --judge-path"""
+    """vLLM's own options, where it runs in this process"""
     base_url: tyro.conf.Suppress[None] = None
     judge_temperature: float = 0.6
     """sampling temperature of the judge"""
@@ -76,10 +74,10 @@ async def check_all(args: Args, pairs: list[dict], verdicts: dict[int, int], che
 
 
 def main(args: Args):
-    if not (args.judge_model if args.judge_base_url else args.judge_path):
-        LOCATE.stop("give --judge-model and --judge-base-url, or --judge-path")
+    if not args.judge_model:
+        LOCATE.stop("give --judge-model and, unless vLLM is to run it here, --judge-base-url")
     pairs = LOCATE.read_rows(args.pairs, ("id", "prompt", "chosen", "answer", "method"))
-    names = ("judge_model", "judge_path", "judge_temperature", "judge_max_tokens", "neutral", "retries", "seed")
+    names = ("judge_model", "judge_temperature", "judge_max_tokens", "neutral", "retries", "seed")
     settings = {"stage": "check_chosen"} | {name: getattr(args, name) for name in names}
     checked, spent = LOCATE.Output(args.out.with_suffix(".verdicts.jsonl"), settings), Counter()
     verdicts = {row["pair"]: row["step"] for row in checked.rows}

@@ -3,7 +3,7 @@
     python analysis/locator_curve.py --samples runs/quickstart/samples.jsonl
 
 02_locate_step.py makes 16 continuations of every prefix of the first --limit wrong samples (alone, with no right samples
-beside them, so that V(0) is estimated too; --linear --no-early-stop --keep-rollouts). Then its own search is run with these
+beside them, so that V(0) is estimated too; --linear --all-rollouts --keep-rollouts). Then its own search is run with these
 instead of an engine, --repeats times with the continuations in another random order. The truth is arithmetic's
 (locator_accuracy.py). Output: two tables and OUT.png.
 Rules on V(0) .. V(n):  first: the first k with V(k) = 0.  last: the one behind the last k with V(k) > 0.  drop: the largest
@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-LOCATE = importlib.import_module("02_locate_step")
+LOCATE, EVAL = importlib.import_module("02_locate_step"), importlib.import_module("05_eval")
 
 
 @dataclass
@@ -54,7 +54,7 @@ def continuations(args: Args) -> list[dict]:
     out = args.out / "whole.jsonl"
     command = [sys.executable, ROOT / "02_locate_step.py", "--samples", args.out / "wrong.jsonl", "--model", args.model,
                "--engine-args=--max-num-seqs 512 --max-model-len 1024", "--max-tokens", "400", "--out", out, "--linear",
-               "--no-early-stop", "--rollouts", max(args.rollouts), "--keep-rollouts", args.out / "whole.kept"]  # fmt: skip
+               "--all-rollouts", "--rollouts", max(args.rollouts), "--keep-rollouts", args.out / "whole.kept"]  # fmt: skip
     if not (args.out / "whole.jsonl.meta.json").exists():
         subprocess.run(list(map(str, command)), check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     count = AutoTokenizer.from_pretrained(ROOT / args.model)
@@ -105,7 +105,7 @@ RULES = {
 def share(hits: list[bool], repeats: int) -> tuple[float, float, float]:
     """Share of hits and its 95 % interval, for the number of solutions and not that of their repetitions."""
     total = max(1, round(len(hits) / repeats))
-    return sum(hits) / max(1, len(hits)), *LOCATE.wilson(round(total * sum(hits) / max(1, len(hits))), total)
+    return sum(hits) / max(1, len(hits)), *EVAL.wilson(round(total * sum(hits) / max(1, len(hits))), total)
 
 
 def main(args: Args):

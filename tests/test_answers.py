@@ -4,6 +4,7 @@ import asyncio
 import math
 import re
 import time
+from collections import Counter
 
 import pytest
 from conftest import ROOT, TINY, read, stage
@@ -127,6 +128,7 @@ HOSTILE = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow  # it looks at the clock, and quick tests run two at a time
 @pytest.mark.parametrize("seconds", [2.0])
 def test_hostile_answers_cost_their_deadline_and_no_more(grades, seconds):
     start = time.time()
@@ -135,6 +137,7 @@ def test_hostile_answers_cost_their_deadline_and_no_more(grades, seconds):
     assert time.time() - start < 15 + kills * (seconds + 3)
 
 
+@pytest.mark.slow
 def test_hostile_responses_are_read_in_linear_time():
     start = time.time()
     for text in ("\\boxed{", "The answer is ", "{", "answer: ", "\x00", "\n#### ", "**Answer:** **"):
@@ -240,10 +243,11 @@ def test_pairs_of_one_error():
     texts = [" 2 * 2 = 4.\nThe answer is \\boxed{4}.", " 2 * 2 = 4.\nThe answer  is \\boxed{4}.",
              " 2 * 2 =  5.\nStep 3: no, \\boxed{4}.", " twice 2 is 4.\nStep 3: \\boxed{4}", " wrong"]  # fmt: skip
     found = [{"text": text} for text in texts]
-    pairs, count = three.make_pairs(row, found, [True, True, True, True, False], set(), 0)
+    count = Counter()
+    pairs = three.make_pairs(row, found, [True, True, True, True, False], set(), 0, count)
     assert [pair["chosen"] for pair in pairs] == [texts[0], " twice 2 is 4.\n"]
     assert count == {"pairs": 2, "repeats a chosen step": 1, "restates the rejected step": 1, "wrong": 1}
     for pair in pairs:
         assert pair["full_chosen"].startswith(pair["initial_reason_steps"] + pair["chosen"])
         assert pair["full_rejected"].startswith(pair["initial_reason_steps"] + pair["rejected"])
-    assert len(three.make_pairs(row, found, [True] * 5, set(), 1)[0]) == 1
+    assert len(three.make_pairs(row, found, [True] * 5, set(), 1, Counter())) == 1

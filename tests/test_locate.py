@@ -163,7 +163,7 @@ def test_judge_votes_agreement_retries_and_cost(judge, tmp_path):
         return {"role": "assistant", "content": None, "reasoning_content": verdicts(step)}  # all of it taken for thought
 
     judge.votes, judge.script = {}, script
-    done = judged(judge, tmp_path, "--votes", 3, "--retries", 2, "--price-in", 2, "--price-out", 10, "--concurrency", 1)
+    done = judged(judge, tmp_path, "--votes", 3, "--retries", 2, "--price", 2, 10, "--concurrency", 1)
     found = {row["id"]: row for row in read(tmp_path / "out.jsonl")}
     assert [found[row["id"]]["error_step"] for row in rows] == [1, None, None, 4, 1]
     assert found["q4"]["judge"]["votes"] == {"1": 2, "4": 1} and found["q4"]["judge"]["agreement"] == 0.667
@@ -176,7 +176,7 @@ def test_judge_votes_agreement_retries_and_cost(judge, tmp_path):
 
 
 def test_the_judge_is_not_asked_about_a_diagram_that_is_not_there(judge, tmp_path):
-    """As in the paper's code, unless --no-skip-diagrams; a diagram in Asymptote code can be read."""
+    """As in the paper's code, unless --missing-diagrams; a diagram in Asymptote code can be read."""
     judge.script = lambda n, body: verdicts(true_step(body))
     rows = wrong_samples(tmp_path / "samples.jsonl")
     rows[0]["problem"] += " in the diagram?"
@@ -186,10 +186,10 @@ def test_the_judge_is_not_asked_about_a_diagram_that_is_not_there(judge, tmp_pat
                  "--judge-base-url", f"http://127.0.0.1:{judge.server_port}/v1"]  # fmt: skip
     done = run(2, *arguments, "--out", tmp_path / "a.jsonl")
     found = {row["id"]: row for row in read(tmp_path / "a.jsonl")}
-    assert found["q0"]["error_step"] is None and "--no-skip-diagrams" in found["q0"]["reason"]
+    assert found["q0"]["error_step"] is None and "--missing-diagrams" in found["q0"]["reason"]
     assert all(found[f"q{i}"]["error_step"] for i in range(1, 6)) and "problems with a diagram skipped 1" in done.stdout
     assert judge.count == 5 and not any(set(body) & {"top_k", "min_p", "repetition_penalty"} for body in judge.seen)
-    run(2, *arguments, "--no-skip-diagrams", "--out", tmp_path / "b.jsonl")
+    run(2, *arguments, "--missing-diagrams", "--out", tmp_path / "b.jsonl")
     assert all(row["error_step"] for row in read(tmp_path / "b.jsonl"))
 
 
@@ -333,6 +333,21 @@ def test_processbench_files_and_comparison(judge, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"problem": "x", "steps": ["a"], "label": 3}\n')
     done = run(2, *command[2:], "--labels", tmp_path / "bad.jsonl", "--out", tmp_path / "c.jsonl", check=False)
     assert done.returncode == 2 and "row 1" in done.stderr and "label" in done.stderr
+
+
+def test_labels_of_rows_that_say_nothing_else(tmp_path):
+    """true_errors.py gives a right solution no reason; a person who was not sure gives one, and no label."""
+    row = {"problem": "p", "steps": ["a", "b"]}
+    rows = [{"error_step": 2}, {"error_step": None}, {"error_step": None, "reason": "unsure"}, {"label": -1}, {"label": 1}]
+    (tmp_path / "l.jsonl").write_text("".join(json.dumps(row | more) + "\n" for more in rows))
+    assert [row["label"] for row in stage(2).load_labels(tmp_path / "l.jsonl")] == [1, -1, -1, 1]
+
+
+def test_a_page_does_not_write_over_a_file_that_is_not_its_own(tmp_path):
+    wrong_samples(tmp_path / "in.jsonl", 2)
+    (tmp_path / "located.jsonl").write_text("{}\n")
+    done = run("annotate", "--samples", tmp_path / "in.jsonl", "--out", tmp_path / "located.jsonl", check=False)
+    assert done.returncode == 2 and "--annotator" in done.stderr and (tmp_path / "located.jsonl").read_text() == "{}\n"
 
 
 def test_money_is_not_taken_for_a_formula():
