@@ -40,7 +40,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import httpx
 import openai
@@ -78,6 +78,10 @@ class Args:
     """Jinja file to use instead of the model's own chat template"""
     chat_template_kwargs: str = "{}"
     """switches of the chat template, as JSON: '{"enable_thinking": false}' for Qwen3; give 02 to 05 the same"""
+    opening: str = OPENING
+    """how every response begins; the model goes on behind it. "" for nothing"""
+    split: Literal["labels", "lines", "blank-lines", "sentences"] = "labels"
+    """where a step ends: before "Step 2:" and so on, or behind a line, paragraph or sentence"""
     n: int = 2
     """samples of each problem"""
     until_both: int = 0
@@ -108,14 +112,14 @@ async def sample_all(args: Args, problems: list[dict], output: Output) -> dict:
         if (problem["id"], sample) in done:
             return
         seed = seed_of(args.seed, "sample", problem["id"], sample)
-        prompt = prompt_ids(tokenizer, problem["problem"], OPENING)
+        prompt = prompt_ids(tokenizer, problem["problem"], args.opening)
         [found] = await generate(prompt, seed, **sampling)
-        response = OPENING + found["text"] if found["finish_reason"] != "refused" else ""
+        response = args.opening + found["text"] if found["finish_reason"] != "refused" else ""
         prediction = extract_answer(response) if found["finish_reason"] == "stop" else None
         row = problem | {
             "sample": sample,
             "response": response,
-            "steps": split_steps(response),
+            "steps": split_steps(response, args.split, args.opening),
             "prediction": prediction,
             "correct": await grader(problem["answer"], prediction, problem["problem"]),
             "finish_reason": found["finish_reason"],
@@ -175,7 +179,7 @@ def main(args: Args):
     problems = [row for name in args.data for row in load_problems(name, True, args.data_dir)]
     if len({row["id"] for row in problems}) < len(problems):
         stop("--data: two files have an id in common; make the ids unique")
-    names = ("chat_template", "chat_template_kwargs", "temperature", "top_p", "max_tokens", "seed")
+    names = ("chat_template", "chat_template_kwargs", "opening", "split", "temperature", "top_p", "max_tokens", "seed")
     settings = {"stage": "01_sample_errors", "model": model_id(args.model), "data": content_hash(problems)}
     settings |= {name: getattr(args, name) for name in names} | NEUTRAL
     output = Output(args.out, settings)
@@ -419,11 +423,27 @@ def content_hash(rows: list[dict]) -> str:
 # steps and answers
 
 
-def split_steps(response: str) -> list[str]:
-    """Cut a response at the line-start labels "Step 2:", "Step 3:" ... in their order; "".join() gives it back.
+# Where a step without a label ends. Line breaks belong to the step before, as in the token ".\n", spaces to the next: " So".
+STEP_ENDS = {
+    "lines": re.compile(r"\n(?:[ \t]*\n)*"),
+    "blank-lines": re.compile(r"\n(?:[ \t]*\n)+"),
+    "sentences": re.compile(r"\n(?:[ \t]*\n)*|[.!?][\"')\]”’]*(?=[ \t]+[^a-z\s])|[。！？]"),
+}
+FORMULA = re.compile(  # no sentence ends in one; "$5. Then" is money
+    r"\$\$.*?\$\$|\\\(.*?\\\)|\\\[.*?\\\]|\$(?=\S)(?![.,;:!?)]|\d[\d.,]*(?:[\s.,;:!?)]|$))[^$\n]*\$", re.S
+)
+NO_END = re.compile(r"\b(?:Mrs?|Ms|Dr|St|No|vs|e\.g|i\.e|cf|approx|Fig|Eq|resp|Step \d+)\.$|^\s*\(?(?:\d\d?|[A-Za-z])[.)]$")
 
-    The forced opening belongs to step 1, the closing "The answer is ..." to the last step. A label out of order (a
-    model that quotes "Step 1:" again) does not start a step. An empty response has no steps."""
+
+def split_steps(response: str, split: str = "labels", opening: str = OPENING) -> list[str]:
+    """Cut a response into steps; "".join() gives it back. The forced opening belongs to step 1, an empty response has none.
+
+    labels: before the line-start labels "Step 2:", "Step 3:" ... in their order; one out of order (a model that quotes "Step
+    1:" again) does not start a step, and the closing "The answer is ..." belongs to the last. lines, blank-lines, sentences:
+    behind each. A sentence ends at . ! or ? before a space and no small letter, or with its line; formulas, decimals, "Mr.",
+    "e.g." and the number of a list do not end it."""
+    if split != "labels":
+        return split_at_ends(response, split, len(opening) if response.startswith(opening) else 0)
     steps, rest, number = [], response, 2
     while rest:
         label = re.search(STEP_LABEL.format(number=number), rest, re.M)
@@ -438,6 +458,19 @@ STATED_ANSWER = re.compile(  # models without \boxed{}: "The answer is: 7", "###
     r"(?:[Tt]he (?:final |correct )?answer is|####|[Aa]nswer[ *]*:|答案(?:是|为|[:：]))[ \t*:：]*"
     r"([^\n]+?)\**(?:[.。](?:\s|$)|\n|$)"
 )
+
+
+def split_at_ends(response: str, split: str, start: int) -> list[str]:
+    """split_steps() behind the first `start` characters, where steps bear no labels."""
+    stop = lambda formula: "." if formula.rstrip("\\])$ \n").endswith(".") else "x"  # "\\[ x = 3. \\] Then"
+    hide = lambda found: "x" * (len(found[0]) - 1) + stop(found[0])
+    hidden = FORMULA.sub(hide, response) if split == "sentences" else response
+    cuts = [0]
+    for end in STEP_ENDS[split].finditer(hidden, start):
+        step = hidden[max(cuts[-1], start) : end.end()]
+        if step.strip() and response[end.end() :].strip() and not (split == "sentences" and NO_END.search(step.rstrip())):
+            cuts.append(end.end())
+    return [response[a:b] for a, b in pairwise([*cuts, len(response)])] if response else []
 
 
 def extract_answer(response: str) -> str | None:

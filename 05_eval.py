@@ -84,6 +84,8 @@ class Args:
     """folder to write"""
     protocol: Literal["strict", "paper", "paper-alpaca", "paper-deepseek", "scdpo"] = "strict"
     """prompt: strict is the model's template and the forced opening, the others are the authors' raw prompts"""
+    opening: str = OPENING
+    """how every response begins with --protocol strict; give what 01 was given"""
     samples: int = 1
     """responses to each problem, with --temperature above 0: gives avg@k, maj@k and pass@k"""
     tokenizer: str = ""
@@ -157,7 +159,7 @@ def evaluate(args: Args, groups: dict[str, list[str]]) -> tuple[dict, dict]:
     """Make and grade what is not there. Returns by benchmark and model a table, which holds for each problem its --samples
     rows, and counts by model."""
     benchmarks = {Path(name).stem: load_problems(name, False, args.data_dir)[: args.limit] for name in args.data}
-    fixed = ("protocol", "chat_template", "chat_template_kwargs", "temperature", "top_p", "max_tokens", "seed")
+    fixed = ("protocol", "chat_template", "chat_template_kwargs", "opening", "temperature", "top_p", "max_tokens", "seed")
     settings = {name: getattr(args, name) for name in fixed} | NEUTRAL
     tables, runs = {name: {} for name in benchmarks}, {}
     labels = {model: label for label, group in groups.items() for model in group}
@@ -193,7 +195,7 @@ def missing(problems: list[dict], samples: int, output: Output) -> list[tuple[di
 
 async def answer_all(args: Args, model: str, todo: list[tuple[dict, int, Output]]) -> dict:
     """Answer and grade (problem, sample, file to write to). Returns counts."""
-    strict, (template, opening) = args.protocol == "strict", PROTOCOLS.get(args.protocol, ("", OPENING))
+    strict, (template, opening) = args.protocol == "strict", PROTOCOLS.get(args.protocol, ("", args.opening))
     tokenizer = load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs, chat=strict)
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
     grader, tokens = Grader(), 0
@@ -205,7 +207,7 @@ async def answer_all(args: Args, model: str, todo: list[tuple[dict, int, Output]
         problem, sample, output = item
         seed = seed_of(args.seed, "eval", problem["id"], *([sample] if sample else []))
         if strict:
-            prompt = prompt_ids(tokenizer, problem["problem"], OPENING)
+            prompt = prompt_ids(tokenizer, problem["problem"], opening)
         else:  # with the special tokens that LLM.generate gives a text, as the authors' code does
             prompt = tokenizer(template.format(problem=problem["problem"]) + opening)["input_ids"]
         [found] = await generate(prompt, seed, **sampling)

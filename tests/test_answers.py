@@ -30,6 +30,31 @@ def test_steps_are_lossless(response, count):
     assert "".join(steps) == response and len(steps) == count
 
 
+# sentences, parted by "|" as the splitter should part them; what it shows
+SENTENCES = [line.split("\t") for line in (ROOT / "tests" / "sentences.tsv").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("text, what", SENTENCES, ids=[what for _, what in SENTENCES])
+def test_sentences(text, what):
+    wanted = text.replace("\\n", "\n").split("|")
+    assert stage(1).split_steps("".join(wanted), "sentences") == wanted
+
+
+@pytest.mark.parametrize("split", ["labels", "lines", "blank-lines", "sentences"])
+def test_every_split_is_lossless(split):
+    """On the shared solutions, where they are; the opening never stands alone."""
+    texts = [row["solution"] for row in read(TINY / "validation.jsonl")[:100]]
+    for path in sorted(SHARED.glob("*.jsonl")):
+        texts += [row["solution"] for row in read(path)[:2000] if row.get("solution")]
+    parted = 0
+    for text in texts:
+        steps = stage(1).split_steps("Let's think. " + text, split, "Let's think.")
+        assert "".join(steps) == "Let's think. " + text and all(step.strip() for step in steps)
+        assert steps[0].strip() != "Let's think." and (split != "blank-lines" or "\n\n" not in steps[-1].strip())
+        parted += len(steps) > 1
+    assert parted > (0.1 if split == "blank-lines" and len(texts) > 100 else 0) * len(texts)
+
+
 def test_reference_solutions_split_into_their_steps():
     for row in read(TINY / "validation.jsonl"):
         steps = stage(1).split_steps(row["solution"])
@@ -239,15 +264,15 @@ def test_pairs_of_one_error():
     steps = ["Let's think step by step.\nStep 1: 1 + 1 = 2.\n", "Step 2: 2 * 2 = 5.\n", "Step 3: so 5."]
     row = {"id": "a", "sample": 0, "problem": "p", "answer": "4", "steps": steps, "response": "".join(steps), "error_step": 2}
     prefix = "Let's think step by step.\nStep 1: 1 + 1 = 2.\nStep 2:"
-    assert three.error_prefix(row) == (prefix, " 2 * 2 = 5.\n")
+    assert three.prefix_and_step(three.Args(), row, 2) == (prefix, " 2 * 2 = 5.\n")
     texts = [" 2 * 2 = 4.\nThe answer is \\boxed{4}.", " 2 * 2 = 4.\nThe answer  is \\boxed{4}.",
              " 2 * 2 =  5.\nStep 3: no, \\boxed{4}.", " twice 2 is 4.\nStep 3: \\boxed{4}", " wrong"]  # fmt: skip
     found = [{"text": text} for text in texts]
     count = Counter()
-    pairs = three.make_pairs(row, found, [True, True, True, True, False], set(), 0, count)
+    pairs = three.make_pairs(three.Args(), row, found, [True, True, True, True, False], set(), count)
     assert [pair["chosen"] for pair in pairs] == [texts[0], " twice 2 is 4.\n"]
     assert count == {"pairs": 2, "repeats a chosen step": 1, "restates the rejected step": 1, "wrong": 1}
     for pair in pairs:
         assert pair["full_chosen"].startswith(pair["initial_reason_steps"] + pair["chosen"])
         assert pair["full_rejected"].startswith(pair["initial_reason_steps"] + pair["rejected"])
-    assert len(three.make_pairs(row, found, [True] * 5, set(), 1, Counter())) == 1
+    assert len(three.make_pairs(three.Args(max_pairs_per_error=1), row, found, [True] * 5, set(), Counter())) == 1

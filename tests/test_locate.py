@@ -62,12 +62,12 @@ def test_neutral_is_an_error_or_not():
 
 def test_the_judge_sees_problem_truth_and_numbered_steps():
     row = {"problem": "1 + 2 * 3?", "answer": "7", "steps": ["Let's think step by step.\nStep 1: 2 * 3 = 6.\n", "Step 2: 8."]}
-    text = stage(2).judge_prompt(row, "error")
+    text = stage(2).judge_prompt(row, stage(2).Args())
     assert "## Answer\n7\n" in text and "Step 1: 2 * 3 = 6.\nStep 2: 8.\n" in text and "2 numbered steps" in text
     assert "Let's think" not in text and "first step that is not correct;" in text
-    text = stage(2).judge_prompt(row | {"solution": "1 + 6 = 7"}, "correct")
+    text = stage(2).judge_prompt(row | {"solution": "1 + 6 = 7"}, stage(2).Args(neutral="correct"))
     assert "## Reference solution\n1 + 6 = 7\n" in text and "first step that is incorrect;" in text
-    assert "It is not known." in stage(2).judge_prompt(row | {"answer": ""}, "error")
+    assert "It is not known." in stage(2).judge_prompt(row | {"answer": ""}, stage(2).Args())
 
 
 class Judge(BaseHTTPRequestHandler):

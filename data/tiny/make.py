@@ -4,6 +4,7 @@
     python data/tiny/make.py --only problems                   # the three problem files alone, seconds
     python data/tiny/make.py --out /tmp/big --hidden 512 --layers 8 --steps 6000   # a larger model, on a GPU
     python data/tiny/make.py --only problems --out runs/hard --operations 5 6 --levels 3   # a harder world for the same model
+    python data/tiny/make.py --format lines --start data/tiny/model --steps 150 --out runs/lines   # MetaMath's manner: a line a step
 
 Output in --out (default: this folder):
     train.jsonl, validation.jsonl, test.jsonl    {"id": "tiny-test-0", "problem": "Ava has ...", "answer": "59",
@@ -61,6 +62,10 @@ EXACT = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.
 class Args:
     out: Path = Path(__file__).parent
     """folder to write to"""
+    format: Literal["labels", "lines"] = "labels"
+    """solutions with labels "Step 2:", or with a line a step and "The answer is:", behind MetaMath's prompt"""
+    start: Path | None = None
+    """model to begin from, instead of random weights"""
     work: Path = Path("runs/tiny")
     """folder for the model's training text, its random start and 04's output; the same command goes on there after a stop"""
     only: Literal["all", "problems", "model"] = "all"
@@ -188,7 +193,14 @@ def work_out(steps: list[tuple], count: int, slips: random.Random | None = None)
     return worked
 
 
-def make_problem(r: random.Random, level: int, n_steps: int, slips: random.Random | None = None) -> dict:
+def write_solution(lines: list[str], answer: int, form: str) -> str:
+    if form == "lines":
+        return "\n".join([" Let's think step by step.", *map(str.strip, lines), f"The answer is: {answer}"])
+    steps = "".join(f"\nStep {i}:{line}" for i, line in enumerate(lines, 1)).removeprefix("\nStep 1:")
+    return f"{OPENING}{steps}\nThe answer is \\boxed{{{answer}}}."
+
+
+def make_problem(r: random.Random, level: int, n_steps: int, slips: random.Random | None, form: str) -> dict:
     """One problem of exactly n_steps equations. Draws again until the numbers fit. With `slips` its solution has some."""
     hi = LEVELS[level]
     while True:
@@ -226,13 +238,12 @@ def make_problem(r: random.Random, level: int, n_steps: int, slips: random.Rando
         worked = work_out(steps, first, slips)
         for (lead, a, op, b, result), noun in zip(worked, nouns, strict=True):
             lines.append(f" {lead.format(who=who)} {a} {op} {b} = {result} {noun}.")
-        solution = OPENING + "".join(f"\nStep {i}:{line}" for i, line in enumerate(lines, 1)).removeprefix("\nStep 1:")
-        solution += f"\nThe answer is \\boxed{{{worked[-1][-1]}}}."
+        solution = write_solution(lines, worked[-1][-1], form)
         return {"problem": text, "answer": str(values[-1]), "solution": solution, "level": level, "values": values}
 
 
 def draw(r: random.Random, args: Args, slips: random.Random | None = None) -> dict:
-    return make_problem(r, r.choice(args.levels), r.randint(*args.operations), slips)
+    return make_problem(r, r.choice(args.levels), r.randint(*args.operations), slips, args.format)
 
 
 def make_files(args: Args):
@@ -304,8 +315,10 @@ def make_corpus(args: Args, path: Path):
 
 
 def make_model(args: Args, work: Path):
-    """Random weights and the tokenizer in work/start; 04's supervised stage makes work/model of them."""
-    tokenizer = make_tokenizer(args)
+    """Random weights, or those of --start, and the tokenizer in work/start; 04's supervised stage makes work/model of them."""
+    tokenizer = AutoTokenizer.from_pretrained(args.start) if args.start else make_tokenizer(args)
+    if args.format == "lines":
+        tokenizer.chat_template = (Path(__file__).parents[1] / "templates" / "metamath.jinja").read_text()
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3,
         num_hidden_layers=args.layers, num_attention_heads=args.hidden // 32, num_key_value_heads=args.hidden // 32,
@@ -313,7 +326,8 @@ def make_model(args: Args, work: Path):
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     torch.manual_seed(args.seed)
-    model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model = Qwen2ForCausalLM.from_pretrained(args.start) if args.start else Qwen2ForCausalLM(config)
+    model = model.to(torch.bfloat16)
     model.save_pretrained(work / "start")
     tokenizer.save_pretrained(work / "start")
     loaded, sample = AutoTokenizer.from_pretrained(work / "start"), render(draw(random.Random(args.seed), args))
