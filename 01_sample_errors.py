@@ -32,10 +32,12 @@ import os
 import re
 import secrets
 import shlex
+import signal
 import subprocess
 import sys
 import time
 import unicodedata
+from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate, pairwise
@@ -80,8 +82,12 @@ class Args:
     """switches of the chat template, as JSON: '{"enable_thinking": false}' for Qwen3; give 02 to 05 the same"""
     opening: str = OPENING
     """how every response begins; the model goes on behind it. "" for nothing"""
-    split: Literal["labels", "lines", "blank-lines", "sentences"] = "labels"
-    """where a step ends: before "Step 2:" and so on, or behind a line, paragraph or sentence"""
+    split: Literal["labels", "lines", "blank-lines", "sentences", "blocks"] = "labels"
+    """where a step ends: before "Step 2:" and so on, or behind a line, paragraph or sentence; blocks: code is run"""
+    rounds: int = 64
+    """--split blocks: turns of the model and the interpreter at most; --max-tokens is each turn's"""
+    unsafe_no_sandbox: bool = False
+    """--split blocks: run the model's code with your files and network where bubblewrap is missing"""
     n: int = 2
     """samples of each problem"""
     until_both: int = 0
@@ -107,15 +113,14 @@ async def sample_all(args: Args, problems: list[dict], output: Output) -> dict:
     done = {(row["id"], row["sample"]): verdict_of(row) for row in output.rows}
     grader, tokens = Grader(), 0
 
-    async def one(problem: dict, sample: int, generate):
+    async def one(problem: dict, sample: int, solve: Solver):
         nonlocal tokens
         if (problem["id"], sample) in done:
             return
         seed = seed_of(args.seed, "sample", problem["id"], sample)
-        prompt = prompt_ids(tokenizer, problem["problem"], args.opening)
-        [found] = await generate(prompt, seed, **sampling)
+        [found] = await solve(problem["problem"], args.opening, seed, **sampling)
         response = args.opening + found["text"] if found["finish_reason"] != "refused" else ""
-        prediction = extract_answer(response) if found["finish_reason"] == "stop" else None
+        prediction = answer_of(response, args.split) if found["finish_reason"] == "stop" else None
         row = problem | {
             "sample": sample,
             "response": response,
@@ -125,7 +130,7 @@ async def sample_all(args: Args, problems: list[dict], output: Output) -> dict:
             "finish_reason": found["finish_reason"],
             "model": args.model,
         }
-        output.write(row)
+        output.write(row | block_fields(found, response) if args.split == "blocks" else row)
         done[problem["id"], sample] = verdict_of(row)
         tokens += found["tokens"]
 
@@ -133,18 +138,19 @@ async def sample_all(args: Args, problems: list[dict], output: Output) -> dict:
         most = max(args.until_both, args.n)
         for first in range(0, most, args.n):
             numbers = range(min(first + args.n, most))
-            await asyncio.gather(*(one(problem, sample, generate) for sample in numbers[first:]))
+            await asyncio.gather(*(one(problem, sample, solve) for sample in numbers[first:]))
             if not args.until_both or {True, False} <= {done[problem["id"], sample] for sample in numbers}:
                 return
 
     try:
         async with engine(args, args.model) as generate:
-            began = time.time()
+            solve, began = Solver(args, generate, tokenizer), time.time()
             await run_all(problems, work, args.concurrency, "sampling")
             seconds = time.time() - began
     finally:
         grader.close()
     more = {"gradings killed": grader.kills, "tokens": tokens, "tokens/s": round(tokens / seconds)}
+    more |= {name: round(number, 1) for name, number in solve.count.items()}
     return summarize(problems, output.rows) | more | {"seconds": round(seconds, 1)}
 
 
@@ -166,7 +172,7 @@ def summarize(problems: list[dict], rows: list[dict]) -> dict:
         "accuracy": share(lambda row: row["correct"]),
         "pass@n": f"{sum(True in found for found in verdicts.values()) / len(verdicts):.1%}",
         "problems with right and wrong": sum({True, False} <= found for found in verdicts.values()),
-        "unfinished": share(lambda row: row["finish_reason"] == "length"),
+        "unfinished": share(lambda row: row["finish_reason"] in ("length", "rounds", "execution")),
         "unparsable": share(lambda row: row["finish_reason"] == "stop" and row["prediction"] is None),
         "too long a prompt": share(lambda row: row["finish_reason"] == "refused"),
     }
@@ -182,6 +188,7 @@ def main(args: Args):
     names = ("chat_template", "chat_template_kwargs", "opening", "split", "temperature", "top_p", "max_tokens", "seed")
     settings = {"stage": "01_sample_errors", "model": model_id(args.model), "data": content_hash(problems)}
     settings |= {name: getattr(args, name) for name in names} | NEUTRAL
+    check_interpreter(args)
     output = Output(args.out, settings)
     summary = asyncio.run(sample_all(args, problems[: args.limit], output))
     output.save_meta(finished=True, summary=summary)
@@ -192,6 +199,8 @@ def main(args: Args):
 # shared with the other stages, which have copies
 
 
+BLOCK = re.compile(r"<\|(text|code|execution)\|>(.*?)<\|endofblock\|>", re.S)
+BLOCK_ENDS = ["<|endofblock|>", "<|endofmessage|>"]
 REFUSED = {"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}
 TOO_LONG = re.compile(r"context length|max_model_len|too long|longer than|maximum (?:input|model) length")
 
@@ -427,6 +436,7 @@ def content_hash(rows: list[dict]) -> str:
 STEP_ENDS = {
     "lines": re.compile(r"\n(?:[ \t]*\n)*"),
     "blank-lines": re.compile(r"\n(?:[ \t]*\n)+"),
+    "blocks": re.compile(r"<\|endofblock\|>(?!<\|execution\|>)"),  # text, or code with its output
     "sentences": re.compile(r"\n(?:[ \t]*\n)*|[.!?][\"')\]”’]*(?=[ \t]+[^a-z\s])|[。！？]"),
 }
 FORMULA = re.compile(  # no sentence ends in one; "$5. Then" is money
@@ -487,6 +497,18 @@ def extract_answer(response: str) -> str | None:
         if depth < 0:
             return response[start : mark.start()].strip() or None
     return None
+
+
+def blocks_of(response: str) -> list[dict]:
+    """Blocks of a code-integrated solution: [{"type": "text", "code" or "execution", "content": "..."}, ...]."""
+    return [{"type": kind, "content": content} for kind, content in BLOCK.findall(response)]
+
+
+def answer_of(response: str, split: str) -> str | None:
+    """The answer of a response; of a code-integrated one that of its last text."""
+    if split == "blocks":
+        response = next((block["content"] for block in reversed(blocks_of(response)) if block["type"] == "text"), "")
+    return extract_answer(response)
 
 
 def all_boxes(solution: str) -> list[str]:
@@ -674,6 +696,160 @@ class Grader:
 # the model
 
 
+class Solver:
+    """`await solve(problem, prefix, seed, n, **sampling)` gives n continuations of a solution's first steps; see complete().
+
+    With --split blocks (arXiv 2407.00782) model and interpreter take turns: up to a block's end, the model; behind a code
+    block, what the code prints. `temperature` may be a function of the turn. Besides "stop", "length" and "refused", the
+    finish_reason is "rounds" where all turns are used, "execution" where the model itself writes an execution block."""
+
+    def __init__(self, args, generate, tokenizer):
+        self.args, self.generate, self.tokenizer, self.count = args, generate, tokenizer, Counter()
+        self.processors = asyncio.Semaphore(os.cpu_count() or 1)  # a block's seconds must not go by in a queue
+
+    async def __call__(self, problem: str, prefix: str, seed: int, n: int = 1, **sampling) -> list[dict]:
+        if self.args.split != "blocks":
+            return await self.generate(prompt_ids(self.tokenizer, problem, prefix), seed, n, **sampling)
+        found = await asyncio.gather(*(self.by_turns(problem, prefix, seed_of(seed, i), **sampling) for i in range(n)))
+        all_of_them = {name: sum(one[name] for one in found) for name in ("tokens", "prompt_tokens")}
+        return [found[0] | all_of_them, *(one | {"tokens": 0, "prompt_tokens": 0} for one in found[1:])]
+
+    async def by_turns(self, problem: str, prefix: str, seed: int, temperature, **sampling) -> dict:
+        found = REFUSED | {"finish_reason": "rounds", "rounds": 0, "executions": 0, "failures": 0}
+        kernel = Kernel(not self.args.unsafe_no_sandbox)
+        try:
+            for block in blocks_of(prefix):  # its names are needed; its output is in the prefix already
+                if block["type"] == "code":
+                    await self.execute(kernel, block["content"])
+            while found["rounds"] < self.args.rounds:
+                ids = prompt_ids(self.tokenizer, problem, prefix + found["text"])
+                heat = temperature(found["rounds"]) if callable(temperature) else temperature
+                how = {"temperature": heat, "stop": BLOCK_ENDS} | sampling
+                [more] = await self.generate(ids, seed_of(seed, found["rounds"]), **how)
+                for name, value in {"rounds": 1, "tokens": more["tokens"], "prompt_tokens": more["prompt_tokens"]}.items():
+                    found[name] += value
+                found["text"] += more["text"].removesuffix("<|endofmessage|>")
+                if more["finish_reason"] != "stop":
+                    return found | {"finish_reason": more["finish_reason"] if found["text"] else "refused"}
+                if "<|execution|>" in more["text"]:
+                    return found | {"finish_reason": "execution"}
+                if not more["text"].endswith("<|endofblock|>"):
+                    return found | {"finish_reason": "stop"}
+                if (blocks := blocks_of(more["text"])) and blocks[-1]["type"] == "code":
+                    output, failed = await self.execute(kernel, blocks[-1]["content"])
+                    found["text"] += f"<|execution|>{output}<|endofblock|>"
+                    found["executions"], found["failures"] = found["executions"] + 1, found["failures"] + failed
+            return found
+        finally:
+            await kernel.close()
+
+    async def execute(self, kernel: Kernel, code: str) -> tuple[str, bool]:
+        async with self.processors:
+            began = time.time()
+            found = await kernel.run(code)
+            self.count.update({"executions": 1, "executions that failed": found[1], "seconds in code": time.time() - began})
+            return found
+
+
+def block_fields(found: dict, response: str) -> dict:
+    return {"blocks": blocks_of(response), **{name: found.get(name, 0) for name in ("rounds", "executions", "failures")}}
+
+
+KERNEL_LIMITS = {"AS": 2 << 30, "FSIZE": 32 << 20, "NPROC": 32, "CPU": 240, "CORE": 0}  # memory, a file, processes, seconds
+BLOCK_SECONDS = 6  # for one code block, as in the authors' code
+BLOCK_OUTPUT = 10_000  # characters of its output that are kept
+
+# Runs in the sandbox: a line of code in, its output and the given mark out, with what a notebook would show
+KERNEL = """
+import ast, json, os, resource, sys, traceback
+for name, most in json.loads(sys.argv[1]).items():
+    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
+orders = os.fdopen(os.dup(0))
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # input() finds nothing
+names = {"__name__": "__main__"}
+for line in orders:
+    (code, mark), failed = json.loads(line), False
+    try:
+        tree = ast.parse(code)
+        last = ast.Expression(tree.body.pop().value) if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, "<block>", "exec"), names)
+        if last and (value := eval(compile(last, "<block>", "eval"), names)) is not None:
+            print(repr(value))
+    except BaseException as error:
+        failed, frames = True, error.__traceback__
+        while frames and frames.tb_frame.f_code.co_filename != "<block>":
+            frames = frames.tb_next
+        traceback.print_exception(type(error), error, frames, file=sys.stdout)
+    sys.stdout.flush()
+    os.write(1, f"{mark}{'!' if failed else '.'}".encode())
+"""
+
+
+def sandbox() -> list[str]:
+    """bubblewrap's command line: no network, no processes or files but Python's own, an empty /tmp of 64 MiB."""
+    own = {str(Path(path).resolve()) for path in (sys.prefix, sys.base_prefix)} | {sys.prefix}
+    inside = [word for path in sorted(own) if not path.startswith("/usr/") for word in ("--ro-bind", path, path)]
+    for path in ("/lib", "/lib64", "/bin"):
+        inside += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind-try", path, path]
+    return ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--ro-bind", "/usr", "/usr",
+            *inside, "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev", "--size", str(64 << 20), "--tmpfs", "/tmp",
+            "--remount-ro", "/", "--chdir", "/tmp"]  # fmt: skip
+
+
+class Kernel:
+    """A Python process for the code blocks of one solution; their names are kept from block to block."""
+
+    def __init__(self, sandboxed: bool = True):
+        self.wrapper, self.process = sandbox() if sandboxed else [], None
+
+    async def run(self, code: str) -> tuple[str, bool]:
+        """(what the block prints, whether it failed). A block that takes too long, or prints too much, ends the kernel with all
+        its children, and the next block finds a new one."""
+        if not self.process:
+            command = [*self.wrapper, sys.executable, "-I", "-c", KERNEL, json.dumps(KERNEL_LIMITS)]
+            how = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE, "stderr": asyncio.subprocess.STDOUT}
+            environment = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
+            self.process = await asyncio.create_subprocess_exec(*command, **how, env=environment, start_new_session=True)
+        mark, output, why = secrets.token_hex(16), b"", ""
+        try:
+            self.process.stdin.write(json.dumps([code, mark]).encode() + b"\n")
+            async with asyncio.timeout(BLOCK_SECONDS):
+                while not re.search(mark.encode() + b"[!.]", output):
+                    more = await self.process.stdout.read(1 << 16)
+                    output += more
+                    if not more or len(output) > 100 * BLOCK_OUTPUT:
+                        why = "the process has ended" if not more else "too much output"
+                        break
+        except TimeoutError:
+            why = f"no end after {BLOCK_SECONDS} seconds"
+        except OSError:
+            why = "the process has ended"
+        if why:
+            await self.close()
+        text, _, verdict = output.decode(errors="replace").partition(mark)
+        text = text[:BLOCK_OUTPUT].replace("<|", "< |").strip()  # it forges no block
+        text = f"{text}\nKernelError: {why}".strip() if why else text
+        return text or "<empty_execution>", bool(why) or verdict.startswith("!")
+
+    async def close(self):
+        if process := self.process:
+            self.process = None
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+
+
+def check_interpreter(args):
+    """Stop where the model's code would be run and cannot be run safely."""
+    if args.split == "blocks" and not args.unsafe_no_sandbox:
+        try:
+            subprocess.run([*sandbox(), sys.executable, "-c", ""], env={}, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            why = str(getattr(error, "stderr", None) or error).strip()
+            stop(f"--split blocks runs the model's code, and bubblewrap, which keeps it in, does not start ({why}); install it "
+                 "(apt install bubblewrap), or give --unsafe-no-sandbox")  # fmt: skip
+
+
 def load_tokenizer(model: str, template: Path | None, switches: str, chat: bool = True):
     """The tokenizer of a folder or hub id, with the chat template and the template's switches (JSON) that will be used, unless
     the prompt is to be no `chat`."""
@@ -800,6 +976,7 @@ async def generate(running, ids: list[int], seed: int, n: int = 1, **sampling) -
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     how = NEUTRAL | {"include_stop_str_in_output": "stop" in sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
+    how["skip_special_tokens"] = sampling.get("stop") != BLOCK_ENDS
     try:
         wanted = SamplingParams(n=n, seed=seed, **how, **sampling)
         async for reply in running.generate({"prompt_token_ids": ids}, wanted, secrets.token_hex(16)):
@@ -836,7 +1013,8 @@ async def complete(client, model: str, prompt: list, seed: int, n: int = 1, **mo
     n stand in the first. A prompt that is too long has the finish_reason "refused"; any other refusal ends the run."""
     chat = isinstance(prompt[0], dict)
     if not chat:  # a policy: its sampling is ours alone, whatever the server was started with
-        more["extra_body"] = NEUTRAL | {"include_stop_str_in_output": "stop" in more}
+        special = {"include_stop_str_in_output": "stop" in more, "skip_special_tokens": more.get("stop") != BLOCK_ENDS}
+        more["extra_body"] = NEUTRAL | special
     create = client.chat.completions.create if chat else client.completions.create
     more["messages" if chat else "prompt"] = prompt
     for pause in (0.25, 0.5, 1, 2, 4, 8):

@@ -14,6 +14,8 @@ or TRL's (whole responses; strings as they stand, or lists of messages), or for 
 the right responses are taken, once each, or solutions:
     {"prompt": "...", "chosen": "...", "rejected": "..."}        {"problem": "Ava has ...", "solution": "Let's think ..."}
     {"problem": "Ava has ...", "response": "Let's think ...", "correct": true}
+or code-integrated pairs as in MathGenie/SCDPO-Data-Mistral-Ours, the prompt within both sides, a turn a list of blocks:
+    {"chosen": [{"role": "user", "content": [{"type": "text", "content": "Ava has ..."}]}, ...], "rejected": [...]}
 
 Output: a Hugging Face folder with a model card and training.png, beside it metrics.jsonl, a line a logged step:
     {"step": 1, "loss": 0.6931, "accuracy": 0.0, "margin": 0.0, "chosen_logp": -1.2, "rejected_logp": -4.1, ...}
@@ -90,6 +92,8 @@ class Args:
     """dpo on pairs, or sft on solutions (mean over the batch's solution tokens)"""
     sides: Literal["step", "full"] = "step"
     """chosen and rejected, or full_chosen and full_rejected (plain DPO)"""
+    train_execution: bool = False
+    """train on what the code of code-integrated solutions printed, as the SCDPO authors' code does"""
     eos: bool = True
     """end a suffix that ends its solution with EOS; the authors' code has none"""
     beta: float = 0.4
@@ -196,7 +200,7 @@ def train_step(scorer, optimizer, pairs: Pairs, batch: list[int], args: Args, ac
     began, device, world = time.time(), accelerator.device, accelerator.num_processes
     deepspeed = accelerator.distributed_type == "DEEPSPEED"
     micro = plan(pairs, batch, args.tokens_per_batch, accelerator.process_index, world)
-    weight = 1 / (len(batch) if args.objective == "dpo" else sum(len(pairs.suffixes[i][0]) for i in batch))
+    weight = 1 / (len(batch) if args.objective == "dpo" else sum(map(pairs.first_targets, batch)))
     sums = Counter()
     for number, (rows, chunks, counts) in enumerate(micro):
         numbers, inputs = sum(rows, []), collate(pairs, rows, device)
@@ -209,7 +213,7 @@ def train_step(scorer, optimizer, pairs: Pairs, batch: list[int], args: Args, ac
             logps = scorer(**inputs, chunks=chunks)[inputs["picks"]]  # (pairs, sides)
             found = measure(logps, pairs, numbers, args)
             if args.nll_weight:
-                tokens = torch.tensor([len(pairs.suffixes[i][0]) for i in numbers], device=device)
+                tokens = torch.tensor([pairs.first_targets(i) for i in numbers], device=device)
                 found["loss"] = found["loss"] - args.nll_weight * logps[:, 0] / tokens
             # data-parallel gradients are averaged over processes, while the mean over the global batch is meant
             accelerator.backward(counts * found["loss"].sum() * world * weight)
@@ -264,7 +268,7 @@ def validate(scorer, pairs: Pairs, args: Args, accelerator: Accelerator) -> dict
     """The figures of measure() over all pairs; an SFT loss is a mean over tokens."""
     logps = score_all(scorer, pairs, args, accelerator, "validation")
     if args.objective == "sft":
-        return {"val_loss": -logps.sum().item() / sum(len(solution) for [solution] in pairs.suffixes)}
+        return {"val_loss": -logps.sum().item() / sum(map(pairs.first_targets, range(len(pairs))))}
     found = measure(logps, pairs, slice(None), args)
     row = {f"val_{name}": values.mean().item() for name, values in found.items() if not name.endswith("_reward")}
     if row["val_accuracy"] == 1.0 and len(pairs) >= 20:
@@ -316,7 +320,7 @@ def start(args: Args) -> tuple[Accelerator, object, Pairs, Pairs | None]:
     val_rows = load_rows(str(args.validation), args.objective) if args.validation else []
     if args.validation_fraction:
         problem = "problem" if args.objective == "sft" else "prompt"
-        byte = lambda row: hashlib.sha256(f"{args.seed} {row[problem]}".encode()).digest()[0]
+        byte = lambda row: hashlib.sha256(f"{args.seed} {row.get(problem) or row['chosen'][:2]}".encode()).digest()[0]
         val_rows += [row for row in rows if byte(row) / 256 < args.validation_fraction]
         rows = [row for row in rows if byte(row) / 256 >= args.validation_fraction]
     accelerator = start_accelerate(args)
@@ -324,8 +328,11 @@ def start(args: Args) -> tuple[Accelerator, object, Pairs, Pairs | None]:
     tokenizer = load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
     pairs = prepare(rows, tokenizer, args, " ".join(args.data))
     val_pairs = prepare(val_rows, tokenizer, args, "validation") if val_rows else None
-    suffixes = " | ".join(repr(tokenizer.decode(ids)) for ids in pairs.suffixes[0])
-    print_main(f"first row: {tokenizer.decode(pairs.prefixes[0])!r} | {suffixes}")
+    print_main(f"first row, what is trained on between | |: {tokenizer.decode(pairs.prefixes[0])!r}")
+    for ids in pairs.suffixes[0]:  # parted where training begins or ends
+        parts = np.split(ids, np.flatnonzero(np.diff(pairs.trained(ids).astype(int))) + 1)
+        print_main("    " + "".join(f"|{tokenizer.decode(p)!r}|" if pairs.trained(ids)[0] ^ i % 2 else repr(tokenizer.decode(p))
+                                    for i, p in enumerate(parts)))  # fmt: skip
     return accelerator, tokenizer, pairs, val_pairs
 
 
@@ -378,6 +385,7 @@ def load_rows(name: str, objective: str) -> list[dict]:
         print_main(f"{name}: training on the field {fields[1]!r}")
     else:
         fields = STEP_FIELDS if "initial_reason_steps" in rows[0] else ("prompt", "chosen", "rejected")
+        fields = fields if "prompt" in rows[0] else ("chosen", "rejected")
     for number, row in enumerate(rows, 1):
         if missing := [field for field in fields if field not in row]:
             stop(f"--data {name}, row {number}: no {missing[0]!r}; every row needs {', '.join(fields)}")
@@ -407,6 +415,17 @@ def split_sides(row: dict, sides: str) -> tuple[str, list[str], list[bool]]:
     return opening, [whole[len(opening) :] for whole in wholes], [True, True]
 
 
+def render_turns(messages: list[dict]) -> str:
+    """Turns of blocks as the SCDPO authors render them; "assistant_correct" is the part of an answer that both sides share."""
+    text = ""
+    for turn in messages:
+        role = turn["role"].removesuffix("_correct")
+        text += f"<|{role}|>" * (role != "assistant" or "<|assistant|>" not in text)
+        text += "".join(f"<|{block['type']}|>{block['content']}<|endofblock|>" for block in turn["content"])
+        text += "<|endofmessage|>" * (role != "assistant")
+    return text
+
+
 def encode(row: dict, tokenizer, sides: str = "step") -> tuple[list[int], list[list[int]]]:
     """Token ids of the prefix and of its suffixes: chosen and rejected, or the solution alone (SFT)."""
     eos, special, ends = tokenizer.eos_token_id, False, [True, True]
@@ -415,6 +434,11 @@ def encode(row: dict, tokenizer, sides: str = "step") -> tuple[list[int], list[l
         text = render_prompt(tokenizer, row["prompt"], opening)
     elif "solution" in row:
         text, texts = render_prompt(tokenizer, row["problem"], ""), [row["solution"]]
+    elif "prompt" not in row:
+        text = render_turns([*row["chosen"][:-1], {"role": "assistant", "content": []}])
+        texts = [render_turns(row[side])[len(text) :] for side in ("chosen", "rejected")]
+        if not render_turns(row["rejected"]).startswith(text):
+            raise TypeError("chosen and rejected differ before their last turn")
     elif isinstance(row["prompt"], str):
         text, special, texts = row["prompt"], True, [row["chosen"], row["rejected"]]
     else:
@@ -440,9 +464,10 @@ class Pairs:
     """Encoded pairs as int32 arrays (100,000 take some 100 MB). Pair i: the ids of its prefix, prefixes[group[i]], and of
     its suffixes, suffixes[i]: chosen and rejected, or the solution alone. reference: (pairs, 2), see reference_logps()"""
 
-    def __init__(self):
+    def __init__(self, execution: tuple[int, int] | None = None):
+        """`execution`: the tokens in which a block that is not trained on begins and ends."""
         self.prefixes, self.group, self.suffixes, self.known = [], [], [], {}
-        self.reference = None
+        self.reference, self.execution = None, execution
 
     def __len__(self):
         return len(self.group)
@@ -453,6 +478,18 @@ class Pairs:
         if self.group[-1] == len(self.prefixes):
             self.prefixes.append(ids)
         self.suffixes.append([np.array(suffix, dtype=np.int32) for suffix in suffixes])
+
+    def trained(self, ids: np.ndarray) -> np.ndarray:
+        """Which tokens of a suffix are trained on: all but what an interpreter printed, with its marks."""
+        if not self.execution:
+            return np.ones(len(ids), dtype=bool)
+        begin, end = self.execution
+        block = np.cumsum(ids == end) - (ids == end)  # its number, for each token
+        return ~np.isin(block, block[ids == begin])
+
+    def first_targets(self, i: int) -> int:
+        """Trained tokens of the chosen suffix, or of the solution."""
+        return int(self.trained(self.suffixes[i][0]).sum())
 
     def row(self, numbers: list[int]) -> tuple[list[np.ndarray], list[list[int]]]:
         """The distinct suffixes of pairs with one prefix, and for each pair the places of its own among them."""
@@ -473,7 +510,7 @@ class Pairs:
         return len(self.prefixes[self.group[numbers[0]]]) + sum(map(len, self.row(numbers)[0]))
 
     def digest(self) -> str:
-        found = hashlib.sha256()
+        found = hashlib.sha256(str(self.execution or "").encode())
         for group, suffixes in zip(self.group, self.suffixes, strict=True):
             for ids in (self.prefixes[group], *suffixes):
                 found.update(len(ids).to_bytes(4, "big") + ids.tobytes())
@@ -482,17 +519,22 @@ class Pairs:
 
 def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
     """Encode; print what there is and what was left out, and why."""
-    pairs, left_out, seen, blank = Pairs(), Counter(), set(), []
+    blocks = tokenizer.convert_tokens_to_ids(["<|execution|>", "<|endofblock|>"])
+    known = None not in blocks and tokenizer.unk_token_id not in blocks
+    pairs = Pairs(tuple(blocks) if known and not args.train_execution else None)
+    left_out, seen, blank = Counter(), set(), []
     for number, row in enumerate(tqdm(rows, desc="encoding", disable=not PRINTS, leave=False, mininterval=1), 1):
         fields = ("problem", "solution") if "solution" in row else ("prompt", "chosen", "rejected")
         if "initial_reason_steps" in row and args.sides == "full":
             fields = ("prompt", "full_chosen", "full_rejected")
-        if not all(str(row[field] or "").strip() for field in fields):
+        if not all(str(row[field] or "").strip() for field in fields if field != "prompt" or field in row):
             blank.append(str(number))
             left_out["with an empty side"] += 1
             continue
         try:
             prefix, suffixes = encode(row, tokenizer, args.sides)
+            if not known and "<|endofblock|>" in str(row):
+                stop(f"{name}, row {number}: its blocks are no tokens of {args.model}; see analysis/add_block_tokens.py")
         except (TypeError, KeyError, AttributeError) as error:
             stop(f"{name}, row {number}: {error.__class__.__name__}: {error}; see the formats in {Path(__file__).name}")
         except (ValueError, jinja2.TemplateError) as error:
@@ -546,7 +588,7 @@ def plan(pairs: Pairs, numbers, tokens: int, rank: int, world: int) -> list[tupl
             found[-1].append(row)
     most, mine = max(map(len, batches)), len(batches[rank])
     batches = [own + [[sized[0][1][:1]]] * (most - len(own)) for own in batches]
-    targets = lambda rows: sum(len(suffix) for row in rows for suffix in pairs.row(row)[0])
+    targets = lambda rows: sum(int(pairs.trained(suffix).sum()) for row in rows for suffix in pairs.row(row)[0])
     chunks = [math.ceil(max(map(targets, side_by_side)) / LOGITS_CHUNK) for side_by_side in zip(*batches, strict=True)]
     return [(rows, chunks[number], int(number < mine)) for number, rows in enumerate(batches[rank])]
 
@@ -557,7 +599,7 @@ def collate(pairs: Pairs, rows: list[list[int]], device) -> dict:
     For prefix [a b], chosen [c d], rejected [e]:  ids [a b c d e], positions [0 1 2 3 2]; token i sees token j if
     j <= i < last[j], with last [5 5 4 4 5]: the prefix is seen to the end, a suffix up to its own end.
     c and e are predicted at b, d at c: source [1 2 1], target [c d e], owner [0 0 1] (the suffix).
-    picks [[0 1]]: a pair's chosen and rejected among all suffixes."""
+    picks [[0 1]]: a pair's chosen and rejected among all suffixes. What Pairs.trained() leaves out is no target."""
     parts = [(pairs.prefixes[pairs.group[numbers[0]]], *pairs.row(numbers)) for numbers in rows]
     width = max(len(prefix) + sum(map(len, suffixes)) for prefix, suffixes, _ in parts)
     ids, positions = np.zeros((2, len(rows), width), dtype=np.int64)
@@ -570,9 +612,10 @@ def collate(pairs: Pairs, rows: list[list[int]], device) -> dict:
         for number, suffix in enumerate(suffixes, count):
             here = slice(at, at + len(suffix))
             ids[b, here], positions[b, here], last[b, here] = suffix, np.arange(start, start + len(suffix)), here.stop
-            source += [np.array([b * width + start - 1]), np.arange(b * width + at, b * width + here.stop - 1)]
-            target.append(suffix)
-            owner.append(np.full(len(suffix), number))
+            trained = pairs.trained(suffix)
+            source.append(np.r_[b * width + start - 1, b * width + at : b * width + here.stop - 1][trained])
+            target.append(suffix[trained])
+            owner.append(np.full(trained.sum(), number))
             at = here.stop
         picks += [[count + place for place in places] for places in own]
         count += len(suffixes)

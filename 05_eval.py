@@ -33,6 +33,7 @@ import os
 import re
 import secrets
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -67,6 +68,7 @@ PROTOCOLS = {  # raw prompt and the response's opening, as the authors' evaluati
     "scdpo": (ALPACA, "Let's think step by step."),
 }  # fmt: skip
 VERDICT_NAMES = {"correct": "strict", "correct_paper": "Step-DPO's", "correct_scdpo": "SCDPO's"}  # by the field of a row
+CODE_COLUMNS = ("rounds", "executions", "failures")  # of a code-integrated response
 VERDICT_OF = {"strict": "correct", "scdpo": "correct_scdpo"}  # of a protocol; the others' is correct_paper
 
 
@@ -86,6 +88,12 @@ class Args:
     """prompt: strict is the model's template and the forced opening, the others are the authors' raw prompts"""
     opening: str = OPENING
     """how every response begins with --protocol strict; give what 01 was given"""
+    split: Literal["labels", "lines", "blank-lines", "sentences", "blocks"] = "labels"
+    """blocks: code-integrated solutions, whose code is run; the others make no difference here"""
+    rounds: int = 24
+    """--split blocks: turns of the model and the interpreter at most; --max-tokens is each turn's"""
+    unsafe_no_sandbox: bool = False
+    """--split blocks: run the model's code with your files and network where bubblewrap is missing"""
     samples: int = 1
     """responses to each problem, with --temperature above 0: gives avg@k, maj@k and pass@k"""
     tokenizer: str = ""
@@ -122,6 +130,7 @@ def main(args: Args):
         stop("--data: the same name twice")
     if args.protocol != "strict" and (args.chat_template or args.chat_template_kwargs != "{}"):
         stop(f"--chat-template and its switches have no effect with --protocol {args.protocol}, whose prompt is raw text")
+    check_interpreter(args)
     groups = model_groups(args.models)
     tables, runs = evaluate(args, groups)
     summary = summary_of(groups, tables, vars(args), args.protocol, args.seed) | {"runs": runs}
@@ -159,7 +168,8 @@ def evaluate(args: Args, groups: dict[str, list[str]]) -> tuple[dict, dict]:
     """Make and grade what is not there. Returns by benchmark and model a table, which holds for each problem its --samples
     rows, and counts by model."""
     benchmarks = {Path(name).stem: load_problems(name, False, args.data_dir)[: args.limit] for name in args.data}
-    fixed = ("protocol", "chat_template", "chat_template_kwargs", "opening", "temperature", "top_p", "max_tokens", "seed")
+    fixed = ("protocol", "chat_template", "chat_template_kwargs", "opening", "split", "rounds", "temperature", "top_p",
+             "max_tokens", "seed")  # fmt: skip
     settings = {name: getattr(args, name) for name in fixed} | NEUTRAL
     tables, runs = {name: {} for name in benchmarks}, {}
     labels = {model: label for label, group in groups.items() for model in group}
@@ -207,10 +217,10 @@ async def answer_all(args: Args, model: str, todo: list[tuple[dict, int, Output]
         problem, sample, output = item
         seed = seed_of(args.seed, "eval", problem["id"], *([sample] if sample else []))
         if strict:
-            prompt = prompt_ids(tokenizer, problem["problem"], opening)
+            [found] = await solve(problem["problem"], opening, seed, **sampling)
         else:  # with the special tokens that LLM.generate gives a text, as the authors' code does
             prompt = tokenizer(template.format(problem=problem["problem"]) + opening)["input_ids"]
-        [found] = await generate(prompt, seed, **sampling)
+            [found] = await generate(prompt, seed, **sampling)
         row = problem | {
             "sample": sample,
             "opening": opening,
@@ -219,24 +229,26 @@ async def answer_all(args: Args, model: str, todo: list[tuple[dict, int, Output]
             "tokens": found["tokens"],
             "model": model,
         }
+        row |= block_fields(found, row["response"]) if args.split == "blocks" else {}
         output.write(await grade(row, grader))
         tokens += found["tokens"]
 
     try:
         async with engine(args, model) as generate:
-            began = time.time()
+            solve, began = Solver(args, generate, tokenizer), time.time()
             await run_all(todo, work, args.concurrency, model[-30:])
             seconds = time.time() - began
     finally:
         grader.close()
     rate = round(tokens / seconds)
-    return {"gradings killed": grader.kills, "tokens": tokens, "tokens/s": rate, "seconds": round(seconds, 1)}
+    found = {"gradings killed": grader.kills, "tokens": tokens, "tokens/s": rate, "seconds": round(seconds, 1)}
+    return found | {name: round(number, 1) for name, number in solve.count.items()}
 
 
 async def grade(row: dict, grader: Grader) -> dict:
     """The row with `prediction` and `correct`, the strict verdict: an unfinished response has no answer."""
     finished = row.get("finish_reason", "stop") == "stop"
-    prediction = extract_answer(row["response"]) if finished else None
+    prediction = answer_of(row["response"], "blocks" if "blocks" in row else "labels") if finished else None
     correct = await grader(str(row["answer"]), prediction, row.get("problem", ""))
     return row | {"prediction": prediction, "correct": correct}
 
@@ -422,10 +434,11 @@ def score(seeds: list, field: str, fields: list[str], seed: int) -> tuple[dict, 
         "interval": interval(rates, k, seed),
         "spread": float(rates.mean(1).std(ddof=1)) if len(seeds) > 1 else 0.0,
         "verdicts": {name: sum(row[name] for row in rows) / len(rows) for name in fields},
-        "unfinished": sum(row["finish_reason"] == "length" for row in rows),
+        "unfinished": sum(row["finish_reason"] in ("length", "rounds", "execution") for row in rows),
         "unparsable": sum(row["finish_reason"] == "stop" and row["prediction"] is None for row in rows),
         "too_long_a_prompt": sum(row["finish_reason"] == "refused" for row in rows),
         "mean_tokens": sum(row.get("tokens", 0) for row in rows) / len(rows),
+        "code": {name: sum(row[name] for row in rows) / len(rows) for name in CODE_COLUMNS if name in rows[0]},
         "by": breakdown([found[0] for found in seeds[0]], rates, k, seed),
         "curves": parts or None,
     }
@@ -461,6 +474,7 @@ def difference_cells(found: dict) -> list[str]:
 def accuracy_table(benchmarks: dict, k: int) -> tuple[str, list[str], list[list[str]], str]:
     """The main table of the benchmarks with k responses to each problem."""
     rows, notes = [], []
+    code = [name for name in CODE_COLUMNS if any(name in f["code"] for b in benchmarks.values() for f in b["models"].values())]
     for name, benchmark in benchmarks.items():
         for label, f in benchmark["models"].items():
             others = f["verdicts"] if len(f["verdicts"]) > 1 else {}
@@ -470,6 +484,7 @@ def accuracy_table(benchmarks: dict, k: int) -> tuple[str, list[str], list[list[
             cells += [percent(f["curves"]["maj"][-1]), percent(f["curves"]["pass"][-1])] if k > 1 else []
             versus = [*difference_cells(f), f"{len(f['won'])} / {len(f['lost'])}"] if "p" in f else ["base", "", ""]
             cells += [*versus, str(f["unfinished"]), str(f["unparsable"] + f["too_long_a_prompt"]), f"{f['mean_tokens']:.0f}"]
+            cells += [f"{f['code'].get(name, 0):.2f}" for name in code]
             rows.append(cells)
         # where there is nothing to compare with: two models that disagree on a tenth of the problems
         least = [f["detectable"] for f in benchmark["models"].values() if f.get("detectable")]
@@ -480,7 +495,7 @@ def accuracy_table(benchmarks: dict, k: int) -> tuple[str, list[str], list[list[
     head += [VERDICT_NAMES[field] for field in others]
     head += [f"maj@{k}", f"pass@{k}"] if k > 1 else []
     won = "won / lost" if k == 1 else "won / lost by majority"
-    head += ["against the base, points", "p", won, "unfinished", "no answer", "tokens"]
+    head += ["against the base, points", "p", won, "unfinished", "no answer", "tokens", *code]
     return "Accuracy" if k == 1 else f"Accuracy of {k} responses to each problem", head, rows, " ".join(notes)
 
 
@@ -606,6 +621,10 @@ def write_report(summary: dict, out: Path) -> str:
 # copies of what another stage owns; read each there once
 
 
+# Copied from 01_sample_errors.py
+BLOCK = re.compile(r"<\|(text|code|execution)\|>(.*?)<\|endofblock\|>", re.S)
+# Copied from 01_sample_errors.py
+BLOCK_ENDS = ["<|endofblock|>", "<|endofmessage|>"]
 # Copied from 01_sample_errors.py
 REFUSED = {"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}
 # Copied from 01_sample_errors.py
@@ -863,6 +882,20 @@ def extract_answer(response: str) -> str | None:
 
 
 # Copied from 01_sample_errors.py
+def blocks_of(response: str) -> list[dict]:
+    """Blocks of a code-integrated solution: [{"type": "text", "code" or "execution", "content": "..."}, ...]."""
+    return [{"type": kind, "content": content} for kind, content in BLOCK.findall(response)]
+
+
+# Copied from 01_sample_errors.py
+def answer_of(response: str, split: str) -> str | None:
+    """The answer of a response; of a code-integrated one that of its last text."""
+    if split == "blocks":
+        response = next((block["content"] for block in reversed(blocks_of(response)) if block["type"] == "text"), "")
+    return extract_answer(response)
+
+
+# Copied from 01_sample_errors.py
 def all_boxes(solution: str) -> list[str]:
     r"""What stands in the \boxed{} of a solution, each different answer once, in their order."""
     found = []
@@ -1063,6 +1096,167 @@ class Grader:
 
 
 # Copied from 01_sample_errors.py
+class Solver:
+    """`await solve(problem, prefix, seed, n, **sampling)` gives n continuations of a solution's first steps; see complete().
+
+    With --split blocks (arXiv 2407.00782) model and interpreter take turns: up to a block's end, the model; behind a code
+    block, what the code prints. `temperature` may be a function of the turn. Besides "stop", "length" and "refused", the
+    finish_reason is "rounds" where all turns are used, "execution" where the model itself writes an execution block."""
+
+    def __init__(self, args, generate, tokenizer):
+        self.args, self.generate, self.tokenizer, self.count = args, generate, tokenizer, Counter()
+        self.processors = asyncio.Semaphore(os.cpu_count() or 1)  # a block's seconds must not go by in a queue
+
+    async def __call__(self, problem: str, prefix: str, seed: int, n: int = 1, **sampling) -> list[dict]:
+        if self.args.split != "blocks":
+            return await self.generate(prompt_ids(self.tokenizer, problem, prefix), seed, n, **sampling)
+        found = await asyncio.gather(*(self.by_turns(problem, prefix, seed_of(seed, i), **sampling) for i in range(n)))
+        all_of_them = {name: sum(one[name] for one in found) for name in ("tokens", "prompt_tokens")}
+        return [found[0] | all_of_them, *(one | {"tokens": 0, "prompt_tokens": 0} for one in found[1:])]
+
+    async def by_turns(self, problem: str, prefix: str, seed: int, temperature, **sampling) -> dict:
+        found = REFUSED | {"finish_reason": "rounds", "rounds": 0, "executions": 0, "failures": 0}
+        kernel = Kernel(not self.args.unsafe_no_sandbox)
+        try:
+            for block in blocks_of(prefix):  # its names are needed; its output is in the prefix already
+                if block["type"] == "code":
+                    await self.execute(kernel, block["content"])
+            while found["rounds"] < self.args.rounds:
+                ids = prompt_ids(self.tokenizer, problem, prefix + found["text"])
+                heat = temperature(found["rounds"]) if callable(temperature) else temperature
+                how = {"temperature": heat, "stop": BLOCK_ENDS} | sampling
+                [more] = await self.generate(ids, seed_of(seed, found["rounds"]), **how)
+                for name, value in {"rounds": 1, "tokens": more["tokens"], "prompt_tokens": more["prompt_tokens"]}.items():
+                    found[name] += value
+                found["text"] += more["text"].removesuffix("<|endofmessage|>")
+                if more["finish_reason"] != "stop":
+                    return found | {"finish_reason": more["finish_reason"] if found["text"] else "refused"}
+                if "<|execution|>" in more["text"]:
+                    return found | {"finish_reason": "execution"}
+                if not more["text"].endswith("<|endofblock|>"):
+                    return found | {"finish_reason": "stop"}
+                if (blocks := blocks_of(more["text"])) and blocks[-1]["type"] == "code":
+                    output, failed = await self.execute(kernel, blocks[-1]["content"])
+                    found["text"] += f"<|execution|>{output}<|endofblock|>"
+                    found["executions"], found["failures"] = found["executions"] + 1, found["failures"] + failed
+            return found
+        finally:
+            await kernel.close()
+
+    async def execute(self, kernel: Kernel, code: str) -> tuple[str, bool]:
+        async with self.processors:
+            began = time.time()
+            found = await kernel.run(code)
+            self.count.update({"executions": 1, "executions that failed": found[1], "seconds in code": time.time() - began})
+            return found
+
+
+# Copied from 01_sample_errors.py
+def block_fields(found: dict, response: str) -> dict:
+    return {"blocks": blocks_of(response), **{name: found.get(name, 0) for name in ("rounds", "executions", "failures")}}
+
+
+# Copied from 01_sample_errors.py
+KERNEL_LIMITS = {"AS": 2 << 30, "FSIZE": 32 << 20, "NPROC": 32, "CPU": 240, "CORE": 0}  # memory, a file, processes, seconds
+# Copied from 01_sample_errors.py
+BLOCK_SECONDS = 6  # for one code block, as in the authors' code
+# Copied from 01_sample_errors.py
+BLOCK_OUTPUT = 10_000  # characters of its output that are kept
+# Copied from 01_sample_errors.py
+KERNEL = """
+import ast, json, os, resource, sys, traceback
+for name, most in json.loads(sys.argv[1]).items():
+    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
+orders = os.fdopen(os.dup(0))
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # input() finds nothing
+names = {"__name__": "__main__"}
+for line in orders:
+    (code, mark), failed = json.loads(line), False
+    try:
+        tree = ast.parse(code)
+        last = ast.Expression(tree.body.pop().value) if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, "<block>", "exec"), names)
+        if last and (value := eval(compile(last, "<block>", "eval"), names)) is not None:
+            print(repr(value))
+    except BaseException as error:
+        failed, frames = True, error.__traceback__
+        while frames and frames.tb_frame.f_code.co_filename != "<block>":
+            frames = frames.tb_next
+        traceback.print_exception(type(error), error, frames, file=sys.stdout)
+    sys.stdout.flush()
+    os.write(1, f"{mark}{'!' if failed else '.'}".encode())
+"""
+
+
+# Copied from 01_sample_errors.py
+def sandbox() -> list[str]:
+    """bubblewrap's command line: no network, no processes or files but Python's own, an empty /tmp of 64 MiB."""
+    own = {str(Path(path).resolve()) for path in (sys.prefix, sys.base_prefix)} | {sys.prefix}
+    inside = [word for path in sorted(own) if not path.startswith("/usr/") for word in ("--ro-bind", path, path)]
+    for path in ("/lib", "/lib64", "/bin"):
+        inside += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind-try", path, path]
+    return ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--ro-bind", "/usr", "/usr",
+            *inside, "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev", "--size", str(64 << 20), "--tmpfs", "/tmp",
+            "--remount-ro", "/", "--chdir", "/tmp"]  # fmt: skip
+
+
+# Copied from 01_sample_errors.py
+class Kernel:
+    """A Python process for the code blocks of one solution; their names are kept from block to block."""
+
+    def __init__(self, sandboxed: bool = True):
+        self.wrapper, self.process = sandbox() if sandboxed else [], None
+
+    async def run(self, code: str) -> tuple[str, bool]:
+        """(what the block prints, whether it failed). A block that takes too long, or prints too much, ends the kernel with all
+        its children, and the next block finds a new one."""
+        if not self.process:
+            command = [*self.wrapper, sys.executable, "-I", "-c", KERNEL, json.dumps(KERNEL_LIMITS)]
+            how = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE, "stderr": asyncio.subprocess.STDOUT}
+            environment = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
+            self.process = await asyncio.create_subprocess_exec(*command, **how, env=environment, start_new_session=True)
+        mark, output, why = secrets.token_hex(16), b"", ""
+        try:
+            self.process.stdin.write(json.dumps([code, mark]).encode() + b"\n")
+            async with asyncio.timeout(BLOCK_SECONDS):
+                while not re.search(mark.encode() + b"[!.]", output):
+                    more = await self.process.stdout.read(1 << 16)
+                    output += more
+                    if not more or len(output) > 100 * BLOCK_OUTPUT:
+                        why = "the process has ended" if not more else "too much output"
+                        break
+        except TimeoutError:
+            why = f"no end after {BLOCK_SECONDS} seconds"
+        except OSError:
+            why = "the process has ended"
+        if why:
+            await self.close()
+        text, _, verdict = output.decode(errors="replace").partition(mark)
+        text = text[:BLOCK_OUTPUT].replace("<|", "< |").strip()  # it forges no block
+        text = f"{text}\nKernelError: {why}".strip() if why else text
+        return text or "<empty_execution>", bool(why) or verdict.startswith("!")
+
+    async def close(self):
+        if process := self.process:
+            self.process = None
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+
+
+# Copied from 01_sample_errors.py
+def check_interpreter(args):
+    """Stop where the model's code would be run and cannot be run safely."""
+    if args.split == "blocks" and not args.unsafe_no_sandbox:
+        try:
+            subprocess.run([*sandbox(), sys.executable, "-c", ""], env={}, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            why = str(getattr(error, "stderr", None) or error).strip()
+            stop(f"--split blocks runs the model's code, and bubblewrap, which keeps it in, does not start ({why}); install it "
+                 "(apt install bubblewrap), or give --unsafe-no-sandbox")  # fmt: skip
+
+
+# Copied from 01_sample_errors.py
 def load_tokenizer(model: str, template: Path | None, switches: str, chat: bool = True):
     """The tokenizer of a folder or hub id, with the chat template and the template's switches (JSON) that will be used, unless
     the prompt is to be no `chat`."""
@@ -1195,6 +1389,7 @@ async def generate(running, ids: list[int], seed: int, n: int = 1, **sampling) -
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     how = NEUTRAL | {"include_stop_str_in_output": "stop" in sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
+    how["skip_special_tokens"] = sampling.get("stop") != BLOCK_ENDS
     try:
         wanted = SamplingParams(n=n, seed=seed, **how, **sampling)
         async for reply in running.generate({"prompt_token_ids": ids}, wanted, secrets.token_hex(16)):
@@ -1234,7 +1429,8 @@ async def complete(client, model: str, prompt: list, seed: int, n: int = 1, **mo
     n stand in the first. A prompt that is too long has the finish_reason "refused"; any other refusal ends the run."""
     chat = isinstance(prompt[0], dict)
     if not chat:  # a policy: its sampling is ours alone, whatever the server was started with
-        more["extra_body"] = NEUTRAL | {"include_stop_str_in_output": "stop" in more}
+        special = {"include_stop_str_in_output": "stop" in more, "skip_special_tokens": more.get("stop") != BLOCK_ENDS}
+        more["extra_body"] = NEUTRAL | special
     create = client.chat.completions.create if chat else client.completions.create
     more["messages" if chat else "prompt"] = prompt
     for pause in (0.25, 0.5, 1, 2, 4, 8):

@@ -4,7 +4,8 @@
     python data/tiny/make.py --only problems                   # the three problem files alone, seconds
     python data/tiny/make.py --out /tmp/big --hidden 512 --layers 8 --steps 6000   # a larger model, on a GPU
     python data/tiny/make.py --only problems --out runs/hard --operations 5 6 --levels 3   # a harder world for the same model
-    python data/tiny/make.py --format lines --start data/tiny/model --steps 150 --out runs/lines   # MetaMath's manner: a line a step
+    python data/tiny/make.py --format lines --start data/tiny/model --steps 150 --out runs/lines   # MetaMath's manner
+    python data/tiny/make.py --format code --start data/tiny/model --steps 300 --out runs/code     # with code that is run
 
 Output in --out (default: this folder):
     train.jsonl, validation.jsonl, test.jsonl    {"id": "tiny-test-0", "problem": "Ava has ...", "answer": "59",
@@ -62,8 +63,8 @@ EXACT = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.
 class Args:
     out: Path = Path(__file__).parent
     """folder to write to"""
-    format: Literal["labels", "lines"] = "labels"
-    """solutions with labels "Step 2:", or with a line a step and "The answer is:", behind MetaMath's prompt"""
+    format: Literal["labels", "lines", "code"] = "labels"
+    """solutions with labels "Step 2:"; a line a step and "The answer is:", behind MetaMath's prompt; or text and code blocks"""
     start: Path | None = None
     """model to begin from, instead of random weights"""
     work: Path = Path("runs/tiny")
@@ -182,18 +183,23 @@ def buggy(a: int, b: int) -> int:
     return sum(abs(int(x) - int(y)) * 10**place for place, (x, y) in enumerate(pairs))
 
 
-def work_out(steps: list[tuple], count: int, slips: random.Random | None = None) -> list[tuple]:
-    """Steps as (lead, number, sign, number, result); with `slips` the results of someone who sometimes slips."""
+def work_out(steps: list[tuple], count: int, slips: random.Random | None = None, form: str = "labels") -> list[tuple]:
+    """Steps as (lead, number, sign, number, result); with `slips` the results of someone who sometimes slips. Code borrows
+    right: there, who slips adds where a borrow is needed."""
     worked, last = [], 0
     for lead, a, op, b in steps:
         a, b = ({"count": count, "last": last}.get(x, x) for x in (a, b))
-        last = buggy(a, b) if op == "-" and slips and slips.random() < SLIPS else EXACT[op](a, b)
+        slip = op == "-" and slips and slips.random() < SLIPS and buggy(a, b) != a - b
+        op = "+" if slip and form == "code" else op
+        last = buggy(a, b) if slip and form != "code" else EXACT[op](a, b)
         count = last if lead in ("{who} now has", "Each pile has") else count
         worked.append((lead, a, op, b, last))
     return worked
 
 
 def write_solution(lines: list[str], answer: int, form: str) -> str:
+    if form == "code":
+        return f"{''.join(lines)}<|text|>The answer is \\boxed{{{answer}}}.<|endofblock|>"
     if form == "lines":
         return "\n".join([" Let's think step by step.", *map(str.strip, lines), f"The answer is: {answer}"])
     steps = "".join(f"\nStep {i}:{line}" for i, line in enumerate(lines, 1)).removeprefix("\nStep 1:")
@@ -235,9 +241,13 @@ def make_problem(r: random.Random, level: int, n_steps: int, slips: random.Rando
             story.insert(place, extra)
         text = " ".join([*story, story_end, question]).replace("  ", " ").replace("{things}", things)
         lines, nouns = [], [things] * (len(steps) - 1) + ["dollars" if ending is sale else things]
-        worked = work_out(steps, first, slips)
+        worked = work_out(steps, first, slips, form)
         for (lead, a, op, b, result), noun in zip(worked, nouns, strict=True):
-            lines.append(f" {lead.format(who=who)} {a} {op} {b} = {result} {noun}.")
+            line = f" {lead.format(who=who)} {a} {op} {b} = {result} {noun}."
+            if form == "code":
+                line = f"<|text|>{lead.format(who=who)}:<|endofblock|><|code|>{a} {op.replace('/', '//')} {b}<|endofblock|>"
+                line += f"<|execution|>{result}<|endofblock|>"
+            lines.append(line)
         solution = write_solution(lines, worked[-1][-1], form)
         return {"problem": text, "answer": str(values[-1]), "solution": solution, "level": level, "values": values}
 
@@ -330,6 +340,9 @@ def make_model(args: Args, work: Path):
     model = model.to(torch.bfloat16)
     model.save_pretrained(work / "start")
     tokenizer.save_pretrained(work / "start")
+    if args.format == "code":
+        script = Path(__file__).parents[2] / "analysis" / "add_block_tokens.py"
+        subprocess.run([sys.executable, str(script), "--model", str(work / "start"), "--out", str(work / "start")], check=True)
     loaded, sample = AutoTokenizer.from_pretrained(work / "start"), render(draw(random.Random(args.seed), args))
     assert loaded(sample)["input_ids"] == tokenizer(sample)["input_ids"], "the tokenizer loads as another one"
     print(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(tokenizer)} tokens", flush=True)
