@@ -55,7 +55,9 @@ OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would 
 # Sent with every request to a policy: what a request leaves out, vLLM's server takes from the model's generation_config.json,
 # which for Qwen2-Instruct means repetition_penalty 1.05 and top_k 20. The papers sampled with neither.
 NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"  # "Step 2:", "## Step 2.", "**Step 2:**"
+# A pattern with {number} in it: "Step 2:", "## Step 2.", "**Step 2:**". For steps such as "(2)": r"^\({number}\)", "(1)" at the
+# end of OPENING, and in 03 the stop string of lead_astray(), in 04 the "Step 1:" of split_sides().
+STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"
 
 
 @dataclass
@@ -187,7 +189,7 @@ def main(args: Args):
         stop("--data: two files have an id in common; make the ids unique")
     names = ("chat_template", "chat_template_kwargs", "opening", "split", "temperature", "top_p", "max_tokens", "seed")
     settings = {"stage": "01_sample_errors", "model": model_id(args.model), "data": content_hash(problems)}
-    settings |= {name: getattr(args, name) for name in names} | NEUTRAL
+    settings |= {name: getattr(args, name) for name in names} | NEUTRAL | {"prompt": USER_TURN, "label": STEP_LABEL}
     check_interpreter(args)
     output = Output(args.out, settings)
     summary = asyncio.run(sample_all(args, problems[: args.limit], output))
@@ -756,12 +758,16 @@ def block_fields(found: dict, response: str) -> dict:
 
 
 KERNEL_LIMITS = {"AS": 2 << 30, "FSIZE": 32 << 20, "NPROC": 32, "CPU": 240, "CORE": 0}  # memory, a file, processes, seconds
+KERNEL_ENVIRONMENT = {"PATH": os.environ.get("PATH", ""), "HOME": "/tmp", "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
 BLOCK_SECONDS = 6  # for one code block, as in the authors' code
 BLOCK_OUTPUT = 10_000  # characters of its output that are kept
 
 # Runs in the sandbox: a line of code in, its output and the given mark out, with what a notebook would show
 KERNEL = """
 import ast, json, os, resource, sys, traceback
+if os.getuid() == 0:  # the limit on processes does not hold for root
+    uid = 1 << 20 | int.from_bytes(os.urandom(2), "big")
+    os.setgroups([]), os.setgid(uid), os.setuid(uid)
 for name, most in json.loads(sys.argv[1]).items():
     resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
 orders = os.fdopen(os.dup(0))
@@ -787,12 +793,19 @@ for line in orders:
 
 def sandbox() -> list[str]:
     """bubblewrap's command line: no network, no processes or files but Python's own, an empty /tmp of 64 MiB."""
-    own = {str(Path(path).resolve()) for path in (sys.prefix, sys.base_prefix)} | {sys.prefix}
-    inside = [word for path in sorted(own) if not path.startswith("/usr/") for word in ("--ro-bind", path, path)]
+    inside = []
+    for path in sorted({sys.prefix, *(str(Path(path).resolve()) for path in (sys.prefix, sys.base_prefix))}):
+        if not path.startswith("/usr"):
+            above = [word for folder in reversed(Path(path).parents) for word in ("--perms", "755", "--dir", str(folder))]
+            inside += [*above, "--ro-bind", path, path]
     for path in ("/lib", "/lib64", "/bin"):
         inside += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind-try", path, path]
-    return ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--ro-bind", "/usr", "/usr",
-            *inside, "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev", "--size", str(64 << 20), "--tmpfs", "/tmp",
+    apart = ["--unshare-all", "--cap-drop", "ALL"]
+    if os.getuid() == 0:  # without names of its own for users, so that KERNEL can become nobody
+        apart = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
+        apart += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    return ["bwrap", *apart, "--die-with-parent", "--new-session", "--ro-bind", "/usr", "/usr", "--proc", "/proc",
+            "--dev", "/dev", "--remount-ro", "/dev", "--perms", "1777", "--size", str(64 << 20), "--tmpfs", "/tmp", *inside,
             "--remount-ro", "/", "--chdir", "/tmp"]  # fmt: skip
 
 
@@ -808,8 +821,8 @@ class Kernel:
         if not self.process:
             command = [*self.wrapper, sys.executable, "-I", "-c", KERNEL, json.dumps(KERNEL_LIMITS)]
             how = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE, "stderr": asyncio.subprocess.STDOUT}
-            environment = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
-            self.process = await asyncio.create_subprocess_exec(*command, **how, env=environment, start_new_session=True)
+            how |= {"env": KERNEL_ENVIRONMENT, "start_new_session": True}
+            self.process = await asyncio.create_subprocess_exec(*command, **how)
         mark, output, why = secrets.token_hex(16), b"", ""
         try:
             self.process.stdin.write(json.dumps([code, mark]).encode() + b"\n")
@@ -836,14 +849,16 @@ class Kernel:
             self.process = None
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
+            with contextlib.suppress(TimeoutError):  # of what a child that got away without a sandbox keeps open
+                await asyncio.wait_for(process.communicate(), 2)  # wait() alone waits for ever for output that nobody reads
 
 
 def check_interpreter(args):
     """Stop where the model's code would be run and cannot be run safely."""
     if args.split == "blocks" and not args.unsafe_no_sandbox:
         try:
-            subprocess.run([*sandbox(), sys.executable, "-c", ""], env={}, check=True, capture_output=True, text=True)
+            command, how = [*sandbox(), sys.executable, "-c", ""], {"env": KERNEL_ENVIRONMENT, "capture_output": True}
+            subprocess.run(command, **how, text=True, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             why = str(getattr(error, "stderr", None) or error).strip()
             stop(f"--split blocks runs the model's code, and bubblewrap, which keeps it in, does not start ({why}); install it "
@@ -947,7 +962,7 @@ async def engine(args, model: str):
         running = start_vllm(["--model", model, *cpu_options(), *shlex.split(args.engine_args)])
         del os.environ["STEPDPO_ENGINE"]  # what is started from now on is not the engine's
         print(f"vLLM is ready after {time.time() - began:.0f} s", file=sys.stderr)
-        yield functools.partial(generate, running)
+        yield functools.partial(from_engine, running)
     finally:
         if running:
             running.shutdown()
@@ -971,7 +986,7 @@ def start_vllm(options: list[str]):
         stop(f"vLLM does not start: {' '.join(str(error).split())[:400]}")
 
 
-async def generate(running, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
+async def from_engine(running, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
     """n continuations of token ids by vLLM in this process; see complete()."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 

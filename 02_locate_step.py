@@ -59,6 +59,7 @@ from tqdm import tqdm
 
 # Copied from 01_sample_errors.py
 OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would move the token boundary
+# first_error() reads the reply
 JUDGE_PROMPT = """Below are a maths problem, {truth_name}, and a solution in {count} numbered steps that somebody wrote. \
 Find out whether the solution goes wrong, and at which step first.
 
@@ -182,7 +183,8 @@ async def first_wrong_step(n_steps: int, reaches, linear: bool) -> int | None:
     since a problem that the model never solves would cost the most.
 
     V(n_steps) = 0 is known: the solution is wrong. A right prefix may fail by chance, a wrong one hardly ever succeeds: so a
-    success counts for all prefixes before it, and bisection looks one prefix behind its result too."""
+    success counts for all prefixes before it. Bisection looks one prefix behind its result too, and goes on from there if that
+    one succeeds; a success further on it does not see, which --linear does."""
     if not await reaches(0):
         return None
     if linear:
@@ -446,7 +448,8 @@ def main(args: Args):
     began, used = time.time(), {args.locator, args.fallback}
     settings = {"stage": "02_locate_step", "locator": args.locator, "fallback": args.fallback, "seed": args.seed}
     settings |= {name: getattr(args, name) for kind in used for name in SETTINGS.get(kind, ())}
-    settings |= NEUTRAL | {"model": model_id(args.model)} if "rollout" in used else {}
+    settings |= NEUTRAL | {"model": model_id(args.model), "prompt": USER_TURN} if "rollout" in used else {}
+    settings |= {"judge_prompt": hashlib.sha256(JUDGE_PROMPT.encode()).hexdigest()[:16]} if "judge" in used else {}
     check_interpreter(args)
     output, steps = Output(args.out, settings), {identity(row): row["steps"] for row in rows}
     for row in output.rows:
@@ -479,7 +482,7 @@ USER_TURN = "{problem}\nPlease reason step by step, and put your final answer wi
 # Copied from 01_sample_errors.py
 NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 # Copied from 01_sample_errors.py
-STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"  # "Step 2:", "## Step 2.", "**Step 2:**"
+STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"
 # Copied from 01_sample_errors.py
 BLOCK = re.compile(r"<\|(text|code|execution)\|>(.*?)<\|endofblock\|>", re.S)
 # Copied from 01_sample_errors.py
@@ -931,12 +934,17 @@ class Solver:
 # Copied from 01_sample_errors.py
 KERNEL_LIMITS = {"AS": 2 << 30, "FSIZE": 32 << 20, "NPROC": 32, "CPU": 240, "CORE": 0}  # memory, a file, processes, seconds
 # Copied from 01_sample_errors.py
+KERNEL_ENVIRONMENT = {"PATH": os.environ.get("PATH", ""), "HOME": "/tmp", "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
+# Copied from 01_sample_errors.py
 BLOCK_SECONDS = 6  # for one code block, as in the authors' code
 # Copied from 01_sample_errors.py
 BLOCK_OUTPUT = 10_000  # characters of its output that are kept
 # Copied from 01_sample_errors.py
 KERNEL = """
 import ast, json, os, resource, sys, traceback
+if os.getuid() == 0:  # the limit on processes does not hold for root
+    uid = 1 << 20 | int.from_bytes(os.urandom(2), "big")
+    os.setgroups([]), os.setgid(uid), os.setuid(uid)
 for name, most in json.loads(sys.argv[1]).items():
     resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
 orders = os.fdopen(os.dup(0))
@@ -963,12 +971,19 @@ for line in orders:
 # Copied from 01_sample_errors.py
 def sandbox() -> list[str]:
     """bubblewrap's command line: no network, no processes or files but Python's own, an empty /tmp of 64 MiB."""
-    own = {str(Path(path).resolve()) for path in (sys.prefix, sys.base_prefix)} | {sys.prefix}
-    inside = [word for path in sorted(own) if not path.startswith("/usr/") for word in ("--ro-bind", path, path)]
+    inside = []
+    for path in sorted({sys.prefix, *(str(Path(path).resolve()) for path in (sys.prefix, sys.base_prefix))}):
+        if not path.startswith("/usr"):
+            above = [word for folder in reversed(Path(path).parents) for word in ("--perms", "755", "--dir", str(folder))]
+            inside += [*above, "--ro-bind", path, path]
     for path in ("/lib", "/lib64", "/bin"):
         inside += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind-try", path, path]
-    return ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--ro-bind", "/usr", "/usr",
-            *inside, "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev", "--size", str(64 << 20), "--tmpfs", "/tmp",
+    apart = ["--unshare-all", "--cap-drop", "ALL"]
+    if os.getuid() == 0:  # without names of its own for users, so that KERNEL can become nobody
+        apart = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
+        apart += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    return ["bwrap", *apart, "--die-with-parent", "--new-session", "--ro-bind", "/usr", "/usr", "--proc", "/proc",
+            "--dev", "/dev", "--remount-ro", "/dev", "--perms", "1777", "--size", str(64 << 20), "--tmpfs", "/tmp", *inside,
             "--remount-ro", "/", "--chdir", "/tmp"]  # fmt: skip
 
 
@@ -985,8 +1000,8 @@ class Kernel:
         if not self.process:
             command = [*self.wrapper, sys.executable, "-I", "-c", KERNEL, json.dumps(KERNEL_LIMITS)]
             how = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE, "stderr": asyncio.subprocess.STDOUT}
-            environment = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
-            self.process = await asyncio.create_subprocess_exec(*command, **how, env=environment, start_new_session=True)
+            how |= {"env": KERNEL_ENVIRONMENT, "start_new_session": True}
+            self.process = await asyncio.create_subprocess_exec(*command, **how)
         mark, output, why = secrets.token_hex(16), b"", ""
         try:
             self.process.stdin.write(json.dumps([code, mark]).encode() + b"\n")
@@ -1013,7 +1028,8 @@ class Kernel:
             self.process = None
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
+            with contextlib.suppress(TimeoutError):  # of what a child that got away without a sandbox keeps open
+                await asyncio.wait_for(process.communicate(), 2)  # wait() alone waits for ever for output that nobody reads
 
 
 # Copied from 01_sample_errors.py
@@ -1021,7 +1037,8 @@ def check_interpreter(args):
     """Stop where the model's code would be run and cannot be run safely."""
     if args.split == "blocks" and not args.unsafe_no_sandbox:
         try:
-            subprocess.run([*sandbox(), sys.executable, "-c", ""], env={}, check=True, capture_output=True, text=True)
+            command, how = [*sandbox(), sys.executable, "-c", ""], {"env": KERNEL_ENVIRONMENT, "capture_output": True}
+            subprocess.run(command, **how, text=True, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             why = str(getattr(error, "stderr", None) or error).strip()
             stop(f"--split blocks runs the model's code, and bubblewrap, which keeps it in, does not start ({why}); install it "
@@ -1130,7 +1147,7 @@ async def engine(args, model: str):
         running = start_vllm(["--model", model, *cpu_options(), *shlex.split(args.engine_args)])
         del os.environ["STEPDPO_ENGINE"]  # what is started from now on is not the engine's
         print(f"vLLM is ready after {time.time() - began:.0f} s", file=sys.stderr)
-        yield functools.partial(generate, running)
+        yield functools.partial(from_engine, running)
     finally:
         if running:
             running.shutdown()
@@ -1156,7 +1173,7 @@ def start_vllm(options: list[str]):
 
 
 # Copied from 01_sample_errors.py
-async def generate(running, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
+async def from_engine(running, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
     """n continuations of token ids by vLLM in this process; see complete()."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 

@@ -139,7 +139,8 @@ METHODS = {  # of each its input, and the options that it alone heeds
 
 
 def pair_of(row: dict, method: str, step: int, prefix: str, chosen: str, rejected: str, full_chosen: str, full_rejected: str):
-    """The pair that is made: behind `prefix`, which ends in the label of `step`, a better text and a worse one."""
+    """The pair that is made: behind `prefix`, which ends in the label of `step` (of SCDPO the first that goes astray, of DPO 1),
+    a better text and a worse one."""
     return {"dataset": row.get("dataset", ""), "prompt": row["problem"], "initial_reason_steps": prefix, "chosen": chosen,
             "rejected": rejected, "full_chosen": full_chosen, "full_rejected": full_rejected, "answer": row["answer"],
             "id": row["id"], "method": method, "error_step": step, "sample": row["sample"]}  # fmt: skip
@@ -212,7 +213,8 @@ async def rectify(args: Args, go_on, grader: Grader, rollouts: dict, rows: list[
 
 
 def distinct(rows: list[dict], count: Counter) -> list[dict]:
-    """Solutions without second thoughts, near-duplicates once: nine tenths of their three-word runs shared."""
+    """Solutions without second thoughts (as the paper has it by words, so "percent error" counts too), near-duplicates once:
+    nine tenths of their three-word runs shared."""
     kept, grams = [], []
     for row in rows:
         words = row["response"].split()
@@ -305,10 +307,13 @@ def pair_up(args: Args, rows: list[dict]) -> tuple[list[dict], Counter]:
     """DPO's pairs of one problem: right and wrong solutions at random, each once before any comes twice."""
     count, used, pairs = Counter(), Counter(), []
     parsed = [row for row in rows if row["finish_reason"] == "stop" and row["prediction"] is not None]
-    finished = [row for row in parsed if row["response"].startswith(args.opening)]
-    count["without the forced opening"] = len(parsed) - len(finished)
-    right = distinct([row for row in finished if row["correct"]], count)
-    wrong = [row for row in finished if not row["correct"]]
+    forced = [row for row in parsed if row["response"].startswith(args.opening)]
+    count["unfinished or without an answer"], count["without the forced opening"] = (
+        len(rows) - len(parsed),
+        len(parsed) - len(forced),
+    )
+    right = distinct([row for row in forced if row["correct"]], count)
+    wrong = [row for row in forced if not row["correct"]]
 
     def order(two: tuple[dict, dict]) -> tuple[int, int]:
         numbers = [row["sample"] for row in two]
@@ -375,7 +380,17 @@ def load_rollouts(args: Args, settings: dict) -> dict[tuple, list[dict]]:
     meta = Path(f"{args.rollouts}.meta.json")
     rows = read_rows(args.rollouts, ("id", "rollouts"))
     made = json.loads(meta.read_text())["settings"] if meta.exists() else stop(f"{meta} is missing; see 02 --keep-rollouts")
-    for name in ("model", "temperature", "top_p", "max_tokens", "chat_template", "chat_template_kwargs", *NEUTRAL):
+    for name in (
+        "model",
+        "temperature",
+        "top_p",
+        "max_tokens",
+        "chat_template",
+        "chat_template_kwargs",
+        "opening",
+        "split",
+        *NEUTRAL,
+    ):
         if made.get(name) != json.loads(json.dumps(settings[name], default=str)):
             stop(f"{args.rollouts} was made with {name} = {made.get(name)!r}, here it is {settings[name]!r}")
     return {(row["id"], row["sample"], int(k)): found for row in rows for k, found in row["rollouts"].items()}
@@ -420,7 +435,8 @@ def main(args: Args):
     settings = {"stage": "03_rectify", "method": args.method, "seed": args.seed} | {name: getattr(args, name) for name in own}
     if args.method != "dpo":
         names = ("chat_template", "chat_template_kwargs", "top_p", "max_tokens")
-        settings |= {name: getattr(args, name) for name in names} | NEUTRAL | {"model": model_id(args.rectifier or args.model)}
+        settings |= {name: getattr(args, name) for name in names} | NEUTRAL
+        settings |= {"model": model_id(args.rectifier or args.model), "prompt": USER_TURN}
     rollouts = load_rollouts(args, settings) if args.rollouts else {}
     settings[own[0]] = digest(json.dumps(problems).encode())  # sorted: the file's order does not count
     settings["rollouts"] = digest(args.rollouts.read_bytes()) if rollouts else None
@@ -445,7 +461,7 @@ USER_TURN = "{problem}\nPlease reason step by step, and put your final answer wi
 # Copied from 01_sample_errors.py
 NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 # Copied from 01_sample_errors.py
-STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"  # "Step 2:", "## Step 2.", "**Step 2:**"
+STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"
 # Copied from 01_sample_errors.py
 BLOCK = re.compile(r"<\|(text|code|execution)\|>(.*?)<\|endofblock\|>", re.S)
 # Copied from 01_sample_errors.py
@@ -897,12 +913,17 @@ class Solver:
 # Copied from 01_sample_errors.py
 KERNEL_LIMITS = {"AS": 2 << 30, "FSIZE": 32 << 20, "NPROC": 32, "CPU": 240, "CORE": 0}  # memory, a file, processes, seconds
 # Copied from 01_sample_errors.py
+KERNEL_ENVIRONMENT = {"PATH": os.environ.get("PATH", ""), "HOME": "/tmp", "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
+# Copied from 01_sample_errors.py
 BLOCK_SECONDS = 6  # for one code block, as in the authors' code
 # Copied from 01_sample_errors.py
 BLOCK_OUTPUT = 10_000  # characters of its output that are kept
 # Copied from 01_sample_errors.py
 KERNEL = """
 import ast, json, os, resource, sys, traceback
+if os.getuid() == 0:  # the limit on processes does not hold for root
+    uid = 1 << 20 | int.from_bytes(os.urandom(2), "big")
+    os.setgroups([]), os.setgid(uid), os.setuid(uid)
 for name, most in json.loads(sys.argv[1]).items():
     resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
 orders = os.fdopen(os.dup(0))
@@ -929,12 +950,19 @@ for line in orders:
 # Copied from 01_sample_errors.py
 def sandbox() -> list[str]:
     """bubblewrap's command line: no network, no processes or files but Python's own, an empty /tmp of 64 MiB."""
-    own = {str(Path(path).resolve()) for path in (sys.prefix, sys.base_prefix)} | {sys.prefix}
-    inside = [word for path in sorted(own) if not path.startswith("/usr/") for word in ("--ro-bind", path, path)]
+    inside = []
+    for path in sorted({sys.prefix, *(str(Path(path).resolve()) for path in (sys.prefix, sys.base_prefix))}):
+        if not path.startswith("/usr"):
+            above = [word for folder in reversed(Path(path).parents) for word in ("--perms", "755", "--dir", str(folder))]
+            inside += [*above, "--ro-bind", path, path]
     for path in ("/lib", "/lib64", "/bin"):
         inside += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind-try", path, path]
-    return ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--ro-bind", "/usr", "/usr",
-            *inside, "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev", "--size", str(64 << 20), "--tmpfs", "/tmp",
+    apart = ["--unshare-all", "--cap-drop", "ALL"]
+    if os.getuid() == 0:  # without names of its own for users, so that KERNEL can become nobody
+        apart = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
+        apart += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    return ["bwrap", *apart, "--die-with-parent", "--new-session", "--ro-bind", "/usr", "/usr", "--proc", "/proc",
+            "--dev", "/dev", "--remount-ro", "/dev", "--perms", "1777", "--size", str(64 << 20), "--tmpfs", "/tmp", *inside,
             "--remount-ro", "/", "--chdir", "/tmp"]  # fmt: skip
 
 
@@ -951,8 +979,8 @@ class Kernel:
         if not self.process:
             command = [*self.wrapper, sys.executable, "-I", "-c", KERNEL, json.dumps(KERNEL_LIMITS)]
             how = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE, "stderr": asyncio.subprocess.STDOUT}
-            environment = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
-            self.process = await asyncio.create_subprocess_exec(*command, **how, env=environment, start_new_session=True)
+            how |= {"env": KERNEL_ENVIRONMENT, "start_new_session": True}
+            self.process = await asyncio.create_subprocess_exec(*command, **how)
         mark, output, why = secrets.token_hex(16), b"", ""
         try:
             self.process.stdin.write(json.dumps([code, mark]).encode() + b"\n")
@@ -979,7 +1007,8 @@ class Kernel:
             self.process = None
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
+            with contextlib.suppress(TimeoutError):  # of what a child that got away without a sandbox keeps open
+                await asyncio.wait_for(process.communicate(), 2)  # wait() alone waits for ever for output that nobody reads
 
 
 # Copied from 01_sample_errors.py
@@ -987,7 +1016,8 @@ def check_interpreter(args):
     """Stop where the model's code would be run and cannot be run safely."""
     if args.split == "blocks" and not args.unsafe_no_sandbox:
         try:
-            subprocess.run([*sandbox(), sys.executable, "-c", ""], env={}, check=True, capture_output=True, text=True)
+            command, how = [*sandbox(), sys.executable, "-c", ""], {"env": KERNEL_ENVIRONMENT, "capture_output": True}
+            subprocess.run(command, **how, text=True, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             why = str(getattr(error, "stderr", None) or error).strip()
             stop(f"--split blocks runs the model's code, and bubblewrap, which keeps it in, does not start ({why}); install it "
@@ -1096,7 +1126,7 @@ async def engine(args, model: str):
         running = start_vllm(["--model", model, *cpu_options(), *shlex.split(args.engine_args)])
         del os.environ["STEPDPO_ENGINE"]  # what is started from now on is not the engine's
         print(f"vLLM is ready after {time.time() - began:.0f} s", file=sys.stderr)
-        yield functools.partial(generate, running)
+        yield functools.partial(from_engine, running)
     finally:
         if running:
             running.shutdown()
@@ -1122,7 +1152,7 @@ def start_vllm(options: list[str]):
 
 
 # Copied from 01_sample_errors.py
-async def generate(running, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
+async def from_engine(running, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
     """n continuations of token ids by vLLM in this process; see complete()."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 

@@ -247,10 +247,11 @@ def dpo_loss(logps: torch.Tensor, reference: torch.Tensor, beta: float, smoothin
 
 
 def measure(logps: torch.Tensor, pairs: Pairs, numbers, args: Args) -> dict[str, torch.Tensor]:
-    """What is trained and logged, by name, (pairs,) each. logps: (pairs, sides), of the pairs `numbers`."""
+    """What is trained and logged, by name, (pairs,) each. logps: (pairs, sides), summed over the tokens of the suffixes of the
+    pairs `numbers`. For a loss of means, divide logps and reference by their lengths in the DPO branch, not in the scorer."""
     if args.objective == "sft":
         return {"loss": -logps[:, 0]}
-    reference = pairs.reference[numbers].to(logps.device)
+    reference = pairs.reference[list(numbers)].to(logps.device)
     loss, rewards = dpo_loss(logps, reference, args.beta, args.label_smoothing)
     margin = rewards[:, 0] - rewards[:, 1]
     return {
@@ -269,7 +270,7 @@ def validate(scorer, pairs: Pairs, args: Args, accelerator: Accelerator) -> dict
     logps = score_all(scorer, pairs, args, accelerator, "validation")
     if args.objective == "sft":
         return {"val_loss": -logps.sum().item() / sum(map(pairs.first_targets, range(len(pairs))))}
-    found = measure(logps, pairs, slice(None), args)
+    found = measure(logps, pairs, range(len(pairs)), args)
     row = {f"val_{name}": values.mean().item() for name, values in found.items() if not name.endswith("_reward")}
     if row["val_accuracy"] == 1.0 and len(pairs) >= 20:
         warn("validation accuracy 1.0: the pairs are too easy, or validation pairs stand in the training data")
@@ -822,7 +823,10 @@ def settings_of(args: Args, weights: str, pairs: Pairs, val_pairs: Pairs | None)
             "lora_save"}  # fmt: skip
     hashes = pairs.digest() + (val_pairs.digest() if val_pairs else "")
     settings = {name: str(value) for name, value in asdict(args).items() if name not in free}
-    return settings | {"weights": weights[:16], "pairs": hashlib.sha256(hashes.encode()).hexdigest()[:16]}
+    texts = {"pairs": hashes, "loss": inspect.getsource(dpo_loss) + inspect.getsource(measure)}  # an edited loss is another run
+    return (
+        settings | {"weights": weights[:16]} | {name: hashlib.sha256(t.encode()).hexdigest()[:16] for name, t in texts.items()}
+    )
 
 
 def checkpoint_to_resume(accelerator: Accelerator, args: Args, settings: dict) -> tuple[Path | None, int]:

@@ -170,7 +170,7 @@ def evaluate(args: Args, groups: dict[str, list[str]]) -> tuple[dict, dict]:
     benchmarks = {Path(name).stem: load_problems(name, False, args.data_dir)[: args.limit] for name in args.data}
     fixed = ("protocol", "chat_template", "chat_template_kwargs", "opening", "split", "rounds", "temperature", "top_p",
              "max_tokens", "seed")  # fmt: skip
-    settings = {name: getattr(args, name) for name in fixed} | NEUTRAL
+    settings = {name: getattr(args, name) for name in fixed} | NEUTRAL | {"prompt": USER_TURN}
     tables, runs = {name: {} for name in benchmarks}, {}
     labels = {model: label for label, group in groups.items() for model in group}
     for number, (model, label) in enumerate(labels.items()):
@@ -288,7 +288,7 @@ def bootstrap(rates: np.ndarray, base: np.ndarray, seed: int, draws: int = 4000)
     return np.array([(pick(rates) - pick(base))[rng.integers(problems, size=problems)].mean() for _ in range(draws)])
 
 
-def middle(means: np.ndarray) -> tuple[float, float]:
+def percentiles(means: np.ndarray) -> tuple[float, float]:
     """95 % percentile interval."""
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
@@ -298,7 +298,7 @@ def interval(rates: np.ndarray, k: int, seed: int) -> tuple[float, float]:
     """Of the mean of rates (seeds, problems): Wilson's where they are single verdicts, else the bootstrap's."""
     if k == len(rates) == 1:
         return wilson(round(rates.sum()), rates.size)
-    return middle(bootstrap(rates, np.zeros_like(rates[:1]), seed))
+    return percentiles(bootstrap(rates, np.zeros_like(rates[:1]), seed))
 
 
 def paired(rates: np.ndarray, base: np.ndarray, seed: int) -> dict:
@@ -317,7 +317,7 @@ def paired(rates: np.ndarray, base: np.ndarray, seed: int) -> dict:
         test, p = "permutation", permutation(differences, seed)
     return {
         "difference": float(differences.mean()),
-        "difference_interval": middle(means),
+        "difference_interval": percentiles(means),
         "p": p,
         "test": test,
         "detectable": 2.8016 * float(differences.std()) / math.sqrt(len(differences)),
@@ -1159,12 +1159,17 @@ def block_fields(found: dict, response: str) -> dict:
 # Copied from 01_sample_errors.py
 KERNEL_LIMITS = {"AS": 2 << 30, "FSIZE": 32 << 20, "NPROC": 32, "CPU": 240, "CORE": 0}  # memory, a file, processes, seconds
 # Copied from 01_sample_errors.py
+KERNEL_ENVIRONMENT = {"PATH": os.environ.get("PATH", ""), "HOME": "/tmp", "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
+# Copied from 01_sample_errors.py
 BLOCK_SECONDS = 6  # for one code block, as in the authors' code
 # Copied from 01_sample_errors.py
 BLOCK_OUTPUT = 10_000  # characters of its output that are kept
 # Copied from 01_sample_errors.py
 KERNEL = """
 import ast, json, os, resource, sys, traceback
+if os.getuid() == 0:  # the limit on processes does not hold for root
+    uid = 1 << 20 | int.from_bytes(os.urandom(2), "big")
+    os.setgroups([]), os.setgid(uid), os.setuid(uid)
 for name, most in json.loads(sys.argv[1]).items():
     resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
 orders = os.fdopen(os.dup(0))
@@ -1191,12 +1196,19 @@ for line in orders:
 # Copied from 01_sample_errors.py
 def sandbox() -> list[str]:
     """bubblewrap's command line: no network, no processes or files but Python's own, an empty /tmp of 64 MiB."""
-    own = {str(Path(path).resolve()) for path in (sys.prefix, sys.base_prefix)} | {sys.prefix}
-    inside = [word for path in sorted(own) if not path.startswith("/usr/") for word in ("--ro-bind", path, path)]
+    inside = []
+    for path in sorted({sys.prefix, *(str(Path(path).resolve()) for path in (sys.prefix, sys.base_prefix))}):
+        if not path.startswith("/usr"):
+            above = [word for folder in reversed(Path(path).parents) for word in ("--perms", "755", "--dir", str(folder))]
+            inside += [*above, "--ro-bind", path, path]
     for path in ("/lib", "/lib64", "/bin"):
         inside += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind-try", path, path]
-    return ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--ro-bind", "/usr", "/usr",
-            *inside, "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev", "--size", str(64 << 20), "--tmpfs", "/tmp",
+    apart = ["--unshare-all", "--cap-drop", "ALL"]
+    if os.getuid() == 0:  # without names of its own for users, so that KERNEL can become nobody
+        apart = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
+        apart += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    return ["bwrap", *apart, "--die-with-parent", "--new-session", "--ro-bind", "/usr", "/usr", "--proc", "/proc",
+            "--dev", "/dev", "--remount-ro", "/dev", "--perms", "1777", "--size", str(64 << 20), "--tmpfs", "/tmp", *inside,
             "--remount-ro", "/", "--chdir", "/tmp"]  # fmt: skip
 
 
@@ -1213,8 +1225,8 @@ class Kernel:
         if not self.process:
             command = [*self.wrapper, sys.executable, "-I", "-c", KERNEL, json.dumps(KERNEL_LIMITS)]
             how = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE, "stderr": asyncio.subprocess.STDOUT}
-            environment = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
-            self.process = await asyncio.create_subprocess_exec(*command, **how, env=environment, start_new_session=True)
+            how |= {"env": KERNEL_ENVIRONMENT, "start_new_session": True}
+            self.process = await asyncio.create_subprocess_exec(*command, **how)
         mark, output, why = secrets.token_hex(16), b"", ""
         try:
             self.process.stdin.write(json.dumps([code, mark]).encode() + b"\n")
@@ -1241,7 +1253,8 @@ class Kernel:
             self.process = None
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
+            with contextlib.suppress(TimeoutError):  # of what a child that got away without a sandbox keeps open
+                await asyncio.wait_for(process.communicate(), 2)  # wait() alone waits for ever for output that nobody reads
 
 
 # Copied from 01_sample_errors.py
@@ -1249,7 +1262,8 @@ def check_interpreter(args):
     """Stop where the model's code would be run and cannot be run safely."""
     if args.split == "blocks" and not args.unsafe_no_sandbox:
         try:
-            subprocess.run([*sandbox(), sys.executable, "-c", ""], env={}, check=True, capture_output=True, text=True)
+            command, how = [*sandbox(), sys.executable, "-c", ""], {"env": KERNEL_ENVIRONMENT, "capture_output": True}
+            subprocess.run(command, **how, text=True, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             why = str(getattr(error, "stderr", None) or error).strip()
             stop(f"--split blocks runs the model's code, and bubblewrap, which keeps it in, does not start ({why}); install it "
@@ -1358,7 +1372,7 @@ async def engine(args, model: str):
         running = start_vllm(["--model", model, *cpu_options(), *shlex.split(args.engine_args)])
         del os.environ["STEPDPO_ENGINE"]  # what is started from now on is not the engine's
         print(f"vLLM is ready after {time.time() - began:.0f} s", file=sys.stderr)
-        yield functools.partial(generate, running)
+        yield functools.partial(from_engine, running)
     finally:
         if running:
             running.shutdown()
@@ -1384,7 +1398,7 @@ def start_vllm(options: list[str]):
 
 
 # Copied from 01_sample_errors.py
-async def generate(running, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
+async def from_engine(running, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
     """n continuations of token ids by vLLM in this process; see complete()."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 

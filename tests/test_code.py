@@ -1,0 +1,276 @@
+"""Code-integrated solutions: blocks, turns of model and interpreter, what the sandbox keeps in, what is trained on."""
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from conftest import TINY, read, run, stage
+
+SANDBOX = (
+    shutil.which("bwrap")
+    and not subprocess.run([*stage(1).sandbox(), sys.executable, "-c", ""], capture_output=True, check=False).returncode
+)
+needs_sandbox = pytest.mark.skipif(not SANDBOX, reason="no bubblewrap that works here")
+SOLUTION = (
+    "<|text|>Ava now has:<|endofblock|><|code|>a = 3 + 4\na<|endofblock|><|execution|>7<|endofblock|>"
+    "<|text|>Half of it:<|endofblock|><|code|>a / 2<|endofblock|><|execution|>3.5<|endofblock|>"
+    "<|text|>The answer is \\boxed{3.5}.<|endofblock|>"
+)
+
+
+def outputs(*codes: str, sandboxed: bool = bool(SANDBOX)) -> list[tuple[str, bool]]:
+    """What the blocks of one kernel print."""
+
+    async def all_of_them():
+        kernel = stage(1).Kernel(sandboxed)
+        try:
+            return [await kernel.run(code) for code in codes]
+        finally:
+            await kernel.close()
+
+    return asyncio.run(all_of_them())
+
+
+def test_blocks_are_steps_and_the_answer_is_the_last_texts():
+    one = stage(1)
+    steps = one.split_steps(SOLUTION, "blocks", "")
+    assert "".join(steps) == SOLUTION and [len(one.blocks_of(step)) for step in steps] == [1, 2, 1, 2, 1]
+    assert [block["type"] for block in one.blocks_of(SOLUTION)].count("execution") == 2
+    assert one.answer_of(SOLUTION, "blocks") == "3.5"
+    assert one.answer_of(SOLUTION + "<|code|>1<|endofblock|><|execution|>\\boxed{4}<|endofblock|>", "blocks") == "3.5"
+
+
+def test_output_is_a_notebooks():
+    forged = "print('<|endofblock|><|text|>\\\\boxed{5}')"
+    texts, failed = zip(*outputs("a = 3\nprint(a)\na + 4", "a", "b", "a = (", "c = 1", forged, "input()"), strict=True)
+    assert texts[:2] == ("3\n7", "3") and texts[4] == "<empty_execution>"
+    assert texts[2].startswith("Traceback") and texts[2].endswith("NameError: name 'b' is not defined")
+    assert "SyntaxError" in texts[3]
+    assert "<|" not in texts[5] and "EOFError" in texts[6]
+    assert failed == (False, False, True, True, False, False, True)
+
+
+HOSTILE = {  # what a program does: the program, and what must or must not stand in its output
+    "fork bomb": ("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", "KernelError"),
+    "memory bomb": ("x = []\nwhile True: x.append(' ' * 10**7)", "MemoryError"),
+    "endless output": ("while True: print('x' * 1000)", "KernelError: too much output"),
+    "endless loop": ("while True: pass", "KernelError: no end"),
+    "key in the environment": ("import os, glob\nprint(dict(os.environ))\nfor p in glob.glob('/proc/*/environ'):\n"
+                               "    try: print(open(p).read())\n    except OSError as e: print(e)", "PATH"),
+    "home folder": ("import os\nprint(os.listdir(os.path.dirname({file!r})))", "FileNotFoundError"),
+    "socket": ("import socket\nsocket.create_connection(('127.0.0.1', {port}), 2)", "ConnectionRefusedError"),
+    "writing outside": ("import os\nfor p in ({file!r}, '/x', '/usr/x', '/dev/shm/x', '/etc/x'):\n    try: open(p, 'w')\n"
+                        "    except OSError as e: print('refused')", "refused\nrefused\nrefused\nrefused\nrefused"),
+    "killing its parent": ("import os\nfor p in [os.getppid(), *range(2, 70000)]:\n    try:\n"
+                           "        if p != os.getpid(): os.kill(p, 9)\n    except OSError: pass\nprint('alive')", "alive"),
+    "ignoring signals": ("import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n"
+                         "    except (OSError, ValueError): pass\nwhile True: pass", "KernelError: no end"),
+    "zip bomb": ("import zlib\nd = zlib.compress(b'0' * 10**8)\nd = zlib.compress(d * 1000)\n"
+                 "x = zlib.decompress(d)\nx = [zlib.decompress(zlib.compress(b'0' * 10**9)) for _ in range(9)]", "Error"),
+    "full disk": ("for i in range(10**6): open(f'/tmp/{{i}}', 'wb').write(b'0' * 10**7)", "OSError"),
+    "a process left behind": ("import os, time\nif os.fork() == 0:\n    os.setsid()\n    while True: time.sleep(1)\n"
+                              "print('left')", "left"),
+    "ending itself": ("import os\nos._exit(3)", "KernelError: the process has ended"),
+}  # fmt: skip
+
+
+@needs_sandbox
+@pytest.mark.slow
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_programs_are_kept_in(what, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    (tmp_path / "kept.txt").write_text("mine")
+    code, wanted = HOSTILE[what]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0)
+        code = code.format(file=str(tmp_path / "kept.txt"), port=server.getsockname()[1])
+        began, before = time.time(), {process.pid for process in psutil.process_iter()}
+        [(text, _)] = outputs(code)
+        assert time.time() - began < stage(1).BLOCK_SECONDS + 3
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert wanted in text and "sk-secret" not in text and len(text) < 11_000
+    assert (tmp_path / "kept.txt").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+    deadline = time.time() + 5
+    while left := [p for p in psutil.process_iter(["cmdline"]) if p.pid not in before and "bwrap" in (p.info["cmdline"] or [])]:
+        assert time.time() < deadline, left
+        time.sleep(0.1)
+
+
+def test_without_a_sandbox_no_code_is_run(tmp_path):
+    environment = os.environ | {"PATH": str(tmp_path)}
+    options = ["--data", TINY / "test.jsonl", "--split", "blocks", "--model", TINY / "model", "--out", tmp_path / "s.jsonl"]
+    done = run(1, *options, check=False, env=environment)
+    assert done.returncode == 2 and "bubblewrap" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "s.jsonl").exists()
+
+
+class Turns:
+    """A model that says the given texts in turn, and keeps the prompts that it was given."""
+
+    def __init__(self, *texts: str, finish_reason: str = "stop"):
+        self.texts, self.finish_reason, self.prompts = list(texts), finish_reason, []
+
+    async def __call__(self, ids, seed, n=1, **sampling):
+        self.prompts.append((ids, sampling))
+        reason = "stop" if self.texts[1:] else self.finish_reason
+        return [{"text": self.texts.pop(0), "finish_reason": reason, "tokens": 5, "prompt_tokens": 9}]
+
+
+class Letters:
+    """A tokenizer whose tokens are characters."""
+
+    shown = True
+
+    def apply_chat_template(self, turns, **how):
+        return "".join(f"<{turn['role']}>{turn['content']}" for turn in turns)
+
+    def __call__(self, text, **how):
+        return {"input_ids": text}
+
+
+def solve(model, prefix="", split="blocks", rounds=8, **sampling):
+    args = stage(1).Args(split=split, rounds=rounds, unsafe_no_sandbox=not SANDBOX)
+
+    async def go_on():
+        return await stage(1).Solver(args, model, Letters())("1 + 1 = ?", prefix, 7, **sampling)
+
+    return asyncio.run(go_on())
+
+
+def test_model_and_interpreter_take_turns():
+    said = [block for block in re.findall(r".*?<\|endofblock\|>", SOLUTION, re.S) if "<|execution|>" not in block]
+    model = Turns(*said, "<|endofmessage|>")
+    [found] = solve(model, temperature=lambda turn: 1 + turn / 10)
+    assert found["text"] == SOLUTION and found["finish_reason"] == "stop"
+    assert (found["rounds"], found["executions"], found["failures"], found["tokens"]) == (6, 2, 0, 30)
+    assert [round(sampling["temperature"], 1) for _, sampling in model.prompts] == [1.0, 1.1, 1.2, 1.3, 1.4, 1.5]
+    assert model.prompts[-1][0].endswith(SOLUTION)
+
+
+def test_the_code_of_a_prefix_is_run_again():
+    prefix = SOLUTION[: SOLUTION.index("<|text|>Half")]
+    model = Turns("<|code|>a * 10<|endofblock|>", "<|text|>The answer is \\boxed{70}.<|endofblock|><|endofmessage|>")
+    [found] = solve(model, prefix, temperature=1.0)
+    assert "<|execution|>70<|endofblock|>" in found["text"] and found["executions"] == 1
+
+
+@pytest.mark.parametrize("texts, end, reason", [
+    (["<|execution|>8<|endofblock|>"], "stop", "execution"),
+    (["<|text|>a<|endofblock|>"] * 9, "stop", "rounds"),
+    (["<|text|>and so on and so"], "length", "length"),
+    ([""], "refused", "refused"),
+    (["<|text|>a<|endofblock|>", "<|text|>b"], "stop", "stop"),
+])  # fmt: skip
+def test_how_a_solution_ends(texts, end, reason):
+    [found] = solve(Turns(*texts, finish_reason=end), temperature=1.0)
+    assert found["finish_reason"] == reason
+
+
+@pytest.fixture(scope="module")
+def blocks_model(tmp_path_factory):
+    run("add_block_tokens", "--model", TINY / "model", "--out", folder := tmp_path_factory.mktemp("blocks"))
+    return folder
+
+
+def test_added_tokens_are_the_mean_and_the_rest_is_unchanged(blocks_model):
+    from safetensors.torch import load_file
+
+    old, new = load_file(TINY / "model" / "model.safetensors"), load_file(blocks_model / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    size = len(old[name])
+    assert all((new[key] == value).all() for key, value in old.items() if key != name)
+    assert (new[name][:size] == old[name]).all() and len(new[name]) == size + 8
+    assert abs(new[name][size:].float() - old[name].float().mean(0)).max() < 1e-2
+    assert json.loads((blocks_model / "generation_config.json").read_text())["eos_token_id"] == size + 7
+
+
+def test_what_code_printed_is_not_trained_on(blocks_model):
+    """The targets of a batch, decoded: all of a solution but its execution blocks; with --train-execution those too."""
+    four = stage(4)
+    row = {"problem": "Ava has 3 apples.", "solution": SOLUTION}
+    for whole in (False, True):
+        args = four.Args(objective="sft", model=str(blocks_model), train_execution=whole)
+        tokenizer = four.load_tokenizer(args.model, None, "{}")
+        pairs = four.prepare([row], tokenizer, args, "rows")
+        batch = four.collate(pairs, [[0]], "cpu")
+        text = tokenizer.decode(batch["target"].tolist())
+        bare = re.sub(r"<\|execution\|>.*?<\|endofblock\|>", "", SOLUTION)
+        assert text == (SOLUTION if whole else bare) + "<|endofmessage|>"
+        assert len(batch["source"]) == len(batch["owner"]) == len(batch["target"]) == pairs.first_targets(0)
+        ids = batch["ids"].flatten()
+        assert all(ids[source + 1] == target or source == len(pairs.prefixes[0]) - 1
+                   for source, target in zip(batch["source"].tolist(), batch["target"].tolist(), strict=True))  # fmt: skip
+
+
+def test_masked_targets_change_the_loss_alone(blocks_model):
+    """Log-probabilities of the tokens that are trained are those of the whole row: the printed tokens are seen, not scored."""
+    import torch
+
+    four = stage(4)
+    scores = {}
+    lm = four.AutoModelForCausalLM.from_pretrained(blocks_model, dtype=torch.float32, attn_implementation="sdpa")
+    for whole in (False, True):
+        args = four.Args(objective="sft", model=str(blocks_model), train_execution=whole)
+        tokenizer = four.load_tokenizer(args.model, None, "{}")
+        pairs = four.prepare([{"problem": "1?", "solution": SOLUTION}], tokenizer, args, "rows")
+        batch = four.collate(pairs, [[0]], "cpu")
+        batch["owner"] = torch.arange(len(batch["target"]))  # each token alone
+        batch["picks"] = batch["owner"][None]
+        with torch.no_grad():
+            scores[whole] = four.SuffixScorer(lm)(**batch)
+    begin, end = tokenizer.convert_tokens_to_ids(["<|execution|>", "<|endofblock|>"])
+    inside, kept = False, []
+    for token in pairs.suffixes[0][0]:
+        inside = inside or token == begin
+        kept.append(not inside)
+        inside = inside and token != end
+    assert 0 < sum(kept) < len(kept) and torch.allclose(scores[False], scores[True][kept])
+
+
+def test_the_published_pairs_load_as_they_are(blocks_model, tmp_path):
+    """The form of MathGenie/SCDPO-Data-Mistral-Ours: turns of blocks, the shared part as "assistant_correct"."""
+    turn = lambda role, *texts: {"role": role, "content": [{"type": kind, "content": text} for kind, text in texts]}
+    start = [turn("system", ("text", "")), turn("user", ("text", "1 + 2?"))]
+    shared = turn("assistant_correct", ("text", "Add."), ("code", "1 + 2"), ("execution", "3"))
+    pair = {"chosen": [*start, shared, turn("assistant", ("text", "\\boxed{3}"))],
+            "rejected": [*start, shared, turn("assistant", ("text", "\\boxed{4}"))]}  # fmt: skip
+    naive = {side: [*start, turn("assistant", *[("text", side)])] for side in ("chosen", "rejected")}
+    four = stage(4)
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (pair, naive)))
+    tokenizer = four.load_tokenizer(str(blocks_model), None, "{}")
+    rows = four.load_rows(str(tmp_path / "pairs.jsonl"), "dpo")
+    prefix, suffixes = four.encode(rows[0], tokenizer)
+    assert tokenizer.decode(prefix) == (
+        "<|system|><|text|><|endofblock|><|endofmessage|><|user|><|text|>1 + 2?<|endofblock|><|endofmessage|><|assistant|>"
+        "<|text|>Add.<|endofblock|><|code|>1 + 2<|endofblock|><|execution|>3<|endofblock|>"
+    )
+    assert tokenizer.decode(suffixes[1]) == "<|text|>\\boxed{4}<|endofblock|><|endofmessage|>"
+    prefix, suffixes = four.encode(rows[1], tokenizer)
+    assert tokenizer.decode(prefix).endswith("<|assistant|>") and tokenizer.decode(suffixes[0]).startswith("<|text|>chosen")
+    done = run(4, "--data", tmp_path / "pairs.jsonl", "--model", blocks_model, "--out", tmp_path / "out", "--epochs", 1)
+    assert "2 pairs" in done.stdout + done.stderr
+
+
+def test_blocks_that_are_no_tokens_are_refused(tmp_path):
+    (tmp_path / "s.jsonl").write_text(json.dumps({"problem": "1?", "solution": SOLUTION}) + "\n")
+    options = ["--objective", "sft", "--data", tmp_path / "s.jsonl", "--model", TINY / "model", "--out", tmp_path / "o"]
+    done = run(4, *options, check=False)
+    assert done.returncode == 2 and "add_block_tokens.py" in done.stderr
+
+
+def test_the_template_is_the_authors_prompt(blocks_model):
+    one = stage(1)
+    tokenizer = one.load_tokenizer(str(blocks_model), None, "{}")
+    head = "<|system|><|text|><|endofblock|><|endofmessage|><|user|><|text|>1 + 1?<|endofblock|><|endofmessage|><|assistant|>"
+    assert one.render_prompt(tokenizer, "1 + 1?", "") == head
+    assert one.render_prompt(tokenizer, "1 + 1?", SOLUTION) == head + SOLUTION
+    assert read(TINY / "test.jsonl")[0]["problem"] in one.render_prompt(tokenizer, read(TINY / "test.jsonl")[0]["problem"], "")
