@@ -32,7 +32,7 @@ import os
 import re
 import secrets
 import shlex
-import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -145,8 +145,8 @@ async def sample_all(args: Args, problems: list[dict], output: Output) -> dict:
                 return
 
     try:
-        async with engine(args, args.model) as generate:
-            solve, began = Solver(args, generate, tokenizer), time.time()
+        async with interpreter(args) as run_code, engine(args, args.model) as generate:
+            solve, began = Solver(args, generate, tokenizer, run_code), time.time()
             await run_all(problems, work, args.concurrency, "sampling")
             seconds = time.time() - began
     finally:
@@ -190,7 +190,6 @@ def main(args: Args):
     names = ("chat_template", "chat_template_kwargs", "opening", "split", "temperature", "top_p", "max_tokens", "seed")
     settings = {"stage": "01_sample_errors", "model": model_id(args.model), "data": content_hash(problems)}
     settings |= {name: getattr(args, name) for name in names} | NEUTRAL | {"prompt": USER_TURN, "label": STEP_LABEL}
-    check_interpreter(args)
     output = Output(args.out, settings)
     summary = asyncio.run(sample_all(args, problems[: args.limit], output))
     output.save_meta(finished=True, summary=summary)
@@ -298,7 +297,7 @@ class Output:
             "settings": self.settings,
             "seconds": round(time.time() - self.began, 1),
             "arguments": sys.argv[1:],
-            "git": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
+            "git": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() if shutil.which("git") else "",
             "versions": {name: installed[name] for name in PACKAGES if name in installed},
         }
         temporary = self.meta_path.with_suffix(".tmp")
@@ -705,9 +704,8 @@ class Solver:
     block, what the code prints. `temperature` may be a function of the turn. Besides "stop", "length" and "refused", the
     finish_reason is "rounds" where all turns are used, "execution" where the model itself writes an execution block."""
 
-    def __init__(self, args, generate, tokenizer):
-        self.args, self.generate, self.tokenizer, self.count = args, generate, tokenizer, Counter()
-        self.processors = asyncio.Semaphore(os.cpu_count() or 1)  # a block's seconds must not go by in a queue
+    def __init__(self, args, generate, tokenizer, run_code=None):
+        self.args, self.generate, self.tokenizer, self.run_code, self.count = args, generate, tokenizer, run_code, Counter()
 
     async def __call__(self, problem: str, prefix: str, seed: int, n: int = 1, **sampling) -> list[dict]:
         if self.args.split != "blocks":
@@ -718,11 +716,11 @@ class Solver:
 
     async def by_turns(self, problem: str, prefix: str, seed: int, temperature, **sampling) -> dict:
         found = REFUSED | {"finish_reason": "rounds", "rounds": 0, "executions": 0, "failures": 0}
-        kernel = Kernel(not self.args.unsafe_no_sandbox)
+        key = secrets.token_hex(8)
         try:
             for block in blocks_of(prefix):  # its names are needed; its output is in the prefix already
                 if block["type"] == "code":
-                    await self.execute(kernel, block["content"])
+                    await self.run_code(key, block["content"])
             while found["rounds"] < self.args.rounds:
                 ids = prompt_ids(self.tokenizer, problem, prefix + found["text"])
                 heat = temperature(found["rounds"]) if callable(temperature) else temperature
@@ -738,131 +736,53 @@ class Solver:
                 if not more["text"].endswith("<|endofblock|>"):
                     return found | {"finish_reason": "stop"}
                 if (blocks := blocks_of(more["text"])) and blocks[-1]["type"] == "code":
-                    output, failed = await self.execute(kernel, blocks[-1]["content"])
-                    found["text"] += f"<|execution|>{output}<|endofblock|>"
-                    found["executions"], found["failures"] = found["executions"] + 1, found["failures"] + failed
+                    ran = await self.run_code(key, blocks[-1]["content"])
+                    found["text"] += f"<|execution|>{ran['output']}<|endofblock|>"
+                    found["executions"], found["failures"] = found["executions"] + 1, found["failures"] + ran["failed"]
+                    self.count.update({"executions": 1, "that failed": ran["failed"], "seconds in code": ran["seconds"]})
             return found
         finally:
-            await kernel.close()
-
-    async def execute(self, kernel: Kernel, code: str) -> tuple[str, bool]:
-        async with self.processors:
-            began = time.time()
-            found = await kernel.run(code)
-            self.count.update({"executions": 1, "executions that failed": found[1], "seconds in code": time.time() - began})
-            return found
+            await self.run_code(key, None)
 
 
 def block_fields(found: dict, response: str) -> dict:
     return {"blocks": blocks_of(response), **{name: found.get(name, 0) for name in ("rounds", "executions", "failures")}}
 
 
-KERNEL_LIMITS = {"AS": 2 << 30, "FSIZE": 32 << 20, "NPROC": 32, "CPU": 240, "CORE": 0}  # memory, a file, processes, seconds
-KERNEL_ENVIRONMENT = {"PATH": os.environ.get("PATH", ""), "HOME": "/tmp", "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
-BLOCK_SECONDS = 6  # for one code block, as in the authors' code
-BLOCK_OUTPUT = 10_000  # characters of its output that are kept
+@contextlib.asynccontextmanager
+async def interpreter(args):
+    """Yields `await run_code(id, code)` -> {"output", "failed", "seconds"} by interpreter.py, which stands beside this script;
+    code None ends what runs under the id. Without --split blocks, None."""
+    if args.split != "blocks":
+        yield None
+        return
+    command = [sys.executable, str(Path(__file__).with_name("interpreter.py"))]
+    command += ["--unsafe-no-sandbox"] if args.unsafe_no_sandbox else []
+    how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "limit": 1 << 24, "start_new_session": True}
+    process, waiting = await asyncio.create_subprocess_exec(*command, **how), {}
+    if not await process.stdout.readline():
+        raise SystemExit(2)  # it has said why
 
-# Runs in the sandbox: a line of code in, its output and the given mark out, with what a notebook would show
-KERNEL = """
-import ast, json, os, resource, sys, traceback
-if os.getuid() == 0:  # the limit on processes does not hold for root
-    uid = 1 << 20 | int.from_bytes(os.urandom(2), "big")
-    os.setgroups([]), os.setgid(uid), os.setuid(uid)
-for name, most in json.loads(sys.argv[1]).items():
-    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
-orders = os.fdopen(os.dup(0))
-os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # input() finds nothing
-names = {"__name__": "__main__"}
-for line in orders:
-    (code, mark), failed = json.loads(line), False
+    async def listen():
+        async for line in process.stdout:
+            row = json.loads(line)
+            waiting.pop(row["id"]).set_result(row)
+        for answer in waiting.values():
+            answer.set_exception(ConnectionError("interpreter.py has ended"))
+
+    async def run_code(key: str, code: str | None):
+        process.stdin.write(json.dumps({"id": key, "code": code}).encode() + b"\n")
+        if code is not None:
+            waiting[key] = asyncio.get_running_loop().create_future()
+            return await waiting[key]
+
+    listening = asyncio.create_task(listen())
     try:
-        tree = ast.parse(code)
-        last = ast.Expression(tree.body.pop().value) if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-        exec(compile(tree, "<block>", "exec"), names)
-        if last and (value := eval(compile(last, "<block>", "eval"), names)) is not None:
-            print(repr(value))
-    except BaseException as error:
-        failed, frames = True, error.__traceback__
-        while frames and frames.tb_frame.f_code.co_filename != "<block>":
-            frames = frames.tb_next
-        traceback.print_exception(type(error), error, frames, file=sys.stdout)
-    sys.stdout.flush()
-    os.write(1, f"{mark}{'!' if failed else '.'}".encode())
-"""
-
-
-def sandbox() -> list[str]:
-    """bubblewrap's command line: no network, no processes or files but Python's own, an empty /tmp of 64 MiB."""
-    inside = []
-    for path in sorted({sys.prefix, *(str(Path(path).resolve()) for path in (sys.prefix, sys.base_prefix))}):
-        if not path.startswith("/usr"):
-            above = [word for folder in reversed(Path(path).parents) for word in ("--perms", "755", "--dir", str(folder))]
-            inside += [*above, "--ro-bind", path, path]
-    for path in ("/lib", "/lib64", "/bin"):
-        inside += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind-try", path, path]
-    apart = ["--unshare-all", "--cap-drop", "ALL"]
-    if os.getuid() == 0:  # without names of its own for users, so that KERNEL can become nobody
-        apart = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
-        apart += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-    return ["bwrap", *apart, "--die-with-parent", "--new-session", "--ro-bind", "/usr", "/usr", "--proc", "/proc",
-            "--dev", "/dev", "--remount-ro", "/dev", "--perms", "1777", "--size", str(64 << 20), "--tmpfs", "/tmp", *inside,
-            "--remount-ro", "/", "--chdir", "/tmp"]  # fmt: skip
-
-
-class Kernel:
-    """A Python process for the code blocks of one solution; their names are kept from block to block."""
-
-    def __init__(self, sandboxed: bool = True):
-        self.wrapper, self.process = sandbox() if sandboxed else [], None
-
-    async def run(self, code: str) -> tuple[str, bool]:
-        """(what the block prints, whether it failed). A block that takes too long, or prints too much, ends the kernel with all
-        its children, and the next block finds a new one."""
-        if not self.process:
-            command = [*self.wrapper, sys.executable, "-I", "-c", KERNEL, json.dumps(KERNEL_LIMITS)]
-            how = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE, "stderr": asyncio.subprocess.STDOUT}
-            how |= {"env": KERNEL_ENVIRONMENT, "start_new_session": True}
-            self.process = await asyncio.create_subprocess_exec(*command, **how)
-        mark, output, why = secrets.token_hex(16), b"", ""
-        try:
-            self.process.stdin.write(json.dumps([code, mark]).encode() + b"\n")
-            async with asyncio.timeout(BLOCK_SECONDS):
-                while not re.search(mark.encode() + b"[!.]", output):
-                    more = await self.process.stdout.read(1 << 16)
-                    output += more
-                    if not more or len(output) > 100 * BLOCK_OUTPUT:
-                        why = "the process has ended" if not more else "too much output"
-                        break
-        except TimeoutError:
-            why = f"no end after {BLOCK_SECONDS} seconds"
-        except OSError:
-            why = "the process has ended"
-        if why:
-            await self.close()
-        text, _, verdict = output.decode(errors="replace").partition(mark)
-        text = text[:BLOCK_OUTPUT].replace("<|", "< |").strip()  # it forges no block
-        text = f"{text}\nKernelError: {why}".strip() if why else text
-        return text or "<empty_execution>", bool(why) or verdict.startswith("!")
-
-    async def close(self):
-        if process := self.process:
-            self.process = None
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            with contextlib.suppress(TimeoutError):  # of what a child that got away without a sandbox keeps open
-                await asyncio.wait_for(process.communicate(), 2)  # wait() alone waits for ever for output that nobody reads
-
-
-def check_interpreter(args):
-    """Stop where the model's code would be run and cannot be run safely."""
-    if args.split == "blocks" and not args.unsafe_no_sandbox:
-        try:
-            command, how = [*sandbox(), sys.executable, "-c", ""], {"env": KERNEL_ENVIRONMENT, "capture_output": True}
-            subprocess.run(command, **how, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            why = str(getattr(error, "stderr", None) or error).strip()
-            stop(f"--split blocks runs the model's code, and bubblewrap, which keeps it in, does not start ({why}); install it "
-                 "(apt install bubblewrap), or give --unsafe-no-sandbox")  # fmt: skip
+        yield run_code
+    finally:
+        process.stdin.close()
+        await listening
+        await process.wait()
 
 
 def load_tokenizer(model: str, template: Path | None, switches: str, chat: bool = True):

@@ -40,7 +40,6 @@ import re
 import secrets
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -139,8 +138,8 @@ METHODS = {  # of each its input, and the options that it alone heeds
 
 
 def pair_of(row: dict, method: str, step: int, prefix: str, chosen: str, rejected: str, full_chosen: str, full_rejected: str):
-    """The pair that is made: behind `prefix`, which ends in the label of `step` (of SCDPO the first that goes astray, of DPO 1),
-    a better text and a worse one."""
+    """The pair that is made: behind `prefix`, which ends in the label of `step`, a better text and a worse one. `step` is the
+    wrong one; of SCDPO the first that may go astray, of DPO 1."""
     return {"dataset": row.get("dataset", ""), "prompt": row["problem"], "initial_reason_steps": prefix, "chosen": chosen,
             "rejected": rejected, "full_chosen": full_chosen, "full_rejected": full_rejected, "answer": row["answer"],
             "id": row["id"], "method": method, "error_step": step, "sample": row["sample"]}  # fmt: skip
@@ -308,10 +307,8 @@ def pair_up(args: Args, rows: list[dict]) -> tuple[list[dict], Counter]:
     count, used, pairs = Counter(), Counter(), []
     parsed = [row for row in rows if row["finish_reason"] == "stop" and row["prediction"] is not None]
     forced = [row for row in parsed if row["response"].startswith(args.opening)]
-    count["unfinished or without an answer"], count["without the forced opening"] = (
-        len(rows) - len(parsed),
-        len(parsed) - len(forced),
-    )
+    count["unfinished or without an answer"] = len(rows) - len(parsed)
+    count["without the forced opening"] = len(parsed) - len(forced)
     right = distinct([row for row in forced if row["correct"]], count)
     wrong = [row for row in forced if not row["correct"]]
 
@@ -336,10 +333,12 @@ async def make_all(args: Args, problems: dict[str, list[dict]], rollouts: dict, 
     `await go_on(row, prefix, seed, n, **sampling)` gives n continuations of a solution's first steps; see complete()."""
     done, model = {row["id"] for row in tries.rows}, args.rectifier or args.model
     todo = [rows for identity, rows in problems.items() if identity not in done]
-    idle = args.method == "dpo" or not todo
-    tokenizer = None if idle else load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs)
-    async with contextlib.nullcontext() if idle else engine(args, model) as generate:
-        solve = Solver(args, generate, tokenizer)
+    async with contextlib.AsyncExitStack() as stack:
+        if args.method != "dpo" and todo:
+            tokenizer = load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs)
+            run_code = await stack.enter_async_context(interpreter(args))
+            generate = await stack.enter_async_context(engine(args, model))
+            solve = Solver(args, generate, tokenizer, run_code)
 
         def go_on(row: dict, prefix: str, seed: int, n: int = 1, **sampling):
             return solve(row["problem"], prefix, seed, n, top_p=args.top_p, **sampling)
@@ -380,17 +379,8 @@ def load_rollouts(args: Args, settings: dict) -> dict[tuple, list[dict]]:
     meta = Path(f"{args.rollouts}.meta.json")
     rows = read_rows(args.rollouts, ("id", "rollouts"))
     made = json.loads(meta.read_text())["settings"] if meta.exists() else stop(f"{meta} is missing; see 02 --keep-rollouts")
-    for name in (
-        "model",
-        "temperature",
-        "top_p",
-        "max_tokens",
-        "chat_template",
-        "chat_template_kwargs",
-        "opening",
-        "split",
-        *NEUTRAL,
-    ):
+    names = ("model", "temperature", "top_p", "max_tokens", "chat_template", "chat_template_kwargs", "opening", "split")
+    for name in (*names, *NEUTRAL):
         if made.get(name) != json.loads(json.dumps(settings[name], default=str)):
             stop(f"{args.rollouts} was made with {name} = {made.get(name)!r}, here it is {settings[name]!r}")
     return {(row["id"], row["sample"], int(k)): found for row in rows for k, found in row["rollouts"].items()}
@@ -433,6 +423,7 @@ def main(args: Args):
     args.top_p = args.top_p or (1.0 if args.method == "scdpo" else 0.95)
     began, problems, digest = time.time(), load_input(args), lambda data: hashlib.sha256(data).hexdigest()[:16]
     settings = {"stage": "03_rectify", "method": args.method, "seed": args.seed} | {name: getattr(args, name) for name in own}
+    settings |= {"opening": args.opening, "split": args.split}
     if args.method != "dpo":
         names = ("chat_template", "chat_template_kwargs", "top_p", "max_tokens")
         settings |= {name: getattr(args, name) for name in names} | NEUTRAL
@@ -441,8 +432,7 @@ def main(args: Args):
     settings[own[0]] = digest(json.dumps(problems).encode())  # sorted: the file's order does not count
     settings["rollouts"] = digest(args.rollouts.read_bytes()) if rollouts else None
     if args.method != "dpo":
-        check_interpreter(args)
-    tries, grader = Output(tries_path, settings), Grader()
+        tries, grader = Output(tries_path, settings), Grader()
     before = len(tries.rows)
     try:
         asyncio.run(make_all(args, problems, rollouts, tries, grader))
@@ -563,7 +553,7 @@ class Output:
             "settings": self.settings,
             "seconds": round(time.time() - self.began, 1),
             "arguments": sys.argv[1:],
-            "git": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
+            "git": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() if shutil.which("git") else "",
             "versions": {name: installed[name] for name in PACKAGES if name in installed},
         }
         temporary = self.meta_path.with_suffix(".tmp")
@@ -862,9 +852,8 @@ class Solver:
     block, what the code prints. `temperature` may be a function of the turn. Besides "stop", "length" and "refused", the
     finish_reason is "rounds" where all turns are used, "execution" where the model itself writes an execution block."""
 
-    def __init__(self, args, generate, tokenizer):
-        self.args, self.generate, self.tokenizer, self.count = args, generate, tokenizer, Counter()
-        self.processors = asyncio.Semaphore(os.cpu_count() or 1)  # a block's seconds must not go by in a queue
+    def __init__(self, args, generate, tokenizer, run_code=None):
+        self.args, self.generate, self.tokenizer, self.run_code, self.count = args, generate, tokenizer, run_code, Counter()
 
     async def __call__(self, problem: str, prefix: str, seed: int, n: int = 1, **sampling) -> list[dict]:
         if self.args.split != "blocks":
@@ -875,11 +864,11 @@ class Solver:
 
     async def by_turns(self, problem: str, prefix: str, seed: int, temperature, **sampling) -> dict:
         found = REFUSED | {"finish_reason": "rounds", "rounds": 0, "executions": 0, "failures": 0}
-        kernel = Kernel(not self.args.unsafe_no_sandbox)
+        key = secrets.token_hex(8)
         try:
             for block in blocks_of(prefix):  # its names are needed; its output is in the prefix already
                 if block["type"] == "code":
-                    await self.execute(kernel, block["content"])
+                    await self.run_code(key, block["content"])
             while found["rounds"] < self.args.rounds:
                 ids = prompt_ids(self.tokenizer, problem, prefix + found["text"])
                 heat = temperature(found["rounds"]) if callable(temperature) else temperature
@@ -895,133 +884,50 @@ class Solver:
                 if not more["text"].endswith("<|endofblock|>"):
                     return found | {"finish_reason": "stop"}
                 if (blocks := blocks_of(more["text"])) and blocks[-1]["type"] == "code":
-                    output, failed = await self.execute(kernel, blocks[-1]["content"])
-                    found["text"] += f"<|execution|>{output}<|endofblock|>"
-                    found["executions"], found["failures"] = found["executions"] + 1, found["failures"] + failed
+                    ran = await self.run_code(key, blocks[-1]["content"])
+                    found["text"] += f"<|execution|>{ran['output']}<|endofblock|>"
+                    found["executions"], found["failures"] = found["executions"] + 1, found["failures"] + ran["failed"]
+                    self.count.update({"executions": 1, "that failed": ran["failed"], "seconds in code": ran["seconds"]})
             return found
         finally:
-            await kernel.close()
-
-    async def execute(self, kernel: Kernel, code: str) -> tuple[str, bool]:
-        async with self.processors:
-            began = time.time()
-            found = await kernel.run(code)
-            self.count.update({"executions": 1, "executions that failed": found[1], "seconds in code": time.time() - began})
-            return found
+            await self.run_code(key, None)
 
 
 # Copied from 01_sample_errors.py
-KERNEL_LIMITS = {"AS": 2 << 30, "FSIZE": 32 << 20, "NPROC": 32, "CPU": 240, "CORE": 0}  # memory, a file, processes, seconds
-# Copied from 01_sample_errors.py
-KERNEL_ENVIRONMENT = {"PATH": os.environ.get("PATH", ""), "HOME": "/tmp", "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
-# Copied from 01_sample_errors.py
-BLOCK_SECONDS = 6  # for one code block, as in the authors' code
-# Copied from 01_sample_errors.py
-BLOCK_OUTPUT = 10_000  # characters of its output that are kept
-# Copied from 01_sample_errors.py
-KERNEL = """
-import ast, json, os, resource, sys, traceback
-if os.getuid() == 0:  # the limit on processes does not hold for root
-    uid = 1 << 20 | int.from_bytes(os.urandom(2), "big")
-    os.setgroups([]), os.setgid(uid), os.setuid(uid)
-for name, most in json.loads(sys.argv[1]).items():
-    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
-orders = os.fdopen(os.dup(0))
-os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # input() finds nothing
-names = {"__name__": "__main__"}
-for line in orders:
-    (code, mark), failed = json.loads(line), False
+@contextlib.asynccontextmanager
+async def interpreter(args):
+    """Yields `await run_code(id, code)` -> {"output", "failed", "seconds"} by interpreter.py, which stands beside this script;
+    code None ends what runs under the id. Without --split blocks, None."""
+    if args.split != "blocks":
+        yield None
+        return
+    command = [sys.executable, str(Path(__file__).with_name("interpreter.py"))]
+    command += ["--unsafe-no-sandbox"] if args.unsafe_no_sandbox else []
+    how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "limit": 1 << 24, "start_new_session": True}
+    process, waiting = await asyncio.create_subprocess_exec(*command, **how), {}
+    if not await process.stdout.readline():
+        raise SystemExit(2)  # it has said why
+
+    async def listen():
+        async for line in process.stdout:
+            row = json.loads(line)
+            waiting.pop(row["id"]).set_result(row)
+        for answer in waiting.values():
+            answer.set_exception(ConnectionError("interpreter.py has ended"))
+
+    async def run_code(key: str, code: str | None):
+        process.stdin.write(json.dumps({"id": key, "code": code}).encode() + b"\n")
+        if code is not None:
+            waiting[key] = asyncio.get_running_loop().create_future()
+            return await waiting[key]
+
+    listening = asyncio.create_task(listen())
     try:
-        tree = ast.parse(code)
-        last = ast.Expression(tree.body.pop().value) if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-        exec(compile(tree, "<block>", "exec"), names)
-        if last and (value := eval(compile(last, "<block>", "eval"), names)) is not None:
-            print(repr(value))
-    except BaseException as error:
-        failed, frames = True, error.__traceback__
-        while frames and frames.tb_frame.f_code.co_filename != "<block>":
-            frames = frames.tb_next
-        traceback.print_exception(type(error), error, frames, file=sys.stdout)
-    sys.stdout.flush()
-    os.write(1, f"{mark}{'!' if failed else '.'}".encode())
-"""
-
-
-# Copied from 01_sample_errors.py
-def sandbox() -> list[str]:
-    """bubblewrap's command line: no network, no processes or files but Python's own, an empty /tmp of 64 MiB."""
-    inside = []
-    for path in sorted({sys.prefix, *(str(Path(path).resolve()) for path in (sys.prefix, sys.base_prefix))}):
-        if not path.startswith("/usr"):
-            above = [word for folder in reversed(Path(path).parents) for word in ("--perms", "755", "--dir", str(folder))]
-            inside += [*above, "--ro-bind", path, path]
-    for path in ("/lib", "/lib64", "/bin"):
-        inside += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind-try", path, path]
-    apart = ["--unshare-all", "--cap-drop", "ALL"]
-    if os.getuid() == 0:  # without names of its own for users, so that KERNEL can become nobody
-        apart = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
-        apart += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-    return ["bwrap", *apart, "--die-with-parent", "--new-session", "--ro-bind", "/usr", "/usr", "--proc", "/proc",
-            "--dev", "/dev", "--remount-ro", "/dev", "--perms", "1777", "--size", str(64 << 20), "--tmpfs", "/tmp", *inside,
-            "--remount-ro", "/", "--chdir", "/tmp"]  # fmt: skip
-
-
-# Copied from 01_sample_errors.py
-class Kernel:
-    """A Python process for the code blocks of one solution; their names are kept from block to block."""
-
-    def __init__(self, sandboxed: bool = True):
-        self.wrapper, self.process = sandbox() if sandboxed else [], None
-
-    async def run(self, code: str) -> tuple[str, bool]:
-        """(what the block prints, whether it failed). A block that takes too long, or prints too much, ends the kernel with all
-        its children, and the next block finds a new one."""
-        if not self.process:
-            command = [*self.wrapper, sys.executable, "-I", "-c", KERNEL, json.dumps(KERNEL_LIMITS)]
-            how = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE, "stderr": asyncio.subprocess.STDOUT}
-            how |= {"env": KERNEL_ENVIRONMENT, "start_new_session": True}
-            self.process = await asyncio.create_subprocess_exec(*command, **how)
-        mark, output, why = secrets.token_hex(16), b"", ""
-        try:
-            self.process.stdin.write(json.dumps([code, mark]).encode() + b"\n")
-            async with asyncio.timeout(BLOCK_SECONDS):
-                while not re.search(mark.encode() + b"[!.]", output):
-                    more = await self.process.stdout.read(1 << 16)
-                    output += more
-                    if not more or len(output) > 100 * BLOCK_OUTPUT:
-                        why = "the process has ended" if not more else "too much output"
-                        break
-        except TimeoutError:
-            why = f"no end after {BLOCK_SECONDS} seconds"
-        except OSError:
-            why = "the process has ended"
-        if why:
-            await self.close()
-        text, _, verdict = output.decode(errors="replace").partition(mark)
-        text = text[:BLOCK_OUTPUT].replace("<|", "< |").strip()  # it forges no block
-        text = f"{text}\nKernelError: {why}".strip() if why else text
-        return text or "<empty_execution>", bool(why) or verdict.startswith("!")
-
-    async def close(self):
-        if process := self.process:
-            self.process = None
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            with contextlib.suppress(TimeoutError):  # of what a child that got away without a sandbox keeps open
-                await asyncio.wait_for(process.communicate(), 2)  # wait() alone waits for ever for output that nobody reads
-
-
-# Copied from 01_sample_errors.py
-def check_interpreter(args):
-    """Stop where the model's code would be run and cannot be run safely."""
-    if args.split == "blocks" and not args.unsafe_no_sandbox:
-        try:
-            command, how = [*sandbox(), sys.executable, "-c", ""], {"env": KERNEL_ENVIRONMENT, "capture_output": True}
-            subprocess.run(command, **how, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            why = str(getattr(error, "stderr", None) or error).strip()
-            stop(f"--split blocks runs the model's code, and bubblewrap, which keeps it in, does not start ({why}); install it "
-                 "(apt install bubblewrap), or give --unsafe-no-sandbox")  # fmt: skip
+        yield run_code
+    finally:
+        process.stdin.close()
+        await listening
+        await process.wait()
 
 
 # Copied from 01_sample_errors.py

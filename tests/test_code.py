@@ -12,11 +12,13 @@ import time
 
 import psutil
 import pytest
-from conftest import TINY, read, run, stage
+from conftest import ROOT, TINY, read, run, stage
+
+import interpreter
 
 SANDBOX = (
     shutil.which("bwrap")
-    and not subprocess.run([*stage(1).sandbox(), sys.executable, "-c", ""], capture_output=True, check=False).returncode
+    and not subprocess.run([*interpreter.sandbox(), sys.executable, "-c", ""], capture_output=True, check=False).returncode
 )
 needs_sandbox = pytest.mark.skipif(not SANDBOX, reason="no bubblewrap that works here")
 SOLUTION = (
@@ -30,7 +32,7 @@ def outputs(*codes: str, sandboxed: bool = bool(SANDBOX)) -> list[tuple[str, boo
     """What the blocks of one kernel print."""
 
     async def all_of_them():
-        kernel = stage(1).Kernel(sandboxed)
+        kernel = interpreter.Kernel(interpreter.sandbox() if sandboxed else [])
         try:
             return [await kernel.run(code) for code in codes]
         finally:
@@ -94,7 +96,7 @@ def test_hostile_programs_are_kept_in(what, tmp_path, monkeypatch):
         code = code.format(file=str(tmp_path / "kept.txt"), port=server.getsockname()[1])
         began, before = time.time(), {process.pid for process in psutil.process_iter()}
         [(text, _)] = outputs(code)
-        assert time.time() - began < stage(1).BLOCK_SECONDS + 3
+        assert time.time() - began < interpreter.SECONDS + 3
         with pytest.raises(BlockingIOError):
             server.accept()
     assert wanted in text and "sk-secret" not in text and len(text) < 11_000
@@ -111,6 +113,35 @@ def test_without_a_sandbox_no_code_is_run(tmp_path):
     done = run(1, *options, check=False, env=environment)
     assert done.returncode == 2 and "bubblewrap" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "s.jsonl").exists()
+
+
+def test_interpreter_as_a_program(tmp_path):
+    """Blocks of two solutions from a file; a kernel that is ended has forgotten its names; many at once."""
+    rows = [{"id": "a", "code": "x = 1"}, {"id": "b", "code": "x"}, *({"id": f"c{i}", "code": f"{i} * {i}"} for i in range(20))]
+    (tmp_path / "requests.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, ROOT / "interpreter.py", *([] if SANDBOX else ["--unsafe-no-sandbox"])]
+    with open(tmp_path / "requests.jsonl") as file:
+        done = subprocess.run(command, stdin=file, capture_output=True, text=True, check=True)
+    ready, *found = map(json.loads, done.stdout.splitlines())
+    outputs = {row["id"]: row["output"] for row in found}
+    assert ready == {"ready": True} and len(found) == 22
+    assert outputs["a"] == "<empty_execution>" and "NameError" in outputs["b"] and outputs["c7"] == "49"
+
+
+def test_a_kill_takes_interpreter_and_kernels_along():
+    """The stage's end, whatever the way, ends the input of interpreter.py."""
+    command = [sys.executable, ROOT / "interpreter.py", *([] if SANDBOX else ["--unsafe-no-sandbox"])]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    for i in range(3):
+        process.stdin.write(json.dumps({"id": str(i), "code": "1" if i else "while True: pass"}) + "\n")
+        process.stdin.flush()
+    process.stdout.readline()
+    kernels = psutil.Process(process.pid).children(recursive=True)
+    process.stdin.close()
+    assert len(kernels) >= 3 and process.wait(interpreter.SECONDS + 4) == 0
+    _, alive = psutil.wait_procs(kernels, timeout=3)
+    assert not alive
 
 
 class Turns:
@@ -141,7 +172,8 @@ def solve(model, prefix="", split="blocks", rounds=8, **sampling):
     args = stage(1).Args(split=split, rounds=rounds, unsafe_no_sandbox=not SANDBOX)
 
     async def go_on():
-        return await stage(1).Solver(args, model, Letters())("1 + 1 = ?", prefix, 7, **sampling)
+        async with stage(1).interpreter(args) as run_code:
+            return await stage(1).Solver(args, model, Letters(), run_code)("1 + 1 = ?", prefix, 7, **sampling)
 
     return asyncio.run(go_on())
 

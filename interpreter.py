@@ -1,0 +1,172 @@
+"""Run the code blocks of code-integrated solutions: a kernel of its own for each solution, in a sandbox (bubblewrap).
+
+    echo '{"id": "q1", "code": "a = 3 + 4\\na"}' | python interpreter.py      # with --split blocks the stages start it
+
+Input, a line a block; names are kept from block to block of one id, until a line with "code": null ends its kernel:
+    {"id": "q1", "code": "a = 3 + 4\\na"}
+
+Output: the line {"ready": true}, then a line for each block, in the order in which they end; what a notebook would show:
+    {"id": "q1", "output": "7", "failed": false, "seconds": 0.03}
+
+The program sees no network, no files but Python's own, an empty /tmp of 64 MiB, and no process but its own. A block may take 6
+seconds, as in the authors' code; one that takes longer, prints without end or ends the process loses its kernel, with all that
+it started, and the next block finds a new one. Ends, with all kernels, when its input does.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+SECONDS = 6  # for one block
+KEPT = 10_000  # characters of its output
+LIMITS = {"AS": 2 << 30, "FSIZE": 32 << 20, "NPROC": 32, "CPU": 240, "CORE": 0}  # bytes, bytes, processes, seconds
+ENVIRONMENT = {"PATH": os.environ.get("PATH", ""), "HOME": "/tmp", "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
+
+# What runs in the sandbox: a line with code and a mark in, the output and the mark out
+KERNEL = """
+import ast, json, os, resource, sys, traceback
+if os.getuid() == 0:  # the limit on processes does not hold for root
+    uid = 1 << 20 | int.from_bytes(os.urandom(2), "big")
+    os.setgroups([]), os.setgid(uid), os.setuid(uid)
+for name, most in json.loads(sys.argv[1]).items():
+    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
+orders = os.fdopen(os.dup(0))
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # input() finds nothing
+names = {"__name__": "__main__"}
+for line in orders:
+    (code, mark), failed = json.loads(line), False
+    try:
+        tree = ast.parse(code)
+        last = ast.Expression(tree.body.pop().value) if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, "<block>", "exec"), names)
+        if last and (value := eval(compile(last, "<block>", "eval"), names)) is not None:
+            print(repr(value))
+    except BaseException as error:
+        failed, frames = True, error.__traceback__
+        while frames and frames.tb_frame.f_code.co_filename != "<block>":
+            frames = frames.tb_next
+        traceback.print_exception(type(error), error, frames, file=sys.stdout)
+    sys.stdout.flush()
+    os.write(1, f"{mark}{'!' if failed else '.'}".encode())
+"""
+
+
+@dataclass
+class Args:
+    unsafe_no_sandbox: bool = False
+    """run the code with your files and your network, where bubblewrap is missing"""
+
+
+def sandbox() -> list[str]:
+    """bubblewrap's command line, before that of the program."""
+    inside = []
+    for path in sorted({sys.prefix, *(str(Path(path).resolve()) for path in (sys.prefix, sys.base_prefix))}):
+        if not path.startswith("/usr"):
+            above = [word for folder in reversed(Path(path).parents) for word in ("--perms", "755", "--dir", str(folder))]
+            inside += [*above, "--ro-bind", path, path]
+    for path in ("/lib", "/lib64", "/bin"):
+        inside += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind-try", path, path]
+    apart = ["--unshare-all", "--cap-drop", "ALL"]
+    if os.getuid() == 0:  # without user ids of its own, so that KERNEL can take one to which the limits apply
+        apart = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
+        apart += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    return ["bwrap", *apart, "--die-with-parent", "--new-session", "--ro-bind", "/usr", "/usr", "--proc", "/proc",
+            "--dev", "/dev", "--remount-ro", "/dev", "--perms", "1777", "--size", str(64 << 20), "--tmpfs", "/tmp", *inside,
+            "--remount-ro", "/", "--chdir", "/tmp"]  # fmt: skip
+
+
+class Kernel:
+    """A Python process for the blocks of one solution."""
+
+    def __init__(self, wrapper: list[str]):
+        self.wrapper, self.process = wrapper, None
+
+    async def run(self, code: str) -> tuple[str, bool]:
+        """(what the block prints, whether it failed)"""
+        if not self.process:
+            command = [*self.wrapper, sys.executable, "-I", "-c", KERNEL, json.dumps(LIMITS)]
+            how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": ENVIRONMENT}
+            self.process = await asyncio.create_subprocess_exec(*command, **how, start_new_session=True)
+        mark, output, why = secrets.token_hex(16), b"", ""
+        try:
+            self.process.stdin.write(json.dumps([code, mark]).encode() + b"\n")
+            async with asyncio.timeout(SECONDS):
+                while not re.search(mark.encode() + b"[!.]", output):
+                    more = await self.process.stdout.read(1 << 16)
+                    output += more
+                    if not more or len(output) > 100 * KEPT:
+                        why = "the process has ended" if not more else "too much output"
+                        break
+        except TimeoutError:
+            why = f"no end after {SECONDS} seconds"
+        except OSError:
+            why = "the process has ended"
+        if why:
+            await self.close()
+        text, _, verdict = output.decode(errors="replace").partition(mark)
+        text = text[:KEPT].replace("<|", "< |").strip()  # it forges no block
+        text = f"{text}\nKernelError: {why}".strip() if why else text
+        return text or "<empty_execution>", bool(why) or verdict.startswith("!")
+
+    async def close(self):
+        if process := self.process:
+            self.process = None
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(TimeoutError):  # of what a child that got away without a sandbox keeps open
+                await asyncio.wait_for(process.communicate(), 2)  # wait() alone waits for ever for output that nobody reads
+
+
+async def serve(wrapper: list[str]):
+    """Answer the lines of the standard input until it ends."""
+    kernels, tasks = {}, set()
+    processors = asyncio.Semaphore(os.cpu_count() or 1)  # a block's seconds must not go by in a queue
+
+    async def answer(key: str, code: str):
+        async with processors:
+            began = time.time()
+            output, failed = await kernels.setdefault(key, Kernel(wrapper)).run(code)
+        print(json.dumps({"id": key, "output": output, "failed": failed, "seconds": time.time() - began}), flush=True)
+
+    print(json.dumps({"ready": True}), flush=True)
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        row = json.loads(line)
+        if row["code"] is not None:
+            work = answer(row["id"], row["code"])
+        elif row["id"] in kernels:
+            work = kernels.pop(row["id"]).close()
+        else:
+            continue
+        tasks.add(task := asyncio.create_task(work))
+        task.add_done_callback(tasks.discard)
+    await asyncio.gather(*tasks)  # at most SECONDS each
+    for kernel in kernels.values():
+        await kernel.close()
+
+
+def main(args: Args):
+    wrapper = [] if args.unsafe_no_sandbox else sandbox()
+    try:
+        how = {"env": ENVIRONMENT, "capture_output": True, "text": True, "check": True}
+        subprocess.run([*wrapper, sys.executable, "-c", ""], **how)
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = str(getattr(error, "stderr", None) or error).strip()
+        print(f"interpreter.py: error: bubblewrap, which keeps the model's code in, does not start ({why}); install it (apt "
+              "install bubblewrap), or give --unsafe-no-sandbox", file=sys.stderr)  # fmt: skip
+        raise SystemExit(2) from None
+    asyncio.run(serve(wrapper))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__.split("\n\nInput")[0]))
