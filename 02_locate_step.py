@@ -577,13 +577,13 @@ class Output:
         self.rows += rows
 
     def save_meta(self, **more):
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        git = [shutil.which("git") or "true", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         installed = {package.name: package.version for package in importlib.metadata.distributions()}
         meta = {
             "settings": self.settings,
             "seconds": round(time.time() - self.began, 1),
             "arguments": sys.argv[1:],
-            "git": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() if shutil.which("git") else "",
+            "git": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
             "versions": {name: installed[name] for name in PACKAGES if name in installed},
         }
         temporary = self.meta_path.with_suffix(".tmp")
