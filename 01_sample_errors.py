@@ -32,7 +32,6 @@ import os
 import re
 import secrets
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -291,13 +290,15 @@ class Output:
         self.rows += rows
 
     def save_meta(self, **more):
-        git = [shutil.which("git") or "true", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        git, commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], ""
+        with contextlib.suppress(FileNotFoundError):  # no git here
+            commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
         installed = {package.name: package.version for package in importlib.metadata.distributions()}
         meta = {
             "settings": self.settings,
             "seconds": round(time.time() - self.began, 1),
             "arguments": sys.argv[1:],
-            "git": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
+            "git": commit,
             "versions": {name: installed[name] for name in PACKAGES if name in installed},
         }
         temporary = self.meta_path.with_suffix(".tmp")
