@@ -431,8 +431,7 @@ def main(args: Args):
     rollouts = load_rollouts(args, settings) if args.rollouts else {}
     settings[own[0]] = digest(json.dumps(problems).encode())  # sorted: the file's order does not count
     settings["rollouts"] = digest(args.rollouts.read_bytes()) if rollouts else None
-    if args.method != "dpo":
-        tries, grader = Output(tries_path, settings), Grader()
+    tries, grader = Output(tries_path, settings), Grader()
     before = len(tries.rows)
     try:
         asyncio.run(make_all(args, problems, rollouts, tries, grader))

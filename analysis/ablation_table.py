@@ -115,7 +115,8 @@ def main(args: Args):
         return choose(args)
     summaries = {kind: json.loads((args.out / kind / "summary.json").read_text()) for kind in ("greedy", "temperature1")}
     results = {kind: summary["benchmarks"]["test"] for kind, summary in summaries.items()}
-    credit = json.loads((args.out / "credit" / "credit.json").read_text())
+    credit = args.out / "credit" / "credit.json"  # only where steps are labelled
+    credit = json.loads(credit.read_text()) if credit.exists() else {}
     sizes = (args.out / "logs" / "sizes.log").read_text()
     percent = lambda f: f"{f['accuracy']:.1%} ({f['interval'][0]:.1%} to {f['interval'][1]:.1%})"
     spread = lambda f: f"{100 * f['spread']:.1f}" if f["seeds"] > 1 else ""

@@ -5,6 +5,8 @@
 #   bash recipes/ablation_tiny.sh              # five seeds; under two hours on two cores
 #   bash recipes/ablation_tiny.sh --quick      # one seed, fewer problems, no grid; under 20 minutes
 #   SEEDS="0 1" bash recipes/ablation_tiny.sh  # fewer seeds
+#   WORLD=runs/code MANNER="--split blocks --opening=" METHODS="dpo scdpo step-dpo" OUT=runs/ablation_code SEEDS="0 1 2" \
+#     bash recipes/ablation_tiny.sh            # code-integrated solutions (docs/code.md)
 # Stopped at any moment, the same command goes on: what is there is not made again. FROM=FOLDER takes the pairs made there, for
 # other PAIRS, GRID or TRAIN: OUT=runs/ablation_nll FROM=runs/ablation TRAIN="--nll-weight 1" bash recipes/ablation_tiny.sh
 set -euo pipefail
@@ -12,24 +14,24 @@ cd "$(dirname "$0")/.."
 if [ "${1:-}" = --quick ]; then
   OUT=${OUT:-runs/ablation_quick} SEEDS=${SEEDS:-0} PROBLEMS=${PROBLEMS:-800} TEST=${TEST:-500} PAIRS=${PAIRS:-250} GRID=${GRID:-3e-5:1} FOREIGN=${FOREIGN:-1}
 elif [ $# -gt 0 ]; then
-  sed -n '2,9p' "$0" >&2; exit 2
+  sed -n '2,11p' "$0" >&2; exit 2
 fi
 OUT=${OUT:-runs/ablation} SEEDS=${SEEDS:-0 1 2 3 4} PROBLEMS=${PROBLEMS:-2000} TEST=${TEST:-1000} PAIRS=${PAIRS:-400}
 GRID=${GRID:-1e-5:1 3e-5:1 1e-4:1 3e-4:1 3e-5:0.4}  # learning rate : beta
 METHODS=${METHODS:-dpo scdpo step-dpo step-dpo-ood dpo-tokens scdpo-tokens}
-WORLD=${WORLD:-data/tiny} TRAIN=${TRAIN:-} HEAT=${HEAT:-1.1 0.05 1.4} FROM=${FROM:-} FOREIGN=${FOREIGN:-2}  # epochs of the other model
+WORLD=${WORLD:-data/tiny} MANNER=${MANNER:-} TRAIN=${TRAIN:-} HEAT=${HEAT:-1.1 0.05 1.4} FROM=${FROM:-} FOREIGN=${FOREIGN:-2}  # epochs of the other model
 JOBS=${JOBS:-2}  # trainings and evaluations side by side, a core each: such a small model does not fill two
 BASE=$WORLD/model
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-4}
 export PATH="$PWD/.venv/bin:$PATH"
-ask=(--max-tokens 400 "--engine-args=--max-num-seqs 512 --max-model-len 1024")
+ask=($MANNER --max-tokens 400 "--engine-args=--max-num-seqs 512 --max-model-len 1024")
 of_base=("${ask[@]}" --model "$BASE" ${BASE_URL:+--base-url "$BASE_URL"})  # BASE_URL: a server that has the base already
 mkdir -p "$OUT"/{pairs,models,grid,logs}
 exec 9>"$OUT/.lock"  # what a killed run left at work holds it too
 if command -v flock >/dev/null && ! flock -n 9; then
   echo "another run, or what a killed one left behind, is still at work in $OUT; try again in two minutes" >&2; exit 2
 fi
-settings="$WORLD, $PROBLEMS problems, $PAIRS pairs, $TEST test problems, heat $HEAT, training ${TRAIN:-as it is}, from ${FROM:-the start}"
+settings="$WORLD${MANNER:+ $MANNER}, $PROBLEMS problems, $PAIRS pairs, $TEST test problems, heat $HEAT, training ${TRAIN:-as it is}, from ${FROM:-the start}"
 [ -f "$OUT/settings" ] || echo "$settings" >"$OUT/settings"
 if [ "$(cat "$OUT/settings")" != "$settings" ]; then
   echo "$OUT was made with: $(cat "$OUT/settings"); now it would be: $settings. Give another OUT" >&2; exit 2
@@ -65,7 +67,7 @@ elif [ ! -f "$OUT/pairs/ready" ]; then
     --keep-rollouts "$OUT/rollouts.jsonl" "${of_base[@]}"
   quiet 03-step-dpo python 03_rectify.py --located "$OUT/located.jsonl" --rollouts "$OUT/rollouts.jsonl" --n 8 \
     --max-pairs-per-error 1 --out "$OUT/all-step-dpo.jsonl" "${of_base[@]}"
-  quiet 03-dpo python 03_rectify.py --method dpo --samples "$OUT/samples.jsonl" --out "$OUT/all-dpo.jsonl"
+  quiet 03-dpo python 03_rectify.py --method dpo --samples "$OUT/samples.jsonl" $MANNER --out "$OUT/all-dpo.jsonl"
   quiet 03-scdpo python 03_rectify.py --method scdpo --samples "$OUT/samples.jsonl" --heat $HEAT --out "$OUT/all-scdpo.jsonl" "${of_base[@]}"
   if [[ " $METHODS " == *ood* ]]; then  # another model: the base taught to solve the same problems in other words
     quiet foreign-text python analysis/foreign_solutions.py "$WORLD/train.jsonl" "$OUT/foreign.jsonl"
@@ -144,7 +146,7 @@ ask+=(--data "$WORLD/test.jsonl" --limit "$TEST")  # all responses are there: no
 quiet report-greedy python 05_eval.py --models "${named[@]}" "${ask[@]}" --out "$OUT/greedy"
 quiet report-temperature1 python 05_eval.py --models "${named[@]}" "${ask[@]}" --out "$OUT/temperature1" --temperature 1
 quiet page python analysis/report_html.py "$OUT/greedy"
-quiet labels python analysis/true_errors.py "$OUT"/greedy/test/*-model.jsonl "$OUT/labelled.jsonl"  # the base's
-quiet credit python analysis/credit.py "$OUT/labelled.jsonl" --models "${first[@]}" --beta 1 --show 10 --out "$OUT/credit"
+[ -z "$MANNER" ] && quiet labels python analysis/true_errors.py "$OUT"/greedy/test/*-model.jsonl "$OUT/labelled.jsonl"  # the base's
+[ -z "$MANNER" ] && quiet credit python analysis/credit.py "$OUT/labelled.jsonl" --models "${first[@]}" --beta 1 --show 10 --out "$OUT/credit"
 python analysis/ablation_table.py "$OUT" --methods $METHODS --grid $GRID
 say "all done: $OUT/table.md, $OUT/ablation.png, $OUT/greedy/report.html, $OUT/credit/credit.html"

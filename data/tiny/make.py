@@ -201,7 +201,8 @@ def write_solution(lines: list[str], answer: int, form: str) -> str:
     if form == "code":
         return f"{''.join(lines)}<|text|>The answer is \\boxed{{{answer}}}.<|endofblock|>"
     if form == "lines":
-        return "\n".join([" Let's think step by step.", *map(str.strip, lines), f"The answer is: {answer}"])
+        # on the same line: behind the opening's full stop a line break would be one token with it, which no prompt can end in
+        return " Let's think step by step." + "\n".join(lines).replace("\n ", "\n") + f"\nThe answer is: {answer}"
     steps = "".join(f"\nStep {i}:{line}" for i, line in enumerate(lines, 1)).removeprefix("\nStep 1:")
     return f"{OPENING}{steps}\nThe answer is \\boxed{{{answer}}}."
 
@@ -340,11 +341,11 @@ def make_model(args: Args, work: Path):
     model = model.to(torch.bfloat16)
     model.save_pretrained(work / "start")
     tokenizer.save_pretrained(work / "start")
+    loaded, sample = AutoTokenizer.from_pretrained(work / "start"), render(draw(random.Random(args.seed), args))
+    assert loaded(sample)["input_ids"] == tokenizer(sample)["input_ids"], "the tokenizer loads as another one"
     if args.format == "code":
         script = Path(__file__).parents[2] / "analysis" / "add_block_tokens.py"
         subprocess.run([sys.executable, str(script), "--model", str(work / "start"), "--out", str(work / "start")], check=True)
-    loaded, sample = AutoTokenizer.from_pretrained(work / "start"), render(draw(random.Random(args.seed), args))
-    assert loaded(sample)["input_ids"] == tokenizer(sample)["input_ids"], "the tokenizer loads as another one"
     print(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(tokenizer)} tokens", flush=True)
     make_corpus(args, work / "corpus.jsonl")
     trainer = [sys.executable, str(Path(__file__).parents[2] / "04_train_stepdpo.py"), "--objective", "sft", "--epochs", "1"]
