@@ -12,7 +12,7 @@ import time
 
 import psutil
 import pytest
-from conftest import ROOT, TINY, read, run, stage
+from conftest import ROOT, TINY, read, run, run_killed, stage
 
 import interpreter
 
@@ -306,3 +306,48 @@ def test_the_template_is_the_authors_prompt(blocks_model):
     assert one.render_prompt(tokenizer, "1 + 1?", "") == head
     assert one.render_prompt(tokenizer, "1 + 1?", SOLUTION) == head + SOLUTION
     assert read(TINY / "test.jsonl")[0]["problem"] in one.render_prompt(tokenizer, read(TINY / "test.jsonl")[0]["problem"], "")
+
+
+@pytest.mark.slow
+def test_code_from_problems_to_report(tmp_path):
+    """The bundled world with code, 01 killed once, SCDPO's pairs and an evaluation, by real engines and interpreter."""
+    world, safe = tmp_path / "world", [] if SANDBOX else ["--unsafe-no-sandbox"]
+    make = [sys.executable, TINY / "make.py", "--format", "code", "--start", TINY / "model", "--steps", 60, "--lr", 1e-3]
+    subprocess.run([*map(str, make), "--out", str(world), "--work", str(tmp_path / "work")], check=True, capture_output=True)
+    manner = ["--opening=", "--split", "blocks", "--max-tokens", 64, "--engine-args=--max-model-len 1024", *safe]
+    samples = ["--data", world / "train.jsonl", "--limit", 40, "--n", 4, "--model", world / "model", *manner]
+    run_killed(1, *samples, "--out", tmp_path / "s.jsonl", journal=tmp_path / "s.jsonl", kills=1, seed=1, torn=b'{"id": "t')
+    run(1, *samples, "--out", tmp_path / "s.jsonl")
+    rows = read(tmp_path / "s.jsonl")
+    assert len(rows) == len({(row["id"], row["sample"]) for row in rows}) == 160
+    ran = 0
+    for row in rows:
+        assert "".join(row["steps"]) == row["response"] and row["rounds"] <= 64
+        for code, output in zip(row["blocks"], row["blocks"][1:], strict=False):
+            if code["type"] == "code" and re.fullmatch(r"\d+ (?:[-+*]|//) [1-9]\d*", code["content"]):
+                a, sign, b = code["content"].split()
+                value = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "//": int(a) // int(b)}[sign]
+                assert output == {"type": "execution", "content": str(value)}
+                ran += 1
+    assert ran > 100 and sum(row["correct"] for row in rows) > 5
+    run(
+        3,
+        "--method",
+        "scdpo",
+        "--samples",
+        tmp_path / "s.jsonl",
+        "--model",
+        world / "model",
+        "--out",
+        tmp_path / "p.jsonl",
+        *manner,
+    )
+    pairs = read(tmp_path / "p.jsonl")
+    for pair in pairs:
+        prefix = pair["initial_reason_steps"]
+        assert prefix.endswith("<|endofblock|>") and not re.search(r"<\|code\|>[^|]*<\|endofblock\|>$", prefix)
+        assert prefix + pair["chosen"] == pair["full_chosen"] and prefix + pair["rejected"] == pair["full_rejected"]
+        assert len(stage(1).blocks_of(pair["chosen"])) >= 2
+    assert pairs
+    run(5, "--data", world / "test.jsonl", "--limit", 20, "--models", world / "model", "--out", tmp_path / "results", *manner)
+    assert "| rounds | executions | failures |" in (tmp_path / "results" / "report.md").read_text()

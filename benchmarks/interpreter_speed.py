@@ -1,0 +1,55 @@
+"""Code blocks a second of interpreter.py: many solutions of one block (each starts a kernel), and one solution of many blocks.
+
+    python benchmarks/interpreter_speed.py                # half a minute; add --unsafe-no-sandbox where bubblewrap is missing
+
+The block is one addition, so that what is timed is the interpreter.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+PROGRAM = Path(__file__).parents[1] / "interpreter.py"
+
+
+@dataclass
+class Args:
+    blocks: int = 300
+    """blocks in all, of each kind"""
+    unsafe_no_sandbox: bool = False
+    """passed on"""
+
+
+def rate(args: Args, ids: list[str]) -> float:
+    """Blocks a second from the first request to the last answer; an id's kernel ends when its last answer is there."""
+    command = [sys.executable, str(PROGRAM), *(["--unsafe-no-sandbox"] if args.unsafe_no_sandbox else [])]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    began, one = time.time(), len(set(ids)) == 1
+    for key in ids:
+        process.stdin.write(json.dumps({"id": key, "code": "1 + 1"}) + "\n")
+        process.stdin.flush()
+        if one:  # as a solution's blocks come: each behind the answer to the one before
+            process.stdout.readline()
+    for _ in ids if not one else ():
+        key = json.loads(process.stdout.readline())["id"]
+        process.stdin.write(json.dumps({"id": key, "code": None}) + "\n")
+        process.stdin.flush()
+    seconds = time.time() - began
+    process.stdin.close()
+    process.wait()
+    return len(ids) / seconds
+
+
+def main(args: Args):
+    many, one = (rate(args, [str(i) if apart else "0" for i in range(args.blocks)]) for apart in (True, False))
+    print(f"{many:.0f} blocks a second with a kernel each, {one:.0f} in one kernel")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
