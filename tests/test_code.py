@@ -313,11 +313,8 @@ def test_code_from_problems_to_report(tmp_path):
     """The bundled world with code, 01 killed once, SCDPO's pairs and an evaluation, by real engines and interpreter."""
     world, safe = tmp_path / "world", [] if SANDBOX else ["--unsafe-no-sandbox"]
     make = [sys.executable, TINY / "make.py", "--format", "code", "--start", TINY / "model", "--steps", 80, "--batch", 32]
-    subprocess.run(
-        [*map(str, make), "--lr", "1e-3", "--out", str(world), "--work", str(tmp_path / "work")],
-        check=True,
-        capture_output=True,
-    )
+    make += ["--lr", 1e-3, "--out", world, "--work", tmp_path / "work"]
+    subprocess.run([*map(str, make)], check=True, capture_output=True)
     manner = ["--opening=", "--split", "blocks", "--max-tokens", 64, "--engine-args=--max-model-len 1024", *safe]
     samples = ["--data", world / "train.jsonl", "--limit", 40, "--n", 4, "--model", world / "model", *manner]
     run_killed(1, *samples, "--out", tmp_path / "s.jsonl", journal=tmp_path / "s.jsonl", kills=1, seed=1, torn=b'{"id": "t')
