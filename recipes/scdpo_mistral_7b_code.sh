@@ -3,7 +3,8 @@
 #
 # Hardware   8 GPUs with 80 GB, and bubblewrap (Debian: apt install bubblewrap), which keeps the model's code in. Run here only to
 #            see it work, on the bundled world with code (docs/code.md has the figures):
-#              python data/tiny/make.py --format code --start data/tiny/model --steps 300 --out runs/code --work runs/code/work
+#              python data/tiny/make.py --format code --start data/tiny/model --steps 200 --lr 1e-3 --out runs/code \
+#                --work runs/code/work
 #              MODEL=runs/code/model DATA=runs/code/train.jsonl TEST=runs/code/test.jsonl LIMIT=200 LAUNCH= SERVE= LR=1e-5 \
 #                HF_HUB_OFFLINE=1 OUT=runs/scdpo_code bash recipes/scdpo_mistral_7b_code.sh
 # Hours      not measured
