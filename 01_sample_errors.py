@@ -73,7 +73,7 @@ class Args:
     """folder or hub id; vLLM runs it in this process, or with --base-url a server has it under this name"""
     tokenizer: str = ""
     """folder or hub id of the tokenizer, where only a server knows --model"""
-    base_url: str | None = None
+    base_url: str = ""
     """OpenAI-compatible server, http://host:8000/v1; its key is OPENAI_API_KEY"""
     engine_args: str = ""
     """vLLM's own options: --engine-args="--data-parallel-size 8 --max-model-len 4096"; the = is needed"""
@@ -86,9 +86,9 @@ class Args:
     split: Literal["labels", "lines", "blank-lines", "sentences", "blocks"] = "labels"
     """where a step ends: before "Step 2:" and so on, or behind a line, paragraph or sentence; blocks: code is run"""
     rounds: int = 64
-    """--split blocks: turns of the model and the interpreter at most; --max-tokens is each turn's"""
+    """--split blocks: turns of model and interpreter at most; --max-tokens is of each"""
     unsafe_no_sandbox: bool = False
-    """--split blocks: run the model's code with your files and network where bubblewrap is missing"""
+    """run the model's code without bubblewrap, with your files and network"""
     n: int = 2
     """samples of each problem"""
     until_both: int = 0

@@ -101,7 +101,7 @@ class Args:
     """model that made the samples"""
     tokenizer: str = ""
     """folder or hub id of the tokenizer, where only a server knows --model"""
-    base_url: str | None = None
+    base_url: str = ""
     """OpenAI-compatible server, http://host:8000/v1; its key is OPENAI_API_KEY"""
     engine_args: str = ""
     """vLLM's own options: --engine-args="--data-parallel-size 8"; the = is needed"""
@@ -114,9 +114,9 @@ class Args:
     split: Literal["labels", "lines", "blank-lines", "sentences", "blocks"] = "labels"
     """where a step ends; give what 01 was given"""
     rounds: int = 64
-    """--split blocks: turns of the model and the interpreter at most; --max-tokens is each turn's"""
+    """--split blocks: turns of model and interpreter at most; --max-tokens is of each"""
     unsafe_no_sandbox: bool = False
-    """--split blocks: run the model's code with your files and network where bubblewrap is missing"""
+    """run the model's code without bubblewrap, with your files and network"""
     locator: Literal["rollout", "judge"] = "rollout"
     """continuations of the policy itself, or a model that judges"""
     fallback: Literal["none", "rollout"] = "none"
@@ -139,7 +139,7 @@ class Args:
     """longest continuation, in tokens"""
     judge_model: str = ""
     """name of the judge on its server, or folder or hub id for vLLM in this process"""
-    judge_base_url: str | None = None
+    judge_base_url: str = ""
     """the judge's OpenAI-compatible server; its key is JUDGE_API_KEY"""
     judge_temperature: float = 0.6
     """sampling temperature of the judge; at 0 all votes would be the same"""
@@ -291,7 +291,7 @@ async def judge(args):
         yield lambda messages, seed: complete(client, args.judge_model, messages, seed, **sampling)
         return
     tokenizer = load_tokenizer(args.judge_model, None, "{}")
-    async with engine(dataclasses.replace(args, base_url=None), args.judge_model) as generate:
+    async with engine(dataclasses.replace(args, base_url=""), args.judge_model) as generate:
 
         def ask(messages: list[dict], seed: int):
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -86,7 +86,7 @@ class Args:
     """another model for Step-DPO's chosen steps: out of distribution, worse in the paper"""
     tokenizer: str = ""
     """folder or hub id of the tokenizer, where only a server knows --model"""
-    base_url: str | None = None
+    base_url: str = ""
     """OpenAI-compatible server, http://host:8000/v1; its key is OPENAI_API_KEY"""
     engine_args: str = ""
     """vLLM's own options: --engine-args="--data-parallel-size 8"; the = is needed"""
@@ -99,9 +99,9 @@ class Args:
     split: Literal["labels", "lines", "blank-lines", "sentences", "blocks"] = "labels"
     """where a step ends; give what 01 was given"""
     rounds: int = 64
-    """--split blocks: turns of the model and the interpreter at most; --max-tokens is each turn's"""
+    """--split blocks: turns of model and interpreter at most; --max-tokens is of each"""
     unsafe_no_sandbox: bool = False
-    """--split blocks: run the model's code with your files and network where bubblewrap is missing"""
+    """run the model's code without bubblewrap, with your files and network"""
     n: int = 20
     """continuations of each correct prefix"""
     max_pairs_per_error: int = 0

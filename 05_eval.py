@@ -90,14 +90,14 @@ class Args:
     split: Literal["labels", "lines", "blank-lines", "sentences", "blocks"] = "labels"
     """blocks: code-integrated solutions, whose code is run; the others make no difference here"""
     rounds: int = 24
-    """--split blocks: turns of the model and the interpreter at most; --max-tokens is each turn's"""
+    """--split blocks: turns of model and interpreter at most; --max-tokens is of each"""
     unsafe_no_sandbox: bool = False
-    """--split blocks: run the model's code with your files and network where bubblewrap is missing"""
+    """run the model's code without bubblewrap, with your files and network"""
     samples: int = 1
     """responses to each problem, with --temperature above 0: gives avg@k, maj@k and pass@k"""
     tokenizer: str = ""
     """folder or hub id of the tokenizer, where only a server knows --models"""
-    base_url: str | None = None
+    base_url: str = ""
     """OpenAI-compatible server, http://host:8000/v1; its key is OPENAI_API_KEY"""
     engine_args: str = ""
     """vLLM's own options: --engine-args="--data-parallel-size 8"; the = is needed"""

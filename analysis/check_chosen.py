@@ -30,11 +30,15 @@ class Args:
     """file for the pairs that pass"""
     judge_model: str = ""
     """name of the judge on its server, or folder or hub id for vLLM in this process"""
-    judge_base_url: str | None = None
+    judge_base_url: str = ""
     """the judge's OpenAI-compatible server; its key is JUDGE_API_KEY"""
     engine_args: str = ""
     """vLLM's own options, where it runs in this process"""
-    base_url: tyro.conf.Suppress[None] = None
+    opening: str = SAMPLE.OPENING
+    """how every response begins; give what 01 was given"""
+    split: Literal["labels", "lines", "blank-lines", "sentences", "blocks"] = "labels"
+    """where a step ends; give what 01 was given"""
+    base_url: tyro.conf.Suppress[str] = ""
     judge_temperature: float = 0.6
     """sampling temperature of the judge"""
     judge_max_tokens: int = 2048
@@ -64,7 +68,8 @@ async def check_all(args: Args, pairs: list[dict], verdicts: dict[int, int], che
     async def work(pair: dict):
         text = pair["full_chosen"] if pair["method"] != "step-dpo" else pair["initial_reason_steps"] + pair["chosen"]
         row = {"id": pair["id"], "problem": pair["prompt"], "answer": pair["answer"], "sample": name_of(pair)}
-        step, said, why = await LOCATE.judge_once(ask, row | {"steps": SAMPLE.split_steps(text)}, 0, args, spent)
+        row["steps"] = SAMPLE.split_steps(text, args.split, args.opening)
+        step, said, why = await LOCATE.judge_once(ask, row, 0, args, spent)
         step = -1 if step is None else step
         checked.write({"pair": name_of(pair), "id": pair["id"], "step": step, "text": said, "why": why})
         verdicts[name_of(pair)] = step

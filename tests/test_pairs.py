@@ -177,6 +177,43 @@ def test_rectifier_and_judge(samples, server, judge, tmp_path):  # noqa: F811
     assert "--judge-model" in run("check_chosen", tmp_path / "p.jsonl", check=False).stderr
 
 
+def astray(split: str, response: str, said: list[str], **more) -> tuple[list[dict], list[tuple[str, float]]]:
+    """SCDPO's pairs of one right response, where the model says these texts; and what it was asked, with the temperature."""
+    three, asked, texts = stage(3), [], iter(said)
+    args = three.Args(method="scdpo", split=split, opening="", tries=1, heat=(1.0, 0.1, 1.2), **more)
+
+    async def go_on(row, prefix, seed, n=1, temperature=None, **sampling):
+        asked.append((prefix, temperature))
+        return [{"text": next(texts), "finish_reason": "stop", "tokens": 3}]
+
+    async def wrong(*_):
+        return False
+
+    row = {"id": "a", "sample": 0, "problem": "?", "answer": "9", "response": response, "correct": True}
+    row |= {"finish_reason": "stop", "steps": three.split_steps(response, split, "")}
+    pairs, _ = asyncio.run(three.lead_astray(args, go_on, wrong, [row]))
+    return pairs, asked
+
+
+def test_heat_follows_the_split():
+    """It rises behind a line or a sentence, not behind a blank one; a space is left to the token that follows it."""
+    [pair], asked = astray("lines", "a = 1\nThe answer is: 9", ["b = 3\n", "\n", "c = 4\n", "The answer is: 7"])
+    assert [heat for _, heat in asked] == [1.0, 1.1, 1.1, 1.2]
+    assert asked[2][0] == "a = 1\nb = 3\n\n" and pair["rejected"] == "b = 3\n\nc = 4\nThe answer is: 7"
+    assert pair["initial_reason_steps"] == "a = 1\n" and pair["chosen"] == "The answer is: 9" and pair["error_step"] == 2
+    [pair], asked = astray("sentences", "It is 1. The answer is: 9", [" So 3. ", " The answer is: 7"])
+    assert asked == [("It is 1.", 1.0), ("It is 1. So 3.", 1.1)] and pair["rejected"] == " So 3. The answer is: 7"
+
+
+def test_every_step_is_entered_from_the_opening_on():
+    pairs, asked = astray("lines", "a = 1\nb = 2\nThe answer is: 9", ["The answer is: 7"] * 3, every_step=True)
+    assert [prefix for prefix, _ in asked] == ["", "a = 1\n", "a = 1\nb = 2\n"] and [p["error_step"] for p in pairs] == [
+        1,
+        2,
+        3,
+    ]
+
+
 @pytest.mark.slow
 def test_training_on_a_mix(samples, server, tmp_path):
     """04 on naive and step-controlled pairs together: both suffixes end their solution, so both end in EOS."""
