@@ -8,9 +8,9 @@ Input, a line a block; names are kept from block to block of one id, until a lin
 Output: the line {"ready": true}, then a line for each block, in the order in which they end; what a notebook would show:
     {"id": "q1", "output": "7", "failed": false, "seconds": 0.03}
 
-The program sees no network, no files but Python's own, an empty /tmp of 64 MiB, and no process but its own. A block may take 6
-seconds, as in the authors' code; one that takes longer, prints without end or ends the process loses its kernel, with all that
-it started, and the next block finds a new one. Ends, with all kernels, when its input does.
+The code sees no network, no files but Python's own, an empty /tmp of 64 MiB, and no process but its own. A block may take 6
+seconds, as in the SCDPO authors' code; one that takes longer, prints without end or ends the process loses its kernel, with all
+that it started, and the next block finds a new one. interpreter.py ends, with all kernels, when its input does.
 """
 
 import asyncio
