@@ -115,7 +115,7 @@ def test_scdpo_pairs_survive_kills_and_follow_their_form(samples, server, tmp_pa
     for row in sorted(read(samples), key=lambda row: row["sample"]):
         first.setdefault(row["id"], row) if row["correct"] and row["finish_reason"] == "stop" else None
     summary = json.loads((tmp_path / "every.jsonl.meta.json").read_text())["summary"]
-    steps = sum(len(row["steps"]) - 1 for row in first.values())
+    steps = sum(len(row["steps"]) for row in first.values())  # from the opening on
     assert summary["steps tried"] == summary["attempts"] == steps > len(first) and "garbled" in every.stdout
 
 
