@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Step-Controlled DPO for a 7B SFT model (arXiv 2407.00782), chain-of-thought: naive pairs and step-controlled pairs mixed.
 #
-# Hardware   8 GPUs with 80 GB. Run here only to see it work, on the bundled world in MetaMath's manner (FIGURES):
+# Hardware   8 GPUs with 80 GB. Not run here whole. To see it work, on the bundled world in MetaMath's manner:
 #              python data/tiny/make.py --format lines --start data/tiny/model --steps 120 --lr 1e-3 --out runs/lines \
 #                --work runs/lines/work
 #              MODEL=runs/lines/model DATA=runs/lines/train.jsonl TEST=runs/lines/test.jsonl LIMIT=200 LAUNCH= SERVE= \
