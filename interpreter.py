@@ -142,8 +142,16 @@ async def serve(wrapper: list[str]):
         print(json.dumps({"id": key, "output": output, "failed": failed, "seconds": time.time() - began}), flush=True)
 
     print(json.dumps({"ready": True}), flush=True)
+    number = 0
     while line := await asyncio.to_thread(sys.stdin.readline):
-        row = json.loads(line)
+        number += 1
+        try:
+            row = json.loads(line)
+            row["id"], row["code"]
+        except (ValueError, TypeError, KeyError) as error:
+            print(f"interpreter.py: error: standard input, line {number}: {error!r}; every line is an object with id and code",
+                  file=sys.stderr)  # fmt: skip
+            raise SystemExit(2) from None
         if row["code"] is not None:
             work = answer(row["id"], row["code"])
         elif row["id"] in kernels:
