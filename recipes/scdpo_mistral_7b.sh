@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Step-Controlled DPO for a 7B SFT model (arXiv 2407.00782), chain-of-thought: naive pairs and step-controlled pairs mixed.
 #
-# Hardware   8 GPUs with 80 GB. Not run here whole. To see it work, on the bundled world in MetaMath's manner:
-#              python data/tiny/make.py --format lines --start data/tiny/model --steps 120 --lr 1e-3 --out runs/lines \
+# Hardware   8 GPUs with 80 GB. Run here only to see it work, on the bundled world in MetaMath's manner (docs/code.md has the figures):
+#              python data/tiny/make.py --format lines --start data/tiny/model --steps 80 --lr 1e-3 --out runs/lines \
 #                --work runs/lines/work
-#              MODEL=runs/lines/model DATA=runs/lines/train.jsonl TEST=runs/lines/test.jsonl LIMIT=200 LAUNCH= SERVE= \
+#              MODEL=runs/lines/model DATA=runs/lines/train.jsonl TEST=runs/lines/test.jsonl LIMIT=100 LAUNCH= SERVE= \
 #                HF_HUB_OFFLINE=1 LR=1e-5 OUT=runs/scdpo_lines bash recipes/scdpo_mistral_7b.sh
 # Hours      about 4 by counting, none measured: sampling until a problem has a right and a wrong solution is most of it, up to 100
 #            samples of the hardest of 14,973 problems (some 150 M tokens, 2 h); step-controlled pairs, from two right solutions of a

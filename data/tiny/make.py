@@ -4,7 +4,7 @@
     python data/tiny/make.py --only problems                   # the three problem files alone, seconds
     python data/tiny/make.py --out /tmp/big --hidden 512 --layers 8 --steps 6000   # a larger model, on a GPU
     python data/tiny/make.py --only problems --out runs/hard --operations 5 6 --levels 3   # a harder world for the same model
-    python data/tiny/make.py --format lines --start data/tiny/model --steps 120 --lr 1e-3 --out runs/lines  # MetaMath's manner
+    python data/tiny/make.py --format lines --start data/tiny/model --steps 80 --lr 1e-3 --out runs/lines  # MetaMath's manner
     python data/tiny/make.py --format code --start data/tiny/model --steps 200 --lr 1e-3 --out runs/code  # code that is run
 
 Output in --out (default: this folder):
