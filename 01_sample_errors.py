@@ -186,7 +186,8 @@ def main(args: Args):
     problems = [row for name in args.data for row in load_problems(name, True, args.data_dir)]
     if len({row["id"] for row in problems}) < len(problems):
         stop("--data: two files have an id in common; make the ids unique")
-    names = ("chat_template", "chat_template_kwargs", "opening", "split", "temperature", "top_p", "max_tokens", "seed")
+    names = ("chat_template", "chat_template_kwargs", "opening", "split", "rounds", "temperature", "top_p",
+             "max_tokens", "seed")  # fmt: skip
     settings = {"stage": "01_sample_errors", "model": model_id(args.model), "data": content_hash(problems)}
     settings |= {name: getattr(args, name) for name in names} | NEUTRAL | {"prompt": USER_TURN, "label": STEP_LABEL}
     output = Output(args.out, settings)

@@ -171,7 +171,7 @@ class Args:
 
 SETTINGS = {  # what a row depends on
     "rollout": ("temperature", "top_p", "max_tokens", "rollouts", "linear", "all_rollouts", "chat_template",
-                "chat_template_kwargs", "opening", "split"),
+                "chat_template_kwargs", "opening", "split", "rounds"),
     "judge": ("judge_model", "judge_temperature", "judge_max_tokens", "neutral", "votes", "min_agreement", "retries",
               "missing_diagrams"),
 }  # fmt: skip

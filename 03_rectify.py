@@ -239,6 +239,12 @@ def garbled(text: str, finish_reason: str, like: str) -> str:
     return "repeats itself" if max(runs.values(), default=0) > 2 else "odd characters" if odd > 0.02 * len(text) else ""
 
 
+def too_long(blocks: list[dict]) -> str:
+    """Why a code-integrated solution is left out, "" if it is not."""
+    longest = max((len(block["content"]) for block in blocks), default=0)
+    return "too many or too long blocks" if len(blocks) > MOST_BLOCKS or longest > MOST_CHARACTERS else ""
+
+
 async def lead_astray(args: Args, go_on, grader: Grader, rows: list[dict]) -> tuple[list[dict], Counter]:
     """SCDPO's pairs of one problem: from a right solution's steps 1..k on, step by step, at a rising temperature, until the
     answer is wrong. See make_all() for `go_on`."""
@@ -274,11 +280,8 @@ async def lead_astray(args: Args, go_on, grader: Grader, rows: list[dict]) -> tu
         for number in range(args.tries):
             text, finish_reason = await attempt(row, prefix, k, number)
             answer = answer_of(prefix + text, args.split)
-            why = garbled(text, finish_reason, row["problem"] + row["response"])
+            why = garbled(text, finish_reason, row["problem"] + row["response"]) or too_long(blocks_of(prefix + text))
             why = why or ("no answer" if answer is None or not text.strip() else "")
-            blocks = blocks_of(prefix + text)
-            if len(blocks) > MOST_BLOCKS or any(len(block["content"]) > MOST_CHARACTERS for block in blocks):
-                why = why or "too many or too long blocks"
             count["attempts"] += 1
             if why:
                 count[f"garbled: {why}"] += 1
@@ -423,7 +426,7 @@ def main(args: Args):
     args.top_p = args.top_p or (1.0 if args.method == "scdpo" else 0.95)
     began, problems, digest = time.time(), load_input(args), lambda data: hashlib.sha256(data).hexdigest()[:16]
     settings = {"stage": "03_rectify", "method": args.method, "seed": args.seed} | {name: getattr(args, name) for name in own}
-    settings |= {"opening": args.opening, "split": args.split}
+    settings |= {name: getattr(args, name) for name in ("opening", "split", "rounds")}
     if args.method != "dpo":
         names = ("chat_template", "chat_template_kwargs", "top_p", "max_tokens")
         settings |= {name: getattr(args, name) for name in names} | NEUTRAL

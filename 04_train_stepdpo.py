@@ -76,7 +76,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4
 
 @dataclass
 class Args:
-    """Defaults are the paper's values for 7B; README, "What differs from the papers", has the rest."""
+    """Defaults are the paper's values for 7B; docs/departures.md has the rest."""
 
     data: tuple[str, ...] = ("data/pairs.jsonl",)
     """files of pairs, or data sets on the hub"""

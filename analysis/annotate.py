@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -46,6 +47,10 @@ class Args:
     """use the first so many wrong samples of a problem"""
     limit: int | None = None
     """use the first so many wrong samples, by id"""
+    opening: str = LOCATE.OPENING
+    """how every response begins; give what 01 was given"""
+    split: Literal["labels", "lines", "blank-lines", "sentences", "blocks"] = "labels"
+    """where a step ends; give what 01 was given"""
     host: str = "127.0.0.1"
     """address of the page; others than this machine's let everyone in"""
     port: int = 7860
@@ -152,7 +157,8 @@ def make_page(gradio, verdicts: Verdicts):
 
 
 def main(args: Args):
-    where = LOCATE.Args(samples=args.samples, max_per_problem=args.max_per_problem, limit=args.limit)
+    where = LOCATE.Args(samples=args.samples, max_per_problem=args.max_per_problem, limit=args.limit, opening=args.opening,
+                        split=args.split)  # fmt: skip
     rows, name = LOCATE.load_samples(where)[0], f".{args.annotator}" if args.annotator else ""
     verdicts = Verdicts(rows, args.out.with_name(f"{args.out.stem}{name}{args.out.suffix}"), args.annotator)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

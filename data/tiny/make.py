@@ -1,6 +1,6 @@
 """Make the bundled world: word problems with known truth, a tokenizer, and a small model trained on them.
 
-    python data/tiny/make.py                                   # all of it, as committed; see README for the minutes
+    python data/tiny/make.py                                   # all of it, as committed; docs/world.md has the minutes
     python data/tiny/make.py --only problems                   # the three problem files alone, seconds
     python data/tiny/make.py --out /tmp/big --hidden 512 --layers 8 --steps 6000   # a larger model, on a GPU
     python data/tiny/make.py --only problems --out runs/hard --operations 5 6 --levels 3   # a harder world for the same model
