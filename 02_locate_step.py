@@ -1,8 +1,11 @@
-"""Find the first wrong step of wrong solutions (Step-DPO, arXiv 2406.18629, section 3.2): by rollouts or a judge.
+"""Find the first wrong step of wrong solutions (Step-DPO, arXiv 2406.18629, section 3.2): by rollouts, a judge, or a process
+reward model.
 
     python 02_locate_step.py                                       # data/samples.jsonl -> data/located.jsonl, by rollouts
     python 02_locate_step.py --samples runs/try.jsonl --model data/tiny/model --out runs/located.jsonl
     python 02_locate_step.py --locator judge --judge-model gpt-4o --judge-base-url https://host/v1 --fallback rollout
+    python 02_locate_step.py --locator prm --prm Qwen/Qwen2.5-Math-PRM-7B
+    python 02_locate_step.py --locator consensus --of rollout prm --prm Qwen/Qwen2.5-Math-PRM-7B    # what both say
     python 02_locate_step.py --labels processbench.jsonl ...       # known errors; then analysis/locator_scores.py
 
 Input, the output of 01_sample_errors.py (only the wrong samples are used; other fields are carried through):
@@ -12,6 +15,7 @@ Input, the output of 01_sample_errors.py (only the wrong samples are used; other
 Output, a line a wrong sample: the fields above and
     {"error_step": 2, "locator": "rollout", "reason": null, "rollout_values": {"1": [1, 1], "2": [0, 8]}}
     {"error_step": 2, "locator": "judge", "reason": null, "judge": {"votes": {"2": 3}, "agreement": 1.0, "text": "..."}}
+    {"error_step": 2, "locator": "prm", "reason": null, "prm": {"model": "...", "scores": [0.98, 0.03]}}
 error_step is null, with a reason, where the locator cannot tell; 03 makes no pair of such a row.
 
 rollout: V(k) is the share of continuations of steps 1..k that reach the answer; rollout_values holds (right, tried) by k.
@@ -19,6 +23,7 @@ The first wrong step is the one behind the last k with V(k) > 0 (the hard estima
 the first k with V(k) = 0), found by bisection (OmegaPRM, arXiv 2406.06592) and a look one step further. Continuations are
 asked for in waves of 1, 1, 2, 4 ..., up to the first right one.
 judge: a model reads problem, truth and steps and gives a verdict a step; --votes of them are counted.
+prm: a model gives each step the chance that it is right; the first below --threshold is wrong.
 The same command run again goes on where it stopped.
 """
 
@@ -87,6 +92,11 @@ VERDICTS = {"correct": "correct", "right": "correct", "正确": "correct", "neut
 VERDICTS_HEAD = re.compile(r"^[\W_]*(?:verdicts?|判断|结论|判定)[\W_]*$", re.I | re.M)
 THOUGHT = re.compile(r"^.*</think>|<think>.*", re.S)  # the second: a thought that was cut and never closed
 NO_ERROR = "no error found"
+STEP_END = "<extra_0>"  # behind each step; Qwen2.5-Math-PRM's head is read there
+PRM_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # of its model card
+SHEPHERD_END = "ки"  # behind each step; Math-Shepherd's next token there is + or -
+PRM_TOKENS = 16384  # of a batch, padding included
+ANALYSIS_TOKENS = 270  # --estimate: of a judgement's analysis, whose prompt asks for 200 words at most
 
 
 @dataclass
@@ -117,10 +127,14 @@ class Args:
     """--split blocks: turns of model and interpreter at most; --max-tokens is of each"""
     unsafe_no_sandbox: bool = False
     """run the model's code without bubblewrap, with your files and network"""
-    locator: Literal["rollout", "judge"] = "rollout"
-    """continuations of the policy itself, or a model that judges"""
+    locator: Literal["rollout", "judge", "prm", "consensus"] = "rollout"
+    """continuations of the policy itself, a judge, a process reward model, or two of them"""
     fallback: Literal["none", "rollout"] = "none"
     """locator for the rows that the first leaves open"""
+    of: tuple[Literal["rollout", "judge", "prm"], Literal["rollout", "judge", "prm"]] = ("rollout", "prm")
+    """consensus: a row keeps the step of the first, if the second does not say another"""
+    within: int = 1
+    """consensus: by how many steps the two may differ"""
     labels: Path | None = None
     """instead of --samples: ProcessBench's problem, steps, label; or located rows"""
     rollouts: int = 8
@@ -137,6 +151,12 @@ class Args:
     """nucleus sampling"""
     max_tokens: int = 2048
     """longest continuation, in tokens"""
+    prm: str = ""
+    """folder or hub id, in the form of Qwen2.5-Math-PRM or Math-Shepherd"""
+    prm_base_url: str = ""
+    """vLLM server that pools --prm, Qwen's form; its key is PRM_API_KEY"""
+    threshold: float = 0.5
+    """prm: a step with a lower score is wrong"""
     judge_model: str = ""
     """name of the judge on its server, or folder or hub id for vLLM in this process"""
     judge_base_url: str = ""
@@ -159,6 +179,10 @@ class Args:
     """how often a judgement that cannot be read is asked for again"""
     price: tuple[float, float] = (0.0, 0.0)
     """money for a million prompt and completion tokens of the judge"""
+    estimate: bool = False
+    """count the judge's tokens and money, and ask nothing"""
+    max_cost: float | None = None
+    """ask nothing more when the judge has cost so much; what is in flight is paid too"""
     max_per_problem: int | None = None
     """use the first so many wrong samples of a problem"""
     limit: int | None = None
@@ -174,6 +198,8 @@ SETTINGS = {  # what a row depends on
                 "chat_template_kwargs", "opening", "split", "rounds"),
     "judge": ("judge_model", "judge_temperature", "judge_max_tokens", "neutral", "votes", "min_agreement", "retries",
               "missing_diagrams"),
+    "prm": ("prm", "threshold"),
+    "consensus": ("of", "within"),
 }  # fmt: skip
 
 
@@ -325,9 +351,11 @@ async def by_judge(args: Args, ask, row: dict, spent: Counter) -> dict:
     if not args.missing_diagrams and "diagram" in row["problem"] and "asy" not in row["problem"]:
         spent["problems with a diagram skipped"] += 1
         return found | {"reason": "a diagram that is not there (--missing-diagrams)"}
-    votes = await asyncio.gather(*(judge_once(ask, row, number, args, spent) for number in range(args.votes)))
+    own = Counter()
+    votes = await asyncio.gather(*(judge_once(ask, row, number, args, own) for number in range(args.votes)))
+    spent.update(own)
     if any(args.price):
-        spent["money"] = round((spent["prompt"] * args.price[0] + spent["completion"] * args.price[1]) / 1e6, 4)
+        spent["money"] = round(money(args, spent["prompt"], spent["completion"]), 4)
     count = Counter(step for step, _, _ in votes if step is not None)
     (top, most), *others = count.most_common() or [(None, 0)]
     agreement, text = most / args.votes, next(text for step, text, _ in votes if step == top)
@@ -340,8 +368,207 @@ async def by_judge(args: Args, ask, row: dict, spent: Counter) -> dict:
     else:
         found |= {"error_step": top, "reason": None}
     names = {str(step) if step else "none": number for step, number in sorted(count.items())}
-    judge = {"model": args.judge_model, "votes": names, "agreement": round(agreement, 3), "text": text}
+    judge = {"model": args.judge_model, "votes": names, "agreement": round(agreement, 3), "text": text,
+             "tokens": [own["prompt"], own["completion"]]}  # fmt: skip
     return found | {"judge": judge}
+
+
+def money(args: Args, prompt: float, completion: float) -> float:
+    """What so many tokens of the judge cost."""
+    return (prompt * args.price[0] + completion * args.price[1]) / 1e6
+
+
+def print_estimate(args: Args, rows: list[dict], done: list[dict]):
+    """What judging `rows` will take, prompts counted, completions as those of `done` were or as the prompt asks for."""
+    count = lambda text: len(text) / 4 + 0.75 * len(re.findall("[一-鿿]", text))  # a server's tokenizer is not known
+    if not args.judge_base_url:
+        tokenizer = load_tokenizer(args.judge_model, None, "{}")
+        count = lambda text: len(tokenizer(text)["input_ids"])
+    asked = [row["judge"]["tokens"][1] / args.votes for row in done if row.get("judge")]
+    prompt = args.votes * sum(count(judge_prompt(row, args)) for row in rows)
+    lengths = [sum(asked) / len(asked) if asked else ANALYSIS_TOKENS + 6 * len(row["steps"]) for row in rows]
+    known = f"the mean of {len(asked)} rows judged" if asked else "assumed, thoughts apart; judge some by --limit to know"
+    print(f"{len(rows)} rows to judge, {args.votes} vote(s) each: {prompt:.0f} prompt tokens, {args.votes * sum(lengths):.0f} "
+          f"completion tokens ({known}), money {money(args, prompt, args.votes * sum(lengths)):.2f}; with every answer as long "
+          f"as --judge-max-tokens {money(args, prompt, args.votes * len(rows) * args.judge_max_tokens):.2f}")  # fmt: skip
+
+
+def prm_encoder(args: Args):
+    """encode(row) -> (token ids, the place behind each step) as the process reward model reads it; whether its form is Qwen's;
+    the longest text it takes. Qwen2.5-Math-PRM (arXiv 2501.07301) reads a chat with STEP_END behind each step, Math-Shepherd
+    (arXiv 2312.08935) plain text with SHEPHERD_END."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(args.prm)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.prm)
+    except (OSError, ValueError) as error:
+        stop(f"--prm {args.prm}: {str(error).splitlines()[0]}")
+    qwen = "ProcessReward" in config.architectures[0]
+    mark = tokenizer.encode(STEP_END if qwen else SHEPHERD_END, add_special_tokens=False)[-1]
+
+    def encode(row: dict) -> tuple[list[int], list[int]]:
+        if qwen:
+            whole = "".join(step.strip() + STEP_END for step in row["steps"])
+            turns = zip(("system", "user", "assistant"), (PRM_SYSTEM, row["problem"], whole), strict=True)
+            text = tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in turns], tokenize=False)
+        else:
+            bare = [cut_label(step, k, args.split, args.opening)[1].strip() for k, step in enumerate(row["steps"], 1)]
+            text = f"{row['problem']} " + "\n".join(f"Step {k}: {step} {SHEPHERD_END}" for k, step in enumerate(bare, 1))
+        ids = tokenizer(text, add_special_tokens=not qwen)["input_ids"]
+        return ids, [place for place, token in enumerate(ids) if token == mark]
+
+    return encode, qwen, config.max_position_embeddings
+
+
+def prm_class():
+    """Qwen2.5-Math-PRM's class, with the names of its weights, so that no code from the hub is run."""
+    import torch
+    import transformers
+
+    class Qwen2ForProcessRewardModel(transformers.Qwen2PreTrainedModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.model, width = transformers.Qwen2Model(config), config.hidden_size
+            self.score = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.ReLU(), torch.nn.Linear(width, 2))
+            self.post_init()
+
+    return Qwen2ForProcessRewardModel
+
+
+def prm_scorer(args: Args, qwen: bool):
+    """score([(ids, places)]) -> for each its scores in [0, 1], by transformers in this process."""
+    import torch
+    import transformers
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" or processor_has_bf16() else torch.float32
+    kind = prm_class() if qwen else transformers.AutoModelForCausalLM
+    lm = kind.from_pretrained(args.prm, dtype=dtype).to(device).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.prm)
+    signs = [tokenizer.encode(sign, add_special_tokens=False)[-1] for sign in "-+"]  # as Qwen's classes: bad, good
+
+    @torch.inference_mode()
+    def score(parts: list[tuple]) -> list[list[float]]:
+        found, left = {}, sorted(range(len(parts)), key=lambda i: len(parts[i][0]))
+        while left:
+            size = max(1, PRM_TOKENS // len(parts[left[-1]][0]))
+            batch, left = left[-size:], left[:-size]
+            ids = torch.zeros(len(batch), len(parts[batch[-1]][0]), dtype=torch.long)
+            for row, i in zip(ids, batch, strict=True):  # padded on the right, which no step sees
+                row[: len(parts[i][0])] = torch.tensor(parts[i][0])
+            hidden = lm.base_model(input_ids=ids.to(device)).last_hidden_state
+            for states, i in zip(hidden, batch, strict=True):
+                states = states[parts[i][1]]
+                logits = lm.score(states) if qwen else lm.get_output_embeddings()(states)[:, signs]
+                found[i] = logits.float().softmax(-1)[:, 1].tolist()
+        return [found[i] for i in range(len(parts))]
+
+    return score
+
+
+@contextlib.asynccontextmanager
+async def prm_locator(args: Args, grader, solvable, keep, spent: Counter):
+    """Yields `await locate(row)` -> {"error_step", "locator", "reason", "prm"}. Rows that wait at once are scored together."""
+    (encode, qwen, most), waiting = prm_encoder(args), []
+    if args.prm_base_url and not qwen:
+        stop(f"--prm-base-url: {args.prm} is not in Qwen's form; leave the option out")
+    score_all = None if args.prm_base_url else prm_scorer(args, qwen)
+    client = connect(args.prm_base_url, args.prm, "PRM_API_KEY") if args.prm_base_url else None
+
+    async def score(ids: list[int], places: list[int]) -> list[float]:
+        if client:
+            url, body = args.prm_base_url.removesuffix("/").removesuffix("/v1") + "/pooling", {"model": args.prm, "input": ids}
+            reply = await client.post(url, body=body, cast_to=object)
+            return [good for _, good in reply["data"][0]["data"]]
+        future = asyncio.get_running_loop().create_future()
+        waiting.append((ids, places, future))
+        await asyncio.sleep(0)  # the other rows in flight come to wait here
+        if waiting:
+            batch, waiting[:] = waiting[:], []
+            for (_, _, other), scores in zip(batch, score_all(batch), strict=True):
+                other.set_result(scores)
+        return await future
+
+    async def locate(row: dict) -> dict:
+        found = {"error_step": None, "locator": "prm"}
+        ids, places = encode(row)
+        if not row["steps"]:
+            return found | {"reason": "no response to look at"}
+        if len(ids) > most or len(places) != len(row["steps"]):
+            why = f"{len(ids)} tokens, where --prm takes {most}; {len(places)} ends of {len(row['steps'])} steps"
+            return found | {"reason": why}
+        scores = await score(ids, places)
+        spent.update(tokens=len(ids))
+        step = next((k for k, value in enumerate(scores, 1) if value < args.threshold), None)
+        known = {"model": args.prm, "scores": [round(value, 4) for value in scores]}
+        return found | {"error_step": step, "reason": None if step else f"{NO_ERROR} by the PRM", "prm": known}
+
+    yield locate
+
+
+@contextlib.asynccontextmanager
+async def judge_locator(args: Args, grader, solvable, keep, spent: Counter):
+    """Yields `await locate(row)`, see by_judge(); it gives None when --max-cost is spent."""
+    limit = math.inf if args.max_cost is None else args.max_cost
+    async with judge(args) as ask:
+
+        async def locate(row: dict) -> dict | None:
+            if spent["money"] + spent["money of earlier runs"] >= limit:
+                return None
+            return await by_judge(args, ask, row, spent)
+
+        yield locate
+
+
+@contextlib.asynccontextmanager
+async def rollout_locator(args: Args, grader: Grader, solvable: set[str], keep: Output | None, spent: Counter):
+    """Yields `await locate(row)`, see by_rollouts(); `keep` gets the continuations."""
+    kept = {identity(row) for row in keep.rows} if keep else set()
+    tokenizer = load_tokenizer(args.tokenizer or args.model, args.chat_template, args.chat_template_kwargs)
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
+    async with interpreter(args) as run_code, engine(args, args.model) as generate:
+        solve = Solver(args, generate, tokenizer, run_code)
+        go_on = lambda row, prefix, seed, n: solve(row["problem"], prefix, seed, n, **sampling)
+
+        async def locate(row: dict) -> dict:
+            found, texts = await by_rollouts(args, go_on, grader, solvable, row, spent)
+            if keep and identity(row) not in kept:
+                keep.write({"id": row["id"], "sample": row["sample"], "rollouts": texts})
+            return found
+
+        yield locate
+
+
+LOCATORS = {"rollout": rollout_locator, "judge": judge_locator, "prm": prm_locator}
+
+
+def verdict(found: dict) -> int | None:
+    """The first wrong step, 0 for no error, None for nothing said."""
+    return found["error_step"] or (0 if str(found["reason"]).startswith(NO_ERROR) else None)
+
+
+def to_second(args: Args, row: dict, found: dict) -> bool:
+    """Whether the second locator is to look at a row of which the first says `found`."""
+    sure = found["error_step"] or row["correct"] and verdict(found) == 0
+    return args.locator == "consensus" or not sure
+
+
+def combine(args: Args, first: dict | None, second: dict) -> dict:
+    """What two locators say of a row, with the evidence of both: the second's word, where the first had none (--fallback), or
+    what both say (consensus)."""
+    if not first:
+        return second
+    evidence = {name: found[name] for found in (first, second) for name in ("rollout_values", "judge", "prm") if name in found}
+    if args.locator != "consensus":
+        return evidence | second
+    said = [verdict(first), verdict(second)]
+    both = {"error_step": None, "locator": "consensus", "said": dict(zip(args.of, said, strict=True))} | evidence
+    if said == [0, 0]:
+        return both | {"reason": f"{NO_ERROR} by both"}
+    if all(said) and abs(said[0] - said[1]) <= args.within:
+        return both | {"error_step": said[0], "reason": None}
+    return both | {"reason": "the two disagree"}
 
 
 def read_samples(path: Path, fields: tuple[str, ...], args) -> list[dict]:
@@ -378,7 +605,7 @@ def load_samples(args: Args) -> tuple[list[dict], set[str]]:
     if args.labels:
         rows = load_labels(args.labels)
         lacks = [row["id"] for row in rows if not row.get("answer")]
-        if lacks and "rollout" in (args.locator, args.fallback):
+        if lacks and "rollout" in plan(args):
             stop(f"{args.labels}: {lacks[0]} has no 'answer', so rollouts cannot be graded; use --locator judge")
         return rows[: args.limit], {row["id"] for row in rows if row["correct"]}
     samples = read_samples(args.samples, ("sample", "correct", "finish_reason"), args)
@@ -392,45 +619,49 @@ def load_samples(args: Args) -> tuple[list[dict], set[str]]:
     return rows[: args.limit], {row["id"] for row in samples if row["correct"]}
 
 
+def plan(args: Args) -> tuple[str, ...]:
+    """The locators that will be asked, in their order."""
+    if args.locator == "consensus":
+        return args.of
+    return (args.locator,) if args.fallback in ("none", args.locator) else (args.locator, args.fallback)
+
+
 async def locate_all(args: Args, rows: list[dict], solvable: set[str], output: Output, grader: Grader) -> dict[str, Counter]:
-    """Locate the rows that are not done, by the judge and then, where that is asked for, by rollouts. Returns the cost.
+    """Locate the rows that are not done, by one locator or two in turn. Returns the cost of each.
 
-    OUT.open.jsonl keeps what the judge said of the rows that it leaves to the rollouts."""
-    left = Output(args.out.with_suffix(".open.jsonl"), output.settings) if args.fallback != "none" else None
+    OUT.open.jsonl keeps what the first says of the rows that the second is to look at."""
+    first, *second = plan(args)
+    left = Output(args.out.with_suffix(".open.jsonl"), output.settings) if second else None
     keep = Output(args.keep_rollouts, output.settings) if args.keep_rollouts else None
-    done = lambda *files: {identity(row) for file in files if file for row in file.rows}
-    spent = {"judge": Counter(), "rollout": Counter()}
+    known, spent = {identity(row): row for row in left.rows} if left else {}, {name: Counter() for name in plan(args)}
+    if "judge" in spent:
+        paid = [row["judge"]["tokens"] for row in (*output.rows, *known.values()) if row.get("judge")]
+        spent["judge"]["money of earlier runs"] = money(args, sum(p for p, _ in paid), sum(c for _, c in paid))
 
-    async def judged(row: dict):
-        found = await by_judge(args, ask, row, spent["judge"])
-        no_error = row["correct"] and str(found["reason"]).startswith(NO_ERROR)
-        if left and not found["error_step"] and not no_error:
-            left.write({"id": row["id"], "sample": row["sample"], **found})
-        else:
-            output.write(row | found)
-            if len(output.rows) % 100 == 0:
-                cost = ", ".join(f"{name} {number}" for name, number in spent["judge"].items())
-                tqdm.write(f"{len(output.rows)} rows; {cost}", file=sys.stderr)
+    async def ask(name: str, done: set):
+        if not (todo := [row for row in rows if identity(row) not in done]):
+            return
+        async with LOCATORS[name](args, grader, solvable, keep, spent[name]) as locate:
 
-    async def rolled_out(row: dict):
-        found, texts = await by_rollouts(args, go_on, grader, solvable, row, spent["rollout"])
-        if keep and identity(row) not in kept:
-            keep.write({"id": row["id"], "sample": row["sample"], "rollouts": texts})
-        output.write(row | opened.get(identity(row), {}) | found)
+            async def work(row: dict):
+                found = await locate(row)
+                if found is None:
+                    spent[name]["rows not asked for"] += 1
+                elif [name] != second and second and to_second(args, row, found):
+                    left.write({"id": row["id"], "sample": row["sample"], **found})
+                    known[identity(row)] = found
+                else:
+                    output.write(row | combine(args, known.get(identity(row)), found))
+                    if len(output.rows) % 100 == 0:
+                        cost = ", ".join(f"{what} {count}" for what, count in spent[name].items())
+                        tqdm.write(f"{len(output.rows)} rows; {cost}", file=sys.stderr)
 
-    todo = [row for row in rows if identity(row) not in done(output, left)]
-    if args.locator == "judge" and todo:
-        async with judge(args) as ask:
-            await run_all(todo, judged, args.concurrency, "judging")
-    todo = [row for row in rows if identity(row) not in done(output)]
-    if "rollout" in (args.locator, args.fallback) and todo:
-        kept, opened = done(keep), {identity(row): {"judge": row.get("judge")} for row in left.rows} if left else {}
-        tokenizer = load_tokenizer(args.tokenizer or args.model, args.chat_template, args.chat_template_kwargs)
-        sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
-        async with interpreter(args) as run_code, engine(args, args.model) as generate:
-            solve = Solver(args, generate, tokenizer, run_code)
-            go_on = lambda row, prefix, seed, n: solve(row["problem"], prefix, seed, n, **sampling)
-            await run_all(todo, rolled_out, args.concurrency, "locating")
+            await run_all(todo, work, args.concurrency, f"by {name}")
+
+    done = lambda: {identity(row) for row in output.rows}
+    await ask(first, done() | set(known))
+    if second and not spent[first]["rows not asked for"]:
+        await ask(second[0], done())
     if keep:
         keep.save_meta(finished=True)
     return spent
@@ -441,12 +672,19 @@ def main(args: Args):
     if min(1 if value is None else value for value in least) < 1 or args.retries < 0 or not 0 <= args.min_agreement <= 1:
         stop("--rollouts, --concurrency, --max-tokens, --votes, --max-per-problem and --limit are at least 1, --retries at "
              "least 0, --min-agreement is between 0 and 1")  # fmt: skip
-    if args.locator == "judge" and not args.judge_model:
-        stop("--locator judge needs --judge-model and, unless vLLM is to run that here, --judge-base-url")
+    used = set(plan(args))
+    if "judge" in used and not args.judge_model:
+        stop("the judge needs --judge-model and, unless vLLM is to run that here, --judge-base-url")
+    if "prm" in used and not args.prm:
+        stop("the process reward model needs --prm, such as Qwen/Qwen2.5-Math-PRM-7B")
+    if args.locator == "consensus" and (len(used) < 2 or args.fallback != "none"):
+        stop("--locator consensus takes --of two different locators, and no --fallback")
+    if (args.estimate or args.max_cost is not None) and ("judge" not in used or not any(args.price)):
+        stop("--estimate and --max-cost are for the judge, and need --price")
     rows, solvable = load_samples(args)
-    began, used = time.time(), {args.locator, args.fallback}
+    began = time.time()
     settings = {"stage": "02_locate_step", "locator": args.locator, "fallback": args.fallback, "seed": args.seed}
-    settings |= {name: getattr(args, name) for kind in used for name in SETTINGS.get(kind, ())}
+    settings |= {name: getattr(args, name) for kind in (*used, args.locator) for name in SETTINGS[kind]}
     settings |= NEUTRAL | {"model": model_id(args.model), "prompt": USER_TURN} if "rollout" in used else {}
     settings |= {"judge_prompt": hashlib.sha256(JUDGE_PROMPT.encode()).hexdigest()[:16]} if "judge" in used else {}
     output, steps = Output(args.out, settings), {identity(row): row["steps"] for row in rows}
@@ -454,6 +692,9 @@ def main(args: Args):
         if steps.get(identity(row), row["steps"]) != row["steps"]:
             stop(f"{args.out} holds another sample {row['sample']} of {row['id']} than {args.labels or args.samples}; "
                  "give another --out")  # fmt: skip
+    if args.estimate:
+        done = {identity(row) for row in output.rows}
+        return print_estimate(args, [row for row in rows if identity(row) not in done], output.rows)
     grader = Grader()
     try:
         spent = asyncio.run(locate_all(args, rows, solvable, output, grader))
@@ -465,10 +706,13 @@ def main(args: Args):
                "not located": len(located) - found.total(), "by step": " ".join(f"{k}:{found[k]}" for k in sorted(found)),
                "gradings killed": grader.kills}  # fmt: skip
     for name, count in spent.items():
-        summary |= {f"{name} {what}{' tokens' if what in ('prompt', 'completion') else ''}": n for what, n in count.items()}
-    summary["seconds"] = round(time.time() - began, 1)
-    output.save_meta(finished=True, summary=summary)
+        named = {what: f"{name} {what}{' tokens' * (what in ('prompt', 'completion'))}" for what in count}
+        summary |= {named[what]: n for what, n in count.items() if n or what != "money of earlier runs"}
+    summary["seconds"], left = round(time.time() - began, 1), sum(count["rows not asked for"] for count in spent.values())
+    output.save_meta(finished=not left, summary=summary)
     print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
+    if left:
+        stop(f"--max-cost {args.max_cost:g} is spent; what was judged is kept, the same command with a higher one goes on")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -70,6 +70,8 @@ MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm
 LOGITS_CHUNK = 1024  # suffix positions whose logits stand in memory at once
 STEP_FIELDS = ("prompt", "initial_reason_steps", "chosen", "rejected", "full_chosen", "full_rejected")
 CHOSEN_DROP = 5.0  # nats: a mean fall of the chosen suffixes' log-probability that is worth a warning
+# Options that name a field of the pairs, and what its numbers may be, the upper bound excluded
+SIGNALS = {"weight_field": (0.0, math.inf), "margin_field": (-math.inf, math.inf), "smoothing_field": (0.0, 0.5)}
 PRINTS = os.environ.get("RANK", "0") == "0"  # false on all processes but the first
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, data sheets
 
@@ -96,10 +98,18 @@ class Args:
     """train on what the code of code-integrated solutions printed, as the SCDPO authors' code does"""
     eos: bool = True
     """end a suffix that ends its solution with EOS; the authors' code has none"""
+    loss: Literal["dpo", "ipo", "length-normalized"] = "dpo"
+    """Eq. 2; IPO (arXiv 2310.12036); or Eq. 2 on means over tokens (beta near 5)"""
     beta: float = 0.4
     """pull to the reference (paper: 0.4, for 72B 0.5; its scripts the other way round)"""
     label_smoothing: float = 0.0
     """assumed share of pairs that are the wrong way round"""
+    weight_field: str = ""
+    """field of a pair that weighs its loss; divided by its mean over the pairs"""
+    margin_field: str = ""
+    """field of a pair: the reward margin that it is to have at least (arXiv 2402.10571)"""
+    smoothing_field: str = ""
+    """field of a pair: its own --label-smoothing (arXiv 2405.00451)"""
     nll_weight: float = 0.0
     """weight of the chosen suffix's mean negative log-likelihood; the papers have none"""
     epochs: int = 8
@@ -200,7 +210,7 @@ def train_step(scorer, optimizer, pairs: Pairs, batch: list[int], args: Args, ac
     began, device, world = time.time(), accelerator.device, accelerator.num_processes
     deepspeed = accelerator.distributed_type == "DEEPSPEED"
     micro = plan(pairs, batch, args.tokens_per_batch, accelerator.process_index, world)
-    weight = 1 / (len(batch) if args.objective == "dpo" else sum(map(pairs.first_targets, batch)))
+    weight = 1 / (len(batch) if args.objective == "dpo" else pairs.lengths[batch, 0].sum().item())
     sums = Counter()
     for number, (rows, chunks, counts) in enumerate(micro):
         numbers, inputs = sum(rows, []), collate(pairs, rows, device)
@@ -213,8 +223,7 @@ def train_step(scorer, optimizer, pairs: Pairs, batch: list[int], args: Args, ac
             logps = scorer(**inputs, chunks=chunks)[inputs["picks"]]  # (pairs, sides)
             found = measure(logps, pairs, numbers, args)
             if args.nll_weight:
-                tokens = torch.tensor([pairs.first_targets(i) for i in numbers], device=device)
-                found["loss"] = found["loss"] - args.nll_weight * logps[:, 0] / tokens
+                found["loss"] = found["loss"] - args.nll_weight * logps[:, 0] / pairs.lengths[numbers, 0].to(device)
             # data-parallel gradients are averaged over processes, while the mean over the global batch is meant
             accelerator.backward(counts * found["loss"].sum() * world * weight)
         found["tokens"] = torch.tensor([pairs.length(row) for row in rows], device=device)
@@ -237,25 +246,30 @@ def train_step(scorer, optimizer, pairs: Pairs, batch: list[int], args: Args, ac
     }
 
 
-def dpo_loss(logps: torch.Tensor, reference: torch.Tensor, beta: float, smoothing: float = 0.0):
+def dpo_loss(logps: torch.Tensor, reference: torch.Tensor, beta: float, smoothing=0.0, offset=0.0, kind: str = "dpo"):
     """Loss (pairs,) of Eq. 2 and the implicit rewards beta * (log pi - log pi_ref), (pairs, 2), chosen first.
 
-    Label smoothing as in conservative DPO: the pair is the wrong way round with this probability."""
+    Label smoothing as in conservative DPO: the pair is the wrong way round with this probability. `offset`: by how much the
+    chosen reward is to exceed the rejected one (ODPO, arXiv 2402.10571, Eq. 8). "ipo": arXiv 2310.12036, Eq. 17."""
     rewards = beta * (logps - reference)
-    margin = rewards[:, 0] - rewards[:, 1]
+    margin = rewards[:, 0] - rewards[:, 1] - offset
+    if kind == "ipo":
+        return (margin / beta - 1 / (2 * beta)) ** 2, rewards
     return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin), rewards
 
 
 def measure(logps: torch.Tensor, pairs: Pairs, numbers, args: Args) -> dict[str, torch.Tensor]:
     """What is trained and logged, by name, (pairs,) each. logps: (pairs, sides), summed over the tokens of the suffixes of the
-    pairs `numbers`. For a loss of means, divide logps and reference by their lengths in the DPO branch, not in the scorer."""
+    pairs `numbers`."""
     if args.objective == "sft":
         return {"loss": -logps[:, 0]}
-    reference = pairs.reference[list(numbers)].to(logps.device)
-    loss, rewards = dpo_loss(logps, reference, args.beta, args.label_smoothing)
+    numbers, device = list(numbers), logps.device
+    reference, (weight, offset, smoothing) = pairs.reference[numbers].to(device), pairs.signals[numbers].T.to(device)
+    lengths = pairs.lengths[numbers].to(device) if args.loss == "length-normalized" else 1  # SimPO's, with a reference
+    loss, rewards = dpo_loss(logps / lengths, reference / lengths, args.beta, smoothing, offset, args.loss)
     margin = rewards[:, 0] - rewards[:, 1]
     return {
-        "loss": loss,
+        "loss": weight * loss,
         "accuracy": (margin > 0).float(),
         "margin": margin,
         "chosen_reward": rewards[:, 0],
@@ -269,7 +283,7 @@ def validate(scorer, pairs: Pairs, args: Args, accelerator: Accelerator) -> dict
     """The figures of measure() over all pairs; an SFT loss is a mean over tokens."""
     logps = score_all(scorer, pairs, args, accelerator, "validation")
     if args.objective == "sft":
-        return {"val_loss": -logps.sum().item() / sum(map(pairs.first_targets, range(len(pairs))))}
+        return {"val_loss": -logps.sum().item() / pairs.lengths.sum().item()}
     found = measure(logps, pairs, range(len(pairs)), args)
     row = {f"val_{name}": values.mean().item() for name, values in found.items() if not name.endswith("_reward")}
     if row["val_accuracy"] == 1.0 and len(pairs) >= 20:
@@ -299,7 +313,8 @@ def check(step: int, found: dict, args: Args):
              f"{last_checkpoint(args.out) or 'none'}")  # fmt: skip
     if args.objective == "sft":
         return
-    if step == 1 and not args.nll_weight and abs(found["loss"] - math.log(2)) > 0.02:
+    other = args.nll_weight or args.loss == "ipo" or args.weight_field or args.margin_field
+    if step == 1 and not other and abs(found["loss"] - math.log(2)) > 0.02:
         warn(f"first loss: {found['loss']:.4f} and not ln 2 = 0.6931: policy and reference differ")
     if found["chosen_reward"] < -CHOSEN_DROP * args.beta:
         warn(f"chosen suffixes: by more than {CHOSEN_DROP} nats less likely than under the reference; lower --lr or give "
@@ -315,6 +330,10 @@ def start(args: Args) -> tuple[Accelerator, object, Pairs, Pairs | None]:
     least = (args.epochs, args.batch_size, args.tokens_per_batch, args.eval_steps, args.save_steps, args.log_steps)
     if min(least) < 1 or not 0 <= args.label_smoothing < 0.5 or not 0 <= args.warmup <= 1:
         stop("--epochs, --batch-size, --tokens-per-batch and all --...-steps are at least 1, --label-smoothing is below 0.5")
+    if args.objective == "sft" and (args.loss != "dpo" or any(getattr(args, name) for name in SIGNALS)):
+        stop("--loss and the fields of a pair are for --objective dpo")
+    if args.loss == "ipo" and (args.label_smoothing or args.smoothing_field):
+        stop("--loss ipo has no label smoothing")
     if args.precision == "auto":
         args.precision = "bf16" if torch.cuda.is_available() or processor_has_bf16() else "fp32"
     rows = [row for name in args.data for row in load_rows(name, args.objective)]
@@ -463,22 +482,24 @@ def encode(row: dict, tokenizer, sides: str = "step") -> tuple[list[int], list[l
 
 class Pairs:
     """Encoded pairs as int32 arrays (100,000 take some 100 MB). Pair i: the ids of its prefix, prefixes[group[i]], and of
-    its suffixes, suffixes[i]: chosen and rejected, or the solution alone. reference: (pairs, 2), see reference_logps()"""
+    its suffixes, suffixes[i]: chosen and rejected, or the solution alone. reference: (pairs, 2), see reference_logps();
+    signals: (pairs, 3), weight, margin and smoothing in the loss; lengths: (pairs, sides), trained tokens."""
 
     def __init__(self, execution: tuple[int, int] | None = None):
         """`execution`: the tokens in which a block that is not trained on begins and ends."""
         self.prefixes, self.group, self.suffixes, self.known = [], [], [], {}
-        self.reference, self.execution = None, execution
+        self.reference, self.signals, self.lengths, self.execution = None, [], None, execution
 
     def __len__(self):
         return len(self.group)
 
-    def add(self, prefix: list[int], suffixes: list[list[int]]):
+    def add(self, prefix: list[int], suffixes: list[list[int]], signals=(1.0, 0.0, 0.0)):
         ids = np.array(prefix, dtype=np.int32)
         self.group.append(self.known.setdefault(ids.tobytes(), len(self.prefixes)))
         if self.group[-1] == len(self.prefixes):
             self.prefixes.append(ids)
         self.suffixes.append([np.array(suffix, dtype=np.int32) for suffix in suffixes])
+        self.signals.append(signals)
 
     def trained(self, ids: np.ndarray) -> np.ndarray:
         """Which tokens of a suffix are trained on: all but what an interpreter printed, with its marks."""
@@ -487,10 +508,6 @@ class Pairs:
         begin, end = self.execution
         block = np.cumsum(ids == end) - (ids == end)  # its number, for each token
         return ~np.isin(block, block[ids == begin])
-
-    def first_targets(self, i: int) -> int:
-        """Trained tokens of the chosen suffix, or of the solution."""
-        return int(self.trained(self.suffixes[i][0]).sum())
 
     def row(self, numbers: list[int]) -> tuple[list[np.ndarray], list[list[int]]]:
         """The distinct suffixes of pairs with one prefix, and for each pair the places of its own among them."""
@@ -510,12 +527,33 @@ class Pairs:
         """Tokens of the row that holds these pairs."""
         return len(self.prefixes[self.group[numbers[0]]]) + sum(map(len, self.row(numbers)[0]))
 
+    def seal(self):
+        """When all pairs are added."""
+        self.signals = torch.tensor(self.signals, dtype=torch.float32).reshape(len(self), 3)
+        if len(self) and not self.signals[:, 0].any():
+            stop("--weight-field: all weights are 0")
+        self.signals[:, 0] /= self.signals[:, 0].mean()  # or the learning rate would mean another step
+        self.lengths = torch.tensor([[int(self.trained(ids).sum()) for ids in sides] for sides in self.suffixes])
+
     def digest(self) -> str:
         found = hashlib.sha256(str(self.execution or "").encode())
         for group, suffixes in zip(self.group, self.suffixes, strict=True):
             for ids in (self.prefixes[group], *suffixes):
                 found.update(len(ids).to_bytes(4, "big") + ids.tobytes())
         return found.hexdigest()
+
+
+def signals_of(row: dict, args: Args, place: str) -> list[float]:
+    """Weight, margin and smoothing of a pair: of the fields that the options name, or what leaves the loss as it is."""
+    found = [1.0, 0.0, args.label_smoothing]
+    for i, (option, (least, most)) in enumerate(SIGNALS.items()):
+        if field := getattr(args, option):
+            value = row.get(field)
+            if type(value) not in (int, float) or not least <= value < most:
+                stop(f"{place}: its {field!r} is {value!r}, and --{option.replace('_', '-')} needs a number from {least:g} on, "
+                     f"below {most:g}; leave the row out, or take another field")  # fmt: skip
+            found[i] = float(value)
+    return found
 
 
 def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
@@ -547,7 +585,7 @@ def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
         elif not all(suffixes) or len(suffixes) == 2 and suffixes[0] == suffixes[1]:
             left_out["without contrast"] += 1
         else:
-            pairs.add(prefix, suffixes)
+            pairs.add(prefix, suffixes, signals_of(row, args, f"{name}, row {number}"))
             seen.add(hashlib.sha256(repr((prefix, suffixes)).encode()).digest())
     if blank:
         print_main(f"{name}: an empty side in row {', '.join(blank[:20])}{' ...' if len(blank) > 20 else ''}")
@@ -556,6 +594,7 @@ def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
         stop(f"{name}: no pair is left of {len(rows)}: {why}")
     print_main(f"{name}: {len(pairs)} pairs with {len(pairs.prefixes)} prefixes; left out: {why}; "
                f"kept though repeated: {len(pairs) - len(seen)}")  # fmt: skip
+    pairs.seal()
     return pairs
 
 
@@ -821,7 +860,7 @@ def settings_of(args: Args, weights: str, pairs: Pairs, val_pairs: Pairs | None)
     """What a run that is gone on with must have in common with its beginning."""
     free = {"out", "save_steps", "eval_steps", "log_steps", "keep", "data", "validation", "tokens_per_batch", "tracker",
             "lora_save"}  # fmt: skip
-    hashes = pairs.digest() + (val_pairs.digest() if val_pairs else "")
+    hashes = "".join(some.digest() + str(some.signals.tolist()) for some in (pairs, val_pairs) if some)
     settings = {name: str(value) for name, value in asdict(args).items() if name not in free}
     texts = {"pairs": hashes, "loss": inspect.getsource(dpo_loss) + inspect.getsource(measure)}  # an edited loss is another run
     return (

@@ -77,15 +77,19 @@ def encode_solution(row: dict, tokenizer) -> tuple[list[int], list[int], list[st
     return prefix + rest["input_ids"], [0] * len(prefix) + places, [""] * len(prefix) + texts
 
 
-def log_probabilities(model: str, encoded: list[tuple]) -> list[np.ndarray]:
-    """For each solution the log-probability of each token given those before, (tokens,); 0 for the first."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def load_model(model: str):
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     try:
-        lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16 if device == "cuda" else torch.float32).to(device)
+        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device)
     except (OSError, ValueError) as error:
         SAMPLE.stop(f"--models {model}: cannot be loaded ({str(error).splitlines()[0]})")
+
+
+def log_probabilities(lm, encoded: list[tuple]) -> list[np.ndarray]:
+    """For each solution the log-probability of each token given those before, (tokens,); 0 for the first."""
+    device = lm.device
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]))
-    found, bar = [None] * len(encoded), tqdm(total=len(encoded), desc=model[-30:], mininterval=1)
+    found, bar = [None] * len(encoded), tqdm(total=len(encoded), desc=lm.name_or_path[-30:], mininterval=1)
     with bar, torch.inference_mode():
         while order:
             longest = len(encoded[order[0]][0])
@@ -152,8 +156,8 @@ def heat_map(row: dict, tokens: list[str], places: list[int], rewards: dict[str,
                 spans.append(f'<span {"class=error " if place == wrong else ""}style="background:{color}" '
                              f'title="{value:+.4f}, step {place}">{escape(token)}</span>')  # fmt: skip
         columns.append(f"<div><b>{escape(model)}</b>\n{''.join(spans)}</div>")
-    label = f"first wrong step {wrong}" if wrong else "no step labelled wrong"
-    return (f"<h3>{escape(str(row.get('id', '')))}: {label}</h3><p>{to_html(row['problem'])} Answer: "
+    label = f": first wrong step {wrong}" if wrong else ": no step labelled wrong" * ("error_step" in row)
+    return (f"<h3>{escape(str(row.get('id', '')))}{label}</h3><p>{to_html(row['problem'])} Answer: "
             f'{escape(str(row.get("answer", "")))}</p><div class="two">{"".join(columns)}</div>')  # fmt: skip
 
 
@@ -163,9 +167,9 @@ def main(args: Args):
     rows, began = load_solutions(args), time.time()
     tokenizer = SAMPLE.load_tokenizer(args.models[0], args.chat_template, args.chat_template_kwargs)
     encoded = [encode_solution(row, tokenizer) for row in rows]
-    reference, rewards, found, lines = log_probabilities(args.models[0], encoded), {}, {}, []
+    reference, rewards, found, lines = log_probabilities(load_model(args.models[0]), encoded), {}, {}, []
     for model in args.models[1:]:
-        logps = log_probabilities(model, encoded)
+        logps = log_probabilities(load_model(model), encoded)
         rewards[model] = [args.beta * (new - old) for new, old in zip(logps, reference, strict=True)]
         steps = [step_rewards(row, places, values)
                  for row, (_, places, _), values in zip(rows, encoded, rewards[model], strict=True)]  # fmt: skip

@@ -31,11 +31,6 @@ class Args:
     """located file that counts as the truth, instead of the labels in the first"""
 
 
-def first_wrong(row: dict) -> int | None:
-    """What a located row says: the first wrong step, 0 for no error, None for nothing."""
-    return row["error_step"] or (0 if str(row.get("reason")).startswith(LOCATE.NO_ERROR) else None)
-
-
 def print_scores(truths: list[int], found: list[int | None], name: str) -> dict:
     """Print ProcessBench's measures (accuracy on wrong and on right solutions, and their harmonic mean F1) with 95 % Wilson
     intervals, and how far the located steps are from the true ones. 0 stands for no error, None for a row left open."""
@@ -72,7 +67,7 @@ def compare(first: Path, second: Path):
     """Print how far two located files agree on the rows that both have."""
     files = [{LOCATE.identity(row): row for row in LOCATE.read_rows(path, ("id", "steps"))} for path in (first, second)]
     common = [key for key in files[0] if key in files[1] and files[0][key]["steps"] == files[1][key]["steps"]]
-    sides = [[first_wrong(file[key]) for key in common] for file in files]
+    sides = [[LOCATE.verdict(file[key]) for key in common] for file in files]
     both = [(a, b) for a, b in zip(*sides, strict=True) if None not in (a, b)]
     if not both:
         LOCATE.stop(f"{first} and {second} have no solution in common on which both say something")
@@ -90,7 +85,7 @@ def main(args: Args):
     rows = LOCATE.read_rows(args.located, ("id", "steps"))
     if "label" not in rows[0]:
         LOCATE.stop(f"{args.located}: no 'label'; give 02 --labels, or --truth here")
-    print_scores([row["label"] + 1 for row in rows], [first_wrong(row) for row in rows], str(args.located))
+    print_scores([row["label"] + 1 for row in rows], [LOCATE.verdict(row) for row in rows], str(args.located))
 
 
 if __name__ == "__main__":

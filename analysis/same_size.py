@@ -30,7 +30,7 @@ class Args:
 def main(args: Args):
     tokenizer, found = AutoTokenizer.from_pretrained(args.model), {}
     for method in ("dpo", "scdpo", "step-dpo", "step-dpo-ood"):
-        if method == "step-dpo-ood" and not (args.out / f"all-{method}.jsonl").exists():
+        if "step" in method and not (args.out / f"all-{method}.jsonl").exists():
             continue  # METHODS without it
         rows = [json.loads(line) for line in (args.out / f"all-{method}.jsonl").read_text().split("\n") if line]
         random.Random(0).shuffle(rows)
@@ -48,10 +48,10 @@ def main(args: Args):
     write = lambda name, rows: (args.out / "pairs" / f"{name}.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in rows)
     )
-    budget, said = tokens(parts["step-dpo"][0][:size]), []
+    budget, said = tokens(parts["step-dpo"][0][:size]) if "step-dpo" in parts else 0, []
     for method, (train, held_out) in parts.items():
         sizes = {method: train[:size]}
-        if method in ("dpo", "scdpo"):
+        if budget and method in ("dpo", "scdpo"):
             count = next((i for i in range(1, size + 1) if tokens(train[:i]) > budget), size + 1) - 1
             sizes[f"{method}-tokens"] = train[:count]
         for name, rows in sizes.items():

@@ -97,6 +97,7 @@ def time_ours(args: Args, rows: list[dict], separate: bool) -> tuple[list[float]
     accelerator, pairs = Accelerator(mixed_precision="bf16"), train.Pairs()
     for row in rows:
         pairs.add(*train.encode(row, tokenizer))
+    pairs.seal()
     if separate:
         train.collate = separate_rows(train)
     settings = train.Args(tokens_per_batch=args.tokens_per_batch)

@@ -63,10 +63,12 @@ if [ ! -f "$OUT/pairs/ready" ] && [ -n "$FROM" ]; then
   cp "$FROM"/all-*.jsonl "$OUT"
 elif [ ! -f "$OUT/pairs/ready" ]; then
   quiet 01 python 01_sample_errors.py --data "$WORLD/train.jsonl" --limit "$PROBLEMS" --n 4 --out "$OUT/samples.jsonl" "${of_base[@]}"
-  quiet 02 python 02_locate_step.py --samples "$OUT/samples.jsonl" --max-per-problem 1 --out "$OUT/located.jsonl" \
-    --keep-rollouts "$OUT/rollouts.jsonl" "${of_base[@]}"
-  quiet 03-step-dpo python 03_rectify.py --located "$OUT/located.jsonl" --rollouts "$OUT/rollouts.jsonl" --n 8 \
-    --max-pairs-per-error 1 --out "$OUT/all-step-dpo.jsonl" "${of_base[@]}"
+  if [[ " $METHODS " == *step* || $METHODS == *tokens* ]]; then  # equal tokens: as many as Step-DPO has
+    quiet 02 python 02_locate_step.py --samples "$OUT/samples.jsonl" --max-per-problem 1 --out "$OUT/located.jsonl" \
+      --keep-rollouts "$OUT/rollouts.jsonl" "${of_base[@]}"
+    quiet 03-step-dpo python 03_rectify.py --located "$OUT/located.jsonl" --rollouts "$OUT/rollouts.jsonl" --n 8 \
+      --max-pairs-per-error 1 --out "$OUT/all-step-dpo.jsonl" "${of_base[@]}"
+  fi
   quiet 03-dpo python 03_rectify.py --method dpo --samples "$OUT/samples.jsonl" $MANNER --out "$OUT/all-dpo.jsonl"
   quiet 03-scdpo python 03_rectify.py --method scdpo --samples "$OUT/samples.jsonl" --heat $HEAT --out "$OUT/all-scdpo.jsonl" "${of_base[@]}"
   if [[ " $METHODS " == *ood* ]]; then  # another model: the base taught to solve the same problems in other words

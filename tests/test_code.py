@@ -237,7 +237,7 @@ def test_what_code_printed_is_not_trained_on(blocks_model):
         text = tokenizer.decode(batch["target"].tolist())
         bare = re.sub(r"<\|execution\|>.*?<\|endofblock\|>", "", SOLUTION)
         assert text == (SOLUTION if whole else bare) + "<|endofmessage|>"
-        assert len(batch["source"]) == len(batch["owner"]) == len(batch["target"]) == pairs.first_targets(0)
+        assert len(batch["source"]) == len(batch["owner"]) == len(batch["target"]) == pairs.trained(pairs.suffixes[0][0]).sum()
         ids = batch["ids"].flatten()
         assert all(ids[source + 1] == target or source == len(pairs.prefixes[0]) - 1
                    for source, target in zip(batch["source"].tolist(), batch["target"].tolist(), strict=True))  # fmt: skip

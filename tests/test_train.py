@@ -360,8 +360,10 @@ def test_model_loads_and_long_pairs_are_left_out(tmp_path, small_model, tokenize
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
 
 
-def test_trl_computes_the_same_loss(tmp_path, small_model, tokenizer):
-    """On whole responses, where TRL's rules and ours agree, and with a reference that is another model."""
+@pytest.mark.parametrize("kind, theirs_name", [("dpo", "sigmoid"), ("length-normalized", "sigmoid_norm"), ("ipo", "ipo")])
+def test_trl_computes_the_same_loss(tmp_path, small_model, tokenizer, kind, theirs_name):
+    """On whole responses, where TRL's rules and ours agree, and with a reference that is another model. TRL's IPO is of means
+    over tokens, ours as in the paper of sums: it is given means here."""
     import datasets
     from trl import DPOConfig, DPOTrainer
 
@@ -373,16 +375,23 @@ def test_trl_computes_the_same_loss(tmp_path, small_model, tokenizer):
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
-    settings = {"per_device_train_batch_size": 6, "beta": 0.4, "bf16": False, "use_cpu": True, "report_to": "none"}
+    beta = 20.0 if kind == "length-normalized" else 0.4
+    settings = {"per_device_train_batch_size": 6, "beta": beta, "bf16": False, "use_cpu": True, "report_to": "none",
+                "loss_type": theirs_name}  # fmt: skip
     config = DPOConfig(str(tmp_path / "trl"), **settings)
     trainer = DPOTrainer(policy, other, args=config, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer)
     theirs = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
     pairs = pairs_of(train, rows, tokenizer)
+    pairs.seal()
     batch = train.collate(pairs, [[i] for i in range(6)], "cpu")
     with torch.no_grad():
         logps = [train.SuffixScorer(lm)(**batch)[batch["picks"]] for lm in (load(), other)]
-    ours = train.dpo_loss(*logps, 0.4)[0].mean()
-    assert abs(ours - math.log(2)) > 0.05, "the models are too much alike to tell anything"
+    pairs.reference = logps[1]
+    ours = train.measure(logps[0], pairs, range(6), train.Args(loss=kind, beta=beta))["loss"].mean()
+    if kind == "ipo":
+        ours = train.dpo_loss(*(side / pairs.lengths for side in logps), 0.4, kind=kind)[0].mean()
+    start = (1 / 0.8) ** 2 if kind == "ipo" else math.log(2)
+    assert abs(ours - start) > (0.003 if kind == "ipo" else 0.05), "the models are too much alike to tell anything"
     torch.testing.assert_close(ours, theirs.detach(), rtol=1e-4, atol=0)
 
 
@@ -413,6 +422,52 @@ def test_the_maker_of_the_bundled_model_trains_by_04(tmp_path):
     assert len(lines) == 8 and lines[-1]["loss"] < lines[0]["loss"] - 0.05
     learnt, test = ({row["problem"] for row in read(path)} for path in (tmp_path / "work-a/corpus.jsonl", TINY / "test.jsonl"))
     assert 100 < len(learnt) <= 8 * 16 and not learnt & test
+
+
+def test_offset_and_ipo_follow_their_formulas():
+    train, logps = stage(4), torch.tensor([[-1.0, -3.0], [-2.0, -1.0]])
+    reference = torch.tensor([[-1.5, -2.0], [-2.0, -2.5]])
+    h = torch.tensor([1.5, -1.5])  # log-ratios of chosen less those of rejected
+    loss, rewards = train.dpo_loss(logps, reference, 0.5, offset=torch.tensor([0.2, 0.7]))
+    torch.testing.assert_close(loss, torch.log1p(torch.exp(torch.tensor([0.2, 0.7]) - 0.5 * h)))
+    torch.testing.assert_close(rewards, torch.tensor([[0.25, -0.5], [0.0, 0.75]]))
+    torch.testing.assert_close(train.dpo_loss(logps, reference, 0.5, kind="ipo")[0], (h - 1) ** 2)
+
+
+def test_a_pair_of_weight_0_is_as_good_as_not_there(tmp_path, small_model):
+    losses = []
+    for name, numbers in (("four", (4, 5, 6, 7)), ("weights", (4, 5, 6, 7, 9))):
+        rows = [pair(n) | {"weight": float(n != 9)} for n in numbers]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        run(4, "--data", tmp_path / f"{name}.jsonl", "--model", small_model, "--out", tmp_path / name, "--lr", 1e-2,
+            "--precision", "fp32", "--epochs", 3, "--batch-size", len(rows), "--weight-field", "weight")  # fmt: skip
+        losses.append([line["loss"] for line in read(tmp_path / name / "metrics.jsonl")])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and abs(losses[0][2] - losses[0][0]) > 0.01
+
+
+def test_fields_of_a_pair_reach_the_loss(small_model, tokenizer):
+    """Weights are divided by their mean; a pair's margin and smoothing are its own."""
+    train, kinds = stage(4), {"weight_field": "weight", "margin_field": "margin", "smoothing_field": "smoothing"}
+    rows = [pair(n) | {"weight": n, "margin": n / 10, "smoothing": n / 100} for n in (4, 6, 8)]
+    pairs = train.prepare(rows, tokenizer, train.Args(model=str(small_model), **kinds), "rows")
+    torch.testing.assert_close(pairs.signals, torch.tensor([[2 / 3, 0.4, 0.04], [1, 0.6, 0.06], [4 / 3, 0.8, 0.08]]))
+    logps, pairs.reference = torch.tensor([[-1.0, -3.0], [-2.0, -1.0]]), torch.zeros(3, 2)
+    m = torch.tensor([0.5 * 2 - 0.4, 0.5 * -1 - 0.8])
+    smoothing, weight = torch.tensor([0.04, 0.08]), torch.tensor([2 / 3, 4 / 3])
+    expected = weight * ((1 - smoothing) * torch.log1p(torch.exp(-m)) + smoothing * torch.log1p(torch.exp(m)))
+    torch.testing.assert_close(train.measure(logps, pairs, [0, 2], train.Args(beta=0.5))["loss"], expected)
+
+
+@pytest.mark.parametrize("field, value, said", [
+    ("weight", -1, "row 2: its 'weight' is -1"), ("weight", None, "row 2: its 'weight' is None"), ("smoothing", 0.5, "below"),
+    ("margin", "1", "row 2: its 'margin' is '1'"),
+])  # fmt: skip
+def test_a_field_that_is_no_number(tmp_path, small_model, field, value, said):
+    rows = [pair(4) | {field: 0.25}, pair(5) | {field: value}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run(4, "--data", tmp_path / "pairs.jsonl", "--model", small_model, "--out", tmp_path / "out",
+               f"--{field}-field", field, check=False)  # fmt: skip
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 def test_label_smoothing_follows_its_formula():

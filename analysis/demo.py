@@ -1,0 +1,180 @@
+"""A page that shows base and tuned model side by side on a problem that you type.
+
+    python analysis/demo.py --models Qwen/Qwen2-7B-Instruct runs/stepdpo
+    python analysis/demo.py --models data/tiny/model runs/quickstart/model-0 --examples data/tiny/test.jsonl   # no GPU
+
+The steps stand there as they come, the answer is marked, and right or wrong where you give the true one. "Token rewards"
+colours each token of both answers by beta (log pi - log pi_ref), as credit.py does. Both models are in this process, by
+transformers; the page is for this machine's user alone, and shows one answer at a time.
+"""
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Literal
+
+import credit
+import tyro
+from transformers import TextIteratorStreamer
+
+SAMPLE = credit.SAMPLE
+SHOWN = """
+.step { border-left: 3px solid #88a; padding: .1em .7em; margin: .4em 0; white-space: pre-wrap; }
+.answer { font-weight: bold; padding: .3em .7em; background: #8882; border-radius: 4px; display: inline-block; }
+.answer.right { background: #2a72; } .answer.wrong { background: #c332; }
+.two { display: flex; gap: 1em; } .two > div { white-space: pre-wrap; font-family: monospace; }"""
+
+
+@dataclass
+class Args:
+    models: tuple[str, str]
+    """folders or hub ids: base and tuned"""
+    examples: Path | None = None
+    """file of problems; the first five are offered"""
+    temperature: float = 0.0
+    """0 is greedy"""
+    max_tokens: int = 1024
+    """longest answer, in tokens"""
+    beta: float = 0.4
+    """of the token rewards"""
+    opening: str = SAMPLE.OPENING
+    """how every response begins"""
+    split: Literal["labels", "lines", "blank-lines", "sentences"] = "labels"
+    """where a step ends"""
+    chat_template: Path | None = None
+    """Jinja file to use instead of the model's own chat template"""
+    chat_template_kwargs: str = "{}"
+    """switches of the chat template, as JSON"""
+    host: str = "127.0.0.1"
+    """address of the page; others than this machine's let everyone in"""
+    port: int = 7861
+    """port of the page"""
+
+
+class Answer:
+    """A model's answer, which grows in a thread of its own."""
+
+    def __init__(self, lm, tokenizer, problem: str, args: Args):
+        self.text, self.done, self.args = "", False, args
+        ids = SAMPLE.prompt_ids(tokenizer, problem, args.opening)
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        how = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
+        inputs = credit.torch.tensor([ids], device=lm.device)
+        how |= {"inputs": inputs, "attention_mask": inputs.new_ones(inputs.shape), "max_new_tokens": args.max_tokens,
+                "streamer": streamer, "top_k": None, "top_p": None, "repetition_penalty": 1.0}  # fmt: skip
+        threading.Thread(target=self.read, args=(streamer,), daemon=True).start()
+        threading.Thread(target=lambda: (lm.generate(**how), None), daemon=True).start()
+
+    def read(self, streamer):
+        for piece in streamer:
+            self.text += piece
+        self.done = True
+
+    @property
+    def steps(self) -> list[str]:
+        return SAMPLE.split_steps(self.args.opening + self.text, self.args.split, self.args.opening)
+
+    def html(self, gold: str) -> str:
+        """Its steps, and its answer once it is finished."""
+        parts = [f'<div class="step">{escape(step.strip())}</div>' for step in self.steps]
+        if self.done:
+            found = SAMPLE.answer_of(self.args.opening + self.text, self.args.split)
+            verdict = "" if not gold or found is None else "right" if same(gold, found) else "wrong"
+            parts.append(f'<span class="answer {verdict}">{escape(found or "no answer found")} {verdict}</span>')
+        return "".join(parts)
+
+
+def same(gold: str, found: str) -> bool:
+    quick = SAMPLE.quick_verdict(gold, found)
+    return SAMPLE.algebra_verdict(gold, found) if quick is None else quick
+
+
+class Demo:
+    """Both models, and what they answered last."""
+
+    def __init__(self, args: Args):
+        self.args, self.models, self.last = args, [credit.load_model(name) for name in args.models], ("", [])
+        self.tokenizer = SAMPLE.load_tokenizer(args.models[0], args.chat_template, args.chat_template_kwargs)
+        self.busy = threading.Lock()
+
+    def solve(self, problem: str, gold: str):
+        """Yields the HTML of both answers, until they are finished."""
+        if not problem.strip():
+            yield "Type a problem first.", ""
+            return
+        with self.busy:
+            answers = [Answer(lm, self.tokenizer, problem, self.args) for lm in self.models]
+            self.last = (problem, answers)
+            while not all(answer.done for answer in answers):
+                time.sleep(0.1)
+                yield tuple(answer.html(gold) for answer in answers)
+            yield tuple(answer.html(gold) for answer in answers)
+
+    def rewards(self) -> str:
+        """The heat maps of both answers, by the tuned model against the base."""
+        problem, answers = self.last
+        if not answers or not all(answer.done for answer in answers):
+            return "Nothing is solved yet."
+        with self.busy:
+            rows = [{"problem": problem, "steps": answer.steps, "opening": self.args.opening, "id": f"Answer of {name}"}
+                    for name, answer in zip(("the base", "the tuned model"), answers, strict=True)]  # fmt: skip
+            encoded = [credit.encode_solution(row, self.tokenizer) for row in rows]
+            old, new = (credit.log_probabilities(lm, encoded) for lm in self.models)
+        values = [self.args.beta * (b - a) for a, b in zip(old, new, strict=True)]
+        seen = [v for own, (_, places, _) in zip(values, encoded, strict=True) for v, p in zip(own, places, strict=True) if p]
+        scale = float(credit.np.percentile(abs(credit.np.array(seen)), 98)) or 1.0
+        maps = [credit.heat_map(row, words, places, {"β(log π − log π_ref)": own}, scale)
+                for row, (_, places, words), own in zip(rows, encoded, values, strict=True)]  # fmt: skip
+        return f"<p>Full red is −{scale:.3g} or less, full blue +{scale:.3g} or more.</p>" + "".join(maps)
+
+
+def make_page(gradio, demo: Demo, examples: list[dict]):
+    names = [f"**{kind}** `{name}`" for kind, name in zip(("Base", "Tuned"), demo.args.models, strict=True)]
+    with gradio.Blocks(title="Base and tuned", analytics_enabled=False) as page:
+        problem = gradio.Textbox(label="Problem", lines=4, elem_id="problem")
+        gold = gradio.Textbox(label="True answer, if you know it", elem_id="gold")
+        with gradio.Row():
+            go = gradio.Button("Solve", variant="primary", elem_id="solve")
+            heat = gradio.Button("Token rewards", elem_id="rewards")
+        if examples:
+            gradio.Examples([[row["problem"], str(row["answer"])] for row in examples], [problem, gold])
+        shown = []
+        with gradio.Row():
+            for name, place in zip(names, ("base", "tuned"), strict=True):
+                with gradio.Column():
+                    gradio.Markdown(name)
+                    shown.append(gradio.HTML(elem_id=place))
+        maps = gradio.HTML(elem_id="maps")
+        go.click(demo.solve, [problem, gold], shown)
+        problem.submit(demo.solve, [problem, gold], shown)
+        heat.click(demo.rewards, None, maps)
+    return page
+
+
+def main(args: Args):
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio
+    except ImportError:
+        SAMPLE.stop("this page needs gradio: pip install gradio")
+    examples = SAMPLE.read_rows(args.examples, ("problem", "answer"))[:5] if args.examples else []
+    page = make_page(gradio, Demo(args), examples)
+    font = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from the network
+    try:
+        page.launch(server_name=args.host, server_port=args.port, quiet=True, theme=font, css=SHOWN, show_error=True,
+                    prevent_thread_lock=True, footer_links=[])  # fmt: skip
+    except OSError as error:
+        SAMPLE.stop(f"--port {args.port}: {error}")
+    print(f"open http://{args.host}:{args.port}; Ctrl-C ends", file=sys.stderr, flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(1)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,132 @@
+"""Train a process reward model in Qwen2.5-Math-PRM's form (arXiv 2501.07301) on solutions whose first wrong step is known.
+
+    python analysis/train_prm.py --data labelled.jsonl --model data/tiny/model --out runs/prm     # minutes on two cores
+    python 02_locate_step.py --locator prm --prm runs/prm
+
+Input, as for 02 --labels: ProcessBench's rows, what annotate.py, true_errors.py or 02 wrote:
+    {"problem": "...", "steps": ["...", "..."], "error_step": 2}        or "label": 1, 0-based, -1 for no error
+
+Steps before the first wrong one count as right, it as wrong, those behind it not at all. The model must be of Qwen2's kind;
+all of its weights are trained, on one device. Output: a Hugging Face folder, as 02, transformers and vLLM read the real one.
+"""
+
+import importlib
+import json
+import math
+import random
+import sys
+import time
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+import tyro
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+LOCATE = importlib.import_module("02_locate_step")
+
+
+@dataclass
+class Args:
+    data: Path = Path("labelled.jsonl")
+    """solutions with a known first wrong step"""
+    model: str = "data/tiny/model"
+    """where the weights come from"""
+    out: Path = Path("runs/prm")
+    """folder to write"""
+    epochs: int = 2
+    """passes over the solutions"""
+    lr: float = 1e-3
+    """peak learning rate; 1e-5 for a model of 7B"""
+    batch_size: int = 32
+    """solutions of a step"""
+    held_out: int = 200
+    """problems whose solutions are only scored at the end"""
+    seed: int = 0
+    """seed of the order and of the new head"""
+
+
+def start(args: Args):
+    """The model with a new head, and the tokenizer with the mark."""
+    torch.manual_seed(args.seed)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    lm = LOCATE.prm_class().from_pretrained(args.model, dtype=torch.float32)
+    if LOCATE.STEP_END not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [LOCATE.STEP_END]})
+        lm.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+    for layer in (lm.score[0], lm.score[2]):
+        torch.nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features))
+        torch.nn.init.zeros_(layer.bias)
+    args.out.mkdir(parents=True, exist_ok=True)
+    save(lm, tokenizer, args)  # 02's encoder reads the tokenizer from there
+    return lm.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def save(lm, tokenizer, args: Args):
+    lm.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+
+
+def loss_of(lm, batch: list[tuple]) -> torch.Tensor:
+    """Mean cross-entropy over the marks of a batch of (ids, places, label)."""
+    ids = torch.zeros(len(batch), max(len(row[0]) for row in batch), dtype=torch.long, device=lm.device)
+    rows, places, targets = [], [], []
+    for number, (own, at, label) in enumerate(batch):
+        ids[number, : len(own)] = torch.tensor(own)
+        known = at if label < 0 else at[: label + 1]
+        rows += [number] * len(known)
+        places += known
+        targets += [int(k != label) for k in range(len(known))]
+    hidden = lm.model(input_ids=ids).last_hidden_state[rows, places]
+    return F.cross_entropy(lm.score(hidden).float(), torch.tensor(targets, device=lm.device))
+
+
+def main(args: Args):
+    began, lm_and_tokenizer = time.time(), start(args)
+    lm, tokenizer = lm_and_tokenizer
+    encode, _, most = LOCATE.prm_encoder(Namespace(prm=str(args.out), split="labels", opening=LOCATE.OPENING))
+    labelled = LOCATE.load_labels(args.data)
+    problems = sorted({row["problem"] for row in labelled})
+    random.Random(args.seed).shuffle(problems)
+    held, train, test = set(problems[: args.held_out]), [], []
+    for row in tqdm(labelled, desc="encoding"):
+        ids, places = encode(row)
+        if len(ids) <= most and len(places) == len(row["steps"]) > 0:
+            (test if row["problem"] in held else train).append((ids, places, row["label"]))
+    if not train:
+        LOCATE.stop(f"{args.data}: nothing is left to train on beside --held-out {args.held_out} problems")
+    order, total = random.Random(args.seed), args.epochs * math.ceil(len(train) / args.batch_size)
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, math.ceil(0.05 * total), total)
+    bar, mean = tqdm(total=total, desc="training"), None
+    for _ in range(args.epochs):
+        order.shuffle(train)
+        for at in range(0, len(train), args.batch_size):
+            with torch.autocast(lm.device.type, torch.bfloat16, enabled=lm.device.type == "cuda"):
+                loss = loss_of(lm, train[at : at + args.batch_size])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            mean = loss.item() if mean is None else 0.95 * mean + 0.05 * loss.item()
+            bar.set_postfix(loss=f"{mean:.3f}")
+            bar.update()
+    bar.close()
+    with torch.inference_mode():
+        batches = [test[at : at + args.batch_size] for at in range(0, len(test), args.batch_size)]
+        held_loss = sum(loss_of(lm, batch).item() for batch in batches) / len(batches) if batches else float("nan")
+    save(lm.to(torch.bfloat16), tokenizer, args)
+    wrong = sum(label >= 0 for *_, label in train)
+    figures = {"solutions": len(train), "wrong": wrong, "steps": total, "last loss": round(mean, 4),
+               "loss on held-out problems": round(held_loss, 4), "seconds": round(time.time() - began, 1)}  # fmt: skip
+    (args.out / "training.json").write_text(json.dumps({**vars(args), **figures}, indent=1, default=str) + "\n")
+    print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in figures.items()))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
