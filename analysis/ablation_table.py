@@ -20,6 +20,12 @@ NAMES = {"base": "base", "dpo": "DPO", "scdpo": "SCDPO", "step-dpo": "Step-DPO",
          "scdpo-tokens": "SCDPO, equal tokens"}  # fmt: skip
 
 
+def name_of(method: str) -> str:
+    """As the tables have it; METHOD+NAME is METHOD's pairs with another loss or signal."""
+    pairs, *how = method.split("+")
+    return ", ".join([NAMES[pairs], *how])
+
+
 @dataclass
 class Args:
     out: Annotated[Path, tyro.conf.Positional]
@@ -51,12 +57,12 @@ def choose(args: Args):
         best = max(found, key=found.get, default=args.grid[0])
         rates = [float(setting.split(":")[0]) for setting in args.grid]
         if len(rates) > 1 and float(best.split(":")[0]) in (min(rates), max(rates)):
-            print(f"{NAMES[method]} is best at {best}, at the end of the grid: its optimum may lie beyond", file=sys.stderr)
+            print(f"{name_of(method)} is best at {best}, at the end of the grid: its optimum may lie beyond", file=sys.stderr)
         (args.out / "grid" / f"{method}.chosen").write_text(best.replace(":", " ") + "\n")
         cells = [
             f"{'**' if s == best else ''}{found[s]:.1%}{'**' if s == best else ''}" if s in found else "" for s in args.grid
         ]
-        lines.append(f"| {NAMES[method]} | {' | '.join(cells)} |")
+        lines.append(f"| {name_of(method)} | {' | '.join(cells)} |")
     (args.out / "grid.md").write_text("\n".join(lines) + "\n")
     print((args.out / "grid.md").read_text())
 
@@ -73,13 +79,15 @@ def draw(args: Args, metrics: dict[str, list[list[dict]]], results: dict[str, di
     figure, (test, left, right) = plt.subplots(1, 3, figsize=(12, 3.8), width_ratios=(1.2, 1, 1))
     names = ["base", *args.methods]
     for kind, label, marker, shift in (("greedy", "greedy", "o", -0.15), ("temperature1", "temperature 1", "s", 0.15)):
+        if kind not in results:
+            continue
         for y, method in enumerate(names):
             found = results[kind]["models"][method]
             color = f"C{y - 1}" if y else "black"
             test.plot([100 * x for x in found["interval"]], [y + shift] * 2, color=color, lw=2)
             test.plot(100 * found["accuracy"], y + shift, marker, color=color, mfc="white" if shift > 0 else color, ms=6)
         test.plot([], [], marker, color="gray", mfc="white" if shift > 0 else "gray", label=label, ls="")
-    test.set(yticks=range(len(names)), yticklabels=[NAMES[name].replace(", another", ",\nanother") for name in names])
+    test.set(yticks=range(len(names)), yticklabels=[name_of(name).replace(", another", ",\nanother") for name in names])
     test.set(xlabel="test problems right, %, with 95 % interval")
     test.invert_yaxis()
     test.legend(frameon=False, fontsize=9)
@@ -113,7 +121,8 @@ def holm(p: dict[str, float]) -> dict[str, float]:
 def main(args: Args):
     if args.choose:
         return choose(args)
-    summaries = {kind: json.loads((args.out / kind / "summary.json").read_text()) for kind in ("greedy", "temperature1")}
+    paths = {kind: args.out / kind / "summary.json" for kind in ("greedy", "temperature1")}
+    summaries = {kind: json.loads(path.read_text()) for kind, path in paths.items() if path.exists()}
     results = {kind: summary["benchmarks"]["test"] for kind, summary in summaries.items()}
     credit = args.out / "credit" / "credit.json"  # only where steps are labelled
     credit = json.loads(credit.read_text()) if credit.exists() else {}
@@ -121,26 +130,27 @@ def main(args: Args):
     percent = lambda f: f"{f['accuracy']:.1%} ({f['interval'][0]:.1%} to {f['interval'][1]:.1%})"
     spread = lambda f: f"{100 * f['spread']:.1f}" if f["seeds"] > 1 else ""
     metrics, training = {}, []
-    lines = ["| method | pairs | tokens | lr, β | greedy (95 % interval) | sd over seeds | temperature 1 | sd over seeds "
-             "| training, s |", "|---|" + "---:|" * 8]  # fmt: skip
+    titles = {"greedy": "greedy", "temperature1": "temperature 1"}
+    head = " | ".join(f"{titles[kind]} (95 % interval) | sd over seeds" for kind in results)
+    lines = [f"| method | pairs | tokens | lr, β | {head} | training, s |", "|---|" + "---:|" * (4 + 2 * len(results))]
     for method in ("base", *args.methods):
-        greedy, warm = (results[kind]["models"][method] for kind in ("greedy", "temperature1"))
+        of_kinds = [found["models"][method] for found in results.values()]
+        shown = " | ".join(f"{percent(found)} | {spread(found)}" for found in of_kinds)
         if method == "base":
-            lines.append(f"| base | | | | {percent(greedy)} | | {percent(warm)} | | |")
+            lines.append(f"| base | | | | {shown} | |")
             continue
         folders = [Path(folder) for folder in summaries["greedy"]["groups"][method]]
         seconds = [json.loads((folder / "training.json").read_text())["seconds"] for folder in folders]
-        pairs, tokens = re.search(rf"(?:^|; |\n){re.escape(method)} (\d+) pairs, (\d+) tokens", sizes).groups()
+        pairs, tokens = re.search(rf"(?:^|; |\n){re.escape(method.split('+')[0])} (\d+) pairs, (\d+) tokens", sizes).groups()
         lr, beta = (args.out / "grid" / f"{method}.chosen").read_text().split()
-        lines.append(f"| {NAMES[method]} | {pairs} | {int(tokens):,} | {lr}, {beta} | {percent(greedy)} "
-                     f"| {spread(greedy)} | {percent(warm)} | {spread(warm)} "
+        lines.append(f"| {name_of(method)} | {pairs} | {int(tokens):,} | {lr}, {beta} | {shown} "
                      f"| {sum(seconds) / len(seconds):.0f} |")  # fmt: skip
         metrics[method] = [rows_of(folder / "metrics.jsonl") for folder in folders]
         first = [next(row for row in rows if "val_accuracy" in row) for rows in metrics[method]]
         last = [next(row for row in reversed(rows) if "val_accuracy" in row) for rows in metrics[method]]
         mean = lambda rows, key: sum(row[key] for row in rows) / len(rows)
         training.append(
-            f"| {NAMES[method]} | {mean(last, 'val_accuracy'):.1%} | {mean(last, 'val_margin'):.2f} "
+            f"| {name_of(method)} | {mean(last, 'val_accuracy'):.1%} | {mean(last, 'val_margin'):.2f} "
             f"| {mean(first, 'val_chosen_logp'):.1f} to {mean(last, 'val_chosen_logp'):.1f} "
             f"| {mean(first, 'val_rejected_logp'):.1f} to {mean(last, 'val_rejected_logp'):.1f} |"
         )
@@ -148,11 +158,11 @@ def main(args: Args):
         training[-1] += f" {percent(found | {'accuracy': found['share']})} | {found['auc']:.3f} |" if found else " | |"
     lines += ["", "| method | held-out pairs told apart | margin | log π of chosen, before to after | log π of rejected "
               "| lowest step is the error, first seed | AUC |", "|---|" + "---:|" * 6, *training]  # fmt: skip
-    lines += ["", "| test accuracy, paired by problem | greedy, points (95 % interval) | p, Holm | temperature 1 | p, Holm |",
-              "|---|" + "---:|" * 4]  # fmt: skip
+    head = " | ".join(f"{titles[kind]}, points (95 % interval) | p, Holm" for kind in results)
+    lines += ["", f"| test accuracy, paired by problem | {head} |", "|---|" + "---:|" * 2 * len(results)]
     adjusted = {kind: holm({key: f["p"] for key, f in found["pairwise"].items()}) for kind, found in results.items()}
     for key in results["greedy"]["pairwise"]:
-        cells = [" − ".join(NAMES[name] for name in key.split("\n"))]
+        cells = [" − ".join(name_of(name) for name in key.split("\n"))]
         for kind, found in results.items():
             f = found["pairwise"][key]
             low, high = f["difference_interval"]

@@ -7,6 +7,8 @@
 #   SEEDS="0 1" bash recipes/ablation_tiny.sh  # fewer seeds
 #   WORLD=runs/code MANNER="--split blocks --opening=" METHODS="dpo scdpo step-dpo" OUT=runs/ablation_code SEEDS="0 1 2" \
 #     bash recipes/ablation_tiny.sh            # code-integrated solutions (docs/code.md)
+#   METHODS="step-dpo step-dpo+weight step-dpo+margin step-dpo+smoothing step-dpo+ipo step-dpo+normalized" PER_ERROR=0 OUT=runs/signals \
+#     GRID="3e-5:0.1 3e-5:1 3e-5:10 1e-4:1" DECODINGS=greedy bash recipes/ablation_tiny.sh   # losses and signals (docs/signals.md)
 # Stopped at any moment, the same command goes on: what is there is not made again. FROM=FOLDER takes the pairs made there, for
 # other PAIRS, GRID or TRAIN: OUT=runs/ablation_nll FROM=runs/ablation TRAIN="--nll-weight 1" bash recipes/ablation_tiny.sh
 set -euo pipefail
@@ -14,13 +16,16 @@ cd "$(dirname "$0")/.."
 if [ "${1:-}" = --quick ]; then
   OUT=${OUT:-runs/ablation_quick} SEEDS=${SEEDS:-0} PROBLEMS=${PROBLEMS:-800} TEST=${TEST:-500} PAIRS=${PAIRS:-250} GRID=${GRID:-3e-5:1} FOREIGN=${FOREIGN:-1}
 elif [ $# -gt 0 ]; then
-  sed -n '2,11p' "$0" >&2; exit 2
+  sed -n '2,13p' "$0" >&2; exit 2
 fi
 OUT=${OUT:-runs/ablation} SEEDS=${SEEDS:-0 1 2 3 4} PROBLEMS=${PROBLEMS:-2000} TEST=${TEST:-1000} PAIRS=${PAIRS:-400}
 GRID=${GRID:-1e-5:1 3e-5:1 1e-4:1 3e-4:1 3e-5:0.4}  # learning rate : beta
 METHODS=${METHODS:-dpo scdpo step-dpo step-dpo-ood dpo-tokens scdpo-tokens}
 WORLD=${WORLD:-data/tiny} MANNER=${MANNER:-} TRAIN=${TRAIN:-} HEAT=${HEAT:-1.1 0.05 1.4} FROM=${FROM:-} FOREIGN=${FOREIGN:-2}  # epochs of the other model
 JOBS=${JOBS:-2}  # trainings and evaluations side by side, a core each: such a small model does not fill two
+PER_ERROR=${PER_ERROR:-1} DECODINGS=${DECODINGS:-greedy temperature1}
+declare -A options=([weight]="--weight-field weight" [margin]="--margin-field margin" [smoothing]="--smoothing-field smoothing"
+  [ipo]="--loss ipo" [normalized]="--loss length-normalized")  # METHOD+NAME: the pairs of METHOD, trained so
 BASE=$WORLD/model
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-4}
 export PATH="$PWD/.venv/bin:$PATH"
@@ -31,7 +36,7 @@ exec 9>"$OUT/.lock"  # what a killed run left at work holds it too
 if command -v flock >/dev/null && ! flock -n 9; then
   echo "another run, or what a killed one left behind, is still at work in $OUT; try again in two minutes" >&2; exit 2
 fi
-settings="$WORLD${MANNER:+ $MANNER}, $PROBLEMS problems, $PAIRS pairs, $TEST test problems, heat $HEAT, training ${TRAIN:-as it is}, from ${FROM:-the start}"
+settings="$WORLD${MANNER:+ $MANNER}, $PROBLEMS problems, $PAIRS pairs, $TEST test problems, $PER_ERROR pairs an error, heat $HEAT, training ${TRAIN:-as it is}, from ${FROM:-the start}"
 [ -f "$OUT/settings" ] || echo "$settings" >"$OUT/settings"
 if [ "$(cat "$OUT/settings")" != "$settings" ]; then
   echo "$OUT was made with: $(cat "$OUT/settings"); now it would be: $settings. Give another OUT" >&2; exit 2
@@ -67,7 +72,7 @@ elif [ ! -f "$OUT/pairs/ready" ]; then
     quiet 02 python 02_locate_step.py --samples "$OUT/samples.jsonl" --max-per-problem 1 --out "$OUT/located.jsonl" \
       --keep-rollouts "$OUT/rollouts.jsonl" "${of_base[@]}"
     quiet 03-step-dpo python 03_rectify.py --located "$OUT/located.jsonl" --rollouts "$OUT/rollouts.jsonl" --n 8 \
-      --max-pairs-per-error 1 --out "$OUT/all-step-dpo.jsonl" "${of_base[@]}"
+      --max-pairs-per-error "$PER_ERROR" --out "$OUT/all-step-dpo.jsonl" "${of_base[@]}"
   fi
   quiet 03-dpo python 03_rectify.py --method dpo --samples "$OUT/samples.jsonl" $MANNER --out "$OUT/all-dpo.jsonl"
   quiet 03-scdpo python 03_rectify.py --method scdpo --samples "$OUT/samples.jsonl" --heat $HEAT --out "$OUT/all-scdpo.jsonl" "${of_base[@]}"
@@ -87,9 +92,11 @@ fi
 
 # --- settings, by the same grid for every method, seed 0, greedy accuracy on validation.jsonl ------------------------------
 train() {  # train METHOD LR BETA SEED FOLDER
-  [ -f "$5/.trained" ] || quiet "train-$1-$2-$3-$4" python 04_train_stepdpo.py --data "$OUT/pairs/$1.jsonl" --model "$BASE" \
-    --out "$5" --lr "$2" --beta "$3" --epochs 2 --batch-size 32 --validation "$OUT/pairs/$1.validation.jsonl" --eval-steps 6 \
-    --log-steps 3 --keep 0 --seed "$4" $TRAIN
+  local pairs="$OUT/pairs/${1%%+*}" how=
+  [[ $1 != *+* ]] || how=${options[${1#*+}]}
+  [ -f "$5/.trained" ] || quiet "train-$1-$2-$3-$4" python 04_train_stepdpo.py --data "$pairs.jsonl" --model "$BASE" \
+    --out "$5" --lr "$2" --beta "$3" --epochs 2 --batch-size 32 --validation "$pairs.validation.jsonl" --eval-steps 6 \
+    --log-steps 3 --keep 0 --seed "$4" $how $TRAIN
   touch "$5/.trained"
 }
 evaluate() {  # evaluate LABEL MODEL DATA LIMIT FOLDER [OPTIONS]
@@ -115,9 +122,9 @@ drain "${made[@]}"
 python analysis/ablation_table.py "$OUT" --choose --methods $METHODS --grid $GRID
 
 # --- models, and both evaluations of each -------------------------------------------------------------------------------
-both() {  # both LABEL MODEL DONE: greedy and at temperature 1
+both() {  # both LABEL MODEL DONE: greedy, and at temperature 1
   evaluate "$1" "$2" "$WORLD/test.jsonl" "$TEST" "$OUT/greedy"
-  evaluate "$1" "$2" "$WORLD/test.jsonl" "$TEST" "$OUT/temperature1" --temperature 1
+  [[ $DECODINGS != *temp* ]] || evaluate "$1" "$2" "$WORLD/test.jsonl" "$TEST" "$OUT/temperature1" --temperature 1
   touch "$3"
 }
 one() {  # one METHOD LR BETA SEED MODEL
@@ -146,7 +153,7 @@ named=() first=()
 for method in base $METHODS; do named+=("$method=${group[$method]}") first+=("${group[$method]%%,*}"); done
 ask+=(--data "$WORLD/test.jsonl" --limit "$TEST")  # all responses are there: no engine starts
 quiet report-greedy python 05_eval.py --models "${named[@]}" "${ask[@]}" --out "$OUT/greedy"
-quiet report-temperature1 python 05_eval.py --models "${named[@]}" "${ask[@]}" --out "$OUT/temperature1" --temperature 1
+[[ $DECODINGS != *temp* ]] || quiet report-temperature1 python 05_eval.py --models "${named[@]}" "${ask[@]}" --out "$OUT/temperature1" --temperature 1
 quiet page python analysis/report_html.py "$OUT/greedy"
 [ -z "$MANNER" ] && quiet labels python analysis/true_errors.py "$OUT"/greedy/test/*-model.jsonl "$OUT/labelled.jsonl"  # the base's
 [ -z "$MANNER" ] && quiet credit python analysis/credit.py "$OUT/labelled.jsonl" --models "${first[@]}" --beta 1 --show 10 --out "$OUT/credit"
