@@ -1,39 +1,117 @@
 #!/usr/bin/env bash
-# Several rounds of Step-DPO: each round's model samples, locates and rectifies its own errors, and is the next one's reference.
-# The papers make one round. Defaults are for the bundled world; run here with two rounds of 60 problems only, and not timed.
-#   bash recipes/iterate.sh                                   # three rounds, other problems in each
-#   MODEL=Qwen/Qwen2-7B-Instruct DATA="gsm8k math" LR=5e-7 BETA=0.4 EPOCHS=8 BATCH=128 TOKENS=2048 TEST="gsm8k math" \
-#       LAUNCH="--config_file configs/fsdp2.yaml --num_processes 8" SERVE="--engine-args=--max-model-len 4096" bash recipes/iterate.sh
-# LAUNCH goes to accelerate, TRAIN to 04. The same command goes on after a stop.
+# Rounds of preference optimization and its cheaper controls beside each other, each with the same number of sampled and of trained
+# tokens a round: DPO on right and wrong samples alone (DPO-VP), Step-DPO, SCDPO, and SFT on right samples (rejection sampling).
+# Each round's model samples its own solutions to new problems, and is the next round's reference. The papers make one round.
+#   bash recipes/iterate.sh                      # all four, three rounds, three seeds, on the bundled world
+#   METHODS=step-dpo SEEDS=0 MODEL=Qwen/Qwen2-7B-Instruct DATA=problems.jsonl PROBLEMS=5000 BUDGET= TRAINED= LRS=5e-7 BETA=0.4 EPOCHS=8 \
+#       BATCH=128 TOKENS=2048 TEST="gsm8k math" JOBS=1 LAUNCH="--config_file configs/fsdp2.yaml --num_processes 8" \
+#       SERVE="--engine-args=--max-model-len 4096" bash recipes/iterate.sh     # one method on a real model
+# BUDGET: sampled tokens of a round, by which the problems are cut; TRAINED: tokens of chosen and rejected that a round trains on,
+# by passes over the pairs and by cutting; each empty: all there is, EPOCHS passes. LRS: learning rates to choose from, by round 1 of the
+# first seed on VALIDATION. LAUNCH goes to accelerate, TRAIN to 04. The same command goes on after a stop.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# INT or TERM to this script alone ends the running stage too, and so the engine in it
-job=; run() { set -m; "$@" & job=$!; set +m; wait $job; }
-trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM
 export PATH="$PWD/.venv/bin:$PATH"
-ROUNDS=${ROUNDS:-3} OUT=${OUT:-runs/iterate} MODEL=${MODEL:-data/tiny/model} DATA=${DATA:-data/tiny/train.jsonl} PROBLEMS=${PROBLEMS:-1200}
-LR=${LR:-3e-5} BETA=${BETA:-1} EPOCHS=${EPOCHS:-2} BATCH=${BATCH:-32} TOKENS=${TOKENS:-400} TEST=${TEST:-data/tiny/test.jsonl}
-LAUNCH=${LAUNCH:-} TRAIN=${TRAIN:-}
-SERVE=${SERVE:---engine-args=--max-num-seqs 512 --max-model-len 1024}
+METHODS=${METHODS:-dpo step-dpo scdpo sft} SEEDS=${SEEDS:-0 1 2} ROUNDS=${ROUNDS:-3} OUT=${OUT:-runs/iterate}
+MODEL=${MODEL:-data/tiny/model} DATA=${DATA:-data/tiny/train.jsonl} PROBLEMS=${PROBLEMS:-200} BUDGET=${BUDGET-100000} TRAINED=${TRAINED-20000}
+LRS=${LRS:-1e-5 3e-5 1e-4} BETA=${BETA:-1} EPOCHS=${EPOCHS:-2} BATCH=${BATCH:-32} TOKENS=${TOKENS:-400} N=${N:-4}
+TEST=${TEST:-data/tiny/test.jsonl} LIMIT=${LIMIT:-1000} VALIDATION=${VALIDATION:-data/tiny/validation.jsonl}
+SERVE=${SERVE:---engine-args=--max-num-seqs 512 --max-model-len 1024} LAUNCH=${LAUNCH:-} TRAIN=${TRAIN:-} JOBS=${JOBS:-2}
 [ "$MODEL" != data/tiny/model ] || export HF_HUB_OFFLINE=1
-policy=$MODEL models=("base=$MODEL")
-for round in $(seq "$ROUNDS"); do
-  here=$OUT/round-$round data=$DATA
+export TOKENIZERS_PARALLELISM=false
+mkdir -p "$OUT/logs" "$OUT/lr"
+first_seed=${SEEDS%% *} began=$SECONDS
+declare -A share=([step-dpo]=1 [scdpo]=2 [dpo]=3 [sft]=3)  # problems for one budget: who only samples can sample more
+
+# INT or TERM to this script alone ends the running stages too, and so the engines in them
+job=; run() { set -m; "$@" & job=$!; set +m; wait $job; }
+trap 'trap "" INT TERM; kill -TERM $(jobs -p) 2>/dev/null; wait; exit 130' INT TERM
+pool() {  # pool COMMAND ...: in the background as soon as fewer than JOBS run, a core each
+  while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || fail; done
+  (
+    trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM
+    [ "$JOBS" = 1 ] || export OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=2
+    "$@"
+  ) &
+}
+fail() { kill -TERM $(jobs -p) 2>/dev/null; wait; echo "a stage failed; its log is the newest of $OUT/logs" >&2; exit 2; }
+drain() { while [ -n "$(jobs -p)" ]; do wait -n || fail; done; }
+stage() {  # stage LOG COMMAND ...: the output goes to the log, its last line here
+  local log=$1; shift
+  run "$@" >>"$log" 2>&1 || { tail -3 "$log" >&2; exit 2; }
+  printf '%5d s  %s\n' $((SECONDS - began)) "$(grep -v '^$' "$log" | tail -1 | cut -c1-180)"
+}
+
+sample() {  # sample METHOD SEED ROUND POLICY: solutions, pairs, and what of them is trained on, in OUT/METHOD/SEED/ROUND
+  local here=$OUT/$1/$2/$3 log=$OUT/logs/$1-$2-$3.log data=$DATA ask size=$((PROBLEMS * share[$1]))
+  ask=(--model "$4" --max-tokens "$TOKENS" --seed "$2" "$SERVE")
   mkdir -p "$here"
   if [ -f "$DATA" ]; then  # a file: the next so many of its problems, so that no round learns from problems it has seen
     data=$here/problems.jsonl
-    sed -n "$(((round - 1) * PROBLEMS + 1)),$((round * PROBLEMS))p" "$DATA" >"$data"
+    sed -n "$((($3 - 1) * PROBLEMS * 3 + 1)),$((($3 - 1) * PROBLEMS * 3 + size))p" "$DATA" >"$data"
   fi
-  run python 01_sample_errors.py --data $data --model "$policy" --max-tokens "$TOKENS" --out "$here/samples.jsonl" "$SERVE"
-  run python 02_locate_step.py --samples "$here/samples.jsonl" --model "$policy" --max-tokens "$TOKENS" --out "$here/located.jsonl" \
-    --keep-rollouts "$here/rollouts.jsonl" "$SERVE"
-  run python 03_rectify.py --located "$here/located.jsonl" --rollouts "$here/rollouts.jsonl" --n 8 --model "$policy" \
-    --max-tokens "$TOKENS" --out "$here/pairs.jsonl" "$SERVE"
-  if [ ! -f "$here/trained" ]; then  # not again after a stop: other last bits would make it another policy to the next round
-    run accelerate launch $LAUNCH 04_train_stepdpo.py --data "$here/pairs.jsonl" --model "$policy" --lr "$LR" --beta "$BETA" \
-      --epochs "$EPOCHS" --batch-size "$BATCH" --keep 0 --out "$here/model" $TRAIN
-    touch "$here/trained"
-  fi
-  policy=$here/model models+=("round-$round=$policy")
+  stage "$log" python 01_sample_errors.py --data $data --n "$N" --out "$here/samples.jsonl" "${ask[@]}"
+  case $1 in
+    step-dpo)
+      stage "$log" python 02_locate_step.py --samples "$here/samples.jsonl" --max-per-problem 1 --out "$here/located.jsonl" \
+        --keep-rollouts "$here/rollouts.jsonl" "${ask[@]}"
+      stage "$log" python 03_rectify.py --located "$here/located.jsonl" --rollouts "$here/rollouts.jsonl" --n 8 \
+        --out "$here/step-dpo.jsonl" "${ask[@]}" ;;
+    scdpo)
+      stage "$log" python 03_rectify.py --method scdpo --samples "$here/samples.jsonl" --out "$here/scdpo.jsonl" "${ask[@]}" ;;&
+    dpo | scdpo)
+      stage "$log" python 03_rectify.py --method dpo --samples "$here/samples.jsonl" --seed "$2" --out "$here/dpo.jsonl" ;;
+  esac
+  stage "$log" python analysis/rounds.py cut "$here" --method "$1" --model "$4" --seed "$2" --epochs "$EPOCHS" \
+    ${BUDGET:+--budget "$BUDGET"} ${TRAINED:+--trained "$TRAINED"}
+}
+train() {  # train METHOD SEED ROUND POLICY LR FOLDER
+  local here=$OUT/$1/$2/$3 objective=
+  [ "$1" != sft ] || objective="--objective sft"
+  [ -f "$6/.trained" ] || stage "$OUT/logs/$1-$2-$3.log" accelerate launch $LAUNCH 04_train_stepdpo.py --data "$here/train.jsonl" --model "$4" \
+    $objective --out "$6" --lr "$5" --beta "$BETA" --epochs "$(cat "$here/epochs")" --batch-size "$BATCH" --keep 0 --log-steps 5 \
+    --seed "$2" $TRAIN
+  touch "$6/.trained"  # not again after a stop: other last bits would make it another policy to the next round
+}
+evaluate() {  # evaluate LABEL MODEL FOLDER DATA LIMIT
+  stage "$OUT/logs/eval-$1.log" python 05_eval.py --data $4 --limit "$5" --models "$1=$2" --max-tokens "$TOKENS" --out "$3" "$SERVE"
+}
+choose() {  # choose METHOD: the learning rate with which round 1 of the first seed is best on VALIDATION
+  [ -f "$OUT/$1/$first_seed/1/epochs" ] || sample "$1" "$first_seed" 1 "$MODEL"
+  for lr in $LRS; do
+    [ "$LRS" = "$lr" ] || [ -f "$OUT/lr/$1-$lr/summary.json" ] || {
+      train "$1" "$first_seed" 1 "$MODEL" "$lr" "$OUT/lr/models/$1-$lr"
+      evaluate "$1-$lr" "$OUT/lr/models/$1-$lr" "$OUT/lr/$1-$lr" "$VALIDATION" 500
+    }
+  done
+  python analysis/rounds.py choose "$OUT" --method "$1" --rates $LRS
+}
+chain() {  # chain METHOD SEED: its rounds
+  local policy=$MODEL round here
+  for round in $(seq "$ROUNDS"); do
+    here=$OUT/$1/$2/$round
+    [ -f "$here/epochs" ] || sample "$1" "$2" "$round" "$policy"
+    train "$1" "$2" "$round" "$policy" "$(cat "$OUT/lr/$1")" "$here/model"
+    policy=$here/model
+    [ -f "$here/evaluated" ] || evaluate "$1-$2-$round" "$policy" "$OUT/results" "$TEST" "$LIMIT"
+    touch "$here/evaluated"
+  done
+}
+
+[ -f "$OUT/base" ] || pool evaluate base "$MODEL" "$OUT/results" "$TEST" "$LIMIT"
+for method in $METHODS; do pool choose "$method"; done
+drain
+touch "$OUT/base"
+for seed in $SEEDS; do
+  for method in $METHODS; do pool chain "$method" "$seed"; done
 done
-run python 05_eval.py --data $TEST --models "${models[@]}" --max-tokens "$TOKENS" --out "$OUT/results" "$SERVE"
+drain
+named=("base=$MODEL")
+for method in $METHODS; do
+  for round in $(seq "$ROUNDS"); do
+    group=$(for seed in $SEEDS; do printf ',%s' "$OUT/$method/$seed/$round/model"; done)
+    named+=("$method-$round=${group#,}")
+  done
+done
+stage "$OUT/logs/report.log" python 05_eval.py --data $TEST --limit "$LIMIT" --models "${named[@]}" --max-tokens "$TOKENS" --out "$OUT/results" "$SERVE"
+python analysis/rounds.py table "$OUT" --methods $METHODS --rounds "$ROUNDS" --seeds $SEEDS
