@@ -21,9 +21,9 @@ Output: a Hugging Face folder with a model card and training.png, beside it metr
     {"step": 1, "loss": 0.6931, "accuracy": 0.0, "margin": 0.0, "chosen_logp": -1.2, "rejected_logp": -4.1, ...}
 
 What is particular here:
-  - all pairs of one prefix are one row [prefix | suffix | suffix ...]; a mask keeps the suffixes from seeing each other, and
-    each counts its positions on from the prefix: the same log-probabilities as separate rows, at a fraction of the tokens;
-  - the vocabulary is multiplied out at suffix positions only, in chunks;
+  - all pairs of a problem are one row, a tree in which each token stands once that several of them begin with; a mask shows
+    each token its own path alone: the same log-probabilities as separate rows, at a fraction of the tokens;
+  - the vocabulary is multiplied out at suffix positions only, once each, in chunks;
   - reference log-probabilities are computed once, from the untouched base weights, and cached in OUT: no second model;
   - master weights and the loss are fp32, also under bf16 autocast: a bf16 weight swallows a step of 5e-7;
   - a single step never ends in EOS; a suffix that ends the solution does;
@@ -301,8 +301,8 @@ def learning_rate(step: int, total: int, args: Args) -> float:
 
 
 def shuffled(pairs: Pairs, seed: int, epoch: int) -> list[int]:
-    """The order of an epoch; pairs of one prefix stay together, so that they share a row."""
-    groups = np.random.default_rng([seed, epoch]).permutation(len(pairs.prefixes))
+    """The order of an epoch; pairs of one problem stay together, so that they share a row."""
+    groups = np.random.default_rng([seed, epoch]).permutation(len(pairs.problems))
     return np.argsort(groups[np.array(pairs.group)], kind="stable").tolist()
 
 
@@ -480,24 +480,44 @@ def encode(row: dict, tokenizer, sides: str = "step") -> tuple[list[int], list[l
     return prefix, suffixes
 
 
+@dataclass
+class Tree:
+    """A row of a batch: the sequences of some pairs of one problem, each token once that they begin with alike, a branch after
+    the other. (tokens,) each: ids; positions, in their sequences; parent, the place of the token before; last, where what
+    grows from a token ends. targets: the places of all tokens to predict. paths: for each distinct suffix, where among the
+    targets its own are; picks: for each pair, its suffixes among the paths."""
+
+    ids: np.ndarray
+    positions: np.ndarray
+    parent: np.ndarray
+    last: np.ndarray
+    targets: np.ndarray
+    paths: list[np.ndarray]
+    picks: list[list[int]]
+
+
 class Pairs:
-    """Encoded pairs as int32 arrays (100,000 take some 100 MB). Pair i: the ids of its prefix, prefixes[group[i]], and of
-    its suffixes, suffixes[i]: chosen and rejected, or the solution alone. reference: (pairs, 2), see reference_logps();
-    signals: (pairs, 3), weight, margin and smoothing in the loss; lengths: (pairs, sides), trained tokens."""
+    """Encoded pairs as int32 arrays (100,000 take some 100 MB). Pair i: the ids of its prefix, prefixes[prefix[i]], and of
+    its suffixes, suffixes[i]: chosen and rejected, or the solution alone; group[i]: the number of its problem. reference:
+    (pairs, 2), see reference_logps(); signals: (pairs, 3), weight, margin and smoothing in the loss; lengths: (pairs, sides),
+    trained tokens."""
 
     def __init__(self, execution: tuple[int, int] | None = None):
         """`execution`: the tokens in which a block that is not trained on begins and ends."""
-        self.prefixes, self.group, self.suffixes, self.known = [], [], [], {}
+        self.prefixes, self.prefix, self.group, self.suffixes = [], [], [], []
+        self.known, self.problems = {}, {}
         self.reference, self.signals, self.lengths, self.execution = None, [], None, execution
 
     def __len__(self):
         return len(self.group)
 
-    def add(self, prefix: list[int], suffixes: list[list[int]], signals=(1.0, 0.0, 0.0)):
+    def add(self, prefix: list[int], suffixes: list[list[int]], signals=(1.0, 0.0, 0.0), problem: str = ""):
+        """`problem`: pairs of the same one are trained on together; without it, those of the same prefix are."""
         ids = np.array(prefix, dtype=np.int32)
-        self.group.append(self.known.setdefault(ids.tobytes(), len(self.prefixes)))
-        if self.group[-1] == len(self.prefixes):
+        self.prefix.append(self.known.setdefault(ids.tobytes(), len(self.prefixes)))
+        if self.prefix[-1] == len(self.prefixes):
             self.prefixes.append(ids)
+        self.group.append(self.problems.setdefault(problem or ids.tobytes(), len(self.problems)))
         self.suffixes.append([np.array(suffix, dtype=np.int32) for suffix in suffixes])
         self.signals.append(signals)
 
@@ -509,15 +529,29 @@ class Pairs:
         block = np.cumsum(ids == end) - (ids == end)  # its number, for each token
         return ~np.isin(block, block[ids == begin])
 
-    def row(self, numbers: list[int]) -> tuple[list[np.ndarray], list[list[int]]]:
-        """The distinct suffixes of pairs with one prefix, and for each pair the places of its own among them."""
-        place, picks = {}, []
-        for i in numbers:
-            picks.append([place.setdefault(suffix.tobytes(), len(place)) for suffix in self.suffixes[i]])
-        return [np.frombuffer(ids, dtype=np.int32) for ids in place], picks
+    def tree(self, numbers: list[int]) -> Tree:
+        """The row of these pairs."""
+        keys = {}
+        picks = [[keys.setdefault((self.prefix[i], ids.tobytes()), len(keys)) for ids in self.suffixes[i]] for i in numbers]
+        suffixes = [np.frombuffer(raw, dtype=np.int32) for _, raw in keys]
+        wholes = [np.concatenate([self.prefixes[prefix], ids]) for (prefix, _), ids in zip(keys, suffixes, strict=True)]
+        ids, positions, parent, last = np.zeros((4, sum(map(len, wholes))), dtype=np.int64)
+        count, path, before, places = 0, np.zeros(0, dtype=np.int64), wholes[0][:0], {}
+        for k in sorted(keys.values(), key=lambda k: wholes[k].tolist()):  # sorted, neighbours share the most
+            whole, common = wholes[k], min(len(before), len(wholes[k]))
+            shared = int(np.argmin(np.r_[before[:common] == whole[:common], False]))
+            last[path[shared:]] = count
+            path = np.r_[path[:shared], np.arange(count, count + len(whole) - shared)]
+            ids[path], positions[path], parent[path[1:]] = whole, np.arange(len(whole)), path[:-1]
+            places[k] = path[len(whole) - len(suffixes[k]) :][self.trained(suffixes[k])]
+            count, before = count + len(whole) - shared, whole
+        last[path] = count
+        targets = np.unique(np.concatenate(list(places.values())))
+        paths = [np.searchsorted(targets, places[k]) for k in keys.values()]
+        return Tree(ids[:count], positions[:count], parent[:count], last[:count], targets, paths, picks)
 
-    def by_prefix(self, numbers) -> list[list[int]]:
-        """These pairs, those of one prefix together."""
+    def by_problem(self, numbers) -> list[list[int]]:
+        """These pairs, those of one problem together."""
         found = {}
         for i in numbers:
             found.setdefault(self.group[i], []).append(i)
@@ -525,7 +559,7 @@ class Pairs:
 
     def length(self, numbers: list[int]) -> int:
         """Tokens of the row that holds these pairs."""
-        return len(self.prefixes[self.group[numbers[0]]]) + sum(map(len, self.row(numbers)[0]))
+        return len(self.tree(numbers).ids)
 
     def seal(self):
         """When all pairs are added."""
@@ -537,8 +571,9 @@ class Pairs:
 
     def digest(self) -> str:
         found = hashlib.sha256(str(self.execution or "").encode())
-        for group, suffixes in zip(self.group, self.suffixes, strict=True):
-            for ids in (self.prefixes[group], *suffixes):
+        found.update(str(self.group).encode())
+        for prefix, suffixes in zip(self.prefix, self.suffixes, strict=True):
+            for ids in (self.prefixes[prefix], *suffixes):
                 found.update(len(ids).to_bytes(4, "big") + ids.tobytes())
         return found.hexdigest()
 
@@ -585,14 +620,15 @@ def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
         elif not all(suffixes) or len(suffixes) == 2 and suffixes[0] == suffixes[1]:
             left_out["without contrast"] += 1
         else:
-            pairs.add(prefix, suffixes, signals_of(row, args, f"{name}, row {number}"))
+            problem = str(row.get("prompt") or row.get("problem") or row["chosen"][:2])
+            pairs.add(prefix, suffixes, signals_of(row, args, f"{name}, row {number}"), problem)
             seen.add(hashlib.sha256(repr((prefix, suffixes)).encode()).digest())
     if blank:
         print_main(f"{name}: an empty side in row {', '.join(blank[:20])}{' ...' if len(blank) > 20 else ''}")
     why = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
     if not len(pairs):
         stop(f"{name}: no pair is left of {len(rows)}: {why}")
-    print_main(f"{name}: {len(pairs)} pairs with {len(pairs.prefixes)} prefixes; left out: {why}; "
+    print_main(f"{name}: {len(pairs)} pairs of {len(pairs.problems)} problems; left out: {why}; "
                f"kept though repeated: {len(pairs) - len(seen)}")  # fmt: skip
     pairs.seal()
     return pairs
@@ -601,11 +637,11 @@ def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
 def plan(pairs: Pairs, numbers, tokens: int, rank: int, world: int) -> list[tuple[list[list[int]], int, int]]:
     """Micro-batches of this process for the pairs `numbers`: (rows, chunks, counts), rows at most `tokens` with their padding.
 
-    Pairs of one prefix come in one row, as far as `tokens` allow. Sharded strategies wait for each other in every pass and at
+    Pairs of one problem come in one row, as far as `tokens` allow. Sharded strategies wait for each other in every pass and at
     every call of the head: so every process gets the same number of micro-batches, and in each the same number of chunks of
     logits, whatever it needs itself. Where rows run out, a batch repeats one pair, to be computed and not counted: counts 0."""
     rows = []
-    for group in pairs.by_prefix(numbers):
+    for group in pairs.by_problem(numbers):
         row = []
         for i in group:
             if row and pairs.length([*row, i]) > tokens:
@@ -628,39 +664,35 @@ def plan(pairs: Pairs, numbers, tokens: int, rank: int, world: int) -> list[tupl
             found[-1].append(row)
     most, mine = max(map(len, batches)), len(batches[rank])
     batches = [own + [[sized[0][1][:1]]] * (most - len(own)) for own in batches]
-    targets = lambda rows: sum(int(pairs.trained(suffix).sum()) for row in rows for suffix in pairs.row(row)[0])
+    targets = lambda rows: sum(len(pairs.tree(row).targets) for row in rows)
     chunks = [math.ceil(max(map(targets, side_by_side)) / LOGITS_CHUNK) for side_by_side in zip(*batches, strict=True)]
     return [(rows, chunks[number], int(number < mine)) for number, rows in enumerate(batches[rank])]
 
 
 def collate(pairs: Pairs, rows: list[list[int]], device) -> dict:
-    """Rows [prefix | suffix | suffix ...], each a list of pair numbers with one prefix; padded on the right, by token 0.
+    """Rows, each a list of numbers of pairs of one problem, as trees; padded on the right, by token 0.
 
-    For prefix [a b], chosen [c d], rejected [e]:  ids [a b c d e], positions [0 1 2 3 2]; token i sees token j if
-    j <= i < last[j], with last [5 5 4 4 5]: the prefix is seen to the end, a suffix up to its own end.
-    c and e are predicted at b, d at c: source [1 2 1], target [c d e], owner [0 0 1] (the suffix).
-    picks [[0 1]]: a pair's chosen and rejected among all suffixes. What Pairs.trained() leaves out is no target."""
-    parts = [(pairs.prefixes[pairs.group[numbers[0]]], *pairs.row(numbers)) for numbers in rows]
-    width = max(len(prefix) + sum(map(len, suffixes)) for prefix, suffixes, _ in parts)
+    For prefix [a b], chosen [c d], rejected [c e]:  ids [a b c d e], positions [0 1 2 3 3]; token i sees token j if
+    j <= i < last[j], with last [5 5 5 4 5]: what the sequences share is seen by both, the rest by its own alone.
+    c is predicted at b, d and e at c: source [1 2 2], target [c d e]; take [0 1 0 2] are the targets of the suffixes in
+    turn, owner [0 0 1 1] whose they are. picks [[0 1]]: a pair's chosen and rejected among all suffixes."""
+    trees = [pairs.tree(numbers) for numbers in rows]
+    width = max(len(tree.ids) for tree in trees)
     ids, positions = np.zeros((2, len(rows), width), dtype=np.int64)
     last = np.tile(np.arange(1, width + 1), (len(rows), 1))  # padding sees itself: a row of nothing would be NaN
-    source, target, owner, picks, count = [], [], [], [], 0
-    for b, (prefix, suffixes, own) in enumerate(parts):
-        start = at = len(prefix)
-        end = start + sum(map(len, suffixes))
-        ids[b, :start], positions[b, :start], last[b, :start] = prefix, np.arange(start), end
-        for number, suffix in enumerate(suffixes, count):
-            here = slice(at, at + len(suffix))
-            ids[b, here], positions[b, here], last[b, here] = suffix, np.arange(start, start + len(suffix)), here.stop
-            trained = pairs.trained(suffix)
-            source.append(np.r_[b * width + start - 1, b * width + at : b * width + here.stop - 1][trained])
-            target.append(suffix[trained])
-            owner.append(np.full(trained.sum(), number))
-            at = here.stop
-        picks += [[count + place for place in places] for places in own]
-        count += len(suffixes)
-    batch = {"ids": ids, "positions": positions, "last": last, "source": np.concatenate(source),
-             "target": np.concatenate(target), "owner": np.concatenate(owner), "picks": np.array(picks)}  # fmt: skip
+    source, target, take, owner, picks, targets = [], [], [], [], [], 0
+    for b, tree in enumerate(trees):
+        here, count = slice(len(tree.ids)), len(owner)
+        ids[b, here], positions[b, here], last[b, here] = tree.ids, tree.positions, tree.last
+        source.append(b * width + tree.parent[tree.targets])
+        target.append(tree.ids[tree.targets])
+        take += [targets + path for path in tree.paths]
+        owner += [np.full(len(path), number) for number, path in enumerate(tree.paths, count)]
+        picks += [[count + place for place in places] for places in tree.picks]
+        targets += len(tree.targets)
+    parts = {"source": source, "target": target, "take": take, "owner": owner}
+    batch = {"ids": ids, "positions": positions, "last": last, "picks": np.array(picks)}
+    batch |= {name: np.concatenate(arrays) for name, arrays in parts.items()}
     return {name: torch.from_numpy(array.astype(np.int64)).to(device) for name, array in batch.items()}
 
 
@@ -712,9 +744,9 @@ class SuffixScorer(torch.nn.Module):
     def tie_weights(self):  # accelerate calls it after it has loaded the shards; else a tied head would be of its own
         self.lm.tie_weights()
 
-    def forward(self, ids, positions, last, source, target, owner, picks, chunks: int = 1):
-        """ids, positions, last: (rows, width); source, target, owner: (suffix tokens,); picks: for the caller. The logits are
-        made in so many chunks, with several again in the backward pass."""
+    def forward(self, ids, positions, last, source, target, take, owner, picks, chunks: int = 1):
+        """ids, positions, last: (rows, width); source, target: (targets,); take, owner: (suffix tokens,); picks: for the
+        caller. The logits are made in so many chunks, with several again in the backward pass."""
         at = torch.arange(ids.shape[1], device=ids.device)
         sees = (at[:, None] >= at) & (at[:, None] < last[:, None, :])  # (rows, width, width); see collate
         masks = {"full_attention": sees[:, None]}
@@ -724,13 +756,13 @@ class SuffixScorer(torch.nn.Module):
         mask = masks if len(kinds) > 1 else masks.get(kinds.pop(), masks["full_attention"])
         hidden = self.lm.base_model(
             input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False
-        ).last_hidden_state.flatten(0, 1)[source]  # (suffix tokens, hidden size)
+        ).last_hidden_state.flatten(0, 1)[source]  # (targets, hidden size)
         head = self.token_logps
         if torch.is_grad_enabled() and chunks > 1:
             head = functools.partial(checkpoint, self.token_logps, use_reentrant=False)
         parts = map(head, hidden.tensor_split(chunks), target.tensor_split(chunks))
         sums = torch.zeros(int(picks.max()) + 1, dtype=torch.float32, device=ids.device)
-        return sums.index_add(0, owner, torch.cat(list(parts)))
+        return sums.index_add(0, owner, torch.cat(list(parts))[take])
 
     def token_logps(self, hidden, target):
         logits = self.lm.get_output_embeddings()(hidden).float()  # (tokens, vocabulary)
@@ -796,11 +828,9 @@ def flops(pairs: Pairs, numbers, config, sizes: tuple[int, int]) -> float:
     """Floating-point operations of one forward pass over the rows of these pairs: 2 a weight of the layers and token, 2 a
     weight of the head and suffix token, 4 * layers * width for each two tokens of which one sees the other."""
     (body, head), total = sizes, 0.0
-    for row in pairs.by_prefix(numbers):
-        prefix, suffixes = len(pairs.prefixes[pairs.group[row[0]]]), [len(s) for s in pairs.row(row)[0]]
-        seen = prefix * (prefix + 1) / 2 + sum(prefix * s + s * (s + 1) / 2 for s in suffixes)
-        total += 2 * body * (prefix + sum(suffixes)) + 2 * head * sum(suffixes)
-        total += 4 * config.num_hidden_layers * config.hidden_size * seen
+    for tree in map(pairs.tree, pairs.by_problem(numbers)):
+        total += 2 * body * len(tree.ids) + 2 * head * len(tree.targets)
+        total += 4 * config.num_hidden_layers * config.hidden_size * float((tree.positions + 1).sum())
     return total
 
 

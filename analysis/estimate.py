@@ -74,13 +74,13 @@ def strategy_of(accelerator: Accelerator) -> tuple[str, float]:
 
 def print_lengths(pairs: TRAIN.Pairs):
     """Lengths in tokens, and what sharing rows saves."""
-    lengths = np.array([(len(pairs.prefixes[g]), *map(len, s)) for g, s in zip(pairs.group, pairs.suffixes, strict=True)])
+    lengths = np.array([(len(pairs.prefixes[p]), *map(len, s)) for p, s in zip(pairs.prefix, pairs.suffixes, strict=True)])
     TRAIN.print_main("tokens      median    95 %   most")
     for part, column in zip(("prefix", "chosen", "rejected"), lengths.T, strict=False):
         TRAIN.print_main(f"{part:8} {np.median(column):9.0f} {np.percentile(column, 95):7.0f} {column.max():6d}")
-    shared = sum(map(pairs.length, pairs.by_prefix(range(len(pairs)))))
+    shared = sum(map(pairs.length, pairs.by_problem(range(len(pairs)))))
     separate = (lengths[:, :1] + lengths[:, 1:]).sum()
-    TRAIN.print_main(f"one row for all suffixes of a prefix saves {1 - shared / separate:.0%} of {separate} tokens")
+    TRAIN.print_main(f"one row for all pairs of a problem saves {1 - shared / separate:.0%} of {separate} tokens")
 
 
 def main(args: TRAIN.Args):

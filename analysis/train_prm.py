@@ -38,7 +38,7 @@ class Args:
     """where the weights come from"""
     out: Path = Path("runs/prm")
     """folder to write"""
-    epochs: int = 2
+    epochs: int = 1
     """passes over the solutions"""
     lr: float = 1e-3
     """peak learning rate; 1e-5 for a model of 7B"""
@@ -102,11 +102,11 @@ def main(args: Args):
     order, total = random.Random(args.seed), args.epochs * math.ceil(len(train) / args.batch_size)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, math.ceil(0.05 * total), total)
-    bar, mean = tqdm(total=total, desc="training"), None
+    bar, mean, low = tqdm(total=total, desc="training"), None, lm.device.type == "cuda" or LOCATE.processor_has_bf16()
     for _ in range(args.epochs):
         order.shuffle(train)
         for at in range(0, len(train), args.batch_size):
-            with torch.autocast(lm.device.type, torch.bfloat16, enabled=lm.device.type == "cuda"):
+            with torch.autocast(lm.device.type, torch.bfloat16, enabled=low):
                 loss = loss_of(lm, train[at : at + args.batch_size])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)

@@ -126,7 +126,7 @@ def separate_rows(train):
         for row in rows:
             for i in row:
                 for suffix in pairs.suffixes[i]:
-                    apart.add(pairs.prefixes[pairs.group[i]], [suffix])
+                    apart.add(pairs.prefixes[pairs.prefix[i]], [suffix], problem=f"{i} {len(apart)}")
         batch = shared(apart, [[i] for i in range(len(apart))], device)
         return batch | {"picks": torch.arange(len(apart), device=device).view(-1, 2)}
 

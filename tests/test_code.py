@@ -255,7 +255,7 @@ def test_masked_targets_change_the_loss_alone(blocks_model):
         tokenizer = four.load_tokenizer(args.model, None, "{}")
         pairs = four.prepare([{"problem": "1?", "solution": SOLUTION}], tokenizer, args, "rows")
         batch = four.collate(pairs, [[0]], "cpu")
-        batch["owner"] = torch.arange(len(batch["target"]))  # each token alone
+        batch["owner"] = batch["take"] = torch.arange(len(batch["target"]))  # each token alone
         batch["picks"] = batch["owner"][None]
         with torch.no_grad():
             scores[whole] = four.SuffixScorer(lm)(**batch)

@@ -8,6 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import estimate
+import numpy as np
 import pytest
 import safetensors
 import torch
@@ -51,7 +52,7 @@ def plain_logps(lm, prefix: list, suffixes: list) -> torch.Tensor:
 def pairs_of(train, rows: list, tokenizer):
     pairs = train.Pairs()
     for row in rows:
-        pairs.add(*train.encode(row, tokenizer))
+        pairs.add(*train.encode(row, tokenizer), problem=row["prompt"])
     return pairs
 
 
@@ -82,20 +83,28 @@ KINDS = ["qwen2", "qwen2-window", "llama", "mistral", "mistral-window"]
 
 @pytest.mark.parametrize("kind, chunk", [*((kind, 2048) for kind in KINDS), ("qwen2", 7)])
 def test_shared_prefix_equals_separate_rows(kind, chunk, tokenizer, monkeypatch):
-    """Log-probabilities and gradients; two pairs have one prefix, and one rejected suffix between them: three suffixes."""
+    """Log-probabilities and gradients. Three pairs of one problem: two have one prefix, and one rejected suffix between them;
+    the prefix of the third goes on behind the chosen step of the first, its rejected step begins as its chosen one does."""
     train = stage(4)
     monkeypatch.setattr(train, "LOGITS_CHUNK", chunk)
     rows = [pair(number, last=number % 2 == 0) for number in (7, 12, 123, 4)]
     rows.append(rows[0] | {"chosen": " Now it is 22.\n"})
+    deeper = rows[0]["initial_reason_steps"] + rows[0]["chosen"] + "Step 3:"
+    rows.append(rows[0] | {"initial_reason_steps": deeper, "chosen": " She is done, with 22.\n", "rejected": " She is not.\n"})
     pairs, scorer = pairs_of(train, rows, tokenizer), train.SuffixScorer(shaped(kind))
-    assert pairs.row([0, 4])[1] == [[0, 1], [2, 1]]
-    [(micro, chunks, counts)] = train.plan(pairs, range(5), 10_000, 0, 1)
+    tree = pairs.tree([0, 4, 5])
+    assert tree.picks == [[0, 1], [2, 1], [3, 4]]
+    assert len(tree.ids) < sum(map(len, (pairs.prefixes[pairs.prefix[5]], *(s for i in (0, 4, 5) for s in pairs.suffixes[i]))))
+    assert len(tree.targets) < sum(map(len, tree.paths)) == sum(len(s) for i in (0, 5) for s in pairs.suffixes[i]) + len(
+        pairs.suffixes[4][0]
+    )
+    [(micro, chunks, counts)] = train.plan(pairs, range(6), 10_000, 0, 1)
     assert counts == 1
-    assert sorted(map(len, micro)) == [1, 1, 1, 2]
+    assert sorted(map(len, micro)) == [1, 1, 1, 3]
     inputs, numbers = train.collate(pairs, micro, "cpu"), [i for row in micro for i in row]
     assert chunks == math.ceil(len(inputs["target"]) / chunk)
     ours = scorer(**inputs, chunks=chunks)[inputs["picks"]]
-    assert ours.shape == (5, 2)
+    assert ours.shape == (6, 2)
     plain = torch.stack([plain_logps(scorer.lm, *train.encode(rows[i], tokenizer)) for i in numbers])
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=0)
     reference = plain.detach() + torch.tensor([[0.5, -0.5]])
@@ -106,6 +115,31 @@ def test_shared_prefix_equals_separate_rows(kind, chunk, tokenizer, monkeypatch)
     for name, parameter in scorer.lm.named_parameters():
         difference = (gradients[name] - parameter.grad).norm() / parameter.grad.norm()
         assert difference < 1e-5, f"{name}: relative difference {difference:.1e}"
+
+
+def test_trees_of_random_sequences():
+    """Each suffix's path through the tree spells it, from its prefix on, and each token sees its own path alone."""
+    draw, pairs = np.random.default_rng(0), stage(4).Pairs()
+    for _ in range(300):
+        word = lambda most: draw.integers(1, 3, draw.integers(1, most)).tolist()  # two tokens: they share a lot
+        pairs.add([9, *word(6)], [word(7), word(7)], problem=str(draw.integers(40)))
+    saved = 0
+    for numbers in pairs.by_problem(range(300)):
+        tree = pairs.tree(numbers)
+        at, size = np.arange(len(tree.ids)), len(tree.ids)
+        sees = (at[:, None] >= at) & (at[:, None] < tree.last[None])
+        assert (sees.sum(1) == tree.positions + 1).all()
+        spelt = [tuple(tree.ids[at[row]]) for row in sees]
+        assert len(set(spelt)) == size, "a sequence stands twice"
+        wholes = [(tuple(pairs.prefixes[pairs.prefix[i]]), tuple(suffix)) for i in numbers for suffix in pairs.suffixes[i]]
+        for (prefix, suffix), pick in zip(wholes, sum(tree.picks, []), strict=True):
+            nodes = tree.targets[tree.paths[pick]]
+            assert tuple(tree.ids[nodes]) == suffix and spelt[nodes[-1]] == prefix + suffix
+            assert spelt[tree.parent[nodes[0]]] == prefix
+        beginnings = {whole[:k] for prefix, suffix in wholes for whole in [prefix + suffix] for k in range(1, len(whole) + 1)}
+        assert beginnings == set(spelt)
+        saved += sum(len(a) + len(b) for a, b in wholes) - size
+    assert saved > 1000
 
 
 def test_rejected_does_not_see_chosen(small_model, tokenizer):
@@ -120,10 +154,11 @@ def test_rejected_does_not_see_chosen(small_model, tokenizer):
 
 def test_collate_matches_its_docstring():
     pairs = stage(4).Pairs()
-    pairs.add([11, 12], [[13, 14], [15]])
+    pairs.add([11, 12], [[13, 14], [13, 15]])
     batch = {name: tensor.tolist() for name, tensor in stage(4).collate(pairs, [[0]], "cpu").items()}
-    assert batch == {"ids": [[11, 12, 13, 14, 15]], "positions": [[0, 1, 2, 3, 2]], "last": [[5, 5, 4, 4, 5]],
-                     "source": [1, 2, 1], "target": [13, 14, 15], "owner": [0, 0, 1], "picks": [[0, 1]]}  # fmt: skip
+    assert batch == {"ids": [[11, 12, 13, 14, 15]], "positions": [[0, 1, 2, 3, 3]], "last": [[5, 5, 5, 4, 5]],
+                     "source": [1, 2, 2], "target": [13, 14, 15], "take": [0, 1, 0, 2], "owner": [0, 0, 1, 1],
+                     "picks": [[0, 1]]}  # fmt: skip
 
 
 def test_a_step_never_ends_in_eos_and_a_finished_solution_does(tokenizer):
