@@ -2,6 +2,7 @@
 # make test         set up .venv, then run all tests (make test-quick leaves out those that start a server or train)
 .PHONY: setup quickstart test test-quick lint
 PYTHON ?= python3
+SIDE_BY_SIDE := tests/test_recipes.py tests/test_sharded.py tests/test_prm.py tests/test_train.py
 REQUIREMENTS := $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo requirements.txt; else echo requirements-cpu.txt; fi)
 
 setup: .venv/ready
@@ -29,9 +30,10 @@ quickstart: setup
 test: .venv/tests
 	.venv/bin/ruff check .
 	.venv/bin/python -m pytest -q -n 2 -m "not slow"
-	@# training tests two at a time, a core each; those with an engine look for what others leave behind, and go one by one
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 -m slow tests/test_train.py tests/test_sharded.py
-	.venv/bin/python -m pytest -q -m slow --durations=10 --ignore=tests/test_train.py --ignore=tests/test_sharded.py
+	@# two at a time, a core each, the longest first; the others look for engines that a killed stage left, and go one by one
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind .venv/bin/python -m pytest -q -n 2 --dist worksteal --durations=10 -m slow \
+	  $(SIDE_BY_SIDE)
+	.venv/bin/python -m pytest -q -m slow --durations=10 $(SIDE_BY_SIDE:%=--ignore=%)
 
 test-quick: .venv/tests
 	.venv/bin/python -m pytest -q -m "not slow"

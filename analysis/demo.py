@@ -79,13 +79,16 @@ class Answer:
     def steps(self) -> list[str]:
         return SAMPLE.split_steps(self.args.opening + self.text, self.args.split, self.args.opening)
 
+    @property
+    def found(self) -> str | None:
+        return SAMPLE.answer_of(self.args.opening + self.text, self.args.split)
+
     def html(self, gold: str) -> str:
         """Its steps, and its answer once it is finished."""
         parts = [f'<div class="step">{escape(step.strip())}</div>' for step in self.steps]
         if self.done:
-            found = SAMPLE.answer_of(self.args.opening + self.text, self.args.split)
-            verdict = "" if not gold or found is None else "right" if same(gold, found) else "wrong"
-            parts.append(f'<span class="answer {verdict}">{escape(found or "no answer found")} {verdict}</span>')
+            verdict = "" if not gold or self.found is None else "right" if same(gold, self.found) else "wrong"
+            parts.append(f'<span class="answer {verdict}">{escape(self.found or "no answer found")} {verdict}</span>')
         return "".join(parts)
 
 
@@ -121,8 +124,8 @@ class Demo:
         if not answers or not all(answer.done for answer in answers):
             return "Nothing is solved yet."
         with self.busy:
-            rows = [{"problem": problem, "steps": answer.steps, "opening": self.args.opening, "id": f"Answer of {name}"}
-                    for name, answer in zip(("the base", "the tuned model"), answers, strict=True)]  # fmt: skip
+            rows = [{"problem": problem, "steps": answer.steps, "opening": self.args.opening, "answer": answer.found,
+                     "id": f"By {name}"} for name, answer in zip(self.args.models, answers, strict=True)]  # fmt: skip
             encoded = [credit.encode_solution(row, self.tokenizer) for row in rows]
             old, new = (credit.log_probabilities(lm, encoded) for lm in self.models)
         values = [self.args.beta * (b - a) for a, b in zip(old, new, strict=True)]

@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +16,9 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 from conftest import ROOT, STAGES, TINY, read, run, stage
+from transformers import AutoModelForCausalLM
 
 READABLE = [
     ("Step 1: correct\nStep 2: incorrect", 2),
@@ -362,6 +365,28 @@ def test_money_is_not_taken_for_a_formula():
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
+@contextmanager
+def page_of(playwright, command: list, ready: str, kill: bool = False):
+    """A script's page in a browser, once the element `ready` is there; nothing may be fetched from elsewhere."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a background job's children ignore Ctrl-C
+    process = subprocess.Popen([sys.executable, *map(str, command), "--port", str(port)], cwd=ROOT, stderr=subprocess.PIPE,
+                               text=True, preexec_fn=heed)  # fmt: skip
+    assert any("open http://127.0.0.1" in line for line in process.stderr)
+    browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    page, fetched = browser.new_page(), []
+    page.on("request", lambda request: fetched.append(request.url))
+    page.goto(f"http://127.0.0.1:{port}")
+    page.wait_for_selector(ready)
+    yield page
+    assert all(url.startswith((f"http://127.0.0.1:{port}", "data:", "blob:")) for url in fetched)
+    browser.close()
+    process.send_signal(signal.SIGKILL if kill else signal.SIGINT)
+    assert process.wait(30) == (-9 if kill else 0)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium here; Debian: apt install chromium")
 def test_the_page_in_a_browser(tmp_path):
@@ -372,32 +397,11 @@ def test_the_page_in_a_browser(tmp_path):
     rows[0]["problem"] = "Solve $\\sqrt{2x+1}=5$ for $x$."
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    @contextmanager
-    def page_of(kill: bool):
-        import socket
-
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command = [sys.executable, "analysis/annotate.py", "--samples", tmp_path / "in.jsonl", "--annotator", "ann", "--out",
-                    tmp_path / "located.jsonl", "--port", port]  # fmt: skip
-        heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a background job's children ignore Ctrl-C
-        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
-        assert any("open http://127.0.0.1" in line for line in process.stderr)
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page, fetched = browser.new_page(), []
-        page.on("request", lambda request: fetched.append(request.url))
-        page.goto(f"http://127.0.0.1:{port}")
-        page.wait_for_selector("#step-1")
-        yield page
-        assert all(url.startswith((f"http://127.0.0.1:{port}", "data:", "blob:")) for url in fetched)
-        browser.close()
-        process.send_signal(signal.SIGKILL if kill else signal.SIGINT)
-        assert process.wait(30) == (-9 if kill else 0)
-
+    command = ["analysis/annotate.py", "--samples", tmp_path / "in.jsonl", "--annotator", "ann"]
+    command += ["--out", tmp_path / "located.jsonl"]
     with sync_api.sync_playwright() as playwright:
         shows = lambda page, i: page.wait_for_selector(f"text=Problem q{i}")
-        with page_of(kill=True) as page:
+        with page_of(playwright, command, "#step-1", kill=True) as page:
             shows(page, 0)
             page.wait_for_selector(".katex")  # LaTeX is rendered
             page.keyboard.press("2")
@@ -410,7 +414,7 @@ def test_the_page_in_a_browser(tmp_path):
             shows(page, 2)
             page.keyboard.press("u")
             shows(page, 3)
-        with page_of(kill=False) as page:  # goes on where it stopped
+        with page_of(playwright, command, "#step-1") as page:  # goes on where it stopped
             shows(page, 3)
             assert "3 of 5" in page.inner_text("#progress")
             page.keyboard.press("s")
@@ -420,3 +424,33 @@ def test_the_page_in_a_browser(tmp_path):
     found = {row["id"]: (row["error_step"], row["reason"], row["annotator"]) for row in read(tmp_path / "located.ann.jsonl")}
     assert found == {"q0": (2, None, "ann"), "q1": (3, None, "ann"), "q2": (None, "unsure", "ann"),
                      "q4": (None, "no error found by hand", "ann")}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium here; Debian: apt install chromium")
+def test_the_demo_in_a_browser(tmp_path):
+    """The bundled model beside a disturbed copy: steps, the marked answer, and rewards of the tokens."""
+    pytest.importorskip("gradio")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    tuned = AutoModelForCausalLM.from_pretrained(TINY / "model", dtype=torch.float32)
+    for parameter in tuned.parameters():
+        parameter.data += 0.002 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    tuned.save_pretrained(tmp_path / "tuned")
+    row = read(TINY / "test.jsonl")[0]
+    command = ["analysis/demo.py", "--models", TINY / "model", tmp_path / "tuned", "--examples", TINY / "test.jsonl"]
+    with sync_api.sync_playwright() as playwright, page_of(playwright, command, "#problem textarea") as page:
+        page.click("#rewards")
+        page.wait_for_selector("text=Nothing is solved yet.")
+        page.fill("#problem textarea", row["problem"])
+        page.fill("#gold textarea", row["answer"])
+        page.click("#solve")
+        page.wait_for_selector("#base .answer")
+        page.wait_for_selector("#tuned .answer")
+        shown, marked = page.inner_text("#base"), page.inner_text("#base .answer")
+        assert "Step 2:" in shown and f"\\boxed{{{marked.split()[0]}}}" in shown
+        assert marked.split()[1] == ("right" if marked.split()[0] == row["answer"] else "wrong")
+        page.click("#rewards")
+        page.wait_for_selector("#maps span")
+        titles = page.locator("#maps span").evaluate_all("all => all.map(x => x.title)")
+        rewards = [float(title.split(",")[0]) for title in titles]
+        assert len(rewards) > 20 and min(rewards) < 0 < max(rewards)

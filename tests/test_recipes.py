@@ -1,8 +1,10 @@
-"""recipes/ablation_tiny.sh at a small size, from problems to table and picture; the cutting of the pairs."""
+"""The recipes on the bundled world at a small size, from problems to tables and pictures."""
 
 import json
 import os
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, read
@@ -11,6 +13,21 @@ from conftest import ROOT, TINY, read
 def recipe(*arguments, **settings):
     command = ["bash", "recipes/ablation_tiny.sh", *arguments]
     return subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_quickstart_recipe_end_to_end(tmp_path):
+    """The five stages as `make quickstart` runs them, on fewer problems."""
+    environment = os.environ | {"OUT": str(tmp_path), "PROBLEMS": "120", "TEST_PROBLEMS": "60",
+                                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
+    done = subprocess.run(["bash", "recipes/quickstart.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    summary = json.loads((tmp_path / "results" / "summary.json").read_text())["benchmarks"]["test"]
+    base, tuned = summary["models"].values()
+    assert summary["problems"] == 60 and "p" in tuned and 0.3 < base["accuracy"] < 0.95
+    assert "| test (60) |" in (tmp_path / "results" / "report.md").read_text() and "Where the time went" in done.stdout
+    assert read(tmp_path / "model-0" / "metrics.jsonl")[-1]["step"] >= 2
+    assert (tmp_path / "model-0" / "model.safetensors").exists()
 
 
 @pytest.mark.slow
