@@ -642,6 +642,9 @@ def plan(pairs: Pairs, numbers, tokens: int, rank: int, world: int) -> list[tupl
     logits, whatever it needs itself. Where rows run out, a batch repeats one pair, to be computed and not counted: counts 0."""
     rows = []
     for group in pairs.by_problem(numbers):
+        if pairs.length(group) <= tokens:  # nearly always, and a tree for each part of it takes time
+            rows.append(group)
+            continue
         row = []
         for i in group:
             if row and pairs.length([*row, i]) > tokens:
