@@ -35,6 +35,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -348,7 +349,7 @@ async def by_judge(args: Args, ask, row: dict, spent: Counter) -> dict:
     found = {"error_step": None, "locator": "judge"}
     if not row["steps"]:
         return found | {"reason": "no response to look at"}
-    if not args.missing_diagrams and "diagram" in row["problem"] and "asy" not in row["problem"]:
+    if no_diagram(args, row):
         spent["problems with a diagram skipped"] += 1
         return found | {"reason": "a diagram that is not there (--missing-diagrams)"}
     own = Counter()
@@ -378,13 +379,22 @@ def money(args: Args, prompt: float, completion: float) -> float:
     return (prompt * args.price[0] + completion * args.price[1]) / 1e6
 
 
-def print_estimate(args: Args, rows: list[dict], done: list[dict]):
-    """What judging `rows` will take, prompts counted, completions as those of `done` were or as the prompt asks for."""
+def no_diagram(args: Args, row: dict) -> bool:
+    """Whether a problem speaks of a diagram that is not there, so that nobody can judge it."""
+    return not args.missing_diagrams and "diagram" in row["problem"] and "asy" not in row["problem"]
+
+
+def print_estimate(args: Args, rows: list[dict]):
+    """What judging the rows that are not judged yet will take: prompts are counted, completions taken to be as long as those
+    that are there, or as the prompt asks for."""
+    paths = (path for path in (args.out, args.out.with_suffix(".open.jsonl")) if path.exists() and path.stat().st_size)
+    done = {identity(row): row for path in paths for row in read_rows(path, ())}
+    rows = [row for row in rows if identity(row) not in done and row["steps"] and not no_diagram(args, row)]
     count = lambda text: len(text) / 4 + 0.75 * len(re.findall("[一-鿿]", text))  # a server's tokenizer is not known
     if not args.judge_base_url:
         tokenizer = load_tokenizer(args.judge_model, None, "{}")
         count = lambda text: len(tokenizer(text)["input_ids"])
-    asked = [row["judge"]["tokens"][1] / args.votes for row in done if row.get("judge")]
+    asked = [row["judge"]["tokens"][1] / args.votes for row in done.values() if "tokens" in (row.get("judge") or {})]
     prompt = args.votes * sum(count(judge_prompt(row, args)) for row in rows)
     lengths = [sum(asked) / len(asked) if asked else ANALYSIS_TOKENS + 6 * len(row["steps"]) for row in rows]
     known = f"the mean of {len(asked)} rows judged" if asked else "assumed, thoughts apart; judge some by --limit to know"
@@ -501,10 +511,16 @@ async def prm_locator(args: Args, grader, solvable, keep, spent: Counter):
         scores = await score(ids, places)
         spent.update(tokens=len(ids))
         step = next((k for k, value in enumerate(scores, 1) if value < args.threshold), None)
-        known = {"model": args.prm, "scores": [round(value, 4) for value in scores]}
+        known = {"model": args.prm, "scores": [round(value, 4) for value in scores], "tokens": len(ids)}
         return found | {"error_step": step, "reason": None if step else f"{NO_ERROR} by the PRM", "prm": known}
 
-    yield locate
+    try:
+        yield locate
+    finally:  # or an engine that starts now would find the GPU full
+        score_all = None
+        if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+            gc.collect()
+            sys.modules["torch"].cuda.empty_cache()
 
 
 @contextlib.asynccontextmanager
@@ -545,7 +561,7 @@ LOCATORS = {"rollout": rollout_locator, "judge": judge_locator, "prm": prm_locat
 
 def verdict(found: dict) -> int | None:
     """The first wrong step, 0 for no error, None for nothing said."""
-    return found["error_step"] or (0 if str(found["reason"]).startswith(NO_ERROR) else None)
+    return found["error_step"] or (0 if str(found.get("reason")).startswith(NO_ERROR) else None)
 
 
 def to_second(args: Args, row: dict, found: dict) -> bool:
@@ -626,16 +642,28 @@ def plan(args: Args) -> tuple[str, ...]:
     return (args.locator,) if args.fallback in ("none", args.locator) else (args.locator, args.fallback)
 
 
+def check_steps(args: Args, rows: list[dict], *outputs: Output):
+    """Stop where an output holds a row with other steps than the samples have now."""
+    steps = {identity(row): row["steps"] for row in rows}
+    for output in outputs:
+        for row in output.rows:
+            if steps.get(identity(row), row.get("steps")) != row.get("steps"):
+                stop(f"{output.path} holds another sample {row['sample']} of {row['id']} than {args.labels or args.samples}; "
+                     "give another --out")  # fmt: skip
+
+
 async def locate_all(args: Args, rows: list[dict], solvable: set[str], output: Output, grader: Grader) -> dict[str, Counter]:
     """Locate the rows that are not done, by one locator or two in turn. Returns the cost of each.
 
     OUT.open.jsonl keeps what the first says of the rows that the second is to look at."""
     first, *second = plan(args)
     left = Output(args.out.with_suffix(".open.jsonl"), output.settings) if second else None
+    check_steps(args, rows, *filter(None, (output, left)))
     keep = Output(args.keep_rollouts, output.settings) if args.keep_rollouts else None
     known, spent = {identity(row): row for row in left.rows} if left else {}, {name: Counter() for name in plan(args)}
     if "judge" in spent:
-        paid = [row["judge"]["tokens"] for row in (*output.rows, *known.values()) if row.get("judge")]
+        rows_of_both = (known | {identity(row): row for row in output.rows}).values()
+        paid = [row["judge"].get("tokens", [0, 0]) for row in rows_of_both if row.get("judge")]
         spent["judge"]["money of earlier runs"] = money(args, sum(p for p, _ in paid), sum(c for _, c in paid))
 
     async def ask(name: str, done: set):
@@ -648,7 +676,7 @@ async def locate_all(args: Args, rows: list[dict], solvable: set[str], output: O
                 if found is None:
                     spent[name]["rows not asked for"] += 1
                 elif [name] != second and second and to_second(args, row, found):
-                    left.write({"id": row["id"], "sample": row["sample"], **found})
+                    left.write({"id": row["id"], "sample": row["sample"], "steps": row["steps"], **found})
                     known[identity(row)] = found
                 else:
                     output.write(row | combine(args, known.get(identity(row)), found))
@@ -686,21 +714,17 @@ def main(args: Args):
     settings = {"stage": "02_locate_step", "locator": args.locator, "fallback": args.fallback, "seed": args.seed}
     settings |= {name: getattr(args, name) for kind in (*used, args.locator) for name in SETTINGS[kind]}
     settings |= NEUTRAL | {"model": model_id(args.model), "prompt": USER_TURN} if "rollout" in used else {}
+    settings |= {"prm": model_id(args.prm)} if "prm" in used else {}
     settings |= {"judge_prompt": hashlib.sha256(JUDGE_PROMPT.encode()).hexdigest()[:16]} if "judge" in used else {}
-    output, steps = Output(args.out, settings), {identity(row): row["steps"] for row in rows}
-    for row in output.rows:
-        if steps.get(identity(row), row["steps"]) != row["steps"]:
-            stop(f"{args.out} holds another sample {row['sample']} of {row['id']} than {args.labels or args.samples}; "
-                 "give another --out")  # fmt: skip
     if args.estimate:
-        done = {identity(row) for row in output.rows}
-        return print_estimate(args, [row for row in rows if identity(row) not in done], output.rows)
-    grader = Grader()
+        return print_estimate(args, rows)
+    output, grader = Output(args.out, settings), Grader()
     try:
         spent = asyncio.run(locate_all(args, rows, solvable, output, grader))
     finally:
         grader.close()
-    located = [row["error_step"] for row in output.rows if identity(row) in steps]
+    asked = set(map(identity, rows))
+    located = [row["error_step"] for row in output.rows if identity(row) in asked]
     found = Counter(step for step in located if step)
     summary = {"solutions" if args.labels else "wrong samples": len(located), "located": found.total(),
                "not located": len(located) - found.total(), "by step": " ".join(f"{k}:{found[k]}" for k in sorted(found)),

@@ -223,7 +223,8 @@ def train_step(scorer, optimizer, pairs: Pairs, batch: list[int], args: Args, ac
             logps = scorer(**inputs, chunks=chunks)[inputs["picks"]]  # (pairs, sides)
             found = measure(logps, pairs, numbers, args)
             if args.nll_weight:
-                found["loss"] = found["loss"] - args.nll_weight * logps[:, 0] / pairs.lengths[numbers, 0].to(device)
+                weighed = args.nll_weight * pairs.signals[numbers, 0] / pairs.lengths[numbers, 0]
+                found["loss"] = found["loss"] - weighed.to(device) * logps[:, 0]
             # data-parallel gradients are averaged over processes, while the mean over the global batch is meant
             accelerator.backward(counts * found["loss"].sum() * world * weight)
         found["tokens"] = torch.tensor([pairs.length(row) for row in rows], device=device)
@@ -791,8 +792,8 @@ def score_all(scorer, pairs: Pairs, args: Args, accelerator: Accelerator, label:
 def reference_logps(scorer, pairs: Pairs, args: Args, accelerator: Accelerator, weights: str) -> torch.Tensor:
     """Log-probabilities under the base weights, from OUT/reference-*.npy where weights, token ids (so data and template),
     precision and the code that computes them are the same."""
-    code = inspect.getsource(SuffixScorer) + inspect.getsource(collate) + torch.__version__ + args.precision
-    key = hashlib.sha256((weights + code + pairs.digest()).encode()).hexdigest()[:16]
+    code = "".join(map(inspect.getsource, (SuffixScorer, collate, Pairs.tree, Pairs.trained)))
+    key = hashlib.sha256((weights + code + torch.__version__ + args.precision + pairs.digest()).encode()).hexdigest()[:16]
     path = args.out / f"reference-{key}.npy"
     kept = from_first(accelerator, lambda: np.load(path) if path.exists() else None)
     if kept is not None:
@@ -895,7 +896,8 @@ def settings_of(args: Args, weights: str, pairs: Pairs, val_pairs: Pairs | None)
             "lora_save"}  # fmt: skip
     hashes = "".join(some.digest() + str(some.signals.tolist()) for some in (pairs, val_pairs) if some)
     settings = {name: str(value) for name, value in asdict(args).items() if name not in free}
-    texts = {"pairs": hashes, "loss": inspect.getsource(dpo_loss) + inspect.getsource(measure)}  # an edited loss is another run
+    code = inspect.getsource(dpo_loss) + inspect.getsource(measure)
+    texts = {"pairs": hashes, "code of the loss": code}  # an edited loss is another run
     return (
         settings | {"weights": weights[:16]} | {name: hashlib.sha256(t.encode()).hexdigest()[:16] for name, t in texts.items()}
     )

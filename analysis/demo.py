@@ -60,7 +60,7 @@ class Answer:
     """A model's answer, which grows in a thread of its own."""
 
     def __init__(self, lm, tokenizer, problem: str, args: Args):
-        self.text, self.done, self.args = "", False, args
+        self.text, self.done, self.error, self.args = "", False, "", args
         ids = SAMPLE.prompt_ids(tokenizer, problem, args.opening)
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         how = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
@@ -68,7 +68,15 @@ class Answer:
         how |= {"inputs": inputs, "attention_mask": inputs.new_ones(inputs.shape), "max_new_tokens": args.max_tokens,
                 "streamer": streamer, "top_k": None, "top_p": None, "repetition_penalty": 1.0}  # fmt: skip
         threading.Thread(target=self.read, args=(streamer,), daemon=True).start()
-        threading.Thread(target=lambda: (lm.generate(**how), None), daemon=True).start()
+        threading.Thread(target=self.write, args=(lm, how), daemon=True).start()
+
+    def write(self, lm, how: dict):
+        try:
+            lm.generate(**how)
+        except Exception as error:  # no memory, too long a problem ...
+            self.error = f"{error.__class__.__name__}: {error}"
+        finally:  # else the reader would wait for good
+            how["streamer"].end()
 
     def read(self, streamer):
         for piece in streamer:
@@ -86,7 +94,9 @@ class Answer:
     def html(self, gold: str) -> str:
         """Its steps, and its answer once it is finished."""
         parts = [f'<div class="step">{escape(step.strip())}</div>' for step in self.steps]
-        if self.done:
+        if self.error:
+            parts.append(f'<span class="answer wrong">{escape(self.error)}</span>')
+        elif self.done:
             verdict = "" if not gold or self.found is None else "right" if same(gold, self.found) else "wrong"
             parts.append(f'<span class="answer {verdict}">{escape(self.found or "no answer found")} {verdict}</span>')
         return "".join(parts)

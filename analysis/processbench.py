@@ -61,39 +61,46 @@ def load(args: Args, name: str) -> list[dict]:
     return random.Random(0).sample(rows, args.limit) if args.limit and args.limit < len(rows) else rows
 
 
-def locate(args: Args, name: str, options: list[str]) -> tuple[list[dict], dict]:
-    """02's rows for one file, and its summary. A file that is finished is not located again."""
+def locate(args: Args, name: str, options: list[str]) -> tuple[list[dict], float]:
+    """02's rows for one file, and its seconds over all runs."""
     labels, out = args.out / f"{name}.jsonl", args.out / f"{name}.located.jsonl"
     args.out.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in load(args, name))
     if labels.exists() and labels.read_text(encoding="utf-8") != text:
         LOCATE.stop(f"{labels} holds other solutions; give another --out")
     labels.write_text(text, encoding="utf-8")
-    meta, given = Path(f"{out}.meta.json"), ["--labels", str(labels), "--out", str(out), *options]
-    made = json.loads(meta.read_text()) if meta.exists() else {}
-    if not made.get("finished") or made["arguments"] != given:
-        done = subprocess.run([sys.executable, str(ROOT / "02_locate_step.py"), *given])
-        if done.returncode:
-            sys.exit(done.returncode)
-        made = json.loads(meta.read_text())
-    return LOCATE.read_rows(out, ("steps",)), made["summary"]
+    given = ["--labels", str(labels), "--out", str(out), *options]
+    done = subprocess.run([sys.executable, str(ROOT / "02_locate_step.py"), *given])
+    if done.returncode:
+        sys.exit(done.returncode)
+    if "--estimate" in options:
+        return [], 0.0
+    return LOCATE.read_rows(out, ("steps",)), json.loads(Path(f"{out}.meta.json").read_text())["seconds"]
 
 
-def scores(rows: list[dict], said=LOCATE.verdict) -> dict:
+def cost_of(rows: list[dict], seconds: float, options: list[str]) -> list[float]:
+    """Tokens, money and seconds of all runs that made the rows."""
+    judged = [row["judge"]["tokens"] for row in rows if row.get("judge")]
+    tokens = sum(map(sum, judged)) + sum(row["prm"]["tokens"] for row in rows if row.get("prm"))
+    at = options.index("--price") if "--price" in options else None
+    price = list(map(float, options[at + 1 : at + 3])) if at is not None else [0.0, 0.0]
+    return [tokens, sum(p * price[0] + c * price[1] for p, c in judged) / 1e6, seconds]
+
+
+def scores(rows: list[dict], said=LOCATE.verdict, seed: int = 0) -> dict:
     """Accuracy on wrong and on right solutions, F1, and its interval from 10,000 draws of both."""
     truth, found = [row["label"] + 1 for row in rows], [said(row) for row in rows]
     sides = [[t == f for t, f in zip(truth, found, strict=True) if bool(t) == wrong] for wrong in (True, False)]
-    shares, rng = [np.mean(side) if side else np.nan for side in sides], np.random.default_rng(0)
+    shares, rng = [np.mean(side) if side else np.nan for side in sides], np.random.default_rng(seed)
     f1 = lambda a, b: 2 * a * b / np.maximum(a + b, 1e-12)
     draws = [rng.binomial(max(1, len(side)), share, 10_000) / max(1, len(side)) if side else np.full(10_000, np.nan)
              for side, share in zip(sides, shares, strict=True)]  # fmt: skip
     return {"solutions": len(rows), "wrong": shares[0], "right": shares[1], "f1": f1(*shares), "draws": f1(*draws)}
 
 
-def best_threshold(rows: list[dict]) -> float:
-    """The threshold with the best F1 on these rows."""
-    below = lambda at: lambda row: next((k for k, score in enumerate(row["prm"]["scores"], 1) if score < at), 0)
-    return max((at / 100 for at in range(1, 100)), key=lambda at: scores(rows, below(at))["f1"])
+def below(at: float):
+    """The verdict of a process reward model with another threshold; None for a row that it has not scored."""
+    return lambda row: next((k for k, s in enumerate(row["prm"]["scores"], 1) if s < at), 0) if row.get("prm") else None
 
 
 def lines_of(found: dict[str, dict], cost: dict[str, list[float]], name: str) -> list[str]:
@@ -113,20 +120,21 @@ def lines_of(found: dict[str, dict], cost: dict[str, list[float]], name: str) ->
 
 
 def main(args: Args, options: list[str]):
-    found, cost, rows = {}, {}, {}
+    rows, cost = {}, {}
     for file in args.files:
-        rows[file], summary = locate(args, file, options)
-        found[file] = scores(rows[file])
-        number = lambda end, summary=summary: sum(n for what, n in summary.items() if what.endswith(end))
-        cost[file] = [number(" tokens"), number("judge money"), summary["seconds"]]
-    name = rows[args.files[0]][0]["locator"]
+        rows[file], seconds = locate(args, file, options)
+        cost[file] = cost_of(rows[file], seconds, options)
+    if "--estimate" in options:
+        return
+    name, all_of = rows[args.files[0]][0]["locator"], lambda said: {
+        file: scores(part, said, seed) for seed, (file, part) in enumerate(rows.items())
+    }
     lines = ["| locator | file | solutions | wrong, step named | right, no error found | F1 (95 % interval) | tokens "
-             "| money | seconds |", "|---|---|---:|---:|---:|---:|---:|---:|---:|", *lines_of(found, cost, name)]  # fmt: skip
-    if all(row.get("prm") for part in rows.values() for row in part):
-        at = best_threshold(rows[args.files[0]])
-        below = lambda row: next((k for k, score in enumerate(row["prm"]["scores"], 1) if score < at), 0)
-        lines += lines_of({file: scores(part, below) for file, part in rows.items()}, cost,
-                          f"{name}, threshold {at:g} by {args.files[0]}")  # fmt: skip
+             "| money | seconds |", "|---|---|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
+    lines += lines_of(all_of(LOCATE.verdict), cost, name)
+    if name == "prm":
+        at = max((at / 100 for at in range(1, 100)), key=lambda at: scores(rows[args.files[0]], below(at))["f1"])
+        lines += lines_of(all_of(below(at)), cost, f"{name}, threshold {at:g} by {args.files[0]}")
     (args.out / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from ablation_table import holm
 
 NAMES = {"dpo": "DPO, verifier alone", "step-dpo": "Step-DPO", "scdpo": "SCDPO", "sft": "SFT on right samples"}
 Method = Literal["dpo", "step-dpo", "scdpo", "sft"]
@@ -104,7 +105,8 @@ def cut(args: Cut):
             sys.exit(f"{args.folder}: {spent} tokens are sampled of a budget of {args.budget}; give more PROBLEMS")
     kept, sides = set(kept), ("chosen", "rejected")
     if args.method == "sft":
-        right = {(row["problem"], row["response"]): row for row in rows_of(args.folder / "samples.jsonl") if row["correct"]}
+        ready = sorted(rows_of(args.folder / "samples.jsonl"), key=lambda row: (row["id"], row["sample"]))
+        right = {(row["problem"], row["response"]): row for row in ready if row["correct"]}
         found, sides = [[row for row in right.values() if row["id"] in kept]], ("response",)
     else:
         names = ("scdpo", "dpo") if args.method == "scdpo" else (args.method,)  # SCDPO's mix is half and half
@@ -174,13 +176,15 @@ def table(args: Table):
                 counts = f"{mean['rows']:.0f} | {mean['epochs']:.0f} | {mean['trained']:,.0f}"
                 lines.append(f"| {NAMES[method]} | {rate} | {turn} | {mean['problems']:.0f} | {total:,.0f} | {counts} "
                              f"| {shown(found)} | {spread} |")  # fmt: skip
-        lines += ["", "| last round, paired by problem | points (95 % interval) | p |", "|---|---:|---:|"]
-        for key, found in benchmark.get("pairwise", {}).items():
-            if all(part.endswith(f"-{args.rounds}") for part in key.split("\n")):
-                low, high = found["difference_interval"]
-                names = " − ".join(NAMES[part.rpartition("-")[0]] for part in key.split("\n"))
-                lines.append(f"| {names} | {100 * found['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}) "
-                             f"| {found['p']:.2g} |")  # fmt: skip
+        lines += ["", "| last round, paired by problem | points (95 % interval) | p, Holm |", "|---|---:|---:|"]
+        last = {key: found for key, found in benchmark.get("pairwise", {}).items()
+                if all(part.endswith(f"-{args.rounds}") for part in key.split("\n"))}  # fmt: skip
+        adjusted = holm({key: found["p"] for key, found in last.items()})
+        for key, found in last.items():
+            low, high = found["difference_interval"]
+            names = " − ".join(NAMES[part.rpartition("-")[0]] for part in key.split("\n"))
+            lines.append(f"| {names} | {100 * found['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}) "
+                         f"| {adjusted[key]:.2g} |")  # fmt: skip
         lines.append("")
     (args.out / "table.md").write_text("\n".join(lines))
     print("\n".join(lines))

@@ -20,21 +20,31 @@ SERVE=${SERVE:---engine-args=--max-num-seqs 512 --max-model-len 1024} LAUNCH=${L
 [ "$MODEL" != data/tiny/model ] || export HF_HUB_OFFLINE=1
 export TOKENIZERS_PARALLELISM=false
 mkdir -p "$OUT/logs" "$OUT/lr"
+exec 9>"$OUT/.lock"  # what a killed run left at work holds it too
+if command -v flock >/dev/null && ! flock -n 9; then
+  echo "another run, or what a killed one left behind, is still at work in $OUT; try again in two minutes" >&2; exit 2
+fi
+settings="$MODEL, $DATA, $PROBLEMS problems, $N samples, budget ${BUDGET:-none}, trained ${TRAINED:-all}, $EPOCHS epochs, batch $BATCH, rates $LRS, \
+beta $BETA, $TOKENS tokens, test $TEST $LIMIT, training ${TRAIN:-as it is}"
+[ -f "$OUT/settings" ] || echo "$settings" >"$OUT/settings"
+if [ "$(cat "$OUT/settings")" != "$settings" ]; then
+  echo "$OUT was made with: $(cat "$OUT/settings"); now it would be: $settings. Give another OUT" >&2; exit 2
+fi
 first_seed=${SEEDS%% *} began=$SECONDS
 declare -A share=([step-dpo]=1 [scdpo]=2 [dpo]=3 [sft]=3)  # problems for one budget: who only samples can sample more
 
 # INT or TERM to this script alone ends the running stages too, and so the engines in them
 job=; run() { set -m; "$@" & job=$!; set +m; wait $job; }
-trap 'trap "" INT TERM; kill -TERM $(jobs -p) 2>/dev/null; wait; exit 130' INT TERM
+trap 'trap "" HUP INT TERM; kill -TERM $(jobs -p) 2>/dev/null || true; wait; exit 130' HUP INT TERM
 pool() {  # pool COMMAND ...: in the background as soon as fewer than JOBS run, a core each
   while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || fail; done
   (
-    trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM
+    trap 'kill -TERM -- -$job 2>/dev/null || true; wait; exit 130' HUP INT TERM
     [ "$JOBS" = 1 ] || export OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=2
     "$@"
   ) &
 }
-fail() { kill -TERM $(jobs -p) 2>/dev/null; wait; echo "a stage failed; its log is the newest of $OUT/logs" >&2; exit 2; }
+fail() { kill -TERM $(jobs -p) 2>/dev/null || true; wait || true; echo "a stage failed; its log is the newest of $OUT/logs" >&2; exit 2; }
 drain() { while [ -n "$(jobs -p)" ]; do wait -n || fail; done; }
 stage() {  # stage LOG COMMAND ...: the output goes to the log, its last line here
   local log=$1; shift

@@ -469,6 +469,15 @@ def test_offset_and_ipo_follow_their_formulas():
     torch.testing.assert_close(train.dpo_loss(logps, reference, 0.5, kind="ipo")[0], (h - 1) ** 2)
 
 
+def test_another_loss_is_another_run():
+    """What a checkpoint is compared by knows the option as well as the code."""
+    train, pairs = stage(4), stage(4).Pairs()
+    pairs.add([1], [[2], [3]])
+    pairs.seal()
+    settings = {kind: train.settings_of(train.Args(loss=kind), "w", pairs, None) for kind in ("dpo", "ipo")}
+    assert {name for name, value in settings["dpo"].items() if settings["ipo"][name] != value} == {"loss"}
+
+
 def test_a_pair_of_weight_0_is_as_good_as_not_there(tmp_path, small_model):
     losses = []
     for name, numbers in (("four", (4, 5, 6, 7)), ("weights", (4, 5, 6, 7, 9))):
