@@ -77,15 +77,15 @@ def draw(args: Args, metrics: dict[str, list[list[dict]]], results: dict[str, di
 
     plt.rcParams |= {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
     figure, (test, left, right) = plt.subplots(1, 3, figsize=(12, 3.8), width_ratios=(1.2, 1, 1))
-    names = ["base", *args.methods]
+    names, apart = ["base", *args.methods], len(results) - 1
     for kind, label, marker, shift in (("greedy", "greedy", "o", -0.15), ("temperature1", "temperature 1", "s", 0.15)):
         if kind not in results:
             continue
         for y, method in enumerate(names):
             found = results[kind]["models"][method]
             color = f"C{y - 1}" if y else "black"
-            test.plot([100 * x for x in found["interval"]], [y + shift] * 2, color=color, lw=2)
-            test.plot(100 * found["accuracy"], y + shift, marker, color=color, mfc="white" if shift > 0 else color, ms=6)
+            test.plot([100 * x for x in found["interval"]], [y + shift * apart] * 2, color=color, lw=2)
+            test.plot(100 * found["accuracy"], y + shift * apart, marker, color=color, mfc="white" if shift > 0 else color, ms=6)
         test.plot([], [], marker, color="gray", mfc="white" if shift > 0 else "gray", label=label, ls="")
     test.set(yticks=range(len(names)), yticklabels=[name_of(name).replace(", another", ",\nanother") for name in names])
     test.set(xlabel="test problems right, %, with 95 % interval")
@@ -101,7 +101,8 @@ def draw(args: Args, metrics: dict[str, list[list[dict]]], results: dict[str, di
             axes.fill_between(steps, values.min(0), values.max(0), color=f"C{i}", alpha=0.15, lw=0)
     left.set(xlabel="share of the training", ylabel="held-out pairs told apart, %")
     right.set(xlabel="share of the training", ylabel="reward margin of held-out pairs")
-    right.set_yscale("symlog", linthresh=1)  # other models' steps start so unlikely that their margin dwarfs the rest
+    if right.get_ylim()[1] > 2:
+        right.set_yscale("symlog", linthresh=1)  # other models' steps start so unlikely that their margin dwarfs the rest
     right.set_ylim(bottom=min(0, right.get_ylim()[0]))
     for axes in (test, left, right):
         axes.grid(alpha=0.3)
