@@ -84,8 +84,9 @@ def draw(args: Args, metrics: dict[str, list[list[dict]]], results: dict[str, di
         for y, method in enumerate(names):
             found = results[kind]["models"][method]
             color = f"C{y - 1}" if y else "black"
-            test.plot([100 * x for x in found["interval"]], [y + shift * apart] * 2, color=color, lw=2)
-            test.plot(100 * found["accuracy"], y + shift * apart, marker, color=color, mfc="white" if shift > 0 else color, ms=6)
+            at = y + shift * apart
+            test.plot([100 * x for x in found["interval"]], [at] * 2, color=color, lw=2)
+            test.plot(100 * found["accuracy"], at, marker, color=color, mfc="white" if shift > 0 else color, ms=6)
         test.plot([], [], marker, color="gray", mfc="white" if shift > 0 else "gray", label=label, ls="")
     test.set(yticks=range(len(names)), yticklabels=[name_of(name).replace(", another", ",\nanother") for name in names])
     test.set(xlabel="test problems right, %, with 95 % interval")
