@@ -414,7 +414,7 @@ def prm_encoder(args: Args):
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.prm)
     except (OSError, ValueError) as error:
         stop(f"--prm {args.prm}: {str(error).splitlines()[0]}")
-    qwen = "ProcessReward" in config.architectures[0]
+    qwen = "ProcessReward" in (config.architectures or [""])[0]
     mark = tokenizer.encode(STEP_END if qwen else SHEPHERD_END, add_special_tokens=False)[-1]
 
     def encode(row: dict) -> tuple[list[int], list[int]]:
@@ -621,7 +621,7 @@ def load_samples(args: Args) -> tuple[list[dict], set[str]]:
     if args.labels:
         rows = load_labels(args.labels)
         lacks = [row["id"] for row in rows if not row.get("answer")]
-        if lacks and "rollout" in plan(args):
+        if lacks and "rollout" in locators_of(args):
             stop(f"{args.labels}: {lacks[0]} has no 'answer', so rollouts cannot be graded; use --locator judge")
         return rows[: args.limit], {row["id"] for row in rows if row["correct"]}
     samples = read_samples(args.samples, ("sample", "correct", "finish_reason"), args)
@@ -635,7 +635,7 @@ def load_samples(args: Args) -> tuple[list[dict], set[str]]:
     return rows[: args.limit], {row["id"] for row in samples if row["correct"]}
 
 
-def plan(args: Args) -> tuple[str, ...]:
+def locators_of(args: Args) -> tuple[str, ...]:
     """The locators that will be asked, in their order."""
     if args.locator == "consensus":
         return args.of
@@ -656,11 +656,11 @@ async def locate_all(args: Args, rows: list[dict], solvable: set[str], output: O
     """Locate the rows that are not done, by one locator or two in turn. Returns the cost of each.
 
     OUT.open.jsonl keeps what the first says of the rows that the second is to look at."""
-    first, *second = plan(args)
+    first, *second = locators_of(args)
     left = Output(args.out.with_suffix(".open.jsonl"), output.settings) if second else None
     check_steps(args, rows, *filter(None, (output, left)))
     keep = Output(args.keep_rollouts, output.settings) if args.keep_rollouts else None
-    known, spent = {identity(row): row for row in left.rows} if left else {}, {name: Counter() for name in plan(args)}
+    known, spent = {identity(row): row for row in left.rows} if left else {}, {name: Counter() for name in locators_of(args)}
     if "judge" in spent:
         rows_of_both = (known | {identity(row): row for row in output.rows}).values()
         paid = [row["judge"].get("tokens", [0, 0]) for row in rows_of_both if row.get("judge")]
@@ -700,7 +700,7 @@ def main(args: Args):
     if min(1 if value is None else value for value in least) < 1 or args.retries < 0 or not 0 <= args.min_agreement <= 1:
         stop("--rollouts, --concurrency, --max-tokens, --votes, --max-per-problem and --limit are at least 1, --retries at "
              "least 0, --min-agreement is between 0 and 1")  # fmt: skip
-    used = set(plan(args))
+    used = set(locators_of(args))
     if "judge" in used and not args.judge_model:
         stop("the judge needs --judge-model and, unless vLLM is to run that here, --judge-base-url")
     if "prm" in used and not args.prm:
