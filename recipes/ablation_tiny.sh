@@ -122,10 +122,11 @@ drain "${made[@]}"
 python analysis/ablation_table.py "$OUT" --choose --methods $METHODS --grid $GRID
 
 # --- models, and both evaluations of each -------------------------------------------------------------------------------
-both() {  # both LABEL MODEL DONE: greedy, and at temperature 1
-  evaluate "$1" "$2" "$WORLD/test.jsonl" "$TEST" "$OUT/greedy"
-  [[ $DECODINGS != *temp* ]] || evaluate "$1" "$2" "$WORLD/test.jsonl" "$TEST" "$OUT/temperature1" --temperature 1
-  touch "$3"
+both() {  # both LABEL MODEL DONE [OPTIONS]: greedy, and at temperature 1
+  local label=$1 model=$2 done=$3; shift 3
+  evaluate "$label" "$model" "$WORLD/test.jsonl" "$TEST" "$OUT/greedy" "$@"
+  [[ $DECODINGS != *temp* ]] || evaluate "$label" "$model" "$WORLD/test.jsonl" "$TEST" "$OUT/temperature1" --temperature 1 "$@"
+  touch "$done"
 }
 one() {  # one METHOD LR BETA SEED MODEL
   local grid="$OUT/grid/$1_$2_$3"
@@ -136,7 +137,7 @@ one() {  # one METHOD LR BETA SEED MODEL
   both "$1" "$5" "$5.done"
 }
 made=("$OUT/models/base.done")
-[ -f "${made[0]}" ] || pool both base "$BASE" "${made[0]}"
+[ -f "${made[0]}" ] || pool both base "$BASE" "${made[0]}" ${BASE_URL:+--base-url "$BASE_URL"}
 declare -A group=([base]=$BASE)
 for seed in $SEEDS; do  # a seed of all methods before the next seed, so that a run cut short can be compared
   for method in $METHODS; do

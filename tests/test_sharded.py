@@ -56,7 +56,8 @@ def world(tmp_path_factory):
 
 def arguments(folder: Path, model: str, out: Path) -> list:
     return ["--data", folder / "pairs.jsonl", "--model", folder / model, "--out", out, "--precision", "fp32", "--epochs", 2,
-            "--batch-size", 7, "--lr", 1e-4, "--max-length", 4096, "--tokens-per-batch", 2600]  # fmt: skip
+            "--batch-size", 7, "--lr", 1e-4, "--max-length", 4096, "--tokens-per-batch", 2600,
+            "--beta", 0.02]  # fmt: skip    # with 0.4 the loss falls to 1e-7, where Adam makes steps of rounding errors
 
 
 def launch(config: str, *given) -> list[str]:
@@ -82,7 +83,8 @@ def same(ours: Path, theirs: Path, base: Path):
     """The same names and, within 1e-5, the same weights, which training has moved by far more; and they load."""
     a, b, start = weights(ours), weights(theirs), weights(base)
     assert set(a) == set(b)
-    assert max((a[name] - b[name]).abs().max() for name in a) < 1e-5
+    difference = max((a[name] - b[name]).abs().max() for name in a)
+    assert difference < 1e-5, difference
     if not list(ours.glob("adapter_config.json")):
         assert max((a[name] - start[name]).abs().max() for name in a) > 2e-4
         loaded = AutoModelForCausalLM.from_pretrained(ours)
