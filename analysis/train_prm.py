@@ -20,6 +20,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -102,7 +103,7 @@ def main(args: Args):
     order, total = random.Random(args.seed), args.epochs * math.ceil(len(train) / args.batch_size)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, math.ceil(0.05 * total), total)
-    bar, mean, low = tqdm(total=total, desc="training"), None, lm.device.type == "cuda" or LOCATE.processor_has_bf16()
+    bar, losses, low = tqdm(total=total, desc="training"), [], lm.device.type == "cuda" or LOCATE.processor_has_bf16()
     for _ in range(args.epochs):
         order.shuffle(train)
         for at in range(0, len(train), args.batch_size):
@@ -113,8 +114,8 @@ def main(args: Args):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
-            mean = loss.item() if mean is None else 0.95 * mean + 0.05 * loss.item()
-            bar.set_postfix(loss=f"{mean:.3f}")
+            losses.append(loss.item())
+            bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}")
             bar.update()
     bar.close()
     with torch.inference_mode():
@@ -122,7 +123,8 @@ def main(args: Args):
         held_loss = sum(loss_of(lm, batch).item() for batch in batches) / len(batches) if batches else float("nan")
     save(lm.to(torch.bfloat16), tokenizer, args)
     wrong = sum(label >= 0 for *_, label in train)
-    figures = {"solutions": len(train), "wrong": wrong, "steps": total, "last loss": round(mean, 4),
+    figures = {"solutions": len(train), "wrong": wrong, "steps": total,
+               "first loss": round(losses[0], 4), "last loss": round(float(np.mean(losses[-5:])), 4),
                "loss on held-out problems": round(held_loss, 4), "seconds": round(time.time() - began, 1)}  # fmt: skip
     (args.out / "training.json").write_text(json.dumps({**vars(args), **figures}, indent=1, default=str) + "\n")
     print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in figures.items()))
