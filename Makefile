@@ -2,7 +2,7 @@
 # make test         set up .venv, then run all tests (make test-quick leaves out those that start a server or train)
 .PHONY: setup quickstart test test-quick lint
 PYTHON ?= python3
-SIDE_BY_SIDE := tests/test_recipes.py tests/test_sharded.py tests/test_prm.py tests/test_train.py
+SIDE_BY_SIDE := $(addprefix tests/test_,recipes.py sharded.py pairs.py locate.py eval.py prm.py train.py)
 REQUIREMENTS := $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo requirements.txt; else echo requirements-cpu.txt; fi)
 
 setup: .venv/ready

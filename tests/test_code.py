@@ -12,7 +12,7 @@ import time
 
 import psutil
 import pytest
-from conftest import ROOT, TINY, read, run, run_killed, stage
+from conftest import ROOT, TINY, read, run, stage
 
 import interpreter
 
@@ -306,46 +306,3 @@ def test_the_template_is_the_authors_prompt(blocks_model):
     assert one.render_prompt(tokenizer, "1 + 1?", "") == head
     assert one.render_prompt(tokenizer, "1 + 1?", SOLUTION) == head + SOLUTION
     assert read(TINY / "test.jsonl")[0]["problem"] in one.render_prompt(tokenizer, read(TINY / "test.jsonl")[0]["problem"], "")
-
-
-@pytest.mark.slow
-def test_code_from_problems_to_report(tmp_path):
-    """The bundled model that writes code, by real engines and interpreter, 01 killed once; SCDPO's pairs; an evaluation."""
-    model, safe = TINY / "code", [] if SANDBOX else ["--unsafe-no-sandbox"]
-    manner = ["--opening=", "--split", "blocks", "--max-tokens", 64, "--engine-args=--max-model-len 1024", *safe]
-    samples = ["--data", TINY / "train.jsonl", "--limit", 30, "--n", 4, "--model", model, *manner]
-    run_killed(1, *samples, "--out", tmp_path / "s.jsonl", journal=tmp_path / "s.jsonl", kills=1, seed=1, torn=b'{"id": "t')
-    run(1, *samples, "--out", tmp_path / "s.jsonl")
-    rows = read(tmp_path / "s.jsonl")
-    assert len(rows) == len({(row["id"], row["sample"]) for row in rows}) == 120
-    ran = 0
-    for row in rows:
-        assert "".join(row["steps"]) == row["response"] and row["rounds"] <= 64
-        for code, output in zip(row["blocks"], row["blocks"][1:], strict=False):
-            if code["type"] == "code" and re.fullmatch(r"\d+ (?:[-+*]|//) [1-9]\d*", code["content"]):
-                a, sign, b = code["content"].split()
-                value = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "//": int(a) // int(b)}[sign]
-                assert output == {"type": "execution", "content": str(value)}
-                ran += 1
-    assert ran > 100 and sum(row["correct"] for row in rows) > 20
-    run(
-        3,
-        "--method",
-        "scdpo",
-        "--samples",
-        tmp_path / "s.jsonl",
-        "--model",
-        model,
-        "--out",
-        tmp_path / "p.jsonl",
-        *manner,
-    )
-    pairs = read(tmp_path / "p.jsonl")
-    for pair in pairs:
-        prefix = pair["initial_reason_steps"]
-        assert prefix.endswith("<|endofblock|>") and not re.search(r"<\|code\|>[^|]*<\|endofblock\|>$", prefix)
-        assert prefix + pair["chosen"] == pair["full_chosen"] and prefix + pair["rejected"] == pair["full_rejected"]
-        assert len(stage(1).blocks_of(pair["chosen"])) >= 2
-    assert pairs
-    run(5, "--data", TINY / "test.jsonl", "--limit", 10, "--models", model, "--out", tmp_path / "results", *manner)
-    assert "| rounds | executions | failures |" in (tmp_path / "results" / "report.md").read_text()
