@@ -9,6 +9,7 @@
 # BUDGET: sampled tokens of a round, by which the problems are cut; TRAINED: tokens of chosen and rejected that a round trains on,
 # by passes over the pairs and by cutting; each empty: all there is, EPOCHS passes. LRS: learning rates to choose from, by round 1 of the
 # first seed on VALIDATION. LAUNCH goes to accelerate, TRAIN to 04. The same command goes on after a stop.
+# The defaults have not been run whole yet: DPO and SFT with one round and 30 problems, and Step-DPO's and SCDPO's stages, have.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
