@@ -172,7 +172,7 @@ def table(args: Table):
                 mean = {key: sum(one[key] for one in made) / len(made) for key in made[0]}
                 found, total = benchmark["models"][f"{method}-{turn}"], total + mean["sampled"]
                 points[name, method].append((total, found["accuracy"], found["interval"]))
-                spread = f"{100 * found['spread']:.1f}" if found.get("spread") is not None else ""
+                spread = f"{100 * found['spread']:.1f}" if len(args.seeds) > 1 else ""
                 counts = f"{mean['rows']:.0f} | {mean['epochs']:.0f} | {mean['trained']:,.0f}"
                 lines.append(f"| {NAMES[method]} | {rate} | {turn} | {mean['problems']:.0f} | {total:,.0f} | {counts} "
                              f"| {shown(found)} | {spread} |")  # fmt: skip

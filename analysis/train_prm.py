@@ -87,10 +87,9 @@ def loss_of(lm, batch: list[tuple]) -> torch.Tensor:
 
 
 def main(args: Args):
-    began, lm_and_tokenizer = time.time(), start(args)
-    lm, tokenizer = lm_and_tokenizer
+    began, labelled = time.time(), LOCATE.load_labels(args.data)
+    lm, tokenizer = start(args)
     encode, _, most = LOCATE.prm_encoder(Namespace(prm=str(args.out), split="labels", opening=LOCATE.OPENING))
-    labelled = LOCATE.load_labels(args.data)
     problems = sorted({row["problem"] for row in labelled})
     random.Random(args.seed).shuffle(problems)
     held, train, test = set(problems[: args.held_out]), [], []
