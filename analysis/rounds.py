@@ -8,7 +8,6 @@
 import json
 import math
 import random
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,8 @@ Method = Literal["dpo", "step-dpo", "scdpo", "sft"]
 
 @dataclass
 class Cut:
-    """Cut what a round has made to its budgets, whole problems first, in the order of the problems."""
+    """Cut what a round has made to its budgets, whole problems first, in the order of the problems. Without `epochs` where the
+    budget is not reached."""
 
     folder: Annotated[Path, tyro.conf.Positional]
     """of the round"""
@@ -102,7 +102,8 @@ def cut(args: Cut):
         spent += tokens[identity]
     else:
         if args.budget and spent < 0.95 * args.budget:
-            sys.exit(f"{args.folder}: {spent} tokens are sampled of a budget of {args.budget}; give more PROBLEMS")
+            print(f"{args.folder}: {spent} tokens are sampled of a budget of {args.budget}; it takes more problems")
+            return
     kept, sides = set(kept), ("chosen", "rejected")
     if args.method == "sft":
         ready = sorted(rows_of(args.folder / "samples.jsonl"), key=lambda row: (row["id"], row["sample"]))

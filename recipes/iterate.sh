@@ -6,16 +6,16 @@
 #   METHODS=step-dpo SEEDS=0 MODEL=Qwen/Qwen2-7B-Instruct DATA=problems.jsonl PROBLEMS=5000 BUDGET= TRAINED= LRS=5e-7 BETA=0.4 EPOCHS=8 \
 #       BATCH=128 TOKENS=2048 TEST="gsm8k math" JOBS=1 LAUNCH="--config_file configs/fsdp2.yaml --num_processes 8" \
 #       SERVE="--engine-args=--max-model-len 4096" bash recipes/iterate.sh     # one method on a real model
-# BUDGET: sampled tokens of a round, by which the problems are cut; TRAINED: tokens of chosen and rejected that a round trains on,
-# by passes over the pairs and by cutting; each empty: all there is, EPOCHS passes. LRS: learning rates to choose from, by round 1 of the
-# first seed on VALIDATION. LAUNCH goes to accelerate, TRAIN to 04. The same command goes on after a stop.
-# The defaults have not been run whole yet: DPO and SFT with one round and 30 problems, and Step-DPO's and SCDPO's stages, have.
+# BUDGET: sampled tokens of a round, by which its problems are cut (at most three times PROBLEMS are sampled); TRAINED: tokens of chosen
+# and rejected that a round trains on, by passes over the pairs and by cutting; each empty: all there is, EPOCHS passes. LRS: learning
+# rates to choose from, by round 1 of the first seed on VALIDATION. LAUNCH goes to accelerate, TRAIN to 04. The same command goes on
+# after a stop. What came out: docs/rounds.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 METHODS=${METHODS:-dpo step-dpo scdpo sft} SEEDS=${SEEDS:-0 1 2} ROUNDS=${ROUNDS:-3} OUT=${OUT:-runs/iterate}
 MODEL=${MODEL:-data/tiny/model} DATA=${DATA:-data/tiny/train.jsonl} PROBLEMS=${PROBLEMS:-200} BUDGET=${BUDGET-100000} TRAINED=${TRAINED-20000}
-LRS=${LRS:-1e-5 3e-5 1e-4} BETA=${BETA:-1} EPOCHS=${EPOCHS:-2} BATCH=${BATCH:-32} TOKENS=${TOKENS:-400} N=${N:-4}
+LRS=${LRS:-1e-5 3e-5 1e-4 3e-4} BETA=${BETA:-1} EPOCHS=${EPOCHS:-2} BATCH=${BATCH:-32} TOKENS=${TOKENS:-400} N=${N:-4}
 TEST=${TEST:-data/tiny/test.jsonl} LIMIT=${LIMIT:-1000} VALIDATION=${VALIDATION:-data/tiny/validation.jsonl}
 SERVE=${SERVE:---engine-args=--max-num-seqs 512 --max-model-len 1024} LAUNCH=${LAUNCH:-} TRAIN=${TRAIN:-} JOBS=${JOBS:-2}
 [ "$MODEL" != data/tiny/model ] || export HF_HUB_OFFLINE=1
@@ -32,7 +32,7 @@ if [ "$(cat "$OUT/settings")" != "$settings" ]; then
   echo "$OUT was made with: $(cat "$OUT/settings"); now it would be: $settings. Give another OUT" >&2; exit 2
 fi
 first_seed=${SEEDS%% *} began=$SECONDS
-declare -A share=([step-dpo]=1 [scdpo]=2 [dpo]=3 [sft]=3)  # problems for one budget: who only samples can sample more
+declare -A share=([step-dpo]=1 [scdpo]=2 [dpo]=2 [sft]=2)  # times PROBLEMS, to begin with: who only samples can sample more
 
 # INT or TERM to this script alone ends the running stages too, and so the engines in them
 job=; run() { set -m; "$@" & job=$!; set +m; wait $job; }
@@ -59,22 +59,28 @@ sample() {  # sample METHOD SEED ROUND POLICY: solutions, pairs, and what of the
   mkdir -p "$here"
   if [ -f "$DATA" ]; then  # a file: the next so many of its problems, so that no round learns from problems it has seen
     data=$here/problems.jsonl
-    sed -n "$((($3 - 1) * PROBLEMS * 3 + 1)),$((($3 - 1) * PROBLEMS * 3 + size))p" "$DATA" >"$data"
+    sed -n "$((($3 - 1) * PROBLEMS * 3 + 1)),$(($3 * PROBLEMS * 3))p" "$DATA" >"$data"
   fi
-  stage "$log" python 01_sample_errors.py --data $data --n "$N" --out "$here/samples.jsonl" "${ask[@]}"
-  case $1 in
-    step-dpo)
-      stage "$log" python 02_locate_step.py --samples "$here/samples.jsonl" --max-per-problem 1 --out "$here/located.jsonl" \
-        --keep-rollouts "$here/rollouts.jsonl" "${ask[@]}"
-      stage "$log" python 03_rectify.py --located "$here/located.jsonl" --rollouts "$here/rollouts.jsonl" --n 8 \
-        --out "$here/step-dpo.jsonl" "${ask[@]}" ;;
-    scdpo)
-      stage "$log" python 03_rectify.py --method scdpo --samples "$here/samples.jsonl" --out "$here/scdpo.jsonl" "${ask[@]}" ;;&
-    dpo | scdpo)
-      stage "$log" python 03_rectify.py --method dpo --samples "$here/samples.jsonl" --seed "$2" --out "$here/dpo.jsonl" ;;
-  esac
-  stage "$log" python analysis/rounds.py cut "$here" --method "$1" --model "$4" --seed "$2" --epochs "$EPOCHS" \
-    ${BUDGET:+--budget "$BUDGET"} ${TRAINED:+--trained "$TRAINED"}
+  while :; do
+    stage "$log" python 01_sample_errors.py --data $data --limit $size --n "$N" --out "$here/samples.jsonl" "${ask[@]}"
+    case $1 in
+      step-dpo)
+        stage "$log" python 02_locate_step.py --samples "$here/samples.jsonl" --max-per-problem 1 --out "$here/located.jsonl" \
+          --keep-rollouts "$here/rollouts.jsonl" "${ask[@]}"
+        stage "$log" python 03_rectify.py --located "$here/located.jsonl" --rollouts "$here/rollouts.jsonl" --n 8 \
+          --out "$here/step-dpo.jsonl" "${ask[@]}" ;;
+      scdpo)
+        stage "$log" python 03_rectify.py --method scdpo --samples "$here/samples.jsonl" --out "$here/scdpo.jsonl" "${ask[@]}" ;;&
+      dpo | scdpo)
+        stage "$log" python 03_rectify.py --method dpo --samples "$here/samples.jsonl" --seed "$2" --out "$here/dpo.jsonl" ;;
+    esac
+    stage "$log" python analysis/rounds.py cut "$here" --method "$1" --model "$4" --seed "$2" --epochs "$EPOCHS" \
+      ${BUDGET:+--budget "$BUDGET"} ${TRAINED:+--trained "$TRAINED"}
+    [ ! -f "$here/epochs" ] || break
+    size=$((size + PROBLEMS))  # a better policy has fewer errors to pay for: below the budget, on with more problems
+    [ $size -le $((PROBLEMS * 3)) ] || { echo "$here: the budget is not reached with $((PROBLEMS * 3)) problems; give more PROBLEMS" >&2; exit 2; }
+    rm -f "$here"/{step-dpo,scdpo,dpo}.*  # made of fewer samples
+  done
 }
 train() {  # train METHOD SEED ROUND POLICY LR FOLDER
   local here=$OUT/$1/$2/$3 objective=
