@@ -8,6 +8,7 @@
 import json
 import math
 import random
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,4 +220,8 @@ def draw(args: Table, points: dict):
 
 if __name__ == "__main__":
     chosen = tyro.extras.subcommand_cli_from_dict({"cut": Cut, "choose": Choose, "table": Table}, description=__doc__)
-    {Cut: cut, Choose: choose, Table: table}[type(chosen)](chosen)
+    try:
+        {Cut: cut, Choose: choose, Table: table}[type(chosen)](chosen)
+    except FileNotFoundError as error:
+        print(f"rounds.py: error: {error.filename} is missing; recipes/iterate.sh makes it", file=sys.stderr)
+        raise SystemExit(2) from None
