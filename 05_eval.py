@@ -1283,7 +1283,7 @@ async def engine(args, model: str):
     watcher = subprocess.Popen([sys.executable, "-c", WATCHER, mark], stdin=subprocess.PIPE, start_new_session=True)
     # spawn: a forked process would not show the mark
     defaults = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_LOGGING_LEVEL": "ERROR"}
-    os.environ |= defaults | os.environ | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "STEPDPO_ENGINE": mark}
+    os.environ |= defaults | os.environ | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "SPT_NOENV": "1", "STEPDPO_ENGINE": mark}
     try:
         running = start_vllm(["--model", model, *cpu_options(), *shlex.split(args.engine_args)])
         del os.environ["STEPDPO_ENGINE"]  # what is started from now on is not the engine's

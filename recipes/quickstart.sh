@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 OUT=${OUT:-runs/quickstart} SEEDS=${SEEDS:-0} PROBLEMS=${PROBLEMS:-1000} TEST_PROBLEMS=${TEST_PROBLEMS:-2000}
 MODEL=data/tiny/model
 mkdir -p "$OUT"
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-4}
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
 times="" job=
 # INT or TERM to this script alone ends the running stage too, and so the engine in it
 trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM

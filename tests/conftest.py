@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 TINY = ROOT / "data" / "tiny"
 sys.path[:0] = [str(ROOT), str(ROOT / "analysis")]
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, zeroed at each start: 4 take 12 s where pages are slow to come
 STAGES = {1: "01_sample_errors", 2: "02_locate_step", 3: "03_rectify", 4: "04_train_stepdpo", 5: "05_eval"}
 
 
@@ -68,6 +69,18 @@ def engine_processes() -> list[psutil.Process]:
     return found
 
 
+@pytest.fixture()
+def started():
+    """A list for the test's processes. None of them, and no engine, is left behind it, also where it fails: the next would see
+    them."""
+    processes = []
+    yield processes
+    for process in [*processes, *engine_processes()]:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+            process.wait(30)
+
+
 def read(path) -> list[dict]:
     """Rows of a JSON Lines file; splitlines() would part them at U+2028 too."""
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
@@ -87,7 +100,7 @@ def serving(model, log: Path, *options: str):
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1"]
     command += ["--port", str(port), "--disable-uvicorn-access-log", *stage(1).cpu_options(), *options]
     key, url = secrets.token_hex(16), f"http://127.0.0.1:{port}/v1"
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "4"} | os.environ | {"VLLM_API_KEY": key}
+    environment = os.environ | {"VLLM_API_KEY": key}
     with open(log, "w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, env=environment,
                                    preexec_fn=end_with_the_tests)  # fmt: skip
