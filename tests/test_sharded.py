@@ -125,8 +125,7 @@ def test_bf16_keeps_fp32_log_probabilities(world, tmp_path, config):
     assert max((tuned[name].float() - start[name]).abs().max() for name in tuned) > 5e-4
 
 
-@pytest.mark.parametrize("save", ["merged", "adapter"])
-@pytest.mark.parametrize("config", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("config, save", [("fsdp2", "merged"), ("zero3", "adapter")])
 def test_adapters_are_saved_from_shards(world, tmp_path, config, save):
     folder, one = world
     lora = ["--lora-rank", 4, "--lr", 1e-3, "--lora-save", save]
