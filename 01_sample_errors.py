@@ -114,10 +114,18 @@ async def sample_all(args: Args, problems: list[dict], output: Output) -> dict:
     done = {(row["id"], row["sample"]): verdict_of(row) for row in output.rows}
     grader, tokens = Grader(), 0
 
-    async def one(problem: dict, sample: int, solve: Solver):
+    def due(problem: dict) -> list[int]:
+        """The samples of a problem to draw next; none when it has all. With --until-both, --n at a time."""
+        for end in range(args.n, max(args.until_both, args.n) + args.n, args.n):
+            numbers = range(min(end, max(args.until_both, args.n)))
+            if left := [sample for sample in numbers if (problem["id"], sample) not in done]:
+                return left
+            if {True, False} <= {done[problem["id"], sample] for sample in numbers}:
+                break
+        return []
+
+    async def one(problem: dict, sample: int):
         nonlocal tokens
-        if (problem["id"], sample) in done:
-            return
         seed = seed_of(args.seed, "sample", problem["id"], sample)
         [found] = await solve(problem["problem"], args.opening, seed, **sampling)
         response = args.opening + found["text"] if found["finish_reason"] != "refused" else ""
@@ -136,22 +144,20 @@ async def sample_all(args: Args, problems: list[dict], output: Output) -> dict:
         tokens += found["tokens"]
 
     async def work(problem: dict):
-        most = max(args.until_both, args.n)
-        for first in range(0, most, args.n):
-            numbers = range(min(first + args.n, most))
-            await asyncio.gather(*(one(problem, sample, solve) for sample in numbers[first:]))
-            if not args.until_both or {True, False} <= {done[problem["id"], sample] for sample in numbers}:
-                return
+        while numbers := due(problem):
+            await asyncio.gather(*(one(problem, sample) for sample in numbers))
 
+    seconds, count = 0.0, {}
     try:
-        async with interpreter(args) as run_code, engine(args, args.model) as generate:
-            solve, began = Solver(args, generate, tokenizer, run_code), time.time()
-            await run_all(problems, work, args.concurrency, "sampling")
-            seconds = time.time() - began
+        if todo := [problem for problem in problems if due(problem)]:  # or no engine is started
+            async with interpreter(args) as run_code, engine(args, args.model) as generate:
+                solve, began = Solver(args, generate, tokenizer, run_code), time.time()
+                await run_all(todo, work, args.concurrency, "sampling")
+                seconds, count = time.time() - began, solve.count
     finally:
         grader.close()
-    more = {"gradings killed": grader.kills, "tokens": tokens, "tokens/s": round(tokens / seconds)}
-    more |= {name: round(number, 1) for name, number in solve.count.items()}
+    more = {"gradings killed": grader.kills, "tokens": tokens, "tokens/s": round(tokens / seconds) if seconds else 0}
+    more |= {name: round(number, 1) for name, number in count.items()}
     return summarize(problems, output.rows) | more | {"seconds": round(seconds, 1)}
 
 
