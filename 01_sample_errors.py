@@ -116,8 +116,9 @@ async def sample_all(args: Args, problems: list[dict], output: Output) -> dict:
 
     def due(problem: dict) -> list[int]:
         """The samples of a problem to draw next; none when it has all. With --until-both, --n at a time."""
-        for end in range(args.n, max(args.until_both, args.n) + args.n, args.n):
-            numbers = range(min(end, max(args.until_both, args.n)))
+        most = max(args.until_both, args.n)
+        for end in range(args.n, most + args.n, args.n):
+            numbers = range(min(end, most))
             if left := [sample for sample in numbers if (problem["id"], sample) not in done]:
                 return left
             if {True, False} <= {done[problem["id"], sample] for sample in numbers}:

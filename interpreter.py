@@ -97,8 +97,9 @@ class Kernel:
     async def run(self, code: str) -> tuple[str, bool]:
         """(what the block prints, whether it failed)"""
         if not self.process:
-            # without a sandbox Python may lie in a folder such as /root, where another user could import nothing
-            apart = bool(self.wrapper) or all(folder.stat().st_mode & 1 for folder in Path(os.__file__).parents)
+            # without a sandbox Python or its packages may lie in a folder such as /root, which another user cannot read
+            folders = {*Path(os.__file__).parents, *Path(tyro.__file__).parents}
+            apart = bool(self.wrapper) or all(folder.stat().st_mode & 1 for folder in folders)
             command = [*self.wrapper, sys.executable, "-I", "-c", KERNEL, ascii(LIMITS), str(apart)]
             how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": ENVIRONMENT}
             self.process = await asyncio.create_subprocess_exec(*command, **how, start_new_session=True)

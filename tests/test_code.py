@@ -136,7 +136,8 @@ def test_a_kill_takes_interpreter_and_kernels_along():
     for i in range(3):
         process.stdin.write(json.dumps({"id": str(i), "code": "1" if i else "while True: pass"}) + "\n")
         process.stdin.flush()
-    process.stdout.readline()
+    for _ in range(2):  # both that end have answered: all three kernels are there
+        process.stdout.readline()
     kernels = psutil.Process(process.pid).children(recursive=True)
     process.stdin.close()
     assert len(kernels) >= 3 and process.wait(interpreter.SECONDS + 4) == 0

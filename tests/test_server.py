@@ -199,7 +199,7 @@ def test_every_stage_renders_the_same_prefix(server):
 
 
 def test_server_and_own_engine_give_the_same_rows(files, tmp_path):
-    """The engine in the process draws what a server draws: 01's rows, and those of SCDPO, which goes on behind stop strings."""
+    """The engine in the process draws what a server draws."""
     own = ["--model", TINY / "model", "--engine-args=--max-num-seqs 256", *SHORT]
     for first in (True, False):
         done = run(1, "--data", TINY / "train.jsonl", "--limit", 60, "--out", tmp_path / "samples.jsonl", *own)
@@ -269,8 +269,8 @@ def test_a_kill_takes_the_own_engine_along(started, said, tmp_path):
     arguments = ["--data", TINY / "train.jsonl", "--model", TINY / "model", "--out", tmp_path / "s.jsonl", *SHORT]
     process = subprocess.Popen([sys.executable, "01_sample_errors.py", *map(str, arguments)], cwd=ROOT, text=True,
                                stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)  # fmt: skip
-    assert any(said in line for line in process.stderr)
     started.append(process)
+    assert any(said in line for line in process.stderr)
     deadline, children = time.time() + 120, []
     while len(children) < 3:  # a watcher, the engine and a helper of it
         assert time.time() < deadline and process.poll() is None, children
