@@ -1,6 +1,6 @@
 """Sample step-by-step solutions of maths problems from a model and grade them (Step-DPO, arXiv 2406.18629, section 3.2).
 
-    python 01_sample_errors.py                                                  # the paper's 7B run; one GPU with 24 GB
+    python 01_sample_errors.py                                        # Qwen2-7B-Instruct, GSM8K and MATH; one GPU with 24 GB
     python 01_sample_errors.py --data problems.jsonl --model Qwen/Qwen2-7B-Instruct --engine-args="--data-parallel-size 8"
     python 01_sample_errors.py --data problems.jsonl --base-url http://127.0.0.1:8000/v1    # a server that runs already
     python 01_sample_errors.py --data data/tiny/test.jsonl --model data/tiny/model --limit 100 --out runs/try.jsonl
@@ -53,7 +53,7 @@ from tqdm import tqdm
 USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would move the token boundary
 # Sent with every request to a policy: what a request leaves out, vLLM's server takes from the model's generation_config.json,
-# which for Qwen2-Instruct means repetition_penalty 1.05 and top_k 20. The papers sampled with neither.
+# which for Qwen2-Instruct means repetition_penalty 1.05 and top_k 20. The papers' code samples with neither.
 NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 # A pattern with {number} in it: "Step 2:", "## Step 2.", "**Step 2:**". For steps such as "(2)": r"^\({number}\)", "(1)" at the
 # end of OPENING, and in 03 the stop string of lead_astray(), in 04 the "Step 1:" of split_sides().
@@ -62,7 +62,7 @@ STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"
 
 @dataclass
 class Args:
-    """Every default is the value of the Step-DPO paper, where it gives one."""
+    """Sampling defaults are those of the Step-DPO authors' code; the paper gives none."""
 
     data: tuple[str, ...] = ("gsm8k", "math")
     """JSON Lines files, or names of sets with a training part, loaded from the hub: gsm8k, math, aqua, ape210k"""

@@ -102,7 +102,7 @@ ANALYSIS_TOKENS = 270  # --estimate: of a judgement's analysis, whose prompt ask
 
 @dataclass
 class Args:
-    """Sampling defaults are those of the Step-DPO paper."""
+    """Sampling defaults are those of the Step-DPO authors' code; the locator is not theirs, which is GPT-4o."""
 
     samples: Path = Path("data/samples.jsonl")
     """output of 01_sample_errors.py"""

@@ -63,7 +63,7 @@ from tqdm import tqdm
 # Copied from 01_sample_errors.py
 OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would move the token boundary
 STOPS = {"lines": ["\n"], "blank-lines": ["\n\n"], "sentences": [". ", "! ", "? ", "\n"]}  # where --heat rises
-MOST_BLOCKS = 24  # of a code-integrated solution
+MOST_BLOCKS = 22  # of a code-integrated solution; the authors' 24 count the turns of system and user
 MOST_CHARACTERS = 3000  # of a block
 # A right solution that corrects itself on the way (SCDPO)
 SECOND_THOUGHTS = re.compile(r"\b\w*errors?\b|\bapolog\w+|抱歉", re.I)  # NameError, too, which code prints
@@ -71,7 +71,7 @@ SECOND_THOUGHTS = re.compile(r"\b\w*errors?\b|\bapolog\w+|抱歉", re.I)  # Name
 
 @dataclass
 class Args:
-    """Sampling defaults are those of the Step-DPO paper, of --method scdpo those of the SCDPO paper."""
+    """Sampling defaults are those of the Step-DPO authors' code; k and --heat of scdpo are the SCDPO paper's."""
 
     method: Literal["step-dpo", "scdpo", "dpo"] = "step-dpo"
     """which pairs to make"""
@@ -109,16 +109,18 @@ class Args:
     """continuations of each correct prefix"""
     max_pairs_per_error: int = 0
     """pairs of one wrong sample at most; 0: all"""
-    pairs_per_problem: int = 1
-    """dpo: pairs of one problem at most; 0: every right with every wrong"""
+    pairs_per_problem: int | None = None
+    """dpo, scdpo: pairs of one problem at most; 0: all; default dpo 1, scdpo 0"""
     solutions_per_problem: int = 0
     """scdpo: right solutions of one problem at most; 0: all that differ"""
     every_step: bool = False
-    """scdpo: go astray from the opening and from every step, not from one at random"""
+    """scdpo: go astray behind every step from --first-k on, not behind one at random"""
+    first_k: int = 1
+    """scdpo: fewest right steps that are given; 0: the opening alone too"""
     tries: int = 8
     """scdpo: attempts at a wrong answer from one step"""
     heat: tuple[float, float, float] = (1.1, 0.05, 1.4)
-    """scdpo: first temperature, rise a step, most (its code: 1.0 0.05 1.3; 1.1 0.1 1.4)"""
+    """scdpo: first temperature, rise a step, most (its code for Mistral-7B-Ours: 1.1 0.1 1.4)"""
     temperature: float = 0.8
     """sampling temperature"""
     top_p: float | None = None
@@ -135,7 +137,7 @@ class Args:
 
 METHODS = {  # of each its input, and the options that it alone heeds
     "step-dpo": ("located", "rollouts", "rectifier", "n", "max_pairs_per_error", "temperature"),
-    "scdpo": ("samples", "solutions_per_problem", "every_step", "tries", "heat"),
+    "scdpo": ("samples", "solutions_per_problem", "pairs_per_problem", "every_step", "first_k", "tries", "heat"),
     "dpo": ("samples", "pairs_per_problem"),
 }
 
@@ -309,7 +311,8 @@ async def lead_astray(args: Args, go_on, grader: Grader, rows: list[dict]) -> tu
             text = text.rstrip(" ")  # a space belongs to the token behind it
             step += bool(found["text"].strip())
 
-    async def astray(row: dict, k: int) -> list[dict]:
+    async def astray(row: dict, k: int) -> list[tuple[int, dict]]:
+        """A pair and how many attempts failed before it, or nothing."""
         prefix, chosen = prefix_and_step(args, row, k + 1)
         chosen += "".join(row["steps"][k + 1 :])
         count["steps tried"] += 1
@@ -324,8 +327,7 @@ async def lead_astray(args: Args, go_on, grader: Grader, rows: list[dict]) -> tu
             elif await grader(row["answer"], answer, row["problem"]):
                 count["still right"] += 1
             else:
-                count["pairs"] += 1
-                return [pair_of(row, "scdpo", k + 1, prefix, chosen, text, row["response"], prefix + text)]
+                return [(number, pair_of(row, "scdpo", k + 1, prefix, chosen, text, row["response"], prefix + text))]
         return []
 
     todo = []
@@ -334,11 +336,16 @@ async def lead_astray(args: Args, go_on, grader: Grader, rows: list[dict]) -> tu
         n = len(row["steps"])
         if args.split == "blocks":  # at least two blocks are left to go astray in, as in the authors' code
             n -= len(blocks_of(row["steps"][-1])) < 2
-        drawn = [1 + seed_of(args.seed, "scdpo", row["id"], row["sample"]) % (n - 1)] if n > 1 else []
-        todo += [(row, k) for k in (range(n) if args.every_step else drawn)]
-        count["right solutions of one step"] += n <= 1
-    found = await asyncio.gather(*(astray(row, k) for row, k in todo))
-    return sum(found, []), count
+        ks = range(args.first_k, n)
+        if ks and not args.every_step:
+            ks = [ks[seed_of(args.seed, "scdpo", row["id"], row["sample"]) % len(ks)]]
+        todo += [(row, k) for k in ks]
+        count["right solutions of too few steps"] += not ks
+    found = sum(await asyncio.gather(*(astray(row, k) for row, k in todo)), [])
+    found.sort(key=lambda one: one[0])  # what went wrong in the fewest attempts first, as in the authors' limited set
+    pairs = [pair for _, pair in found[: args.pairs_per_problem or None]]
+    count.update({"pairs": len(pairs), "over --pairs-per-problem": len(found) - len(pairs)})
+    return pairs, count
 
 
 def pair_up(args: Args, rows: list[dict]) -> tuple[list[dict], Counter]:
@@ -452,17 +459,18 @@ def main(args: Args):
     for name in sum(METHODS.values(), ()):
         if name not in own and getattr(args, name) != getattr(Args(), name):
             stop(f"--{name.replace('_', '-')} has no effect with --method {args.method}; leave it out")
+    args.top_p = args.top_p or (1.0 if args.method == "scdpo" else 0.95)
+    args.pairs_per_problem = int(args.method == "dpo") if args.pairs_per_problem is None else args.pairs_per_problem
     least = (args.n, args.max_tokens, args.tries, 1 if args.limit is None else args.limit)
-    zero = (args.max_pairs_per_error, args.pairs_per_problem, args.solutions_per_problem, args.concurrency)
+    zero = (args.max_pairs_per_error, args.pairs_per_problem, args.solutions_per_problem, args.first_k, args.concurrency)
     if min(least) < 1 or min(zero) < 0:
         stop("--n, --max-tokens, --tries and --limit are at least 1, --max-pairs-per-error, --pairs-per-problem, "
-             "--solutions-per-problem and --concurrency at least 0")  # fmt: skip
+             "--solutions-per-problem, --first-k and --concurrency at least 0")  # fmt: skip
     if args.rectifier and args.rollouts:
         stop("--rectifier goes without --rollouts, which are the policy's")
     tries_path = args.out.with_suffix(".tries.jsonl")
     if args.out.exists() and args.out.stat().st_size and not tries_path.exists():
         stop(f"{args.out} is there, but not {tries_path}, which would tell how to go on; give another --out")
-    args.top_p = args.top_p or (1.0 if args.method == "scdpo" else 0.95)
     began, problems, digest = time.time(), load_input(args), lambda data: hashlib.sha256(data).hexdigest()[:16]
     settings = {"stage": "03_rectify", "method": args.method, "seed": args.seed} | {name: getattr(args, name) for name in own}
     settings |= {name: getattr(args, name) for name in ("opening", "split", "rounds")}

@@ -3,7 +3,7 @@
     accelerate launch 04_train_stepdpo.py                                        # the paper's 7B run, on every GPU there is
     accelerate launch --config_file configs/fsdp2.yaml 04_train_stepdpo.py       # a model that does not fit on one
     python 04_train_stepdpo.py --data runs/pairs.jsonl --model data/tiny/model --lr 1e-5 --epochs 2 --out runs/tuned
-    python 04_train_stepdpo.py --data xinlai/Math-Step-DPO-10K --sides full      # its whole answers: the papers' DPO baseline
+    python 04_train_stepdpo.py --data xinlai/Math-Step-DPO-10K --sides full      # its whole answers: plain DPO
     python 04_train_stepdpo.py --objective sft --data data/samples.jsonl --model Qwen/Qwen2-7B --lr 5e-6 --epochs 3 \\
         --batch-size 256 --schedule linear --warmup 0.03                         # the paper's SFT stage
 
@@ -78,7 +78,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4
 
 @dataclass
 class Args:
-    """Defaults are the paper's values for 7B; docs/departures.md has the rest."""
+    """Defaults are the paper's values for 7B, --max-length its code's; docs/departures.md has the rest."""
 
     data: tuple[str, ...] = ("data/pairs.jsonl",)
     """files of pairs, or data sets on the hub"""
@@ -97,7 +97,7 @@ class Args:
     train_execution: bool = False
     """train on what the code of code-integrated solutions printed, as the SCDPO authors' code does"""
     eos: bool = True
-    """end a suffix that ends its solution with EOS; the authors' code has none"""
+    """end a suffix that ends its solution with EOS; Step-DPO's code has none, SCDPO's one everywhere"""
     loss: Literal["dpo", "ipo", "length-normalized"] = "dpo"
     """Eq. 2; IPO (arXiv 2310.12036); or Eq. 2 on means over tokens (beta near 5)"""
     beta: float = 0.4

@@ -76,7 +76,7 @@ VERDICT_OF = {"strict": "correct", "scdpo": "correct_scdpo"}  # of a protocol; t
 
 @dataclass
 class Args:
-    """Zero shot, greedy, 2048 tokens as in the paper; its prompts by --protocol."""
+    """Zero shot, greedy, 2048 tokens as in the Step-DPO authors' code; its prompts by --protocol."""
 
     data: tuple[str, ...] = ("gsm8k", "math")
     """JSON Lines files, or names of sets: gsm8k, math, aime24 ... (all are in docs/evaluation.md)"""

@@ -8,24 +8,28 @@
 #                HF_HUB_OFFLINE=1 LR=1e-5 OUT=runs/scdpo_lines bash recipes/scdpo_mistral_7b.sh
 # Hours      about 4 by counting, none measured: sampling until a problem has a right and a wrong solution is most of it, up to 100
 #            samples of the hardest of 14,973 problems (some 150 M tokens, 2 h); step-controlled pairs, from two right solutions of a
-#            problem at most (12 K naive and 18 K step-controlled ones in the paper), 30 M tokens; training 2 epochs, 1 h
+#            problem at most (13 K naive and 17 K step-controlled ones in the paper), 30 M tokens; training 2 epochs, 1 h
 # Disk       200 GB: a checkpoint with optimizer state is 87 GB, and the next is whole before the last one goes
 # Published  MetaMath-Mistral-7B: SFT 77.7 on GSM8K and 28.2 on MATH; DPO 81.0, 28.7; DPO with equal data 81.4, 29.0; SCDPO 81.7, 29.3.
-#            Mistral-7B-Ours (code-integrated, whose interpreter is not here): 76.8, 43.2; 78.8, 45.1; 79.0, 45.7; 80.1, 47.7
+#            Mistral-7B-Ours and MathCoder-Mistral-7B are code-integrated: scdpo_mistral_7b_code.sh
 # Format     MetaMath writes no "Step 2:": its prompt ends "### Response: Let's think step by step.", a step is a line, and the answer
 #            stands behind "The answer is:". SPLIT=sentences where lines are too long.
 # Open in paper and code
-#   heat     1.1 rising by 0.05 a step to 1.4 in the paper; 1.0 + 0.05 to 1.3, 1.1 + 0.1 to 1.4 and 1.0 + 0.05 to 1.2 in its code:
-#            HEAT="1.0 0.05 1.3"
-#   step k   drawn at random from 1 to m-1 of m steps in the paper; the code enters at every k from 0 to m-1: EVERY=--every-step
+#   data     MetaMath's was not released; what follows is of the code-integrated models
+#   heat     1.1 rising by 0.05 a step to 1.4 in the paper; in its code 1.1 + 0.1 to 1.4, but for MATH 1.0 + 0.05 to 1.3 (MathCoder)
+#            or 1.2 (InternLM): HEAT="1.1 0.1 1.4"
+#   step k   drawn at random from 1 to m-1 of m steps in the paper; its code takes the first right solution of a problem and every
+#            k from 1: SOLUTIONS=1 EVERY=--every-step
 #   tries    until an answer is wrong; here at most TRIES, since some problems have no wrong answer to find
-#   beta     0.1, for MetaMath 0.5, which is the model here
+#   beta     0.1, for MetaMath 0.5, which is the model here; its code has 0.1 for MetaMath's naive DPO
+#   length   2,048 tokens and 64 pairs a step in the paper, as here; its configuration has 1,024, and 16 on four GPUs
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # INT or TERM to this script alone ends the running stage too, and so the engine in it
 job=; run() { set -m; "$@" & job=$!; set +m; wait $job; }
 trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM
-MODEL=${MODEL:-meta-math/MetaMath-Mistral-7B} OUT=${OUT:-runs/scdpo_7b} BETA=${BETA:-0.5} HEAT=${HEAT:-1.1 0.05 1.4} EVERY=${EVERY:-}
+MODEL=${MODEL:-meta-math/MetaMath-Mistral-7B} OUT=${OUT:-runs/scdpo_7b} BETA=${BETA:-0.5} HEAT=${HEAT:-1.1 0.05 1.4}
+SOLUTIONS=${SOLUTIONS:-2} EVERY=${EVERY:-}
 DATA=${DATA:-gsm8k math} TEST=${TEST:-gsm8k math} LIMIT=${LIMIT:-} TRIES=${TRIES:-8} LR=${LR:-1e-7} SPLIT=${SPLIT:-lines} GPUS=${GPUS:-8}
 LAUNCH=${LAUNCH---config_file configs/fsdp2.yaml --num_processes $GPUS}
 SERVE=${SERVE---engine-args=--data-parallel-size $GPUS --max-model-len 4096}
@@ -35,7 +39,7 @@ run python 01_sample_errors.py --data $DATA --model "$MODEL" "${manner[@]}" --sp
   --until-both 100 ${LIMIT:+--limit $LIMIT} --out "$OUT/samples.jsonl" ${SERVE:+"$SERVE"}
 run python 03_rectify.py --method dpo --samples "$OUT/samples.jsonl" "${manner[@]}" --split "$SPLIT" --out "$OUT/naive.jsonl"
 run python 03_rectify.py --method scdpo --samples "$OUT/samples.jsonl" --model "$MODEL" "${manner[@]}" --split "$SPLIT" \
-  --heat $HEAT --tries "$TRIES" --solutions-per-problem 2 $EVERY --out "$OUT/controlled.jsonl" ${SERVE:+"$SERVE"}
+  --heat $HEAT --tries "$TRIES" --solutions-per-problem "$SOLUTIONS" $EVERY --out "$OUT/controlled.jsonl" ${SERVE:+"$SERVE"}
 run accelerate launch $LAUNCH 04_train_stepdpo.py --model "$MODEL" "${manner[@]:0:2}" --data "$OUT/naive.jsonl" \
   "$OUT/controlled.jsonl" --lr "$LR" --beta "$BETA" --epochs 2 --batch-size 64 --max-length 2048 --out "$OUT/model" \
   --save-steps 300 --keep 1

@@ -16,8 +16,11 @@
 # Open in paper and code
 #   system   empty in the data and in this recipe; the 7B evaluation has "Below is a math problem. Please solve it step by step."
 #   rounds   64 of at most 512 tokens in sampling, 24 in evaluation
-#   heat     rises a round: 1.1 + 0.05 to 1.4 in the paper; 1.0 + 0.05 to 1.3, 1.1 + 0.1 to 1.4, 1.0 + 0.05 to 1.2 in its code
-#   prefix   the released get_prompt() puts a block's code in the place of its output; here the output stands there
+#   heat     rises a round: 1.1 + 0.05 to 1.4 in the paper; in its code 1.1 + 0.1 to 1.4: HEAT="1.1 0.1 1.4". MathCoder's MATH has
+#            1.0 + 0.05 to 1.3, InternLM's MATH 1.0 + 0.05 to 1.2: one run for each set then
+#   step k   one drawn in the paper; in its code every one of the first right solution, from 1: SOLUTIONS=1 EVERY=--every-step
+#            The set that its configuration for this model names has no naive pairs, k from 0 and at most two pairs of a GSM8K problem
+#            and three of a MATH problem: EVERY="--every-step --first-k 0 --pairs-per-problem 2", and a run of 03 for each set
 #   masks    none: what code prints is trained on; here only with EXECUTION=--train-execution
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -25,7 +28,8 @@ cd "$(dirname "$0")/.."
 job=; run() { set -m; "$@" & job=$!; set +m; wait $job; }
 trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM
 MODEL=${MODEL:-MathGenie/Mistral-7B-Ours-SFT} OUT=${OUT:-runs/scdpo_7b_code} BETA=${BETA:-0.1} HEAT=${HEAT:-1.1 0.05 1.4}
-DATA=${DATA:-gsm8k math} TEST=${TEST:-gsm8k math} LIMIT=${LIMIT:-} TRIES=${TRIES:-8} LR=${LR:-1e-7} GPUS=${GPUS:-8} EVERY=${EVERY:-}
+DATA=${DATA:-gsm8k math} TEST=${TEST:-gsm8k math} LIMIT=${LIMIT:-} TRIES=${TRIES:-8} LR=${LR:-1e-7} GPUS=${GPUS:-8}
+SOLUTIONS=${SOLUTIONS:-2} EVERY=${EVERY:-}
 EXECUTION=${EXECUTION:-} SANDBOX=${SANDBOX:-}  # SANDBOX=--unsafe-no-sandbox: in a container that is one already
 LAUNCH=${LAUNCH---config_file configs/fsdp2.yaml --num_processes $GPUS}
 SERVE=${SERVE---engine-args=--data-parallel-size $GPUS --max-model-len 4096}
@@ -34,7 +38,7 @@ run python 01_sample_errors.py --data $DATA --model "$MODEL" "${manner[@]}" --te
   ${LIMIT:+--limit $LIMIT} --out "$OUT/samples.jsonl" ${SERVE:+"$SERVE"}
 run python 03_rectify.py --method dpo --samples "$OUT/samples.jsonl" "${manner[@]}" --out "$OUT/naive.jsonl"
 run python 03_rectify.py --method scdpo --samples "$OUT/samples.jsonl" --model "$MODEL" "${manner[@]}" --heat $HEAT \
-  --tries "$TRIES" --solutions-per-problem 2 $EVERY --out "$OUT/controlled.jsonl" ${SERVE:+"$SERVE"}
+  --tries "$TRIES" --solutions-per-problem "$SOLUTIONS" $EVERY --out "$OUT/controlled.jsonl" ${SERVE:+"$SERVE"}
 run accelerate launch $LAUNCH 04_train_stepdpo.py --model "$MODEL" --chat-template data/templates/code.jinja $EXECUTION \
   --data "$OUT/naive.jsonl" "$OUT/controlled.jsonl" --lr "$LR" --beta "$BETA" --epochs 2 --batch-size 64 --max-length 1024 \
   --out "$OUT/model" --save-steps 300 --keep 1

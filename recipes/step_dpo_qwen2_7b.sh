@@ -8,7 +8,7 @@
 # Published  Qwen2-7B-Instruct, the authors' prompt: MATH 53.0, GSM8K 85.5; after Step-DPO 58.6 and 87.9
 # Paper and code disagree
 #   beta            0.4 for 7B in the paper, 0.5 in its script (swapped for 72B); here 0.4. BETA=0.5 takes the script's
-#   locating        GPT-4o in the paper; here the policy's own continuations. LOCATOR="--locator judge --judge-model ... "
+#   locating        by hand or GPT-4 in the paper, GPT-4o in its code; here the policy's own continuations. LOCATOR="--locator judge --judge-model ... "
 #   neutral steps   an error in the code, not in the text: 02 --neutral
 #   chosen steps    a filter of wrong ones is described but not released: analysis/check_chosen.py
 #   DATA=xinlai/Math-Step-DPO-10K trains on the published 10,795 pairs instead, and skips the first three stages

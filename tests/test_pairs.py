@@ -103,8 +103,13 @@ def test_bad_combinations_are_refused(tmp_path):
     done = run(3, "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "p.jsonl", *more, check=False)
     assert done.returncode == 2 and "--rectifier" in done.stderr and "Traceback" not in done.stderr
     write(tmp_path / "s.jsonl", [solution("a", 0, WRONG[0], False)])
-    done = run(3, "--method", "scdpo", "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "p.jsonl", check=False)
+    scdpo = ["--method", "scdpo", "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "p.jsonl"]
+    done = run(3, *scdpo, check=False)
     assert done.returncode == 2 and "none of its 1 solutions is right" in done.stderr
+    done = run(3, *scdpo, "--first-k", -1, check=False)
+    assert done.returncode == 2 and "--first-k at least 0" in done.stderr
+    done = run(3, "--pairs-per-problem", 1, check=False)
+    assert done.returncode == 2 and "--pairs-per-problem has no effect with --method step-dpo" in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,13 +145,16 @@ def test_scdpo_pairs_survive_kills_and_follow_their_form(samples, server, tmp_pa
         assert answer is not None and not asyncio.run(grader(pair["answer"], answer))
     grader.close()
     assert len({pair["error_step"] for pair in pairs}) > 1, "k is drawn"
-    every = run(3, *arguments, "--every-step", "--tries", 1, "--solutions-per-problem", 1, "--out", tmp_path / "every.jsonl")
+    theirs = ["--every-step", "--first-k", 0, "--tries", 1, "--solutions-per-problem", 1, "--pairs-per-problem", 2]
+    every = run(3, *arguments, *theirs, "--out", tmp_path / "every.jsonl")
     first = {}
     for row in sorted(read(samples), key=lambda row: row["sample"]):
         first.setdefault(row["id"], row) if row["correct"] and row["finish_reason"] == "stop" else None
     summary = json.loads((tmp_path / "every.jsonl.meta.json").read_text())["summary"]
     steps = sum(len(row["steps"]) for row in first.values())  # from the opening on
     assert summary["steps tried"] == summary["attempts"] == steps > len(first) and "garbled" in every.stdout
+    kept = Counter(pair["id"] for pair in read(tmp_path / "every.jsonl"))
+    assert sum(kept.values()) == summary["pairs"] > 5 and max(kept.values()) == 2 and summary["over --pairs-per-problem"] > 0
 
 
 @pytest.mark.slow
@@ -210,7 +218,7 @@ def test_rectifier_and_judge(samples, server, judge, tmp_path):  # noqa: F811
 def astray(split: str, response: str, said: list[str], **more) -> tuple[list[dict], list[tuple[str, float]]]:
     """SCDPO's pairs of one right response, where the model says these texts; and what it was asked, with the temperature."""
     three, asked, texts = stage(3), [], iter(said)
-    args = three.Args(method="scdpo", split=split, opening="", tries=1, heat=(1.0, 0.1, 1.2), **more)
+    args = three.Args(method="scdpo", split=split, opening="", heat=(1.0, 0.1, 1.2), **{"tries": 1} | more)
 
     async def go_on(row, prefix, seed, n=1, temperature=None, **sampling):
         asked.append((prefix, temperature))
@@ -235,13 +243,36 @@ def test_heat_follows_the_split():
     assert asked == [("It is 1.", 1.0), ("It is 1. So 3.", 1.1)] and pair["rejected"] == " So 3. The answer is: 7"
 
 
-def test_every_step_is_entered_from_the_opening_on():
-    pairs, asked = astray("lines", "a = 1\nb = 2\nThe answer is: 9", ["The answer is: 7"] * 3, every_step=True)
-    assert [prefix for prefix, _ in asked] == ["", "a = 1\n", "a = 1\nb = 2\n"] and [p["error_step"] for p in pairs] == [
-        1,
-        2,
-        3,
-    ]
+THREE = "a = 1\nb = 2\nThe answer is: 9"
+
+
+@pytest.mark.parametrize("more, asked", [({}, [1, 2]), ({"first_k": 0}, [0, 1, 2]), ({"first_k": 3}, [])])
+def test_every_step_is_entered_from_first_k_on(more, asked):
+    """From the first right step on, as the authors' mixers take them; their set for Mistral-7B-Ours from the opening on."""
+    pairs, found = astray("lines", THREE, ["The answer is: 7"] * 3, every_step=True, **more)
+    assert [prefix for prefix, _ in found] == ["".join(THREE.splitlines(True)[:k]) for k in asked]
+    assert [pair["error_step"] for pair in pairs] == [k + 1 for k in asked]
+
+
+def test_drawn_step_is_first_k_or_later():
+    for first_k in (0, 1, 2):
+        drawn = {astray("lines", THREE, ["The answer is: 7"], first_k=first_k, seed=seed)[1][0][0] for seed in range(20)}
+        assert drawn == {"".join(THREE.splitlines(True)[:k]) for k in range(first_k, 3)}
+
+
+def test_pairs_per_problem_keeps_what_went_wrong_first():
+    """As in the authors' limited set, which lists pairs by the round in which they went wrong, then by k."""
+    said = ["no answer", "The answer is: 6", "The answer is: 7", "The answer is: 8"]
+    for most, kept in ((None, [7, 8, 6]), (0, [7, 8, 6]), (2, [7, 8]), (1, [7])):
+        pairs, _ = astray("lines", THREE, said, every_step=True, first_k=0, tries=2, pairs_per_problem=most)
+        assert [pair["rejected"] for pair in pairs] == [f"The answer is: {answer}" for answer in kept]
+
+
+def test_a_code_integrated_solution_has_22_blocks_at_most():
+    """The authors count 24 with the turns of system and user."""
+    blocks = [{"type": "text", "content": "x" * 3000}] * 22
+    assert not stage(3).too_long(blocks) and stage(3).too_long([*blocks, {"type": "text", "content": ""}])
+    assert stage(3).too_long([{"type": "text", "content": "x" * 3001}])
 
 
 @pytest.mark.slow
