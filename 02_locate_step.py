@@ -52,6 +52,7 @@ import time
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -653,16 +654,15 @@ def check_steps(args: Args, rows: list[dict], *outputs: Output):
                      "give another --out")  # fmt: skip
 
 
-async def locate_all(args: Args, rows: list[dict], solvable: set[str], output: Output, grader: Grader) -> dict[str, Counter]:
+async def locate_all(args: Args, rows: list[dict], solvable: set[str], output: Output, left: Output | None, keep: Output | None,
+                     grader: Grader) -> dict[str, Counter]:  # fmt: skip
     """Locate the rows that are not done, by one locator or two in turn. Returns the cost of each.
 
-    OUT.open.jsonl keeps what the first says of the rows that the second is to look at."""
+    `left` keeps what the first says of the rows that the second is to look at, `keep` the rollouts."""
     first, *second = locators_of(args)
     if second and not cpu_options():  # only the end of a process gives a GPU all its memory back (vllm#21073)
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    left = Output(args.out.with_suffix(".open.jsonl"), output.settings) if second else None
     check_steps(args, rows, *filter(None, (output, left)))
-    keep = Output(args.keep_rollouts, output.settings) if args.keep_rollouts else None
     known, spent = {identity(row): row for row in left.rows} if left else {}, {name: Counter() for name in locators_of(args)}
     if "judge" in spent:
         rows_of_both = (known | {identity(row): row for row in output.rows}).values()
@@ -722,22 +722,27 @@ def main(args: Args):
     settings |= {"judge_prompt": hashlib.sha256(JUDGE_PROMPT.encode()).hexdigest()[:16]} if "judge" in used else {}
     if args.estimate:
         return print_estimate(args, rows)
-    output, grader = Output(args.out, settings), Grader()
-    try:
-        spent = asyncio.run(locate_all(args, rows, solvable, output, grader))
-    finally:
-        grader.close()
+    with contextlib.ExitStack() as opened:
+        paths = args.out, len(used) > 1 and args.out.with_suffix(".open.jsonl"), args.keep_rollouts
+        files = [opened.enter_context(contextlib.closing(Output(path, settings))) if path else None for path in paths]
+        grader = opened.enter_context(contextlib.closing(Grader()))
+        spent = asyncio.run(locate_all(args, rows, solvable, *files, grader))
+        report(args, rows, files[0], spent, grader.kills, time.time() - began)
+
+
+def report(args: Args, rows: list[dict], output: Output, spent: dict[str, Counter], kills: int, seconds: float):
+    """Say what was located and what it has cost."""
     asked = set(map(identity, rows))
     located = [row["error_step"] for row in output.rows if identity(row) in asked]
     found = Counter(step for step in located if step)
     summary = {"solutions" if args.labels else "wrong samples": len(located), "located": found.total(),
                "not located": len(located) - found.total(), "by step": " ".join(f"{k}:{found[k]}" for k in sorted(found)),
-               "gradings killed": grader.kills}  # fmt: skip
+               "gradings killed": kills}  # fmt: skip
     for name, count in spent.items():
         named = {what: f"{name} {what}{' tokens' * (what in ('prompt', 'completion'))}" for what in count}
         summary |= {named[what]: n for what, n in count.items() if n or what != "money of earlier runs"}
-    summary["seconds"], left = round(time.time() - began, 1), sum(count["rows not asked for"] for count in spent.values())
-    seeded = "rollout" not in used or bool(args.base_url) or seeds_requests(args.top_p)
+    summary["seconds"], left = round(seconds, 1), sum(count["rows not asked for"] for count in spent.values())
+    seeded = "rollout" not in spent or bool(args.base_url) or seeds_requests(args.top_p)
     output.save_meta(finished=not left, summary=summary, seeded_requests=seeded)
     print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
     if left:
@@ -761,7 +766,7 @@ BLOCK_ENDS = ["<|endofblock|>", "<|endofmessage|>"]
 # Copied from 01_sample_errors.py
 REFUSED = {"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}
 # Copied from 01_sample_errors.py
-TOO_LONG = re.compile(r"context length|max_model_len|too long|longer than|maximum (?:input|model) length")
+TOO_LONG = re.compile(r"context (?:length|size)|max_model_len|too long|longer than|maximum (?:input|model|allowed) length")
 
 
 # Copied from 01_sample_errors.py
@@ -772,8 +777,28 @@ def stop(message: str) -> NoReturn:
 
 
 # Copied from 01_sample_errors.py
+def text_of(value) -> str:
+    """A text or a finite number as text, "" for anything else. 1e-07 becomes 0.0000001, which graders take for a number."""
+    if isinstance(value, float) and math.isfinite(value):
+        return format(Decimal(repr(value)), "f")
+    return str(value) if type(value) in (str, int) else ""
+
+
+# Copied from 01_sample_errors.py
+KINDS = {  # what a field that a stage asks for must be
+    "id": ("a text that is not blank, or a number", lambda value: text_of(value).strip()),
+    "problem": ("a text that is not blank", lambda value: isinstance(value, str) and value.strip()),
+    "answer": ("a text that is not blank, or a number", lambda value: text_of(value).strip()),
+    "steps": ("a list of texts", lambda value: isinstance(value, list) and all(isinstance(step, str) for step in value)),
+    "sample": ("a whole number", lambda value: type(value) is int),
+    "correct": ("true or false", lambda value: type(value) is bool),
+}
+
+
+# Copied from 01_sample_errors.py
 def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
-    """Rows of a JSON Lines file. Stops, naming file and line, where one is no object or lacks one of `fields`."""
+    """Rows of a JSON Lines file. Stops, naming file and line, where one is no object, holds half a character, or has not what
+    it must in one of `fields`. Where `id` and `answer` are among these, numbers there become text."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would part rows at U+2028 too
     except (OSError, UnicodeDecodeError) as error:
@@ -784,13 +809,21 @@ def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+            if "\\u" in line:
+                json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:  # a lone surrogate: no tokenizer and no file takes it
+            stop(f"{path}, line {number}: {error.object[error.start]!a} is half a character; write it whole or leave it out")
+        except (ValueError, RecursionError) as error:
             stop(f"{path}, line {number}: not JSON ({error}); every line must be one object")
         if not isinstance(row, dict):
             stop(f"{path}, line {number}: {type(row).__name__} instead of an object such as {{...}}")
         if missing := [field for field in fields if row.get(field) in (None, "")]:
             stop(f"{path}, line {number}: no {' and no '.join(map(repr, missing))}; every row needs {', '.join(fields)}")
-        rows.append(row)
+        for field in filter(KINDS.get, fields):
+            kind, fits = KINDS[field]
+            if not fits(row[field]):
+                stop(f"{path}, line {number}: {field!r} is {json.dumps(row[field])[:50]}; it must be {kind}")
+        rows.append(row | {field: text_of(row[field]) for field in ("id", "answer") if field in fields})
     return rows or stop(f"{path}: no rows; it is empty")
 
 
@@ -806,6 +839,37 @@ def model_id(model: str) -> str:
 
 
 # Copied from 01_sample_errors.py
+@functools.cache
+def warn_once(message: str):
+    """Say something once."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+# Copied from 01_sample_errors.py
+def lock(file, path: Path):
+    """Stop where another process has the file. Some network file systems have no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stop(f"{path}: another process is writing it; let it end, or give another --out")
+    except OSError as error:
+        warn_once(f"the file system of --out has no locks ({error.strerror}); start no second process with the same --out")
+
+
+# Copied from 01_sample_errors.py
+def save(path: Path, text: str):
+    """Write a file, whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        stop(f"{path}: cannot be written ({error.strerror}); make room and run the same command again")
+
+
+# Copied from 01_sample_errors.py
 class Output:
     """A JSON Lines file that grows row by row and can be gone on with after a kill; a torn last line is cut.
 
@@ -814,20 +878,24 @@ class Output:
     def __init__(self, path: Path, settings: dict):
         self.path, self.meta_path, self.rows = path, Path(f"{path}.meta.json"), []
         self.began, self.settings = time.time(), json.loads(json.dumps(settings, default=str))
+        if path.exists() and not path.is_file():
+            stop(f"{path}: not a file; give another --out")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(path, "ab+")
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stop(f"{path}: another process is writing it; give another --out")
+            self.file = open(path, "ab+", buffering=0)  # a buffer would keep what a full disk does not take
         except OSError as error:
             stop(f"{path}: {error}; give another --out")
-        atexit.register(self.discard_empty)
-        self.file.seek(0)
-        self.file.truncate(self.file.read().rfind(b"\n") + 1)
-        if path.stat().st_size:
-            self.go_on()
-        self.save_meta(finished=False)
+        lock(self.file, path)
+        atexit.register(self.close)
+        try:
+            self.file.seek(0)
+            self.file.truncate(self.file.read().rfind(b"\n") + 1)
+            if path.stat().st_size:
+                self.go_on()
+            self.save_meta(finished=False)
+        except SystemExit:
+            self.close()
+            raise
 
     def go_on(self):
         """Read what is there, if it was made with the same settings."""
@@ -844,8 +912,14 @@ class Output:
 
     def write(self, *rows: dict):
         """Append rows in one call, so that a kill does not part them."""
-        self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-        self.file.flush()
+        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        end = self.file.seek(0, os.SEEK_END)
+        try:
+            while data:  # a disk that is nearly full takes a part
+                data = data[self.file.write(data) :]
+        except OSError as error:
+            self.file.truncate(end)
+            stop(f"{self.path}: {error.strerror}; the rows so far are kept, make room and run the same command to go on")
         self.rows += rows
 
     def save_meta(self, **more):
@@ -860,14 +934,15 @@ class Output:
             "git": commit,
             "versions": {name: installed[name] for name in PACKAGES if name in installed},
         }
-        temporary = self.meta_path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(meta | more, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-        temporary.replace(self.meta_path)  # all or nothing
+        save(self.meta_path, json.dumps(meta | more, indent=1, ensure_ascii=False, default=str) + "\n")
 
-    def discard_empty(self):
-        if self.path.exists() and not self.path.stat().st_size:
+    def close(self):
+        """Leave the file to other processes; one without a row is removed."""
+        atexit.unregister(self.close)
+        if not self.file.closed and self.path.exists() and not self.path.stat().st_size:
             self.path.unlink()
             self.meta_path.unlink(missing_ok=True)
+        self.file.close()
 
 
 # Copied from 01_sample_errors.py
@@ -1459,29 +1534,50 @@ def seed_of(*parts) -> int:
 
 
 # Copied from 01_sample_errors.py
+def fewer_tokens(prompt: list, asked: int, refusal: str) -> list[int]:
+    """What to ask for in turn where a server refuses `asked` tokens: the room beside the prompt, by its words, less one for
+    SGLang, then 1, which a prompt that is too long by itself does not get either."""
+    context = re.search(r"(?:context (?:length|size)|max_model_len)\D{0,30}(\d+)", refusal)
+    said = re.search(r"(\d+) (?:input tokens|tokens from the input|in the (?:messages|prompt))", refusal)
+    length = int(said[1]) if said else 0 if isinstance(prompt[0], dict) else len(prompt)
+    room = int(context[1]) - length if context and length else 0
+    return [tokens for tokens in (room, room - 1, 1) if 0 < tokens < asked]
+
+
+# Copied from 01_sample_errors.py
 async def complete(client, model: str, prompt: list, seed: int, n: int = 1, **more) -> list[dict]:
     """n answers of a server to token ids or messages: {"text", "finish_reason", "tokens", "prompt_tokens"}; the tokens of all
-    n stand in the first. A prompt that is too long has the finish_reason "refused"; any other refusal ends the run."""
+    n stand in the first. A prompt that is too long by itself has the finish_reason "refused"; any other refusal ends the run,
+    but where it is of `max_tokens`, which not every server cuts to the room that is left: there this is done here."""
     chat = isinstance(prompt[0], dict)
     if not chat:  # a policy: its sampling is ours alone, whatever the server was started with
         special = {"include_stop_str_in_output": "stop" in more, "skip_special_tokens": more.get("stop") != BLOCK_ENDS}
         more["extra_body"] = NEUTRAL | special
     create = client.chat.completions.create if chat else client.completions.create
     more["messages" if chat else "prompt"] = prompt
+    refusal, fewer = "", None
     for pause in (0.25, 0.5, 1, 2, 4, 8):
         try:
             reply = await create(model=model, n=n, seed=seed, **more)
-            texts = [said(choice.message) if chat else choice.text for choice in reply.choices]
+            texts = [said(choice.message) if chat else choice.text or "" for choice in reply.choices]
+            texts = [text.encode(errors="replace").decode() for text in texts]  # JSON may hold half a character
             if len(texts) != n:
                 raise ValueError(f"{len(texts)} choices instead of {n}")
-            found = [REFUSED | {"text": text or "", "finish_reason": choice.finish_reason}
+            if fewer == []:
+                stop(f"--{'judge-' * chat}max-tokens is more than the server allows ({refusal}); give less")
+            found = [REFUSED | {"text": text, "finish_reason": choice.finish_reason}
                      for text, choice in zip(texts, reply.choices, strict=True)]  # fmt: skip
             found[0] |= {"tokens": reply.usage.completion_tokens, "prompt_tokens": reply.usage.prompt_tokens}
             return found
-        except openai.BadRequestError as error:
-            if TOO_LONG.search(str(error)) and "cannot be greater than" not in str(error):  # that: --max-tokens, every prompt
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            refusal = refusal or str(error)[:300]
+            fewer = fewer_tokens(prompt, more["max_tokens"], refusal) if fewer is None else fewer
+            if fewer:
+                more["max_tokens"] = fewer.pop(0)
+                continue
+            if TOO_LONG.search(str(error)):
                 return [REFUSED] * n
-            stop(f"the server refuses a request: {str(error)[:300]}")
+            stop(f"the server refuses a request: {refusal}")
         except (openai.APIResponseValidationError, ValueError, TypeError, AttributeError, IndexError) as error:
             garbage = error  # an answer that is no completion
         except openai.APIError as error:

@@ -48,6 +48,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -1029,8 +1030,28 @@ def stop(message: str) -> NoReturn:
 
 
 # Copied from 01_sample_errors.py
+def text_of(value) -> str:
+    """A text or a finite number as text, "" for anything else. 1e-07 becomes 0.0000001, which graders take for a number."""
+    if isinstance(value, float) and math.isfinite(value):
+        return format(Decimal(repr(value)), "f")
+    return str(value) if type(value) in (str, int) else ""
+
+
+# Copied from 01_sample_errors.py
+KINDS = {  # what a field that a stage asks for must be
+    "id": ("a text that is not blank, or a number", lambda value: text_of(value).strip()),
+    "problem": ("a text that is not blank", lambda value: isinstance(value, str) and value.strip()),
+    "answer": ("a text that is not blank, or a number", lambda value: text_of(value).strip()),
+    "steps": ("a list of texts", lambda value: isinstance(value, list) and all(isinstance(step, str) for step in value)),
+    "sample": ("a whole number", lambda value: type(value) is int),
+    "correct": ("true or false", lambda value: type(value) is bool),
+}
+
+
+# Copied from 01_sample_errors.py
 def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
-    """Rows of a JSON Lines file. Stops, naming file and line, where one is no object or lacks one of `fields`."""
+    """Rows of a JSON Lines file. Stops, naming file and line, where one is no object, holds half a character, or has not what
+    it must in one of `fields`. Where `id` and `answer` are among these, numbers there become text."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would part rows at U+2028 too
     except (OSError, UnicodeDecodeError) as error:
@@ -1041,13 +1062,21 @@ def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+            if "\\u" in line:
+                json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:  # a lone surrogate: no tokenizer and no file takes it
+            stop(f"{path}, line {number}: {error.object[error.start]!a} is half a character; write it whole or leave it out")
+        except (ValueError, RecursionError) as error:
             stop(f"{path}, line {number}: not JSON ({error}); every line must be one object")
         if not isinstance(row, dict):
             stop(f"{path}, line {number}: {type(row).__name__} instead of an object such as {{...}}")
         if missing := [field for field in fields if row.get(field) in (None, "")]:
             stop(f"{path}, line {number}: no {' and no '.join(map(repr, missing))}; every row needs {', '.join(fields)}")
-        rows.append(row)
+        for field in filter(KINDS.get, fields):
+            kind, fits = KINDS[field]
+            if not fits(row[field]):
+                stop(f"{path}, line {number}: {field!r} is {json.dumps(row[field])[:50]}; it must be {kind}")
+        rows.append(row | {field: text_of(row[field]) for field in ("id", "answer") if field in fields})
     return rows or stop(f"{path}: no rows; it is empty")
 
 
