@@ -1148,6 +1148,7 @@ class Engine:
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        AsyncLLM.__del__ = lambda engine: None  # close() shuts it down; at the interpreter's end this would fail
         self.waiting, self.stepping, self.watcher = {}, None, None
         parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
         parser.error = lambda message: stop(f"--engine-args: {message}")

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import importlib
+import io
 import json
 import os
 import random
@@ -13,11 +14,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import httpx
 import psutil
 import pytest
 import torch
+import tyro
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "data" / "tiny"
@@ -59,31 +62,62 @@ def run_killed(number: int, *arguments, journal: Path, kills: int, seed: int, to
                 file.write(torn)
 
 
-def engine_processes() -> list[psutil.Process]:
-    """All processes of engines that stages have started: they carry a mark in their environment."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError, psutil.Error):
-            if b"STEPDPO_ENGINE=" in path.read_bytes():
-                found.append(psutil.Process(int(path.parent.name)))
-    return found
+@pytest.fixture(scope="session")
+def vllm():
+    """One engine with the bundled model for all tests of this process."""
+    engine = stage(1).Engine(str(TINY / "model"), "--max-num-seqs 256 --max-model-len 4096", seed=0)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def call(vllm):
+    """call(number, *arguments): as run(), but in this process and with the session's engine in the place of a new one. For
+    tests of what a stage does, not of its process."""
+
+    def call(number: int, *arguments, check: bool = True) -> subprocess.CompletedProcess:
+        module, out, err, status = stage(number), io.StringIO(), io.StringIO(), 0
+        model = ["--models" if number == 5 else "--model", str(TINY / "model")]
+        command = [*map(str, arguments), *(model if model[0] not in arguments else [])]
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            mock.patch.object(module, "Engine", lambda *_: vllm),
+            mock.patch.object(vllm, "close"),
+        ):
+            try:
+                module.main(tyro.cli(module.Args, args=command))
+            except SystemExit as end:
+                status = end.code
+        assert not check or status == 0, f"{number} {command} ended with {status}:\n{err.getvalue()[-3000:]}"
+        return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
+
+    return call
 
 
 @pytest.fixture()
 def started():
-    """A list for the test's processes. None of them, and no engine, is left behind it, also where it fails: the next would see
-    them."""
+    """A list for the test's processes, which are ended with all that they have started, also where the test fails."""
     processes = []
     yield processes
-    for process in [*processes, *engine_processes()]:
+    for process in processes:
         with contextlib.suppress(psutil.Error):
-            process.kill()
-            process.wait(30)
+            for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+                each.kill()
+        process.wait(30)
 
 
 def read(path) -> list[dict]:
     """Rows of a JSON Lines file; splitlines() would part them at U+2028 too."""
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
+
+
+def keyed(path, *fields) -> dict:
+    """Rows by key; a key that comes twice, or a torn line, fails."""
+    rows = read(path)
+    found = {tuple(row[field] for field in fields): row for row in rows}
+    assert len(found) == len(rows)
+    return found
 
 
 def end_with_the_tests():

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import TINY, engine_processes, run
+from conftest import TINY, run
 
 GOOD = {"id": "a", "problem": "1 + 1?", "answer": "2"}
 SAMPLE = GOOD | {"sample": 0, "response": "Step 1: 3", "steps": ["Step 1: 3"], "correct": False, "finish_reason": "stop"}
@@ -110,4 +110,3 @@ def test_engine_that_does_not_start(option, word, tmp_path):
     arguments = ["--data", tmp_path / "in.jsonl", "--model", TINY / "model", f"--engine-args={option}"]
     said = message(refused(1, tmp_path, *arguments))
     assert word in said
-    assert not engine_processes()

@@ -3,16 +3,11 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
-from functools import partial
 from pathlib import Path
 
-import psutil
 import pytest
-from conftest import ROOT, TINY, engine_processes, read, run, run_killed, serving, stage
+from conftest import ROOT, TINY, keyed, read, run, run_killed, serving, stage
 
 pytestmark = pytest.mark.slow
 SHARED = ROOT.parent / "shared" / "data"
@@ -20,14 +15,6 @@ SHORT = ["--max-tokens", "300"]
 SOLVED = {"id": "s", "problem": "Ava has 3 apples. Then she buys 4 more. How many apples does Ava have now?", "answer": "7",
           "sample": 0, "finish_reason": "stop", "error_step": 1, "response": "Let's think step by step.\nStep 1: 8.",
           "steps": ["Let's think step by step.\nStep 1: 8."]}  # fmt: skip
-
-
-def keyed(path, *fields) -> dict:
-    """Rows by key; a key that comes twice, or a torn line, fails."""
-    rows = read(path)
-    found = {tuple(row[field] for field in fields): row for row in rows}
-    assert len(found) == len(rows)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +192,6 @@ def test_server_and_own_engine_give_the_same_rows(files, tmp_path):
         done = run(1, "--data", TINY / "train.jsonl", "--limit", 60, "--out", tmp_path / "samples.jsonl", *own)
         assert first == ("starting vLLM" in done.stderr)  # the second time there is nothing to do
         assert keyed(tmp_path / "samples.jsonl", "id", "sample") == keyed(files / "samples.jsonl", "id", "sample")
-    assert not engine_processes()
 
 
 def test_linear_agrees_with_bisection_on_what_both_estimate(files, server, tmp_path):
@@ -261,42 +247,3 @@ def test_saved_models_decode_alike_in_vllm_and_transformers(files, tmp_path):
         ids = tokenizer.apply_chat_template(messages, continue_final_message=True, return_tensors="pt", return_dict=True)
         new = lm.generate(**ids, max_new_tokens=120, do_sample=False)[0, ids["input_ids"].shape[1] :]
         assert from_stage.OPENING + tokenizer.decode(new, skip_special_tokens=True) == row["response"]
-
-
-@pytest.mark.parametrize("said", ["starting vLLM", "vLLM is ready"])
-def test_a_kill_takes_the_own_engine_along(started, said, tmp_path):
-    """After kill -9 of a stage none of the processes that it has started is left within ten seconds, also while they start."""
-    arguments = ["--data", TINY / "train.jsonl", "--model", TINY / "model", "--out", tmp_path / "s.jsonl", *SHORT]
-    process = subprocess.Popen([sys.executable, "01_sample_errors.py", *map(str, arguments)], cwd=ROOT, text=True,
-                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)  # fmt: skip
-    started.append(process)
-    assert any(said in line for line in process.stderr)
-    deadline, children = time.time() + 120, []
-    while len(children) < 3:  # a watcher, the engine and a helper of it
-        assert time.time() < deadline and process.poll() is None, children
-        time.sleep(0.2)
-        children = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.wait()
-    _, alive = psutil.wait_procs([p for p in children if p.is_running()], timeout=10)
-    assert not alive and not engine_processes()
-    assert all(line.endswith("}") for line in (tmp_path / "s.jsonl").read_text().splitlines())
-
-
-@pytest.mark.parametrize("recipe, kind", [("iterate.sh", signal.SIGTERM), ("quickstart.sh", signal.SIGINT)])
-def test_a_stopped_recipe_takes_its_stage_and_engine_along(started, recipe, kind, tmp_path):
-    """The signal comes to the script alone, as from a job scheduler, while an engine is starting."""
-    environment = os.environ | {"OUT": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job's children ignore Ctrl-C
-    process = subprocess.Popen(["bash", f"recipes/{recipe}"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, start_new_session=True, preexec_fn=heed)  # fmt: skip
-    started.append(process)
-    deadline = time.time() + 120
-    while not engine_processes():
-        assert time.time() < deadline and process.poll() is None
-        time.sleep(0.5)
-    everyone = [*psutil.Process(process.pid).children(recursive=True), *engine_processes()]
-    process.send_signal(kind)
-    assert process.wait(30) == 130
-    _, alive = psutil.wait_procs(everyone, timeout=30)
-    assert not alive
