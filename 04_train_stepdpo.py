@@ -425,16 +425,26 @@ def split_sides(row: dict, sides: str) -> tuple[str, list[str], list[bool]]:
 
     full_chosen and full_rejected are whole responses in 03's file; in the published set they go on behind
     initial_reason_steps, which its own trainer joins to them as they are."""
-    given, fulls = row["initial_reason_steps"] or "", [row["full_chosen"] or "", row["full_rejected"] or ""]
+    names, given = ("chosen", "rejected"), row["initial_reason_steps"] or ""
     opening = given.rstrip(" ")  # a space before the suffix belongs to the suffix's first token
+    steps = [given[len(opening) :] + (row[name] or "").rstrip(" ") for name in names]  # one after it, to the next step's
+    fulls = [row[f"full_{name}"] or "" for name in names]
     if sides == "step":
-        texts = [given[len(opening) :] + row[side] for side in ("chosen", "rejected")]
-        ends = [full.strip() in ((opening + text).strip(), text.strip()) for text, full in zip(texts, fulls, strict=True)]
-        return opening, texts, ends
-    wholes = [full if full.startswith(given.strip()) else f"{opening} {full.lstrip(' ')}" for full in fulls]
+        same = lambda text, full: full.split() in (text.split(), (opening + text).split())  # blank lines differ in some rows
+        return opening, steps, [same(*texts) and not cut_short(texts[1]) for texts in zip(steps, fulls, strict=True)]
+    for i, full in enumerate(fulls):
+        if not full.startswith(given.strip()):
+            space = re.match(r"\s*", full)[0] or re.match(r"\s*", steps[i])[0] or " "
+            fulls[i] = opening + space + full.lstrip()
     forced = re.match(r".*?Step 1:", given, re.S)
     opening = forced[0] if forced else opening
-    return opening, [whole[len(opening) :] for whole in wholes], [True, True]
+    return opening, [full[len(opening) :] for full in fulls], [not cut_short(full) for full in fulls]
+
+
+def cut_short(text: str) -> bool:
+    """Whether a text stops within a formula, where the limit on tokens cut it: no EOS belongs there."""
+    opened, closed = (len(re.findall(rf"(?<!\\)(?:{marks})", text)) for marks in (r"\\[\[(]|\{", r"\\[\])]|\}"))
+    return opened > closed
 
 
 def render_turns(messages: list[dict]) -> str:

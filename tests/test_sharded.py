@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -60,10 +61,11 @@ def arguments(folder: Path, model: str, out: Path) -> list:
             "--beta", 0.02]  # fmt: skip    # with 0.4 the loss falls to 1e-7, where Adam makes steps of rounding errors
 
 
-def launch(config: str, *given) -> list[str]:
-    accelerate = ["accelerate.commands.launch", "--config_file", f"configs/{config}.yaml", "--num_processes", "2"]
+def launch(config: str, *given, machine: tuple = ()) -> list[str]:
+    """`machine`: options of accelerate that tell one of several which it is."""
+    accelerate = ["accelerate.commands.launch", "--config_file", f"configs/{config}.yaml", "--num_processes", "2", *machine]
     more = ["--mixed_precision", "no", "tests/sharded_cpu.py", "04_train_stepdpo.py", *given]
-    return [sys.executable, "-m", *accelerate, *map(str, more)]
+    return [sys.executable, "-m", *map(str, [*accelerate, *more])]
 
 
 def train(config: str, *given) -> str:
@@ -152,6 +154,40 @@ def test_a_kill_within_a_sharded_checkpoint(world, tmp_path, config):
     kept = sorted(path.name for path in out.glob("checkpoint-*"))
     said = train(config, *given)
     assert f"going on from {out / kept[-1]}" in said
+    same(out, one("tied"), folder / "tied")
+
+
+def test_one_of_two_machines_is_killed(world, tmp_path, started):
+    """multi_node.yaml, a launch for each machine. The first, whose address both are given, is killed between two checkpoints;
+    the other ends with an error; the same two commands go on from the last checkpoint."""
+    folder, one = world
+    out = tmp_path / "out"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = ["--main_process_ip", "127.0.0.1", "--main_process_port", free.getsockname()[1]]
+    logs = [tmp_path / f"machine-{rank}.log" for rank in (0, 1)]
+
+    def start():
+        for rank, log in enumerate(logs):
+            given = [*arguments(folder, "tied", out), "--save-steps", 1]
+            command = launch("multi_node", *given, machine=("--machine_rank", rank, *address))
+            with open(log, "w") as file:
+                started.append(subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=file, stderr=file))
+        return started[-2:]
+
+    said = lambda: "".join(log.read_text()[-3000:] for log in logs)
+    (first, second), deadline = start(), time.time() + 120
+    while not (out / "checkpoint-2").exists():
+        assert time.time() < deadline and first.poll() is None and second.poll() is None, said()
+        time.sleep(0.002)
+    first_workers, second_workers = (psutil.Process(machine.pid).children(recursive=True) for machine in (first, second))
+    started += second_workers
+    for process in (*first_workers, first):
+        process.kill()
+    assert second.wait(60) == 1 and "by peer" in logs[1].read_text(), said()  # reset, or closed
+    assert not (out / "model.safetensors").exists()
+    assert [machine.wait(120) for machine in start()] == [0, 0], said()
+    assert f"going on from {out}/checkpoint-" in logs[0].read_text()
     same(out, one("tied"), folder / "tied")
 
 

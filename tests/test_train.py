@@ -209,6 +209,81 @@ def test_full_sides_are_whole_answers_behind_the_forced_opening(tokenizer, publi
     assert tokenizer.decode(prefix).endswith(given) and tokenizer.decode(suffixes[1]) == row["rejected"]
 
 
+# forms of the published rows: chosen, rejected, full_chosen, full_rejected; which sides end in EOS, as steps and as full texts
+PUBLISHED = {
+    "line breaks before the text": (
+        "\nIt is 3.", " \nIt is 4.", "\nIt is 3.\nStep 3: So.\nThe answer is: 3",
+        " \nIt is 4.\n\nStep 3: So.\nThe answer is: 4", [False, False], [True, True]),
+    "full texts without them": (
+        "\nIt is 3.", " \nIt is 4.", "It is 3.\nStep 3: So.\nThe answer is: 3", "It is 4.\n\nStep 3: So.\nThe answer is: 4",
+        [False, False], [True, True]),
+    "blank lines that differ": (
+        " It is 3.\nThe answer is: 3", "\nIt is 4.\nThe answer is: 4", " It is 3.\n\nThe answer is: 3",
+        "\nIt is 4.\n\nThe answer is: 4", [True, True], [True, True]),
+    "cut within a formula": (
+        " It is\n\\[\\{3\\} \\\\[2pt]\\]", " It is\n\\[\\sum_{i} i + \\frac{\\", " It is\n\\[\\{3\\} \\\\[2pt]\\]",
+        " It is\n\n\\[\\sum_{i} i + \\frac{\\", [True, False], [True, False]),
+    "a space at the end": (
+        " It is 3. ", " It is 4.", " It is 3. \nThe answer is: 3", " It is 4.\nThe answer is: 4", [False, False], [True, True]),
+    "no rejected step": (
+        " It is 3.", "", " It is 3.\nThe answer is: 3", "It is 4.\nThe answer is: 4", None, [True, True]),
+    "no rejected answer": (" It is 3.", " It is 4.", " It is 3.\nThe answer is: 3", None, [False, False], None),
+}  # fmt: skip
+
+
+def published_row(chosen, rejected, full_chosen, full_rejected, prompt: str = "1 + 1 + 1?") -> dict:
+    return {"prompt": prompt, "initial_reason_steps": f"{OPENING} 1 + 1 = 2.\nStep 2:", "chosen": chosen,
+            "rejected": rejected, "full_chosen": full_chosen, "full_rejected": full_rejected}  # fmt: skip
+
+
+def sides_of(row: dict, tokenizer, sides: str) -> tuple[list[str], list[bool]]:
+    """What is trained on, with what of the given steps belongs to it, and which of the sides end in EOS."""
+    prefix, suffixes = stage(4).encode(row, tokenizer, sides)
+    before = row["initial_reason_steps"] if sides == "step" else OPENING
+    assert tokenizer.decode(prefix).endswith(f"assistant\n{before}")
+    texts = [tokenizer.decode(ids) for ids in suffixes]
+    return [text.removesuffix("<|im_end|>") for text in texts], [text.endswith("<|im_end|>") for text in texts]
+
+
+@pytest.mark.parametrize("form", PUBLISHED)
+@pytest.mark.parametrize("sides", ["step", "full"])
+def test_forms_of_published_rows(form, sides, tokenizer, small_model):
+    *texts, step_ends, full_ends = PUBLISHED[form]
+    row, ends = published_row(*texts), step_ends if sides == "step" else full_ends
+    args = stage(4).Args(model=str(small_model), sides=sides)
+    if not ends:  # left out, and the row after it stays
+        rows = [row, pair(7)]
+        assert len(stage(4).prepare(rows, tokenizer, args, "rows")) == 1
+        return
+    expected = [text.rstrip(" ") for text in texts[:2]]
+    if sides == "full":  # as its step begins, else a space
+        starts = [step[: len(step) - len(step.lstrip())] or " " for step in texts[:2]]
+        expected = [" 1 + 1 = 2.\nStep 2:" + start + full.lstrip() for start, full in zip(starts, texts[2:], strict=True)]
+    assert sides_of(row, tokenizer, sides) == (expected, ends)
+    assert len(stage(4).prepare([row], tokenizer, args, "rows")) == 1
+
+
+def test_real_published_rows(tokenizer):
+    """The file has 9 rows with full texts, without the white space before them, and no given steps: these are ours."""
+    path = ROOT.parent / "shared" / "data" / "step_dpo_10k_rows.jsonl"
+    if not path.exists():
+        pytest.skip("no published rows here")
+    names, full_names = ("chosen", "rejected"), ("full_chosen_stripped", "full_rejected_stripped")
+    rows = [row for row in read(path) if full_names[1] in row]
+    found = {"step": [], "full": []}
+    for number, row in enumerate(rows):
+        made = published_row(*(row[name] for name in (*names, *full_names)), row["prompt"])
+        texts, ends = sides_of(made, tokenizer, "step")
+        assert texts == [row[name].rstrip(" ") for name in names]
+        found["step"] += [(number, name) for name, end in zip(names, ends, strict=True) if end]
+        texts, ends = sides_of(made, tokenizer, "full")
+        for text, name, full in zip(texts, names, full_names, strict=True):
+            assert f"{OPENING}{text}".startswith(made["initial_reason_steps"] + row[name][:2]) and text.endswith(row[full])
+        found["full"] += [(number, name) for name, end in zip(names, ends, strict=True) if not end]
+    assert len(rows) == 9 and found["full"] == [(2, "rejected")]  # stops in \frac{\
+    assert found["step"] == [(3, "chosen"), (3, "rejected"), (6, "chosen"), (8, "chosen")]  # they have the answer
+
+
 def test_rows_with_an_empty_side_are_left_out_counted_and_named(tmp_path, small_model):
     rows = [pair(n) for n in range(8)]
     rows[2]["rejected"], rows[4]["full_rejected"], rows[6]["chosen"] = None, "", " "
