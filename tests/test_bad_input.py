@@ -1,9 +1,11 @@
 """Bad input: one clear line on stderr, exit status 2, no traceback, nothing written, no server left."""
 
+import asyncio
+import errno
 import json
 
 import pytest
-from conftest import TINY, run
+from conftest import TINY, read, run, stage
 
 GOOD = {"id": "a", "problem": "1 + 1?", "answer": "2"}
 SAMPLE = GOOD | {"sample": 0, "response": "Step 1: 3", "steps": ["Step 1: 3"], "correct": False, "finish_reason": "stop"}
@@ -55,6 +57,118 @@ def test_missing_field(number, field, tmp_path):
     (tmp_path / "in.jsonl").write_text(json.dumps({k: v for k, v in row.items() if k != field}) + "\n")
     said = message(refused(number, tmp_path, option, tmp_path / "in.jsonl", MODEL[number], TINY / "model"))
     assert repr(field) in said and "in.jsonl" in said
+
+
+def line(**fields) -> str:
+    """GOOD with other values, as JSON; a text that begins with = is written as it is."""
+    row = {name: f"={name}" if str(value).startswith("=") else value for name, value in (GOOD | fields).items()}
+    text = json.dumps(row)
+    for name, value in fields.items():
+        text = text.replace(f'"={name}"', str(value)[1:])
+    return text
+
+
+WRONG = [("answer", value) for value in ("=NaN", "=Infinity", "=1e999", ["7"], {"a": 7}, False, True, "  ", "\n", [])]
+WRONG += [("problem", value) for value in (["a", "b"], 7, 1.5, True, {"a": 1}, "  \n")]
+WRONG += [("id", value) for value in (["a"], False, {"a": 1}, "=NaN", " ")]
+
+
+@pytest.mark.parametrize("field, value", WRONG)
+def test_values_of_the_wrong_kind_name_file_and_line(field, value, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text(f"{line(id='b')}\n\n{line(**{field: value})}\n")
+    with pytest.raises(SystemExit) as end:
+        stage(1).load_problems(str(tmp_path / "in.jsonl"), True, None)
+    said = message(capsys.readouterr().err)
+    assert end.value.code == 2 and "in.jsonl, line 3" in said and repr(field) in said and "must be" in said
+
+
+@pytest.mark.parametrize("number, field, value", [(1, "answer", "=NaN"), (5, "problem", ["a"]), (2, "steps", "Step 1: 3"),
+                                                  (2, "answer", True), (2, "correct", "no"), (3, "sample", "0")])  # fmt: skip
+def test_stages_stop_at_values_of_the_wrong_kind(number, field, value, tmp_path):
+    option, row = INPUT[number]
+    text = line(**(row | {field: value}))
+    (tmp_path / "in.jsonl").write_text(text + "\n")
+    said = message(refused(number, tmp_path, option, tmp_path / "in.jsonl", MODEL[number], TINY / "model"))
+    assert "in.jsonl, line 1" in said and repr(field) in said
+
+
+HALVES = [{"id": "a\ud83d"}, {"problem": "3 \ud83d pens"}, {"answer": "\ude00"}, {"note": "\ud83d"}]
+HALVES += [{"notes": [{"a": "\udfff"}]}, {"k\ud83d": 1}]
+
+
+@pytest.mark.parametrize("fields", HALVES, ids=ascii)
+def test_half_a_character_names_file_and_line(fields, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text(f"{json.dumps(GOOD | {'id': 'b', 'note': '😀'})}\n{json.dumps(GOOD | fields)}\n")
+    with pytest.raises(SystemExit):
+        stage(1).load_problems(str(tmp_path / "in.jsonl"), True, None)
+    said = message(capsys.readouterr().err)
+    assert "in.jsonl, line 2" in said and "half a character" in said
+
+
+def test_lists_without_end_are_no_rows(tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text("[" * 200_000 + "\n")
+    with pytest.raises(SystemExit):
+        stage(1).read_rows(tmp_path / "in.jsonl", ())
+    assert "in.jsonl, line 1: not JSON" in message(capsys.readouterr().err)
+
+
+def test_numbers_become_text_that_is_graded_as_the_number(tmp_path):
+    numbers = {"7": "7", "0": "0", "-2.50": "-2.5", "7.0": "7.0", "1e-07": "0.0000001", "1e22": "1" + "0" * 22}
+    (tmp_path / "in.jsonl").write_text("".join(line(id=i, answer=f"={text}") + "\n" for i, text in enumerate(numbers)))
+    rows = stage(1).load_problems(str(tmp_path / "in.jsonl"), True, None)
+    assert [row["answer"] for row in rows] == list(numbers.values()) and [row["id"] for row in rows] == list("012345")
+    grader = stage(1).Grader(60)
+
+    async def grade():
+        return await asyncio.gather(*(grader(rows[4]["answer"], said) for said in ("10^{-7}", "0.0000001", "10^{-6}", "1")))
+
+    try:
+        assert asyncio.run(grade()) == [True, True, False, False]
+    finally:
+        grader.close()
+    (tmp_path / "samples.jsonl").write_text(json.dumps(SAMPLE | {"id": 3, "answer": 1e-07}) + "\n")
+    [row] = stage(2).read_samples(tmp_path / "samples.jsonl", (), stage(2).Args(locator="judge"))
+    assert (row["id"], row["answer"]) == ("3", "0.0000001"), "a file of samples that another program made"
+
+
+def test_out_that_is_no_file(tmp_path):
+    (tmp_path / "in.jsonl").write_text(json.dumps(GOOD) + "\n")
+    for out in ("/dev/full", tmp_path):
+        done = run(1, "--data", tmp_path / "in.jsonl", "--model", TINY / "model", "--out", out, check=False, timeout=120)
+        assert done.returncode == 2 and "not a file" in message(done.stderr) and "Traceback" not in done.stderr
+
+
+def test_a_file_system_without_locks_gets_one_warning(tmp_path, monkeypatch, capsys):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    for number in (1, 2, 3, 5):
+        source = stage(number)
+        monkeypatch.setattr(source.fcntl, "flock", none)
+        source.warn_once.cache_clear()
+        for name in ("a", "b"):
+            output = source.Output(tmp_path / str(number) / f"{name}.jsonl", {})
+            output.write({"id": name})
+            output.close()
+        assert capsys.readouterr().err.count("has no locks (No locks available)") == 1
+        assert [read(path)[0]["id"] for path in sorted((tmp_path / str(number)).glob("*.jsonl"))] == ["a", "b"]
+
+
+def test_an_output_is_locked_until_it_is_closed(tmp_path, capsys):
+    open_file = lambda: stage(1).Output(tmp_path / "out.jsonl", {"a": 1})
+    output = open_file()
+    with pytest.raises(SystemExit):
+        open_file()
+    assert "another process is writing it" in message(capsys.readouterr().err)
+    assert (tmp_path / "out.jsonl").exists(), "who does not get the lock does not remove the other's file"
+    output.write({"id": "a"})
+    output.close()
+    with pytest.raises(SystemExit):  # other settings: it lets the file go
+        stage(1).Output(tmp_path / "out.jsonl", {"a": 2})
+    output = open_file()
+    assert output.rows == [{"id": "a"}]
+    output.close()
+    output.close()
 
 
 @pytest.mark.parametrize("number", INPUT)

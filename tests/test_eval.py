@@ -192,7 +192,7 @@ HUB_ROWS = {  # a row as each source has it, and problem and answer in our field
     "odyssey-math": ({"question": "q $x$.\\\\\n\\end{problem}", "answer": "$\\frac{1}{2}$.", "label": "Algebra",
                       "level": "college", "reasoning": ""}, "q $x$.", "\\frac{1}{2}"),
     "cmath": ({"question": "q", "golden": "3", "grade": 2}, "q", "3"),
-    "mgsm-zh": ({"question": "q", "answer_number": 4}, "q", "4"),
+    "mgsm-zh": ("q\t4,000", "q", "4000"),
     "ape210k": ({"question_chinese": "q", "result": "3/4"}, "q", "3/4"),
     "gsm-plus": ({"question": "q", "answer": "1.5", "solution": "s", "perturbation_type": "digit expansion"}, "q", "1.5"),
     "amc23": ({"id": 0, "question": "q", "answer": "27", "url": "u"}, "q", "27"),
@@ -207,14 +207,15 @@ HUB_ROWS = {  # a row as each source has it, and problem and answer in our field
 
 @pytest.mark.parametrize("name", HUB_ROWS)
 def test_fields_of_the_hub_sets(name, tmp_path, monkeypatch):
-    """Through datasets.load_dataset on a local folder; Odyssey-MATH, which is a file elsewhere, through httpx."""
+    """Through datasets.load_dataset on a local folder; Odyssey-MATH and MGSM, which are files elsewhere, through httpx."""
     import httpx
 
     source = stage(1)
     row, problem, answer = HUB_ROWS[name]
     hub, parts, train, test, *rest = source.DATA_SETS[name]
     if hub.startswith("https://"):
-        reply = httpx.Response(200, text=json.dumps({"Problem_1": row}) + "\n", request=httpx.Request("GET", hub))
+        text = row if isinstance(row, str) else json.dumps({"Problem_1": row})
+        reply = httpx.Response(200, text=f"{text}\n", request=httpx.Request("GET", hub))
         monkeypatch.setattr(source.httpx, "get", lambda *_, **__: reply)
     else:
         (tmp_path / f"{test}.jsonl").write_text(json.dumps(row) + "\n")
@@ -224,6 +225,18 @@ def test_fields_of_the_hub_sets(name, tmp_path, monkeypatch):
     if not train:
         with pytest.raises(SystemExit):
             source.load_problems(name, True, None)
+
+
+def test_a_set_that_a_script_makes_is_told_from_a_network_that_is_not_there(tmp_path, monkeypatch, capsys):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "made.py").write_text("import datasets\n")
+    cases = [(str(tmp_path / "made"), "a script makes this set", "network"), ("nobody/nothing", "network", "script")]
+    for hub, said, other in cases:
+        monkeypatch.setitem(stage(1).DATA_SETS, "cmath", (hub, *stage(1).DATA_SETS["cmath"][1:]))
+        with pytest.raises(SystemExit):
+            stage(1).load_problems("cmath", False, None)
+        error = capsys.readouterr().err
+        assert said in error and other not in error and "--data-dir" in error
 
 
 def test_questions_without_an_answer_are_left_out(tmp_path, monkeypatch):
