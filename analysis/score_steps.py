@@ -86,8 +86,8 @@ class Reader:
         kind, self.most = (config.architectures or ["none"])[0], getattr(config, "max_position_embeddings", sys.maxsize)
         qwen = "ProcessReward" in kind and config.model_type == "qwen2"
         if not qwen and not kind.endswith("ForCausalLM"):
-            stop(f"--prm {prm}: its architecture is {kind}; Qwen2ForProcessRewardModel and causal models that answer + or - are "
-                 "read here, see docs/locators.md")  # fmt: skip
+            stop(f"--prm {prm}: its architecture is {kind}; read are Qwen2ForProcessRewardModel and causal models that answer "
+                 "+ or -, see docs/locators.md")  # fmt: skip
         self.form = "qwen" if qwen else form
         self.mark = MARKS[self.form]
         self.tag = self.tokenizer.convert_tokens_to_ids(self.mark) if qwen else None
@@ -192,17 +192,18 @@ def server_scorer(args: Args, reader: Reader):
     url = args.base_url.removesuffix("/").removesuffix("/v1") + "/pooling"
 
     async def score_one(ids: list[int]) -> list[float]:
+        body = {"model": args.prm, "input": ids, "use_activation": True}
+        reply = await client.post(url, body=body, cast_to=object)
         try:
-            body = {"model": args.prm, "input": ids, "use_activation": True}
-            reply = await client.post(url, body=body, cast_to=object)
             return [good for _, good in reply["data"][0]["data"]]
-        except openai.APIError as error:
-            stop(f"--base-url {args.base_url}: {url} does not answer ({str(error)[:300]}); run the same command to resume")
         except (TypeError, KeyError, IndexError, ValueError):  # no pair a step
             return []
 
     async def score(parts: list[tuple]) -> list[list[float]]:
-        return await asyncio.gather(*(score_one(ids) for ids, _ in parts))
+        try:
+            return await asyncio.gather(*(score_one(ids) for ids, _ in parts))
+        except openai.APIError as error:
+            stop(f"--base-url {args.base_url}: {url} does not answer ({str(error)[:300]}); run the same command to resume")
 
     return score
 
@@ -240,11 +241,11 @@ def check_resumed(args: Args, path: Path, old: list[dict], rows: list[dict]):
 async def score_all(args: Args, reader: Reader, rows: list[dict], output) -> Counter:
     """Score and write the rows that are not there yet. Returns what became of them."""
     score, count = (server_scorer if args.base_url else local_scorer)(args, reader), Counter()
-    left = rows[len(output.rows) :]
-    bar = tqdm(total=len(left), desc="scoring", mininterval=1.0)
-    for at in range(0, len(left), WINDOW):
-        window, parts, new = left[at : at + WINDOW], [], []
-        for row in window:
+    old = len(output.rows)
+    bar = tqdm(total=len(rows), initial=old, desc="scoring", mininterval=1.0)
+    for at in range(old - old % WINDOW, len(rows), WINDOW):  # a window that was torn is made again: the batches are the same
+        parts, new = [], []
+        for row in rows[at : at + WINDOW]:
             ids, places, reason = [], [], ""
             if not row["steps"]:
                 reason = "no steps"
@@ -262,8 +263,8 @@ async def score_all(args: Args, reader: Reader, rows: list[dict], output) -> Cou
             check_scores(args, reader, scores, places)
             row["step_scores"] = [round(score, 4) for score in scores]
             count.update({"scored": 1, "tokens": len(ids)})
-        output.write(*new)
-        bar.update(len(window))
+        output.write(*new[max(0, old - at) :])
+        bar.update(len(output.rows) - bar.n)
     bar.close()
     return count
 
