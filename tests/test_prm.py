@@ -6,6 +6,7 @@ import re
 import sys
 import threading
 from http.server import ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -106,6 +107,21 @@ def test_scores_are_those_of_a_pass_of_its_own(form, tmp_path, small_model, monk
                 else:
                     logits = lm(torch.tensor([prefix])).logits[0, -1, [minus, plus]]
             assert scores[k - 1] == pytest.approx(logits.softmax(-1)[1].item(), rel=1e-4, abs=1e-5)
+
+
+def test_math_shepherds_tokens(tmp_path):
+    """On Mistral's own vocabulary: the mark and the signs that its model card names; a step may hold all three."""
+    import mistral_common  # vLLM brings it
+
+    source = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
+    (tmp_path / "tokenizer.model").write_bytes(source.read_bytes())
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"} | special))
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}))
+    reader = score_steps.Reader(str(tmp_path))
+    ids, places, reason = reader.encode({"problem": "p", "steps": ["Step 1: 1 + 1 = 2.\n", "Step 2: ки 2 - 1\n"]})
+    assert ids[0] == 1 and [ids[place] for place in places] == [12902, 12902] and not reason
+    assert ids.count(12902) == 3 and places[-1] == len(ids) - 1 and reader.signs() == [387, 648]
 
 
 def test_the_bundled_prm_finds_most_first_errors(tmp_path, capsys):
