@@ -94,7 +94,7 @@ class Reader:
         try:
             *_, reason = self.encode(PROBE)
         except Exception as error:  # a template raises what it likes, a tokenizer without offsets NotImplementedError
-            reason = str(error).splitlines()[0]
+            reason = f"{error.__class__.__name__}: {str(error).partition(chr(10))[0]}"
         if reason:
             stop(f"--prm {prm}, form {self.form}: {reason}; has it another form, or another tokenizer?")
 
@@ -210,7 +210,7 @@ def server_scorer(args: Args, reader: Reader):
 
 def check_scores(args: Args, reader: Reader, scores: list[float], places: list[int]):
     """Stop unless there is one chance for each step."""
-    if len(scores) == len(places) and all(type(score) is float and 0 <= score <= 1 for score in scores):
+    if len(scores) == len(places) and all(type(score) in (int, float) and 0 <= score <= 1 for score in scores):
         return
     start = json.dumps({"tok_pooling_type": "STEP", "step_tag_id": reader.tag})
     stop(f"--prm {args.prm}: {len(scores)} scores for {len(places)} steps, where each needs one from 0 to 1"
