@@ -1,11 +1,11 @@
-"""Find the first wrong step of wrong solutions (Step-DPO, arXiv 2406.18629, section 3.2): by rollouts, a judge, or a process
-reward model.
+"""Find the first wrong step of wrong solutions (Step-DPO, arXiv 2406.18629, section 3.2): by rollouts, a judge, or the
+scores of a process reward model.
 
     python 02_locate_step.py                                       # data/samples.jsonl -> data/located.jsonl, by rollouts
     python 02_locate_step.py --samples runs/try.jsonl --model data/tiny/model --out runs/located.jsonl
     python 02_locate_step.py --locator judge --judge-model gpt-4o --judge-base-url https://host/v1 --fallback rollout
-    python 02_locate_step.py --locator prm --prm Qwen/Qwen2.5-Math-PRM-7B
-    python 02_locate_step.py --locator consensus --of rollout prm --prm Qwen/Qwen2.5-Math-PRM-7B    # what both say
+    python 02_locate_step.py --samples data/samples.scored.jsonl --locator scores      # after analysis/score_steps.py
+    python 02_locate_step.py --samples data/samples.scored.jsonl --locator consensus --of rollout scores    # what both say
     python 02_locate_step.py --labels processbench.jsonl ...       # known errors; then analysis/locator_scores.py
 
 Input, the output of 01_sample_errors.py (only the wrong samples are used; other fields are carried through):
@@ -15,7 +15,7 @@ Input, the output of 01_sample_errors.py (only the wrong samples are used; other
 Output, a line a wrong sample: the fields above and
     {"error_step": 2, "locator": "rollout", "reason": null, "rollout_values": {"1": [1, 1], "2": [0, 8]}}
     {"error_step": 2, "locator": "judge", "reason": null, "judge": {"votes": {"2": 3}, "agreement": 1.0, "text": "..."}}
-    {"error_step": 2, "locator": "prm", "reason": null, "prm": {"model": "...", "scores": [0.98, 0.03]}}
+    {"error_step": 2, "locator": "scores", "reason": null, "step_scores": [0.98, 0.03]}
 error_step is null, with a reason, where the locator cannot tell; 03 makes no pair of such a row.
 
 rollout: V(k) is the share of continuations of steps 1..k that reach the answer; rollout_values holds (right, tried) by k.
@@ -23,7 +23,7 @@ The first wrong step is the one behind the last k with V(k) > 0 (the hard estima
 the first k with V(k) = 0), found by bisection (OmegaPRM, arXiv 2406.06592) and a look one step further. Continuations are
 asked for in waves of 1, 1, 2, 4 ..., up to the first right one.
 judge: a model reads problem, truth and steps and gives a verdict a step; --votes of them are counted.
-prm: a model gives each step the chance that it is right; the first below --threshold is wrong.
+scores: `step_scores` of the input, a number a step; the first below --threshold is wrong. analysis/score_steps.py adds them.
 The same command run again goes on where it stopped.
 """
 
@@ -35,7 +35,6 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import gc
 import hashlib
 import importlib.metadata
 import json
@@ -94,10 +93,6 @@ VERDICTS = {"correct": "correct", "right": "correct", "正确": "correct", "neut
 VERDICTS_HEAD = re.compile(r"^[\W_]*(?:verdicts?|判断|结论|判定)[\W_]*$", re.I | re.M)
 THOUGHT = re.compile(r"^.*</think>|<think>.*", re.S)  # the second: a thought that was cut and never closed
 NO_ERROR = "no error found"
-STEP_END = "<extra_0>"  # behind each step; Qwen2.5-Math-PRM's head is read there
-PRM_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # of its model card
-SHEPHERD_END = "ки"  # behind each step; Math-Shepherd's next token there is + or -
-PRM_TOKENS = 16384  # of a batch, padding included
 ANALYSIS_TOKENS = 270  # --estimate: of a judgement's analysis, whose prompt asks for 200 words at most
 
 
@@ -129,11 +124,11 @@ class Args:
     """--split blocks: turns of model and interpreter at most; --max-tokens is of each"""
     unsafe_no_sandbox: bool = False
     """run the model's code without bubblewrap, with your files and network"""
-    locator: Literal["rollout", "judge", "prm", "consensus"] = "rollout"
-    """continuations of the policy itself, a judge, a process reward model, or two of them"""
+    locator: Literal["rollout", "judge", "scores", "consensus"] = "rollout"
+    """continuations of the policy itself, a judge, the rows' step_scores, or two of these"""
     fallback: Literal["none", "rollout"] = "none"
     """locator for the rows that the first leaves open"""
-    of: tuple[Literal["rollout", "judge", "prm"], Literal["rollout", "judge", "prm"]] = ("rollout", "prm")
+    of: tuple[Literal["rollout", "judge", "scores"], Literal["rollout", "judge", "scores"]] = ("rollout", "scores")
     """consensus: a row keeps the step of the first, if the second does not say another"""
     within: int = 1
     """consensus: by how many steps the two may differ"""
@@ -153,12 +148,8 @@ class Args:
     """nucleus sampling"""
     max_tokens: int = 2048
     """longest continuation, in tokens"""
-    prm: str = ""
-    """folder or hub id, in the form of Qwen2.5-Math-PRM or Math-Shepherd"""
-    prm_base_url: str = ""
-    """vLLM server that pools --prm, Qwen's form; its key is PRM_API_KEY"""
     threshold: float = 0.5
-    """prm: a step with a lower score is wrong"""
+    """scores: a step with a lower one is wrong"""
     judge_model: str = ""
     """name of the judge on its server, or folder or hub id for vLLM in this process"""
     judge_base_url: str = ""
@@ -200,7 +191,7 @@ SETTINGS = {  # what a row depends on
                 "chat_template_kwargs", "opening", "split", "rounds"),
     "judge": ("judge_model", "judge_temperature", "judge_max_tokens", "neutral", "votes", "min_agreement", "retries",
               "missing_diagrams"),
-    "prm": ("prm", "threshold"),
+    "scores": ("threshold",),
     "consensus": ("of", "within"),
 }  # fmt: skip
 
@@ -405,124 +396,29 @@ def print_estimate(args: Args, rows: list[dict]):
           f"as --judge-max-tokens {money(args, prompt, args.votes * len(rows) * args.judge_max_tokens):.2f}")  # fmt: skip
 
 
-def prm_encoder(args: Args):
-    """encode(row) -> (token ids, the place behind each step) as the process reward model reads it; whether its form is Qwen's;
-    the longest text it takes. Qwen2.5-Math-PRM (arXiv 2501.07301) reads a chat with STEP_END behind each step, Math-Shepherd
-    (arXiv 2312.08935) plain text with SHEPHERD_END."""
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(args.prm)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.prm)
-    except (OSError, ValueError) as error:
-        stop(f"--prm {args.prm}: {str(error).splitlines()[0]}")
-    qwen = "ProcessReward" in (config.architectures or [""])[0]
-    mark = tokenizer.encode(STEP_END if qwen else SHEPHERD_END, add_special_tokens=False)[-1]
-
-    def encode(row: dict) -> tuple[list[int], list[int]]:
-        if qwen:
-            whole = "".join(step.strip() + STEP_END for step in row["steps"])
-            turns = zip(("system", "user", "assistant"), (PRM_SYSTEM, row["problem"], whole), strict=True)
-            text = tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in turns], tokenize=False)
-        else:
-            bare = [cut_label(step, k, args.split, args.opening)[1].strip() for k, step in enumerate(row["steps"], 1)]
-            text = f"{row['problem']} " + "\n".join(f"Step {k}: {step} {SHEPHERD_END}" for k, step in enumerate(bare, 1))
-        ids = tokenizer(text, add_special_tokens=not qwen)["input_ids"]
-        return ids, [place for place, token in enumerate(ids) if token == mark]
-
-    return encode, qwen, config.max_position_embeddings
-
-
-def prm_class():
-    """Qwen2.5-Math-PRM's class, with the names of its weights, so that no code from the hub is run."""
-    import torch
-    import transformers
-
-    class Qwen2ForProcessRewardModel(transformers.Qwen2PreTrainedModel):
-        def __init__(self, config):
-            super().__init__(config)
-            self.model, width = transformers.Qwen2Model(config), config.hidden_size
-            self.score = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.ReLU(), torch.nn.Linear(width, 2))
-            self.post_init()
-
-    return Qwen2ForProcessRewardModel
-
-
-def prm_scorer(args: Args, qwen: bool):
-    """score([(ids, places)]) -> for each its scores in [0, 1], by transformers in this process."""
-    import torch
-    import transformers
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" or processor_has_bf16() else torch.float32
-    kind = prm_class() if qwen else transformers.AutoModelForCausalLM
-    lm = kind.from_pretrained(args.prm, dtype=dtype).to(device).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.prm)
-    signs = [tokenizer.encode(sign, add_special_tokens=False)[-1] for sign in "-+"]  # as Qwen's classes: bad, good
-
-    @torch.inference_mode()
-    def score(parts: list[tuple]) -> list[list[float]]:
-        found, left = {}, sorted(range(len(parts)), key=lambda i: len(parts[i][0]))
-        while left:
-            size = max(1, PRM_TOKENS // len(parts[left[-1]][0]))
-            batch, left = left[-size:], left[:-size]
-            ids = torch.zeros(len(batch), len(parts[batch[-1]][0]), dtype=torch.long)
-            for row, i in zip(ids, batch, strict=True):  # padded on the right, which no step sees
-                row[: len(parts[i][0])] = torch.tensor(parts[i][0])
-            hidden = lm.base_model(input_ids=ids.to(device)).last_hidden_state
-            for states, i in zip(hidden, batch, strict=True):
-                states = states[parts[i][1]]
-                logits = lm.score(states) if qwen else lm.get_output_embeddings()(states)[:, signs]
-                found[i] = logits.float().softmax(-1)[:, 1].tolist()
-        return [found[i] for i in range(len(parts))]
-
-    return score
+def check_scores(path: Path):
+    """Stop where a row has not one of `step_scores` for each step, or null for all."""
+    for number, row in enumerate(read_rows(path, ("steps",)), 1):
+        scores = row.get("step_scores", "none")
+        numbers = isinstance(scores, list) and all(type(score) in (int, float) and score == score for score in scores)
+        if scores is not None and not (numbers and len(scores) == len(row["steps"])):
+            stop(f"{path}, row {number}: no 'step_scores' with a number for each step; analysis/score_steps.py makes them")
 
 
 @contextlib.asynccontextmanager
-async def prm_locator(args: Args, grader, solvable, keep, spent: Counter, rows: int):
-    """Yields `await locate(row)` -> {"error_step", "locator", "reason", "prm"}. Rows that wait at once are scored together."""
-    (encode, qwen, most), waiting = prm_encoder(args), []
-    if args.prm_base_url and not qwen:
-        stop(f"--prm-base-url: {args.prm} is not in Qwen's form; leave the option out")
-    score_all = None if args.prm_base_url else prm_scorer(args, qwen)
-    client = connect(args.prm_base_url, args.prm, "PRM_API_KEY") if args.prm_base_url else None
-
-    async def score(ids: list[int], places: list[int]) -> list[float]:
-        if client:
-            url, body = args.prm_base_url.removesuffix("/").removesuffix("/v1") + "/pooling", {"model": args.prm, "input": ids}
-            reply = await client.post(url, body=body, cast_to=object)
-            return [good for _, good in reply["data"][0]["data"]]
-        future = asyncio.get_running_loop().create_future()
-        waiting.append((ids, places, future))
-        await asyncio.sleep(0)  # the other rows in flight come to wait here
-        if waiting:
-            batch, waiting[:] = waiting[:], []
-            for (_, _, other), scores in zip(batch, score_all(batch), strict=True):
-                other.set_result(scores)
-        return await future
+async def scores_locator(args: Args, grader, solvable, keep, spent: Counter, rows: int):
+    """Yields `await locate(row)` -> {"error_step", "locator", "reason"} by the row's own scores, and how many rows at a time."""
 
     async def locate(row: dict) -> dict:
-        found = {"error_step": None, "locator": "prm"}
-        ids, places = encode(row)
+        found, scores = {"error_step": None, "locator": "scores"}, row["step_scores"]
         if not row["steps"]:
             return found | {"reason": "no response to look at"}
-        if len(ids) > most or len(places) != len(row["steps"]):
-            why = f"{len(ids)} tokens, where --prm takes {most}; {len(places)} ends of {len(row['steps'])} steps"
-            return found | {"reason": why}
-        scores = await score(ids, places)
-        spent.update(tokens=len(ids))
-        step = next((k for k, value in enumerate(scores, 1) if value < args.threshold), None)
-        known = {"model": args.prm, "scores": [round(value, 4) for value in scores], "tokens": len(ids)}
-        return found | {"error_step": step, "reason": None if step else f"{NO_ERROR} by the PRM", "prm": known}
+        if scores is None:
+            return found | {"reason": f"not scored: {row.get('prm_reason')}"}
+        step = next((k for k, score in enumerate(scores, 1) if score < args.threshold), None)
+        return found | {"error_step": step, "reason": None if step else f"{NO_ERROR} by the scores"}
 
-    try:
-        yield locate, args.concurrency or 128
-    finally:  # or an engine that starts now would find the GPU full
-        score_all = None
-        if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
-            gc.collect()
-            sys.modules["torch"].cuda.empty_cache()
+    yield locate, 1
 
 
 @contextlib.asynccontextmanager
@@ -558,7 +454,7 @@ async def rollout_locator(args: Args, grader: Grader, solvable: set[str], keep: 
         yield locate, in_flight(args, generate)
 
 
-LOCATORS = {"rollout": rollout_locator, "judge": judge_locator, "prm": prm_locator}
+LOCATORS = {"rollout": rollout_locator, "judge": judge_locator, "scores": scores_locator}
 
 
 def verdict(found: dict) -> int | None:
@@ -577,7 +473,7 @@ def combine(args: Args, first: dict | None, second: dict) -> dict:
     what both say (consensus)."""
     if not first:
         return second
-    evidence = {name: found[name] for found in (first, second) for name in ("rollout_values", "judge", "prm") if name in found}
+    evidence = {name: found[name] for found in (first, second) for name in ("rollout_values", "judge") if name in found}
     if args.locator != "consensus":
         return evidence | second
     said = [verdict(first), verdict(second)]
@@ -707,18 +603,18 @@ def main(args: Args):
     used = set(locators_of(args))
     if "judge" in used and not args.judge_model:
         stop("the judge needs --judge-model and, unless vLLM is to run that here, --judge-base-url")
-    if "prm" in used and not args.prm:
-        stop("the process reward model needs --prm, such as Qwen/Qwen2.5-Math-PRM-7B")
     if args.locator == "consensus" and (len(used) < 2 or args.fallback != "none"):
         stop("--locator consensus takes --of two different locators, and no --fallback")
     if (args.estimate or args.max_cost is not None) and ("judge" not in used or not any(args.price)):
         stop("--estimate and --max-cost are for the judge, and need --price")
     rows, solvable = load_samples(args)
+    if "scores" in used:
+        check_scores(args.labels or args.samples)
     began = time.time()
     settings = {"stage": "02_locate_step", "locator": args.locator, "fallback": args.fallback, "seed": args.seed}
     settings |= {name: getattr(args, name) for kind in (*used, args.locator) for name in SETTINGS[kind]}
     settings |= NEUTRAL | {"model": model_id(args.model), "prompt": USER_TURN} if "rollout" in used else {}
-    settings |= {"prm": model_id(args.prm)} if "prm" in used else {}
+    settings |= {"prm": ", ".join(sorted({str(row.get("prm")) for row in rows}))} if "scores" in used else {}
     settings |= {"judge_prompt": hashlib.sha256(JUDGE_PROMPT.encode()).hexdigest()[:16]} if "judge" in used else {}
     if args.estimate:
         return print_estimate(args, rows)

@@ -1,13 +1,13 @@
 """Train a process reward model in Qwen2.5-Math-PRM's form (arXiv 2501.07301) on solutions whose first wrong step is known.
 
     python analysis/train_prm.py --data labelled.jsonl --model data/tiny/model --out runs/prm     # minutes on two cores
-    python 02_locate_step.py --locator prm --prm runs/prm
+    python analysis/score_steps.py data/samples.jsonl --prm runs/prm
 
 Input, as for 02 --labels: ProcessBench's rows, what annotate.py, true_errors.py or 02 wrote:
     {"problem": "...", "steps": ["...", "..."], "error_step": 2}        or "label": 1, 0-based, -1 for no error
 
 Steps before the first wrong one count as right, it as wrong, those behind it not at all. The model must be of Qwen2's kind;
-all of its weights are trained, on one device. Output: a Hugging Face folder, as 02, transformers and vLLM read the real one.
+all of its weights are trained, on one device. Output: a Hugging Face folder, as score_steps.py and vLLM read the real one.
 """
 
 import importlib
@@ -16,11 +16,11 @@ import math
 import random
 import sys
 import time
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import score_steps
 import torch
 import torch.nn.functional as F
 import transformers
@@ -55,15 +55,15 @@ def start(args: Args):
     """The model with a new head, and the tokenizer with the mark."""
     torch.manual_seed(args.seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    lm = LOCATE.prm_class().from_pretrained(args.model, dtype=torch.float32)
-    if LOCATE.STEP_END not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [LOCATE.STEP_END]})
+    lm, mark = score_steps.process_reward_class().from_pretrained(args.model, dtype=torch.float32), score_steps.MARKS["qwen"]
+    if mark not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [mark]})
         lm.resize_token_embeddings(len(tokenizer), mean_resizing=True)
     for layer in (lm.score[0], lm.score[2]):
         torch.nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features))
         torch.nn.init.zeros_(layer.bias)
     args.out.mkdir(parents=True, exist_ok=True)
-    save(lm, tokenizer, args)  # 02's encoder reads the tokenizer from there
+    save(lm, tokenizer, args)  # Reader reads the tokenizer from there
     return lm.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
@@ -89,13 +89,13 @@ def loss_of(lm, batch: list[tuple]) -> torch.Tensor:
 def main(args: Args):
     began, labelled = time.time(), LOCATE.load_labels(args.data)
     lm, tokenizer = start(args)
-    encode, _, most = LOCATE.prm_encoder(Namespace(prm=str(args.out), split="labels", opening=LOCATE.OPENING))
+    reader = score_steps.Reader(str(args.out))
     problems = sorted({row["problem"] for row in labelled})
     random.Random(args.seed).shuffle(problems)
     held, train, test = set(problems[: args.held_out]), [], []
     for row in tqdm(labelled, desc="encoding"):
-        ids, places = encode(row)
-        if len(ids) <= most and len(places) == len(row["steps"]) > 0:
+        ids, places, reason = reader.encode(row)
+        if places and not reason:
             (test if row["problem"] in held else train).append((ids, places, row["label"]))
     if not train:
         LOCATE.stop(f"{args.data}: nothing is left to train on beside --held-out {args.held_out} problems")

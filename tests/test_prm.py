@@ -1,19 +1,28 @@
-"""02 --locator prm and consensus, what a judge may cost, ProcessBench as a command; the bundled process reward model."""
+"""score_steps.py, 02 --locator scores and consensus, what a judge may cost, ProcessBench; the bundled process reward model."""
 
+import asyncio
 import json
 import re
 import sys
+import threading
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY, read, run, serving, stage
-from test_locate import judge, judged, true_step, verdicts, wrong_samples  # noqa: F401  the scripted judge
+from safetensors.torch import load_file, save_file
+from test_locate import Judge, judge, judged, true_step, verdicts, wrong_samples  # noqa: F401  the scripted judge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(TINY))
 import make  # noqa: E402
+import processbench  # noqa: E402
+import score_steps  # noqa: E402
 
 PRM = TINY / "prm"
+SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
 def labelled(path, count: int = 120) -> list[dict]:
@@ -35,93 +44,246 @@ def labelled(path, count: int = 120) -> list[dict]:
     return rows
 
 
-def shepherd(folder, small_model):
-    """A causal model that knows the mark of Math-Shepherd's form, with random weights."""
-    tokenizer = AutoTokenizer.from_pretrained(small_model)
-    tokenizer.add_tokens([stage(2).SHEPHERD_END])
-    lm = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
-    lm.resize_token_embeddings(len(tokenizer))
-    lm.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def write(path, rows: list[dict]):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def change(folder, model, drop: str = "", add: str = "", **config):
+    """A copy of a model's folder with other entries of config.json, without the weights that begin with `drop`, and with one
+    named `add`."""
+    folder.mkdir()
+    for path in model.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "config.json").write_text(json.dumps(json.loads((model / "config.json").read_text()) | config))
+    weights = load_file(model / "model.safetensors") | ({add: torch.ones(1)} if add else {})
+    kept = {name: value for name, value in weights.items() if not (drop and name.startswith(drop))}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
-@pytest.mark.parametrize("form", ["Qwen", "Math-Shepherd"])
+@pytest.mark.parametrize("form", ["qwen", "math-shepherd", "math-shepherd, one token", "rlhflow"])
 def test_scores_are_those_of_a_pass_of_its_own(form, tmp_path, small_model, monkeypatch):
-    """A batch with padding against one row at a time and all logits, by hand."""
-    two = stage(2)
-    name = PRM if form == "Qwen" else shepherd(tmp_path / "shepherd", small_model)
-    args = two.Args(prm=str(name))
-    encode, qwen, _ = two.prm_encoder(args)
-    assert qwen == (form == "Qwen")
-    monkeypatch.setattr(two, "processor_has_bf16", lambda: False)
-    monkeypatch.setattr(two, "PRM_TOKENS", 700)  # a few rows a batch
-    rows = labelled(tmp_path / "rows.jsonl", 9)
-    parts = [encode(row) for row in rows]
-    found = two.prm_scorer(args, qwen)(parts)
+    """A batch with padding against a pass for each step, over the text that ends where its score is read. The bundled
+    vocabulary parts Math-Shepherd's mark into several tokens, as Qwen's does; its own has it as one."""
+    name, form, one_token = PRM if form == "qwen" else small_model, form.partition(",")[0], "one" in form
     tokenizer = AutoTokenizer.from_pretrained(name)
-    lm = (two.prm_class() if qwen else AutoModelForCausalLM).from_pretrained(name, dtype=torch.float32)
+    if one_token:
+        tokenizer.add_tokens(["ки"])
+        tokenizer.save_pretrained(name)
+        lm = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        lm.resize_token_embeddings(len(tokenizer))
+        lm.save_pretrained(name)
+    reader = score_steps.Reader(str(name), form)
+    assert reader.form == form
+    monkeypatch.setattr(score_steps.LOCATE, "processor_has_bf16", lambda: False)
+    monkeypatch.setattr(score_steps, "BATCH_TOKENS", 1500)  # a few rows a batch
+    rows = labelled(tmp_path / "rows.jsonl", 9)
+    parts = [reader.encode(row)[:2] for row in rows]
+    found = asyncio.run(score_steps.local_scorer(SimpleNamespace(prm=str(name)), reader)(parts))
+    kind = score_steps.process_reward_class() if form == "qwen" else AutoModelForCausalLM
+    lm = kind.from_pretrained(name, dtype=torch.float32)
+    plus, minus = (tokenizer.encode(sign if form == "rlhflow" else f"a {sign}", add_special_tokens=False)[-1] for sign in "+-")
+    chat = lambda turns: tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in turns], tokenize=False)
     for row, (ids, places), scores in zip(rows, parts, found, strict=True):
-        text = tokenizer.decode(ids)
-        assert len(scores) == len(row["steps"]) == text.count(two.STEP_END if qwen else " ки")
-        assert row["problem"] in text and (text.startswith("<|im_start|>system\n") if qwen else "\nStep 2: " in text)
-        with torch.no_grad():
-            if qwen:
-                logits = lm.score(lm.model(torch.tensor([ids])).last_hidden_state)[0]
-                good = logits.softmax(-1)[:, 1]
+        steps = [step.strip() for step in row["steps"]]
+        bare = [re.sub(r"^(Let's think step by step.\n)?Step \d+:", "", step).strip() for step in steps]
+        assert len(scores) == len(places) == len(steps)
+        for k in range(1, len(steps) + 1):
+            if form == "qwen":
+                marked = "".join(f"{step}<extra_0>" for step in steps[:k])
+                text = chat([("system", SYSTEM), ("user", row["problem"]), ("assistant", marked)]).removesuffix("<|im_end|>\n")
+            elif form == "math-shepherd":
+                text = f"{row['problem']} " + "\n".join(f"Step {i + 1}: {step} ки" for i, step in enumerate(bare[:k]))
             else:
-                logits = lm(torch.tensor([ids])).logits[0]
-                plus, minus = (tokenizer.encode(sign)[-1] for sign in "+-")
-                good = logits[:, plus].exp() / (logits[:, plus].exp() + logits[:, minus].exp())
-        torch.testing.assert_close(torch.tensor(scores), good[places], rtol=1e-4, atol=1e-5)
-    if qwen:
-        assert text.endswith(two.STEP_END + "<|im_end|>\n")
+                said = [f"{row['problem']} {steps[0]}", *steps[1:k]]
+                turns = [turn for own in said for turn in (("user", own), ("assistant", "+"))]
+                text = chat(turns).removesuffix("+<|im_end|>\n")
+            prefix = tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert prefix == ids[: places[k - 1] + 1]
+            with torch.no_grad():
+                if form == "qwen":
+                    logits = lm.score(lm.model(torch.tensor([prefix])).last_hidden_state)[0, -1]
+                else:
+                    logits = lm(torch.tensor([prefix])).logits[0, -1, [minus, plus]]
+            assert scores[k - 1] == pytest.approx(logits.softmax(-1)[1].item(), rel=1e-4, abs=1e-5)
 
 
-def test_the_bundled_prm_finds_most_first_errors(tmp_path):
+def test_math_shepherds_tokens(tmp_path):
+    """On Mistral's own vocabulary: the mark and the signs that its model card names; a step may hold all three."""
+    import mistral_common  # vLLM brings it
+
+    source = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
+    (tmp_path / "tokenizer.model").write_bytes(source.read_bytes())
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"} | special))
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}))
+    reader = score_steps.Reader(str(tmp_path))
+    ids, places, reason = reader.encode({"problem": "p", "steps": ["Step 1: 1 + 1 = 2.\n", "Step 2: ки 2 - 1\n"]})
+    assert ids[0] == 1 and [ids[place] for place in places] == [12902, 12902] and not reason
+    assert ids.count(12902) == 3 and places[-1] == len(ids) - 1 and reader.signs() == [387, 648]
+
+
+def test_the_bundled_prm_finds_most_first_errors(tmp_path, capsys):
     labelled(tmp_path / "labels.jsonl")
-    arguments = ["--labels", tmp_path / "labels.jsonl", "--locator", "prm", "--out", tmp_path / "out.jsonl"]
-    done = run(2, *arguments, "--prm", PRM)
+    score = [tmp_path / "labels.jsonl", "--prm", PRM]
+    run("score_steps", *score)
+    arguments = ["--labels", tmp_path / "labels.scored.jsonl", "--locator", "scores", "--out", tmp_path / "out.jsonl"]
+    done = run(2, *arguments)
     rows = read(tmp_path / "out.jsonl")
     said = [(row["label"], (row["error_step"] or 0) - 1) for row in rows]
     wrong = [label == step for label, step in said if label >= 0]
     right = [step < 0 for label, step in said if label < 0]
     assert len(rows) == 120 and sum(wrong) > 0.8 * len(wrong) and sum(right) > 0.8 * len(right), done.stdout
-    assert all(len(row["prm"]["scores"]) == len(row["steps"]) and row["locator"] == "prm" for row in rows)
-    assert run(2, *arguments, "--prm", PRM).stderr.count("120 rows are there already") == 1
-    done = run(2, *arguments, "--prm", PRM, "--threshold", 0.3, check=False)
+    assert all(len(row["step_scores"]) == len(row["steps"]) and row["locator"] == "scores" for row in rows)
+    assert run(2, *arguments).stderr.count("120 rows are there already") == 1
+    done = run(2, *arguments, "--threshold", 0.3, check=False)
     assert done.returncode == 2 and "threshold = 0.5, now it is 0.3" in done.stderr
-    done = run(2, *arguments[:-1], tmp_path / "x.jsonl", "--prm", tmp_path, check=False)
-    assert done.returncode == 2 and f"--prm {tmp_path}" in done.stderr and "Traceback" not in done.stderr
+    # a kill within a write: the same file again, by scoring only what is not there
+    whole = (tmp_path / "labels.scored.jsonl").read_bytes()
+    (tmp_path / "labels.scored.jsonl").write_bytes(whole[: len(whole) // 3])
+    done = run("score_steps", *score)
+    assert (tmp_path / "labels.scored.jsonl").read_bytes() == whole and "rows are there already" in done.stderr
+    args = score_steps.Args(write(tmp_path / "labels.jsonl", read(tmp_path / "labels.jsonl")[1:]), str(PRM))
+    with pytest.raises(SystemExit):
+        score_steps.main(args)
+    assert "row 1, is not row 1 of" in capsys.readouterr().err
+
+
+def test_models_that_cannot_be_read_are_refused_by_name(tmp_path, small_model, capsys):
+    """Other architectures, weights that are missing or not known, and tokenizers without the mark: status 2 and one line."""
+
+    def refused(prm, form: str = "math-shepherd") -> str:
+        with pytest.raises(SystemExit) as ended:
+            reader = score_steps.Reader(str(prm), form)
+            score_steps.local_scorer(SimpleNamespace(prm=str(prm)), reader)
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and str(prm) in said
+        return said.strip().split("\n")[-1]
+
+    for kind in ("Qwen2ForRewardModel", "Qwen2ForTokenClassification", "LlamaForSequenceClassification"):
+        assert f"architecture is {kind};" in refused(change(tmp_path / kind, PRM, architectures=[kind]))
+    assert "architecture is none;" in refused(change(tmp_path / "none", PRM, architectures=None))
+    for weights in ("score.2.", "model.layers.3."):  # the head, or a shard
+        assert f"its files lack {weights}" in refused(change(tmp_path / weights, PRM, drop=weights))
+    assert "hold v_head.summary.weight" in refused(change(tmp_path / "v", small_model, add="v_head.summary.weight"))
+    assert "lm_head" not in score_steps.load_model(str(change(tmp_path / "lm", PRM, add="lm_head.weight")),
+                                                   score_steps.process_reward_class()).state_dict()  # fmt: skip
+    small = change(tmp_path / "small", small_model, architectures=["Qwen2ForProcessRewardModel"])
+    assert "marks: 0 <extra_0> for 2 steps" in refused(small)
+    (small_model / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    assert "marks: 0 + for 2 steps" in refused(small_model, "rlhflow")
+    (small_model / "chat_template.jinja").unlink()
+    assert "chat_template" in refused(small_model, "rlhflow")
+    assert "--prm" in refused(tmp_path)
+    score_steps.Reader(str(small_model))  # Math-Shepherd's form needs no template
+
+
+def test_a_form_that_is_not_the_models_is_seen(tmp_path, small_model):
+    """A model of random weights gives + and - no more than other tokens."""
+    labelled(tmp_path / "labels.jsonl", 4)
+    done = run("score_steps", tmp_path / "labels.jsonl", "--prm", small_model)
+    assert "is math-shepherd the model's form?" in done.stderr and "scored 4" in done.stdout
+
+
+@pytest.fixture()
+def pooling():
+    """A server whose /pooling replies what `server.script(ids)` gives."""
+
+    class Pooling(Judge):
+        def do_GET(self):
+            self.reply(200, json.dumps({"data": [{"id": str(PRM)}]}))
+
+        def do_POST(self):
+            found = self.server.script(json.loads(self.rfile.read(int(self.headers["content-length"])))["input"])
+            status, body = found if isinstance(found, tuple) else (200, {"data": [{"index": 0, "data": found}]})
+            self.reply(status if self.path == "/pooling" else 404, json.dumps(body))
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Pooling)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def test_a_servers_scores_are_counted(pooling, tmp_path, capsys):
+    """One score a step, or the run ends and says how to start the server."""
+    rows = labelled(tmp_path / "labels.jsonl", 6)
+    mark = AutoTokenizer.from_pretrained(PRM).convert_tokens_to_ids("<extra_0>")
+    url = f"http://127.0.0.1:{pooling.server_port}/v1"
+    args = score_steps.Args(tmp_path / "labels.jsonl", str(PRM), tmp_path / "out.jsonl", base_url=url)
+    pooling.script = lambda ids: [[0.25, 0.75]] * ids.count(mark)
+    score_steps.main(args)
+    assert [row["step_scores"] for row in read(tmp_path / "out.jsonl")] == [[0.75] * len(row["steps"]) for row in rows]
+    replies = {"another separator": lambda ids: [], "every token": lambda ids: [[0.5, 0.5]] * len(ids),
+               "one class": lambda ids: [[0.5]] * ids.count(mark), "numbers": lambda ids: [0.5] * ids.count(mark),
+               "no activation": lambda ids: [[-3.0, 4.0]] * ids.count(mark), "null": lambda ids: None,
+               "not a number": lambda ids: [[0.5, None]] * ids.count(mark)}  # fmt: skip
+    for name, script in replies.items():
+        pooling.script, args.out = script, tmp_path / f"{name}.jsonl"
+        with pytest.raises(SystemExit) as ended:
+            score_steps.main(args)
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and f'"step_tag_id": {mark}' in said and "Traceback" not in said, name
+        assert re.search(r"\d+ scores for \d steps.*--pooler-config '{.tok_pooling_type.: .STEP., ", said), name
+    pooling.script, args.out = lambda ids: (400, {"error": {"message": "longer than 4096"}}), tmp_path / "refused.jsonl"
+    done = run("score_steps", args.samples, "--prm", PRM, "--base-url", url, "--out", args.out, check=False)
+    assert done.returncode == 2 and "longer than 4096" in done.stderr and "Traceback" not in done.stderr
+    assert "score_steps.py: error: --base-url" in done.stderr
 
 
 @pytest.mark.slow
 def test_vllm_pools_the_same_scores(tmp_path):
-    """The bundled model by a real server, which knows Qwen's class."""
+    """The bundled model by a real server, which knows Qwen's class, started as score_steps.py says; and with the default
+    step_tag_id."""
     labelled(tmp_path / "labels.jsonl", 20)
-    mark = AutoTokenizer.from_pretrained(PRM).convert_tokens_to_ids(stage(2).STEP_END)
-    arguments = ["--labels", tmp_path / "labels.jsonl", "--locator", "prm", "--prm", PRM]
-    run(2, *arguments, "--out", tmp_path / "here.jsonl")
-    pooler = ["--pooler-config", json.dumps({"step_tag_id": mark})]
-    with serving(PRM, tmp_path / "server.log", *pooler) as (url, key), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PRM_API_KEY", key)
-        run(2, *arguments, "--prm-base-url", url, "--out", tmp_path / "there.jsonl")
-    here, there = ({row["id"]: row for row in read(tmp_path / f"{name}.jsonl")} for name in ("here", "there"))
+    arguments = [tmp_path / "labels.jsonl", "--prm", PRM]
+    run("score_steps", *arguments, "--out", tmp_path / "here.jsonl")
+    mark = AutoTokenizer.from_pretrained(PRM).convert_tokens_to_ids("<extra_0>")
+    right, default = {"tok_pooling_type": "STEP", "step_tag_id": mark}, {"tok_pooling_type": "STEP"}
+    for name, pooler in (("there", right), ("default", default)):
+        options = ["--pooler-config", json.dumps(pooler)]
+        with serving(PRM, tmp_path / "server.log", *options) as (url, key), pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PRM_API_KEY", key)
+            done = run("score_steps", *arguments, "--base-url", url, "--out", tmp_path / f"{name}.jsonl", check=name == "there")
+    assert done.returncode == 2 and f"--pooler-config '{json.dumps(right)}'" in done.stderr and "0 scores" in done.stderr
+    here, there = (read(tmp_path / f"{name}.jsonl") for name in ("here", "there"))
     assert len(here) == len(there) == 20
-    for identity, row in here.items():
-        assert there[identity]["prm"]["scores"] == pytest.approx(row["prm"]["scores"], abs=0.05)
-    assert sum(there[i]["error_step"] == row["error_step"] for i, row in here.items()) >= 19
+    for ours, theirs in zip(here, there, strict=True):
+        assert ours["step_scores"] == pytest.approx(theirs["step_scores"], abs=0.05)
 
 
-def test_a_step_that_holds_the_mark_leaves_the_row_open(tmp_path):
-    rows = labelled(tmp_path / "labels.jsonl", 4)
-    rows[1]["steps"][0] = rows[1]["steps"][0].replace(".", f".{stage(2).STEP_END}")
+def test_rows_that_cannot_be_scored_stay_open(tmp_path, capsys):
+    """A step that holds the mark, a text that is too long, no step, a right solution: each with its reason, in 02 too."""
+    rows = labelled(tmp_path / "labels.jsonl", 6)
+    rows[1]["steps"][0] = rows[1]["steps"][0].replace(".", ".<extra_0>")
     rows[2]["problem"] += " one two three four" * 1000
-    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run(2, "--labels", tmp_path / "labels.jsonl", "--locator", "prm", "--prm", PRM, "--out", tmp_path / "out.jsonl")
+    rows[3] |= {"steps": [], "response": "", "label": -1}
+    rows = [row | {"correct": number == 4} for number, row in enumerate(rows)]
+    score_steps.main(score_steps.Args(write(tmp_path / "in.jsonl", rows), str(PRM), wrong_only=True))
+    scored = read(tmp_path / "in.scored.jsonl")
+    assert [row["step_scores"] is None for row in scored] == [False, True, True, True, True, False]
+    run(2, "--labels", tmp_path / "in.scored.jsonl", "--locator", "scores", "--out", tmp_path / "out.jsonl")
     found = {row["id"]: row for row in read(tmp_path / "out.jsonl")}
     reasons = [str(found[row["id"]]["reason"]) for row in rows]
-    assert "ends of" in reasons[1] and "where --prm takes 4096" in reasons[2] and reasons[0].startswith("no error found")
+    assert "marks: " in reasons[1] and "where the model takes 4096" in reasons[2] and "a right solution" in reasons[4]
+    assert reasons[3] == "no response to look at" and all("not scored" not in reasons[k] for k in (0, 5))
+    bad = [({"steps": "abc"}, "bad.jsonl, row 2: "), ({"steps": ["a", None]}, "row 2: "), ({"problem": ["x"]}, "row 2: ")]
+    for number, (change, why) in enumerate([*bad, ({}, "no row has scores; the first says: too long")]):
+        path = write(tmp_path / f"{number}bad.jsonl", [rows[2], rows[2] | change])
+        with pytest.raises(SystemExit) as ended:
+            score_steps.main(score_steps.Args(path, str(PRM)))
+        assert ended.value.code == 2 and why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scores", ["missing", [0.5], [0.5, "x"], [0.5, float("nan")], [0.5, True], {"1": 0.5}, 0.5])
+def test_02_takes_a_number_for_each_step(scores, tmp_path):
+    row = {"id": "a", "problem": "p", "steps": ["x", "y"], "label": 1, "step_scores": [0.9, 0.1]}
+    bad = row | {"id": "b", "step_scores": scores}
+    if scores == "missing":
+        del bad["step_scores"]
+    path = write(tmp_path / "in.jsonl", [row, bad])
+    done = run(2, "--labels", path, "--locator", "scores", "--out", tmp_path / "out.jsonl", check=False)
+    assert done.returncode == 2 and f"{path}, row 2: no 'step_scores'" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_consensus_keeps_what_both_say(judge, tmp_path):  # noqa: F811
@@ -140,7 +302,8 @@ def test_consensus_keeps_what_both_say(judge, tmp_path):  # noqa: F811
 
     judge.script = script
     url = f"http://127.0.0.1:{judge.server_port}/v1"
-    command = ["--labels", tmp_path / "labels.jsonl", "--locator", "consensus", "--of", "prm", "judge", "--prm", PRM,
+    run("score_steps", tmp_path / "labels.jsonl", "--prm", PRM)
+    command = ["--labels", tmp_path / "labels.scored.jsonl", "--locator", "consensus", "--of", "scores", "judge",
                "--judge-model", "judge", "--judge-base-url", url, "--out", tmp_path / "out.jsonl"]  # fmt: skip
     run(2, *command, "--limit", 10)
     asked = judge.count
@@ -150,8 +313,8 @@ def test_consensus_keeps_what_both_say(judge, tmp_path):  # noqa: F811
     kept = 0
     for row in rows:
         got = found[row["problem"]]
-        first, second = got["said"]["prm"], got["said"]["judge"]
-        assert len(got["prm"]["scores"]) == len(row["steps"]) and got["judge"]["votes"] and got["locator"] == "consensus"
+        first, second = got["said"]["scores"], got["said"]["judge"]
+        assert len(got["step_scores"]) == len(row["steps"]) and got["judge"]["votes"] and got["locator"] == "consensus"
         if first == second == 0:
             assert got["error_step"] is None and got["reason"] == "no error found by both"
         elif first and second and abs(first - second) <= 1:
@@ -160,7 +323,7 @@ def test_consensus_keeps_what_both_say(judge, tmp_path):  # noqa: F811
         else:
             assert got["error_step"] is None and got["reason"] == "the two disagree"
     assert 10 < kept < 28
-    done = run(2, *command[:3], "consensus", "--of", "prm", "prm", "--prm", PRM, "--out", tmp_path / "x.jsonl", check=False)
+    done = run(2, *command[:3], "consensus", "--of", "judge", "judge", *command[7:-1], tmp_path / "x.jsonl", check=False)
     assert done.returncode == 2 and "two different locators" in done.stderr
 
 
@@ -192,8 +355,8 @@ def test_processbench_as_a_command(tmp_path):
     rows = labelled(tmp_path / "pb" / "gsm8k.jsonl", 60)
     (tmp_path / "pb" / "math.json").write_text(json.dumps([row | {"steps": [s.strip() for s in row["steps"]]} for row in rows]))
     arguments = ["--data-dir", tmp_path / "pb", "--files", "gsm8k", "math", "--out", tmp_path / "out", "--limit", 40]
-    done = run("processbench", *arguments, "--", "--locator", "prm", "--prm", PRM)
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.split("\n") if line.startswith("| prm")]
+    done = run("processbench", *arguments, "--prm", PRM)
+    table = [[c.strip() for c in line.split("|")[1:-1]] for line in done.stdout.split("\n") if line.startswith("| scores")]
     assert [row[1] for row in table] == ["gsm8k", "math", "mean"] * 2 and "threshold 0." in table[3][0]
     found = read(tmp_path / "out" / "gsm8k.located.jsonl")
     share = lambda part: sum(row["label"] == (row["error_step"] or 0) - 1 for row in part) / len(part)
@@ -201,11 +364,66 @@ def test_processbench_as_a_command(tmp_path):
     assert len(found) == 40 and table[0][2:5] == ["40", f"{wrong:.1%}", f"{right:.1%}"]
     assert table[0][5].startswith(f"{2 * wrong * right / (wrong + right):.1%} (") and float(table[0][6]) > 50
     assert (tmp_path / "out" / "table.md").read_text().strip() in done.stdout
-    again = run("processbench", *arguments, "--", "--locator", "prm", "--prm", PRM)
+    again = run("processbench", *arguments, "--prm", PRM)
     rows_of = lambda text: [line.rsplit("|", 2)[0] for line in text.split("\n") if line.startswith("| ")]  # without the seconds
-    assert rows_of(again.stdout) == rows_of(done.stdout) and again.stderr.count("40 rows are there already") == 2
-    done = run("processbench", "--data-dir", tmp_path, "--out", tmp_path / "x", check=False)
+    assert rows_of(again.stdout) == rows_of(done.stdout) and again.stderr.count("40 rows are there already") == 4
+    done = run("processbench", "--data-dir", tmp_path, "--out", tmp_path / "x", "--prm", PRM, check=False)
     assert done.returncode == 2 and "no gsm8k.json" in done.stderr
+    done = run("processbench", "--data-dir", tmp_path / "pb", "--out", tmp_path / "x", check=False)
+    assert done.returncode == 2 and "give one of --model with --base-url, --prm, or --" in done.stderr
+
+
+CRITICS = [  # what answers say of three paragraphs, the first wrong step, the reason
+    ([r"Paragraph 1 is wrong. \boxed{1}"], 2, None), ([r"\boxed{-1}"], None, "no error found by the critic"),
+    ([r"\boxed{0}, no: \boxed{ 2 }"], 3, None), (["It is 1."], None, "no answer has an index"),
+    ([r"\boxed{paragraph 1}"], None, "no answer has an index"), ([r"\boxed{1} \boxed{two}"], None, "no answer has an index"),
+    ([r"\boxed{3}"], None, "index 3 of 3 paragraphs"), ([r"\boxed{-2}"], None, "index -2 of 3 paragraphs"),
+    ([r"\boxed{2}", r"\boxed{1}", r"\boxed{1}"], 2, None), ([r"\boxed{2}", r"\boxed{1}"], 3, None),  # a tie: the first
+    (["", "?", r"\boxed{-1}"], None, "no error found by the critic"), ([r"\boxed{x}", r"\boxed{x}", r"\boxed{0}"], 1, None),
+    ([r"\boxed{" + "9" * 5000 + "}"], None, "no answer has an index"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("texts, step, reason", CRITICS)
+def test_the_critics_votes(texts, step, reason):
+    found = processbench.count_votes(texts, 3)
+    assert (found["error_step"], found["reason"]) == (step, reason)
+
+
+@pytest.mark.parametrize("votes", [1, 3])
+def test_a_critic_by_the_papers_protocol(votes, judge, tmp_path):  # noqa: F811
+    """Nothing is skipped, nothing asked again; greedy, or votes at temperature 1 and top-p 0.9."""
+    (tmp_path / "pb").mkdir()
+    rows = [{"id": f"gsm8k-{k}", "problem": f"A diagram shows {k} {{x}}.", "steps": ["First.", "Then {y}.", "So."],
+             "label": k - 1, "final_answer_correct": k == 0} for k in range(4)]  # fmt: skip
+    write(tmp_path / "pb" / "gsm8k.jsonl", [*rows, rows[1] | {"id": "gsm8k-4", "problem": "No answer."}])
+
+    def script(n, body):
+        [message] = body["messages"]
+        assert "<paragraph_0>\nFirst.\n</paragraph_0>\n\n<paragraph_1>\nThen {y}.\n</paragraph_1>" in message["content"]
+        assert "\\boxed{}" in message["content"] and "index of the first paragraph" in message["content"]
+        known = re.search(r"shows (\d)", message["content"])
+        return f"I think \\boxed{{{int(known[1]) - 1}}}" if known else "neutral"
+
+    judge.script = script
+    url = f"http://127.0.0.1:{judge.server_port}/v1"
+    command = ["--data-dir", tmp_path / "pb", "--files", "gsm8k", "--out", tmp_path / "out", "--votes", votes,
+               "--price", 1e4, 1e4, "--model", "judge", "--base-url", url]  # fmt: skip
+    done = run("processbench", *command)
+    assert judge.count == 5 * votes
+    sampling = {"temperature": 0.0} if votes == 1 else {"temperature": 1.0, "top_p": 0.9}
+    for body in judge.seen:
+        assert {name: body[name] for name in sampling} == sampling and body["max_tokens"] == 8192
+        assert votes > 1 or "top_p" not in body
+    assert len({body["seed"] for body in judge.seen}) == 5 * votes
+    [line] = [line for line in done.stdout.split("\n") if line.startswith("| critic | gsm8k")]
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells[2:5] == ["5", "75.0%", "100.0%"] and cells[5].startswith("85.7% (")
+    assert cells[6:8] == [str(110 * votes), f"{1.1 * votes:.5f}"]
+    done = run("processbench", *command)
+    assert judge.count == 5 * votes and "5 rows are there already" in done.stderr
+    done = run("processbench", *command, "--max-tokens", 100, check=False)
+    assert done.returncode == 2 and "max_tokens = 8192, now it is 100" in done.stderr
 
 
 @pytest.mark.slow
@@ -215,6 +433,5 @@ def test_training_a_prm(tmp_path):
     run("train_prm", "--data", tmp_path / "labels.jsonl", "--out", tmp_path / "prm", "--held-out", 20, "--epochs", 4)
     figures = json.loads((tmp_path / "prm" / "training.json").read_text())
     assert figures["solutions"] == 100 and 0 < figures["last loss"] < 0.8 * figures["first loss"]
-    run(2, "--labels", tmp_path / "labels.jsonl", "--limit", 20, "--locator", "prm", "--prm", tmp_path / "prm",
-        "--out", tmp_path / "out.jsonl")  # fmt: skip
-    assert len(read(tmp_path / "out.jsonl")) == 20
+    run("score_steps", tmp_path / "labels.jsonl", "--prm", tmp_path / "prm")
+    assert all(row["step_scores"] for row in read(tmp_path / "labels.scored.jsonl"))
