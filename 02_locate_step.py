@@ -407,7 +407,6 @@ def check_scores(path: Path):
 
 @contextlib.asynccontextmanager
 async def scores_locator(args: Args, grader, solvable, keep, spent: Counter, rows: int):
-    """Yields `await locate(row)` -> {"error_step", "locator", "reason"} by the row's own scores, and how many rows at a time."""
     """Yields `await locate(row)` -> {"error_step", "locator", "reason"} by the row's own scores, and how many at a time."""
     async def locate(row: dict) -> dict:
         found, scores = {"error_step": None, "locator": "scores"}, row["step_scores"]

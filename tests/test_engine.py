@@ -56,7 +56,7 @@ def test_an_error_in_a_step_ends_the_run_in_one_line(call, vllm, tmp_path, monke
     step, steps = vllm.vllm.step, iter(range(10**6))
 
     def failing():
-        if next(steps) == 150:
+        if next(steps) == 60:
             raise RuntimeError("out of memory")
         return step()
 
