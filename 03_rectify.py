@@ -1121,6 +1121,7 @@ def cpu_options() -> list[str]:
 WATCHER = """
 import contextlib, psutil, select, sys
 stage, children = psutil.Process(int(sys.argv[1])), set()
+print("ready", flush=True)
 while not select.select([sys.stdin], [], [], 0.1)[0]:
     with contextlib.suppress(psutil.Error):
         children |= set(stage.children(recursive=True)) - {psutil.Process()}
@@ -1160,7 +1161,9 @@ class Engine:
             workers = self.replicas * given.tensor_parallel_size * given.pipeline_parallel_size
             if workers > 1 or os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
                 command = [sys.executable, "-c", WATCHER, str(os.getpid())]
-                self.watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+                pipe = subprocess.PIPE
+                self.watcher = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
+                self.watcher.stdout.readline()  # it watches now
             # LLM_CLASS: with another context a GPU gets batches of 128 sequences and 2,048 tokens
             kind = AsyncLLM if self.replicas > 1 else LLMEngine
             self.vllm = kind.from_engine_args(given, usage_context=UsageContext.LLM_CLASS)
