@@ -681,9 +681,9 @@ def text_of(value) -> str:
 
 # Copied from 01_sample_errors.py
 KINDS = {  # what a field that a stage asks for must be
-    "id": ("a text that is not blank, or a number", lambda value: text_of(value).strip()),
+    "id": ("a text that is not blank, or a finite number", lambda value: text_of(value).strip()),
     "problem": ("a text that is not blank", lambda value: isinstance(value, str) and value.strip()),
-    "answer": ("a text that is not blank, or a number", lambda value: text_of(value).strip()),
+    "answer": ("a text that is not blank, or a finite number", lambda value: text_of(value).strip()),
     "steps": ("a list of texts", lambda value: isinstance(value, list) and all(isinstance(step, str) for step in value)),
     "sample": ("a whole number", lambda value: type(value) is int),
     "correct": ("true or false", lambda value: type(value) is bool),

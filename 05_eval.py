@@ -641,7 +641,10 @@ def write_report(summary: dict, out: Path) -> str:
         cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [head, right, *rows]]
         table = "\n".join(f"| {' | '.join(row)} |" for row in cells)
         parts.append(f"## {title}\n\n{table}\n\n{note}".rstrip())
-    pictures = [f"![{path.stem}]({path.name})" for path in draw_pictures(summary, out)]
+    try:
+        pictures = [f"![{path.stem}]({path.name})" for path in draw_pictures(summary, out)]
+    except OSError as error:
+        stop(f"{out}: pictures cannot be written ({error.strerror}); make room and run the same command again")
     text = "\n\n".join(["# Evaluation", about(summary), parts[0], *pictures, *parts[1:]])
     save(out / "report.md", text + "\n")
     save(out / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -679,9 +682,9 @@ def text_of(value) -> str:
 
 # Copied from 01_sample_errors.py
 KINDS = {  # what a field that a stage asks for must be
-    "id": ("a text that is not blank, or a number", lambda value: text_of(value).strip()),
+    "id": ("a text that is not blank, or a finite number", lambda value: text_of(value).strip()),
     "problem": ("a text that is not blank", lambda value: isinstance(value, str) and value.strip()),
-    "answer": ("a text that is not blank, or a number", lambda value: text_of(value).strip()),
+    "answer": ("a text that is not blank, or a finite number", lambda value: text_of(value).strip()),
     "steps": ("a list of texts", lambda value: isinstance(value, list) and all(isinstance(step, str) for step in value)),
     "sample": ("a whole number", lambda value: type(value) is int),
     "correct": ("true or false", lambda value: type(value) is bool),

@@ -14,7 +14,6 @@ parser and sympy. Once they are there, 05_eval.py on the same folder shows them 
 """
 
 import asyncio
-import fcntl
 import importlib
 import json
 import logging
@@ -233,10 +232,7 @@ def read_responses(path: Path) -> list[dict]:
     if not path.is_file():
         EVAL.stop(f"{path}: no such file or folder; give the --out of 05_eval.py, or a file of responses")
     with open(path, "rb+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            EVAL.stop(f"{path}: another process is writing it; let it end first")
+        EVAL.lock(file, path)
         whole, _, last = file.read().rpartition(b"\n")
         try:
             json.loads(last or b"0")
@@ -261,9 +257,7 @@ async def regrade(path: Path) -> list[dict]:
         await EVAL.run_all(list(range(len(rows))), work, 64, f"grading {path.name}"[-30:])
     finally:
         grader.close()
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new), encoding="utf-8")
-    temporary.replace(path)
+    EVAL.save(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new))
     changed = sum(row["correct"] != old.get("correct") for row, old in zip(new, rows, strict=True))
     right = ", ".join(f"{name} {sum(row[field] for row in new) / len(new):.1%}" for field, name in EVAL.VERDICT_NAMES.items())
     print(f"{path}: {len(rows)} responses, {changed} verdicts changed; right: {right}; "
