@@ -171,13 +171,21 @@ def evaluate(args: Args, groups: dict[str, list[str]]) -> tuple[dict, dict]:
     settings = {name: getattr(args, name) for name in fixed} | NEUTRAL | {"prompt": USER_TURN}
     tables, runs = {name: {} for name in benchmarks}, {}
     labels = {model: label for label, group in groups.items() for model in group}
+    outputs, missed = {}, {}
     for number, (model, label) in enumerate(labels.items()):
-        files, todo = {}, []
+        outputs[model], missed[model] = {}, []
         for name, problems in benchmarks.items():
             path = args.out / name / f"{file_name(model)}.jsonl"
-            files[name] = Output(path, settings | {"model": model_id(model)})
-            files[name].save_meta(finished=False, number=number, label=label)
-            todo += missing(problems, args.samples, files[name])
+            outputs[model][name] = Output(path, settings | {"model": model_id(model)})
+            outputs[model][name].save_meta(finished=False, number=number, label=label)
+            missed[model] += missing(problems, args.samples, outputs[model][name])
+        if missed[model]:  # hours may go by before its turn comes
+            load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs, args.protocol == "strict")
+            weights = any(file.suffix in (".safetensors", ".bin") for file in Path(model).glob("*"))
+            if Path(model).is_dir() and not weights and not args.base_url:
+                stop(f"--models {model}: a folder without weights; has its training ended?")
+    for number, (model, label) in enumerate(labels.items()):
+        files, todo = outputs[model], missed[model]
         if todo:
             runs[model] = asyncio.run(answer_all(args, model, todo))
         for name, problems in benchmarks.items():
