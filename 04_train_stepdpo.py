@@ -1,17 +1,17 @@
 """Train a model on preference pairs: the DPO loss over (prefix, chosen, rejected) (Step-DPO, arXiv 2406.18629, Eq. 2).
 
-    accelerate launch 04_train_stepdpo.py                                        # the paper's 7B run, on every GPU there is
-    accelerate launch --config_file configs/fsdp2.yaml 04_train_stepdpo.py       # a model that does not fit on one
+    accelerate launch --config_file configs/fsdp2.yaml --num_processes 8 04_train_stepdpo.py --gradient-checkpointing \\
+        --tokens-per-batch 8192                              # the paper's 7B run, on 8 GPUs with 80 GB; with more options:
+        ... --data xinlai/Math-Step-DPO-10K --sides full     # whole answers of the published pairs: the papers' DPO baseline
+        ... --objective sft --data data/samples.jsonl --model Qwen/Qwen2-7B --lr 5e-6 --epochs 3 --batch-size 256 \\
+        --schedule linear --warmup 0.03                      # the paper's SFT stage
     python 04_train_stepdpo.py --data runs/pairs.jsonl --model data/tiny/model --lr 1e-5 --epochs 2 --out runs/tuned
-    python 04_train_stepdpo.py --data xinlai/Math-Step-DPO-10K --sides full      # its whole answers: plain DPO
-    python 04_train_stepdpo.py --objective sft --data data/samples.jsonl --model Qwen/Qwen2-7B --lr 5e-6 --epochs 3 \\
-        --batch-size 256 --schedule linear --warmup 0.03                         # the paper's SFT stage
 
 Input, a line a pair (the schema of xinlai/Math-Step-DPO-10K; other fields are ignored):
     {"prompt": "Ava has ...", "initial_reason_steps": "Let's think step by step.\\nStep 1: ...\\nStep 2:",
      "chosen": " 3 + 4 = 7.\\n", "rejected": " 3 + 4 = 8.\\n", "full_chosen": "...", "full_rejected": "..."}
-or TRL's (whole responses; strings as they stand, or lists of messages), or for SFT the output of 01_sample_errors.py, of which
-the right responses are taken, once each, or solutions:
+or TRL's (whole responses; strings as they stand, or lists of messages; the prompt may stand within both sides), or for SFT the
+output of 01_sample_errors.py, of which the right responses are taken, once each, or solutions:
     {"prompt": "...", "chosen": "...", "rejected": "..."}        {"problem": "Ava has ...", "solution": "Let's think ..."}
     {"problem": "Ava has ...", "response": "Let's think ...", "correct": true}
 or code-integrated pairs as in MathGenie/SCDPO-Data-Mistral-Ours, the prompt within both sides, a turn a list of blocks:
@@ -28,13 +28,15 @@ What is particular here:
   - master weights and the loss are fp32, also under bf16 autocast: a bf16 weight swallows a step of 5e-7;
   - a single step never ends in EOS; a suffix that ends the solution does;
   - the loss is the mean over the global batch, however it is packed and spread over processes.
-The same command run again goes on from the last whole checkpoint. analysis/estimate.py, with the same options, prints what a
-run needs of memory and time.
+The same command run again goes on from the last whole checkpoint, and does nothing where the run is finished.
+analysis/estimate.py, with the same options, prints what a run needs of memory and time; what does not fit by that count is not
+begun.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -47,7 +49,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -73,6 +75,7 @@ STEP_FIELDS = ("prompt", "initial_reason_steps", "chosen", "rejected", "full_cho
 CHOSEN_DROP = 5.0  # nats: a mean fall of the chosen suffixes' log-probability that is worth a warning
 # Options that name a field of the pairs, and what its numbers may be, the upper bound excluded
 SIGNALS = {"weight_field": (0.0, math.inf), "margin_field": (-math.inf, math.inf), "smoothing_field": (0.0, 0.5)}
+MEMORY_WARN, MEMORY_STOP = 0.85, 1.1  # shares of the memory that is there, by count: allocators and kernels need some too
 PRINTS = os.environ.get("RANK", "0") == "0"  # false on all processes but the first
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, data sheets
 
@@ -133,6 +136,8 @@ class Args:
     """of forward and backward; master weights are fp32. auto: bf16 where possible"""
     gradient_checkpointing: bool = False
     """compute activations twice to save memory"""
+    ignore_memory: bool = False
+    """train although by count the memory is too small"""
     lora_rank: int = 0
     """train adapters of this rank on all linear layers (needs peft); alpha is twice it"""
     lora_save: Literal["merged", "adapter"] = "merged"
@@ -158,7 +163,12 @@ class Args:
 def main(args: Args):
     began = time.time()
     accelerator, tokenizer, pairs, val_pairs = start(args)
-    lm, dtype = load_model(args, accelerator)
+    if fault := from_first(accelerator, lambda: lock_out(args.out)):
+        stop(fault)
+    if from_first(accelerator, lambda: is_finished(args, pairs, val_pairs)):
+        print_main(f"{args.out}: finished, nothing to do")
+        return accelerator.end_training()
+    lm, dtype = load_model(args, accelerator, pairs)
     weights = from_first(accelerator, lambda: weights_hash(args.model))
     settings = settings_of(args, weights, pairs, val_pairs)
     resume, done = checkpoint_to_resume(accelerator, args, settings)
@@ -189,7 +199,7 @@ def main(args: Args):
             group["lr"] = rate
 
         found = train_step(scorer, optimizer, pairs, batch, args, accelerator)
-        check(step, found, args)
+        check(step, found, pairs, batch, args)
         found |= {"lr": rate} | device_use(pairs, batch, found["pairs_per_s"], lm.config, sizes, accelerator)
         if step % args.log_steps == 0 or step == total:
             log.record({"step": step, "epoch": epoch + 1} | found)
@@ -308,19 +318,36 @@ def shuffled(pairs: Pairs, seed: int, epoch: int) -> list[int]:
     return np.argsort(groups[np.array(pairs.group)], kind="stable").tolist()
 
 
-def check(step: int, found: dict, args: Args):
+def check(step: int, found: dict, pairs: Pairs, batch: list[int], args: Args):
     """Stop or warn where a step's figures say that something is wrong."""
     if not math.isfinite(found["loss"] + found["grad_norm"]):
         stop(f"step {step}: loss {found['loss']}, gradient norm {found['grad_norm']}; last good checkpoint: "
              f"{last_checkpoint(args.out) or 'none'}")  # fmt: skip
+    if step == 1:
+        check_threads()
     if args.objective == "sft":
         return
-    other = args.nll_weight or args.loss == "ipo" or args.weight_field or args.margin_field
-    if step == 1 and not other and abs(found["loss"] - math.log(2)) > 0.02:
-        warn(f"first loss: {found['loss']:.4f} and not ln 2 = 0.6931: policy and reference differ")
+    if step == 1 and not args.nll_weight:
+        equal = measure(pairs.reference[batch], pairs, batch, args)["loss"].mean().item()  # what equal models have
+        plain = args.loss != "ipo" and not args.weight_field and not args.margin_field
+        if abs(found["loss"] - equal) > 0.02 * max(1, equal):
+            warn(f"first loss: {found['loss']:.4f} and not {equal:.4f}: policy and reference differ")
+        elif plain and abs(equal - math.log(2)) > 1e-3:
+            warn(f"first loss: {equal:.4f} and not ln 2 = 0.6931: dpo_loss() or measure() was edited")
     if found["chosen_reward"] < -CHOSEN_DROP * args.beta:
         warn(f"chosen suffixes: by more than {CHOSEN_DROP} nats less likely than under the reference; lower --lr or give "
              "--nll-weight")  # fmt: skip
+
+
+def check_threads():
+    """Warn where other work takes the cores that the threads of this process wait for each other on."""
+    times = Path("/proc/self/schedstat")  # of the main thread: ns at work, ns in which it could have been
+    if torch.cuda.is_available() or torch.get_num_threads() == 1 or not times.exists():
+        return
+    worked, waited, _ = map(int, times.read_text().split())
+    if waited > worked / 2:
+        warn(f"other work has the cores: {waited / (worked + waited):.0%} of the time went by in waiting for one, and each of "
+             f"{torch.get_num_threads()} threads waits for the slowest; OMP_NUM_THREADS=1 may be far faster")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,7 +369,8 @@ def start(args: Args) -> tuple[Accelerator, object, Pairs, Pairs | None]:
     val_rows = load_rows(str(args.validation), args.objective) if args.validation else []
     if args.validation_fraction:
         problem = "problem" if args.objective == "sft" else "prompt"
-        byte = lambda row: hashlib.sha256(f"{args.seed} {row.get(problem) or row['chosen'][:2]}".encode()).digest()[0]
+        key = lambda row: f"{args.seed} {row.get(problem) or row['chosen'][:2]}".encode(errors="replace")
+        byte = lambda row: hashlib.sha256(key(row)).digest()[0]
         val_rows += [row for row in rows if byte(row) / 256 < args.validation_fraction]
         rows = [row for row in rows if byte(row) / 256 >= args.validation_fraction]
     accelerator = start_accelerate(args)
@@ -411,6 +439,8 @@ def load_rows(name: str, objective: str) -> list[dict]:
     for number, row in enumerate(rows, 1):
         if missing := [field for field in fields if field not in row]:
             stop(f"--data {name}, row {number}: no {missing[0]!r}; every row needs {', '.join(fields)}")
+    if "prompt" not in rows[0] and objective == "dpo":
+        return [explicit_prompt(row, f"--data {name}, row {number}") for number, row in enumerate(rows, 1)]
     if "correct" not in fields:
         return rows
 
@@ -418,6 +448,20 @@ def load_rows(name: str, objective: str) -> list[dict]:
     found = [{"problem": problem, "solution": response} for problem, response in dict.fromkeys(right)]
     print_main(f"{name}: {len(rows)} samples, {len(right)} right, {len(found)} of these distinct")
     return found or stop(f"--data {name}: none of its {len(rows)} samples is right")
+
+
+def explicit_prompt(row: dict, place: str) -> dict:
+    """TRL's implicit prompt, text or messages with which both sides begin, made explicit; turns of blocks stay as they are."""
+    sides = [row["chosen"] or "", row["rejected"] or ""]
+    blocks = lambda turn: isinstance(turn, dict) and isinstance(turn.get("content"), list)
+    if not all(isinstance(side, (str, list)) and not any(map(blocks, side)) for side in sides):
+        return row
+    same = [a == b for a, b in zip(*sides, strict=False)]
+    shared = [*same, False].index(False)
+    shared -= isinstance(sides[0], str) and sides[0][:shared].endswith(" ")  # a space belongs to the token behind it
+    if all(sides) and not shared:
+        stop(f"{place}: no 'prompt', and chosen and rejected do not begin alike; every row needs a prompt")
+    return row | {"prompt": sides[0][:shared], "chosen": sides[0][shared:], "rejected": sides[1][shared:]}
 
 
 def split_sides(row: dict, sides: str) -> tuple[str, list[str], list[bool]]:
@@ -448,7 +492,8 @@ def cut_short(text: str) -> bool:
 
 
 def render_turns(messages: list[dict]) -> str:
-    """Turns of blocks as the SCDPO authors render them; "assistant_correct" is the part of an answer that both sides share."""
+    """Turns of blocks as the SCDPO authors render them; "assistant_correct" is the part of an answer that both sides share. The
+    assistant's turn is left open: encode() ends it."""
     text = ""
     for turn in messages:
         role = turn["role"].removesuffix("_correct")
@@ -471,6 +516,8 @@ def encode(row: dict, tokenizer, sides: str = "step") -> tuple[list[int], list[l
         texts = [render_turns(row[side])[len(text) :] for side in ("chosen", "rejected")]
         if not render_turns(row["rejected"]).startswith(text):
             raise TypeError("chosen and rejected differ before their last turn")
+    elif len({isinstance(row[field], str) for field in ("prompt", "chosen", "rejected")}) > 1:
+        raise TypeError("of prompt, chosen and rejected some are texts and some are messages; give all in one form")
     elif isinstance(row["prompt"], str):
         text, special, texts = row["prompt"], True, [row["chosen"], row["rejected"]]
     else:
@@ -481,14 +528,20 @@ def encode(row: dict, tokenizer, sides: str = "step") -> tuple[list[int], list[l
             raise ValueError(f"the chat template renders the prompt alone in another way, as {text[-60:]!r}")
         texts = [whole[len(text) :] for whole in wholes]
 
-    prefix, suffixes = tokenizer(text, add_special_tokens=special)["input_ids"], []
+    ids_of = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    prefix, suffixes = ids_of(text), []
     for suffix, end in zip(texts, ends, strict=False):
-        joint = tokenizer(text + suffix, add_special_tokens=special)["input_ids"]
+        if end and suffix.endswith("<|endofblock|>"):  # as in the SCDPO authors' data; 01 samples up to there
+            suffix += "<|endofmessage|>"
+        joint = ids_of(text + suffix)
         ids = joint[len(prefix) :]
         if joint[: len(prefix)] != prefix:  # a token would span the boundary: the prefix was given, the suffix drawn
-            ids = tokenizer(suffix, add_special_tokens=False)["input_ids"]
+            ids = ids_of(suffix)
         # a single step gets no EOS: it would teach to stop half-way; a template may have closed a whole turn already
         suffixes.append([*ids, eos] if end and eos not in ids[-2:] else ids)
+    if special:  # what the tokenizer puts before a plain text; not what some put after it, EOS, which would stand in the middle
+        whole = tokenizer(text)["input_ids"]
+        prefix = whole[: next((k for k in range(len(whole)) if whole[k : k + len(prefix)] == prefix), 0)] + prefix
     return prefix, suffixes
 
 
@@ -618,10 +671,13 @@ def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
             left_out["with an empty side"] += 1
             continue
         try:
+            used = json.dumps([row.get(field) for field in (*fields, "initial_reason_steps")], ensure_ascii=False)
+            if re.search("[\ud800-\udfff]", used):
+                stop(f"{name}, row {number}: a lone surrogate, which is half a character; mend it or leave the row out")
             prefix, suffixes = encode(row, tokenizer, args.sides)
             if not known and "<|endofblock|>" in str(row):
                 stop(f"{name}, row {number}: its blocks are no tokens of {args.model}; see analysis/add_block_tokens.py")
-        except (TypeError, KeyError, AttributeError) as error:
+        except (TypeError, KeyError, AttributeError, IndexError) as error:
             stop(f"{name}, row {number}: {error.__class__.__name__}: {error}; see the formats in {Path(__file__).name}")
         except (ValueError, jinja2.TemplateError) as error:
             stop(f"--model {args.model}: its chat template fails ({error}); give another by --chat-template")
@@ -715,7 +771,7 @@ def collate(pairs: Pairs, rows: list[list[int]], device) -> dict:
 # the model
 
 
-def load_model(args: Args, accelerator: Accelerator):
+def load_model(args: Args, accelerator: Accelerator, pairs: Pairs):
     """The model without dropout, and the dtype to save it in. Weights are fp32, but for a frozen base and where DeepSpeed keeps
     fp32 masters of its own.
 
@@ -724,6 +780,7 @@ def load_model(args: Args, accelerator: Accelerator):
     own_masters = args.lora_rank or accelerator.distributed_type == "DEEPSPEED"
     try:
         config = AutoConfig.from_pretrained(args.model)
+        check_memory(config, args, accelerator, pairs)
         for name in vars(config):
             if name.endswith(("dropout", "pdrop")) and isinstance(getattr(config, name), float):
                 setattr(config, name, 0.0)  # the reference has none either: with it, step 0 would not be ln 2
@@ -839,6 +896,84 @@ def count_weights(config) -> tuple[int, int]:
     return sum(p.numel() for p in lm.parameters()) - head.numel() * (1 if head is embedding else 2), head.numel()
 
 
+def memory(config, args: Args, strategy: str, world: int, machines: int = 1, offloaded: float = 0.0) -> dict[str, float]:
+    """Bytes by count. strategy: "copies" (one process, or the whole model on each), "fsdp2" or "zero3"; offloaded: the share of
+    AdamW's state that ZeRO-3 keeps in main memory. Keys that begin with "machine" are of main memory on one machine."""
+    body, head = count_weights(config)
+    parameters, low = body + head * (1 if config.tie_word_embeddings else 2), 2 if args.precision == "bf16" else 4
+    layer, copies = body / config.num_hidden_layers, 0 if low == 4 else 2  # of weights, by autocast
+    trained = 0 if args.lora_rank else parameters
+    frozen = low * (parameters - trained)
+    if strategy == "copies":  # fp32 weights, gradients, two moments; DDP sends gradients from buckets of their own
+        found = {"weights, gradients, AdamW": (16 + copies + (4 if world > 1 else 0)) * trained + frozen}
+        found["machine: model read by every process"] = world / machines * (4 * trained + frozen)
+    elif strategy == "fsdp2":  # gathered: embedding and head throughout, two layers; a layer's gradients in fp32
+        found = {"weights, gradients, AdamW": (16 * trained + frozen) / world}
+        found["gathered"] = low * (2 * head + 2 * layer) + 4 * layer
+        found["machine: model read by one process"] = 4 * trained + frozen
+    else:  # weights and gradients in 16 bits, fp32 masters and moments; by default 1e9 weights are gathered at most
+        on_device = 12 * (1 - offloaded) * trained + low * (2 - (offloaded > 0)) * trained + frozen
+        found = {"weights, gradients, AdamW": on_device / world}
+        found["gathered"] = low * min(1e9, parameters)
+        found["machine: AdamW and gradients"] = (12 * offloaded + low * (offloaded > 0)) * trained / machines
+        found["machine: files of the model, shared"] = 2 * parameters
+    # of a token and layer, what autograd keeps of a gated MLP and of the rest, by count of its tensors, without attention
+    # scores; checkpointing keeps the layer's input, which is fp32 where weights are, and one layer's all
+    width, layers = config.hidden_size, config.num_hidden_layers
+    token, entry = low / 2 * (34 * width + 8 * config.intermediate_size), (4 if strategy == "copies" else low) * width
+    found["activations"] = args.tokens_per_batch * (layers * entry + token if args.gradient_checkpointing else layers * token)
+    found["logits"] = 3 * 4 * LOGITS_CHUNK * config.vocab_size
+    return found
+
+
+def strategy_of(accelerator: Accelerator) -> tuple[str, float]:
+    """The name that memory() knows, and the share of AdamW's state in main memory."""
+    if accelerator.distributed_type == "DEEPSPEED":
+        zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        offload = zero.get("offload_optimizer") or {}
+        return "zero3", offload.get("ratio", 1.0) if offload.get("device") == "cpu" else 0.0
+    return ("fsdp2" if accelerator.distributed_type == "FSDP" else "copies"), 0.0
+
+
+def check_memory(config, args: Args, accelerator: Accelerator, pairs: Pairs):
+    """Warn or stop where memory() counts more than there is, and name the launch file and the options that fit."""
+    device, world = accelerator.device, accelerator.num_processes
+    local, on_gpu = int(os.environ.get("LOCAL_WORLD_SIZE", world)), device.type == "cuda"
+    main_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    room = torch.cuda.get_device_properties(device).total_memory if on_gpu else main_memory / local
+    longest = max(len(pairs.prefixes[p]) + sum(map(len, sides)) for p, sides in zip(pairs.prefix, pairs.suffixes, strict=True))
+
+    def fullest(args: Args, strategy: str, world: int, offloaded: float) -> tuple[float, str]:
+        """The memory of which most is used: the share, and its description."""
+        tokens = min(args.tokens_per_batch, args.batch_size * longest)
+        found = memory(config, replace(args, tokens_per_batch=tokens), strategy, world, max(1, world // local), offloaded)
+        needs = {on_machine: sum(size for name, size in found.items() if name.startswith("machine") == on_machine
+                                 and not name.endswith("shared")) for on_machine in (False, True)}  # fmt: skip
+        places = [("a device", needs[False], room)] + [("the machine", needs[True], main_memory)] * on_gpu
+        share, place, need, size = max((need / size, place, need, size) for place, need, size in places)
+        return share, f"{place} needs {need / 1e9:.1f} GB of {size / 1e9:.1f}, {share:.0%}"
+
+    launch = (*strategy_of(accelerator)[:1], world, strategy_of(accelerator)[1])
+    share, said = fullest(args, *launch)
+    if share <= MEMORY_WARN:
+        return
+    saving = replace(args, gradient_checkpointing=True, tokens_per_batch=min(args.tokens_per_batch, 8192))
+    flags = f"--gradient-checkpointing --tokens-per-batch {saving.tokens_per_batch}"
+    tries = [(flags, saving, *launch)]
+    if on_gpu:
+        count = world if world > 1 else torch.cuda.device_count()
+        fsdp2 = "multi_node.yaml" if world > local else "fsdp2.yaml"
+        named = "accelerate launch --config_file configs/{} --num_processes " + str(count)
+        tries += [(named.format(fsdp2), args, "fsdp2", count, 0.0),
+                  (f"{named.format(fsdp2)} with {flags}", saving, "fsdp2", count, 0.0),
+                  (f"{named.format('zero3_offload.yaml')} with {flags}", saving, "zero3", count, 0.75)]  # fmt: skip
+    fits = (f"it fits by {name} ({found[1]})" for name, *how in tries if (found := fullest(*how))[0] <= MEMORY_WARN)
+    message = f"by count {said}: {next(fits, 'nothing in configs/ fits; take more devices, or --lora-rank 16')}"
+    if share > MEMORY_STOP and not args.ignore_memory:
+        stop(f"{message}. analysis/estimate.py shows the parts; --ignore-memory trains all the same")
+    warn(message)
+
+
 def flops(pairs: Pairs, numbers, config, sizes: tuple[int, int]) -> float:
     """Floating-point operations of one forward pass over the rows of these pairs: 2 a weight of the layers and token, 2 a
     weight of the head and suffix token, 4 * layers * width for each two tokens of which one sees the other."""
@@ -904,7 +1039,7 @@ def from_first(accelerator: Accelerator, find):
 def settings_of(args: Args, weights: str, pairs: Pairs, val_pairs: Pairs | None) -> dict[str, str]:
     """What a run that is gone on with must have in common with its beginning."""
     free = {"out", "save_steps", "eval_steps", "log_steps", "keep", "data", "validation", "tokens_per_batch", "tracker",
-            "lora_save"}  # fmt: skip
+            "lora_save", "ignore_memory"}  # fmt: skip
     hashes = "".join(some.digest() + str(some.signals.tolist()) for some in (pairs, val_pairs) if some)
     settings = {name: str(value) for name, value in asdict(args).items() if name not in free}
     code = inspect.getsource(dpo_loss) + inspect.getsource(measure)
@@ -914,21 +1049,48 @@ def settings_of(args: Args, weights: str, pairs: Pairs, val_pairs: Pairs | None)
     )
 
 
+def lock_out(out: Path) -> str:
+    """Make OUT and hold it until this process ends. Returns what is wrong, or nothing."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock_out.file = open(out / "metrics.jsonl", "a")  # kept here: what is collected is closed, and the lock gone
+    except OSError as error:
+        return f"--out {out}: {error.strerror}; give a folder that can be written"
+    try:
+        fcntl.flock(lock_out.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return f"--out {out}: another training is writing it; give another --out"
+    except OSError as error:
+        warn(f"--out {out}: its file system has no locks ({error.strerror}), so nothing keeps a second training out")
+    return ""
+
+
+def is_finished(args: Args, pairs: Pairs, val_pairs: Pairs | None) -> bool:
+    """Whether OUT holds what this run would make."""
+    path = args.out / "training.json"
+    if not path.exists() or not any(args.out.glob("*.safetensors")):
+        return False
+    old, settings = json.loads(path.read_text()), settings_of(args, weights_hash(args.model), pairs, val_pairs)
+    return old["settings"] == settings and old["arguments"]["lora_save"] == args.lora_save
+
+
 def checkpoint_to_resume(accelerator: Accelerator, args: Args, settings: dict) -> tuple[Path | None, int]:
-    """The last whole checkpoint in OUT and its step; stops where it was made with other settings."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    resume = from_first(accelerator, lambda: last_checkpoint(args.out))  # on several machines files come late
-    if not resume:
+    """The last whole checkpoint in OUT and its step; stops where it, or a finished model, was made with other settings."""
+    finished = args.out / "training.json"
+    resume, ended = from_first(accelerator, lambda: (last_checkpoint(args.out), finished.exists()))  # files come late elsewhere
+    if not resume and not ended:
         return None, 0
-    if not (resume / "state.json").exists():
-        stop(f"{resume}: process {accelerator.process_index} does not see it; --out must be on a file system that all "
+    made = resume or args.out
+    state = resume / "state.json" if resume else finished
+    if not state.exists():
+        stop(f"{made}: process {accelerator.process_index} does not see it; --out must be on a file system that all "
              "machines share")  # fmt: skip
-    old = json.loads((resume / "state.json").read_text())
+    old = json.loads(state.read_text())
     for name, value in settings.items():
         if old["settings"].get(name) != value:
-            stop(f"{resume} was made with {name} = {old['settings'].get(name)!r}, now it is {value!r}; "
+            stop(f"{made} was made with {name} = {old['settings'].get(name)!r}, now it is {value!r}; "
                  "take the old setting or give another --out")  # fmt: skip
-    return resume, old["step"]
+    return resume, old["step"] if resume else 0
 
 
 def last_checkpoint(out: Path) -> Path | None:
@@ -991,7 +1153,6 @@ def finish(args: Args, settings: dict, pairs: Pairs, total: int, lines: list[dic
     arguments = {name: str(value) for name, value in asdict(args).items()}
     summary = {"arguments": arguments, "settings": settings, "pairs": len(pairs), "steps": total, "seconds": seconds,
                "last": last}  # fmt: skip
-    (args.out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
     draw_training(args.out / "training.png", lines)
     figures = ", ".join(f"{name} {value:.4g}" for name, value in last.items())
     table = "\n".join(f"| {name} | {value} |" for name, value in arguments.items())
@@ -1001,8 +1162,14 @@ def finish(args: Args, settings: dict, pairs: Pairs, total: int, lines: list[dic
         f"(hash {settings['pairs']}), {total} steps, {seconds} s.\n\nLast step: {figures}.\n\n"
         f"![training](training.png)\n\n| setting | value |\n|---|---|\n{table}\n"
     )
+    temporary = args.out / "training.json.tmp"
+    temporary.write_text(json.dumps(summary, indent=1) + "\n")
+    temporary.replace(args.out / "training.json")  # the mark of a finished run: nothing but old checkpoints is left to do
     for path in args.out.glob("checkpoint-*") if args.keep == 0 else ():
         shutil.rmtree(path)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    if len(losses) > 1 and max(losses) - min(losses) < 0.01 * abs(losses[0]):
+        warn(f"the loss did not move ({losses[0]:.4f} at first, {losses[-1]:.4f} at last): too few steps, or --lr is too low")
     short = ", ".join(f"{name} {last[name]:.4g}" for name in ("loss", "accuracy", "margin") if name in last)
     print(f"{args.out}: {total} steps over {len(pairs)} pairs, {seconds} s; last step: {short}")
 

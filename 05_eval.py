@@ -174,6 +174,8 @@ def evaluate(args: Args, groups: dict[str, list[str]]) -> tuple[dict, dict]:
     benchmarks = {Path(name).stem: load_problems(name, False, args.data_dir)[: args.limit] for name in args.data}
     labels = {model: label for label, group in groups.items() for model in group}
     apart = len(labels) > 1 and not args.base_url and (args.own_process or not cpu_options())
+    for model in labels:
+        check_model(args, model, benchmarks)
     tables, runs = {name: {} for name in benchmarks}, {}
     for number, (model, label) in enumerate(labels.items()):
         answer = functools.partial(answer_model, args, model, benchmarks, {"number": number, "label": label})
@@ -183,6 +185,17 @@ def evaluate(args: Args, groups: dict[str, list[str]]) -> tuple[dict, dict]:
             rows = {(row["id"], row["sample"]): row for row in read_rows(path_of(args, name, model), ())}
             tables[name][model] = [[rows[problem["id"], i] for i in range(args.samples)] for problem in problems]
     return tables, runs
+
+
+def check_model(args: Args, model: str, benchmarks: dict[str, list[dict]]):
+    """Stop where a model with rows to make is not there: hours may go by before its turn comes."""
+    paths = [path for name in benchmarks if (path := path_of(args, name, model)).is_file()]
+    if sum(path.read_bytes().count(b"\n") for path in paths) >= args.samples * sum(map(len, benchmarks.values())):
+        return
+    load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs, args.protocol == "strict")
+    weights = any(file.suffix in (".safetensors", ".bin") for file in Path(model).glob("*"))
+    if Path(model).is_dir() and not weights and not args.base_url:
+        stop(f"--models {model}: a folder without weights; has its training ended?")
 
 
 def path_of(args: Args, benchmark: str, model: str) -> Path:

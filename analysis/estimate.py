@@ -1,25 +1,29 @@
 """Memory and time of a training run, by count, without making it.
 
     python analysis/estimate.py --data xinlai/Math-Step-DPO-10K                  # the options are those of 04_train_stepdpo.py
-    accelerate launch --config_file configs/fsdp2.yaml analysis/estimate.py --data runs/pairs.jsonl
+    python analysis/estimate.py --config_file configs/fsdp2.yaml --num_processes 8 --data runs/pairs.jsonl \\
+        --gradient-checkpointing --tokens-per-batch 8192                         # of a launch file, without its GPUs
 
 Reads the data as 04 does and prints lengths, what a device and a machine need of memory, operations, and hours at the rate
-that large matrix products reach here.
+that large matrix products reach here, or for a launch file at 40 % of an H100's.
 """
 
 import importlib
+import json
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
-from accelerate import Accelerator
+import yaml
 from transformers import AutoConfig
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 TRAIN = importlib.import_module("04_train_stepdpo")
 
 
@@ -34,42 +38,30 @@ def matrix_rate(device, precision: str) -> float:
     return best
 
 
-def memory(config, args: TRAIN.Args, strategy: str, world: int, machines: int = 1, offloaded: float = 0.0) -> dict[str, float]:
-    """Bytes by count. strategy: "copies" (one process, or the whole model on each), "fsdp2" or "zero3"; offloaded: the share of
-    AdamW's state that ZeRO-3 keeps in main memory. Keys that begin with "machine" are of main memory on one machine."""
-    body, head = TRAIN.count_weights(config)
-    parameters, low = body + head * (1 if config.tie_word_embeddings else 2), 2 if args.precision == "bf16" else 4
-    layer, copies = body / config.num_hidden_layers, 0 if low == 4 else 2  # of weights, by autocast
-    trained = 0 if args.lora_rank else parameters
-    frozen = low * (parameters - trained)
-    if strategy == "copies":  # fp32 weights, gradients, two moments; DDP sends gradients from buckets of their own
-        found = {"weights, gradients, AdamW": (16 + copies + (4 if world > 1 else 0)) * trained + frozen}
-        found["machine: model read by every process"] = world / machines * (4 * trained + frozen)
-    elif strategy == "fsdp2":  # gathered: embedding and head throughout, two layers; a layer's gradients in fp32
-        found = {"weights, gradients, AdamW": (16 * trained + frozen) / world}
-        found["gathered"] = low * (2 * head + 2 * layer) + 4 * layer
-        found["machine: model read by one process"] = 4 * trained + frozen
-    else:  # weights and gradients in 16 bits, fp32 masters and moments; by default 1e9 weights are gathered at most
-        on_device = 12 * (1 - offloaded) * trained + low * (2 - (offloaded > 0)) * trained + frozen
-        found = {"weights, gradients, AdamW": on_device / world}
-        found["gathered"] = low * min(1e9, parameters)
-        found["machine: AdamW and gradients"] = (12 * offloaded + low * (offloaded > 0)) * trained / machines
-        found["machine: files of the model, shared"] = 2 * parameters
-    # 34 bytes a token, layer and unit of width in 16 bits (Korthikanti et al., arXiv 2205.05198), without attention scores;
-    # checkpointing keeps 2 of them, and one layer's all
-    token, layers = 34 * low / 2 * config.hidden_size, config.num_hidden_layers
-    found["activations"] = args.tokens_per_batch * token * ((layers / 17 + 1) if args.gradient_checkpointing else layers)
-    found["logits"] = 3 * 4 * TRAIN.LOGITS_CHUNK * config.vocab_size
-    return found
+@dataclass
+class Args(TRAIN.Args):
+    """Those of 04_train_stepdpo.py, and of accelerate launch."""
+
+    config_file: Path | None = None
+    """launch file to count for, in bf16 unless --precision fp32; without it, this machine as it is"""
+    num_processes: int | None = None
+    """devices, instead of the launch file's"""
 
 
-def strategy_of(accelerator: Accelerator) -> tuple[str, float]:
-    """The name that memory() knows, and the share of AdamW's state in main memory."""
-    if accelerator.distributed_type == "DEEPSPEED":
-        zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
-        offload = zero.get("offload_optimizer") or {}
-        return "zero3", offload.get("ratio", 1.0) if offload.get("device") == "cpu" else 0.0
-    return ("fsdp2" if accelerator.distributed_type == "FSDP" else "copies"), 0.0
+def read_launch(path: Path, processes: int | None) -> tuple[str, float, int, int]:
+    """The strategy and the share of AdamW's state in main memory (see TRAIN.memory), devices and machines of a launch file."""
+    try:
+        launch = yaml.safe_load(path.read_text())
+        strategy = {"FSDP": "fsdp2", "DEEPSPEED": "zero3"}.get(launch["distributed_type"], "copies")
+        offloaded, deepspeed = 0.0, launch.get("deepspeed_config", {})
+        if file := deepspeed.get("deepspeed_config_file"):  # its place is given from the root of the repository
+            offload = json.loads((ROOT / file).read_text())["zero_optimization"].get("offload_optimizer", {})
+            offloaded = offload.get("ratio", 1.0) if offload.get("device") == "cpu" else 0.0
+        elif deepspeed.get("offload_optimizer_device") == "cpu":
+            offloaded = 1.0
+        return strategy, offloaded, processes or launch["num_processes"], launch["num_machines"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        TRAIN.stop(f"--config_file {path}: no launch file of accelerate ({error.__class__.__name__}: {error})")
 
 
 def print_lengths(pairs: TRAIN.Pairs):
@@ -83,14 +75,18 @@ def print_lengths(pairs: TRAIN.Pairs):
     TRAIN.print_main(f"one row for all pairs of a problem saves {1 - shared / separate:.0%} of {separate} tokens")
 
 
-def main(args: TRAIN.Args):
-    """Print memory and time of a run on this machine."""
+def main(args: Args):
+    """Print memory and time of a run, on this machine or with a launch file."""
+    if args.config_file and args.precision == "auto":
+        args.precision = "bf16"
     accelerator, _, pairs, _ = TRAIN.start(args)
     print_lengths(pairs)
     config, world = AutoConfig.from_pretrained(args.model), accelerator.num_processes
-    strategy, offloaded = strategy_of(accelerator)
+    strategy, offloaded = TRAIN.strategy_of(accelerator)
     machines = max(1, world // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
-    found = memory(config, args, strategy, world, machines, offloaded)
+    if args.config_file:
+        strategy, offloaded, world, machines = read_launch(args.config_file, args.num_processes)
+    found = TRAIN.memory(config, args, strategy, world, machines, offloaded)
     for where in ("device", "machine"):
         some = [name for name in found if name.startswith("machine") == (where == "machine")]
         parts = {name.removeprefix("machine: "): found[name] / 2**30 for name in some}
@@ -99,12 +95,16 @@ def main(args: TRAIN.Args):
         TRAIN.print_main(f"a {where} needs about {sum(parts.values()):.2f} GiB{kind}: {listed}")
     forward = TRAIN.flops(pairs, range(len(pairs)), config, TRAIN.count_weights(config))
     passes = 3 + args.gradient_checkpointing
-    rate = matrix_rate(accelerator.device, args.precision) * world
+    if args.config_file:
+        rate, source = TRAIN.PEAK_FLOPS["H100"] * world, f"the data sheet gives {world} H100 (this machine is another)"
+    else:
+        rate = matrix_rate(accelerator.device, args.precision) * world
+        source = f"large matrix products reach on {world} device(s) like this one"
     seconds = forward * (passes * args.epochs + (args.objective == "dpo")) / rate
-    TRAIN.print_main(f"{forward * passes / len(pairs) / 1e12:.4f} TFLOP a pair; at {rate / 1e12:.2f} TFLOP/s, which large "
-                     f"matrix products reach on {world} device(s) like this one, {args.epochs} epochs over {len(pairs)} pairs "
-                     f"take {seconds / 3600:.2f} h; at 40 % of that rate {seconds / 1440:.2f} h")  # fmt: skip
+    TRAIN.print_main(f"{forward * passes / len(pairs) / 1e12:.4f} TFLOP a pair; at {rate / 1e12:.2f} TFLOP/s, which {source}, "
+                     f"{args.epochs} epochs over {len(pairs)} pairs take {seconds / 3600:.2f} h; at 40 % of that rate "
+                     f"{seconds / 1440:.2f} h")  # fmt: skip
 
 
 if __name__ == "__main__":
-    main(tyro.cli(TRAIN.Args, description=__doc__))
+    main(tyro.cli(Args, description=__doc__))

@@ -78,9 +78,8 @@ elif [ ! -f "$OUT/pairs/ready" ]; then
   quiet 03-scdpo python 03_rectify.py --method scdpo --samples "$OUT/samples.jsonl" --heat $HEAT --out "$OUT/all-scdpo.jsonl" "${of_base[@]}"
   if [[ " $METHODS " == *ood* ]]; then  # another model: the base taught to solve the same problems in other words
     quiet foreign-text python analysis/foreign_solutions.py "$WORLD/train.jsonl" "$OUT/foreign.jsonl"
-    [ -f "$OUT/foreign/.trained" ] || quiet foreign python 04_train_stepdpo.py --objective sft --data "$OUT/foreign.jsonl" \
+    quiet foreign python 04_train_stepdpo.py --objective sft --data "$OUT/foreign.jsonl" \
       --model "$BASE" --out "$OUT/foreign" --lr 1e-3 --epochs "$FOREIGN" --batch-size 64 --keep 0 --log-steps 20
-    touch "$OUT/foreign/.trained"
     quiet 03-ood python 03_rectify.py --located "$OUT/located.jsonl" --rectifier "$OUT/foreign" --n 8 --max-pairs-per-error 1 \
       --out "$OUT/all-step-dpo-ood.jsonl" "${ask[@]}"
   fi
@@ -94,10 +93,9 @@ fi
 train() {  # train METHOD LR BETA SEED FOLDER
   local pairs="$OUT/pairs/${1%%+*}" how=
   [[ $1 != *+* ]] || how=${options[${1#*+}]}
-  [ -f "$5/.trained" ] || quiet "train-$1-$2-$3-$4" python 04_train_stepdpo.py --data "$pairs.jsonl" --model "$BASE" \
+  [ -f "$5/training.json" ] || quiet "train-$1-$2-$3-$4" python 04_train_stepdpo.py --data "$pairs.jsonl" --model "$BASE" \
     --out "$5" --lr "$2" --beta "$3" --epochs 2 --batch-size 32 --validation "$pairs.validation.jsonl" --eval-steps 6 \
     --log-steps 3 --keep 0 --seed "$4" $how $TRAIN
-  touch "$5/.trained"
 }
 evaluate() {  # evaluate LABEL MODEL DATA LIMIT FOLDER [OPTIONS]
   local label=$1 model=$2 data=$3 limit=$4 folder=$5; shift 5

@@ -5,6 +5,7 @@
 #   bash recipes/iterate.sh                      # all four, three rounds, three seeds, on the bundled world
 #   METHODS=step-dpo SEEDS=0 MODEL=Qwen/Qwen2-7B-Instruct DATA=problems.jsonl PROBLEMS=5000 BUDGET= TRAINED= LRS=5e-7 BETA=0.4 EPOCHS=8 \
 #       BATCH=128 TOKENS=2048 TEST="gsm8k math" JOBS=1 LAUNCH="--config_file configs/fsdp2.yaml --num_processes 8" \
+#       TRAIN="--gradient-checkpointing --tokens-per-batch 8192" \
 #       SERVE="--engine-args=--max-model-len 4096" bash recipes/iterate.sh     # one method on a real model
 # BUDGET: sampled tokens of a round, by which its problems are cut (at most three times PROBLEMS are sampled); TRAINED: tokens of chosen
 # and rejected that a round trains on, by passes over the pairs and by cutting; each empty: all there is, EPOCHS passes. LRS: learning
@@ -85,10 +86,9 @@ sample() {  # sample METHOD SEED ROUND POLICY: solutions, pairs, and what of the
 train() {  # train METHOD SEED ROUND POLICY LR FOLDER
   local here=$OUT/$1/$2/$3 objective=
   [ "$1" != sft ] || objective="--objective sft"
-  [ -f "$6/.trained" ] || stage "$OUT/logs/$1-$2-$3.log" accelerate launch $LAUNCH 04_train_stepdpo.py --data "$here/train.jsonl" --model "$4" \
+  [ -f "$6/training.json" ] || stage "$OUT/logs/$1-$2-$3.log" accelerate launch $LAUNCH 04_train_stepdpo.py --data "$here/train.jsonl" --model "$4" \
     $objective --out "$6" --lr "$5" --beta "$BETA" --epochs "$(cat "$here/epochs")" --batch-size "$BATCH" --keep 0 --log-steps 5 \
     --seed "$2" $TRAIN
-  touch "$6/.trained"  # not again after a stop: other last bits would make it another policy to the next round
 }
 evaluate() {  # evaluate LABEL MODEL FOLDER DATA LIMIT
   stage "$OUT/logs/eval-$1.log" python 05_eval.py --data $4 --limit "$5" --models "$1=$2" --max-tokens "$TOKENS" --out "$3" "$SERVE"

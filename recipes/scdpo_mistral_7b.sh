@@ -28,6 +28,8 @@ cd "$(dirname "$0")/.."
 # INT or TERM to this script alone ends the running stage too, and so the engine in it
 job=; run() { set -m; "$@" & job=$!; set +m; wait $job; }
 trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM
+# before hours of sampling: what the training needs
+python -c "import importlib.util as u, sys; sys.exit(u.find_spec('accelerate') is None)" || { echo "$0 needs accelerate: pip install accelerate" >&2; exit 2; }
 MODEL=${MODEL:-meta-math/MetaMath-Mistral-7B} OUT=${OUT:-runs/scdpo_7b} BETA=${BETA:-0.5} HEAT=${HEAT:-1.1 0.05 1.4}
 SOLUTIONS=${SOLUTIONS:-2} EVERY=${EVERY:-}
 DATA=${DATA:-gsm8k math} TEST=${TEST:-gsm8k math} LIMIT=${LIMIT:-} TRIES=${TRIES:-8} LR=${LR:-1e-7} SPLIT=${SPLIT:-lines} GPUS=${GPUS:-8}
@@ -41,7 +43,7 @@ run python 03_rectify.py --method dpo --samples "$OUT/samples.jsonl" "${manner[@
 run python 03_rectify.py --method scdpo --samples "$OUT/samples.jsonl" --model "$MODEL" "${manner[@]}" --split "$SPLIT" \
   --heat $HEAT --tries "$TRIES" --solutions-per-problem "$SOLUTIONS" $EVERY --out "$OUT/controlled.jsonl" ${SERVE:+"$SERVE"}
 run accelerate launch $LAUNCH 04_train_stepdpo.py --model "$MODEL" "${manner[@]:0:2}" --data "$OUT/naive.jsonl" \
-  "$OUT/controlled.jsonl" --lr "$LR" --beta "$BETA" --epochs 2 --batch-size 64 --max-length 2048 --out "$OUT/model" \
-  --save-steps 300 --keep 1
+  "$OUT/controlled.jsonl" --lr "$LR" --beta "$BETA" --epochs 2 --batch-size 64 --max-length 2048 --gradient-checkpointing --tokens-per-batch 8192 \
+  --out "$OUT/model" --save-steps 300 --keep 1
 run python 05_eval.py --data $TEST ${LIMIT:+--limit $LIMIT} --models "base=$MODEL" "SCDPO=$OUT/model" "${manner[@]}" \
   --out "$OUT/results" ${SERVE:+"$SERVE"}

@@ -185,6 +185,19 @@ def test_model_folder_that_does_not_exist(number, tmp_path):
         assert str(model) in said and "config.json" in said
 
 
+def test_all_models_are_looked_at_before_the_first_starts(tmp_path):
+    """A folder that is not there, and one whose training has not ended."""
+    (tmp_path / "in.jsonl").write_text(json.dumps(GOOD) + "\n")
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (TINY / "model" / name).exists():
+            (unfinished / name).write_bytes((TINY / "model" / name).read_bytes())
+    for second in (tmp_path / "none", unfinished):
+        stderr = refused(5, tmp_path, "--data", tmp_path / "in.jsonl", "--models", TINY / "model", f"b={second}")
+        assert str(second) in message(stderr) and "ready" not in stderr and "first prompt" not in stderr
+
+
 def test_duplicate_ids(tmp_path):
     (tmp_path / "in.jsonl").write_text(2 * (json.dumps(GOOD) + "\n"))
     assert "id 'a'" in message(refused(1, tmp_path, "--data", tmp_path / "in.jsonl", "--model", TINY / "model"))

@@ -577,6 +577,173 @@ def test_fields_of_a_pair_reach_the_loss(small_model, tokenizer):
     torch.testing.assert_close(train.measure(logps, pairs, [0, 2], train.Args(beta=0.5))["loss"], expected)
 
 
+def test_a_finished_run_is_left_alone(tmp_path, small_model):
+    """--keep 0: no checkpoint tells. With another setting its model is not written over; at 1e-9 the loss does not move."""
+    write_pairs(tmp_path / "pairs.jsonl")
+    arguments = [*common(tmp_path, small_model, "out"), "--keep", 0, "--lr", 1e-9]
+    first = run(4, *arguments)
+    assert "warning: the loss did not move (0.6931 at first, 0.69" in first.stderr
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert "training.json" in before and "model.safetensors" in before
+    again = run(4, *arguments)
+    assert f"{tmp_path / 'out'}: finished, nothing to do" in again.stderr and "training:" not in again.stderr
+    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    other = run(4, *arguments[:-1], 1e-3, check=False)
+    assert other.returncode == 2 and "was made with lr = '1e-09', now it is '0.001'" in other.stderr
+
+
+def test_an_edited_loss_is_named(tmp_path, small_model):
+    """A hinge instead of the logistic loss: its first value is no sign of a policy that differs from the reference."""
+    write_pairs(tmp_path / "pairs.jsonl", 6)
+    text = (ROOT / "04_train_stepdpo.py").read_text()
+    edited = text.replace("-(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)", "F.relu(1 - margin)")
+    assert edited != text
+    (tmp_path / "04_edited.py").write_text(edited)
+    command = [sys.executable, tmp_path / "04_edited.py", *common(tmp_path, small_model, "out"), "--lr", 1e-3]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [said] = [line for line in done.stderr.splitlines() if "first loss" in line]
+    assert said == "warning: first loss: 1.0000 and not ln 2 = 0.6931: dpo_loss() or measure() was edited"
+
+
+def test_a_policy_that_is_not_its_reference_is_named(capsys):
+    train = stage(4)
+    pairs, found = train.Pairs(), {"loss": 0.75, "grad_norm": 1.0, "chosen_reward": 0.0}
+    pairs.add([1], [[2], [3]])
+    pairs.seal()
+    pairs.reference = torch.tensor([[-1.0, -2.0]])
+    train.check(1, found, pairs, [0], train.Args())
+    assert "first loss: 0.7500 and not 0.6931: policy and reference differ" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_threads_that_fight_are_named(tmp_path, small_model):
+    """Two threads on a core that other work has too."""
+    write_pairs(tmp_path / "pairs.jsonl", 6)
+    core = {min(os.sched_getaffinity(0))}
+    alone = lambda: os.sched_setaffinity(0, core)
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"], preexec_fn=alone) for _ in range(3)]
+    try:
+        for threads in (2, 1):
+            environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+            done = run(4, *common(tmp_path, small_model, f"out-{threads}"), env=environment, preexec_fn=alone)
+            assert done.stderr.count("other work has the cores") == (threads == 2), done.stderr
+    finally:
+        for process in others:
+            process.kill()
+            process.wait()
+
+
+def test_one_training_writes_a_folder(tmp_path, small_model, monkeypatch, capsys):
+    """The second is told so; where there are no locks, both are warned and run."""
+    import errno
+
+    train = stage(4)
+    write_pairs(tmp_path / "pairs.jsonl", 6)
+    assert train.lock_out(tmp_path / "out") == ""
+    done = run(4, *common(tmp_path, small_model, "out"), check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"error: --out {tmp_path / 'out'}: another training is writing it" in done.stderr
+    train.lock_out.file.close()
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(train.fcntl, "flock", no_locks)
+    for _ in range(2):
+        assert train.lock_out(tmp_path / "out") == ""
+    assert capsys.readouterr().err.count("has no locks (No locks available)") == 1
+    train.lock_out.file.close()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, small_model):
+    write_pairs(tmp_path / "pairs.jsonl", 6)
+    (tmp_path / "file").write_text("mine")
+    done = run(4, *common(tmp_path, small_model, "file"), check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and (tmp_path / "file").read_text() == "mine"
+    assert f"error: --out {tmp_path / 'file'}: File exists; give a folder" in done.stderr
+    read_only = next(path for path in ("/proc/stepdpo", "/sys/stepdpo"))  # also for root
+    assert stage(4).lock_out(type(tmp_path)(read_only)).startswith(f"--out {read_only}: ")
+
+
+def code_tokenizer(folder, eos: str):
+    """That of the bundled model that writes code, with this end of a text."""
+    found = AutoTokenizer.from_pretrained(TINY / "code")
+    found.add_special_tokens({"eos_token": eos})
+    found.save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("eos", ["</s>", "<|endofmessage|>"])
+def test_a_finished_solution_with_code_closes_its_message(tmp_path, eos):
+    """Pairs of the SCDPO authors, of 03, and solutions: a block ends, the message ends, the text ends; a step ends nothing."""
+    train, tokenizer = stage(4), code_tokenizer(tmp_path, eos)
+    block = lambda kind, text: {"type": kind, "content": text}
+    turn = lambda *blocks: {"role": "assistant", "content": list(blocks)}
+    user = {"role": "user", "content": [block("text", "1 + 1?")]}
+    authors = {"chosen": [user, turn(block("code", "1 + 1"), block("execution", "2"), block("text", "2"))],
+               "rejected": [user, turn(block("text", "3"))]}  # fmt: skip
+    wholes = ["<|text|>It is 2<|endofblock|>", "<|text|>It is 3<|endofblock|>"]
+    ours = {"prompt": "1 + 1?", "initial_reason_steps": "", "chosen": wholes[0], "rejected": wholes[1],
+            "full_chosen": wholes[0], "full_rejected": wholes[1] + wholes[0]}  # fmt: skip
+    ends = "<|endofblock|><|endofmessage|>" + eos * (eos != "<|endofmessage|>")
+    for row, finished in ((authors, (True, True)), (ours, (True, False)), ({"problem": "1?", "solution": wholes[0]}, (True,))):
+        prefix, suffixes = train.encode(row, tokenizer)
+        assert tokenizer.decode(prefix).endswith("<|assistant|>")
+        for ids, end in zip(suffixes, finished, strict=True):
+            text = tokenizer.decode(ids)
+            assert text.endswith(ends if end else "3<|endofblock|>") and text.count("<|endofmessage|>") == end
+            assert train.Pairs((0, 1)).trained(np.array(ids[-3:])).all()
+
+
+def test_implicit_prompts_are_what_both_sides_begin_with(tmp_path, tokenizer):
+    """Of TRL: messages, and text, where the space before the first word that differs belongs to that word."""
+    train, path = stage(4), tmp_path / "rows.jsonl"
+    turn = lambda role, text: {"role": role, "content": text}
+    user = [turn("user", "3+4?")]
+    sides = {"chosen": [turn("assistant", "It is 7.")], "rejected": [turn("assistant", "It is 8.")]}
+    path.write_text(json.dumps({name: user + side for name, side in sides.items()}) + "\n")
+    assert train.load_rows(str(path), "dpo") == [{"prompt": user} | sides]
+    path.write_text(json.dumps({"chosen": "Two apples are 2.", "rejected": "Two apples are 3."}) + "\n")
+    [row] = train.load_rows(str(path), "dpo")
+    assert row == {"prompt": "Two apples are", "chosen": " 2.", "rejected": " 3."}
+    prefix, suffixes = train.encode(row, tokenizer)
+    assert tokenizer.decode(prefix) == "Two apples are" and tokenizer.decode(suffixes[0]) == " 2.<|im_end|>"
+
+
+MESSAGES = [{"role": "assistant", "content": "7"}], [{"role": "assistant", "content": "8"}]
+
+
+@pytest.mark.parametrize("row, said", [
+    ({"prompt": "3+4?", "chosen": MESSAGES[0], "rejected": MESSAGES[1]}, "row 1: TypeError: of prompt, chosen and rejected"),
+    ({"chosen": MESSAGES[0], "rejected": MESSAGES[1]}, "row 1: no 'prompt', and chosen and rejected do not begin alike"),
+    ({"prompt": "3\ud800?", "chosen": "7", "rejected": "8"}, "row 1: a lone surrogate"),
+    ({"prompt": [{"role": "user", "content": "\udcff"}], "chosen": MESSAGES[0], "rejected": MESSAGES[1]}, "a lone surrogate"),
+    (pair(3) | {"initial_reason_steps": "Step \ud800 1:"}, "a lone surrogate"),
+])  # fmt: skip
+def test_rows_that_cannot_be_read_are_named(tmp_path, small_model, capsys, row, said):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    args = stage(4).Args(data=(str(tmp_path / "rows.jsonl"),), model=str(small_model), validation_fraction=0.01)
+    with pytest.raises(SystemExit) as stopped:
+        stage(4).start(args)
+    found = capsys.readouterr().err
+    assert stopped.value.code == 2 and said in found and "rows.jsonl" in found
+
+
+def test_eos_of_a_tokenizer_does_not_stand_in_the_middle(tmp_path):
+    """One that puts marks around plain text, as with add_eos_token: the first stays, the last would end the prompt."""
+    from tokenizers.processors import TemplateProcessing
+
+    marked = AutoTokenizer.from_pretrained(TINY / "model")
+    begin, eos = marked.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    special = [("<|im_start|>", begin), ("<|im_end|>", eos)]
+    marked.backend_tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A <|im_end|>", special_tokens=special)
+    assert marked("2")["input_ids"][-1] == eos
+    prefix, suffixes = stage(4).encode({"prompt": "Two apples", "chosen": " are 2.", "rejected": " are 3."}, marked)
+    assert marked.decode(prefix) == "<|im_start|>Two apples"
+    assert [marked.decode(ids) for ids in suffixes] == [" are 2.<|im_end|>", " are 3.<|im_end|>"]
+
+
 @pytest.mark.parametrize("field, value, said", [
     ("weight", -1, "row 2: its 'weight' is -1"), ("weight", None, "row 2: its 'weight' is None"), ("smoothing", 0.5, "below"),
     ("margin", "1", "row 2: its 'margin' is '1'"),
@@ -655,22 +822,153 @@ SIZES = {"7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_lay
                  "num_key_value_heads": 8}}  # fmt: skip
 
 
-@pytest.mark.parametrize("size, config, device, machine", [("7b", "fsdp2", 24e9, 31e9), ("72b", "zero3_offload", 63e9, 950e9)])
-def test_recipes_fit_by_count(size, config, device, machine):
-    """7B on 8 GPUs with 80 GB, and 72B with 1 TB of main memory, by the configurations of the recipes."""
+SIZES["mistral"] = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+                    "num_key_value_heads": 8, "vocab_size": 32000}  # fmt: skip
+
+
+def training_command(recipe: str, folder) -> list[str]:
+    """What the recipe gives to accelerate: the shell puts it together, and stands in for the programs."""
+    for name in ("python", "accelerate"):
+        (folder / name).write_text(f'#!/bin/sh\n[ {name} = python ] || printf "%s\\n" "$@" >{folder}/command\n')
+        (folder / name).chmod(0o755)
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "OUT": str(folder / "out")}
+    subprocess.run(["bash", f"recipes/{recipe}.sh"], cwd=ROOT, env=environment, check=True, capture_output=True)
+    return (folder / "command").read_text().splitlines()
+
+
+def counted(command: list[str], size: str) -> tuple[float, float]:
+    """Bytes of a device and of main memory that a command of accelerate needs by count."""
+    import tyro
     from transformers import Qwen2Config
 
-    train, shape = stage(4), Qwen2Config(**QWEN2 | SIZES[size])
-    zero = ROOT / "configs" / f"{config}.json"
-    offloaded = json.loads(zero.read_text())["zero_optimization"]["offload_optimizer"]["ratio"] if zero.exists() else 0.0
-    args = train.Args(precision="bf16", gradient_checkpointing=True, tokens_per_batch=8192)
-    found = estimate.memory(shape, args, "zero3" if zero.exists() else "fsdp2", 8, 1, offloaded)
+    place = command.index("04_train_stepdpo.py")
+    launch, args = command[1:place], tyro.cli(stage(4).Args, args=command[place + 1 :])
+    given = dict(zip(launch[::2], launch[1::2], strict=True))
+    processes = int(given["--num_processes"]) if "--num_processes" in given else None
+    strategy, offloaded, world, machines = estimate.read_launch(ROOT / given["--config_file"], processes)
+    args.precision = "bf16"
+    found = stage(4).memory(Qwen2Config(**QWEN2 | SIZES[size]), args, strategy, world, machines, offloaded)
     on_machine = sum(size for name, size in found.items() if name.startswith("machine"))
-    assert on_machine == pytest.approx(machine, rel=0.02) and on_machine < 1e12
-    assert sum(found.values()) - on_machine == pytest.approx(device, rel=0.03) and sum(found.values()) - on_machine < 75e9
-    alone = estimate.memory(shape, args, "copies", 1)
-    parameters = sum(train.count_weights(shape)) + train.count_weights(shape)[1]
-    assert alone["weights, gradients, AdamW"] == 18 * parameters
+    return sum(found.values()) - on_machine, on_machine
+
+
+RECIPES = {"step_dpo_qwen2_7b": ("7b", 25e9, 31e9), "step_dpo_qwen2_72b": ("72b", 65e9, 945e9), "sft_stage": ("7b", 25e9, 31e9),
+           "scdpo_mistral_7b": ("mistral", 21e9, 29e9), "scdpo_mistral_7b_code": ("mistral", 21e9, 29e9)}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_fit_by_count(tmp_path, recipe):
+    """The recipes' own command lines on 8 GPUs with 80 GB and 1 TB of main memory, with a fifth to spare."""
+    size, device, machine = RECIPES[recipe]
+    command = training_command(recipe, tmp_path)
+    assert command[0] == "launch"
+    found = counted(command, size)
+    assert found == (pytest.approx(device, rel=0.03), pytest.approx(machine, rel=0.03))
+    assert found[0] < 0.82 * 80e9 and found[1] < 1e12
+
+
+def test_commands_of_readme_and_docstring_fit_by_count():
+    import re
+
+    for text in ((ROOT / "README.md").read_text(), (ROOT / "configs" / "fsdp2.yaml").read_text(), stage(4).__doc__):
+        text = re.sub(r"\\\n#? +", "", text)
+        command = re.search(r"^(?:#? +)?accelerate (launch .*04_train_stepdpo.py[^#\n]*)", text, re.M)[1].split()
+        assert counted(command, "7b")[0] < 0.82 * 80e9
+
+
+def test_activations_are_what_autograd_keeps():
+    """A layer's, from the tensors that a forward pass under autocast keeps for two and for four layers."""
+    from transformers import Qwen2Config
+
+    train, kept = stage(4), {}
+    shape = {"hidden_size": 224, "intermediate_size": 1184, "num_attention_heads": 7, "num_key_value_heads": 1}
+    rows, width = 4, 160
+    for checkpointing in (False, True):
+        for layers in (2, 4):
+            config = Qwen2Config(**shape, num_hidden_layers=layers, vocab_size=64)
+            lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").train()
+            if checkpointing:
+                lm.gradient_checkpointing_enable({"use_reentrant": False})
+            tensors = []
+            keep = lambda tensor, tensors=tensors: tensors.append(tensor) or tensor
+            mask = torch.ones(rows, 1, width, width, dtype=torch.bool).tril()
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", dtype=torch.bfloat16):
+                lm.base_model(input_ids=torch.zeros(rows, width, dtype=torch.long), attention_mask=mask, use_cache=False)
+            found = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors if rows * width in tensor.shape or
+                     rows in tensor.shape[:1]}  # fmt: skip  # not weights, nor their copies in bf16
+            size = sum(tensor.untyped_storage().nbytes() for tensor in found.values() if tensor.shape[-2:] != (width, width))
+            args = train.Args(precision="bf16", gradient_checkpointing=checkpointing, tokens_per_batch=rows * width)
+            kept[checkpointing, layers] = size, train.memory(config, args, "copies", 1)["activations"]
+    for checkpointing in (False, True):
+        measured, count = (kept[checkpointing, 4][i] - kept[checkpointing, 2][i] for i in (0, 1))
+        assert count == pytest.approx(measured, rel=0.05), checkpointing
+
+
+def shaped_folder(folder, size: str):
+    """A model's folder with this shape and no weights, and the bundled tokenizer."""
+    from transformers import Qwen2Config
+
+    Qwen2Config(**QWEN2 | SIZES[size]).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY / "model").save_pretrained(folder)
+    return folder
+
+
+def test_what_does_not_fit_is_not_loaded(tmp_path):
+    """On this machine: 72B needs 1.3 TB by count. The weights that are missing are not looked for."""
+    model = shaped_folder(tmp_path / "72b", "72b")
+    write_pairs(tmp_path / "pairs.jsonl")
+    arguments = ["--data", tmp_path / "pairs.jsonl", "--model", model, "--out", tmp_path / "out"]
+    done = run(4, *arguments, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "error: by count a device needs" in done.stderr and "--ignore-memory" in done.stderr
+    assert "cannot be loaded" not in done.stderr
+    done = run(4, *arguments, "--ignore-memory", check=False)
+    assert "warning: by count a device needs" in done.stderr and "cannot be loaded" in done.stderr
+
+
+@pytest.mark.parametrize("size, world, gpus, said", [
+    ("7b", 8, 8, "configs/fsdp2.yaml --num_processes 8 with --gradient-checkpointing --tokens-per-batch 8192 (a device"),
+    ("7b", 1, 8, "configs/fsdp2.yaml --num_processes 8 with --gradient-checkpointing"),
+    ("7b", 1, 1, "configs/zero3_offload.yaml --num_processes 1 with"),
+    ("72b", 8, 8, "configs/zero3_offload.yaml --num_processes 8 with"),
+    ("72b", 1, 1, "nothing in configs/ fits; take more devices"),
+])  # fmt: skip
+def test_the_launch_file_that_fits_is_named(monkeypatch, capsys, size, world, gpus, said):
+    """GPUs with 80 GB and 1.1 TB of main memory, which are not here."""
+    from transformers import Qwen2Config
+
+    train, config = stage(4), Qwen2Config(**QWEN2 | SIZES[size])
+    sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": int(1.1e12 / 4096)}
+    monkeypatch.setattr(train.os, "sysconf", sizes.get)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=85e9))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    accelerator = SimpleNamespace(device=torch.device("cuda"), num_processes=world, distributed_type="MULTI_GPU")
+    pairs = train.Pairs()
+    pairs.add([1] * 300, [[2] * 200, [3] * 200])
+    train.warn.cache_clear()
+    with pytest.raises(SystemExit):
+        train.check_memory(config, train.Args(precision="bf16"), accelerator, pairs)
+    assert said in capsys.readouterr().err
+    saving = train.Args(precision="bf16", gradient_checkpointing=True, tokens_per_batch=8192)
+    accelerator.distributed_type = "FSDP"
+    if (size, gpus) == ("7b", 8):  # in silence
+        accelerator.num_processes = 8
+        train.check_memory(config, saving, accelerator, pairs)
+        assert not capsys.readouterr().err
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=26e9))
+        train.check_memory(config, saving, accelerator, pairs)
+        assert "warning: by count a device needs" in capsys.readouterr().err
+
+
+def test_estimate_counts_a_launch_file_without_its_gpus(tmp_path):
+    model = shaped_folder(tmp_path / "7b", "7b")
+    write_pairs(tmp_path / "pairs.jsonl")
+    given = ["--data", tmp_path / "pairs.jsonl", "--model", model, "--gradient-checkpointing", "--tokens-per-batch", 8192]
+    for config, count, device in (("fsdp2", 4, 37.49), ("zero3_offload", 8, 11.65), ("ddp", 8, 162.93)):
+        done = run("estimate", "--config_file", f"configs/{config}.yaml", "--num_processes", count, *given)
+        assert f"a device needs about {device}" in done.stderr and f"{count} H100" in done.stderr, done.stderr
+    done = run("estimate", "--config_file", tmp_path / "pairs.jsonl", *given, check=False)
+    assert done.returncode == 2 and "no launch file" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
