@@ -165,6 +165,7 @@ def test_one_of_two_machines_is_killed(world, tmp_path, started):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = ["--main_process_ip", "127.0.0.1", "--main_process_port", free.getsockname()[1]]
+    address += ["--rdzv_conf", "timeout=120"]
     logs = [tmp_path / f"machine-{rank}.log" for rank in (0, 1)]
 
     def start():
