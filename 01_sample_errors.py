@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 PROBE = "1 + 1 = ?"  # the problem of the prompt that stands in the settings
-MARK = "\ue000"  # the assistant's text while a template is rendered: many trim it, some take thoughts out of it
+MARK = "@@Steps so far@@"  # the assistant's text while a template is rendered: many trim it, some take thoughts out of it
 OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would move the token boundary
 # Sent with every request to a policy: what a request leaves out, vLLM's server takes from the model's generation_config.json,
 # which for Qwen2-Instruct means repetition_penalty 1.05 and top_k 20. The papers sampled with neither.
@@ -843,7 +843,7 @@ def render_prompt(tokenizer, problem: str, opening: str) -> str:
     except Exception as error:  # a template raises what it likes
         raise ValueError(f"the chat template fails: {error}") from error
     if not mark:
-        raise ValueError("the chat template leaves out what the assistant says")
+        raise ValueError("the chat template leaves out or changes the final message, which is the assistant's")
     # the model wrote this itself after `prompt`: its thoughts, or the space that Mistral's templates put before a turn
     thought = opening.startswith("<think>") or "</think>" in opening and prompt.endswith("<think>\n")
     spaced = opening.startswith(" ") and turn == prompt + " "

@@ -750,7 +750,7 @@ USER_TURN = "{problem}\nPlease reason step by step, and put your final answer wi
 # Copied from 01_sample_errors.py
 PROBE = "1 + 1 = ?"  # the problem of the prompt that stands in the settings
 # Copied from 01_sample_errors.py
-MARK = "\ue000"  # the assistant's text while a template is rendered: many trim it, some take thoughts out of it
+MARK = "@@Steps so far@@"  # the assistant's text while a template is rendered: many trim it, some take thoughts out of it
 # Copied from 01_sample_errors.py
 NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 # Copied from 01_sample_errors.py
@@ -1285,7 +1285,7 @@ def render_prompt(tokenizer, problem: str, opening: str) -> str:
     except Exception as error:  # a template raises what it likes
         raise ValueError(f"the chat template fails: {error}") from error
     if not mark:
-        raise ValueError("the chat template leaves out what the assistant says")
+        raise ValueError("the chat template leaves out or changes the final message, which is the assistant's")
     # the model wrote this itself after `prompt`: its thoughts, or the space that Mistral's templates put before a turn
     thought = opening.startswith("<think>") or "</think>" in opening and prompt.endswith("<think>\n")
     spaced = opening.startswith(" ") and turn == prompt + " "
