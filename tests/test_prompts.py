@@ -35,7 +35,8 @@ R1 = """{{- bos_token -}}
 {%- if add_generation_prompt -%}{{- '<assistant><think>\n' -}}{%- endif -%}"""
 ENDS = {LLAMA: "<|start_header_id|>assistant<|end_header_id|>\n\n", GEMMA: "<start_of_turn>model\n", MISTRAL: "[/INST] ",
         CHATML: "<|im_start|>assistant\n"}  # fmt: skip
-DATED = "{{- '<|im_start|>system\nToday Date: ' + (date_string or '25 Nov 2025') + '<|im_end|>\n' -}}" + CHATML
+DATED = "{{- '<|im_start|>system\nToday Date: ' + (date_string or '25 Nov 2025') + '<|im_end|>\n' -}}"
+DATED += CHATML.replace("message['content']", "message['content'] | trim")
 
 
 def model(folder, template: str = CHATML, bos: bool = True, eos: bool = False) -> str:
@@ -149,8 +150,10 @@ def refused(number: int, *arguments):
 
 
 def test_rows_of_another_prompt_are_not_mixed(scripted, tmp_path):  # noqa: F811
-    """A template is edited between two runs, as a date would: 01, 02, 03 and 05 refuse; with the date of then 01 resumes."""
-    scripted.script = lambda n, body: "good"
+    """A template is edited between two runs, as a date would: 01, 02, 03 and 05 refuse; with the date of then 01 resumes.
+    It trims turns, and 02 asks for rollouts behind a line."""
+    prompts = []
+    scripted.script = lambda n, body: prompts.append(body["prompt"]) or "good"
     template, problem = tmp_path / "dated.jinja", {"id": "a", "problem": "1 + 1?", "answer": "2"}
     sampled = problem | {"sample": 0, "response": "It is 3.\nSo \\boxed{3}.", "steps": ["It is 3.\n", "So \\boxed{3}."],
                          "correct": False, "finish_reason": "stop", "error_step": 1}  # fmt: skip
@@ -174,6 +177,8 @@ def test_rows_of_another_prompt_are_not_mixed(scripted, tmp_path):  # noqa: F811
         if number == 1:
             run(number, *arguments, "--chat-template-kwargs", json.dumps({"date_string": "25 Nov 2025"}))
         assert scripted.count == before
+    tokenizer = stage(2).load_tokenizer(str(TINY / "model"), template, "{}")
+    assert sum(tokenizer.decode(ids).endswith("assistant\nIt is 3.\n") for ids in prompts)
 
 
 @pytest.mark.slow
