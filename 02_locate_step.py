@@ -187,8 +187,8 @@ class Args:
 
 
 SETTINGS = {  # what a row depends on
-    "rollout": ("temperature", "top_p", "max_tokens", "rollouts", "linear", "all_rollouts", "chat_template",
-                "chat_template_kwargs", "opening", "split", "rounds"),
+    "rollout": ("temperature", "top_p", "max_tokens", "rollouts", "linear", "all_rollouts", "opening", "split",
+                "rounds"),
     "judge": ("judge_model", "judge_temperature", "judge_max_tokens", "neutral", "votes", "min_agreement", "retries",
               "missing_diagrams"),
     "scores": ("threshold",),
@@ -406,8 +406,9 @@ def check_scores(path: Path):
 
 
 @contextlib.asynccontextmanager
-async def scores_locator(args: Args, grader, solvable, keep, spent: Counter, rows: int):
+async def scores_locator(args: Args, tokenizer, grader, solvable, keep, spent: Counter, rows: int):
     """Yields `await locate(row)` -> {"error_step", "locator", "reason"} by the row's own scores, and how many at a time."""
+
     async def locate(row: dict) -> dict:
         found, scores = {"error_step": None, "locator": "scores"}, row["step_scores"]
         if not row["steps"]:
@@ -421,7 +422,7 @@ async def scores_locator(args: Args, grader, solvable, keep, spent: Counter, row
 
 
 @contextlib.asynccontextmanager
-async def judge_locator(args: Args, grader, solvable, keep, spent: Counter, rows: int):
+async def judge_locator(args: Args, tokenizer, grader, solvable, keep, spent: Counter, rows: int):
     """Yields `await locate(row)`, see by_judge(), which gives None when --max-cost is spent; and how many rows at a time."""
     limit = math.inf if args.max_cost is None else args.max_cost
     async with judge(args) as (ask, places):
@@ -435,10 +436,10 @@ async def judge_locator(args: Args, grader, solvable, keep, spent: Counter, rows
 
 
 @contextlib.asynccontextmanager
-async def rollout_locator(args: Args, grader: Grader, solvable: set[str], keep: Output | None, spent: Counter, rows: int):
+async def rollout_locator(args: Args, tokenizer, grader: Grader, solvable: set[str], keep: Output | None, spent: Counter,
+                          rows: int):  # fmt: skip
     """Yields `await locate(row)`, see by_rollouts(), and how many rows at a time; `keep` gets the continuations."""
     kept = {identity(row) for row in keep.rows} if keep else set()
-    tokenizer = load_tokenizer(args.tokenizer or args.model, args.chat_template, args.chat_template_kwargs)
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
     async with interpreter(args) as run_code, engine(args, args.model, rows) as generate:
         solve = Solver(args, generate, tokenizer, run_code)
@@ -549,8 +550,8 @@ def check_steps(args: Args, rows: list[dict], *outputs: Output):
                      "give another --out")  # fmt: skip
 
 
-async def locate_all(args: Args, rows: list[dict], solvable: set[str], output: Output, left: Output | None, keep: Output | None,
-                     grader: Grader) -> dict[str, Counter]:  # fmt: skip
+async def locate_all(args: Args, rows: list[dict], solvable: set[str], tokenizer, output: Output, left: Output | None,
+                     keep: Output | None, grader: Grader) -> dict[str, Counter]:  # fmt: skip
     """Locate the rows that are not done, by one locator or two in turn. Returns the cost of each.
 
     `left` keeps what the first says of the rows that the second is to look at, `keep` the rollouts."""
@@ -567,7 +568,7 @@ async def locate_all(args: Args, rows: list[dict], solvable: set[str], output: O
     async def ask(name: str, done: set):
         if not (todo := [row for row in rows if identity(row) not in done]):
             return
-        async with LOCATORS[name](args, grader, solvable, keep, spent[name], len(done)) as (locate, places):
+        async with LOCATORS[name](args, tokenizer, grader, solvable, keep, spent[name], len(done)) as (locate, places):
 
             async def work(row: dict):
                 found = await locate(row)
@@ -612,7 +613,10 @@ def main(args: Args):
     began = time.time()
     settings = {"stage": "02_locate_step", "locator": args.locator, "fallback": args.fallback, "seed": args.seed}
     settings |= {name: getattr(args, name) for kind in (*used, args.locator) for name in SETTINGS[kind]}
-    settings |= NEUTRAL | {"model": model_id(args.model), "prompt": USER_TURN} if "rollout" in used else {}
+    tokenizer = None
+    if "rollout" in used:
+        tokenizer = load_tokenizer(args.tokenizer or args.model, args.chat_template, args.chat_template_kwargs)
+        settings |= NEUTRAL | {"model": model_id(args.model), "prompt": render_prompt(tokenizer, PROBE, args.opening)}
     settings |= {"prm": ", ".join(sorted({str(row.get("prm")) for row in rows}))} if "scores" in used else {}
     settings |= {"judge_prompt": hashlib.sha256(JUDGE_PROMPT.encode()).hexdigest()[:16]} if "judge" in used else {}
     if args.estimate:
@@ -621,7 +625,7 @@ def main(args: Args):
         paths = args.out, len(used) > 1 and args.out.with_suffix(".open.jsonl"), args.keep_rollouts
         files = [opened.enter_context(contextlib.closing(Output(path, settings))) if path else None for path in paths]
         grader = opened.enter_context(contextlib.closing(Grader()))
-        spent = asyncio.run(locate_all(args, rows, solvable, *files, grader))
+        spent = asyncio.run(locate_all(args, rows, solvable, tokenizer, *files, grader))
         report(args, rows, files[0], spent, grader.kills, time.time() - began)
 
 
@@ -650,6 +654,10 @@ def report(args: Args, rows: list[dict], output: Output, spent: dict[str, Counte
 
 # Copied from 01_sample_errors.py
 USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+# Copied from 01_sample_errors.py
+PROBE = "1 + 1 = ?"  # the problem of the prompt that stands in the settings
+# Copied from 01_sample_errors.py
+MARK = "@@Steps so far@@"  # the assistant's text while a template is rendered: many trim it, some take thoughts out of it
 # Copied from 01_sample_errors.py
 NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 # Copied from 01_sample_errors.py
@@ -800,7 +808,7 @@ class Output:
         for name, new in self.settings.items():
             old = meta["settings"].get(name)
             if old != new:
-                stop(f"{self.path} was made with {name} = {old!r}, now it is {new!r}; "
+                stop(f"{self.path} was made with {difference(name, old, new)}; "
                      "take the old setting, give another --out, or remove the file")  # fmt: skip
         self.rows, self.began = read_rows(self.path, ()), self.began - meta["seconds"]
         print(f"{self.path}: {len(self.rows)} rows are there already", file=sys.stderr)
@@ -855,6 +863,17 @@ FORMULA = re.compile(  # no sentence ends in one; "$5. Then" is money
 )
 # Copied from 01_sample_errors.py
 NO_END = re.compile(r"\b(?:Mrs?|Ms|Dr|St|No|vs|e\.g|i\.e|cf|approx|Fig|Eq|resp|Step \d+)\.$|^\s*\(?(?:\d\d?|[A-Za-z])[.)]$")
+
+
+# Copied from 01_sample_errors.py
+def difference(name: str, old, new) -> str:
+    """What a message says of a setting that has changed; of a prompt, the place where it has."""
+    if name != "prompt":
+        return f"{name} = {old!r}, now it is {new!r}"
+    start = max(0, len(os.path.commonprefix([str(old), new])) - 40)
+    old, new = (repr(text[start : start + 80]) for text in (str(old), new))
+    return (f"prompt = ...{old}..., now it is ...{new}... (a date in it can be set where the template takes one: "
+            "--chat-template-kwargs '{\"date_string\": \"26 Jul 2024\"}')")  # fmt: skip
 
 
 # Copied from 01_sample_errors.py
@@ -1221,27 +1240,33 @@ def load_tokenizer(model: str, template: Path | None, switches: str, chat: bool 
         if template:
             tokenizer.chat_template = template.read_text()
         tokenizer.switches = json.loads(switches)
-        if chat:
-            render_prompt(tokenizer, "1 + 1 = ?", "Step 1:")
+        prompt, bos = render_prompt(tokenizer, PROBE, "Step 1:") if chat else "", tokenizer.bos_token
     except (OSError, ValueError) as error:
         given = f", --chat-template {template}" * bool(template) + f", --chat-template-kwargs {switches}" * (switches != "{}")
         stop(f"--model {model}{given}: {str(error).splitlines()[0]}")
+    if chat and bos and bos not in prompt and tokenizer(PROBE)["input_ids"][0] == tokenizer.bos_token_id:
+        print(f"{model}: its chat template renders no {bos}, which its tokenizer puts before plain text; if it was trained "
+              "with one, give a --chat-template that begins with {{ bos_token }}", file=sys.stderr)  # fmt: skip
     return tokenizer
 
 
 # Copied from 01_sample_errors.py
 def render_prompt(tokenizer, problem: str, opening: str) -> str:
-    """What the model sees: the problem, and the assistant's `opening`, to be gone on with. ValueError: the template fails."""
-    turns = [{"role": "user", "content": USER_TURN.format(problem=problem)}]
-    turns += [{"role": "assistant", "content": opening}] if opening else []
-    how = {"continue_final_message": True} if opening else {"add_generation_prompt": True}
+    """What the model sees: the problem, and the assistant's `opening` as it is, to be continued. A template that wants the
+    problem without USER_TURN's sentence takes it from message['problem']. ValueError: the template fails."""
+    user = {"role": "user", "content": USER_TURN.format(problem=problem), "problem": problem}
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, **how, **getattr(tokenizer, "switches", {}))
+        render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **getattr(tokenizer, "switches", {}))
+        prompt = render([user], add_generation_prompt=True)
+        turn, mark, _ = render([user, {"role": "assistant", "content": MARK}]).rpartition(MARK)
     except Exception as error:  # a template raises what it likes
         raise ValueError(f"the chat template fails: {error}") from error
-    if not text.endswith(opening):
-        raise ValueError(f"the chat template does not end the prompt with the given steps but with {text[-60:]!r}")
-    return text
+    if not mark:
+        raise ValueError("the chat template leaves out or changes the final message, which is the assistant's")
+    # the model wrote this itself after `prompt`: its thoughts, or the space that Mistral's templates put before a turn
+    thought = opening.startswith("<think>") or "</think>" in opening and prompt.endswith("<think>\n")
+    spaced = opening.startswith(" ") and turn == prompt + " "
+    return (prompt if thought or spaced or not opening else turn) + opening
 
 
 # Copied from 01_sample_errors.py

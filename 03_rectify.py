@@ -373,7 +373,7 @@ def pair_up(args: Args, rows: list[dict]) -> tuple[list[dict], Counter]:
     return pairs, count
 
 
-async def make_all(args: Args, problems: dict[str, list[dict]], rollouts: dict, tries: Output, grader: Grader):
+async def make_all(args: Args, problems: dict[str, list[dict]], rollouts: dict, tokenizer, tries: Output, grader: Grader):
     """Make the pairs of the problems that are not done yet; `tries` gets a row a problem.
 
     `await go_on(row, prefix, seed, n, **sampling)` gives n continuations of a solution's first steps; see complete()."""
@@ -381,7 +381,6 @@ async def make_all(args: Args, problems: dict[str, list[dict]], rollouts: dict, 
     todo, places = [rows for identity, rows in problems.items() if identity not in done], 1
     async with contextlib.AsyncExitStack() as stack:
         if args.method != "dpo" and todo:
-            tokenizer = load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs)
             run_code = await stack.enter_async_context(interpreter(args))
             generate = await stack.enter_async_context(engine(args, model, len(done)))
             solve = Solver(args, generate, tokenizer, run_code)
@@ -426,10 +425,9 @@ def load_rollouts(args: Args, settings: dict) -> dict[tuple, list[dict]]:
     meta = Path(f"{args.rollouts}.meta.json")
     rows = read_rows(args.rollouts, ("id", "rollouts"))
     made = json.loads(meta.read_text())["settings"] if meta.exists() else stop(f"{meta} is missing; see 02 --keep-rollouts")
-    names = ("model", "temperature", "top_p", "max_tokens", "chat_template", "chat_template_kwargs", "opening", "split")
-    for name in (*names, *NEUTRAL):
-        if made.get(name) != json.loads(json.dumps(settings[name], default=str)):
-            stop(f"{args.rollouts} was made with {name} = {made.get(name)!r}, here it is {settings[name]!r}")
+    for name in ("model", "temperature", "top_p", "max_tokens", "opening", "prompt", "split", *NEUTRAL):
+        if made.get(name) != settings[name]:
+            stop(f"{args.rollouts} was made with {difference(name, made.get(name), settings[name])}")
     return {(row["id"], row["sample"], int(k)): found for row in rows for k, found in row["rollouts"].items()}
 
 
@@ -472,17 +470,18 @@ def main(args: Args):
     began, problems, digest = time.time(), load_input(args), lambda data: hashlib.sha256(data).hexdigest()[:16]
     settings = {"stage": "03_rectify", "method": args.method, "seed": args.seed} | {name: getattr(args, name) for name in own}
     settings |= {name: getattr(args, name) for name in ("opening", "split", "rounds")}
+    tokenizer, model = None, args.rectifier or args.model
     if args.method != "dpo":
-        names = ("chat_template", "chat_template_kwargs", "top_p", "max_tokens")
-        settings |= {name: getattr(args, name) for name in names} | NEUTRAL
-        settings |= {"model": model_id(args.rectifier or args.model), "prompt": USER_TURN}
+        tokenizer = load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs)
+        settings |= {"top_p": args.top_p, "max_tokens": args.max_tokens} | NEUTRAL
+        settings |= {"model": model_id(model), "prompt": render_prompt(tokenizer, PROBE, args.opening)}
     rollouts = load_rollouts(args, settings) if args.rollouts else {}
     settings[own[0]] = digest(json.dumps(problems).encode())  # sorted: the file's order does not count
     settings["rollouts"] = digest(args.rollouts.read_bytes()) if rollouts else None
     tries, grader = Output(tries_path, settings), Grader()
     before = len(tries.rows)
     try:
-        asyncio.run(make_all(args, problems, rollouts, tries, grader))
+        asyncio.run(make_all(args, problems, rollouts, tokenizer, tries, grader))
         tokens = sum(row["count"].get("tokens", 0) for row in tries.rows[before:])
         write_pairs(args, problems, tries, grader.kills, tokens, time.time() - began)
     finally:
@@ -496,6 +495,10 @@ def main(args: Args):
 
 # Copied from 01_sample_errors.py
 USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+# Copied from 01_sample_errors.py
+PROBE = "1 + 1 = ?"  # the problem of the prompt that stands in the settings
+# Copied from 01_sample_errors.py
+MARK = "@@Steps so far@@"  # the assistant's text while a template is rendered: many trim it, some take thoughts out of it
 # Copied from 01_sample_errors.py
 NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 # Copied from 01_sample_errors.py
@@ -646,7 +649,7 @@ class Output:
         for name, new in self.settings.items():
             old = meta["settings"].get(name)
             if old != new:
-                stop(f"{self.path} was made with {name} = {old!r}, now it is {new!r}; "
+                stop(f"{self.path} was made with {difference(name, old, new)}; "
                      "take the old setting, give another --out, or remove the file")  # fmt: skip
         self.rows, self.began = read_rows(self.path, ()), self.began - meta["seconds"]
         print(f"{self.path}: {len(self.rows)} rows are there already", file=sys.stderr)
@@ -701,6 +704,17 @@ FORMULA = re.compile(  # no sentence ends in one; "$5. Then" is money
 )
 # Copied from 01_sample_errors.py
 NO_END = re.compile(r"\b(?:Mrs?|Ms|Dr|St|No|vs|e\.g|i\.e|cf|approx|Fig|Eq|resp|Step \d+)\.$|^\s*\(?(?:\d\d?|[A-Za-z])[.)]$")
+
+
+# Copied from 01_sample_errors.py
+def difference(name: str, old, new) -> str:
+    """What a message says of a setting that has changed; of a prompt, the place where it has."""
+    if name != "prompt":
+        return f"{name} = {old!r}, now it is {new!r}"
+    start = max(0, len(os.path.commonprefix([str(old), new])) - 40)
+    old, new = (repr(text[start : start + 80]) for text in (str(old), new))
+    return (f"prompt = ...{old}..., now it is ...{new}... (a date in it can be set where the template takes one: "
+            "--chat-template-kwargs '{\"date_string\": \"26 Jul 2024\"}')")  # fmt: skip
 
 
 # Copied from 01_sample_errors.py
@@ -1067,27 +1081,33 @@ def load_tokenizer(model: str, template: Path | None, switches: str, chat: bool 
         if template:
             tokenizer.chat_template = template.read_text()
         tokenizer.switches = json.loads(switches)
-        if chat:
-            render_prompt(tokenizer, "1 + 1 = ?", "Step 1:")
+        prompt, bos = render_prompt(tokenizer, PROBE, "Step 1:") if chat else "", tokenizer.bos_token
     except (OSError, ValueError) as error:
         given = f", --chat-template {template}" * bool(template) + f", --chat-template-kwargs {switches}" * (switches != "{}")
         stop(f"--model {model}{given}: {str(error).splitlines()[0]}")
+    if chat and bos and bos not in prompt and tokenizer(PROBE)["input_ids"][0] == tokenizer.bos_token_id:
+        print(f"{model}: its chat template renders no {bos}, which its tokenizer puts before plain text; if it was trained "
+              "with one, give a --chat-template that begins with {{ bos_token }}", file=sys.stderr)  # fmt: skip
     return tokenizer
 
 
 # Copied from 01_sample_errors.py
 def render_prompt(tokenizer, problem: str, opening: str) -> str:
-    """What the model sees: the problem, and the assistant's `opening`, to be gone on with. ValueError: the template fails."""
-    turns = [{"role": "user", "content": USER_TURN.format(problem=problem)}]
-    turns += [{"role": "assistant", "content": opening}] if opening else []
-    how = {"continue_final_message": True} if opening else {"add_generation_prompt": True}
+    """What the model sees: the problem, and the assistant's `opening` as it is, to be continued. A template that wants the
+    problem without USER_TURN's sentence takes it from message['problem']. ValueError: the template fails."""
+    user = {"role": "user", "content": USER_TURN.format(problem=problem), "problem": problem}
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, **how, **getattr(tokenizer, "switches", {}))
+        render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **getattr(tokenizer, "switches", {}))
+        prompt = render([user], add_generation_prompt=True)
+        turn, mark, _ = render([user, {"role": "assistant", "content": MARK}]).rpartition(MARK)
     except Exception as error:  # a template raises what it likes
         raise ValueError(f"the chat template fails: {error}") from error
-    if not text.endswith(opening):
-        raise ValueError(f"the chat template does not end the prompt with the given steps but with {text[-60:]!r}")
-    return text
+    if not mark:
+        raise ValueError("the chat template leaves out or changes the final message, which is the assistant's")
+    # the model wrote this itself after `prompt`: its thoughts, or the space that Mistral's templates put before a turn
+    thought = opening.startswith("<think>") or "</think>" in opening and prompt.endswith("<think>\n")
+    spaced = opening.startswith(" ") and turn == prompt + " "
+    return (prompt if thought or spaced or not opening else turn) + opening
 
 
 # Copied from 01_sample_errors.py

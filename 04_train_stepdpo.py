@@ -69,6 +69,10 @@ from transformers.utils import cached_file
 
 # Copied from 01_sample_errors.py
 USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+# Copied from 01_sample_errors.py
+PROBE = "1 + 1 = ?"  # the problem of the prompt that stands in the settings
+# Copied from 01_sample_errors.py
+MARK = "@@Steps so far@@"  # the assistant's text while a template is rendered: many trim it, some take thoughts out of it
 MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm
 LOGITS_CHUNK = 1024  # suffix positions whose logits stand in memory at once
 STEP_FIELDS = ("prompt", "initial_reason_steps", "chosen", "rejected", "full_chosen", "full_rejected")
@@ -165,12 +169,12 @@ def main(args: Args):
     accelerator, tokenizer, pairs, val_pairs = start(args)
     if fault := from_first(accelerator, lambda: lock_out(args.out)):
         stop(fault)
-    if from_first(accelerator, lambda: is_finished(args, pairs, val_pairs)):
+    if from_first(accelerator, lambda: is_finished(args, tokenizer, pairs, val_pairs)):
         print_main(f"{args.out}: finished, nothing to do")
         return accelerator.end_training()
     lm, dtype = load_model(args, accelerator, pairs)
     weights = from_first(accelerator, lambda: weights_hash(args.model))
-    settings = settings_of(args, weights, pairs, val_pairs)
+    settings = settings_of(args, tokenizer, weights, pairs, val_pairs)
     resume, done = checkpoint_to_resume(accelerator, args, settings)
 
     adapters = add_lora(lm, args) if args.lora_rank else None
@@ -512,7 +516,7 @@ def encode(row: dict, tokenizer, sides: str = "step") -> tuple[list[int], list[l
     elif "solution" in row:
         text, texts = render_prompt(tokenizer, row["problem"], ""), [row["solution"]]
     elif "prompt" not in row:
-        text = render_turns([*row["chosen"][:-1], {"role": "assistant", "content": []}])
+        text, special = render_turns([*row["chosen"][:-1], {"role": "assistant", "content": []}]), True
         texts = [render_turns(row[side])[len(text) :] for side in ("chosen", "rejected")]
         if not render_turns(row["rejected"]).startswith(text):
             raise TypeError("chosen and rejected differ before their last turn")
@@ -1036,17 +1040,17 @@ def from_first(accelerator: Accelerator, find):
     return found[0]
 
 
-def settings_of(args: Args, weights: str, pairs: Pairs, val_pairs: Pairs | None) -> dict[str, str]:
+def settings_of(args: Args, tokenizer, weights: str, pairs: Pairs, val_pairs: Pairs | None) -> dict[str, str]:
     """What a run that is gone on with must have in common with its beginning."""
     free = {"out", "save_steps", "eval_steps", "log_steps", "keep", "data", "validation", "tokens_per_batch", "tracker",
-            "lora_save", "ignore_memory"}  # fmt: skip
+            "lora_save", "ignore_memory", "chat_template", "chat_template_kwargs"}  # fmt: skip
     hashes = "".join(some.digest() + str(some.signals.tolist()) for some in (pairs, val_pairs) if some)
     settings = {name: str(value) for name, value in asdict(args).items() if name not in free}
     code = inspect.getsource(dpo_loss) + inspect.getsource(measure)
     texts = {"pairs": hashes, "code of the loss": code}  # an edited loss is another run
-    return (
-        settings | {"weights": weights[:16]} | {name: hashlib.sha256(t.encode()).hexdigest()[:16] for name, t in texts.items()}
-    )
+    # compared in this order: another prompt makes other pairs
+    settings |= {"weights": weights[:16], "prompt": render_prompt(tokenizer, PROBE, "Step 1:")}
+    return settings | {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
 
 
 def lock_out(out: Path) -> str:
@@ -1065,12 +1069,12 @@ def lock_out(out: Path) -> str:
     return ""
 
 
-def is_finished(args: Args, pairs: Pairs, val_pairs: Pairs | None) -> bool:
+def is_finished(args: Args, tokenizer, pairs: Pairs, val_pairs: Pairs | None) -> bool:
     """Whether OUT holds what this run would make."""
     path = args.out / "training.json"
     if not path.exists() or not any(args.out.glob("*.safetensors")):
         return False
-    old, settings = json.loads(path.read_text()), settings_of(args, weights_hash(args.model), pairs, val_pairs)
+    old, settings = json.loads(path.read_text()), settings_of(args, tokenizer, weights_hash(args.model), pairs, val_pairs)
     return old["settings"] == settings and old["arguments"]["lora_save"] == args.lora_save
 
 
@@ -1088,7 +1092,7 @@ def checkpoint_to_resume(accelerator: Accelerator, args: Args, settings: dict) -
     old = json.loads(state.read_text())
     for name, value in settings.items():
         if old["settings"].get(name) != value:
-            stop(f"{made} was made with {name} = {old['settings'].get(name)!r}, now it is {value!r}; "
+            stop(f"{made} was made with {difference(name, old['settings'].get(name), value)}; "
                  "take the old setting or give another --out")  # fmt: skip
     return resume, old["step"] if resume else 0
 
@@ -1258,6 +1262,17 @@ def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
 
 
 # Copied from 01_sample_errors.py
+def difference(name: str, old, new) -> str:
+    """What a message says of a setting that has changed; of a prompt, the place where it has."""
+    if name != "prompt":
+        return f"{name} = {old!r}, now it is {new!r}"
+    start = max(0, len(os.path.commonprefix([str(old), new])) - 40)
+    old, new = (repr(text[start : start + 80]) for text in (str(old), new))
+    return (f"prompt = ...{old}..., now it is ...{new}... (a date in it can be set where the template takes one: "
+            "--chat-template-kwargs '{\"date_string\": \"26 Jul 2024\"}')")  # fmt: skip
+
+
+# Copied from 01_sample_errors.py
 def load_tokenizer(model: str, template: Path | None, switches: str, chat: bool = True):
     """The tokenizer of a folder or hub id, with the chat template and the template's switches (JSON) that will be used, unless
     the prompt is to be no `chat`."""
@@ -1274,27 +1289,33 @@ def load_tokenizer(model: str, template: Path | None, switches: str, chat: bool 
         if template:
             tokenizer.chat_template = template.read_text()
         tokenizer.switches = json.loads(switches)
-        if chat:
-            render_prompt(tokenizer, "1 + 1 = ?", "Step 1:")
+        prompt, bos = render_prompt(tokenizer, PROBE, "Step 1:") if chat else "", tokenizer.bos_token
     except (OSError, ValueError) as error:
         given = f", --chat-template {template}" * bool(template) + f", --chat-template-kwargs {switches}" * (switches != "{}")
         stop(f"--model {model}{given}: {str(error).splitlines()[0]}")
+    if chat and bos and bos not in prompt and tokenizer(PROBE)["input_ids"][0] == tokenizer.bos_token_id:
+        print(f"{model}: its chat template renders no {bos}, which its tokenizer puts before plain text; if it was trained "
+              "with one, give a --chat-template that begins with {{ bos_token }}", file=sys.stderr)  # fmt: skip
     return tokenizer
 
 
 # Copied from 01_sample_errors.py
 def render_prompt(tokenizer, problem: str, opening: str) -> str:
-    """What the model sees: the problem, and the assistant's `opening`, to be gone on with. ValueError: the template fails."""
-    turns = [{"role": "user", "content": USER_TURN.format(problem=problem)}]
-    turns += [{"role": "assistant", "content": opening}] if opening else []
-    how = {"continue_final_message": True} if opening else {"add_generation_prompt": True}
+    """What the model sees: the problem, and the assistant's `opening` as it is, to be continued. A template that wants the
+    problem without USER_TURN's sentence takes it from message['problem']. ValueError: the template fails."""
+    user = {"role": "user", "content": USER_TURN.format(problem=problem), "problem": problem}
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, **how, **getattr(tokenizer, "switches", {}))
+        render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **getattr(tokenizer, "switches", {}))
+        prompt = render([user], add_generation_prompt=True)
+        turn, mark, _ = render([user, {"role": "assistant", "content": MARK}]).rpartition(MARK)
     except Exception as error:  # a template raises what it likes
         raise ValueError(f"the chat template fails: {error}") from error
-    if not text.endswith(opening):
-        raise ValueError(f"the chat template does not end the prompt with the given steps but with {text[-60:]!r}")
-    return text
+    if not mark:
+        raise ValueError("the chat template leaves out or changes the final message, which is the assistant's")
+    # the model wrote this itself after `prompt`: its thoughts, or the space that Mistral's templates put before a turn
+    thought = opening.startswith("<think>") or "</think>" in opening and prompt.endswith("<think>\n")
+    spaced = opening.startswith(" ") and turn == prompt + " "
+    return (prompt if thought or spaced or not opening else turn) + opening
 
 
 # Copied from 01_sample_errors.py

@@ -60,6 +60,10 @@ USER_TURN = "{problem}\nPlease reason step by step, and put your final answer wi
 # Copied from 01_sample_errors.py
 NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 # Copied from 01_sample_errors.py
+PROBE = "1 + 1 = ?"  # the problem of the prompt that stands in the settings
+# Copied from 01_sample_errors.py
+MARK = "@@Steps so far@@"  # the assistant's text while a template is rendered: many trim it, some take thoughts out of it
+# Copied from 01_sample_errors.py
 OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would move the token boundary
 ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately completes the request."
           "\n\n### Instruction:\n{problem}\n\n### Response: ")  # fmt: skip
@@ -135,6 +139,9 @@ def main(args: Args):
         stop("--data: the same name twice")
     if args.protocol != "strict" and (args.chat_template or args.chat_template_kwargs != "{}"):
         stop(f"--chat-template and its switches have no effect with --protocol {args.protocol}, whose prompt is raw text")
+    if args.protocol != "strict" and args.split == "blocks":
+        stop(f"--protocol {args.protocol} runs no code: leave out --split blocks; or, for SCDPO's evaluation with code, give "
+             '--chat-template data/templates/code_evaluation.jinja --opening "" instead of --protocol')  # fmt: skip
     groups = model_groups(args.models)
     tables, runs = evaluate(args, groups)
     summary = summary_of(groups, tables, vars(args), args.protocol, args.seed) | {"runs": runs}
@@ -204,9 +211,11 @@ def path_of(args: Args, benchmark: str, model: str) -> Path:
 
 def answer_model(args: Args, model: str, benchmarks: dict[str, list[dict]], place: dict) -> dict:
     """Answer what a model has not answered yet; returns counts. `place` of the model in the report goes into the meta files."""
-    fixed = ("protocol", "chat_template", "chat_template_kwargs", "opening", "split", "rounds", "temperature", "top_p",
-             "max_tokens", "seed")  # fmt: skip
-    settings = {name: getattr(args, name) for name in fixed} | NEUTRAL | {"prompt": USER_TURN, "model": model_id(model)}
+    fixed = ("protocol", "opening", "split", "rounds", "temperature", "top_p", "max_tokens", "seed")
+    raw, opening = PROTOCOLS.get(args.protocol, ("", args.opening))
+    tokenizer = load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs, chat=not raw)
+    prompt = raw.format(problem=PROBE) + opening if raw else render_prompt(tokenizer, PROBE, opening)
+    settings = {name: getattr(args, name) for name in fixed} | NEUTRAL | {"prompt": prompt, "model": model_id(model)}
     todo = []
     with contextlib.ExitStack() as opened:
         files = {name: Output(path_of(args, name, model), settings) for name in benchmarks}
@@ -214,7 +223,7 @@ def answer_model(args: Args, model: str, benchmarks: dict[str, list[dict]], plac
             opened.enter_context(contextlib.closing(output))
             output.save_meta(finished=False, **place)
             todo += missing(benchmarks[name], args.samples, output)
-        counts = asyncio.run(answer_all(args, model, todo)) if todo else {}
+        counts = asyncio.run(answer_all(args, model, tokenizer, todo)) if todo else {}
         for output in files.values():
             output.save_meta(finished=True, seeded_requests=bool(args.base_url) or seeds_requests(args.top_p), **place)
     return counts
@@ -246,24 +255,22 @@ def missing(problems: list[dict], samples: int, output: Output) -> list[tuple[di
     return found
 
 
-async def answer_all(args: Args, model: str, todo: list[tuple[dict, int, Output]]) -> dict:
+async def answer_all(args: Args, model: str, tokenizer, todo: list[tuple[dict, int, Output]]) -> dict:
     """Answer and grade (problem, sample, file to write to). Returns counts."""
-    strict, (template, opening) = args.protocol == "strict", PROTOCOLS.get(args.protocol, ("", args.opening))
-    tokenizer = load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs, chat=strict)
+    raw, opening = PROTOCOLS.get(args.protocol, ("", args.opening))
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
     grader, tokens = Grader(), 0
-    if not strict:
-        print(f"first prompt: {template.format(problem=todo[0][0]['problem']) + opening!r}", file=sys.stderr)
+    if raw:
+        print(f"first prompt: {raw.format(problem=todo[0][0]['problem']) + opening!r}", file=sys.stderr)
 
     async def work(item: tuple[dict, int, Output]):
         nonlocal tokens
         problem, sample, output = item
         seed = seed_of(args.seed, "eval", problem["id"], *([sample] if sample else []))
-        if strict:
+        if raw:
+            [found] = await generate(text_ids(tokenizer, raw.format(problem=problem["problem"]) + opening), seed, **sampling)
+        else:
             [found] = await solve(problem["problem"], opening, seed, **sampling)
-        else:  # with the special tokens that LLM.generate gives a text, as the authors' code does
-            prompt = tokenizer(template.format(problem=problem["problem"]) + opening)["input_ids"]
-            [found] = await generate(prompt, seed, **sampling)
         row = problem | {
             "sample": sample,
             "opening": opening,
@@ -287,6 +294,13 @@ async def answer_all(args: Args, model: str, todo: list[tuple[dict, int, Output]
     rate = round(tokens / seconds)
     found = {"gradings killed": grader.kills, "tokens": tokens, "tokens/s": rate, "seconds": round(seconds, 1)}
     return found | {name: round(number, 1) for name, number in solve.count.items()}
+
+
+def text_ids(tokenizer, text: str) -> list[int]:
+    """Token ids of a raw prompt as the authors' LLM.generate has them: with the BOS that the tokenizer puts before a text, but
+    without the EOS that some put after it."""
+    ids = tokenizer(text)["input_ids"]
+    return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
 
 
 async def grade(row: dict, grader: Grader) -> dict:
@@ -779,6 +793,17 @@ def save(path: Path, text: str):
 
 
 # Copied from 01_sample_errors.py
+def difference(name: str, old, new) -> str:
+    """What a message says of a setting that has changed; of a prompt, the place where it has."""
+    if name != "prompt":
+        return f"{name} = {old!r}, now it is {new!r}"
+    start = max(0, len(os.path.commonprefix([str(old), new])) - 40)
+    old, new = (repr(text[start : start + 80]) for text in (str(old), new))
+    return (f"prompt = ...{old}..., now it is ...{new}... (a date in it can be set where the template takes one: "
+            "--chat-template-kwargs '{\"date_string\": \"26 Jul 2024\"}')")  # fmt: skip
+
+
+# Copied from 01_sample_errors.py
 class Output:
     """A JSON Lines file that grows row by row and can be gone on with after a kill; a torn last line is cut.
 
@@ -814,7 +839,7 @@ class Output:
         for name, new in self.settings.items():
             old = meta["settings"].get(name)
             if old != new:
-                stop(f"{self.path} was made with {name} = {old!r}, now it is {new!r}; "
+                stop(f"{self.path} was made with {difference(name, old, new)}; "
                      "take the old setting, give another --out, or remove the file")  # fmt: skip
         self.rows, self.began = read_rows(self.path, ()), self.began - meta["seconds"]
         print(f"{self.path}: {len(self.rows)} rows are there already", file=sys.stderr)
@@ -1330,27 +1355,33 @@ def load_tokenizer(model: str, template: Path | None, switches: str, chat: bool 
         if template:
             tokenizer.chat_template = template.read_text()
         tokenizer.switches = json.loads(switches)
-        if chat:
-            render_prompt(tokenizer, "1 + 1 = ?", "Step 1:")
+        prompt, bos = render_prompt(tokenizer, PROBE, "Step 1:") if chat else "", tokenizer.bos_token
     except (OSError, ValueError) as error:
         given = f", --chat-template {template}" * bool(template) + f", --chat-template-kwargs {switches}" * (switches != "{}")
         stop(f"--model {model}{given}: {str(error).splitlines()[0]}")
+    if chat and bos and bos not in prompt and tokenizer(PROBE)["input_ids"][0] == tokenizer.bos_token_id:
+        print(f"{model}: its chat template renders no {bos}, which its tokenizer puts before plain text; if it was trained "
+              "with one, give a --chat-template that begins with {{ bos_token }}", file=sys.stderr)  # fmt: skip
     return tokenizer
 
 
 # Copied from 01_sample_errors.py
 def render_prompt(tokenizer, problem: str, opening: str) -> str:
-    """What the model sees: the problem, and the assistant's `opening`, to be gone on with. ValueError: the template fails."""
-    turns = [{"role": "user", "content": USER_TURN.format(problem=problem)}]
-    turns += [{"role": "assistant", "content": opening}] if opening else []
-    how = {"continue_final_message": True} if opening else {"add_generation_prompt": True}
+    """What the model sees: the problem, and the assistant's `opening` as it is, to be continued. A template that wants the
+    problem without USER_TURN's sentence takes it from message['problem']. ValueError: the template fails."""
+    user = {"role": "user", "content": USER_TURN.format(problem=problem), "problem": problem}
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, **how, **getattr(tokenizer, "switches", {}))
+        render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **getattr(tokenizer, "switches", {}))
+        prompt = render([user], add_generation_prompt=True)
+        turn, mark, _ = render([user, {"role": "assistant", "content": MARK}]).rpartition(MARK)
     except Exception as error:  # a template raises what it likes
         raise ValueError(f"the chat template fails: {error}") from error
-    if not text.endswith(opening):
-        raise ValueError(f"the chat template does not end the prompt with the given steps but with {text[-60:]!r}")
-    return text
+    if not mark:
+        raise ValueError("the chat template leaves out or changes the final message, which is the assistant's")
+    # the model wrote this itself after `prompt`: its thoughts, or the space that Mistral's templates put before a turn
+    thought = opening.startswith("<think>") or "</think>" in opening and prompt.endswith("<think>\n")
+    spaced = opening.startswith(" ") and turn == prompt + " "
+    return (prompt if thought or spaced or not opening else turn) + opening
 
 
 # Copied from 01_sample_errors.py

@@ -14,7 +14,8 @@
 # Model      the authors' SFT model. One of your own: analysis/add_block_tokens.py, then 04_train_stepdpo.py --objective sft --lr 1e-5
 #            --epochs 3 on rows {"problem", "solution"} whose solution is blocks.
 # Open in paper and code
-#   system   empty in the data and in this recipe; the 7B evaluation has "Below is a math problem. Please solve it step by step."
+#   system   empty in the data and in this recipe; the 7B evaluation has "Below is a math problem. Please solve it step by step.":
+#            data/templates/code_evaluation.jinja
 #   rounds   64 of at most 512 tokens in sampling, 24 in evaluation
 #   heat     rises a round: 1.1 + 0.05 to 1.4 in the paper; in its code 1.1 + 0.1 to 1.4: HEAT="1.1 0.1 1.4". MathCoder's MATH has
 #            1.0 + 0.05 to 1.3, InternLM's MATH 1.0 + 0.05 to 1.2: one run for each set then

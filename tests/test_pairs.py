@@ -294,14 +294,8 @@ def test_training_on_a_mix(samples, server, tmp_path):
 
 def test_alpaca_template_is_the_authors_prompt():
     """data/templates/alpaca.jinja with the forced opening: what the authors sampled their SFT models with and train on."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(TINY / "model", chat_template=(ROOT / "data/templates/alpaca.jinja").read_text())
-    messages = [
-        {"role": "user", "content": stage(1).USER_TURN.format(problem="1 + 1?")},
-        {"role": "assistant", "content": OPENING},
-    ]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    tokenizer = stage(1).load_tokenizer(str(TINY / "model"), ROOT / "data/templates/alpaca.jinja", "{}")
+    text = stage(1).render_prompt(tokenizer, "1 + 1?", OPENING)
     evaluation = stage(5).PROTOCOLS["paper-alpaca"][0].format(problem="1 + 1?")  # "### Response: Let's think step by step."
     assert text == evaluation.removesuffix(" ") + "\n" + OPENING
 

@@ -549,7 +549,8 @@ def test_another_loss_is_another_run():
     train, pairs = stage(4), stage(4).Pairs()
     pairs.add([1], [[2], [3]])
     pairs.seal()
-    settings = {kind: train.settings_of(train.Args(loss=kind), "w", pairs, None) for kind in ("dpo", "ipo")}
+    tokenizer = train.load_tokenizer(str(TINY / "model"), None, "{}")
+    settings = {kind: train.settings_of(train.Args(loss=kind), tokenizer, "w", pairs, None) for kind in ("dpo", "ipo")}
     assert {name for name, value in settings["dpo"].items() if settings["ipo"][name] != value} == {"loss"}
 
 
