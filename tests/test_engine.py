@@ -51,7 +51,7 @@ def test_a_prompt_too_long_is_refused_and_the_others_go_through(vllm):
     assert long == [stage(1).REFUSED] * 2 and short[0]["tokens"] == 9
 
 
-def test_an_error_in_a_step_ends_the_run_in_one_line(call, vllm, tmp_path, monkeypatch):
+def test_an_error_in_a_step_ends_the_run_in_one_line(vllm, tmp_path, monkeypatch):
     """Without a word to all that wait the run would hang. The rows so far stay, and the same command resumes."""
     step, steps = vllm.vllm.step, iter(range(10**6))
 
@@ -62,12 +62,12 @@ def test_an_error_in_a_step_ends_the_run_in_one_line(call, vllm, tmp_path, monke
 
     monkeypatch.setattr(vllm.vllm, "step", failing)
     data, out = write(tmp_path / "in.jsonl", SUMS), tmp_path / "out.jsonl"
-    arguments = ["--data", data, *SHORT, "--n", 4, "--concurrency", 2, "--out", out]
-    done = call(1, *arguments, check=False)
+    arguments = ["--data", data, "--model", TINY / "model", *SHORT, "--n", 4, "--concurrency", 2, "--out", out]
+    done = run(1, *arguments, check=False)
     lines = [line for line in done.stderr.splitlines() if "error:" in line]
     assert done.returncode == 2 and len(lines) == 1 and "vLLM has failed (out of memory)" in lines[0]
     assert 0 < len(read(out)) < 32 and not vllm.vllm.has_unfinished_requests()
-    call(1, *arguments)
+    run(1, *arguments)
     assert len(keyed(out, "id", "sample")) == 32
 
 
