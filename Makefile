@@ -2,7 +2,6 @@
 # make test         set up .venv, then run all tests (make test-quick leaves out those that start a server or train)
 .PHONY: setup quickstart test test-quick lint
 PYTHON ?= python3
-SIDE_BY_SIDE := $(addprefix tests/test_,recipes.py sharded.py pairs.py locate.py eval.py prm.py train.py)
 REQUIREMENTS := $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo requirements.txt; else echo requirements-cpu.txt; fi)
 
 setup: .venv/ready
@@ -30,10 +29,8 @@ quickstart: setup
 test: .venv/tests
 	.venv/bin/ruff check .
 	.venv/bin/python -m pytest -q -n 2 -m "not slow"
-	@# two at a time, a core each, the longest first; the others look for engines that a killed stage left, and go one by one
-	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind .venv/bin/python -m pytest -q -n 2 --dist worksteal --durations=10 -m slow \
-	  $(SIDE_BY_SIDE)
-	.venv/bin/python -m pytest -q -m slow --durations=10 $(SIDE_BY_SIDE:%=--ignore=%)
+	@# two at a time, a core each; tests that share something costly to make are one group
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind .venv/bin/python -m pytest -q -n 2 --dist loadgroup --durations=15 -m slow
 
 test-quick: .venv/tests
-	.venv/bin/python -m pytest -q -m "not slow"
+	.venv/bin/python -m pytest -q -n 2 -m "not slow"

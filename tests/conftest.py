@@ -22,6 +22,7 @@ import psutil
 import pytest
 import torch
 import tyro
+from accelerate.state import AcceleratorState
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "data" / "tiny"
@@ -35,11 +36,11 @@ def stage(number: int):
     return importlib.import_module(STAGES[number])
 
 
-def run(script: int | str, *arguments, check: bool = True, **options) -> subprocess.CompletedProcess:
+def run(script: int | str, *arguments, check: bool = True, here: bool = False, **options) -> subprocess.CompletedProcess:
     """Run a stage, or analysis/SCRIPT.py, as a user does; on an unexpected exit status show what it said. 04, scripts of
     analysis/, and what is given `options` of subprocess.run() have a process; the others run in this one, ten times as fast."""
     command = list(map(str, arguments))
-    if script in (1, 2, 3, 5) and not options:
+    if here or script in (1, 2, 3, 5) and not options:
         done = run_here(script, command)
     else:
         path = ROOT / f"{STAGES[script]}.py" if script in STAGES else ROOT / "analysis" / f"{script}.py"
@@ -51,13 +52,15 @@ def run(script: int | str, *arguments, check: bool = True, **options) -> subproc
 def run_here(number: int, command: list[str]) -> subprocess.CompletedProcess:
     """A stage in this process; one that would start an engine of the bundled model gets that of the session."""
     module, out, err, status = stage(number), io.StringIO(), io.StringIO(), 0
-    module.warn_once.cache_clear()
+    AcceleratorState._reset_state(reset_partial_state=True)  # 04 may have been here before
+    if number != 4:
+        module.warn_once.cache_clear()
     with (
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         contextlib.chdir(ROOT),
         mock.patch.object(sys, "argv", [f"{STAGES[number]}.py", *command]),
-        mock.patch.object(module, "Engine", partial(shared_engine, module.Engine)),
+        mock.patch.object(module, "Engine", partial(shared_engine, getattr(module, "Engine", None)), create=True),
     ):
         try:
             module.main(tyro.cli(module.Args))
@@ -120,6 +123,19 @@ def started():
             for each in [*psutil.Process(process.pid).children(recursive=True), process]:
                 each.kill()
         process.wait(30)
+
+
+SHARED = {"server": "server", "files": "server", "samples": "server", "world": "sharded"}  # fixtures that are costly to make
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that share something costly, or look at all processes, go to one worker (--dist loadgroup), and first."""
+    for item in items:
+        names = [SHARED[name] for name in getattr(item, "fixturenames", ()) if name in SHARED]
+        names += ["code"] if "test_code" in item.nodeid else []
+        if names:
+            item.add_marker(pytest.mark.xdist_group(names[0]))
+    items.sort(key=lambda item: not any(item.iter_markers("xdist_group")))
 
 
 def read(path) -> list[dict]:

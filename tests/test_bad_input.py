@@ -18,7 +18,7 @@ MODEL = {number: "--models" if number == 5 else "--model" for number in INPUT}
 
 def refused(number: int, tmp_path, *arguments) -> str:
     out = tmp_path / "out" / "file.jsonl"
-    done = run(number, *arguments, "--out", out, check=False, timeout=120)
+    done = run(number, *arguments, "--out", out, check=False, here=True)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.suffix in (".jsonl", ".json")]
@@ -134,7 +134,7 @@ def test_numbers_become_text_that_is_graded_as_the_number(tmp_path):
 def test_out_that_is_no_file(tmp_path):
     (tmp_path / "in.jsonl").write_text(json.dumps(GOOD) + "\n")
     for out in ("/dev/full", tmp_path):
-        done = run(1, "--data", tmp_path / "in.jsonl", "--model", TINY / "model", "--out", out, check=False, timeout=120)
+        done = run(1, "--data", tmp_path / "in.jsonl", "--model", TINY / "model", "--out", out, check=False)
         assert done.returncode == 2 and "not a file" in message(done.stderr) and "Traceback" not in done.stderr
 
 

@@ -565,9 +565,9 @@ def test_samples_survive_kills_and_give_the_same_rows(server, tmp_path):
     ("paper-deepseek", "User: ", "within \\\\boxed{}.\\n\\nAssistant:"),
     ("scdpo", "Below is an instruction that describes a task. Write", "\\n\\n### Response: Let's think step by step."),
 ])  # fmt: skip
-def test_the_authors_prompt_reaches_the_model_as_it_is(server, tmp_path, protocol, start, end):
+def test_the_authors_prompt_reaches_the_model_as_it_is(bundled, tmp_path, protocol, start, end):
     """No forced "Step 1:" in the evaluation; what the prompt gave of the response stands in the row's opening."""
-    options = [option.replace("--model", "--models") for option in server]
+    options = [option.replace("--model", "--models") for option in bundled]
     arguments = ["--data", TINY / "validation.jsonl", "--limit", 8, "--protocol", protocol, "--max-tokens", 200, *options]
     arguments += ["--out", tmp_path]
     done = run(5, *arguments)

@@ -76,7 +76,7 @@ def sample(server, tmp_path, problems: int = 12, check: bool = True, arguments=(
     (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
     url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     return run(1, "--data", tmp_path / "in.jsonl", "--base-url", url, "--model", "m", "--tokenizer", TINY / "model",
-               "--out", tmp_path / "out.jsonl", "--concurrency", 3, *arguments, check=check, timeout=120, **more)  # fmt: skip
+               "--out", tmp_path / "out.jsonl", "--concurrency", 3, *arguments, check=check, **more)  # fmt: skip
 
 
 def test_every_fault_is_survived_and_nothing_comes_twice(scripted, tmp_path):
@@ -214,7 +214,7 @@ def test_a_full_disk_at_the_report_is_one_line(scripted, tmp_path):
     done = run(5, *arguments, check=False, timeout=120, preexec_fn=limit)
     [said] = [line for line in done.stderr.splitlines() if ": error: " in line]
     assert done.returncode == 2 and "pictures cannot be written" in said and "Traceback" not in done.stderr
-    run(5, *arguments, timeout=120)
+    run(5, *arguments)
     assert (tmp_path / "results" / "report.md").exists() and scripted.count == 1, "the rows are there already"
 
 

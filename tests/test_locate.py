@@ -14,6 +14,7 @@ import time
 from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from unittest import mock
 
 import pytest
 import torch
@@ -143,11 +144,11 @@ def verdicts(step: int) -> str:
     return "Verdicts:\n" + "".join(f"Step {k}: correct\n" for k in range(1, step)) + f"Step {step}: incorrect"
 
 
-def judged(judge, tmp_path, *more, check: bool = True, **options):
+def judged(judge, tmp_path, *more, check: bool = True):
     url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
-    return run(2, "--samples", tmp_path / "in.jsonl", "--locator", "judge", "--judge-base-url", url, "--judge-model", "judge",
-               "--out", tmp_path / "out.jsonl", *more, check=check, env=os.environ | {"JUDGE_API_KEY": "secret"},
-               timeout=300, **options)  # fmt: skip
+    with mock.patch.dict(os.environ, JUDGE_API_KEY="secret"):
+        return run(2, "--samples", tmp_path / "in.jsonl", "--locator", "judge", "--judge-base-url", url, "--judge-model",
+                   "judge", "--out", tmp_path / "out.jsonl", *more, check=check)  # fmt: skip
 
 
 def test_judge_votes_agreement_retries_and_cost(judge, tmp_path):
@@ -234,7 +235,7 @@ def test_a_thousand_rows_with_faults_and_kills(judge, tmp_path):
 
 
 @pytest.mark.slow
-def test_open_rows_go_to_the_rollouts(judge, server, tmp_path):
+def test_open_rows_go_to_the_rollouts(judge, bundled, tmp_path):
     """The judge reads two of the rows; the policy's rollouts take the others, with the judge's text kept."""
     source = [row for row in read(TINY / "train.jsonl") if row["level"] == 1][:4]
     rows = [row | {"sample": 0, "response": row["solution"], "correct": False, "finish_reason": "stop", "prediction": "0",
@@ -242,7 +243,7 @@ def test_open_rows_go_to_the_rollouts(judge, server, tmp_path):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     known = [row["problem"] for row in rows[:2]]
     judge.script = lambda n, body: verdicts(2) if any(p in body["messages"][0]["content"] for p in known) else "no idea"
-    more = ["--fallback", "rollout", *server, "--max-tokens", 300, "--rollouts", 4, "--retries", 0]
+    more = ["--fallback", "rollout", *bundled, "--max-tokens", 300, "--rollouts", 4, "--retries", 0]
     url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
     run(2, "--samples", tmp_path / "in.jsonl", "--locator", "judge", "--judge-base-url", url, "--judge-model", "judge",
         "--out", tmp_path / "out.jsonl", *more)  # fmt: skip
@@ -267,8 +268,8 @@ def test_the_order_of_the_samples_does_not_count(tmp_path):
 
 
 @pytest.mark.slow
-def test_kept_rollouts_are_used_by_03(server, tmp_path):
-    common = [*server, "--max-tokens", 300]
+def test_kept_rollouts_are_used_by_03(bundled, tmp_path):
+    common = [*bundled, "--max-tokens", 300]
     run(1, "--data", TINY / "train.jsonl", "--limit", 40, "--out", tmp_path / "samples.jsonl", *common)
     located = ["--samples", tmp_path / "samples.jsonl", "--out", tmp_path / "located.jsonl", "--rollouts", 4]
     run(2, *located, "--keep-rollouts", tmp_path / "rollouts.jsonl", *common)

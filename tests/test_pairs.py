@@ -117,9 +117,9 @@ def test_bad_combinations_are_refused(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def samples(server, tmp_path_factory):
+def samples(bundled, tmp_path_factory):
     out = tmp_path_factory.mktemp("samples") / "samples.jsonl"
-    run(1, "--data", TINY / "train.jsonl", "--limit", 40, "--n", 4, "--out", out, *SHORT, *server)
+    run(1, "--data", TINY / "train.jsonl", "--limit", 40, "--n", 4, "--out", out, *SHORT, *bundled)
     return out
 
 
@@ -184,13 +184,13 @@ def test_heat_rises_step_by_step(samples, server, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_rectifier_and_judge(samples, server, judge, tmp_path):  # noqa: F811
+def test_rectifier_and_judge(samples, bundled, judge, tmp_path):  # noqa: F811
     """Chosen steps by another model under its name; then the judge drops every pair whose problem it finds wrong."""
-    run(2, "--samples", samples, "--rollouts", 4, "--limit", 30, "--out", tmp_path / "l.jsonl", *SHORT, *server)
-    arguments = ["--located", tmp_path / "l.jsonl", "--n", 4, *SHORT, *server[:2]]
-    run(3, *arguments, "--rectifier", server[3], "--out", tmp_path / "p.jsonl")
+    run(2, "--samples", samples, "--rollouts", 4, "--limit", 30, "--out", tmp_path / "l.jsonl", *SHORT, *bundled)
+    arguments = ["--located", tmp_path / "l.jsonl", "--n", 4, *SHORT]
+    run(3, *arguments, "--rectifier", bundled[1], "--out", tmp_path / "p.jsonl")
     pairs = read(tmp_path / "p.jsonl")
-    assert pairs and all(pair["rectifier"] == server[3] for pair in pairs)
+    assert pairs and all(pair["rectifier"] == bundled[1] for pair in pairs)
     dropped = {pair["id"] for pair in pairs[: len(pairs) // 2]}
     texts = {row["problem"]: row["id"] for row in read(tmp_path / "l.jsonl")}
 
@@ -276,10 +276,10 @@ def test_a_code_integrated_solution_has_22_blocks_at_most():
 
 
 @pytest.mark.slow
-def test_training_on_a_mix(samples, server, tmp_path):
+def test_training_on_a_mix(samples, bundled, tmp_path):
     """04 on naive and step-controlled pairs together: both suffixes end their solution, so both end in EOS."""
     run(3, "--method", "dpo", "--samples", samples, "--pairs-per-problem", 2, "--out", tmp_path / "naive.jsonl")
-    run(3, "--method", "scdpo", "--samples", samples, "--out", tmp_path / "sc.jsonl", *SHORT, *server)
+    run(3, "--method", "scdpo", "--samples", samples, "--out", tmp_path / "sc.jsonl", *SHORT, *bundled)
     both = read(tmp_path / "naive.jsonl") + read(tmp_path / "sc.jsonl")
     from transformers import AutoTokenizer
 

@@ -18,21 +18,21 @@ SOLVED = {"id": "s", "problem": "Ava has 3 apples. Then she buys 4 more. How man
 
 
 @pytest.fixture(scope="module")
-def files(server, tmp_path_factory):
+def files(bundled, tmp_path_factory):
     """An uninterrupted run of 01, 02 and 03 over 60 problems: the rows that every other run must give."""
     folder = tmp_path_factory.mktemp("whole")
-    steps = stage_arguments(server, folder, folder)
+    steps = stage_arguments(bundled, folder, folder)
     for number in (1, 2, 3):
         run(number, *steps[number])
     return folder
 
 
-def stage_arguments(server, source: Path, out: Path) -> dict[int, list]:
+def stage_arguments(model: list, source: Path, out: Path) -> dict[int, list]:
     """Arguments of 01 to 03 that read what `source` holds and write to `out`."""
     return {
-        1: ["--data", TINY / "train.jsonl", "--limit", 60, "--out", out / "samples.jsonl", *SHORT, *server],
-        2: ["--samples", source / "samples.jsonl", "--rollouts", 4, "--out", out / "located.jsonl", *SHORT, *server],
-        3: ["--located", source / "located.jsonl", "--n", 4, "--out", out / "pairs.jsonl", *SHORT, *server],
+        1: ["--data", TINY / "train.jsonl", "--limit", 60, "--out", out / "samples.jsonl", *SHORT, *model],
+        2: ["--samples", source / "samples.jsonl", "--rollouts", 4, "--out", out / "located.jsonl", *SHORT, *model],
+        3: ["--located", source / "located.jsonl", "--n", 4, "--out", out / "pairs.jsonl", *SHORT, *model],
     }
 
 
@@ -81,9 +81,9 @@ def test_kill_and_restart(files, server, tmp_path, number):
     assert keyed(tmp_path / name, *key) == keyed(files / name, *key)
 
 
-def test_other_settings_are_refused(files, server):
+def test_other_settings_are_refused(files, bundled):
     before = (files / "samples.jsonl").read_bytes()
-    arguments = stage_arguments(server, files, files)[1]
+    arguments = stage_arguments(bundled, files, files)[1]
     done = run(1, *arguments, "--temperature", "0.7", check=False)
     assert done.returncode == 2 and "temperature = 0.8, now it is 0.7" in done.stderr
     assert (files / "samples.jsonl").read_bytes() == before
@@ -92,8 +92,8 @@ def test_other_settings_are_refused(files, server):
     assert (files / "samples.jsonl").read_bytes() == before
 
 
-def test_until_both_goes_on_as_long_as_needed(server, tmp_path):
-    arguments = ["--data", TINY / "train.jsonl", "--limit", 25, "--until-both", 7, *SHORT, *server]
+def test_until_both_goes_on_as_long_as_needed(bundled, tmp_path):
+    arguments = ["--data", TINY / "train.jsonl", "--limit", 25, "--until-both", 7, *SHORT, *bundled]
     run(1, *arguments, "--out", tmp_path / "a.jsonl")
     by_problem = {}
     for row in read(tmp_path / "a.jsonl"):
@@ -107,9 +107,9 @@ def test_until_both_goes_on_as_long_as_needed(server, tmp_path):
         assert count == 2 or len({verdicts[i] for i in range(count - (2 if count < 7 else 1))}) == 1  # no wave too many
 
 
-def test_unfinished_samples_are_not_the_wrong_one(server, tmp_path):
+def test_unfinished_samples_are_not_the_wrong_one(bundled, tmp_path):
     """--until-both goes on until an answer is right and another, finished and parsed, is wrong: then 03 finds a pair."""
-    arguments = ["--data", TINY / "train.jsonl", "--limit", 40, "--until-both", 6, "--max-tokens", 70, *server]
+    arguments = ["--data", TINY / "train.jsonl", "--limit", 40, "--until-both", 6, "--max-tokens", 70, *bundled]
     run(1, *arguments, "--out", tmp_path / "a.jsonl")
     by_problem = {}
     for row in read(tmp_path / "a.jsonl"):
@@ -126,7 +126,7 @@ def test_unfinished_samples_are_not_the_wrong_one(server, tmp_path):
 PENALTIES = {"repetition_penalty": 1.05, "top_k": 20, "top_p": 0.8, "temperature": 0.7, "do_sample": True, "eos_token_id": [0]}
 
 
-def test_the_models_generation_config_does_not_sample(server, tmp_path):
+def test_the_models_generation_config_does_not_sample(bundled, tmp_path):
     """Qwen2-Instruct's penalizes repetition, in greedy text too. With the file and without it the text is the same, from the
     engine that 05 starts and from a server that was started otherwise."""
     config = json.loads((TINY / "model" / "config.json").read_text())
@@ -135,7 +135,7 @@ def test_the_models_generation_config_does_not_sample(server, tmp_path):
     (tmp_path / "penalized" / "generation_config.json").write_text(json.dumps({**PENALTIES, "eos_token_id": eos}))
     arguments = ["--data", TINY / "validation.jsonl", "--limit", 24, "--max-tokens", 200]
     penalized = str(tmp_path / "penalized")
-    run(5, *arguments, "--models", server[3], *server[:2], "--out", tmp_path / "plain")  # has no such file
+    run(5, *arguments, "--models", bundled[1], "--out", tmp_path / "plain")  # has no such file
     run(5, *arguments, "--models", penalized, "--out", tmp_path / "own")
     with serving(penalized, tmp_path / "server.log", "--generation-config", "auto") as (url, key):
         environment = os.environ | {"OPENAI_API_KEY": key}
@@ -185,17 +185,17 @@ def test_every_stage_renders_the_same_prefix(server):
     assert qwen3.decode(closed).endswith("<think>\n\n</think>\n\n") and "<think>" not in qwen3.decode(opened)
 
 
-def test_server_and_own_engine_give_the_same_rows(files, tmp_path):
+def test_server_and_own_engine_give_the_same_rows(files, server, tmp_path):
     """The engine in the process draws what a server draws."""
-    own = ["--model", TINY / "model", "--engine-args=--max-num-seqs 256", *SHORT]
+    arguments = stage_arguments(server, files, tmp_path)[1]
     for first in (True, False):
-        done = run(1, "--data", TINY / "train.jsonl", "--limit", 60, "--out", tmp_path / "samples.jsonl", *own)
-        assert first == ("starting vLLM" in done.stderr)  # the second time there is nothing to do
+        done = run(1, *arguments)
+        assert first == ("first prompt" in done.stderr)  # the second time there is nothing to do
         assert keyed(tmp_path / "samples.jsonl", "id", "sample") == keyed(files / "samples.jsonl", "id", "sample")
 
 
-def test_linear_agrees_with_bisection_on_what_both_estimate(files, server, tmp_path):
-    arguments = stage_arguments(server, files, tmp_path)[2]
+def test_linear_agrees_with_bisection_on_what_both_estimate(files, bundled, tmp_path):
+    arguments = stage_arguments(bundled, files, tmp_path)[2]
     run(2, *arguments, "--linear")
     linear, bisected = keyed(tmp_path / "located.jsonl", "id", "sample"), keyed(files / "located.jsonl", "id", "sample")
     assert set(linear) == set(bisected)
@@ -206,26 +206,26 @@ def test_linear_agrees_with_bisection_on_what_both_estimate(files, server, tmp_p
             assert row["rollout_values"][k] == value  # the same seeds, the same continuations
 
 
-def test_a_prompt_too_long_for_the_model_goes_through(server, tmp_path):
+def test_a_prompt_too_long_for_the_model_goes_through(bundled, tmp_path):
     """It becomes a wrong sample without text, is not located, and makes no pair; the other problem is not touched by it."""
     long = {"id": "long", "problem": "Ava has 3 apples. " * 2000 + "How many?", "answer": "3"}
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [long, read(TINY / "train.jsonl")[0]]))
-    run(1, "--data", tmp_path / "in.jsonl", "--n", 8, "--out", tmp_path / "s.jsonl", *SHORT, *server)
+    run(1, "--data", tmp_path / "in.jsonl", "--n", 8, "--out", tmp_path / "s.jsonl", *SHORT, *bundled)
     assert {row["finish_reason"] for row in read(tmp_path / "s.jsonl") if row["id"] == "long"} == {"refused"}
-    run(2, "--samples", tmp_path / "s.jsonl", "--rollouts", 2, "--out", tmp_path / "l.jsonl", *SHORT, *server)
+    run(2, "--samples", tmp_path / "s.jsonl", "--rollouts", 2, "--out", tmp_path / "l.jsonl", *SHORT, *bundled)
     reasons = [row["reason"] for row in read(tmp_path / "l.jsonl") if row["id"] == "long"]
     assert reasons == 8 * ["no response to look at"]
     (tmp_path / "l.jsonl").write_text(json.dumps(SOLVED) + "\n" + (tmp_path / "l.jsonl").read_text())
-    done = run(3, "--located", tmp_path / "l.jsonl", "--n", 2, "--out", tmp_path / "p.jsonl", *SHORT, *server)
+    done = run(3, "--located", tmp_path / "l.jsonl", "--n", 2, "--out", tmp_path / "p.jsonl", *SHORT, *bundled)
     assert "errors not located" in done.stdout
 
 
 @pytest.mark.parametrize("name", ["gsm8k_test", "math_test"])
-def test_real_benchmarks_run_through(server, tmp_path, name):
+def test_real_benchmarks_run_through(bundled, tmp_path, name):
     if not SHARED.is_dir():
         pytest.skip("the benchmark files are not beside this checkout")
     arguments = ["--data", SHARED / f"{name}.jsonl", "--limit", 12, "--n", 1, "--max-tokens", 200]
-    done = run(1, *arguments, "--out", tmp_path / "s.jsonl", *server)
+    done = run(1, *arguments, "--out", tmp_path / "s.jsonl", *bundled)
     assert "problems 12, samples 12" in done.stdout and len(keyed(tmp_path / "s.jsonl", "id", "sample")) == 12
 
 
