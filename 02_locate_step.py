@@ -317,7 +317,7 @@ async def judge(args):
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             return generate(tokenizer(text, add_special_tokens=False)["input_ids"], seed, **sampling)
 
-        yield ask, in_flight(args, generate, args.votes)
+        yield ask, in_flight(args, generate)
 
 
 async def judge_once(ask, row: dict, number: int, args, spent: Counter) -> tuple[int | None, str, str]:

@@ -8,6 +8,7 @@ OUT.verdicts.jsonl keeps what it said; the same command run again goes on where 
 """
 
 import asyncio
+import contextlib
 import importlib
 import json
 import sys
@@ -51,8 +52,8 @@ class Args:
     """how often a judgement that cannot be read is asked for again"""
     seed: int = 0
     """every request gets its own seed from this and the pair"""
-    concurrency: int = 64
-    """judgements in flight"""
+    concurrency: int = 0
+    """judgements in flight; 0: 128 of a server, or as many as keep the engine busy"""
 
 
 def name_of(pair: dict) -> int:
@@ -74,8 +75,8 @@ async def check_all(args: Args, pairs: list[dict], verdicts: dict[int, int], che
         checked.write({"pair": name_of(pair), "id": pair["id"], "step": step, "text": said, "why": why})
         verdicts[name_of(pair)] = step
 
-    async with LOCATE.judge(args) as ask:
-        await LOCATE.run_all(todo, work, args.concurrency, "checking")
+    async with LOCATE.judge(args) as (ask, places):
+        await LOCATE.run_all(todo, work, places, "checking")
 
 
 def main(args: Args):
@@ -84,13 +85,17 @@ def main(args: Args):
     pairs = LOCATE.read_rows(args.pairs, ("id", "prompt", "chosen", "answer", "method"))
     names = ("judge_model", "judge_temperature", "judge_max_tokens", "neutral", "retries", "seed")
     settings = {"stage": "check_chosen"} | {name: getattr(args, name) for name in names}
-    checked, spent = LOCATE.Output(args.out.with_suffix(".verdicts.jsonl"), settings), Counter()
-    verdicts = {row["pair"]: row["step"] for row in checked.rows}
-    asyncio.run(check_all(args, pairs, verdicts, checked, spent))
+    spent = Counter()
+    with contextlib.closing(LOCATE.Output(args.out.with_suffix(".verdicts.jsonl"), settings)) as checked:
+        verdicts = {row["pair"]: row["step"] for row in checked.rows}
+        asyncio.run(check_all(args, pairs, verdicts, checked, spent))
+        write_kept(args, pairs, verdicts, checked, spent)
+
+
+def write_kept(args: Args, pairs: list[dict], verdicts: dict[int, int], checked, spent: Counter):
+    """Write the pairs whose every step is right, and say what became of the others."""
     kept = [pair for pair in pairs if verdicts[name_of(pair)] == 0]
-    temporary = args.out.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in kept), encoding="utf-8")
-    temporary.replace(args.out)
+    LOCATE.save(args.out, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in kept))
     outcome = Counter(verdicts[name_of(pair)] for pair in pairs)
     unread = outcome[-1]
     summary = {"pairs": len(kept), "judged wrong": len(pairs) - len(kept) - unread, "without a readable judgement": unread}

@@ -2,9 +2,9 @@
 
     python benchmarks/engine_overhead.py                 # the bundled model, 1,000 problems, twice each; 4 minutes on two cores
 
-In turns, each in a process of its own: LLM.generate on the prompts' token ids, two samples of each with 01's seeds, nothing
-done to the answers; and 01, which grades and writes them too. Prints tokens a second from the first request to the last answer
-of each turn, and the ratio of the medians. Start of the engine and of Python is in neither.
+In turns, each a process with the engine in it: LLM.generate on the prompts' token ids, two samples of each with 01's seeds,
+nothing done to the answers; and 01, which grades and writes them too. Prints tokens a second from the first request to the last
+answer of each turn, and the ratio of the medians. Start of the engine and of Python is in neither.
 """
 
 import importlib
@@ -22,7 +22,6 @@ import tyro
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-OPTIONS = "--max-num-seqs 256 --max-model-len 1024"
 
 
 @dataclass
@@ -37,6 +36,8 @@ class Args:
     """longest sample"""
     repeats: int = 2
     """turns of each"""
+    engine_args: str = "--max-model-len 1024"
+    """vLLM's options for both, such as "--max-num-seqs 512 --max-model-len 1024"; without, as many as vLLM likes"""
     child: bool = False
     """internal: this process times LLM.generate"""
 
@@ -58,7 +59,8 @@ def alone(args: Args):
             seed = one.seed_of(0, "sample", problem["id"], sample)
             sampling = {"temperature": 0.8, "top_p": 0.95, "max_tokens": args.max_tokens}
             wanted.append(SamplingParams(seed=seed, **one.NEUTRAL, **sampling))
-    given = ["--model", args.model, "--generation-config", "vllm", *one.cpu_options(), *shlex.split(OPTIONS)]
+    given = ["--model", args.model, "--generation-config", "vllm", *one.cpu_options()]
+    given += shlex.split(args.engine_args)
     parsed = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(given)
     llm = LLM.from_engine_args(EngineArgs.from_cli_args(parsed))
     began = time.time()
@@ -70,17 +72,18 @@ def alone(args: Args):
 def main(args: Args):
     if args.child:
         return alone(args)
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # as 01 has it; vLLM's own share of a machine may not be free
+    # as 01 has them; vLLM's own share of a machine may not be free
+    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | os.environ
     rates = {"LLM.generate": [], "01": []}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(args.repeats):
             common = ["--data", args.data, "--model", args.model, "--limit", args.limit, "--max-tokens", args.max_tokens]
-            command = [sys.executable, __file__, "--child", *common]
+            command = [sys.executable, __file__, "--child", *common, f"--engine-args={args.engine_args}"]
             done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
             [line] = [line for line in done.stdout.splitlines() if line.startswith('{"tokens"')]  # vLLM prints there too
             theirs = json.loads(line)
             out = Path(folder, f"{turn}.jsonl")
-            command = [sys.executable, ROOT / "01_sample_errors.py", *common, f"--engine-args={OPTIONS}", "--out", out]
+            command = [sys.executable, ROOT / "01_sample_errors.py", *common, f"--engine-args={args.engine_args}", "--out", out]
             subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
             ours = json.loads(Path(f"{out}.meta.json").read_text())["summary"]
             rates["LLM.generate"].append(theirs["rate"])
