@@ -922,39 +922,32 @@ MARKER = re.compile(  # models without \boxed{}: "The answer is: 7", "#### 7", "
 )
 # Copied from 01_sample_errors.py
 BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(\\[a-zA-Z]+(?:\s*(?:\d|\{[^{}]*\}))*|-?[\w.]+))")  # \boxed 2, \boxed\frac12
-
-
 # Copied from 01_sample_errors.py
-def last_box(text: str) -> tuple[int, str | None, int]:
-    r"""Where the last \boxed{} begins (-1: there is none), what stands in it (None: nothing, or not closed), where it ends."""
-    start, depth = max(text.rfind("\\boxed"), text.rfind("\\fbox")), 1
-    box = BOX.match(text, max(start, 0))
-    if not box or box[1]:
-        return start, box and box[1].rstrip("."), box.end() if box else 0
-    for mark in re.compile(r"\\.|[{}]", re.S).finditer(text, box.end()):  # \{ and \} are printed: they open and close nothing
-        depth += {"{": 1, "}": -1}.get(mark[0], 0)
-        if depth == 0:
-            return start, text[box.end() : mark.start()].strip() or None, mark.end()
-    return start, None, 0
+BOXES = re.compile(r"(?:\\boxed\{[^{}]*\}[\s$]*(?:,|(?:,\s*)?(?:and|or))[\s$]*)+$")  # before the last of a list
 
 
 # Copied from 01_sample_errors.py
 def extract_answer(response: str) -> str | None:
-    r"""What stands in the last \boxed{}, or in the last few with only commas, "and" or "or" between them; where there is no
-    box, after the last "The answer is", in its line or the next. None: no answer.
+    r"""What stands in the last \boxed{}, and in those right before it with only commas, "and" or "or" between them; where
+    there is no box, after the last "The answer is", in its line or the next. None: no answer.
 
     A last box that is not closed is no answer, and no earlier box gets the credit."""
-    (start, answer, end), answers, listed = last_box(response), [], re.compile(r"[\s$]*(?:,|(?:,\s*)?(?:and|or))[\s$]*")
-    while answer and len(answers) < 20 and (not answers or listed.fullmatch(response, end)):
-        answers, response = [answer, *answers], response[:start]
-        start, answer, end = last_box(response)
-    if answers or start >= 0:
-        return ", ".join(dict.fromkeys(answers)) or None
-    for mark in [*MARKER.finditer(response)][:-3:-1]:  # the one before it, where nothing stands after the last
+    start, depth = max(response.rfind("\\boxed"), response.rfind("\\fbox")), 1
+    for mark in [*MARKER.finditer(response)][:-3:-1] if start < 0 else []:  # the one before, where nothing is after the last
         stated = re.sub(r"^(?:[\s*:：$]|\\[\[(])+", "", response[mark.end() : mark.end() + 5000])
         stated = re.split(r"[.。](?:\s|$)|\n", stated, maxsplit=1)[0].rstrip("*$ ")
         if stated := re.sub(r"\s*\\[\])]$", "", stated):
             return stated
+    box = BOX.match(response, max(start, 0))
+    if not box or box[1]:
+        return box and box[1].rstrip(".")
+    for mark in re.compile(r"\\.|[{}]", re.S).finditer(response, box.end()):  # \{ and \} are printed: they open nothing
+        depth += {"{": 1, "}": -1}.get(mark[0], 0)
+        if depth == 0 and (answer := response[box.end() : mark.start()].strip()):
+            listed = BOXES.search(response[max(0, start - 200) : start])
+            return ", ".join(dict.fromkeys([*re.findall(r"\{(.*?)\}", listed[0] if listed else ""), answer]))
+        if depth == 0:
+            break
     return None
 
 
@@ -977,34 +970,35 @@ SAME = {"\\\\": "\\\\", "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\cfrac": "\\
         "\\geqslant": "\\ge", "\\geq": "\\ge", "≤": "\\le ", "≥": "\\ge ", "<=": "\\le ", ">=": "\\ge ", "\\gt": ">",
         "\\lt": "<", "≠": "\\ne ", "∞": "\\infty ", "infinity": "\\infty ", "+\\infty": "\\infty", "π": "\\pi ", "±": "\\pm ",
         "√": "\\sqrt ", "×": "\\times ", "·": "\\cdot ", "**": "^", "*": "\\cdot ", "÷": "/", "∪": "\\cup ", "∩": "\\cap ",
-        "∈": "\\in ", "−": "-", "–": "-", "—": "-", "°": "^\\circ ", "^{\\circ}": "^\\circ ", "\\%": "%", "{,}": ",",
+        "∈": "\\in ", "−": "-", "–": "-", "—": "-", "\\%": "%", "{,}": ",",
         "½": "\\frac{1}{2}", "⅓": "\\frac{1}{3}", "⅔": "\\frac{2}{3}", "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}"}  # fmt: skip
-# Copied from 01_sample_errors.py
-SCALES = {"percent": "%", "halves": "/2", "thirds": "/3", "dozen": "\\cdot 12", "hundred": "\\cdot 10^{2}", "thousand":
-          "\\cdot 10^{3}", "million": "\\cdot 10^{6}", "billion": "\\cdot 10^{9}", "trillion": "\\cdot 10^{12}"}  # fmt: skip
 # Copied from 01_sample_errors.py
 TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
 # Copied from 01_sample_errors.py
-CHANGES = r"and|or|to|than|more|less|most|least|over|under|below|half|quarters?|\w+ths?|factorial|squared|cubed|mod|base"
+CHANGES = r"and|or|to|than|more|less|most|least|over|under|below|half|quarters?|factorial|squared|cubed|base|dozens?|negative"
+# Copied from 01_sample_errors.py
+FRACTIONS = r"(?:hundred|thousand|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)th|[mbtr]+illion)s?"
+# Copied from 01_sample_errors.py
+SCALES = {"percent": "%", "halves": "/2", "thirds": "/3"}
 # Copied from 01_sample_errors.py
 nfkc = lambda found: unicodedata.normalize("NFKC", found[0])
 # Copied from 01_sample_errors.py
 REWRITES = [(re.compile(old), new) for old, new in (  # into the LaTeX that math-verify reads, in this order
     (r"[⁺⁻⁰-⁹¹²³]+", lambda found: f"^{{{nfkc(found)}}}"),  # before NFKC, which makes 52 of 5²
-    (r"[₀-₉]+", lambda found: f"_{{{nfkc(found)}}}"),
     (r"\\\\\[[\w.]+\]", r"\\\\"),  # \\[4pt] between the rows of a matrix
     (r"(?<=\d)(?:\{,\}|,\s*\\!\s?|\\,|\\!)(?=\d{3}(?!\d))", ""),  # 10{,}000
-    (r"(?<!\\)\\(?:(?:left|right|displaystyle)(?![a-zA-Z])|[!()$]|\[|\]|(?=\d))|[$€£¥\"]", ""),
+    (r"(?<!\\)\\(?:(?:left|right|displaystyle)(?![a-zA-Z])|[!()$]|\[|\])|[$€£¥\"]", ""),
+    (r"(?:°|\^\s*\{?\s*\\circ\s*\}?)(?:\s*(?:\\text\{)?[CF]\}?(?![a-zA-Z]))?", ""),  # 90^\circ, 68°F
     (r"(?<!\\)\\(?:q?quad(?![a-zA-Z])|[,;: ])|~", " "),
     ("|".join(re.escape(old) + ("(?![a-zA-Z])" if old[-1].isalpha() else "") for old in SAME), lambda found: SAME[found[0]]),
     (r"[^\x00-\x7f]+", nfkc),
     (r"\\(?:text)?color\s*\{\w+\}|\s*\(?\\?[pb]?mod\b.*|^\s+|[\s.,;。]+$", ""),
     (r"^(?:\\text)?[^\w-]*0?(\d+)\W*:\W*(\d\d)\W*(?:(?:text|mbox|mathrm)?\W*([apAP])\W*[mM]\W*)?$",
      lambda found: f"{found[1]}:{found[2]}{(found[3] or '').lower()}"),  # a clock time: 4:30p
-    (rf"(?<=[\d}}])\s*(?:\\\w+\{{\s*)?\b({'|'.join(SCALES)})\b\s*\}}?", lambda found: SCALES[found[1]]),  # 5 million
-    (rf"(?:(?<=[\d)\]}}%])|(?<=\\pi))\s*(?!.*\b(?:{CHANGES})\b)(?:(?:(?!\\\w+\{{[ei]}}){TEXT}(?:\^\{{?\d\}}?|\s)*)+|[一-鿿]+"
-     r"|\^\\circ\s*[CF]|m\^\{?[23]\}?|(?:k?m/|\s[A-Za-z]{3,}|(?:[cdkm]m|[km]g|m[lL]|ft|in|yd|mi|hr|oz|lb|sq|cu)\b)[A-Za-z\s./]*"
-     r"(?:\^\{?\d\}?)?)\.?$", ""),  # "12 inches", "36\ \text{cm}^2", "50 km/h", "68°F"; a letter alone may be a variable
+    (r"(?<=[\d}])\s*(?:\\\w+\{\s*)?\b(percent|halves|thirds)\b\s*\}?", lambda found: SCALES[found[1]]),
+    (rf"(?:(?<=[\d)\]}}%])|(?<=\\pi))\s*(?:(?:(?!\\\w+\{{[ei]}}){TEXT}(?:\^\{{?\d\}}?|\s)*)+|[一-鿿]+|m\^\{{?[23]\}}?"
+     r"|(?:k?m/|\s[A-Za-z]{3,}|(?:[cdkm]m|[km]g|m[lL]|ft|in|yd|mi|hr|oz|lb|sq|cu)\b)[A-Za-z\s./]*(?:\^\{?\d\}?)?)\.?$",
+     lambda found: found[0] if re.search(rf"\b(?:{CHANGES}|{FRACTIONS})\b", found[0]) else ""),  # 5m may be a product
     (TEXT, r" \1 "),
     (r"(?<![\\a-zA-Z])(pi|theta|alpha|beta|lambda|sqrt|sin|cos|tan|ln|log)(?![a-zA-Z])", r"\\\1 "),  # as programs write them
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
@@ -1012,7 +1006,6 @@ REWRITES = [(re.compile(old), new) for old, new in (  # into the LaTeX that math
     (r"(?<=\d)[eE]([-+]?)0*(\d{1,3})(?!\w)", r"\\cdot 10^{\1\2}"),
     (r"(?<![\d.])(\d+)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
     (r"^\s*[-+]?\d{1,3}([,\s]\d{3})+(\.\d*)?\s*$", lambda found: re.sub(r"[,\s]", "", found[0])),  # (1,234) and 45, 135 stay
-    (r"(?s)^(?!.*\\(?:sin|cos|tan|cot|sec|csc)).*", lambda found: found[0].replace("^\\circ", "")),
     (r"(?s)^\[([^\[\]]*;[^\[\]]*)\]$|^\[(\[.*\])\]$", lambda found: "\\begin{bmatrix}" + re.sub(r";|\],\s*\[", r"\\\\", found[1]
      or found[2][1:-1]).replace(",", "&") + "\\end{bmatrix}"),  # [1, 2; 3, 4] and [[1, 2], [3, 4]]
     (r"(?s)\\begin\{array\}\{[^}]*\}(.*)\\end\{array\}", r"\\begin{matrix}\1\\end{matrix}"),
@@ -1021,7 +1014,7 @@ REWRITES = [(re.compile(old), new) for old, new in (  # into the LaTeX that math
     (r",(?=\d)", ", "),
 )]  # fmt: skip
 # Copied from 01_sample_errors.py
-PARTS = re.compile(r"[<>=;]|\\(?:pm|[lg]e|in|c[au]p|begin|ne|mathbb|max|min|gcd)(?![a-z])|(?<![\\a-z])[a-z]{2}")
+UNLISTED = re.compile(r"[<>=;]|\\(?:pm|[lg]e|in|c[au]p|begin|ne|mathbb|max|min|gcd)(?![a-z])|(?<![\\a-z])[a-z]{2}")
 # Copied from 01_sample_errors.py
 BASED = re.compile(r"-?[\dA-F.]+_\{?\d+\}?|\d+:\d\d[ap]?")
 
@@ -1035,15 +1028,11 @@ def spelled(answer: str) -> str:
 
 
 # Copied from 01_sample_errors.py
-def plain_numbers(answer: str) -> tuple[str, list[Fraction]]:
-    """The brackets and values of a plain number, percentage or fraction, or of a list of them; no values for anything else."""
-    answer = re.sub(r"(?<![\d}])\\frac\{([-\d.]+)\}\{([-\d.]+)\}(?=[,)\]\\%]|$)", r"\1/\2", answer)
-    listed = re.fullmatch(r"([(\[]|\\\{)?([^()\[\]{}\\]{,300})([)\]]|\\\})?", answer)
-    number = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+))(?:/(-?0*[1-9]\d*))?(%?)")
-    found = [number.fullmatch(part) for part in listed[2].split(",")] if listed else [None]
-    values = [Fraction(one[1]) / int(one[2] or 1) / (100 if one[3] else 1) for one in found] if all(found) else []
-    kind = f"{listed[1] or ''}{listed[3] or ''}" if listed else ""
-    return "" if kind == "\\{\\}" or len(found) == 1 and kind == "()" else kind, values
+def as_number(answer: str) -> Fraction | None:
+    """The value of a plain number, a percentage or a fraction of two numbers; None for anything else."""
+    answer = re.sub(r"^([-+]?)\\frac\{([-\d.]+)\}\{([-\d.]+)\}(%?)$", r"\1\2/\3\4", answer)
+    found = re.fullmatch(r"\(?([-+]?(?:\d+\.?\d*|\.\d+))(?:/(-?0*[1-9]\d*))?\)?(%?)", answer) if len(answer) < 99 else None
+    return Fraction(found[1]) / int(found[2] or 1) / (100 if found[3] else 1) if found else None
 
 
 # Copied from 01_sample_errors.py
@@ -1059,6 +1048,9 @@ def letters(answer: str) -> set[str]:
 # Copied from 01_sample_errors.py
 def quick_verdict(gold: str, prediction: str) -> bool | None:
     """Whether two answers are the same, by text and number. None: only algebra_verdict(gold, prediction) can tell."""
+    units = [re.findall(r"mod\W*(\d+)|\\(?:text|mathrm)\s*\{\W*([a-zA-Z]{1,2})\W*\}", answer) for answer in (gold, prediction)]
+    if all(units) and units[0] != units[1]:  # 5 m and 5 s; longer ones may be one unit in two words
+        return False
     if gold != prediction:  # most are equal as they are
         gold, prediction = spelled(gold), spelled(prediction)
     if gold == prediction:
@@ -1070,13 +1062,13 @@ def quick_verdict(gold: str, prediction: str) -> bool | None:
         return said in (same, same.split("_")[0], same.rstrip("ap")) or ":" in gold and said.rstrip("ap") == same
     if not re.search(r"[\d\\^_+*/=<>{}|]", gold) and re.search(r"[^\W\d_]{3}|^no$", gold, re.I):  # Evelyn = E*e*l*n*v*y
         return re.sub(r"\W", "", gold).lower() == re.sub(r"\W", "", prediction).lower()
-    (kind, values), (brackets, others) = plain_numbers(gold), plain_numbers(prediction)
-    if values and others and kind == brackets:
-        same = values == others if kind else sorted(values) == sorted(others)  # a list and a set may come in any order
-        same |= gold.endswith("%") and not prediction.endswith("%") and [100 * value for value in values] == others  # 20% is 20
-        return same or (None if "." in prediction and re.search("/|frac", gold) else False)  # 1/3, 0.3333333333333333
-    if gold.count(",") != prediction.count(",") and not PARTS.search(gold + prediction):
-        return False  # a longer list; where PARTS stands, commas do not count them
+    a, b = as_number(gold), as_number(prediction)
+    if a is not None and b is not None:  # a gold of 20 % takes 20 and 0.2, a gold of 20 does not take 20 %
+        if a == b or gold.endswith("%") and not prediction.endswith("%") and 100 * a == b:
+            return True
+        return None if "." in prediction and re.search("/|frac", gold) else False  # 1/3 and 0.3333333333333333
+    if gold.count(",") != prediction.count(",") and not UNLISTED.search(gold + prediction):
+        return False  # a longer list; a union, a range or 1 and 2 may have other commas
     return False if re.fullmatch(r"[\d.]+\s+[\d.]+", prediction) else None  # math-verify: 1 2 = 3
 
 
@@ -1095,10 +1087,8 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
     listed, bracketed = (lambda x: isinstance(x, sets.FiniteSet)), (lambda x: isinstance(x, (sympy.Tuple, sympy.Interval)))
 
     def parsed(text: str):
-        text = re.sub(r"(\d+)\^\\circ", r"{(\1\\pi/180)}", text).replace("%", "\\cdot 10^{-2}")
-        [value] = math_verify.parse(f"\\boxed{{{text}}}", config, **how)  # bare x-1=0 is 0
-        if listed(value) and all(hasattr(part, "gts") for part in value.args):  # x < 1 or x > 2
-            value = sympy.Union(*(part.as_set() for part in value.args))
+        boxed = f"\\boxed{{{text.replace('%', chr(92) + 'cdot 10^{-2}')}}}"  # bare x-1=0 is 0
+        [value] = math_verify.parse(boxed, config, **how)
         return value.subs({x: sympy.I for x in value.free_symbols if x.name == "i"})
 
     def same(a, b) -> bool:
@@ -1107,8 +1097,11 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
             parts, others = ([*x._unsorted_args] if listed(x) else [x] for x in (a, b))
             if len(parts) != len(others) or len(parts) > 99:  # each is held against each
                 return False
-            taken = lambda part: any(same(part, other) and (others.remove(other) or True) for other in others)
-            return all(map(taken, parts))
+            for part in parts:
+                if (match := next((other for other in others if same(part, other)), None)) is None:
+                    return False
+                others.remove(match)
+            return True
         if isinstance(a, sympy.Eq) and isinstance(b, sympy.Eq) and not a.free_symbols | b.free_symbols:  # 0.56=56%, 1.56=56%
             return same(a.lhs, b.lhs) and same(a.rhs, b.rhs)
         if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr) and not a.free_symbols | b.free_symbols:
