@@ -577,11 +577,15 @@ REWRITES = [(re.compile(old), new) for old, new in (  # into the LaTeX that math
     (r"(?s)^\[([^\[\]]*;[^\[\]]*)\]$|^\[(\[.*\])\]$", lambda found: "\\begin{bmatrix}" + re.sub(r";|\],\s*\[", r"\\\\", found[1]
      or found[2][1:-1]).replace(",", "&") + "\\end{bmatrix}"),  # [1, 2; 3, 4] and [[1, 2], [3, 4]]
     (r"(?s)\\begin\{array\}\{[^}]*\}(.*)\\end\{array\}", r"\\begin{matrix}\1\\end{matrix}"),
+    (r"_\{(\w)\}", r"_\1"),
     (r"\s+", " "),
     (r"(?<![\da-zA-Z]) | (?![\da-zA-Z])", ""),
     (r",(?=\d)", ", "),
 )]  # fmt: skip
+LETTERS = re.compile(r"(?=[^A-J]*[A-J])(?:[\s()\[\].,:;&']|and|or|\b[A-J]\b)+")  # options and nothing else
+WORD = r"(?<![\\a-zA-Z])(?!and\b)[a-zA-Z]{3,}"
 UNLISTED = re.compile(r"[<>=;]|\\(?:pm|[lg]e|in|c[au]p|begin|ne|mathbb|max|min|gcd)(?![a-z])|(?<![\\a-z])[a-z]{2}")
+ROW = re.compile(r"(?:[(\[]|\\begin\{[pb]matrix\})([^()\[\]]*?)(?:[)\]]|\\end\{[pb]matrix\})")
 BASED = re.compile(r"-?[\dA-F.]+_\{?\d+\}?|\d+:\d\d[ap]?")
 
 
@@ -601,7 +605,7 @@ def as_number(answer: str) -> Fraction | None:
 
 def letters(answer: str) -> set[str]:
     """The options that an answer names, with or without what they say: "B", "(A) or (B)", "C) y = 0"."""
-    if re.fullmatch(r"(?:[\s()\[\].,:;&']|and|or|\b[A-J]\b)+", answer):
+    if LETTERS.fullmatch(answer):
         return set(re.findall(r"\b[A-J]\b", answer))
     first = re.match(r"(?:option |choice )?(?:\(([A-J])\)(?![-+*/^=<>])|([A-J])(?:[).:]|$))", answer, re.I)
     others = re.findall(r"(?:(?<!\w)\(|(?<!\S))([A-J])[).:]", answer[first.end() :]) if first else []
@@ -617,18 +621,25 @@ def quick_verdict(gold: str, prediction: str) -> bool | None:
         gold, prediction = spelled(gold), spelled(prediction)
     if gold == prediction:
         return bool(gold.strip())
-    if named := letters(gold):
-        return letters(prediction) == named
+    if LETTERS.fullmatch(gold):
+        return letters(prediction) == letters(gold)
     if BASED.fullmatch(gold):  # math-verify: 2516_8 = 2516_9, 4:30 = 2/15; base and half of the day may be left out
-        said, same = (re.sub("[{}]", "", text) for text in (prediction, gold))
+        said, same = (re.sub("[{}]", "", text) for text in (prediction.split("=")[-1], gold))
         return said in (same, same.split("_")[0], same.rstrip("ap")) or ":" in gold and said.rstrip("ap") == same
     if not re.search(r"[\d\\^_+*/=<>{}|]", gold) and re.search(r"[^\W\d_]{3}|^no$", gold, re.I):  # Evelyn = E*e*l*n*v*y
         return re.sub(r"\W", "", gold).lower() == re.sub(r"\W", "", prediction).lower()
-    a, b = as_number(gold), as_number(prediction)
+    a, b = as_number(gold), as_number(re.split(r"(?<![!<>])=", prediction)[-1])  # x = 5, and 2+3 = 5, are 5
     if a is not None and b is not None:  # a gold of 20 % takes 20 and 0.2, a gold of 20 does not take 20 %
         if a == b or gold.endswith("%") and not prediction.endswith("%") and 100 * a == b:
             return True
         return None if "." in prediction and re.search("/|frac", gold) else False  # 1/3 and 0.3333333333333333
+    if len(re.findall(WORD, prediction)) > 1 and not re.search(WORD, gold):  # a sentence says its number, if one
+        said, more = re.findall(r"-?\d[\d.,/]*%?", prediction), rf"[\\^_=]|\b(?:{CHANGES}|{FRACTIONS})\b"
+        return len(said) == 1 and not re.search(more, prediction) and bool(quick_verdict(gold, said[0]))
+    if (row := ROW.fullmatch(gold)) and (other := ROW.fullmatch(prediction)):  # (1,2) and (1,3) need no algebra
+        parts = [[as_number(part.strip()) for part in re.split(r",|&|\\\\", found[1])] for found in (row, other)]
+        if any(None not in pair and pair[0] != pair[1] for pair in zip(*parts, strict=False)):
+            return False
     if gold.count(",") != prediction.count(",") and not UNLISTED.search(gold + prediction):
         return False  # a longer list; a union, a range or 1 and 2 may have other commas
     return False if re.fullmatch(r"[\d.]+\s+[\d.]+", prediction) else None  # math-verify: 1 2 = 3
@@ -650,6 +661,7 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
     def parsed(text: str):
         boxed = f"\\boxed{{{text.replace('%', chr(92) + 'cdot 10^{-2}')}}}"  # bare x-1=0 is 0
         [value] = math_verify.parse(boxed, config, **how)
+        value = value.rhs if isinstance(value, sympy.Eq) and listed(value.rhs) else value  # x = 1, 2
         return value.subs({x: sympy.I for x in value.free_symbols if x.name == "i"})
 
     def same(a, b) -> bool:
@@ -666,9 +678,9 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
         if isinstance(a, sympy.Eq) and isinstance(b, sympy.Eq) and not a.free_symbols | b.free_symbols:  # 0.56=56%, 1.56=56%
             return same(a.lhs, b.lhs) and same(a.rhs, b.rhs)
         if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr) and not a.free_symbols | b.free_symbols:
-            x, y = sympy.N(a, 30), sympy.N(b, 30)
-            close = x == y or abs(x - y) <= 1e-12 * max(abs(x), abs(y)) + 1e-25
-            if not close or a.has(sympy.Float) or b.has(sympy.Float):  # a tolerance only where a decimal was written
+            x, y, decimal = sympy.N(a, 30), sympy.N(b, 30), a.has(sympy.Float) or b.has(sympy.Float)
+            close = x == y or abs(x - y) <= 1e-12 * max(abs(x), abs(y))
+            if decimal or not close and x * y != 0:  # a tolerance only where a decimal was written
                 return bool(close)
         return math_verify.verify(a, b, **exactly)
 
@@ -725,9 +737,9 @@ class Grader:
             except Exception as error:  # of `rules`, which may raise anything: no credit
                 verdict, self.kills = False, self.kills + isinstance(error, (TimeoutError, pebble.ProcessExpired))
             self.known[gold, prediction, slow] = verdict
-        named = letters(spelled(gold)) if problem and len(gold) < 20 else set()
-        if named and not verdict and named <= (values := options(problem)).keys():
-            return {key for key, value in values.items() if await self(value, prediction, "", rules)} == named
+        letter = problem and not verdict and len(gold) < 20 and re.fullmatch(r"\(?([A-J])\)?", spelled(gold))
+        if letter and letter[1] in (values := options(problem)):
+            return [key for key, value in values.items() if await self(value, prediction, "", rules)] == [letter[1]]
         return verdict
 
     def close(self):
