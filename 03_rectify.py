@@ -733,7 +733,7 @@ REWRITES = [(re.compile(old), new) for old, new in (  # into the LaTeX that math
     (r"(?<!\\)\\(?:q?quad(?![a-zA-Z])|[,;: ])|~", " "),
     ("|".join(re.escape(old) + ("(?![a-zA-Z])" if old[-1].isalpha() else "") for old in SAME), lambda found: SAME[found[0]]),
     (r"[^\x00-\x7f]+", nfkc),
-    (r"\\(?:text)?color\s*\{\w+\}|\s*\(?\\?[pb]?mod\b.*|^\s+|[\s.,;。]+$", ""),
+    (r"\\(?:text)?color\s*\{\w+\}|\s*\(?\\?[pb]?mod\b.*|[\s.,;。]+$", ""),
     (r"^(?:\\text)?[^\w-]*0?(\d+)\W*:\W*(\d\d)\W*(?:(?:text|mbox|mathrm)?\W*([apAP])\W*[mM]\W*)?$",
      lambda found: f"{found[1]}:{found[2]}{(found[3] or '').lower()}"),  # a clock time: 4:30p
     (r"(?<=[\d}])\s*(?:\\\w+\{\s*)?\b(percent|halves|thirds)\b\s*\}?", lambda found: SCALES[found[1]]),
@@ -770,6 +770,7 @@ BASED = re.compile(r"-?[\dA-F.]+_\{?\d+\}?|\d+:\d\d[ap]?")
 # Copied from 01_sample_errors.py
 def spelled(answer: str) -> str:
     """An answer in LaTeX, without what does not change its meaning: dollars, spacing, thousands separators, degrees, units."""
+    answer = " ".join(answer.split())  # a long run of spaces takes the patterns long
     for pattern, new in REWRITES:
         answer = pattern.sub(new, answer)
     return answer
