@@ -41,7 +41,7 @@ from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -440,7 +440,7 @@ def our_fields(name: str, row: dict) -> dict:
     if name == "gsm8k":
         answer = answer.split("####")[-1].replace(",", "").strip()
     elif name == "math":
-        answer = extract_answer(answer) or ""  # two solutions box nothing
+        answer = extract_answer(answer) or ""  # a few boxes are empty
     elif name == "gsm-plus" and row["perturbation_type"] == "critical thinking":
         answer = ""
     elif name == "aqua":
@@ -562,12 +562,6 @@ def split_steps(response: str, split: str = "labels", opening: str = OPENING) ->
     return steps
 
 
-STATED_ANSWER = re.compile(  # models without \boxed{}: "The answer is: 7", "#### 7", "答案是 7"
-    r"(?:[Tt]he (?:final |correct )?answer is|####|[Aa]nswer[ *]*:|答案(?:是|为|[:：]))[ \t*:：]*"
-    r"([^\n]+?)\**(?:[.。](?:\s|$)|\n|$)"
-)
-
-
 def split_at_ends(response: str, split: str, start: int) -> list[str]:
     """split_steps() behind the first `start` characters, where steps bear no labels."""
     stop = lambda formula: "." if formula.rstrip("\\])$ \n").endswith(".") else "x"  # "\\[ x = 3. \\] Then"
@@ -581,19 +575,34 @@ def split_at_ends(response: str, split: str, start: int) -> list[str]:
     return [response[a:b] for a, b in pairwise([*cuts, len(response)])] if response else []
 
 
+MARKER = re.compile(  # models without \boxed{}: "The answer is: 7", "#### 7", "**Final Answer**", "答案是 7"
+    r"[Tt]he (?:final |correct )?answer is|####|[Aa]nswer[ *]*[:：]|[Ff]inal [Aa]nswer[ *]*(?=\n)|答案(?:是|为|[:：])"
+)
+BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(\\[a-zA-Z]+(?:\s*(?:\d|\{[^{}]*\}))*|-?[\w.]+))")  # \boxed 2, \boxed\frac12
+BOXES = re.compile(r"(?:\\boxed\{[^{}]*\}[\s$]*(?:,|(?:,\s*)?(?:and|or))[\s$]*)+$")  # before the last of a list
+
+
 def extract_answer(response: str) -> str | None:
-    r"""What stands in the last \boxed{}; where there is none, behind the last "The answer is". None: no answer.
+    r"""What stands in the last \boxed{}, and in those right before it with only commas, "and" or "or" between them; where
+    there is no box, after the last "The answer is", in its line or the next. None: no answer.
 
     A last box that is not closed is no answer, and no earlier box gets the credit."""
-    start = max(response.rfind("\\boxed{"), response.rfind("\\fbox{"))
-    if start < 0:
-        stated = STATED_ANSWER.findall(response)
-        return (stated[-1].strip().removesuffix(".").strip() or None) if stated else None
-    start, depth = response.index("{", start) + 1, 0
-    for mark in re.compile(r"\\.|[{}]", re.S).finditer(response, start):  # \{ and \} are printed: they open and close nothing
+    start, depth = max(response.rfind("\\boxed"), response.rfind("\\fbox")), 1
+    for mark in [*MARKER.finditer(response)][:-3:-1] if start < 0 else []:  # the one before, where nothing is after the last
+        stated = re.sub(r"^(?:[\s*:：$]|\\[\[(])+", "", response[mark.end() : mark.end() + 5000])
+        stated = re.split(r"[.。](?:\s|$)|\n", stated, maxsplit=1)[0].rstrip("*$ ")
+        if stated := re.sub(r"\s*\\[\])]$", "", stated):
+            return stated
+    box = BOX.match(response, max(start, 0))
+    if not box or box[1]:
+        return box and box[1].rstrip(".")
+    for mark in re.compile(r"\\.|[{}]", re.S).finditer(response, box.end()):  # \{ and \} are printed: they open nothing
         depth += {"{": 1, "}": -1}.get(mark[0], 0)
-        if depth < 0:
-            return response[start : mark.start()].strip() or None
+        if depth == 0 and (answer := response[box.end() : mark.start()].strip()):
+            listed = BOXES.search(response[max(0, start - 200) : start])
+            return ", ".join(dict.fromkeys([*re.findall(r"\{(.*?)\}", listed[0] if listed else ""), answer]))
+        if depth == 0:
+            break
     return None
 
 
@@ -612,46 +621,67 @@ def answer_of(response: str, split: str) -> str | None:
 def all_boxes(solution: str) -> list[str]:
     r"""What stands in the \boxed{} of a solution, each different answer once, in their order."""
     found = []
-    while (start := solution.rfind("\\boxed{")) >= 0:
+    while (start := solution.rfind("\\boxed")) >= 0:
         answer, solution = extract_answer(solution[start:]), solution[:start]
         if answer and not any(quick_verdict(answer, other) for other in found):
             found.insert(0, answer)
     return found
 
 
-SAME = {"\\\\": "\\\\", "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\leqslant": "\\le", "\\geqslant": "\\ge", "\\leq": "\\le",
-        "\\geq": "\\ge", "≤": "\\le ", "≥": "\\ge ", "∞": "\\infty", "π": "\\pi ", "−": "-", "×": "\\times ", "√": "\\sqrt ",
-        "\\left": "", "\\right": "", "\\!": "", "\\$": "", "$": "", "\\(": "", "\\)": "", "\\%": "%", "\\quad": " ", "\\,": " ",
-        "\\;": " ", "\\:": " ", "\\ ": " ", "~": " ", "^{\\circ}": "^\\circ", "°": "^\\circ", "+\\infty": "\\infty",
-        ">=": "\\ge ", "<=": "\\le ", "±": "\\pm ", "**": "^", "{,}": ","}  # fmt: skip
-SPELLINGS = re.compile("|".join(re.escape(old) + ("(?![a-zA-Z])" if old[-1].isalpha() else "") for old in SAME))
-WORDS = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
-UNIT = re.compile(  # "12 inches", "300 miles per hour", "36 cm^2", "36\ \text{cm}^2", and Chinese units without a space
-    rf"(?:(?<=[\d)\]}}%])|(?<=\\pi))(?:\s*(?!\\\w+{{[ei]}}){WORDS}(?:\^\{{?\d\}}?|\s)*|[一-鿿]+"
-    r"|\s+(?!(?:and|or|to|than)\b)[A-Za-z]{2,}\.?(?:[\s/]+[A-Za-z]{2,}\.?)*(?:\^\{?\d\}?)?)\.?$"
-)
-CLOCK = re.compile(r"(?:\\text)?[^\w-]*0?(\d+)\W*:\W*(\d\d)\W*(?:(?:text|mbox|mathrm)?\W*([ap])\W*m\W*)?", re.I)
-RELATION = re.compile(r"[<>]|\\(?:le|ge|in)(?![a-z])")
+SAME = {"\\\\": "\\\\", "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\cfrac": "\\frac", "\\leqslant": "\\le", "\\leq": "\\le",
+        "\\geqslant": "\\ge", "\\geq": "\\ge", "≤": "\\le ", "≥": "\\ge ", "<=": "\\le ", ">=": "\\ge ", "\\gt": ">",
+        "\\lt": "<", "≠": "\\ne ", "∞": "\\infty ", "infinity": "\\infty ", "+\\infty": "\\infty", "π": "\\pi ", "±": "\\pm ",
+        "√": "\\sqrt ", "×": "\\times ", "·": "\\cdot ", "**": "^", "*": "\\cdot ", "÷": "/", "∪": "\\cup ", "∩": "\\cap ",
+        "∈": "\\in ", "−": "-", "–": "-", "—": "-", "\\%": "%", "{,}": ",",
+        "½": "\\frac{1}{2}", "⅓": "\\frac{1}{3}", "⅔": "\\frac{2}{3}", "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}"}  # fmt: skip
+TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
+CHANGES = r"and|or|to|than|more|less|most|least|over|under|below|half|quarters?|factorial|squared|cubed|base|dozens?|negative"
+FRACTIONS = r"(?:hundred|thousand|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)th|[mbtr]+illion)s?"
+SCALES = {"percent": "%", "halves": "/2", "thirds": "/3"}
+nfkc = lambda found: unicodedata.normalize("NFKC", found[0])
+REWRITES = [(re.compile(old), new) for old, new in (  # into the LaTeX that math-verify reads, in this order
+    (r"[⁺⁻⁰-⁹¹²³]+", lambda found: f"^{{{nfkc(found)}}}"),  # before NFKC, which makes 52 of 5²
+    (r"\\\\\[[\w.]+\]", r"\\\\"),  # \\[4pt] between the rows of a matrix
+    (r"(?<=\d)(?:\{,\}|,\s*\\!\s?|\\,|\\!)(?=\d{3}(?!\d))", ""),  # 10{,}000
+    (r"(?<!\\)\\(?:(?:left|right|displaystyle)(?![a-zA-Z])|[!()$]|\[|\])|[$€£¥\"]", ""),
+    (r"(?:°|\^\s*\{?\s*\\circ\s*\}?)(?:\s*(?:\\text\{)?[CF]\}?(?![a-zA-Z]))?", ""),  # 90^\circ, 68°F
+    (r"(?<!\\)\\(?:q?quad(?![a-zA-Z])|[,;: ])|~", " "),
+    ("|".join(re.escape(old) + ("(?![a-zA-Z])" if old[-1].isalpha() else "") for old in SAME), lambda found: SAME[found[0]]),
+    (r"[^\x00-\x7f]+", nfkc),
+    (r"\\(?:text)?color\s*\{\w+\}|\s*\(?\\?[pb]?mod\b.*|[\s.,;。]+$", ""),
+    (r"^(?:\\text)?[^\w-]*0?(\d+)\W*:\W*(\d\d)\W*(?:(?:text|mbox|mathrm)?\W*([apAP])\W*[mM]\W*)?$",
+     lambda found: f"{found[1]}:{found[2]}{(found[3] or '').lower()}"),  # a clock time: 4:30p
+    (r"(?<=[\d}])\s*(?:\\\w+\{\s*)?\b(percent|halves|thirds)\b\s*\}?", lambda found: SCALES[found[1]]),
+    (rf"(?:(?<=[\d)\]}}%])|(?<=\\pi))\s*(?:(?:(?!\\\w+\{{[ei]}}){TEXT}(?:\^\{{?\d\}}?|\s)*)+|[一-鿿]+|m\^\{{?[23]\}}?"
+     r"|(?:k?m/|\s[A-Za-z]{3,}|(?:[cdkm]m|[km]g|m[lL]|ft|in|yd|mi|hr|oz|lb|sq|cu)\b)[A-Za-z\s./]*(?:\^\{?\d\}?)?)\.?$",
+     lambda found: found[0] if re.search(rf"\b(?:{CHANGES}|{FRACTIONS})\b", found[0]) else ""),  # 5m may be a product
+    (TEXT, r" \1 "),
+    (r"(?<![\\a-zA-Z])(pi|theta|alpha|beta|lambda|sqrt|sin|cos|tan|ln|log)(?![a-zA-Z])", r"\\\1 "),  # as programs write them
+    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+    (r"\\sqrt\s*(?:\(((?:[^()]|\([^()]*\))*)\)|(\d+))", r"\\sqrt{\1\2}"),  # sqrt(2), √12
+    (r"(?<=\d)[eE]([-+]?)0*(\d{1,3})(?!\w)", r"\\cdot 10^{\1\2}"),
+    (r"(?<![\d.])(\d+)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
+    (r"^\s*[-+]?\d{1,3}([,\s]\d{3})+(\.\d*)?\s*$", lambda found: re.sub(r"[,\s]", "", found[0])),  # (1,234) and 45, 135 stay
+    (r"(?s)^\[([^\[\]]*;[^\[\]]*)\]$|^\[(\[.*\])\]$", lambda found: "\\begin{bmatrix}" + re.sub(r";|\],\s*\[", r"\\\\", found[1]
+     or found[2][1:-1]).replace(",", "&") + "\\end{bmatrix}"),  # [1, 2; 3, 4] and [[1, 2], [3, 4]]
+    (r"(?s)\\begin\{array\}\{[^}]*\}(.*)\\end\{array\}", r"\\begin{matrix}\1\\end{matrix}"),
+    (r"_\{(\w)\}", r"_\1"),
+    (r"\s+", " "),
+    (r"(?<![\da-zA-Z]) | (?![\da-zA-Z])", ""),
+    (r",(?=\d)", ", "),
+)]  # fmt: skip
+LETTERS = re.compile(r"(?=[^A-J]*[A-J])(?:[\s()\[\].,:;&']|and|or|\b[A-J]\b)+")  # options and nothing else
+WORD = r"(?<![\\a-zA-Z])(?!and\b)[a-zA-Z]{3,}"
+UNLISTED = re.compile(r"[<>=;]|\\(?:pm|[lg]e|in|c[au]p|begin|ne|mathbb|max|min|gcd)(?![a-z])|(?<![\\a-z])[a-z]{2}")
+ROW = re.compile(r"(?:[(\[]|\\begin\{[pb]matrix\})([^()\[\]]*?)(?:[)\]]|\\end\{[pb]matrix\})")
+BASED = re.compile(r"-?[\dA-F.]+_\{?\d+\}?|\d+:\d\d[ap]?")
 
 
-def tidy(answer: str) -> str:
-    """An answer without what does not change its meaning: dollars, spacing, thousands separators, degrees, units."""
-    if clock := CLOCK.fullmatch(answer):
-        return f"{clock[1]}:{clock[2]}{(clock[3] or '').lower()}"  # 4:30p
-    answer = re.sub(r"(?<=\d)(?:\{,\}|,\s*\\!\s?|\\,)(?=\d{3}(?!\d))", "", unicodedata.normalize("NFKC", answer))
-    answer = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", SPELLINGS.sub(lambda found: SAME[found[0]], answer)).strip()
-    answer = re.sub(r"(?<![\\a-zA-Z])(pi|sin|cos|tan|ln)(?![a-zA-Z])", r"\\\1 ", answer)  # 7/10 * pi
-    answer = re.sub(WORDS, r" \1 ", UNIT.sub("", answer)).strip()
-    if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?", answer):  # (1,234) and 45, 135 stay
-        answer = answer.replace(",", "")
-    answer = answer if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", answer) else answer.replace("^\\circ", "")
-    answer = re.sub(r"\s+(?:and|or|和|或)\s+", r"\\cup " if RELATION.search(answer) else ",", answer)
-    answer = re.sub(r"(?<![\d.])(\d+)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}", re.sub(r"_\{(\d+)\}", r"_\1", answer))
-    answer = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", answer).rstrip(".")
-    answer = re.sub(r"^([\d.]+)\s+(?=[\d.]+$)", r"\1@", answer)  # math-verify: 1 2 = 3
-    if matrix := re.fullmatch(r"\\begin\{[pbB]?matrix\}(.*)\\end\{[pbB]?matrix\}|\[([^\[\]]*;[^\[\]]*)\]", answer):
-        rows = re.sub(r"\\\\|\\cr|;", "],[", matrix[matrix.lastindex].rstrip("\\"))
-        return f"[[{rows.replace('&', ',')}]]"  # as programs write it, and [2, -2; 4, -4] with it
+def spelled(answer: str) -> str:
+    """An answer in LaTeX, without what does not change its meaning: dollars, spacing, thousands separators, degrees, units."""
+    answer = " ".join(answer.split())  # a long run of spaces takes the patterns long
+    for pattern, new in REWRITES:
+        answer = pattern.sub(new, answer)
     return answer
 
 
@@ -662,81 +692,97 @@ def as_number(answer: str) -> Fraction | None:
     return Fraction(found[1]) / int(found[2] or 1) / (100 if found[3] else 1) if found else None
 
 
-def split_commas(text: str) -> list[str]:
-    """`text` split at the commas that stand in no bracket; [1,2) is a pair of brackets, too."""
-    depths = accumulate((c in "([{") - (c in ")]}") for c in text)
-    cuts = [at for at, (c, depth) in enumerate(zip(text, depths, strict=True)) if c == "," and depth == 0]
-    return [text[left + 1 : right] for left, right in pairwise([-1, *cuts, len(text)])]
+def letters(answer: str) -> set[str]:
+    """The options that an answer names, with or without what they say: "B", "(A) or (B)", "C) y = 0"."""
+    if LETTERS.fullmatch(answer):
+        return set(re.findall(r"\b[A-J]\b", answer))
+    first = re.match(r"(?:option |choice )?(?:\(([A-J])\)(?![-+*/^=<>])|([A-J])(?:[).:]|$))", answer, re.I)
+    others = re.findall(r"(?:(?<!\w)\(|(?<!\S))([A-J])[).:]", answer[first.end() :]) if first else []
+    return {(first[1] or first[2]).upper(), *others} if first else set()
 
 
-def structure(answer: str) -> tuple[str, list[str]]:
-    """What an answer is (its brackets, where the order of its parts counts; "union"; "" for a set or one thing), its parts."""
-    if "\\cup" in answer:
-        return "union", answer.split("\\cup")
-    listed = re.sub(r"^\{([^{}]*)\}$|^\\\{((?:(?!\\[{}]).)*)\\\}$", r"\1\2", answer)
-    if listed.count("\\pm") == 1 and listed[0] not in "([":
-        listed = re.sub(r"([^,]*)\\pm([^,]*)", r"\1+\2,\1-\2", listed)
-    parts = split_commas(listed)
-    if len(parts) == 1 and re.fullmatch(r"[(\[].{,500}[)\]]", answer):  # longer ones may nest too deep for Python
-        inner = split_commas(answer[1:-1])
-        if len(inner) > 1 or answer[0] == "[":
-            return answer[0] + answer[-1], inner
-    return "", parts
-
-
-LETTER = re.compile(r"\(?([A-J])\)?")
-BY_TEXT = re.compile(r"\d+:\d\d[ap]?|-?[\dA-F.]+_\d+|[^\W\d_]{3,}|no", re.I)
-
-
-def quick_verdict(gold: str, prediction: str, algebra=lambda *_: None) -> bool | None:
-    """Whether two answers are the same, by text, number and structure. None: only algebra(gold, prediction) can tell."""
-    gold, prediction = tidy(gold), tidy(prediction)
-    left, equals, _ = prediction.partition("=")
-    if prediction.count("=") == 1 and ("=" not in gold or gold.startswith(left + equals)):  # (x,y)=(1,2), 17+64=81
-        gold, prediction = (tidy(answer.split("=")[-1]) for answer in (gold, prediction))
+def quick_verdict(gold: str, prediction: str) -> bool | None:
+    """Whether two answers are the same, by text and number. None: only algebra_verdict(gold, prediction) can tell."""
+    units = [re.findall(r"mod\W*(\d+)|\\(?:text|mathrm)\s*\{\W*([a-zA-Z]{1,2})\W*\}", answer) for answer in (gold, prediction)]
+    if all(units) and units[0] != units[1]:  # 5 m and 5 s; longer ones may be one unit in two words
+        return False
+    if gold != prediction:  # most are equal as they are
+        gold, prediction = spelled(gold), spelled(prediction)
     if gold == prediction:
-        return bool(gold)
-    if letter := LETTER.fullmatch(gold):  # "C) 15"
-        said = re.match(r"\(([A-Ja-j])\)(?![-+*/^=<>])|([A-Ja-j])(?:[).:]|$)", prediction)
-        return bool(said) and (said[1] or said[2]).upper() == letter[1]
-    if BY_TEXT.fullmatch(gold):  # math-verify: 4:30 = 2/15, 2516_8 = 2516_9, Evelyn = E*e*l*n*v*y
-        short = lambda answer: re.sub(r"(?<=\d)(?:[ap]|_\d+)$", "", answer)
-        return prediction.lower() == gold.lower() or prediction == short(gold) or ":" in gold and short(prediction) == gold
-    a, b = as_number(gold), as_number(prediction)
+        return bool(gold.strip())
+    if LETTERS.fullmatch(gold):
+        return letters(prediction) == letters(gold)
+    if BASED.fullmatch(gold):  # math-verify: 2516_8 = 2516_9, 4:30 = 2/15; base and half of the day may be left out
+        said, same = (re.sub("[{}]", "", text) for text in (prediction.split("=")[-1], gold))
+        return said in (same, same.split("_")[0], same.rstrip("ap")) or ":" in gold and said.rstrip("ap") == same
+    if not re.search(r"[\d\\^_+*/=<>{}|]", gold) and re.search(r"[^\W\d_]{3}|^no$", gold, re.I):  # Evelyn = E*e*l*n*v*y
+        return re.sub(r"\W", "", gold).lower() == re.sub(r"\W", "", prediction).lower()
+    a, b = as_number(gold), as_number(re.split(r"(?<![!<>])=", prediction)[-1])  # x = 5, and 2+3 = 5, are 5
     if a is not None and b is not None:  # a gold of 20 % takes 20 and 0.2, a gold of 20 does not take 20 %
-        return a == b or gold.endswith("%") and not prediction.endswith("%") and 100 * a == b
-    (kind, parts), (other_kind, others) = structure(gold), structure(prediction)  # math-verify: (1,2) = \{1,2\}, 2,2 = 2
-    if kind != other_kind or len(parts) != len(others) or len(parts) > 99:  # each is held against each
-        return algebra(gold, prediction) if RELATION.search(gold + prediction) else False
-    if not kind and len(parts) == 1:
-        return algebra(parts[0], others[0])
-    for part in parts:  # brackets keep their order; in a list or union each part takes one that equals it
-        found = [quick_verdict(part, other, algebra) for other in (others if kind in ("", "union") else others[:1])]
-        if True not in found:
-            return None if None in found else False
-        others.pop(found.index(True))
-    return True
+        if a == b or gold.endswith("%") and not prediction.endswith("%") and 100 * a == b:
+            return True
+        return None if "." in prediction and re.search("/|frac", gold) else False  # 1/3 and 0.3333333333333333
+    if len(re.findall(WORD, prediction)) > 1 and not re.search(WORD, gold):  # a sentence says its number, if one
+        said, more = re.findall(r"-?\d[\d.,/]*%?", prediction), rf"[\\^_=]|\b(?:{CHANGES}|{FRACTIONS})\b"
+        return len(said) == 1 and not re.search(more, prediction) and bool(quick_verdict(gold, said[0]))
+    if (row := ROW.fullmatch(gold)) and (other := ROW.fullmatch(prediction)):  # (1,2) and (1,3) need no algebra
+        parts = [[as_number(part.strip()) for part in re.split(r",|&|\\\\", found[1])] for found in (row, other)]
+        if any(None not in pair and pair[0] != pair[1] for pair in zip(*parts, strict=False)):
+            return False
+    if gold.count(",") != prediction.count(",") and not UNLISTED.search(gold + prediction):
+        return False  # a longer list; a union, a range or 1 and 2 may have other commas
+    return False if re.fullmatch(r"[\d.]+\s+[\d.]+", prediction) else None  # math-verify: 1 2 = 3
 
 
 def algebra_verdict(gold: str, prediction: str) -> bool:
-    """The same with math-verify on single expressions; runs in a worker process."""
+    """The same by math-verify, without its false credits; runs in a worker process."""
     import math_verify
     import sympy
+    from latex2sympy2_extended import NormalizationConfig, sets
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it says at every call that its time limit is off
-    config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
+    normal = NormalizationConfig(units=False, malformed_operators=True, boxed="last")  # with units, 5m = 5
+    config = [math_verify.LatexExtractionConfig(boxed_match_priority=0, normalization_config=normal)]
+    how = {"fallback_mode": "no_fallback", "extraction_mode": "first_match", "parsing_timeout": None}
+    exactly = {"float_rounding": 12, "numeric_precision": 60, "allow_set_relation_comp": True, "timeout_seconds": None}
+    listed, bracketed = (lambda x: isinstance(x, sets.FiniteSet)), (lambda x: isinstance(x, (sympy.Tuple, sympy.Interval)))
 
-    def same(*texts: str) -> bool:
-        boxed = ["\\boxed{" + re.sub(r"(\d+)\^\\circ", r"{(\1\\pi/180)}", text) + "}" for text in texts]  # bare x-1=0 is 0
-        parsed = [math_verify.parse(text, config, fallback_mode="no_fallback", parsing_timeout=None) for text in boxed]
-        a, b = (value.subs({x: sympy.I for x in value.free_symbols if x.name == "i"}) for value, *_ in parsed)
-        if not a.free_symbols | b.free_symbols:  # math-verify: 2^{-98} = 2^{-99}, and 0.56=56% is 1.56=56%
-            a, b = sympy.N(a, 30), sympy.N(b, 30)
-            return bool(a == b or abs(a - b) <= 1e-12 * max(abs(a), abs(b)) < sympy.oo)
-        return math_verify.verify(a, b, float_rounding=10, timeout_seconds=None, allow_set_relation_comp=True)
+    def parsed(text: str):
+        boxed = f"\\boxed{{{text.replace('%', chr(92) + 'cdot 10^{-2}')}}}"  # bare x-1=0 is 0
+        [value] = math_verify.parse(boxed, config, **how)
+        value = value.rhs if isinstance(value, sympy.Eq) and listed(value.rhs) else value  # x = 1, 2
+        return value.subs({x: sympy.I for x in value.free_symbols if x.name == "i"})
+
+    def same(a, b) -> bool:
+        """By math-verify; with its default precision 2^{100} is 2^{100}-1. Lists and sets, where 2,2 is 2 to it, by part."""
+        if listed(a) or listed(b):
+            parts, others = ([*x._unsorted_args] if listed(x) else [x] for x in (a, b))
+            if len(parts) != len(others) or len(parts) > 99:  # each is held against each
+                return False
+            for part in parts:
+                if (match := next((other for other in others if same(part, other)), None)) is None:
+                    return False
+                others.remove(match)
+            return True
+        if isinstance(a, sympy.Eq) and isinstance(b, sympy.Eq) and not a.free_symbols | b.free_symbols:  # 0.56=56%, 1.56=56%
+            return same(a.lhs, b.lhs) and same(a.rhs, b.rhs)
+        if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr) and not a.free_symbols | b.free_symbols:
+            x, y, decimal = sympy.N(a, 30), sympy.N(b, 30), a.has(sympy.Float) or b.has(sympy.Float)
+            close = x == y or abs(x - y) <= 1e-12 * max(abs(x), abs(y))
+            if decimal or not close and x * y != 0:  # a tolerance only where a decimal was written
+                return bool(close)
+        return math_verify.verify(a, b, **exactly)
 
     try:
-        return bool(quick_verdict(gold, prediction, same))
+        if (verdict := quick_verdict(gold, prediction)) is not None:
+            return verdict
+        gold, prediction = spelled(gold), spelled(prediction)
+        a, b = parsed(gold), parsed(prediction)
+        if listed(a) and "\\{" not in gold and bracketed(b):  # a list may come in brackets
+            b = sets.FiniteSet(*(b if isinstance(b, sympy.Tuple) else (b.start, b.end)))
+        if listed(a) != listed(b) and (bracketed(a) or bracketed(b)):  # math-verify: (1,2) = \\{1,2\\}
+            return False
+        return bool(same(a, b))
     except Exception:  # has no common class, and not every one can be sent back to the stage
         return False
 
@@ -780,8 +826,8 @@ class Grader:
             except Exception as error:  # of `rules`, which may raise anything: no credit
                 verdict, self.kills = False, self.kills + isinstance(error, (TimeoutError, pebble.ProcessExpired))
             self.known[gold, prediction, slow] = verdict
-        letter = problem and len(gold) < 20 and LETTER.fullmatch(tidy(gold))
-        if letter and not verdict and letter[1] in (values := options(problem)):
+        letter = problem and not verdict and len(gold) < 20 and re.fullmatch(r"\(?([A-J])\)?", spelled(gold))
+        if letter and letter[1] in (values := options(problem)):
             return [key for key, value in values.items() if await self(value, prediction, "", rules)] == [letter[1]]
         return verdict
 
