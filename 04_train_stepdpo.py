@@ -675,9 +675,6 @@ def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
             left_out["with an empty side"] += 1
             continue
         try:
-            used = json.dumps([row.get(field) for field in (*fields, "initial_reason_steps")], ensure_ascii=False)
-            if re.search("[\ud800-\udfff]", used):
-                stop(f"{name}, row {number}: a lone surrogate, which is half a character; mend it or leave the row out")
             prefix, suffixes = encode(row, tokenizer, args.sides)
             if not known and "<|endofblock|>" in str(row):
                 stop(f"{name}, row {number}: its blocks are no tokens of {args.model}; see analysis/add_block_tokens.py")

@@ -42,6 +42,7 @@ def test_bootstrap_of_several_seeds_is_wider_where_seeds_differ():
     assert low < alike.mean() - base.mean() < high
 
 
+@pytest.mark.slow
 def test_luck_of_seeds_is_no_gain():
     """Two equal methods whose seeds differ by 5 points (sd): p below 0.05 is rare, by a permutation of problems it is not."""
     rng, found = np.random.default_rng(0), []
@@ -297,6 +298,7 @@ class Tags(HTMLParser):
         self.found.append((tag, dict(attributes)))
 
 
+@pytest.mark.slow
 def test_regrade_writes_the_whole_report(tmp_path):
     results(tmp_path)
     (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "what is $7^1$ & 17 < 99"}) + "\n" + json.dumps(
@@ -349,6 +351,7 @@ def test_regrade_writes_the_whole_report(tmp_path):
     assert "maj@k" not in (tmp_path / "report.md").read_text(), "one response to each problem"
 
 
+@pytest.mark.slow
 def test_seeds_and_samples_in_the_report(tmp_path):
     results(tmp_path, seeds=3, samples=4)
     run("regrade", tmp_path)
@@ -381,6 +384,7 @@ def test_seeds_and_samples_in_the_report(tmp_path):
     assert done.returncode == 2 and "3 responses to some problems and 4 to others" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_base_of_several_seeds_side_by_side(tmp_path):
     """What the base lost by most of its seeds, its first one may have solved: the page needs the rows of all."""
     results(tmp_path, seeds=2)
@@ -523,6 +527,7 @@ def test_credit_of_a_trained_model(tmp_path, small_model):
     assert first == pytest.approx(0.5 * (logps[0] - logps[1]), abs=0.01) and first < 0
 
 
+@pytest.mark.slow
 def test_credit_refuses_bad_rows(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"problem": "p", "steps": ["a"], "error_step": 2}) + "\n")
     done = run("credit", tmp_path / "a.jsonl", "--models", TINY / "model", TINY / "model", check=False)

@@ -124,6 +124,7 @@ def test_math_shepherds_tokens(tmp_path):
     assert ids.count(12902) == 3 and places[-1] == len(ids) - 1 and reader.signs() == [387, 648]
 
 
+@pytest.mark.slow
 def test_the_bundled_prm_finds_most_first_errors(tmp_path, capsys):
     labelled(tmp_path / "labels.jsonl")
     score = [tmp_path / "labels.jsonl", "--prm", PRM]
@@ -267,7 +268,7 @@ def test_rows_that_cannot_be_scored_stay_open(tmp_path, capsys):
     reasons = [str(found[row["id"]]["reason"]) for row in rows]
     assert "marks: " in reasons[1] and "where the model takes 4096" in reasons[2] and "a right solution" in reasons[4]
     assert reasons[3] == "no response to look at" and all("not scored" not in reasons[k] for k in (0, 5))
-    bad = [({"steps": "abc"}, "bad.jsonl, row 2: "), ({"steps": ["a", None]}, "row 2: "), ({"problem": ["x"]}, "row 2: ")]
+    bad = [({"steps": "abc"}, "bad.jsonl, line 2: "), ({"steps": ["a", None]}, "line 2: "), ({"problem": ["x"]}, "line 2: ")]
     for number, (change, why) in enumerate([*bad, ({}, "no row has scores; the first says: too long")]):
         path = write(tmp_path / f"{number}bad.jsonl", [rows[2], rows[2] | change])
         with pytest.raises(SystemExit) as ended:
@@ -286,6 +287,7 @@ def test_02_takes_a_number_for_each_step(scores, tmp_path):
     assert done.returncode == 2 and f"{path}, row 2: no 'step_scores'" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_consensus_keeps_what_both_say(judge, tmp_path):  # noqa: F811
     """A judge that is right, one step late, two late, or finds nothing, by turns, beside the bundled model; in two runs."""
     rows = [row for row in labelled(tmp_path / "labels.jsonl", 60) if row["label"] >= 0]
@@ -349,6 +351,7 @@ def test_the_judge_stops_at_its_cost_and_goes_on(judge, tmp_path):  # noqa: F811
     assert done.returncode == 2 and "need --price" in done.stderr
 
 
+@pytest.mark.slow
 def test_processbench_as_a_command(tmp_path):
     """Two files of the bundled world, one as a list; the table against the rows, and no file is located twice."""
     (tmp_path / "pb").mkdir()
