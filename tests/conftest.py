@@ -39,10 +39,11 @@ def stage(number: int):
 def run(script: int | str, *arguments, check: bool = True, here: bool = False, **options) -> subprocess.CompletedProcess:
     """Run a stage, or analysis/SCRIPT.py, as a user does; on an unexpected exit status show what it said. 04, scripts of
     analysis/, and what is given `options` of subprocess.run() have a process; the others run in this one, ten times as fast."""
-    command = list(map(str, arguments))
+    command, done = list(map(str, arguments)), None
     if here or script in (1, 2, 3, 5) and not options:
-        done = run_here(script, command)
-    else:
+        with contextlib.suppress(OtherEngine):
+            done = run_here(script, command)
+    if not done:
         path = ROOT / f"{STAGES[script]}.py" if script in STAGES else ROOT / "analysis" / f"{script}.py"
         done = subprocess.run([sys.executable, str(path), *command], capture_output=True, text=True, cwd=ROOT, **options)
     assert not check or done.returncode == 0, f"{script} {command} ended with {done.returncode}:\n{done.stderr[-3000:]}"
@@ -69,12 +70,16 @@ def run_here(number: int, command: list[str]) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
 
 
-def shared_engine(start, model: str, options: str, seed: int):
-    """The session's engine, which close() leaves as it is; for other models and options a new one."""
+class OtherEngine(Exception):
+    """A stage wants another engine than the session's. The end of one takes another in the same process along."""
+
+
+def shared_engine(start, model: str, options: str = "", seed: int = 0):
+    """The session's engine, of the bundled model, which the first that asks for it starts. close() leaves it as it is."""
     if (model, options) != (str(TINY / "model"), ""):
-        return start(model, options, seed)
+        raise OtherEngine
     if not ENGINES:
-        ENGINES.append(stage(1).Engine(model, "--max-num-seqs 256 --max-model-len 4096", seed=0))
+        ENGINES.append(start(model, "--max-num-seqs 256 --max-model-len 4096", seed=0))
         ENGINES[0].close = lambda: None
     return ENGINES[0]
 
@@ -104,7 +109,7 @@ def run_killed(number: int, *arguments, journal: Path, kills: int, seed: int, to
 @pytest.fixture(scope="session")
 def vllm():
     """One engine with the bundled model for all tests of this process."""
-    return shared_engine(None, str(TINY / "model"), "", 0)
+    return shared_engine(stage(1).Engine, str(TINY / "model"))
 
 
 @pytest.fixture(scope="session")
@@ -128,6 +133,7 @@ def started():
 SHARED = {"server": "server", "files": "server", "samples": "server", "world": "sharded"}  # fixtures that are costly to make
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Tests that share something costly, or look at all processes, go to one worker (--dist loadgroup), and first."""
     for item in items:

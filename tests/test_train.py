@@ -730,8 +730,8 @@ MESSAGES = [{"role": "assistant", "content": "7"}], [{"role": "assistant", "cont
     ({"prompt": "3+4?", "chosen": MESSAGES[0], "rejected": MESSAGES[1]}, "row 1: TypeError: of prompt, chosen and rejected"),
     ({"chosen": MESSAGES[0], "rejected": MESSAGES[1]}, "row 1: no 'prompt', and chosen and rejected do not begin alike"),
     ({"prompt": "3\ud800?", "chosen": "7", "rejected": "8"}, "line 1: "),
-    ({"prompt": [{"role": "user", "content": "\udcff"}], "chosen": MESSAGES[0], "rejected": MESSAGES[1]}, "is half a character"),
-    (pair(3) | {"initial_reason_steps": "Step \ud800 1:"}, "is half a character"),
+    ({"prompt": [{"role": "user", "content": "\udcff"}], "chosen": MESSAGES[0], "rejected": MESSAGES[1]}, "half a character"),
+    (pair(3) | {"initial_reason_steps": "Step \ud800 1:"}, "half a character"),
 ])  # fmt: skip
 def test_rows_that_cannot_be_read_are_named(tmp_path, small_model, capsys, row, said):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
