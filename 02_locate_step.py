@@ -1021,7 +1021,7 @@ WORD = r"(?<![\\a-zA-Z])(?!and\b)[a-zA-Z]{3,}"
 # Copied from 01_sample_errors.py
 UNLISTED = re.compile(r"[<>=;]|\\(?:pm|[lg]e|in|c[au]p|begin|ne|mathbb|max|min|gcd)(?![a-z])|(?<![\\a-z])[a-z]{2}")
 # Copied from 01_sample_errors.py
-ROW = re.compile(r"([(\[]|\\begin\{[pb]matrix\}|\\\{|)([^()\[\]]*?)(?:[)\]]|\\end\{[pb]matrix\}|\\\}|)")
+ROW = re.compile(r"([(\[]|\\begin\{[pb]matrix\}|\\\{|)([^()\[\]]*?)([)\]]|\\end\{[pb]matrix\}|\\\}|)")
 # Copied from 01_sample_errors.py
 BASED = re.compile(r"-?[\dA-F.]+_\{?\d+\}?|\d+:\d\d[ap]?")
 
@@ -1134,6 +1134,11 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
         if (verdict := quick_verdict(gold, prediction)) is not None:
             return verdict
         gold, prediction = spelled(gold), spelled(prediction)
+        row, other = ROW.fullmatch(gold), ROW.fullmatch(prediction)
+        if row and other and row[1] == other[1] != "\\{" and row[3] == other[3] != "":  # by part: what is alike is not parsed
+            parts, others = (re.split(r"(,|&|\\\\)", found[2]) for found in (row, other))
+            alike = (x == y or algebra_verdict(x, y) for x, y in zip(parts, others, strict=False))
+            return len(parts) == len(others) and all(alike)
         a, b = parsed(gold), parsed(prediction)
         if listed(a) and "\\{" not in gold and bracketed(b):  # a list may come in brackets
             b = sets.FiniteSet(*(b if isinstance(b, sympy.Tuple) else (b.start, b.end)))
