@@ -673,7 +673,7 @@ REWRITES = [(re.compile(old), new) for old, new in (  # into the LaTeX that math
 LETTERS = re.compile(r"(?=[^A-J]*[A-J])(?:[\s()\[\].,:;&']|and|or|\b[A-J]\b)+")  # options and nothing else
 WORD = r"(?<![\\a-zA-Z])(?!and\b)[a-zA-Z]{3,}"
 UNLISTED = re.compile(r"[<>=;]|\\(?:pm|[lg]e|in|c[au]p|begin|ne|mathbb|max|min|gcd)(?![a-z])|(?<![\\a-z])[a-z]{2}")
-ROW = re.compile(r"(?:[(\[]|\\begin\{[pb]matrix\})([^()\[\]]*?)(?:[)\]]|\\end\{[pb]matrix\})")
+ROW = re.compile(r"([(\[]|\\begin\{[pb]matrix\}|\\\{|)([^()\[\]]*?)([)\]]|\\end\{[pb]matrix\}|\\\}|)")
 BASED = re.compile(r"-?[\dA-F.]+_\{?\d+\}?|\d+:\d\d[ap]?")
 
 
@@ -725,9 +725,12 @@ def quick_verdict(gold: str, prediction: str) -> bool | None:
     if len(re.findall(WORD, prediction)) > 1 and not re.search(WORD, gold):  # a sentence says its number, if one
         said, more = re.findall(r"-?\d[\d.,/]*%?", prediction), rf"[\\^_=]|\b(?:{CHANGES}|{FRACTIONS})\b"
         return len(said) == 1 and not re.search(more, prediction) and bool(quick_verdict(gold, said[0]))
-    if (row := ROW.fullmatch(gold)) and (other := ROW.fullmatch(prediction)):  # (1,2) and (1,3) need no algebra
-        parts = [[as_number(part.strip()) for part in re.split(r",|&|\\\\", found[1])] for found in (row, other)]
-        if any(None not in pair and pair[0] != pair[1] for pair in zip(*parts, strict=False)):
+    if (row := ROW.fullmatch(gold)) and (other := ROW.fullmatch(prediction)):  # numbers in a row need no algebra
+        parts = [[as_number(part.strip()) for part in re.split(r",|&|\\\\", found[2])] for found in (row, other)]
+        listed = [found[1] in ("", "\\{") for found in (row, other)]  # a list and a set may come in any order
+        if all(listed) and None not in parts[0] + parts[1]:
+            return sorted(parts[0]) == sorted(parts[1])
+        if not any(listed) and any(None not in pair and pair[0] != pair[1] for pair in zip(*parts, strict=False)):
             return False
     if gold.count(",") != prediction.count(",") and not UNLISTED.search(gold + prediction):
         return False  # a longer list; a union, a range or 1 and 2 may have other commas
@@ -777,6 +780,11 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
         if (verdict := quick_verdict(gold, prediction)) is not None:
             return verdict
         gold, prediction = spelled(gold), spelled(prediction)
+        row, other = ROW.fullmatch(gold), ROW.fullmatch(prediction)
+        if row and other and row[1] == other[1] != "\\{" and row[3] == other[3] != "":  # by part: what is alike is not parsed
+            parts, others = (re.split(r"(,|&|\\\\)", found[2]) for found in (row, other))
+            alike = (x == y or algebra_verdict(x, y) for x, y in zip(parts, others, strict=False))
+            return len(parts) == len(others) and all(alike)
         a, b = parsed(gold), parsed(prediction)
         if listed(a) and "\\{" not in gold and bracketed(b):  # a list may come in brackets
             b = sets.FiniteSet(*(b if isinstance(b, sympy.Tuple) else (b.start, b.end)))
