@@ -1608,7 +1608,8 @@ async def engine(args, model: str, rows: int):
 def in_flight(args, generate, requests: int = 1) -> int:
     """Items to work on at a time, of so many requests each: --concurrency, or half as many again as the engine has seats, so
     that none is empty while answers are graded. A server's seats are not known: 512 requests."""
-    return args.concurrency or math.ceil(1.5 * getattr(generate, "seats", 341) / requests)
+    seats = 1.5 * generate.seats if hasattr(generate, "seats") else 512
+    return args.concurrency or math.ceil(seats / requests)
 
 
 # Copied from 01_sample_errors.py
