@@ -130,17 +130,18 @@ def started():
         process.wait(30)
 
 
-SHARED = {"server": "server", "files": "server", "samples": "server", "world": "sharded"}  # fixtures that are costly to make
+SHARED = {"server", "files", "samples", "world"}  # fixtures that are costly to make
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_itemcollected(item):
+    """Tests that share something costly, or look at all processes, go to one worker (--dist loadgroup)."""
+    if SHARED & set(getattr(item, "fixturenames", ())) or "test_code" in item.nodeid:
+        item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Tests that share something costly, or look at all processes, go to one worker (--dist loadgroup), and first."""
-    for item in items:
-        names = [SHARED[name] for name in getattr(item, "fixturenames", ()) if name in SHARED]
-        names += ["code"] if "test_code" in item.nodeid else []
-        if names:
-            item.add_marker(pytest.mark.xdist_group(names[0]))
+    """The groups first: they take longest."""
     items.sort(key=lambda item: not any(item.iter_markers("xdist_group")))
 
 
@@ -188,7 +189,7 @@ def serving(model, log: Path, *options: str):
         process.wait()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # one that waits for requests takes half a core
 def server(tmp_path_factory):
     """Arguments that point stages 01 to 03 at one real vLLM server with the bundled model."""
     log = tmp_path_factory.mktemp("server") / "server.log"
