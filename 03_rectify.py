@@ -1206,8 +1206,7 @@ while not select.select([sys.stdin], [], [], 0.1)[0]:
         children |= set(stage.children(recursive=True)) - {psutil.Process()}
 for process in children:
     with contextlib.suppress(psutil.Error):
-        for each in [*process.children(recursive=True), process]:
-            each.kill()
+        process.kill()
 """
 
 
@@ -1280,7 +1279,7 @@ class Engine:
             self.stepping = loop.create_task(self.step())
         try:
             return await self.waiting[identity]
-        except asyncio.CancelledError:
+        except BaseException:  # it was cancelled, or a step failed
             self.vllm.abort_request([identity])
             raise
         finally:
