@@ -1,7 +1,6 @@
 """vLLM in the stage's process: prompts too long, errors, cancellations, seeds, and what is left after kill -9."""
 
 import asyncio
-import contextlib
 import json
 import os
 import shutil
@@ -228,15 +227,15 @@ def test_a_stopped_recipe_takes_its_stage_along(started, recipe, kind, tmp_path)
     """The signal comes to the script alone, as from a job scheduler, while an engine is starting."""
     environment = os.environ | {"OUT": str(tmp_path), "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job's children ignore Ctrl-C
-    process = subprocess.Popen(["bash", f"recipes/{recipe}"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, text=True,
-                               stderr=subprocess.PIPE, start_new_session=True, preexec_fn=heed)  # fmt: skip
+    with open(tmp_path / "said.log", "w") as said:
+        process = subprocess.Popen(["bash", f"recipes/{recipe}"], cwd=ROOT, env=environment, stdout=said, stderr=said,
+                                   start_new_session=True, preexec_fn=heed)  # fmt: skip
     started.append(process)
-    wait_for(process, "starting vLLM")
+    # iterate.sh has a log for each run
+    wait_until(process, lambda: any("starting vLLM" in path.read_text() for path in tmp_path.rglob("*.log")))
     family = psutil.Process(process.pid).children(recursive=True)
     assert family
     process.send_signal(kind)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.wait(30) == 130
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
