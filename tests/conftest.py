@@ -53,7 +53,6 @@ def run(script: int | str, *arguments, check: bool = True, here: bool = False, *
 def run_here(number: int, command: list[str]) -> subprocess.CompletedProcess:
     """A stage in this process; one that would start an engine of the bundled model gets that of the session."""
     module, out, err, status = stage(number), io.StringIO(), io.StringIO(), 0
-    AcceleratorState._reset_state(reset_partial_state=True)  # 04 may have been here before
     if number != 4:
         module.warn_once.cache_clear()
     with (
@@ -67,6 +66,8 @@ def run_here(number: int, command: list[str]) -> subprocess.CompletedProcess:
             module.main(tyro.cli(module.Args))
         except SystemExit as end:
             status = end.code
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)  # 04 leaves one that no other may have
     return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
 
 
