@@ -140,6 +140,7 @@ def test_two_models_in_one_process_and_in_two(tmp_path):
 ALGEBRA = [{"id": f"a{i}", "problem": SUMS[0]["problem"], "answer": "\\frac{x}{y}"} for i in range(400)]
 STEP = "Let's think step by step.\nStep 1: 8."
 WRONG = {"sample": 0, "finish_reason": "stop", "correct": False, "prediction": "8", "response": STEP, "steps": [STEP]}
+HEED = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job's children ignore Ctrl-C
 MANY = ["--temperature", 1.0, "--engine-args=--max-num-seqs 8 --max-model-len 1024", *SHORT]
 COMMANDS = {
     1: ["--n", 4, "--model", TINY / "model"],
@@ -155,7 +156,8 @@ def start(number: int, tmp_path, *options) -> subprocess.Popen:
     source = "--data" if number in (1, 5) else "--samples" if number == 2 else "--located"
     command = [sys.executable, f"{STAGES[number]}.py", source, write(tmp_path / "in.jsonl", rows), *COMMANDS[number],
                "--out", tmp_path / ("out" if number == 5 else "out.jsonl"), *MANY, *options]  # fmt: skip
-    return subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                            preexec_fn=HEED)  # fmt: skip
 
 
 def wait_for(process: subprocess.Popen, words: str):
@@ -226,10 +228,9 @@ def test_ctrl_c_keeps_the_rows(started, tmp_path):
 def test_a_stopped_recipe_takes_its_stage_along(started, recipe, kind, tmp_path):
     """The signal comes to the script alone, as from a job scheduler, while an engine is starting."""
     environment = os.environ | {"OUT": str(tmp_path), "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job's children ignore Ctrl-C
     with open(tmp_path / "said.log", "w") as said:
         process = subprocess.Popen(["bash", f"recipes/{recipe}"], cwd=ROOT, env=environment, stdout=said, stderr=said,
-                                   start_new_session=True, preexec_fn=heed)  # fmt: skip
+                                   start_new_session=True, preexec_fn=HEED)  # fmt: skip
     started.append(process)
     # iterate.sh has a log for each run
     wait_until(process, lambda: any("starting vLLM" in path.read_text() for path in tmp_path.rglob("*.log")))
