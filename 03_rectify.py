@@ -801,128 +801,131 @@ def answer_of(response: str, split: str) -> str | None:
 
 
 # Copied from 01_sample_errors.py
-SAME = {"\\\\": "\\\\", "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\cfrac": "\\frac", "\\leqslant": "\\le", "\\leq": "\\le",
-        "\\geqslant": "\\ge", "\\geq": "\\ge", "≤": "\\le ", "≥": "\\ge ", "<=": "\\le ", ">=": "\\ge ", "\\gt": ">",
-        "\\lt": "<", "≠": "\\ne ", "∞": "\\infty ", "infinity": "\\infty ", "+\\infty": "\\infty", "π": "\\pi ", "±": "\\pm ",
-        "√": "\\sqrt ", "×": "\\times ", "·": "\\cdot ", "**": "^", "*": "\\cdot ", "÷": "/", "∪": "\\cup ", "∩": "\\cap ",
-        "∈": "\\in ", "−": "-", "–": "-", "—": "-", "\\%": "%", "{,}": ",",
-        "½": "\\frac{1}{2}", "⅓": "\\frac{1}{3}", "⅔": "\\frac{2}{3}", "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}"}  # fmt: skip
+SIGNS = dict(
+    zip(
+        "≤≥≠∞π±√×·÷∪∩∈−–—",
+        re.findall(r"\S+", r"\le \ge \ne \infty \pi \pm \sqrt \times \cdot / \cup \cap \in - - -"),
+        strict=True,
+    )
+)
 # Copied from 01_sample_errors.py
 TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
 # Copied from 01_sample_errors.py
-CHANGES = r"and|or|to|than|more|less|most|least|over|under|below|half|quarters?|factorial|squared|cubed|base|dozens?|negative"
-# Copied from 01_sample_errors.py
-FRACTIONS = r"(?:hundred|thousand|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)th|[mbtr]+illion)s?"
+CHANGES = (  # words that change a number; any other word after a number is its unit
+    r"\b(?:and|or|to|than|more|less|most|least|over|under|below|half|quarters?|factorial|squared|cubed|base|dozens?|negative"
+    r"|[ap]\.?m|(?:hundred|thousand|(?:four|fif|six|seven|eigh|nin|ten)th|[mbtr]+illion)s?)\b"
+)
 # Copied from 01_sample_errors.py
 SCALES = {"percent": "%", "halves": "/2", "thirds": "/3"}
 # Copied from 01_sample_errors.py
-nfkc = lambda found: unicodedata.normalize("NFKC", found[0])
-# Copied from 01_sample_errors.py
-REWRITES = [(re.compile(old), new) for old, new in (  # into the LaTeX that math-verify reads, in this order
-    (r"[⁺⁻⁰-⁹¹²³]+", lambda found: f"^{{{nfkc(found)}}}"),  # before NFKC, which makes 52 of 5²
-    (r"\\\\\[[\w.]+\]", r"\\\\"),  # \\[4pt] between the rows of a matrix
-    (r"(?<=\d)(?:\{,\}|,\s*\\!\s?|\\,|\\!)(?=\d{3}(?!\d))", ""),  # 10{,}000
-    (r"(?<!\\)\\(?:(?:left|right|displaystyle)(?![a-zA-Z])|[!()$]|\[|\])|[$€£¥\"]", ""),
+SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads; the order matters
+    (r"[⁺⁻⁰-⁹¹²³]+", lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}"),  # NFKC alone makes 52 of 5²
+    (r"[¼-¾⅐-⅞]", lambda match: " " + unicodedata.normalize("NFKC", match[0]).replace("⁄", "/")),  # 1½ is 1 1/2
+    (r"[≤≥≠∞π±√×·÷∪∩∈−–—]", lambda match: SIGNS[match[0]] + " " * (match[0] not in "÷−–—")),
+    (r"％|\\%", "%"),
+    (r"(?<=\d)(?:\{,\}|,?\s*\\[!,]\s?)(?=\d{3}(?!\d))|\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\\[!()$\[\]]", ""),
+    (r"[$€£¥\"]|\\(?:text)?color\s*\{\w+\}|\s*\(?\\?[pb]?mod\b.*|[\s.,;。]+$", ""),
+    (r"\*\*", "^"),
+    (r"\*", r"\\cdot "),
     (r"(?:°|\^\s*\{?\s*\\circ\s*\}?)(?:\s*(?:\\text\{)?[CF]\}?(?![a-zA-Z]))?", ""),  # 90^\circ, 68°F
+    (r"\\\\\[[\w.]+\]", r"\\\\"),  # \\[4pt] between the rows of a matrix
     (r"(?<!\\)\\(?:q?quad(?![a-zA-Z])|[,;: ])|~", " "),
-    ("|".join(re.escape(old) + ("(?![a-zA-Z])" if old[-1].isalpha() else "") for old in SAME), lambda found: SAME[found[0]]),
-    (r"[^\x00-\x7f]+", nfkc),
-    (r"\\(?:text)?color\s*\{\w+\}|\s*\(?\\?[pb]?mod\b.*|[\s.,;。]+$", ""),
-    (r"^(?:\\text)?[^\w-]*0?(\d+)\W*:\W*(\d\d)\W*(?:(?:text|mbox|mathrm)?\W*([apAP])\W*[mM]\W*)?$",
-     lambda found: f"{found[1]}:{found[2]}{(found[3] or '').lower()}"),  # a clock time: 4:30p
-    (r"(?<=[\d}])\s*(?:\\\w+\{\s*)?\b(percent|halves|thirds)\b\s*\}?", lambda found: SCALES[found[1]]),
-    (rf"(?:(?<=[\d)\]}}%])|(?<=\\pi))\s*(?:(?:(?!\\\w+\{{[ei]}}){TEXT}(?:\^\{{?\d\}}?|\s)*)+|[一-鿿]+|m\^\{{?[23]\}}?"
-     r"|(?:k?m/|\s[A-Za-z]{3,}|(?:[cdkm]m|[km]g|m[lL]|ft|in|yd|mi|hr|oz|lb|sq|cu)\b)[A-Za-z\s./]*(?:\^\{?\d\}?)?)\.?$",
-     lambda found: found[0] if re.search(rf"\b(?:{CHANGES}|{FRACTIONS})\b", found[0]) else ""),  # 5m may be a product
+    (r"(?<=[\d}])\s*(?:\\\w+\{\s*)?\b(percent|halves|thirds)\b\s*\}?", lambda match: SCALES[match[1]]),
+    (
+        rf"(?:(?<=[\d)\]}}%])|(?<=\\pi))\s*(?:(?:(?!\\\w+\{{[ei]}}){TEXT}(?:\^\{{?\d\}}?|\s)*)+|[一-鿿]+|m\^\{{?[23]\}}?"
+        r"|(?:k?m/|\s[A-Za-z]{3,}|(?:[cdkm]m|[km]g|m[lL]|ft|in|yd|mi|hr|oz|lb|sq|cu)\b)[A-Za-z\s./]*(?:\^\{?\d\}?)?)\.?$",
+        lambda match: match[0] if re.search(CHANGES, match[0]) else "",  # a unit; 5m may be a product
+    ),
     (TEXT, r" \1 "),
-    (r"(?<![\\a-zA-Z])(pi|theta|alpha|beta|lambda|sqrt|sin|cos|tan|ln|log)(?![a-zA-Z])", r"\\\1 "),  # as programs write them
-    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+    (r"(?<![\\a-zA-Z])(pi|theta|alpha|beta|lambda|sqrt|infinity|sin|cos|tan|ln|log)(?![a-zA-Z])", r"\\\1 "),
     (r"\\sqrt\s*(?:\(((?:[^()]|\([^()]*\))*)\)|(\d+))", r"\\sqrt{\1\2}"),  # sqrt(2), √12
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     (r"(?<=\d)[eE]([-+]?)0*(\d{1,3})(?!\w)", r"\\cdot 10^{\1\2}"),
     (r"(?<![\d.])(\d+)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
-    (r"^\s*[-+]?\d{1,3}([,\s]\d{3})+(\.\d*)?\s*$", lambda found: re.sub(r"[,\s]", "", found[0])),  # (1,234) and 45, 135 stay
-    (r"(?s)^\[([^\[\]]*;[^\[\]]*)\]$|^\[(\[.*\])\]$", lambda found: "\\begin{bmatrix}" + re.sub(r";|\],\s*\[", r"\\\\", found[1]
-     or found[2][1:-1]).replace(",", "&") + "\\end{bmatrix}"),  # [1, 2; 3, 4] and [[1, 2], [3, 4]]
-    (r"(?s)\\begin\{array\}\{[^}]*\}(.*)\\end\{array\}", r"\\begin{matrix}\1\\end{matrix}"),
+    (r"^\s*[-+]?\d{1,3}([,\s]\d{3})+(\.\d*)?\s*$", lambda match: re.sub(r"[,\s]", "", match[0])),  # (1,234) and 45, 135 stay
     (r"_\{(\w)\}", r"_\1"),
-    (r"\s+", " "),
     (r"(?<![\da-zA-Z]) | (?![\da-zA-Z])", ""),
-    (r",(?=\d)", ", "),
-)]  # fmt: skip
+)
 # Copied from 01_sample_errors.py
-LETTERS = re.compile(r"(?=[^A-J]*[A-J])(?:[\s()\[\].,:;&']|and|or|\b[A-J]\b)+")  # options and nothing else
+COMPILED = [(re.compile(pattern), new) for pattern, new in SPELLINGS]
+# Copied from 01_sample_errors.py
+IS_TEXT = re.compile(r"[^\d\\^_+*/=<>{}|]*([^\W\d_]{3}|^no$)[^\d\\^_+*/=<>{}|]*|-?[\dA-F.]+_\{?\d+\}?|.*\d:\d\d.*")
+# Copied from 01_sample_errors.py
+IS_LETTERS = re.compile(r"(?=[^A-J]*[A-J])(?:[\s()\[\].,:;&']|and|or|\b[A-J]\b)+")  # options and nothing else
+# Copied from 01_sample_errors.py
+UNIT = re.compile(r"mod\W*(\d+)|\\(?:text|mathrm)\s*\{\W*([a-zA-Z]{1,2})\W*\}")  # longer ones may be one unit in two words
 # Copied from 01_sample_errors.py
 WORD = r"(?<![\\a-zA-Z])(?!and\b)[a-zA-Z]{3,}"
 # Copied from 01_sample_errors.py
-UNLISTED = re.compile(r"[<>=;]|\\(?:pm|[lg]e|in|c[au]p|begin|ne|mathbb|max|min|gcd)(?![a-z])|(?<![\\a-z])[a-z]{2}")
+ORDERED = ("(", "[", "\\begin")  # lists and sets may come in any order
 # Copied from 01_sample_errors.py
-ROW = re.compile(r"([(\[]|\\begin\{[pb]matrix\}|\\\{|)([^()\[\]]*?)([)\]]|\\end\{[pb]matrix\}|\\\}|)")
-# Copied from 01_sample_errors.py
-BASED = re.compile(r"-?[\dA-F.]+_\{?\d+\}?|\d+:\d\d[ap]?")
+ROW = re.compile(r"([(\[]|\\begin\{\w+\}|\\\{|)([^()\[\]]*?)([)\]]|\\end\{\w+\}|\\\}|)")
 
 
 # Copied from 01_sample_errors.py
 def spelled(answer: str) -> str:
     """An answer in LaTeX, without what does not change its meaning: dollars, spacing, thousands separators, degrees, units."""
     answer = " ".join(answer.split())  # a long run of spaces takes the patterns long
-    for pattern, new in REWRITES:
+    for pattern, new in COMPILED:
         answer = pattern.sub(new, answer)
     return answer
+
+
+# Copied from 01_sample_errors.py
+def rows_of(gold: str, prediction: str) -> list[list[str]]:
+    """The parts of two tuples, vectors, lists or sets in the same brackets; [] for other answers."""
+    rows = [ROW.fullmatch(answer) for answer in (gold, prediction)]
+    if not all(rows) or rows[0][1] != rows[1][1] or rows[0][3] != rows[1][3]:
+        return []
+    return [[part.strip() for part in re.split(r",|&|\\\\", row[2])] for row in rows]
 
 
 # Copied from 01_sample_errors.py
 def as_number(answer: str) -> Fraction | None:
     """The value of a plain number, a percentage or a fraction of two numbers; None for anything else."""
     answer = re.sub(r"^([-+]?)\\frac\{([-\d.]+)\}\{([-\d.]+)\}(%?)$", r"\1\2/\3\4", answer)
-    found = re.fullmatch(r"\(?([-+]?(?:\d+\.?\d*|\.\d+))(?:/(-?0*[1-9]\d*))?\)?(%?)", answer) if len(answer) < 99 else None
-    return Fraction(found[1]) / int(found[2] or 1) / (100 if found[3] else 1) if found else None
+    match = re.fullmatch(r"\(?([-+]?(?:\d+\.?\d*|\.\d+))(?:/(-?0*[1-9]\d*))?\)?(%?)", answer) if len(answer) < 99 else None
+    return Fraction(match[1]) / int(match[2] or 1) / (100 if match[3] else 1) if match else None
 
 
 # Copied from 01_sample_errors.py
 def letters(answer: str) -> set[str]:
     """The options that an answer names, with or without what they say: "B", "(A) or (B)", "C) y = 0"."""
-    if LETTERS.fullmatch(answer):
+    if IS_LETTERS.fullmatch(answer):
         return set(re.findall(r"\b[A-J]\b", answer))
-    first = re.match(r"(?:option |choice )?(?:\(([A-J])\)(?![-+*/^=<>])|([A-J])(?:[).:]|$))", answer, re.I)
-    others = re.findall(r"(?:(?<!\w)\(|(?<!\S))([A-J])[).:]", answer[first.end() :]) if first else []
-    return {(first[1] or first[2]).upper(), *others} if first else set()
+    first = re.match(r"(?:option |choice )?\(?([A-J])(?:[).:](?![-+*/^=<>])|$)", answer, re.I)
+    return {first[1].upper(), *re.findall(r"[\s(]([A-J])[).:]", answer[first.end() :])} if first else set()
 
 
 # Copied from 01_sample_errors.py
 def quick_verdict(gold: str, prediction: str) -> bool | None:
     """Whether two answers are the same, by text and number. None: only algebra_verdict(gold, prediction) can tell."""
-    units = [re.findall(r"mod\W*(\d+)|\\(?:text|mathrm)\s*\{\W*([a-zA-Z]{1,2})\W*\}", answer) for answer in (gold, prediction)]
-    if all(units) and units[0] != units[1]:  # 5 m and 5 s; longer ones may be one unit in two words
-        return False
-    if gold != prediction:  # most are equal as they are
-        gold, prediction = spelled(gold), spelled(prediction)
-    if gold == prediction:
+    if gold == prediction:  # most are
         return bool(gold.strip())
-    if LETTERS.fullmatch(gold):
+    units = [UNIT.findall(answer) for answer in (gold, prediction)]
+    if all(units) and units[0] != units[1]:  # 5 m and 5 s
+        return False
+    gold, prediction = spelled(gold), spelled(prediction)
+    if gold == prediction:
+        return bool(gold)
+    if IS_LETTERS.fullmatch(gold):
         return letters(prediction) == letters(gold)
-    if BASED.fullmatch(gold):  # math-verify: 2516_8 = 2516_9, 4:30 = 2/15; base and half of the day may be left out
-        said, same = (re.sub("[{}]", "", text) for text in (prediction.split("=")[-1], gold))
-        return said in (same, same.split("_")[0], same.rstrip("ap")) or ":" in gold and said.rstrip("ap") == same
-    if not re.search(r"[\d\\^_+*/=<>{}|]", gold) and re.search(r"[^\W\d_]{3}|^no$", gold, re.I):  # Evelyn = E*e*l*n*v*y
-        return re.sub(r"\W", "", gold).lower() == re.sub(r"\W", "", prediction).lower()
+    if IS_TEXT.fullmatch(gold):
+        bare = [re.sub(r"\b0(?=\d)|[\W_]", "", text).lower() for text in (gold, prediction.split("=")[-1])]
+        return bare[0] == bare[1]
+    numbers = re.findall(r"-?\d[\d.,/]*%?", prediction)
+    if len(numbers) == 1 and len(re.findall(WORD, prediction)) > 1 and not re.search(rf"[\\^_=]|{CHANGES}", prediction):
+        prediction = numbers[0].rstrip(".")  # a sentence says its number, if one
     a, b = as_number(gold), as_number(re.split(r"(?<![!<>])=", prediction)[-1])  # x = 5, and 2+3 = 5, are 5
-    if a is not None and b is not None:  # a gold of 20 % takes 20 and 0.2, a gold of 20 does not take 20 %
-        if a == b or gold.endswith("%") and not prediction.endswith("%") and 100 * a == b:
-            return True
-        return None if "." in prediction and re.search("/|frac", gold) else False  # 1/3 and 0.3333333333333333
-    if len(re.findall(WORD, prediction)) > 1 and not re.search(WORD, gold):  # a sentence says its number, if one
-        said, more = re.findall(r"-?\d[\d.,/]*%?", prediction), rf"[\\^_=]|\b(?:{CHANGES}|{FRACTIONS})\b"
-        return len(said) == 1 and not re.search(more, prediction) and bool(quick_verdict(gold, said[0]))
-    if (row := ROW.fullmatch(gold)) and (other := ROW.fullmatch(prediction)):  # numbers in a row need no algebra
-        parts = [[as_number(part.strip()) for part in re.split(r",|&|\\\\", found[2])] for found in (row, other)]
-        listed = [found[1] in ("", "\\{") for found in (row, other)]  # a list and a set may come in any order
-        if all(listed) and None not in parts[0] + parts[1]:
-            return sorted(parts[0]) == sorted(parts[1])
-        if not any(listed) and any(None not in pair and pair[0] != pair[1] for pair in zip(*parts, strict=False)):
-            return False
-    if gold.count(",") != prediction.count(",") and not UNLISTED.search(gold + prediction):
-        return False  # a longer list; a union, a range or 1 and 2 may have other commas
-    return False if re.fullmatch(r"[\d.]+\s+[\d.]+", prediction) else None  # math-verify: 1 2 = 3
+    if a is not None and b is not None:
+        if "." in prediction and re.search("/|frac", gold):  # 1/3 and 0.3333333333333333
+            return None
+        return a == b or gold.endswith("%") and not prediction.endswith("%") and 100 * a == b  # a gold of 20 % takes 20
+    parts = [[as_number(part) for part in row] for row in rows_of(gold, prediction)]
+    if not parts or None in parts[0] + parts[1]:
+        return None
+    return parts[0] == parts[1] or not gold.startswith(ORDERED) and sorted(parts[0]) == sorted(parts[1])
 
 
 # Copied from 01_sample_errors.py
@@ -933,53 +936,36 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
     from latex2sympy2_extended import NormalizationConfig, sets
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it says at every call that its time limit is off
-    normal = NormalizationConfig(units=False, malformed_operators=True, boxed="last")  # with units, 5m = 5
-    config = [math_verify.LatexExtractionConfig(boxed_match_priority=0, normalization_config=normal)]
-    how = {"fallback_mode": "no_fallback", "extraction_mode": "first_match", "parsing_timeout": None}
-    exactly = {"float_rounding": 12, "numeric_precision": 60, "allow_set_relation_comp": True, "timeout_seconds": None}
-    listed, bracketed = (lambda x: isinstance(x, sets.FiniteSet)), (lambda x: isinstance(x, (sympy.Tuple, sympy.Interval)))
+    units = NormalizationConfig(units=False, malformed_operators=True, boxed="last")  # with units, 5m = 5
+    config = [math_verify.LatexExtractionConfig(boxed_match_priority=0, normalization_config=units)]
 
     def parsed(text: str):
-        boxed = f"\\boxed{{{text.replace('%', chr(92) + 'cdot 10^{-2}')}}}"  # bare x-1=0 is 0
-        [value] = math_verify.parse(boxed, config, **how)
-        value = value.rhs if isinstance(value, sympy.Eq) and listed(value.rhs) else value  # x = 1, 2
+        boxed = "\\boxed{" + text.replace("%", "\\cdot 10^{-2}") + "}"  # bare x-1=0 is 0
+        if re.search(r"(?<![_\d])\d+ \d", boxed):
+            raise ValueError("math-verify: 1 2 = 3")
+        [value] = math_verify.parse(boxed, config, "no_fallback", "first_match", parsing_timeout=None)
+        value = value.rhs if isinstance(value, sympy.Eq) and isinstance(value.rhs, sets.FiniteSet) else value  # x = 1, 2
         return value.subs({x: sympy.I for x in value.free_symbols if x.name == "i"})
 
-    def same(a, b) -> bool:
-        """By math-verify; with its default precision 2^{100} is 2^{100}-1. Lists and sets, where 2,2 is 2 to it, by part."""
-        if listed(a) or listed(b):
-            parts, others = ([*x._unsorted_args] if listed(x) else [x] for x in (a, b))
-            if len(parts) != len(others) or len(parts) > 99:  # each is held against each
-                return False
-            for part in parts:
-                if (match := next((other for other in others if same(part, other)), None)) is None:
-                    return False
-                others.remove(match)
-            return True
-        if isinstance(a, sympy.Eq) and isinstance(b, sympy.Eq) and not a.free_symbols | b.free_symbols:  # 0.56=56%, 1.56=56%
-            return same(a.lhs, b.lhs) and same(a.rhs, b.rhs)
-        if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr) and not a.free_symbols | b.free_symbols:
-            x, y, decimal = sympy.N(a, 30), sympy.N(b, 30), a.has(sympy.Float) or b.has(sympy.Float)
-            close = x == y or abs(x - y) <= 1e-12 * max(abs(x), abs(y))
-            if decimal or not close and x * y != 0:  # a tolerance only where a decimal was written
-                return bool(close)
-        return math_verify.verify(a, b, **exactly)
-
     try:
-        if (verdict := quick_verdict(gold, prediction)) is not None:
-            return verdict
         gold, prediction = spelled(gold), spelled(prediction)
-        row, other = ROW.fullmatch(gold), ROW.fullmatch(prediction)
-        if row and other and row[1] == other[1] != "\\{" and row[3] == other[3] != "":  # by part: what is alike is not parsed
-            parts, others = (re.split(r"(,|&|\\\\)", found[2]) for found in (row, other))
-            alike = (x == y or algebra_verdict(x, y) for x, y in zip(parts, others, strict=False))
-            return len(parts) == len(others) and all(alike)
+        parts = rows_of(gold, prediction)
+        if parts and len(parts[0]) > 1 and gold.startswith(ORDERED):  # what is alike is not parsed
+            alike = (x == y or algebra_verdict(x, y) for x, y in zip(*parts, strict=False))
+            return len(parts[0]) == len(parts[1]) and all(alike)
         a, b = parsed(gold), parsed(prediction)
-        if listed(a) and "\\{" not in gold and bracketed(b):  # a list may come in brackets
-            b = sets.FiniteSet(*(b if isinstance(b, sympy.Tuple) else (b.start, b.end)))
-        if listed(a) != listed(b) and (bracketed(a) or bracketed(b)):  # math-verify: (1,2) = \\{1,2\\}
+        ordered = [isinstance(value, (sympy.Tuple, sympy.Interval)) for value in (a, b)]
+        listed = [isinstance(value, sets.FiniteSet) for value in (a, b)]
+        if ordered[0] and listed[1] or ordered[1] and listed[0] and "\\{" in gold:  # math-verify: (1,2) = {1,2}
             return False
-        return bool(same(a, b))
+        if all(listed) and len(a._unsorted_args) != len(b._unsorted_args):  # math-verify: 2,2 = 2
+            return False
+        if all(isinstance(value, sympy.Expr) and not value.free_symbols for value in (a, b)):
+            if a.has(sympy.Float) or b.has(sympy.Float):  # a tolerance only where a decimal was written
+                return bool(abs(sympy.N(a - b)) <= 1e-12 * abs(sympy.N(b)))
+            return bool(a.equals(b))  # with math-verify's precision 2^{100} is 2^{100}-1
+        exactly = {"float_rounding": 12, "numeric_precision": 60, "allow_set_relation_comp": True, "timeout_seconds": None}
+        return bool(math_verify.verify(a, b, **exactly))
     except Exception:  # has no common class, and not every one can be sent back to the stage
         return False
 

@@ -91,7 +91,7 @@ def test_extracted_answer(response, answer):
     assert stage(1).extract_answer(response) == answer
 
 
-# gold, prediction, "equal", "unequal", or "unsupported": equal, but the grader gives no credit; reason
+# gold, prediction, kind, reason. "unsupported": equal, but gets no credit; "credited": unequal, but gets it
 PAIRS = [line.split("\t") for line in (ROOT / "tests" / "answer_pairs.tsv").read_text(encoding="utf-8").splitlines()]
 
 
@@ -115,7 +115,7 @@ def test_regression_pairs(grades):
     """Equal and unequal answers, each with its reason; a third or more are unequal."""
     assert len(PAIRS) >= 200 and sum(kind == "unequal" for _, _, kind, _ in PAIRS) >= len(PAIRS) / 3
     verdicts, _ = grades([(gold, prediction) for gold, prediction, *_ in PAIRS])
-    wrong = [pair for pair, verdict in zip(PAIRS, verdicts, strict=True) if verdict != (pair[2] == "equal")]
+    wrong = [pair for pair, verdict in zip(PAIRS, verdicts, strict=True) if verdict != (pair[2] in ("equal", "credited"))]
     assert not wrong
     assert grades([("3", None)])[0] == [False]
 
