@@ -25,6 +25,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 EVAL = importlib.import_module("05_eval")
 NAMES = NAMES | {"sft": "SFT on right samples"}
 SHOWN = ("step-dpo", "dpo", "scdpo")  # a pair of each to read
+STAGES = {"01, samples": "samples", "02, rollouts": "located", "03, Step-DPO": "all-step-dpo.tries",
+          "03, DPO": "all-dpo.tries", "03, SCDPO": "all-scdpo.tries"}  # fmt: skip
+USES = {"step-dpo": ("01, samples", "02, rollouts", "03, Step-DPO"), "dpo": ("01, samples", "03, DPO"),
+        "sft": ("01, samples",), "scdpo": ("01, samples", "03, DPO", "03, SCDPO")}  # fmt: skip
 
 
 @dataclass
@@ -140,13 +144,16 @@ def accuracies(args: Table) -> list[str]:
         for label in ("base", *labels):
             f = found["models"][label]
             rate = (args.out / f"{label}.rate").read_text().strip() if label != "base" else ""
-            versus = [points(f), f"{f['p']:.2g}", f"{against[name, label]:.2g}", f"{len(f['won'])} / {len(f['lost'])}"]
-            answers, spread = found["problems"] * f["seeds"], f"{100 * f['spread']:.1f}" if f["seeds"] > 1 else ""
-            rows.append([f"{name} ({found['problems']})", name_of(label), rate, f["seeds"] if rate else "",
-                         EVAL.percent(f["accuracy"], f["interval"]), spread, *(versus if rate else [""] * 4),
-                         f"{f['unfinished'] / answers:.1%}", f"{f['unparsable'] / answers:.1%}", f"{f['mean_tokens']:.0f}"])  # fmt: skip
-        between += [[name, " − ".join(map(name_of, key.split("\n"))), points(f), f"{f['p']:.2g}", f"{pairwise[name, key]:.2g}"]
-                    for key, f in found["pairwise"].items()]  # fmt: skip
+            cells = [f"{name} ({found['problems']})", name_of(label), rate, f["seeds"] if rate else ""]
+            cells += [EVAL.percent(f["accuracy"], f["interval"]), f"{100 * f['spread']:.1f}" if f["seeds"] > 1 else ""]
+            versus = ["", "", "", ""]
+            if label != "base":
+                versus = [points(f), f"{f['p']:.2g}", f"{against[name, label]:.2g}", f"{len(f['won'])} / {len(f['lost'])}"]
+            shares = [f"{f[what] / found['problems'] / f['seeds']:.1%}" for what in ("unfinished", "unparsable")]
+            rows.append([*cells, *versus, *shares, f"{f['mean_tokens']:.0f}"])
+        for key, f in found["pairwise"].items():
+            methods = " − ".join(map(name_of, key.split("\n")))
+            between.append([name, methods, points(f), f"{f['p']:.2g}", f"{pairwise[name, key]:.2g}"])
     head = ["benchmark", "model", "rate", "seeds", "accuracy (95 % interval)", "sd of seeds", "against the base, points", "p",
             f"p, Holm of {len(against)}", "won / lost", "unfinished", "no answer", "tokens an answer"]  # fmt: skip
     parts = ["## Accuracy", f"{summary['decoding']}. Differences are paired by problem (05_eval.py).", markdown(head, rows)]
@@ -210,7 +217,8 @@ def steps(args: Table, samples: list[dict], located: list[dict]) -> str:
     pairs = Counter(number(row["error_step"]) for row in rows_of(args.out / "all-step-dpo.jsonl"))
     rows = [[f"{k}{' and more' * (k == 8)}", f"{long[k]:,}", share(right[k], long[k]), f"{errors[k]:,}", f"{pairs[k]:,}"]
             for k in range(1, 9) if long[k] or errors[k]]  # fmt: skip
-    return markdown(["k", "solutions of k steps", "right of these", "errors located at step k", "Step-DPO pairs at step k"], rows)
+    head = ["k", "solutions of k steps", "right of these", "errors located at step k", "Step-DPO pairs at step k"]
+    return markdown(head, rows)
 
 
 def sets(args: Table) -> str:
@@ -221,45 +229,39 @@ def sets(args: Table) -> str:
             continue
         of = [count for _, count in Counter(row["id"] for row in pairs).most_common()]
         made = args.out / f"all-{path.stem}.jsonl"
-        kinds = Counter(row.get("method", "") for row in pairs)
-        mixed = ", ".join(f"{kinds[kind]} {'naive' if kind == 'dpo' else 'controlled'}" for kind in sorted(kinds)) * (len(kinds) > 1)
-        rows.append([name_of(path.stem), len(rows_of(made)) if made.exists() else "", f"{len(pairs)}{mixed and f' ({mixed})'}",
-                     len(of), of[0], f"{sum(of[:10]) / len(pairs):.1%}"])  # fmt: skip
+        naive = sum(row.get("method") == "dpo" for row in pairs)
+        mixed = f" ({naive} naive, {len(pairs) - naive} controlled)" if path.stem.startswith("scdpo") else ""
+        rows.append([name_of(path.stem), len(rows_of(made)) if made.exists() else "", f"{len(pairs)}{mixed}", len(of), of[0],
+                     f"{sum(of[:10]) / len(pairs):.1%}"])  # fmt: skip
     head = ["set", "made", "trained on", "problems", "most of one problem", "share of the 10 most frequent problems"]
     return markdown(head, rows)
 
 
 def costs(args: Table) -> list[str]:
     """Tokens sampled and seconds of each method's data, tokens and seconds of its training."""
-    tokenizer = EVAL.load_tokenizer(args.model, None, "{}")
+    tokenizer, out, rows = EVAL.load_tokenizer(args.model, None, "{}"), args.out, []
     count = lambda texts: sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) if texts else 0
-    out, seconds, tokens = args.out, {}, {}
-    files = {"01": "samples", "02": "located", "step-dpo": "all-step-dpo.tries", "dpo": "all-dpo.tries", "scdpo": "all-scdpo.tries"}
-    for name, file in files.items():
-        seconds[name] = json.loads((out / f"{file}.jsonl.meta.json").read_text())["seconds"]
-        if "tries" in file:
-            tokens[name] = sum(row["count"].get("tokens", 0) for row in rows_of(out / f"{file}.jsonl"))
-    tokens["01"] = count([row["response"].removeprefix(EVAL.OPENING) for row in rows_of(out / "samples.jsonl")])
+    seconds = {name: json.loads((out / f"{file}.jsonl.meta.json").read_text())["seconds"] for name, file in STAGES.items()}
+    tokens = {name: sum(row["count"].get("tokens", 0) for row in rows_of(out / f"{file}.jsonl"))
+              for name, file in STAGES.items() if "tries" in file}  # fmt: skip
     kept = [found for row in rows_of(out / "rollouts.jsonl") for found in row["rollouts"].values()]
-    tokens["02"] = count([continuation["text"] for found in kept for continuation in found])
-    uses, rows = {"step-dpo": ("01", "02", "step-dpo"), "dpo": ("01", "dpo"), "scdpo": ("01", "dpo", "scdpo"), "sft": ("01",)}, []
+    tokens["02, rollouts"] = count([continuation["text"] for found in kept for continuation in found])
+    tokens["01, samples"] = count([row["response"].removeprefix(EVAL.OPENING) for row in rows_of(out / "samples.jsonl")])
     for method in args.methods:
-        kind = method.removesuffix("-tokens")
-        pairs = rows_of(out / "pairs" / f"{method}.jsonl")
-        trained = count([text for row in pairs for text in ([row["response"]] if kind == "sft" else [row["chosen"], row["rejected"]])])
-        runs = [path for path in sorted((out / "models").glob("*/training.json")) if split_name(path.parent.name)[0] == method]
-        spent = [training(path.parent) for path in runs]
-        mean = sum(found["seconds"] for found in spent) / len(spent) if spent else 0
-        peak = max((found["peak"] for found in spent), default=0)
-        rows.append([name_of(method), f"{sum(tokens[name] for name in uses[kind]):,}",
-                     f"{sum(seconds[name] for name in uses[kind]):,.0f}", f"{len(pairs)}", f"{trained:,}", len(spent),
-                     f"{mean:,.0f}" if spent else "", f"{peak:.1f}" if peak else ""])  # fmt: skip
-    parts = [[name, f"{tokens[key]:,}", f"{seconds[key]:,.0f}"] for name, key in
-             (("01, samples", "01"), ("02, rollouts", "02"), ("03, Step-DPO", "step-dpo"), ("03, DPO", "dpo"), ("03, SCDPO", "scdpo"))]
-    head = ["method", "sampled tokens", "s of the data", "pairs", "tokens of one pass", "trainings", "s of a training", "GiB of the GPU"]
-    return ["## Cost", markdown(head, rows), "The same samples (01) count for every method. Seconds of the data are of the stages' "
-            "meta files, of a training those of its steps, without loading, reference and validation.",
-            markdown(["stage", "sampled tokens", "s"], parts)]  # fmt: skip
+        pairs, uses = rows_of(out / "pairs" / f"{method}.jsonl"), USES[method.removesuffix("-tokens")]
+        sides = ("response",) if method == "sft" else ("chosen", "rejected")
+        runs = [path.parent for path in sorted((out / "models").glob("*/training.json"))]
+        spent = [training(folder) for folder in runs if split_name(folder.name)[0] == method]
+        mean, peak = sum(found["seconds"] for found in spent), max((found["peak"] for found in spent), default=0)
+        rows.append([name_of(method), f"{sum(map(tokens.get, uses)):,}", f"{sum(map(seconds.get, uses)):,.0f}", len(pairs),
+                     f"{count([row[side] for row in pairs for side in sides]):,}", len(spent),
+                     f"{mean / len(spent):,.0f}" if spent else "", f"{peak:.1f}" if peak else ""])  # fmt: skip
+    head = ["method", "sampled tokens", "s of its data", "pairs", "tokens of a pass", "trainings", "s of each", "GiB of a GPU"]
+    note = ("The samples (01) count for every method. Seconds of the data are those of the stages' meta files, of a training "
+            "those of its steps, without loading, reference and validation. Tokens of a pass: chosen and rejected, or the "
+            "solution.")  # fmt: skip
+    parts = [[name, f"{tokens[name]:,}", f"{seconds[name]:,.0f}"] for name in STAGES]
+    return ["## Cost", markdown(head, rows), note, markdown(["stage", "sampled tokens", "s"], parts)]
 
 
 def training(folder: Path) -> dict:
@@ -287,8 +289,8 @@ def examples(args: Table) -> list[str]:
 
 
 def hashes(args: Table) -> list[str]:
-    paths = [*sorted(args.out.glob("problems/*.jsonl")), *(args.out / f"{name}.jsonl" for name in ("samples", "located", "rollouts")),
-             *sorted(args.out.glob("pairs/*.jsonl")), *sorted(args.out.glob("test/*/*.jsonl"))]  # fmt: skip
+    paths = [args.out / f"{name}.jsonl" for name in ("samples", "located", "rollouts")]
+    paths += [path for kind in ("problems/*", "pairs/*", "test/*/*") for path in sorted(args.out.glob(f"{kind}.jsonl"))]
     rows = [[str(path.relative_to(args.out)), path.read_bytes().count(b"\n"), hashlib.sha256(path.read_bytes()).hexdigest()]
             for path in paths]  # fmt: skip
     meta = json.loads((args.out / "samples.jsonl.meta.json").read_text())
@@ -301,9 +303,10 @@ def draw(args: Table) -> list[str]:
     """The chosen rates' first seeds: loss, and accuracy and margin of held-out pairs, over the training."""
     runs = {}
     for method in args.methods:
-        rate = args.out / f"{method}.rate"
-        found = sorted((args.out / "models").glob(f"{method}-{rate.read_text().strip()}-*/training.json")) if rate.exists() else []
-        runs |= {method: rows_of(found[0].parent / "metrics.jsonl")} if found else {}
+        path = args.out / f"{method}.rate"
+        rate = path.read_text().strip() if path.exists() else "no rate"
+        for found in sorted((args.out / "models").glob(f"{method}-{rate}-*/training.json"))[:1]:
+            runs[method] = rows_of(found.parent / "metrics.jsonl")
     if not runs:
         return []
     import matplotlib
@@ -311,7 +314,8 @@ def draw(args: Table) -> list[str]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = {"loss": "loss of the training", "val_accuracy": "held-out pairs told apart, %", "val_margin": "margin of held-out pairs",
+    panels = {"loss": "loss of the training", "val_accuracy": "held-out pairs told apart, %",
+              "val_margin": "margin of held-out pairs",
               "val_chosen_logp": "log π of held-out chosen sides, less that at the start"}  # fmt: skip
     figure, grid = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), layout="constrained")
     for axes, (key, title) in zip(grid, panels.items(), strict=True):
