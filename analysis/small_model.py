@@ -24,6 +24,8 @@ from same_size import rows_of
 sys.path.insert(0, str(Path(__file__).parents[1]))
 EVAL = importlib.import_module("05_eval")
 NAMES = NAMES | {"sft": "SFT on right samples"}
+CONTINUATIONS = ("wrong", "blank step", "restates the rejected step", "repeats a chosen step", "over --max-pairs-per-error",
+                 "pairs")  # fmt: skip
 SHOWN = ("step-dpo", "dpo", "scdpo")  # a pair of each to read
 STAGES = {"01, samples": "samples", "02, rollouts": "located", "03, Step-DPO": "all-step-dpo.tries",
           "03, DPO": "all-dpo.tries", "03, SCDPO": "all-scdpo.tries"}  # fmt: skip
@@ -202,10 +204,11 @@ def stages(args: Table) -> list[str]:
     made = Counter()
     for row in rows_of(args.out / "all-step-dpo.tries.jsonl"):
         made.update(row["count"])
-    rows += [["errors gone on from", f"{made['errors tried']:,}"],
-             ["errors with a pair", share(made["errors with a pair"], made["errors tried"])]]  # fmt: skip
-    skip = {"tokens", "continuations reused", "errors tried", "errors with a pair"}
-    rows += [[f"Step-DPO: {name}", f"{number:,}"] for name, number in made.items() if name not in skip]
+    tried, continuations = made["errors tried"], sum(made[name] for name in CONTINUATIONS)
+    rows += [["errors cut short by the limit on tokens", f"{made['errors cut short by max_tokens']:,}"],
+             ["errors gone on from", f"{tried:,}"], ["errors with a pair", share(made["errors with a pair"], tried)],
+             ["continuations of these", f"{continuations:,}"],
+             *([f"continuations: {name}", share(made[name], continuations)] for name in CONTINUATIONS)]  # fmt: skip
     return ["## What became of the samples", markdown(["stage", "number"], rows), steps(args, samples, found), sets(args)]
 
 
@@ -284,7 +287,7 @@ def examples(args: Table) -> list[str]:
             texts = {"Problem": f"{row['prompt']}\nAnswer: {row['answer']}", "Prefix": row["initial_reason_steps"],
                      "Chosen": row["chosen"], "Rejected": row["rejected"]}  # fmt: skip
             parts.append(f"### {name_of(method)}: {row['id']}, sample {row['sample']}, step {row['error_step']}")
-            parts += [f"{title}:\n\n```text\n{text}\n```" for title, text in texts.items()]
+            parts += [f"{title}:\n\n````text\n{text}\n````" for title, text in texts.items()]
     return ["## A pair of each kind", *parts] if parts else []
 
 
