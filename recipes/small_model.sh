@@ -40,7 +40,7 @@ PAIRS=${PAIRS:-400} PER_ERROR=${PER_ERROR:-1} PER_PROBLEM=${PER_PROBLEM:-3} EPOC
 VALIDATION=${VALIDATION:-500} GSM8K_TEST=${GSM8K_TEST:-1319} MATH_TEST=${MATH_TEST:-500} TEST_TOKENS=${TEST_TOKENS:-1024}
 ENGINE=${ENGINE---engine-args=--max-model-len 2048} TRAIN=${TRAIN:-} BASE_URL=${BASE_URL:-} CONCURRENCY=${CONCURRENCY:-}
 METHODS=${METHODS//_/-}
-reach=("$ENGINE" ${BASE_URL:+--base-url "$BASE_URL"} ${CONCURRENCY:+--concurrency "$CONCURRENCY"})
+reach=(${ENGINE:+"$ENGINE"} ${BASE_URL:+--base-url "$BASE_URL"} ${CONCURRENCY:+--concurrency "$CONCURRENCY"})
 ask=(--model "$MODEL" --temperature 0.7 --top-p 1 --max-tokens "$TOKENS" "${reach[@]}")
 answer=(--max-tokens "$TEST_TOKENS" "${reach[@]}")
 mkdir -p "$OUT"/{problems,pairs,models,validation}
