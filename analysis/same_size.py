@@ -1,10 +1,11 @@
-"""Cut the pairs of recipes/ablation_tiny.sh to equal numbers of pairs, and to equal numbers of trained tokens.
+"""Cut the pairs of recipes/ablation_tiny.sh and small_model.sh to equal numbers of pairs, and of trained tokens.
 
     python analysis/same_size.py runs/ablation --pairs 400
+    python analysis/same_size.py runs/small_model --pairs 400 --model Qwen/Qwen2.5-0.5B-Instruct --sft
 
-Reads OUT/all-METHOD.jsonl; writes OUT/pairs/METHOD.jsonl (the same number of pairs each; SCDPO: half naive, half
-step-controlled), METHOD-tokens.jsonl (as many tokens in chosen and rejected as Step-DPO has) and METHOD.validation.jsonl (a
-tenth as many pairs, of other problems). Shuffled with seed 0.
+Reads OUT/all-METHOD.jsonl, for SFT the right solutions in OUT/samples.jsonl, once each; writes OUT/pairs/METHOD.jsonl (the same
+number of pairs each; SCDPO: half naive, half step-controlled), METHOD-tokens.jsonl (as many tokens in chosen and rejected as
+Step-DPO has) and METHOD.validation.jsonl (a tenth as many pairs, of other problems). Shuffled with seed 0.
 """
 
 import json
@@ -25,14 +26,26 @@ class Args:
     """pairs of each method at most"""
     model: str = "data/tiny/model"
     """whose tokens to count"""
+    sft: bool = False
+    """as many right solutions too, as OUT/pairs/sft.jsonl"""
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def right_solutions(path: Path) -> list[dict]:
+    """Of 01's samples the right ones, a text once, by problem and sample."""
+    rows = sorted((row for row in rows_of(path) if row["correct"]), key=lambda row: (row["id"], row["sample"]))
+    return list({(row["id"], row["response"]): row for row in reversed(rows)}.values())
 
 
 def main(args: Args):
     tokenizer, found = AutoTokenizer.from_pretrained(args.model), {}
-    for method in ("dpo", "scdpo", "step-dpo", "step-dpo-ood"):
+    for method in ("dpo", "scdpo", "step-dpo", "step-dpo-ood", *["sft"] * args.sft):
         if "step" in method and not (args.out / f"all-{method}.jsonl").exists():
             continue  # METHODS without it
-        rows = [json.loads(line) for line in (args.out / f"all-{method}.jsonl").read_text().split("\n") if line]
+        rows = right_solutions(args.out / "samples.jsonl") if method == "sft" else rows_of(args.out / f"all-{method}.jsonl")
         random.Random(0).shuffle(rows)
         found[method] = rows
     naive = {row["id"] for row in found["dpo"]}
@@ -44,7 +57,8 @@ def main(args: Args):
     for part in half:
         random.Random(1).shuffle(part)
     parts["scdpo"] = half
-    tokens = lambda rows: sum(len(tokenizer(row[side])["input_ids"]) for row in rows for side in ("chosen", "rejected"))
+    texts = lambda row: [row["response"]] if "response" in row else [row["chosen"], row["rejected"]]
+    tokens = lambda rows: sum(len(tokenizer(text)["input_ids"]) for row in rows for text in texts(row))
     write = lambda name, rows: (args.out / "pairs" / f"{name}.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in rows)
     )

@@ -3,11 +3,14 @@
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tyro
 from conftest import ROOT, TINY, read, run, run_killed, stage
 from test_code import SANDBOX
 
@@ -117,3 +120,117 @@ def test_recipes_look_for_packages_before_sampling(tmp_path, name, package):
 def test_ablation_wrong_argument():
     done = recipe("--fast")
     assert done.returncode == 2 and "--quick" in done.stderr
+
+
+FAKE_PYTHON = """
+import pathlib, shlex, sys
+words = sys.argv[1:]
+with open("calls", "a") as file:
+    file.write(shlex.join(words) + "\\n")
+after = lambda name: pathlib.Path(words[words.index(name) + 1])
+if words[0].startswith("04"):
+    after("--out").mkdir(parents=True)
+    (after("--out") / "training.json").touch()
+if words[0].startswith("05"):
+    after("--out").mkdir(parents=True, exist_ok=True)
+    (after("--out") / "summary.json").touch()
+if "choose" in words:
+    (pathlib.Path(words[2]) / f"{after('--method')}.rate").write_text(words[words.index("--rates") + 2] + "\\n")
+"""
+
+
+def small_model(tmp_path, *arguments, **settings):
+    """The recipe with a Python that only notes what it is called with: its commands, as lists, and how it ended."""
+    (tmp_path / "recipes").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "recipes" / "small_model.sh", tmp_path / "recipes")
+    (tmp_path / "fake.py").write_text(FAKE_PYTHON)
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} -S {tmp_path}/fake.py "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    calls = tmp_path / "calls"
+    calls.write_text("")
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": "out"} | settings
+    command = ["bash", str(tmp_path / "recipes" / "small_model.sh"), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    return [shlex.split(line) for line in calls.read_text().splitlines()], done
+
+
+def test_small_model_commands(tmp_path):
+    """Every command has options that the stage takes; the counts; a second call makes nothing again."""
+    calls, done = small_model(tmp_path, SEEDS="0 1", MODEL="base-model")
+    assert done.returncode == 0, done.stderr
+    of = lambda number: [tyro.cli(stage(number).Args, args=call[1:]) for call in calls if call[0].startswith(f"0{number}_")]
+    [samples], [located], pairs, trained, evaluated = map(of, range(1, 6))
+    assert (samples.limit, samples.n, samples.temperature, samples.top_p, samples.max_tokens) == (750, 4, 0.7, 1, 512)
+    assert (located.rollouts, located.temperature, located.top_p, located.max_tokens) == (4, 0.7, 1, 512)
+    assert [args.method for args in pairs] == ["step-dpo", "dpo", "scdpo"] and pairs[0].n == 8
+    assert pairs[0].rollouts == located.keep_rollouts and {args.model for args in trained} == {"base-model"}
+    methods = ["step-dpo", "dpo", "sft", "scdpo"]
+    assert [args.out.name.rsplit("-", 3)[0] for args in trained[::4]] == methods
+    assert [(args.lr, args.seed) for args in trained[:4]] == [(1e-6, 0), (3e-6, 0), (1e-5, 0), (3e-6, 1)]
+    assert [args.objective for args in trained] == ["dpo"] * 8 + ["sft"] * 4 + ["dpo"] * 4
+    assert {args.beta for args in trained if args.objective == "dpo"} == {0.4}
+    tests = [args for args in evaluated if args.out.name == "test"]
+    assert len(trained) == 16 and len(evaluated) - len(tests) == 1 + 12 and len(tests) == 4
+    assert [name.split("=")[0] for name in tests[-1].models] == ["base", *methods]
+    assert tests[-1].models[2] == "dpo=out/models/dpo-3e-6-0,out/models/dpo-3e-6-1"
+    calls, done = small_model(tmp_path, SEEDS="0 1", MODEL="base-model")
+    assert done.returncode == 0 and {call[0][:2] for call in calls} == {"05", "an"} and not of(4)
+    assert all(args.out.name == "test" for args in of(5))
+
+
+def test_small_model_parts(tmp_path):
+    """Parts one by one; a server; other settings in the same folder."""
+    server = {"BASE_URL": "http://host/v1", "CONCURRENCY": "200", "METHODS": "step_dpo"}
+    calls, _ = small_model(tmp_path, "data", **server)
+    asks = [call for call in calls if call[0][:2] in ("01", "02", "03") and "dpo" not in call]
+    assert len(asks) == 4 and all(call[call.index("--base-url") + 1] == "http://host/v1" for call in asks)
+    assert all(call[call.index("--concurrency") + 1] == "200" for call in asks)
+    assert small_model(tmp_path, "data", **server)[0] == []
+    [call], _ = small_model(tmp_path, "train", "step_dpo", "1e-6", "2", **server)
+    assert call[0].startswith("04") and call[-1] == "out/models/step-dpo-1e-6-2" and "--base-url" not in call
+    [call], _ = small_model(tmp_path, "validate", "step_dpo", "1e-6", "2", **server)
+    assert "step-dpo-1e-6-2=out/models/step-dpo-1e-6-2" in call and "--base-url" in call
+    [call], _ = small_model(tmp_path, "test", **server)
+    assert call[call.index("--models") + 1] == "base=Qwen/Qwen2.5-0.5B-Instruct"
+    assert call[call.index("--models") + 2].startswith("--"), "no rate is chosen, so there is nothing to compare with"
+    _, done = small_model(tmp_path, "data", PAIRS="300", **server)
+    assert done.returncode == 2 and "400 pairs" in done.stderr and "300 pairs" in done.stderr
+    _, done = small_model(tmp_path, "train", "dpo")
+    assert done.returncode == 2 and "METHOD RATE SEED" in done.stderr
+
+
+@pytest.mark.slow
+def test_small_model(server, tmp_path):
+    """Data from the bundled model, one training of each kind, and the table of what is there."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name, file in (("gsm8k_train", "train"), ("gsm8k_test", "test"), ("math_test", "validation")):
+        (folder / f"{name}.jsonl").write_bytes((TINY / f"{file}.jsonl").read_bytes())
+    out = tmp_path / "out"
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "MODEL": str(TINY / "model"), "DATA": str(folder),
+        "OUT": str(out), "BASE_URL": server[1], "PROBLEMS": "80", "PAIRS": "24", "BATCH": "12", "RATES": "3e-5",
+        "VALIDATION": "30", "GSM8K_TEST": "30", "MATH_TEST": "20", "TOKENS": "400", "TEST_TOKENS": "300",
+    }  # fmt: skip
+
+    def part(*arguments):
+        command = ["bash", "recipes/small_model.sh", *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+
+    part("data")
+    problems = {name: {row["id"] for row in read(out / "problems" / f"{name}.jsonl")} for name in ("validation", "gsm8k_train")}
+    sets = {name: read(out / "pairs" / f"{name}.jsonl") for name in ("step-dpo", "dpo", "sft", "scdpo")}
+    assert not problems["validation"] & problems["gsm8k_train"] and len(problems["validation"]) == 30
+    assert {len(rows) for rows in sets.values()} == {24}
+    assert {row["id"] for rows in sets.values() for row in rows} <= {row["id"] for row in read(out / "samples.jsonl")}
+    assert all(row["correct"] for row in sets["sft"]) and {row["method"] for row in sets["scdpo"]} == {"dpo", "scdpo"}
+    part("validate", "base")
+    for method in ("step_dpo", "sft"):
+        part("train", method, "3e-5", "0")
+    part("table")
+    table = (out / "table.md").read_text()
+    samples = read(out / "samples.jsonl")
+    right = sum(row["correct"] for row in samples)
+    assert f"| samples | {len(samples)} |" in table and f"| right | {right} ({right / len(samples):.1%}) |" in table
+    assert "| base |" in table and "### Step-DPO: tiny-train-" in table and "## Accuracy" not in table
