@@ -458,7 +458,7 @@ def main():
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--graphs", action="store_true", help="steps as CUDA graphs")
     args = parser.parse_args()
-    sys.setswitchinterval(0.0005)  # the engine's thread shall not wait 5 ms for the server's
+    sys.setswitchinterval(2e-5)  # each launch of a kernel gives the interpreter lock away, and would wait 5 ms for it
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     if args.device == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every new shape
