@@ -162,7 +162,11 @@ class Engine(threading.Thread):
         self.state = {"last": zeros(dtype=torch.long), "length": zeros(dtype=torch.long) + 1, "heat": zeros(),
                       "top_p": zeros() + 1, "chance": zeros(args.max_len)}  # fmt: skip
         self.index, self.places = (torch.arange(size, device=self.device) for size in (args.seats, args.max_len))
-        self.tokens, self.steps, self.began = 0, 0, time.time()
+        self.tokens, self.steps, self.decode_attention = 0, 0, None
+        if args.triton:
+            from decode_attention import decode_attention
+
+            self.decode_attention = decode_attention
 
     def model_of(self, name: str) -> Model:
         if name not in self.models:
@@ -296,6 +300,7 @@ class Engine(threading.Thread):
         steps = min(BURST, max(row.limit - row.launched for row in self.rows))
         for i in range(steps):
             until = min(-(-(longest + i) // STEP_OF_LENGTH) * STEP_OF_LENGTH, self.args.max_len)
+            until = self.args.max_len if self.decode_attention else until  # the kernel stops at each row's end
             size = next(size for size in (*SIZES, self.args.seats) if size >= live)
             graphs = self.args.graphs and not kinds[1]  # top-p sorts
             key = (min(size, self.args.seats) if graphs else live, until, *kinds)
@@ -330,6 +335,8 @@ class Engine(threading.Thread):
         def attend(number, q, k, v):
             keys, values = self.cache[2 * number], self.cache[2 * number + 1]
             keys[index, :, place], values[index, :, place] = k, v
+            if self.decode_attention:
+                return self.decode_attention(q, keys, values, length)
             q = q.unflatten(1, (model.groups, -1))  # (rows, key heads, query heads of each, d)
             found = F.scaled_dot_product_attention(q, keys[:rows, :, :longest], values[:rows, :, :longest], attn_mask=mask)
             return found.flatten(1, 2)
@@ -457,6 +464,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--graphs", action="store_true", help="steps as CUDA graphs")
+    parser.add_argument("--triton", action="store_true", help="attention of a step by the kernel of decode_attention.py")
     args = parser.parse_args()
     sys.setswitchinterval(2e-5)  # each launch of a kernel gives the interpreter lock away, and would wait 5 ms for it
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
