@@ -328,8 +328,8 @@ class Engine(threading.Thread):
         """One token for each of the first rows, whose state moves on in place."""
         last, length, heat, top_p, chance = (tensor[:rows] for tensor in self.state.values())
         index, place = self.index[:rows], length - 1
-        mask = torch.zeros(rows, 1, 1, longest, dtype=self.dtype, device=self.device)
-        mask.masked_fill_(self.places[:longest] > place[:, None, None, None], -torch.inf)
+        seen = (self.places[:longest] <= place[:, None])[:, None, None, :]  # (rows, 1, 1, places)
+        mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, -torch.inf)
         model = self.model
 
         def attend(number, q, k, v):
