@@ -288,7 +288,7 @@ class Engine(threading.Thread):
         hidden = self.model.forward(ids, self.places[:longest], attend)[source, length - 1]
         chance = values["chance"].gather(1, length[:, None]).squeeze(1)
         first = self.model.next_tokens(hidden, values["heat"], values["top_p"], chance, *self.kinds(rows))
-        self.state["last"][target], self.state["length"][target] = first, length + 1
+        self.state["last"][target], self.state["length"][target] = first, (length + 1).clamp(max=self.args.max_len - 1)
         self.send(rows, first[None])
 
     def kinds(self, rows: list[Row]) -> tuple[bool, bool]:
