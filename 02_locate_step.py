@@ -1493,6 +1493,7 @@ def connect(url: str, model: str, key_name: str, timeout: float = 3600.0) -> ope
         stop(f"--base-url {url}: {url}/models does not answer as it should ({error}); is the server up?")
     if model not in names:
         stop(f"--model {model}: the server has {', '.join(names) or 'no model'}; name one of them")
+    openai.DEFAULT_CONNECTION_LIMITS.max_connections = None  # with its 1,000 a larger --concurrency would wait
     return openai.AsyncOpenAI(**how, max_retries=8, timeout=timeout)
 
 
