@@ -136,10 +136,12 @@ class Args:
     """consensus: by how many steps the two may differ"""
     labels: Path | None = None
     """instead of --samples: ProcessBench's problem, steps, label; or located rows"""
-    rollouts: int = 32
-    """continuations of a prefix, at most"""
+    rollouts: int = 0
+    """a fixed number of continuations, behind which a prefix is lost; 0: as many as --alpha needs"""
     alpha: float = 0.05
-    """a prefix is lost when its failures are less likely than this by chance; 0: always --rollouts of them, taken for lost"""
+    """a prefix is lost when so many failures would be less likely than this by chance"""
+    max_rollouts: int = 32
+    """continuations of a prefix at most; where these show nothing, the row stays open"""
     linear: bool = False
     """estimate every prefix instead of bisecting; shows the whole curve"""
     all_rollouts: bool = False
@@ -191,8 +193,8 @@ class Args:
 
 
 SETTINGS = {  # what a row depends on
-    "rollout": ("temperature", "top_p", "max_tokens", "rollouts", "alpha", "linear", "all_rollouts", "opening", "split",
-                "rounds"),
+    "rollout": ("temperature", "top_p", "max_tokens", "rollouts", "alpha", "max_rollouts", "linear", "all_rollouts",
+                "opening", "split", "rounds"),
     "judge": ("judge_model", "judge_temperature", "judge_max_tokens", "neutral", "votes", "min_agreement", "retries",
               "missing_diagrams"),
     "scores": ("threshold",),
@@ -250,6 +252,7 @@ async def first_wrong_step(n_steps: int, reaches, linear: bool) -> int | None:
 async def search(args, n_steps: int, draw, seen: list[int]) -> dict:
     """{"error_step", "reason", "rollout_values"} of a wrong solution. `await draw(k, tried, size)` says of so many more
     continuations of its first k steps which are right; `seen`: [right, tried] of the problem's samples."""
+    most, alpha = (args.rollouts, 0.0) if args.rollouts else (args.max_rollouts, args.alpha)
     values, open_at = {}, set()
 
     async def reaches(k: int) -> bool:
@@ -257,11 +260,10 @@ async def search(args, n_steps: int, draw, seen: list[int]) -> dict:
             return True
         last = max((j for j in values if j < k and values[j][0]), default=-1)  # the rate of what is known to be alive
         right, tried = map(sum, zip(seen, *(values[j] for j in values if j <= last), strict=True))
-        enough = (lost_after(right, tried - right, args.alpha, args.rollouts) if k
-                  else hopeless_after(tried, args.alpha, args.rollouts))  # fmt: skip
+        enough = lost_after(right, tried - right, alpha, most) if k else hopeless_after(tried, alpha, most)
         if enough is None:
             open_at.add(k)
-        enough, value = args.rollouts if args.all_rollouts or enough is None else enough, [0, 0]
+        enough, value = most if args.all_rollouts or enough is None else enough, [0, 0]
         while value[1] < enough and (args.all_rollouts or not value[0]):
             size = enough if args.all_rollouts else min(max(WAVE, value[1]), enough - value[1])
             value = [value[0] + sum(await draw(k, value[1], size)), value[1] + size]
@@ -273,7 +275,7 @@ async def search(args, n_steps: int, draw, seen: list[int]) -> dict:
         tries = f"{seen[1]} samples and {values[0][1]} continuations"
         reason = f"too rarely solved to tell: none of {tries} of the empty prefix reaches the answer"
     elif step in open_at:
-        reason = f"{values[step][1]} continuations of steps 1..{step} fail, which may be chance (--alpha, --rollouts)"
+        reason = f"{values[step][1]} continuations of steps 1..{step} fail, which may be chance (--alpha, --max-rollouts)"
     values = {str(k): values[k] for k in sorted(values)}
     return {"error_step": None if reason else step, "reason": reason, "rollout_values": values}
 
@@ -643,11 +645,11 @@ async def locate_all(args: Args, rows: list[dict], samples: dict, tokenizer, out
 
 
 def main(args: Args):
-    least = (args.rollouts, args.max_tokens, args.votes, args.limit, args.max_per_problem)
-    zero, shares = min(args.retries, args.concurrency) < 0, (args.min_agreement, args.alpha)
+    least = (args.max_rollouts, args.max_tokens, args.votes, args.limit, args.max_per_problem)
+    zero, shares = min(args.rollouts, args.retries, args.concurrency) < 0, (args.min_agreement, args.alpha)
     if min(1 if value is None else value for value in least) < 1 or zero or not all(0 <= share <= 1 for share in shares):
-        stop("--rollouts, --max-tokens, --votes, --max-per-problem and --limit are at least 1, --retries and --concurrency at "
-             "least 0, --min-agreement and --alpha are between 0 and 1")  # fmt: skip
+        stop("--max-rollouts, --max-tokens, --votes, --max-per-problem and --limit are at least 1, --rollouts, --retries and "
+             "--concurrency at least 0, --min-agreement and --alpha are between 0 and 1")  # fmt: skip
     used = set(locators_of(args))
     if "judge" in used and not args.judge_model:
         stop("the judge needs --judge-model and, unless vLLM is to run that here, --judge-base-url")

@@ -54,7 +54,7 @@ def continuations(args: Args) -> list[dict]:
     out, kept = args.out / "whole.jsonl", args.out / "whole.kept"
     command = [sys.executable, ROOT / "02_locate_step.py", "--samples", args.out / "wrong.jsonl", "--model", args.model,
                "--engine-args=--max-num-seqs 512 --max-model-len 1024", "--max-tokens", "400", "--out", out, "--linear",
-               "--all-rollouts", "--alpha", 0, "--rollouts", max(args.rollouts), "--keep-rollouts", kept]  # fmt: skip
+               "--all-rollouts", "--rollouts", max(args.rollouts), "--keep-rollouts", kept]  # fmt: skip
     if not (args.out / "whole.jsonl.meta.json").exists():
         subprocess.run(list(map(str, command)), check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     count = AutoTokenizer.from_pretrained(ROOT / args.model)

@@ -4,7 +4,7 @@
     python experiments/locator_rules.py --samples runs/quickstart/samples.jsonl --model data/tiny/model --max-tokens 400
 
 02_locate_step.py makes --rollouts continuations of every prefix of --rows solutions, drawn by the hash of their ids (--linear
---all-rollouts --alpha 0; where no continuation of the empty prefix is right, it makes no others: every rule stops there). Then
+--all-rollouts; where no continuation of the empty prefix is right, it makes no others: every rule stops there). Then
 its own search is run with these instead of a model, --repeats times with the continuations in another random order, by every
 rule. The same command run again makes only what is missing; with more --rows too.
 
@@ -16,7 +16,6 @@ fixed number of rollouts at equal tokens (between two such numbers by a line): o
 are located exactly. In brackets 95 % intervals of 2,000 draws of the solutions.
 """
 
-import dataclasses
 import hashlib
 import importlib
 import json
@@ -64,7 +63,7 @@ class Args:
     alphas: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
     """rules to compare"""
     most: tuple[int, ...] = (16, 32)
-    """--rollouts of these rules"""
+    """--max-rollouts of these rules"""
     wave: int = LOCATE.WAVE
     """continuations asked for first"""
     repeats: int = 20
@@ -94,7 +93,7 @@ def continuations(args: Args) -> list[dict]:
     given = {"model", "tokenizer", "base_url", "engine_args", "temperature", "top_p", "max_tokens", "concurrency", "rollouts"}
     options = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in sorted(given)]
     command = [sys.executable, ROOT / "02_locate_step.py", "--labels", labels, "--out", args.out / "located.jsonl",
-               "--keep-rollouts", kept, "--linear", "--all-rollouts", "--alpha=0", *options]  # fmt: skip
+               "--keep-rollouts", kept, "--linear", "--all-rollouts", *options]  # fmt: skip
     if subprocess.run(command, stdout=sys.stderr).returncode:
         sys.exit(2)
     count, found = LOCATE.load_tokenizer(args.tokenizer or args.model, None, "{}"), {}
@@ -154,7 +153,7 @@ def table(args: Args, rows: list[dict], samples: bool):
     orders = [[shuffled(row, order) for row in rows] for _ in range(args.repeats)]
     rules = {f"{n} rollouts": (n, 0.0) for n in fixed}
     rules |= {f"alpha {alpha:g}, at most {most}": (most, alpha) for most in args.most for alpha in args.alphas}
-    of = lambda n, alpha: dataclasses.replace(LOCATE.Args(), rollouts=n, alpha=alpha)
+    of = lambda n, alpha: LOCATE.Args(rollouts=0 if alpha else n, alpha=alpha, max_rollouts=n)
     found = {name: measure(rows, orders, of(*rule), samples) for name, rule in rules.items()}
     wrong = np.array([row["label"] >= 0 for row in rows])
     drawn = np.random.default_rng(0).integers(0, len(rows), (2000, len(rows)))

@@ -70,8 +70,8 @@ def test_a_problem_is_given_up_when_even_a_success_would_leave_too_low_a_rate():
     assert searched({0: [4], 1: range(9)}, 3, [0, 0])["rollout_values"] == {"0": [1, 5], "1": [2, 2], "2": [0, 8]}
 
 
-def test_a_fixed_number_of_rollouts_is_alpha_0():
-    found = searched({1: [3], 2: [5]}, 4, [1, 8], alpha=0.0, rollouts=8)
+def test_a_fixed_number_of_rollouts():
+    found = searched({1: [3], 2: [5]}, 4, [1, 8], rollouts=8)
     assert found["error_step"] == 3 and found["rollout_values"] == {"2": [1, 8], "3": [0, 8]}
     whole = searched({0: [2], 1: [3], 2: [5]}, 4, [1, 8], rollouts=8, linear=True, all_rollouts=True)
     assert whole["rollout_values"] == {"1": [1, 8], "2": [1, 8], "3": [0, 8]}
