@@ -13,16 +13,16 @@ Input, the output of 01_sample_errors.py (only the wrong samples are used; other
      "correct": false, "finish_reason": "stop", ...}
 
 Output, a line a wrong sample: the fields above and
-    {"error_step": 2, "locator": "rollout", "reason": null, "rollout_values": {"1": [1, 1], "2": [0, 8]}}
+    {"error_step": 2, "locator": "rollout", "reason": null, "chance": 0.04, "rollout_values": {"1": [2, 2], "2": [0, 4]}}
     {"error_step": 2, "locator": "judge", "reason": null, "judge": {"votes": {"2": 3}, "agreement": 1.0, "text": "..."}}
     {"error_step": 2, "locator": "scores", "reason": null, "step_scores": [0.98, 0.03]}
 error_step is null, with a reason, where the locator cannot tell; 03 makes no pair of such a row.
 
 rollout: V(k) is the share of continuations of steps 1..k that reach the answer; rollout_values holds (right, tried) by k.
 The first wrong step is the one behind the last k with V(k) > 0 (the hard estimate of Math-Shepherd, arXiv 2312.08935, takes
-the first k with V(k) = 0), found by bisection (OmegaPRM, arXiv 2406.06592) and a look one step further. A prefix is alive with
-its first right continuation, and lost when its failures are evidence: see lost_after(), the rule to edit. Continuations are
-asked for in waves of 2, 2, 4, 8 ...
+the first k with V(k) = 0), found by bisection (OmegaPRM, arXiv 2406.06592). A prefix is alive with its first right
+continuation, and lost when its failures are evidence: lost_after() is the rule to edit, `chance` the probability that it leaves
+to chance. Continuations are asked for in waves of 2, 2, 4, 8 ...
 judge: a model reads problem, truth and steps and gives a verdict a step; --votes of them are counted.
 scores: `step_scores` of the input, a number a step; the first below --threshold is wrong. analysis/score_steps.py adds them.
 The same command run again goes on where it stopped.
@@ -94,6 +94,7 @@ VERDICTS = {"correct": "correct", "right": "correct", "正确": "correct", "neut
 VERDICTS_HEAD = re.compile(r"^[\W_]*(?:verdicts?|判断|结论|判定)[\W_]*$", re.I | re.M)
 THOUGHT = re.compile(r"^.*</think>|<think>.*", re.S)  # the second: a thought that was cut and never closed
 NO_ERROR = "no error found"
+EVIDENCE = ("rollout_values", "chance", "judge")  # of a row that two locators have looked at
 WAVE = 2  # continuations of a prefix that are asked for first; then as many as there are: 2, 2, 4, 8 ...
 ANALYSIS_TOKENS = 270  # --estimate: of a judgement's analysis, whose prompt asks for 200 words at most
 
@@ -136,12 +137,12 @@ class Args:
     """consensus: by how many steps the two may differ"""
     labels: Path | None = None
     """instead of --samples: ProcessBench's problem, steps, label; or located rows"""
-    rollouts: int = 0
-    """a fixed number of continuations, behind which a prefix is lost; 0: as many as --alpha needs"""
+    rollouts: int = 16
+    """continuations of a prefix at most; with no right one among them it is lost"""
     alpha: float = 0.05
-    """a prefix is lost when so many failures would be less likely than this by chance"""
-    max_rollouts: int = 32
-    """continuations of a prefix at most; where these show nothing, the row stays open"""
+    """it is lost before, when its failures would be less likely than this by chance; 0: never"""
+    give_up: int = 12
+    """failures of the whole problem, 01's samples counted, behind which its rows stay open"""
     linear: bool = False
     """estimate every prefix instead of bisecting; shows the whole curve"""
     all_rollouts: bool = False
@@ -193,7 +194,7 @@ class Args:
 
 
 SETTINGS = {  # what a row depends on
-    "rollout": ("temperature", "top_p", "max_tokens", "rollouts", "alpha", "max_rollouts", "linear", "all_rollouts",
+    "rollout": ("temperature", "top_p", "max_tokens", "rollouts", "alpha", "give_up", "linear", "all_rollouts",
                 "opening", "split", "rounds"),
     "judge": ("judge_model", "judge_temperature", "judge_max_tokens", "neutral", "votes", "min_agreement", "retries",
               "missing_diagrams"),
@@ -202,26 +203,16 @@ SETTINGS = {  # what a row depends on
 }  # fmt: skip
 
 
-def lost_after(right: int, wrong: int, alpha: float, most: int) -> int | None:
-    """The rule of the rollouts: how many failures in a row show that a prefix is lost. None: more than `most`. Alpha 0: `most`.
-
-    They do where so many would have a probability below `alpha` had the rate of the prefixes before it still held. Of these
-    `right` and `wrong` continuations were seen: by Jeffreys' prior the rate is beta(right + 1/2, wrong + 1/2), and n failures
-    have the probability of the product of (wrong + 1/2 + i) / (right + wrong + 1 + i) for i < n."""
-    if not alpha:
-        return most
-    chance = 1.0
-    for tries in range(1, most + 1):
-        chance *= (wrong + tries - 0.5) / (right + wrong + tries)
-        if chance < alpha:
-            return tries
-    return None
+def by_chance(failures: int, right: int, wrong: int) -> float:
+    """The probability of so many failures in a row at the rate of which `right` and `wrong` continuations were seen: by
+    Jeffreys' prior it is beta(right + 1/2, wrong + 1/2), so that 1 of 4 is no certainty and 0 of 4 does not mean never."""
+    return math.prod((wrong + 0.5 + i) / (right + wrong + 1 + i) for i in range(failures))
 
 
-def hopeless_after(wrong: int, alpha: float, most: int) -> int:
-    """How many failures of the empty prefix, beside so many `wrong` samples, end the search before it begins: those that leave,
-    even if a success came next, a rate so low that `most` failures of another prefix would show nothing."""
-    return next((tries for tries in range(most) if lost_after(1, wrong + tries, alpha, most) is None), most)
+def lost_after(right: int, wrong: int, alpha: float, most: int) -> int:
+    """The rule of the rollouts: behind how many failures, and no success, a prefix is lost: so many as would be unlikely
+    (below `alpha`) had the rate of the prefixes before it still held, of which `right` and `wrong` continuations were seen."""
+    return next((tries for tries in range(1, most) if by_chance(tries, right, wrong) < alpha), most)
 
 
 async def first_wrong_step(n_steps: int, reaches, linear: bool) -> int | None:
@@ -229,55 +220,45 @@ async def first_wrong_step(n_steps: int, reaches, linear: bool) -> int | None:
     since a problem that the model never solves would cost the most.
 
     V(n_steps) = 0 is known: the solution is wrong. A right prefix may fail by chance, a wrong one hardly ever succeeds: so a
-    success counts for all prefixes before it. Bisection looks one prefix behind its result too, and goes on from there if that
-    one succeeds; a success further on it does not see, which --linear does."""
+    success counts for all prefixes before it. One behind its result bisection does not see, which --linear does."""
     if not await reaches(0):
         return None
     if linear:
         return max([k for k in range(1, n_steps) if await reaches(k)], default=0) + 1
-    low, high, known = 0, n_steps, {n_steps: False}
-    while True:
-        while high - low > 1:
-            middle = (low + high) // 2
-            known[middle] = await reaches(middle)
-            low, high = (middle, high) if known[middle] else (low, middle)
-        after = min(high + 1, n_steps)
-        if after not in known:
-            known[after] = await reaches(after)
-        if not known[after]:
-            return high
-        low, high = after, min(k for k in known if k > after and not known[k])
+    low, high = 0, n_steps
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if await reaches(middle) else (low, middle)
+    return high
 
 
 async def search(args, n_steps: int, draw, seen: list[int]) -> dict:
-    """{"error_step", "reason", "rollout_values"} of a wrong solution. `await draw(k, tried, size)` says of so many more
-    continuations of its first k steps which are right; `seen`: [right, tried] of the problem's samples."""
-    most, alpha = (args.rollouts, 0.0) if args.rollouts else (args.max_rollouts, args.alpha)
-    values, open_at = {}, set()
+    """{"error_step", "reason", "chance", "rollout_values"} of a wrong solution. `await draw(k, tried, size)` says of so many
+    more continuations of its first k steps which are right; `seen`: [right, tried] of the problem's samples."""
+    values = {}
+
+    def before(k: int) -> tuple[int, int]:
+        """Right and wrong ones of the samples and of the prefixes up to the last one before k that is alive."""
+        alive = max((j for j in values if j < k and values[j][0]), default=-1)
+        right, tried = map(sum, zip(seen, *(values[j] for j in values if j <= alive), strict=True))
+        return right, tried - right
 
     async def reaches(k: int) -> bool:
         if k == 0 and seen[0]:
             return True
-        last = max((j for j in values if j < k and values[j][0]), default=-1)  # the rate of what is known to be alive
-        right, tried = map(sum, zip(seen, *(values[j] for j in values if j <= last), strict=True))
-        enough = lost_after(right, tried - right, alpha, most) if k else hopeless_after(tried, alpha, most)
-        if enough is None:
-            open_at.add(k)
-        enough, value = most if args.all_rollouts or enough is None else enough, [0, 0]
-        while value[1] < enough and (args.all_rollouts or not value[0]):
-            size = enough if args.all_rollouts else min(max(WAVE, value[1]), enough - value[1])
-            value = [value[0] + sum(await draw(k, value[1], size)), value[1] + size]
-        values[k] = value
-        return value[0] > 0
+        enough = lost_after(*before(k), args.alpha, args.rollouts) if k else max(0, args.give_up - seen[1])
+        enough, right, tried = args.rollouts if args.all_rollouts else enough, 0, 0
+        while tried < enough and (args.all_rollouts or not right):
+            size = enough if args.all_rollouts else min(max(WAVE, tried), enough - tried)
+            right, tried = right + sum(await draw(k, tried, size)), tried + size
+        values[k] = [right, tried]
+        return right > 0
 
-    step, reason = await first_wrong_step(n_steps, reaches, args.linear), None
-    if not step:
-        tries = f"{seen[1]} samples and {values[0][1]} continuations"
-        reason = f"too rarely solved to tell: none of {tries} of the empty prefix reaches the answer"
-    elif step in open_at:
-        reason = f"{values[step][1]} continuations of steps 1..{step} fail, which may be chance (--alpha, --max-rollouts)"
-    values = {str(k): values[k] for k in sorted(values)}
-    return {"error_step": None if reason else step, "reason": reason, "rollout_values": values}
+    step = await first_wrong_step(n_steps, reaches, args.linear)
+    reason = None if step else f"none of {seen[1]} samples and {values[0][1]} more continuations of the problem is right"
+    chance = by_chance(values[step][1], *before(step)) if step in values else 0.0 if step else None
+    return {"error_step": step, "reason": reason, "chance": chance and round(chance, 4),
+            "rollout_values": {str(k): values[k] for k in sorted(values)}}  # fmt: skip
 
 
 def cut_label(step: str, number: int, split: str = "labels", opening: str = OPENING) -> tuple[str, str]:
@@ -289,7 +270,7 @@ def cut_label(step: str, number: int, split: str = "labels", opening: str = OPEN
 
 
 async def by_rollouts(args: Args, go_on, grader: Grader, seen: list[int], row: dict, spent: Counter) -> tuple[dict, dict]:
-    """({"error_step", "locator", "reason", "rollout_values"}, the continuations by number of steps before them).
+    """({"error_step", "locator", "reason", "chance", "rollout_values"}, the continuations by number of steps before them).
 
     `await go_on(row, prefix, seed, n)` gives n continuations of a solution's first steps by the policy; see complete()."""
     steps, texts = row["steps"], {}
@@ -521,7 +502,7 @@ def combine(args: Args, first: dict | None, second: dict) -> dict:
     what both say (consensus)."""
     if not first:
         return second
-    evidence = {name: found[name] for found in (first, second) for name in ("rollout_values", "judge") if name in found}
+    evidence = {name: found[name] for found in (first, second) for name in EVIDENCE if name in found}
     if args.locator != "consensus":
         return evidence | second
     said = [verdict(first), verdict(second)]
@@ -645,10 +626,10 @@ async def locate_all(args: Args, rows: list[dict], samples: dict, tokenizer, out
 
 
 def main(args: Args):
-    least = (args.max_rollouts, args.max_tokens, args.votes, args.limit, args.max_per_problem)
-    zero, shares = min(args.rollouts, args.retries, args.concurrency) < 0, (args.min_agreement, args.alpha)
+    least = (args.rollouts, args.give_up, args.max_tokens, args.votes, args.limit, args.max_per_problem)
+    zero, shares = min(args.retries, args.concurrency) < 0, (args.min_agreement, args.alpha)
     if min(1 if value is None else value for value in least) < 1 or zero or not all(0 <= share <= 1 for share in shares):
-        stop("--max-rollouts, --max-tokens, --votes, --max-per-problem and --limit are at least 1, --rollouts, --retries and "
+        stop("--rollouts, --give-up, --max-tokens, --votes, --max-per-problem and --limit are at least 1, --retries and "
              "--concurrency at least 0, --min-agreement and --alpha are between 0 and 1")  # fmt: skip
     used = set(locators_of(args))
     if "judge" in used and not args.judge_model:

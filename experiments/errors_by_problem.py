@@ -5,7 +5,7 @@
 
 Prints the share of the problems with the most, the effective number of problems (the square of the sum of the counts over the
 sum of their squares: with equal counts it is the number itself), and both for a bound of 1, 2, 3 ... a problem. With the
-samples of 01: how likely by chance the failures behind each located error are (02's lost_after()).
+samples of 01: how likely by chance the failures behind each located error are (02's by_chance()).
 """
 
 import importlib
@@ -32,17 +32,15 @@ def effective(counts: list[int]) -> float:
     return sum(counts) ** 2 / sum(count * count for count in counts)
 
 
-def by_chance(row: dict, samples: dict) -> str:
-    """The smallest of some alphas at which the failures behind a located error are evidence."""
+def evidence(row: dict, samples: dict) -> str:
+    """How likely by chance the failures behind a located error are."""
     step, values = row["error_step"], {int(k): value for k, value in row["rollout_values"].items()}
     if step == len(row["steps"]):
         return "last step"
     seen = [value for k, value in values.items() if k < step] + [samples[row["id"]]]
     right, tried = map(sum, zip(*seen, strict=True))
-    for alpha in (0.05, 0.1, 0.2, 0.3):
-        if LOCATE.lost_after(right, tried - right, alpha, values[step][1]):
-            return f"below {alpha:g}"
-    return "above 0.3"
+    chance = LOCATE.by_chance(values[step][1], right, tried - right)
+    return next((f"below {limit:g}" for limit in (0.05, 0.1, 0.2, 0.3) if chance < limit), "above 0.3")
 
 
 def main(args: Args):
@@ -57,7 +55,7 @@ def main(args: Args):
         print(f"  at most {bound} a problem: {sum(left)}, in effect of {effective(left):.1f} problems")
     if args.samples:
         samples = LOCATE.load_samples(LOCATE.Args(samples=args.samples))[1]
-        found = Counter(by_chance(row, samples) for row in rows)
+        found = Counter(evidence(row, samples) for row in rows)
         print("  chance of the failures: " + ", ".join(f"{name} {found[name]}" for name in sorted(found)))
 
 

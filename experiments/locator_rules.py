@@ -60,10 +60,10 @@ class Args:
     """longest continuation, in tokens"""
     concurrency: int = 0
     """solutions in flight; few, where a run will be cut off"""
-    alphas: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
-    """rules to compare"""
-    most: tuple[int, ...] = (16, 32)
-    """--max-rollouts of these rules"""
+    rules: tuple[tuple[float, int, int], ...] = (
+        (0.05, 16, 8), (0.05, 16, 12), (0.05, 16, 16), (0.05, 32, 12), (0.05, 32, 24), (0.02, 16, 12), (0.1, 16, 12)
+    )  # fmt: skip
+    """rules to compare: --alpha, --rollouts and --give-up of each"""
     wave: int = LOCATE.WAVE
     """continuations asked for first"""
     repeats: int = 20
@@ -93,7 +93,7 @@ def continuations(args: Args) -> list[dict]:
     given = {"model", "tokenizer", "base_url", "engine_args", "temperature", "top_p", "max_tokens", "concurrency", "rollouts"}
     options = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in sorted(given)]
     command = [sys.executable, ROOT / "02_locate_step.py", "--labels", labels, "--out", args.out / "located.jsonl",
-               "--keep-rollouts", kept, "--linear", "--all-rollouts", *options]  # fmt: skip
+               "--keep-rollouts", kept, "--linear", "--all-rollouts", "--alpha=0", "--give-up=1", *options]  # fmt: skip
     if subprocess.run(command, stdout=sys.stderr).returncode:
         sys.exit(2)
     count, found = LOCATE.load_tokenizer(args.tokenizer or args.model, None, "{}"), {}
@@ -151,10 +151,10 @@ def figures(found: np.ndarray, wrong: np.ndarray) -> tuple[float, ...]:
 def table(args: Args, rows: list[dict], samples: bool):
     order, fixed = random.Random(0), [n for n in FIXED if n <= args.rollouts]
     orders = [[shuffled(row, order) for row in rows] for _ in range(args.repeats)]
-    rules = {f"{n} rollouts": (n, 0.0) for n in fixed}
-    rules |= {f"alpha {alpha:g}, at most {most}": (most, alpha) for most in args.most for alpha in args.alphas}
-    of = lambda n, alpha: LOCATE.Args(rollouts=0 if alpha else n, alpha=alpha, max_rollouts=n)
-    found = {name: measure(rows, orders, of(*rule), samples) for name, rule in rules.items()}
+    of = lambda alpha, n, give_up: LOCATE.Args(alpha=alpha, rollouts=n, give_up=give_up)
+    rules = {f"{n} rollouts": of(0.0, n, n + 4 * samples) for n in fixed}
+    rules |= {f"alpha {rule[0]:g}, at most {rule[1]}, give up {rule[2]}": of(*rule) for rule in args.rules}
+    found = {name: measure(rows, orders, rule, samples) for name, rule in rules.items()}
     wrong = np.array([row["label"] >= 0 for row in rows])
     drawn = np.random.default_rng(0).integers(0, len(rows), (2000, len(rows)))
     drawn = [draw for draw in drawn if wrong[draw].any()]
@@ -167,7 +167,8 @@ def table(args: Args, rows: list[dict], samples: bool):
     for name, (point, draws) in numbers.items():
         low, high = np.percentile(draws, [2.5, 97.5], axis=0)
         line = f"| {name} | {point[0]:.1%} | {point[1]:.1%} ({low[1]:.1%} to {high[1]:.1%}) "
-        line += f"| {point[3]:.1%} ({low[3]:.1%} to {high[3]:.1%}) | {point[4]:,.0f} | {point[5]:.1f} |"
+        f1 = "" if wrong.all() else f"{point[3]:.1%} ({low[3]:.1%} to {high[3]:.1%})"
+        line += f"| {f1} | {point[4]:,.0f} | {point[5]:.1f} |"
         for what in (1, 2):  # exact of these, exact of all
             gain = lambda all_of, own: own[what] - np.interp(own[4], all_of[:, 4], all_of[:, what])  # noqa: B023
             gains = [gain(np.array([entry[1][i] for entry in curve]), draws[i]) for i in range(len(drawn))]
