@@ -78,7 +78,7 @@ def search(row: dict, n: int, linear: bool, solvable: bool, order: random.Random
             return True
         right, tried, found = False, 0, order.sample(row["kept"][k], n)
         while tried < n and not right:  # waves as in 02
-            wave = found[tried : tried + max(1, tried)]
+            wave = found[tried : tried + max(LOCATE.WAVE, tried)]
             right, tried = any(good for good, _ in wave), tried + len(wave)
             spent += sum(tokens for _, tokens in wave)
         return right
