@@ -13,15 +13,16 @@ Input, the output of 01_sample_errors.py (only the wrong samples are used; other
      "correct": false, "finish_reason": "stop", ...}
 
 Output, a line a wrong sample: the fields above and
-    {"error_step": 2, "locator": "rollout", "reason": null, "rollout_values": {"1": [1, 1], "2": [0, 8]}}
+    {"error_step": 2, "locator": "rollout", "reason": null, "chance": 0.04, "rollout_values": {"1": [2, 2], "2": [0, 4]}}
     {"error_step": 2, "locator": "judge", "reason": null, "judge": {"votes": {"2": 3}, "agreement": 1.0, "text": "..."}}
     {"error_step": 2, "locator": "scores", "reason": null, "step_scores": [0.98, 0.03]}
 error_step is null, with a reason, where the locator cannot tell; 03 makes no pair of such a row.
 
 rollout: V(k) is the share of continuations of steps 1..k that reach the answer; rollout_values holds (right, tried) by k.
 The first wrong step is the one behind the last k with V(k) > 0 (the hard estimate of Math-Shepherd, arXiv 2312.08935, takes
-the first k with V(k) = 0), found by bisection (OmegaPRM, arXiv 2406.06592) and a look one step further. Continuations are
-asked for in waves of 1, 1, 2, 4 ..., up to the first right one.
+the first k with V(k) = 0), found by bisection (OmegaPRM, arXiv 2406.06592). A prefix is alive with its first right
+continuation, and lost when its failures are evidence: lost_after() is the rule to edit, `chance` the probability that it leaves
+to chance. Continuations are asked for in waves of 2, 2, 4, 8 ...
 judge: a model reads problem, truth and steps and gives a verdict a step; --votes of them are counted.
 scores: `step_scores` of the input, a number a step; the first below --threshold is wrong. analysis/score_steps.py adds them.
 The same command run again goes on where it stopped.
@@ -93,6 +94,8 @@ VERDICTS = {"correct": "correct", "right": "correct", "正确": "correct", "neut
 VERDICTS_HEAD = re.compile(r"^[\W_]*(?:verdicts?|判断|结论|判定)[\W_]*$", re.I | re.M)
 THOUGHT = re.compile(r"^.*</think>|<think>.*", re.S)  # the second: a thought that was cut and never closed
 NO_ERROR = "no error found"
+EVIDENCE = ("rollout_values", "chance", "judge")  # of a row that two locators have looked at
+WAVE = 2  # continuations of a prefix that are asked for first; then as many as there are: 2, 2, 4, 8 ...
 ANALYSIS_TOKENS = 270  # --estimate: of a judgement's analysis, whose prompt asks for 200 words at most
 
 
@@ -134,8 +137,12 @@ class Args:
     """consensus: by how many steps the two may differ"""
     labels: Path | None = None
     """instead of --samples: ProcessBench's problem, steps, label; or located rows"""
-    rollouts: int = 8
-    """continuations of a prefix; one with no right one among them is taken for wrong"""
+    rollouts: int = 16
+    """continuations of a prefix at most; with no right one among them it is lost"""
+    alpha: float = 0.05
+    """it is lost before, when its failures would be less likely than this by chance; 0: never"""
+    give_up: int = 12
+    """failures of the whole problem, 01's samples counted, behind which its rows stay open"""
     linear: bool = False
     """estimate every prefix instead of bisecting; shows the whole curve"""
     all_rollouts: bool = False
@@ -187,8 +194,8 @@ class Args:
 
 
 SETTINGS = {  # what a row depends on
-    "rollout": ("temperature", "top_p", "max_tokens", "rollouts", "linear", "all_rollouts", "opening", "split",
-                "rounds"),
+    "rollout": ("temperature", "top_p", "max_tokens", "rollouts", "alpha", "give_up", "linear", "all_rollouts",
+                "opening", "split", "rounds"),
     "judge": ("judge_model", "judge_temperature", "judge_max_tokens", "neutral", "votes", "min_agreement", "retries",
               "missing_diagrams"),
     "scores": ("threshold",),
@@ -196,30 +203,62 @@ SETTINGS = {  # what a row depends on
 }  # fmt: skip
 
 
+def by_chance(failures: int, right: int, wrong: int) -> float:
+    """The probability of so many failures in a row at the rate of which `right` and `wrong` continuations were seen: by
+    Jeffreys' prior it is beta(right + 1/2, wrong + 1/2), so that 1 of 4 is no certainty and 0 of 4 does not mean never."""
+    return math.prod((wrong + 0.5 + i) / (right + wrong + 1 + i) for i in range(failures))
+
+
+def lost_after(right: int, wrong: int, alpha: float, most: int) -> int:
+    """The rule of the rollouts: behind how many failures, and no success, a prefix is lost: so many as would be unlikely
+    (below `alpha`) had the rate of the prefixes before it still held, of which `right` and `wrong` continuations were seen."""
+    return next((tries for tries in range(1, most) if by_chance(tries, right, wrong) < alpha), most)
+
+
 async def first_wrong_step(n_steps: int, reaches, linear: bool) -> int | None:
     """The step behind the last prefix with V(k) > 0, given `await reaches(k)` = (V(k) > 0). None: V(0) = 0 too, asked first,
     since a problem that the model never solves would cost the most.
 
     V(n_steps) = 0 is known: the solution is wrong. A right prefix may fail by chance, a wrong one hardly ever succeeds: so a
-    success counts for all prefixes before it. Bisection looks one prefix behind its result too, and goes on from there if that
-    one succeeds; a success further on it does not see, which --linear does."""
+    success counts for all prefixes before it. One behind its result bisection does not see, which --linear does."""
     if not await reaches(0):
         return None
     if linear:
-        good = await asyncio.gather(*(reaches(k) for k in range(1, n_steps)))
-        return max((k for k, is_good in enumerate(good, 1) if is_good), default=0) + 1
-    low, high, known = 0, n_steps, {n_steps: False}
-    while True:
-        while high - low > 1:
-            middle = (low + high) // 2
-            known[middle] = await reaches(middle)
-            low, high = (middle, high) if known[middle] else (low, middle)
-        after = min(high + 1, n_steps)
-        if after not in known:
-            known[after] = await reaches(after)
-        if not known[after]:
-            return high
-        low, high = after, min(k for k in known if k > after and not known[k])
+        return max([k for k in range(1, n_steps) if await reaches(k)], default=0) + 1
+    low, high = 0, n_steps
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if await reaches(middle) else (low, middle)
+    return high
+
+
+async def search(args, n_steps: int, draw, seen: list[int]) -> dict:
+    """{"error_step", "reason", "chance", "rollout_values"} of a wrong solution. `await draw(k, tried, size)` says of so many
+    more continuations of its first k steps which are right; `seen`: [right, tried] of the problem's samples."""
+    values = {}
+
+    def before(k: int) -> tuple[int, int]:
+        """Right and wrong ones of the samples and of the prefixes up to the last one before k that is alive."""
+        alive = max((j for j in values if j < k and values[j][0]), default=-1)
+        right, tried = map(sum, zip(seen, *(values[j] for j in values if j <= alive), strict=True))
+        return right, tried - right
+
+    async def reaches(k: int) -> bool:
+        if k == 0 and seen[0]:
+            return True
+        enough = lost_after(*before(k), args.alpha, args.rollouts) if k else max(0, args.give_up - seen[1])
+        enough, right, tried = args.rollouts if args.all_rollouts else enough, 0, 0
+        while tried < enough and (args.all_rollouts or not right):
+            size = enough if args.all_rollouts else min(max(WAVE, tried), enough - tried)
+            right, tried = right + sum(await draw(k, tried, size)), tried + size
+        values[k] = [right, tried]
+        return right > 0
+
+    step = await first_wrong_step(n_steps, reaches, args.linear)
+    reason = None if step else f"none of {seen[1]} samples and {values[0][1]} more continuations of the problem is right"
+    chance = by_chance(values[step][1], *before(step)) if step in values else 0.0 if step else None
+    return {"error_step": step, "reason": reason, "chance": chance and round(chance, 4),
+            "rollout_values": {str(k): values[k] for k in sorted(values)}}  # fmt: skip
 
 
 def cut_label(step: str, number: int, split: str = "labels", opening: str = OPENING) -> tuple[str, str]:
@@ -230,38 +269,28 @@ def cut_label(step: str, number: int, split: str = "labels", opening: str = OPEN
     return (step[: label.end()], step[label.end() :]) if label else ("", step)
 
 
-async def by_rollouts(args: Args, go_on, grader: Grader, solvable: set[str], row: dict, spent: Counter) -> tuple[dict, dict]:
-    """({"error_step", "locator", "reason", "rollout_values"}, the continuations by number of steps before them).
+async def by_rollouts(args: Args, go_on, grader: Grader, seen: list[int], row: dict, spent: Counter) -> tuple[dict, dict]:
+    """({"error_step", "locator", "reason", "chance", "rollout_values"}, the continuations by number of steps before them).
 
-    `await go_on(row, prefix, seed, n)` gives n continuations of a solution's first steps by the policy; see complete().
-    `solvable`: ids with a right sample, so V(0) > 0 is known."""
-    steps, values, texts = row["steps"], {}, {}
+    `await go_on(row, prefix, seed, n)` gives n continuations of a solution's first steps by the policy; see complete()."""
+    steps, texts = row["steps"], {}
 
-    async def reaches(k: int) -> bool:
-        if k == 0 and row["id"] in solvable:
-            return True
+    async def draw(k: int, tried: int, size: int) -> list[bool]:
         prefix = "".join(steps[:k]) + cut_label(steps[k], k + 1, args.split, args.opening)[0]
-        right, tried, texts[k] = 0, 0, []
-        while tried < args.rollouts and (args.all_rollouts or not right):
-            size = args.rollouts if args.all_rollouts else min(max(1, tried), args.rollouts - tried)
-            found = await go_on(row, prefix, seed_of(args.seed, "locate", row["id"], row["sample"], k, tried), size)
-            answers = [answer_of(prefix + f["text"], args.split) if f["finish_reason"] == "stop" else None for f in found]
-            verdicts = await asyncio.gather(*(grader(row["answer"], answer, row["problem"]) for answer in answers))
-            texts[k] += [{"text": f["text"], "finish_reason": f["finish_reason"], "correct": good}
-                         for f, good in zip(found, verdicts, strict=True)]  # fmt: skip
-            right, tried = right + sum(verdicts), tried + size
-            spent.update(prompt=found[0]["prompt_tokens"], completion=found[0]["tokens"], rollouts=size)
-        values[k] = [right, tried]
-        return right > 0
+        found = await go_on(row, prefix, seed_of(args.seed, "locate", row["id"], row["sample"], k, tried), size)
+        answers = [answer_of(prefix + f["text"], args.split) if f["finish_reason"] == "stop" else None for f in found]
+        verdicts = await asyncio.gather(*(grader(row["answer"], answer, row["problem"]) for answer in answers))
+        texts[k] = texts.get(k, []) + [{"text": f["text"], "finish_reason": f["finish_reason"], "correct": good}
+                                       for f, good in zip(found, verdicts, strict=True)]  # fmt: skip
+        spent.update(prompt=found[0]["prompt_tokens"], completion=found[0]["tokens"], rollouts=size)
+        return verdicts
 
-    error_step, reason = None, "no response to look at"
+    found = {"error_step": None, "locator": "rollout", "reason": "no response to look at", "rollout_values": {}}
     if steps and row["correct"]:
-        reason = f"{NO_ERROR}: the answer is right"
+        found["reason"] = f"{NO_ERROR}: the answer is right"
     elif steps:
-        error_step = await first_wrong_step(len(steps), reaches, args.linear)
-        reason = None if error_step else "no continuation of the empty prefix reaches the answer"
-    shares = {str(k): values[k] for k in sorted(values)}
-    return {"error_step": error_step, "locator": "rollout", "reason": reason, "rollout_values": shares}, texts
+        found |= await search(args, len(steps), draw, seen)
+    return found, texts
 
 
 def judge_prompt(row: dict, args) -> str:
@@ -406,7 +435,7 @@ def check_scores(path: Path):
 
 
 @contextlib.asynccontextmanager
-async def scores_locator(args: Args, tokenizer, grader, solvable, keep, spent: Counter, rows: int):
+async def scores_locator(args: Args, tokenizer, grader, samples, keep, spent: Counter, rows: int):
     """Yields `await locate(row)` -> {"error_step", "locator", "reason"} by the row's own scores, and how many at a time."""
 
     async def locate(row: dict) -> dict:
@@ -422,7 +451,7 @@ async def scores_locator(args: Args, tokenizer, grader, solvable, keep, spent: C
 
 
 @contextlib.asynccontextmanager
-async def judge_locator(args: Args, tokenizer, grader, solvable, keep, spent: Counter, rows: int):
+async def judge_locator(args: Args, tokenizer, grader, samples, keep, spent: Counter, rows: int):
     """Yields `await locate(row)`, see by_judge(), which gives None when --max-cost is spent; and how many rows at a time."""
     limit = math.inf if args.max_cost is None else args.max_cost
     async with judge(args) as (ask, places):
@@ -436,7 +465,7 @@ async def judge_locator(args: Args, tokenizer, grader, solvable, keep, spent: Co
 
 
 @contextlib.asynccontextmanager
-async def rollout_locator(args: Args, tokenizer, grader: Grader, solvable: set[str], keep: Output | None, spent: Counter,
+async def rollout_locator(args: Args, tokenizer, grader: Grader, samples: dict, keep: Output | None, spent: Counter,
                           rows: int):  # fmt: skip
     """Yields `await locate(row)`, see by_rollouts(), and how many rows at a time; `keep` gets the continuations."""
     kept = {identity(row) for row in keep.rows} if keep else set()
@@ -446,7 +475,7 @@ async def rollout_locator(args: Args, tokenizer, grader: Grader, solvable: set[s
         go_on = lambda row, prefix, seed, n: solve(row["problem"], prefix, seed, n, **sampling)
 
         async def locate(row: dict) -> dict:
-            found, texts = await by_rollouts(args, go_on, grader, solvable, row, spent)
+            found, texts = await by_rollouts(args, go_on, grader, samples.get(row["id"], [0, 0]), row, spent)
             if keep and identity(row) not in kept:
                 keep.write({"id": row["id"], "sample": row["sample"], "rollouts": texts})
             return found
@@ -473,7 +502,7 @@ def combine(args: Args, first: dict | None, second: dict) -> dict:
     what both say (consensus)."""
     if not first:
         return second
-    evidence = {name: found[name] for found in (first, second) for name in ("rollout_values", "judge") if name in found}
+    evidence = {name: found[name] for found in (first, second) for name in EVIDENCE if name in found}
     if args.locator != "consensus":
         return evidence | second
     said = [verdict(first), verdict(second)]
@@ -514,23 +543,25 @@ def load_labels(path: Path) -> list[dict]:
     return found or stop(f"{path}: no row has a label")
 
 
-def load_samples(args: Args) -> tuple[list[dict], set[str]]:
-    """The rows to locate, and the ids of the problems that a right sample shows to be solvable."""
+def load_samples(args: Args) -> tuple[list[dict], dict[str, list[int]]]:
+    """The rows to locate, and [right, tried] of each problem's samples, which estimate V(0). Labelled solutions may be
+    another model's: they tell nothing of it."""
     if args.labels:
         rows = load_labels(args.labels)
         lacks = [row["id"] for row in rows if not row.get("answer")]
         if lacks and "rollout" in locators_of(args):
             stop(f"{args.labels}: {lacks[0]} has no 'answer', so rollouts cannot be graded; use --locator judge")
-        return rows[: args.limit], {row["id"] for row in rows if row["correct"]}
+        return rows[: args.limit], {}
     samples = read_samples(args.samples, ("sample", "correct", "finish_reason"), args)
-    rows, seen = [], Counter()
+    rows, counts = [], {}
     for row in sorted(samples, key=lambda row: (row["id"], row["sample"])):  # 01 writes them in the order they were ready in
-        seen[row["id"]] += not row["correct"]
-        if not row["correct"] and seen[row["id"]] <= (args.max_per_problem or math.inf):
+        count = counts.setdefault(row["id"], [0, 0])
+        count[row["correct"]] += 1  # [wrong, right]
+        if not row["correct"] and count[0] <= (args.max_per_problem or math.inf):
             rows.append(row)
     if not rows:
         stop(f"{args.samples}: none of its {len(samples)} samples is wrong; sample more problems, or harder ones")
-    return rows[: args.limit], {row["id"] for row in samples if row["correct"]}
+    return rows[: args.limit], {name: [right, wrong + right] for name, (wrong, right) in counts.items()}
 
 
 def locators_of(args: Args) -> tuple[str, ...]:
@@ -550,7 +581,7 @@ def check_steps(args: Args, rows: list[dict], *outputs: Output):
                      "give another --out")  # fmt: skip
 
 
-async def locate_all(args: Args, rows: list[dict], solvable: set[str], tokenizer, output: Output, left: Output | None,
+async def locate_all(args: Args, rows: list[dict], samples: dict, tokenizer, output: Output, left: Output | None,
                      keep: Output | None, grader: Grader) -> dict[str, Counter]:  # fmt: skip
     """Locate the rows that are not done, by one locator or two in turn. Returns the cost of each.
 
@@ -568,7 +599,7 @@ async def locate_all(args: Args, rows: list[dict], solvable: set[str], tokenizer
     async def ask(name: str, done: set):
         if not (todo := [row for row in rows if identity(row) not in done]):
             return
-        async with LOCATORS[name](args, tokenizer, grader, solvable, keep, spent[name], len(done)) as (locate, places):
+        async with LOCATORS[name](args, tokenizer, grader, samples, keep, spent[name], len(done)) as (locate, places):
 
             async def work(row: dict):
                 found = await locate(row)
@@ -595,11 +626,11 @@ async def locate_all(args: Args, rows: list[dict], solvable: set[str], tokenizer
 
 
 def main(args: Args):
-    least = (args.rollouts, args.max_tokens, args.votes, args.limit, args.max_per_problem)
-    zero = min(args.retries, args.concurrency) < 0
-    if min(1 if value is None else value for value in least) < 1 or zero or not 0 <= args.min_agreement <= 1:
-        stop("--rollouts, --max-tokens, --votes, --max-per-problem and --limit are at least 1, --retries and --concurrency at "
-             "least 0, --min-agreement is between 0 and 1")  # fmt: skip
+    least = (args.rollouts, args.give_up, args.max_tokens, args.votes, args.limit, args.max_per_problem)
+    zero, shares = min(args.retries, args.concurrency) < 0, (args.min_agreement, args.alpha)
+    if min(1 if value is None else value for value in least) < 1 or zero or not all(0 <= share <= 1 for share in shares):
+        stop("--rollouts, --give-up, --max-tokens, --votes, --max-per-problem and --limit are at least 1, --retries and "
+             "--concurrency at least 0, --min-agreement and --alpha are between 0 and 1")  # fmt: skip
     used = set(locators_of(args))
     if "judge" in used and not args.judge_model:
         stop("the judge needs --judge-model and, unless vLLM is to run that here, --judge-base-url")
@@ -607,7 +638,7 @@ def main(args: Args):
         stop("--locator consensus takes --of two different locators, and no --fallback")
     if (args.estimate or args.max_cost is not None) and ("judge" not in used or not any(args.price)):
         stop("--estimate and --max-cost are for the judge, and need --price")
-    rows, solvable = load_samples(args)
+    rows, samples = load_samples(args)
     if "scores" in used:
         check_scores(args.labels or args.samples)
     began = time.time()
@@ -625,7 +656,7 @@ def main(args: Args):
         paths = args.out, len(used) > 1 and args.out.with_suffix(".open.jsonl"), args.keep_rollouts
         files = [opened.enter_context(contextlib.closing(Output(path, settings))) if path else None for path in paths]
         grader = opened.enter_context(contextlib.closing(Grader()))
-        spent = asyncio.run(locate_all(args, rows, solvable, tokenizer, *files, grader))
+        spent = asyncio.run(locate_all(args, rows, samples, tokenizer, *files, grader))
         report(args, rows, files[0], spent, grader.kills, time.time() - began)
 
 

@@ -51,15 +51,15 @@ def continuations(args: Args) -> list[dict]:
     args.out.mkdir(parents=True, exist_ok=True)
     wrong = [row for line in open(args.samples, encoding="utf-8") if not (row := json.loads(line))["correct"]][: args.limit]
     (args.out / "wrong.jsonl").write_text("".join(json.dumps(row) + "\n" for row in wrong), encoding="utf-8")
-    out = args.out / "whole.jsonl"
+    out, kept = args.out / "whole.jsonl", args.out / "whole.kept"
     command = [sys.executable, ROOT / "02_locate_step.py", "--samples", args.out / "wrong.jsonl", "--model", args.model,
                "--engine-args=--max-num-seqs 512 --max-model-len 1024", "--max-tokens", "400", "--out", out, "--linear",
-               "--all-rollouts", "--rollouts", max(args.rollouts), "--keep-rollouts", args.out / "whole.kept"]  # fmt: skip
+               "--all-rollouts", "--rollouts", max(args.rollouts), "--keep-rollouts", kept]  # fmt: skip
     if not (args.out / "whole.jsonl.meta.json").exists():
         subprocess.run(list(map(str, command)), check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     count = AutoTokenizer.from_pretrained(ROOT / args.model)
     rows = {(row["id"], row["sample"]): row for row in wrong}
-    for line in open(args.out / "whole.kept", encoding="utf-8"):
+    for line in open(kept, encoding="utf-8"):
         row = json.loads(line)
         rows[row["id"], row["sample"]]["kept"] = {
             int(k): [(c["correct"], len(count(c["text"])["input_ids"]) + 1) for c in found]
@@ -78,7 +78,7 @@ def search(row: dict, n: int, linear: bool, solvable: bool, order: random.Random
             return True
         right, tried, found = False, 0, order.sample(row["kept"][k], n)
         while tried < n and not right:  # waves as in 02
-            wave = found[tried : tried + max(1, tried)]
+            wave = found[tried : tried + max(LOCATE.WAVE, tried)]
             right, tried = any(good for good, _ in wave), tried + len(wave)
             spent += sum(tokens for _, tokens in wave)
         return right

@@ -1,6 +1,10 @@
-"""02: the judge's parser, votes and faults, fallback, scores, kept rollouts, and the page in a real browser."""
+"""02: the rule of the rollouts, the judge's parser, votes and faults, fallback, scores, kept rollouts, and the page in a real
+browser."""
 
+import asyncio
+import contextlib
 import json
+import math
 import os
 import random
 import re
@@ -20,6 +24,89 @@ import pytest
 import torch
 from conftest import ROOT, STAGES, TINY, read, run, stage
 from transformers import AutoModelForCausalLM
+
+
+def test_few_failures_show_a_lost_prefix_where_the_model_is_strong():
+    lost_after, by_chance = stage(2).lost_after, stage(2).by_chance
+    assert [lost_after(right, 8 - right, 0.05, 100) for right in (8, 6, 4, 2, 1)] == [2, 3, 6, 17, 50]
+    assert lost_after(4, 4, 0.01, 100) > lost_after(4, 4, 0.05, 100) > lost_after(4, 4, 0.2, 100)
+    assert lost_after(1, 7, 0.05, 16) == lost_after(8, 0, 0.0, 16) == 16, "the most is kept"
+    for right, wrong in ((3, 1), (1, 3), (0, 5)):  # the mean of (1 - rate) ** tries over the beta distribution
+        log_beta = lambda a, b: math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+        mean = math.exp(log_beta(right + 0.5, wrong + 7.5) - log_beta(right + 0.5, wrong + 0.5))
+        assert by_chance(7, right, wrong) == pytest.approx(mean) and by_chance(0, right, wrong) == 1
+
+
+def searched(successes: dict[int, list[int]], n_steps: int, seen: list[int], **options) -> dict:
+    """What 02 says where the continuations of k steps with these numbers are right."""
+
+    async def draw(k: int, tried: int, size: int) -> list[bool]:
+        return [number in successes.get(k, []) for number in range(tried, tried + size)]
+
+    return asyncio.run(stage(2).search(stage(2).Args(**options), n_steps, draw, seen))
+
+
+def test_tries_follow_the_rate_of_the_prefix_before():
+    every = list(range(100))
+    strong = searched({1: every, 2: every}, 4, [8, 9])
+    assert strong == {"error_step": 3, "reason": None, "chance": pytest.approx(0.024, abs=0.001),
+                      "rollout_values": {"2": [2, 2], "3": [0, 2]}}  # fmt: skip
+    weak = searched({1: [3], 2: [5]}, 4, [3, 8])  # one success ends the tries of its wave
+    assert weak["error_step"] == 3 and weak["rollout_values"] == {"2": [1, 8], "3": [0, 14]} and weak["chance"] < 0.05
+    weaker = searched({1: [3], 2: [15]}, 4, [1, 8])  # here the most is no evidence, and the row says so
+    assert weaker["error_step"] == 3 and weaker["rollout_values"] == {"2": [1, 16], "3": [0, 16]} and weaker["chance"] > 0.2
+    assert searched({2: [0], 3: [15]}, 4, [1, 8])["chance"] == 0.0, "that the whole solution is wrong is known"
+
+
+def test_a_problem_is_given_up():
+    found = searched({}, 4, [0, 4])
+    assert found["error_step"] is found["chance"] is None and "none of 4 samples and 8 more" in found["reason"]
+    assert found["rollout_values"] == {"0": [0, 8]} and searched({}, 4, [0, 20])["rollout_values"] == {"0": [0, 0]}
+    assert searched({0: [4], 1: range(9)}, 3, [0, 0])["rollout_values"] == {"0": [1, 8], "1": [2, 2], "2": [0, 12]}
+
+
+def test_a_fixed_number_of_rollouts():
+    found = searched({1: [3], 2: [5]}, 4, [1, 8], alpha=0.0, rollouts=8)
+    assert found["error_step"] == 3 and found["rollout_values"] == {"2": [1, 8], "3": [0, 8]}
+    whole = searched({0: [2], 1: [3], 2: [5]}, 4, [1, 8], rollouts=8, linear=True, all_rollouts=True)
+    assert whole["rollout_values"] == {"1": [1, 8], "2": [1, 8], "3": [0, 8]}
+
+
+def test_an_interrupted_search_ends_with_the_same_rows(tmp_path):
+    """The rows of a run that is ended twice are those of a whole one, and those of another --alpha are not mixed in."""
+    two, rows = stage(2), wrong_samples(tmp_path / "in.jsonl", 24)
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row | {"sample": s, "correct": s == 1 and i % 2 == 0}) + "\n"
+                                               for i, row in enumerate(rows) for s in (0, 1)))  # fmt: skip
+
+    def locate(out: str, calls: float = math.inf, **options):
+        @contextlib.asynccontextmanager
+        async def engine(*_):
+            async def generate(ids, seed, n=1, **_):
+                nonlocal calls
+                calls -= 1
+                if calls < 0:
+                    two.stop("enough")
+                await asyncio.sleep(0)
+                said = [" so \\boxed{0}." if random.Random(f"{seed} {i}").random() < 0.1 else " no." for i in range(n)]
+                return [{"text": text, "finish_reason": "stop", "tokens": n, "prompt_tokens": 1} for text in said]
+
+            yield generate
+
+        with mock.patch.object(two, "engine", engine):
+            where = {"samples": tmp_path / "in.jsonl", "out": tmp_path / out}
+            two.main(two.Args(**where, model=str(TINY / "model"), concurrency=2, **options))
+
+    locate("whole.jsonl")
+    for calls in (20, 30):
+        with pytest.raises(SystemExit):
+            locate("parts.jsonl", calls)
+    with pytest.raises(SystemExit):
+        locate("parts.jsonl", alpha=0.2)
+    locate("parts.jsonl")
+    keyed = lambda name: {(row["id"], row["sample"]): row for row in read(tmp_path / name)}
+    assert keyed("parts.jsonl") == keyed("whole.jsonl") and len(read(tmp_path / "parts.jsonl")) == 36
+    assert {bool(row["error_step"]) for row in keyed("whole.jsonl").values()} == {True, False}
+
 
 READABLE = [
     ("Step 1: correct\nStep 2: incorrect", 2),

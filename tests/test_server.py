@@ -12,6 +12,7 @@ from conftest import ROOT, TINY, keyed, read, run, run_killed, serving, stage
 pytestmark = pytest.mark.slow
 SHARED = ROOT.parent / "shared" / "data"
 SHORT = ["--max-tokens", "300"]
+FOUR = ["--rollouts", "4", "--alpha", "0"]  # what 02 finds of one prefix hangs on no other then
 SOLVED = {"id": "s", "problem": "Ava has 3 apples. Then she buys 4 more. How many apples does Ava have now?", "answer": "7",
           "sample": 0, "finish_reason": "stop", "error_step": 1, "response": "Let's think step by step.\nStep 1: 8.",
           "steps": ["Let's think step by step.\nStep 1: 8."]}  # fmt: skip
@@ -31,7 +32,7 @@ def stage_arguments(model: list, source: Path, out: Path) -> dict[int, list]:
     """Arguments of 01 to 03 that read what `source` holds and write to `out`."""
     return {
         1: ["--data", TINY / "train.jsonl", "--limit", 60, "--out", out / "samples.jsonl", *SHORT, *model],
-        2: ["--samples", source / "samples.jsonl", "--rollouts", 4, "--out", out / "located.jsonl", *SHORT, *model],
+        2: ["--samples", source / "samples.jsonl", "--out", out / "located.jsonl", *FOUR, *SHORT, *model],
         3: ["--located", source / "located.jsonl", "--n", 4, "--out", out / "pairs.jsonl", *SHORT, *model],
     }
 
