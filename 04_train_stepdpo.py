@@ -36,6 +36,7 @@ begun.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import functools
 import hashlib
@@ -74,7 +75,7 @@ PROBE = "1 + 1 = ?"  # the problem of the prompt that stands in the settings
 # Copied from 01_sample_errors.py
 MARK = "@@Steps so far@@"  # the assistant's text while a template is rendered: many trim it, some take thoughts out of it
 MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm
-LOGITS_CHUNK = 1024  # suffix positions whose logits stand in memory at once
+LOGITS_BYTES = [1 << 28, 1 << 30]  # fp32 logits made at once, on the CPU and on a GPU; more is not faster (docs/trainer.md)
 STEP_FIELDS = ("prompt", "initial_reason_steps", "chosen", "rejected", "full_chosen", "full_rejected")
 CHOSEN_DROP = 5.0  # nats: a mean fall of the chosen suffixes' log-probability that is worth a warning
 # Options that name a field of the pairs, and what its numbers may be, the upper bound excluded
@@ -167,6 +168,7 @@ class Args:
 def main(args: Args):
     began = time.time()
     accelerator, tokenizer, pairs, val_pairs = start(args)
+    keep_memory() if accelerator.device.type == "cpu" else None
     if fault := from_first(accelerator, lambda: lock_out(args.out)):
         stop(fault)
     if from_first(accelerator, lambda: is_finished(args, tokenizer, pairs, val_pairs)):
@@ -196,8 +198,7 @@ def main(args: Args):
         log.record({"step": 0} | validate(scorer, val_pairs, args, accelerator))
     for step in tqdm(range(done + 1, total + 1), total=total, initial=done, desc="training", disable=not PRINTS):
         epoch, place = divmod(step - 1, per_epoch)
-        order = shuffled(pairs, args.seed, epoch)
-        batch = order[place * args.batch_size :][: args.batch_size]
+        batch = batches(pairs, args, epoch)[place]
         rate = learning_rate(step - 1, total, args)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -227,7 +228,7 @@ def train_step(scorer, optimizer, pairs: Pairs, batch: list[int], args: Args, ac
     micro = plan(pairs, batch, args.tokens_per_batch, accelerator.process_index, world)
     weight = 1 / (len(batch) if args.objective == "dpo" else pairs.lengths[batch, 0].sum().item())
     sums = Counter()
-    for number, (rows, chunks, counts) in enumerate(micro):
+    for number, (rows, most, counts) in enumerate(micro):
         numbers, inputs = sum(rows, []), collate(pairs, rows, device)
         last = number == len(micro) - 1
         if deepspeed:  # its engine steps within the backward pass that is said to be last
@@ -235,7 +236,7 @@ def train_step(scorer, optimizer, pairs: Pairs, batch: list[int], args: Args, ac
         # FSDP2 would keep whole gradients until they are synchronized: a model that needs shards has no room for them
         at_once = last or deepspeed or accelerator.is_fsdp2
         with contextlib.nullcontext() if at_once else accelerator.no_sync(scorer):
-            logps = scorer(**inputs, chunks=chunks)[inputs["picks"]]  # (pairs, sides)
+            logps = scorer(**inputs, most=most)[inputs["picks"]]  # (pairs, sides)
             found = measure(logps, pairs, numbers, args)
             if args.nll_weight:
                 weighed = args.nll_weight * pairs.signals[numbers, 0] / pairs.lengths[numbers, 0]
@@ -316,10 +317,11 @@ def learning_rate(step: int, total: int, args: Args) -> float:
     return args.lr * (0.5 * (1 + math.cos(math.pi * done)) if args.schedule == "cosine" else 1 - done)
 
 
-def shuffled(pairs: Pairs, seed: int, epoch: int) -> list[int]:
-    """The order of an epoch; pairs of one problem stay together, so that they share a row."""
-    groups = np.random.default_rng([seed, epoch]).permutation(len(pairs.problems))
-    return np.argsort(groups[np.array(pairs.group)], kind="stable").tolist()
+def batches(pairs: Pairs, args: Args, epoch: int) -> list[list[int]]:
+    """The pairs of each step of an epoch; those of one problem stay together, so that they share a row."""
+    groups = np.random.default_rng([args.seed, epoch]).permutation(len(pairs.problems))
+    order = np.argsort(groups[np.array(pairs.group)], kind="stable").tolist()
+    return [order[start : start + args.batch_size] for start in range(0, len(order), args.batch_size)]
 
 
 def check(step: int, found: dict, pairs: Pairs, batch: list[int], args: Args):
@@ -341,6 +343,14 @@ def check(step: int, found: dict, pairs: Pairs, batch: list[int], args: Args):
     if found["chosen_reward"] < -CHOSEN_DROP * args.beta:
         warn(f"chosen suffixes: by more than {CHOSEN_DROP} nats less likely than under the reference; lower --lr or give "
              "--nll-weight")  # fmt: skip
+
+
+def keep_memory():
+    """Have glibc keep what is freed: it gives every large tensor back to the system, which clears its pages anew."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
 def check_threads():
@@ -704,23 +714,18 @@ def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
 
 
 def plan(pairs: Pairs, numbers, tokens: int, rank: int, world: int) -> list[tuple[list[list[int]], int, int]]:
-    """Micro-batches of this process for the pairs `numbers`: (rows, chunks, counts), rows at most `tokens` with their padding.
+    """Micro-batches of this process for the pairs `numbers`: (rows, most, counts), rows at most `tokens` with their padding.
 
     Pairs of one problem come in one row, as far as `tokens` allow. Sharded strategies wait for each other in every pass and at
-    every call of the head: so every process gets the same number of micro-batches, and in each the same number of chunks of
-    logits, whatever it needs itself. Where rows run out, a batch repeats one pair, to be computed and not counted: counts 0."""
+    every call of the head: so every process gets the same number of micro-batches, and the most suffix positions that one has
+    in each. Where rows run out, a batch repeats one pair, to be computed and not counted: counts 0."""
     rows = []
     for group in pairs.by_problem(numbers):
-        if pairs.length(group) <= tokens:  # nearly always, and a tree for each part of it takes time
-            rows.append(group)
-            continue
-        row = []
+        fits, row = pairs.length(group) <= tokens, []  # nearly always, and a tree for each part of it takes time
         for i in group:
-            if row and pairs.length([*row, i]) > tokens:
-                rows.append(row)
-                row = []
+            if not row or not fits and pairs.length([*row, i]) > tokens:
+                rows.append(row := [])
             row.append(i)
-        rows.append(row)
     sized = sorted((pairs.length(row), row) for row in rows)
     dealt, loads = [[] for _ in range(world)], [0] * world
     for length, row in reversed(sized):  # the longest first, each to who has least
@@ -728,17 +733,17 @@ def plan(pairs: Pairs, numbers, tokens: int, rank: int, world: int) -> list[tupl
         loads[process] += length
         dealt[process].insert(0, (length, row))
 
-    batches = [[] for _ in range(world)]
-    for own, found in zip(dealt, batches, strict=True):
+    passes = [[] for _ in range(world)]
+    for own, found in zip(dealt, passes, strict=True):
         for length, row in own:
             if not found or (len(found[-1]) + 1) * length > tokens:  # sorted: this row is the longest
                 found.append([])
             found[-1].append(row)
-    most, mine = max(map(len, batches)), len(batches[rank])
-    batches = [own + [[sized[0][1][:1]]] * (most - len(own)) for own in batches]
+    count, mine = max(map(len, passes)), len(passes[rank])
+    passes = [own + [[sized[0][1][:1]]] * (count - len(own)) for own in passes]
     targets = lambda rows: sum(len(pairs.tree(row).targets) for row in rows)
-    chunks = [math.ceil(max(map(targets, side_by_side)) / LOGITS_CHUNK) for side_by_side in zip(*batches, strict=True)]
-    return [(rows, chunks[number], int(number < mine)) for number, rows in enumerate(batches[rank])]
+    most = [max(map(targets, side_by_side)) for side_by_side in zip(*passes, strict=True)]
+    return [(rows, most[number], int(number < mine)) for number, rows in enumerate(passes[rank])]
 
 
 def collate(pairs: Pairs, rows: list[list[int]], device) -> dict:
@@ -817,9 +822,9 @@ class SuffixScorer(torch.nn.Module):
     def tie_weights(self):  # accelerate calls it after it has loaded the shards; else a tied head would be of its own
         self.lm.tie_weights()
 
-    def forward(self, ids, positions, last, source, target, take, owner, picks, chunks: int = 1):
+    def forward(self, ids, positions, last, source, target, take, owner, picks, most: int = 1):
         """ids, positions, last: (rows, width); source, target: (targets,); take, owner: (suffix tokens,); picks: for the
-        caller. The logits are made in so many chunks, with several again in the backward pass."""
+        caller. The logits of `most` targets, or fewer, are made in chunks; with several, again in the backward pass."""
         at = torch.arange(ids.shape[1], device=ids.device)
         sees = (at[:, None] >= at) & (at[:, None] < last[:, None, :])  # (rows, width, width); see collate
         masks = {"full_attention": sees[:, None]}
@@ -830,7 +835,7 @@ class SuffixScorer(torch.nn.Module):
         hidden = self.lm.base_model(
             input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False
         ).last_hidden_state.flatten(0, 1)[source]  # (targets, hidden size)
-        head = self.token_logps
+        head, chunks = self.token_logps, math.ceil(most * 4 * self.lm.config.vocab_size / LOGITS_BYTES[ids.is_cuda])
         if torch.is_grad_enabled() and chunks > 1:
             head = functools.partial(checkpoint, self.token_logps, use_reentrant=False)
         parts = map(head, hidden.tensor_split(chunks), target.tensor_split(chunks))
@@ -846,15 +851,16 @@ class SuffixScorer(torch.nn.Module):
 
 @torch.no_grad()
 def score_all(scorer, pairs: Pairs, args: Args, accelerator: Accelerator, label: str) -> torch.Tensor:
-    """Log-probabilities of all pairs, (pairs, sides) on the CPU, the same on every process."""
+    """Log-probabilities of all pairs, (pairs, sides) on the CPU, the same on every process; in the passes of the first epoch:
+    in others bf16 rounds in another way (docs/trainer.md)."""
     found = torch.zeros(len(pairs), len(pairs.suffixes[0]), device=accelerator.device)
-    tokens = 4 * args.tokens_per_batch  # no gradients: room for more
-    batches = plan(pairs, range(len(pairs)), tokens, accelerator.process_index, accelerator.num_processes)
-    for rows, chunks, counts in tqdm(batches, desc=label, disable=not PRINTS, leave=False):
-        inputs = collate(pairs, rows, accelerator.device)
-        logps = scorer(**inputs, chunks=chunks)[inputs["picks"]]
-        if counts:
-            found[sum(rows, [])] = logps
+    for batch in tqdm(batches(pairs, args, 0), desc=label, disable=not PRINTS, leave=False):
+        micro = plan(pairs, batch, args.tokens_per_batch, accelerator.process_index, accelerator.num_processes)
+        for rows, most, counts in micro:
+            inputs = collate(pairs, rows, accelerator.device)
+            logps = scorer(**inputs, most=most)[inputs["picks"]]
+            if counts:
+                found[sum(rows, [])] = logps
     return accelerator.reduce(found, "sum").cpu()
 
 
@@ -880,12 +886,10 @@ def weights_hash(model: str) -> str:
     """Of the weight files, once they are here: names, sizes and 64 MiB of each, spread over it; smaller ones whole."""
     folder, digest, block = Path(cached_file(model, "config.json")).parent, hashlib.sha256(), 1 << 20
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with open(path, "rb") as file:
-            for start in np.linspace(0, max(0, size - block), min(64, math.ceil(size / block)), dtype=np.int64).tolist():
-                file.seek(start)
-                digest.update(file.read(block))
+        file = np.memmap(path, mode="r")
+        digest.update(f"{path.name} {len(file)} ".encode())
+        for start in np.linspace(0, max(0, len(file) - block), min(64, math.ceil(len(file) / block)), dtype=np.int64):
+            digest.update(file[start : start + block])
     return digest.hexdigest()
 
 
@@ -897,7 +901,7 @@ def count_weights(config) -> tuple[int, int]:
     return sum(p.numel() for p in lm.parameters()) - head.numel() * (1 if head is embedding else 2), head.numel()
 
 
-def memory(config, args: Args, strategy: str, world: int, machines: int = 1, offloaded: float = 0.0) -> dict[str, float]:
+def memory(config, args: Args, strategy: str, world: int, machines=1, offloaded=0.0, on_gpu=True) -> dict[str, float]:
     """Bytes by count. strategy: "copies" (one process, or the whole model on each), "fsdp2" or "zero3"; offloaded: the share of
     AdamW's state that ZeRO-3 keeps in main memory. Keys that begin with "machine" are of main memory on one machine."""
     body, head = count_weights(config)
@@ -923,7 +927,7 @@ def memory(config, args: Args, strategy: str, world: int, machines: int = 1, off
     width, layers = config.hidden_size, config.num_hidden_layers
     token, entry = low / 2 * (34 * width + 8 * config.intermediate_size), (4 if strategy == "copies" else low) * width
     found["activations"] = args.tokens_per_batch * (layers * entry + token if args.gradient_checkpointing else layers * token)
-    found["logits"] = 3 * 4 * LOGITS_CHUNK * config.vocab_size
+    found["logits"] = 3 * min(LOGITS_BYTES[on_gpu], 4 * args.tokens_per_batch * config.vocab_size)
     return found
 
 
@@ -946,8 +950,8 @@ def check_memory(config, args: Args, accelerator: Accelerator, pairs: Pairs):
 
     def fullest(args: Args, strategy: str, world: int, offloaded: float) -> tuple[float, str]:
         """The memory of which most is used: the share, and its description."""
-        tokens = min(args.tokens_per_batch, args.batch_size * longest)
-        found = memory(config, replace(args, tokens_per_batch=tokens), strategy, world, max(1, world // local), offloaded)
+        args = replace(args, tokens_per_batch=min(args.tokens_per_batch, args.batch_size * longest))
+        found = memory(config, args, strategy, world, max(1, world // local), offloaded, on_gpu)
         needs = {on_machine: sum(size for name, size in found.items() if name.startswith("machine") == on_machine
                                  and not name.endswith("shared")) for on_machine in (False, True)}  # fmt: skip
         places = [("a device", needs[False], room)] + [("the machine", needs[True], main_memory)] * on_gpu

@@ -86,7 +86,8 @@ def main(args: Args):
     machines = max(1, world // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
     if args.config_file:
         strategy, offloaded, world, machines = read_launch(args.config_file, args.num_processes)
-    found = TRAIN.memory(config, args, strategy, world, machines, offloaded)
+    on_gpu = bool(args.config_file) or accelerator.device.type == "cuda"
+    found = TRAIN.memory(config, args, strategy, world, machines, offloaded, on_gpu)
     for where in ("device", "machine"):
         some = [name for name in found if name.startswith("machine") == (where == "machine")]
         parts = {name.removeprefix("machine: "): found[name] / 2**30 for name in some}

@@ -20,10 +20,9 @@ def main(args: TRAIN.Args):
     args.precision = "fp32"
     rows = [row for name in args.data for row in TRAIN.load_rows(name, args.objective)]
     pairs = TRAIN.prepare(rows, TRAIN.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs), args, "data")
-    order = TRAIN.shuffled(pairs, args.seed, 0)
-    batches = [order[at : at + args.batch_size] for at in range(0, len(order), args.batch_size)]
+    batches = TRAIN.batches(pairs, args, 0)
     prefix = lambda i: len(pairs.prefixes[pairs.prefix[i]])
-    separate = sum(prefix(i) + len(suffix) for i in order for suffix in pairs.suffixes[i])
+    separate = sum(prefix(i) + len(suffix) for i in range(len(pairs)) for suffix in pairs.suffixes[i])
     shared = 0
     for batch in batches:
         of = {}

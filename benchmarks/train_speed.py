@@ -1,18 +1,17 @@
 """Speed and memory of 04_train_stepdpo.py beside TRL's DPOTrainer on the same pairs, model and arithmetic.
 
-    pip install trl matplotlib
-    python benchmarks/train_speed.py --ratios 4 --steps 3       # two cores: 14 minutes
-    python benchmarks/train_speed.py                            # all ratios
-    python benchmarks/train_speed.py --layers 24 --hidden 896 --pairs 32 --steps 20         # on a GPU
+    pip install trl
+    python benchmarks/train_speed.py --model Qwen/Qwen2.5-0.5B-Instruct --pairs-file runs/pairs.jsonl
+    python benchmarks/train_speed.py --model FOLDER --pairs-file runs/pairs.jsonl --sides full --pairs 64 --trl-pairs 8
 
-A random Qwen2-shaped model, fp32 weights, bf16 autocast, AdamW; pairs of --suffix tokens (uniform in a range) behind a prefix
-of ratio times as many. Each trainer runs in a process of its own; they take turns, ratio by ratio. The trainers:
+Without weights in FOLDER they are random: speed and memory are those of the shape. fp32 weights, bf16 autocast, AdamW; on the
+CPU all keep freed memory, as 04 does. Each trainer runs in a process of its own:
     ours           this trainer
     ours-separate  this trainer with a row for each suffix, as others have it
     trl            DPOTrainer with its defaults (reference model in memory, gradient checkpointing)
     trl-best       DPOTrainer with reference log-probabilities computed before, no gradient checkpointing
-Output: a table (seconds a step: median and range over steps; pairs/s; tokens/s of the distinct tokens; peak memory; share of
-the bound; ratios to trl-best), OUT.json with the raw figures, and OUT.png.
+Output: a table (seconds a step: median and range over steps; pairs/s; tokens/s of the distinct tokens; peak memory of the
+process, or of the GPU; share of the bound; ratios to trl-best), and OUT with the raw figures.
 The bound: 3 forward passes over the distinct tokens, in FLOPs, at the rate that large bf16 products reach on this machine.
 The first step of each is left out: it holds one-time costs. The reference pass is not part of a step in any of them but trl.
 """
@@ -33,6 +32,7 @@ import numpy as np
 import tyro
 
 ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "analysis")]
 Trainer = Literal["ours", "ours-separate", "trl", "trl-best"]
 
 
@@ -40,79 +40,55 @@ Trainer = Literal["ours", "ours-separate", "trl", "trl-best"]
 class Args:
     trainers: tuple[Trainer, ...] = ("ours", "ours-separate", "trl-best", "trl")
     """what to time"""
-    ratios: tuple[int, ...] = (1, 2, 4, 8)
-    """prefix tokens for each suffix token"""
-    suffix: tuple[int, int] = (25, 110)
-    """shortest and longest suffix, in tokens"""
+    model: str = "Qwen/Qwen2.5-0.5B-Instruct"
+    """hub id, or a folder with configuration and tokenizer and perhaps weights"""
+    pairs_file: Path = Path("data/pairs.jsonl")
+    """what 04 takes for --data; a step takes the next pairs of it, from the beginning again at its end"""
+    sides: Literal["step", "full"] = "step"
+    """as in 04: steps or whole answers"""
     pairs: int = 4
     """pairs of a step"""
+    trl_pairs: int = 0
+    """pairs of one pass of TRL; 0: all of a step"""
     steps: int = 4
     """timed steps"""
-    hidden: int = 896
-    """width; heads have 64 dimensions"""
-    layers: int = 12
-    """layers"""
-    vocab: int = 151_936
-    """rows of the embedding and the head"""
     tokens_per_batch: int = 16384
     """tokens of one pass of this trainer"""
-    out: Path = Path("runs/train_speed")
-    """OUT.json and OUT.png are written"""
+    out: Path = Path("runs/train_speed.json")
+    """file to write"""
     child: str = ""
-    """internal: the one trainer and ratio that this process times"""
-
-
-def make_rows(args: Args, ratio: int) -> list[dict]:
-    """Pairs as strings whose token counts are known: " 1" to " 9" are one token each in the bundled tokenizer."""
-    r, rows = np.random.default_rng(ratio), []
-    words = lambda n: "".join(f" {digit}" for digit in r.integers(1, 10, n))
-    for _ in range(args.pairs * (args.steps + 1)):
-        chosen, rejected = r.integers(args.suffix[0], args.suffix[1] + 1, 2)
-        rows.append({"prompt": words(ratio * (chosen + rejected) // 2), "chosen": words(chosen), "rejected": words(rejected)})
-    return rows
+    """internal: the one trainer that this process times"""
 
 
 def make_model(args: Args):
     import torch
-    from transformers import AutoModelForCausalLM, Qwen2Config
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = Qwen2Config(
-        vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=int(5.43 * args.hidden) // 64 * 64,
-        num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64, num_key_value_heads=max(1, args.hidden // 448),
-        tie_word_embeddings=True, max_position_embeddings=8192,
-    )  # fmt: skip
+    how = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+    if not Path(args.model).exists() or any(Path(args.model).glob("*.safetensors")):
+        return AutoModelForCausalLM.from_pretrained(args.model, **how)
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model), **how)
 
 
-def time_ours(args: Args, rows: list[dict], separate: bool) -> tuple[list[float], float]:
-    """Seconds of each step, and those that the distinct tokens' arithmetic needs at the measured rate of large products."""
+def time_ours(args: Args, train, pairs, steps: list[list[int]], separate: bool) -> list[float]:
+    """Seconds of each step."""
     import torch
     from accelerate import Accelerator
-    from transformers import AutoTokenizer
 
-    sys.path[:0] = [str(ROOT), str(ROOT / "analysis")]
-    train = importlib.import_module("04_train_stepdpo")
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny/model")
-    accelerator, pairs = Accelerator(mixed_precision="bf16"), train.Pairs()
-    for row in rows:
-        pairs.add(*train.encode(row, tokenizer))
-    pairs.seal()
     if separate:
         train.collate = separate_rows(train)
-    settings = train.Args(tokens_per_batch=args.tokens_per_batch)
+    accelerator, settings = Accelerator(mixed_precision="bf16"), train.Args(tokens_per_batch=args.tokens_per_batch)
     scorer = train.SuffixScorer(make_model(args))
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
     scorer, optimizer = accelerator.prepare(scorer, optimizer)
     pairs.reference, seconds = torch.zeros(len(pairs), 2), []
-    config = accelerator.unwrap_model(scorer).lm.config
-    work = train.flops(pairs, range(args.pairs, len(pairs)), config, train.count_weights(config))
-    bound = 3 * work / args.steps / importlib.import_module("estimate").matrix_rate(accelerator.device, "bf16")
-    for step in range(args.steps + 1):
-        batch, began = list(range(step * args.pairs, (step + 1) * args.pairs)), time.perf_counter()
-        train.train_step(scorer, optimizer, pairs, batch, settings, accelerator)
+    for step in steps:
+        began = time.perf_counter()
+        train.train_step(scorer, optimizer, pairs, step, settings, accelerator)
         seconds.append(time.perf_counter() - began)
-    return seconds, bound
+    return seconds
 
 
 def separate_rows(train):
@@ -133,10 +109,11 @@ def separate_rows(train):
     return collate
 
 
-def time_trl(args: Args, rows: list[dict], best: bool) -> tuple[list[float], None]:
+def time_trl(args: Args, tokenizer, pairs, steps: list[list[int]], best: bool) -> list[float]:
+    """Seconds of each step. TRL takes texts, and puts EOS behind each."""
     import datasets
     import torch
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
     class Clock(TrainerCallback):
@@ -150,85 +127,69 @@ def time_trl(args: Args, rows: list[dict], best: bool) -> tuple[list[float], Non
             torch.cuda.synchronize() if torch.cuda.is_available() else None
             self.seconds.append(time.perf_counter() - self.began)
 
-    clock, tokenizer = Clock(), AutoTokenizer.from_pretrained(ROOT / "data/tiny/model")
+    rows = [[pairs.prefixes[pairs.prefix[i]], *pairs.suffixes[i]] for step in steps for i in step]
+    texts = [[tokenizer.decode(ids).removesuffix(tokenizer.eos_token) for ids in row] for row in rows]
+    dataset = datasets.Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in texts])
+    clock, at_once = Clock(), args.trl_pairs or args.pairs
     with tempfile.TemporaryDirectory() as folder:
         more = {"precompute_ref_log_probs": True, "gradient_checkpointing": False} if best else {}
-        config = DPOConfig(folder, per_device_train_batch_size=args.pairs, max_steps=args.steps + 1, bf16=True, beta=0.4,
-                           learning_rate=1e-6, report_to="none", save_strategy="no", max_length=None, logging_steps=1,
-                           use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False, disable_tqdm=True,
+        config = DPOConfig(folder, per_device_train_batch_size=at_once, gradient_accumulation_steps=args.pairs // at_once,
+                           max_steps=len(steps), bf16=True, beta=0.4, learning_rate=1e-6, report_to="none", save_strategy="no",
+                           max_length=None, logging_steps=1, use_cpu=not torch.cuda.is_available(),
+                           train_sampling_strategy="sequential", dataloader_pin_memory=False, disable_tqdm=True,
                            **more)  # fmt: skip
-        trainer = DPOTrainer(
-            make_model(args), None if best else make_model(args), args=config, train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=tokenizer, callbacks=[clock],
-        )  # fmt: skip
+        trainer = DPOTrainer(make_model(args), None if best else make_model(args), args=config, train_dataset=dataset,
+                             processing_class=tokenizer, callbacks=[clock])  # fmt: skip
         trainer.train()
-    return clock.seconds, None
+    return clock.seconds
 
 
 def child(args: Args):
-    """Time one trainer at one ratio; print a JSON line."""
+    """Time one trainer; print a JSON line."""
     import torch
+    from transformers import AutoConfig, AutoTokenizer
 
-    trainer, ratio = args.child.split("@")
-    rows = make_rows(args, int(ratio))
-    timed, bound = time_ours(args, rows, trainer == "ours-separate") if trainer.startswith("ours") else time_trl(
-        args, rows, trainer == "trl-best")  # fmt: skip
-    count = lambda row: sum(row[side].count(" ") for side in ("prompt", "chosen", "rejected")) + 2
-    cuda = torch.cuda.is_available()
+    train, cuda = importlib.import_module("04_train_stepdpo"), torch.cuda.is_available()
+    train.keep_memory() if not cuda else None
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    pairs = train.prepare(train.load_rows(str(args.pairs_file), "dpo"), tokenizer, train.Args(sides=args.sides), "pairs")
+    if args.pairs > len(pairs):
+        train.stop(f"--pairs {args.pairs}: {args.pairs_file} has {len(pairs)}")
+    steps = [[i % len(pairs) for i in range(k * args.pairs, (k + 1) * args.pairs)] for k in range(args.steps + 1)]
+    if args.child.startswith("ours"):
+        seconds = time_ours(args, train, pairs, steps, args.child == "ours-separate")
+    else:
+        seconds = time_trl(args, tokenizer, pairs, steps, args.child == "trl-best")
     peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"trainer": trainer, "ratio": int(ratio), "seconds": timed[1:], "bound": bound, "peak_gib": peak / 2**30,
-                      "pairs": args.pairs, "tokens": sum(map(count, rows[args.pairs :])) / args.steps}))  # fmt: skip
+    config, device = AutoConfig.from_pretrained(args.model), torch.device("cuda" if cuda else "cpu")
+    sizes, rate = train.count_weights(config), importlib.import_module("estimate").matrix_rate(device, "bf16")
+    work = sum(train.flops(pairs, step, config, sizes) for step in steps[1:]) / args.steps
+    tokens = sum(map(pairs.length, (row for step in steps[1:] for row in pairs.by_problem(step)))) / args.steps
+    found = {"trainer": args.child, "seconds": seconds[1:], "bound": 3 * work / rate, "peak_gib": peak / 2**30}
+    print(json.dumps(found | {"pairs": args.pairs, "tokens": tokens, "device": str(device)}))
 
 
 def main(args: Args):
-    found, environment = [], os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    print("ratio trainer         s/step           range  pairs/s  tokens/s    GiB of bound x trl-best  memory")
-    for ratio in args.ratios:
-        rows = []
-        for trainer in args.trainers:
-            options = [f"--{name}={value}" for name, value in asdict(args).items() if isinstance(value, int)]
-            options += ["--suffix", *map(str, args.suffix), f"--child={trainer}@{ratio}"]
-            done = subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True, env=environment)
-            if done.returncode:
-                print(f"{trainer} at ratio {ratio} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
-                continue
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
-        bound = next((row["bound"] for row in rows if row["bound"]), float("nan"))
-        best = next((row for row in rows if row["trainer"] == "trl-best"), None)
+    rows, environment = [], os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+    given = {name: value for name, value in asdict(args).items() if name not in ("trainers", "child")}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    print("trainer         s/step           range  pairs/s  tokens/s    GiB of bound")
+    for trainer in args.trainers:
+        command = [sys.executable, __file__, *options, f"--child={trainer}"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            print(f"{trainer} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
+            continue
+        rows.append(row := json.loads(done.stdout.splitlines()[-1]))
+        seconds, spread = np.median(row["seconds"]), f"{min(row['seconds']):.2f} to {max(row['seconds']):.2f}"
+        print(f"{trainer:14} {seconds:7.2f} {spread:>15} {row['pairs'] / seconds:8.2f} {row['tokens'] / seconds:9.0f} "
+              f"{row['peak_gib']:6.1f} {row['bound'] / seconds:8.0%}", flush=True)  # fmt: skip
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({"arguments": asdict(args), "found": rows}, indent=1, default=str) + "\n")
+    for best in (row for row in rows if row["trainer"] == "trl-best"):
         for row in rows:
-            seconds = np.median(row["seconds"])
-            faster = f"{np.median(best['seconds']) / seconds:10.2f} {row['peak_gib'] / best['peak_gib']:7.2f}" if best else ""
-            spread = f"{min(row['seconds']):.2f} to {max(row['seconds']):.2f}"
-            print(f"{ratio:5} {row['trainer']:14} {seconds:7.2f} {spread:>15} {row['pairs'] / seconds:8.2f} "
-                  f"{row['tokens'] / seconds:9.0f} {row['peak_gib']:6.1f} {bound / seconds:8.0%} {faster}",
-                  flush=True)  # fmt: skip
-        found += rows
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{args.out}.json").write_text(json.dumps({"arguments": asdict(args), "found": found}, indent=1, default=str) + "\n")
-    draw(found, Path(f"{args.out}.png"))
-
-
-def draw(found: list[dict], path: Path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for trainer in dict.fromkeys(row["trainer"] for row in found):
-        rows = [row for row in found if row["trainer"] == trainer]
-        ratios = [row["ratio"] for row in rows]
-        rates = np.array([[row["pairs"] / s for s in (np.median(row["seconds"]), max(row["seconds"]), min(row["seconds"]))]
-                          for row in rows]).T  # fmt: skip
-        left.errorbar(ratios, rates[0], abs(rates[1:] - rates[0]), marker="o", capsize=3, label=trainer)
-        right.plot(ratios, [row["peak_gib"] for row in rows], marker="o", label=trainer)
-    for axis, title in ((left, "pairs/s (median, range over steps)"), (right, "peak memory (GiB)")):
-        axis.set(xlabel="prefix tokens for each suffix token", title=title, xscale="log", ylim=(0, None))
-        axis.set_xticks(sorted({row["ratio"] for row in found}), sorted({row["ratio"] for row in found}))
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    left.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+            faster, memory = np.median(best["seconds"]) / np.median(row["seconds"]), row["peak_gib"] / best["peak_gib"]
+            print(f"{row['trainer']}: {faster:.2f} times trl-best's speed, {memory:.2f} of its memory")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TO
 def world(tmp_path_factory):
     """A folder with models whose matrices ZeRO-3 really parts (100,000 elements or more), pairs, and one process's results.
 
-    One pair has more suffix tokens than LOGITS_CHUNK: the process that has it calls the head twice, the other once."""
+    One pair has more suffix tokens than tests/sharded_cpu.py allows a chunk: both processes call the head twice then."""
     folder = tmp_path_factory.mktemp("sharded")
     for name in ("tied", "untied"):
         config = AutoConfig.from_pretrained(TINY / "model")
@@ -64,7 +64,7 @@ def arguments(folder: Path, model: str, out: Path) -> list:
 def launch(config: str, *given, machine: tuple = ()) -> list[str]:
     """`machine`: options of accelerate that tell one of several which it is."""
     accelerate = ["accelerate.commands.launch", "--config_file", f"configs/{config}.yaml", "--num_processes", "2", *machine]
-    more = ["--mixed_precision", "no", "tests/sharded_cpu.py", "04_train_stepdpo.py", *given]
+    more = ["--mixed_precision", "no", "tests/sharded_cpu.py", *given]
     return [sys.executable, "-m", *map(str, [*accelerate, *more])]
 
 

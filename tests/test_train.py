@@ -64,6 +64,7 @@ def shaped(kind: str):
              "num_key_value_heads": 2, "max_position_embeddings": 2048}  # fmt: skip
     config = {
         "qwen2": lambda: transformers.Qwen2Config(**sizes),
+        "qwen2-152k": lambda: transformers.Qwen2Config(**sizes | {"vocab_size": 152_000, "hidden_size": 16}),
         "qwen2-window": lambda: transformers.Qwen2Config(
             **sizes, use_sliding_window=True, sliding_window=40, max_window_layers=2
         ),
@@ -81,12 +82,11 @@ def shaped(kind: str):
 KINDS = ["qwen2", "qwen2-window", "llama", "mistral", "mistral-window"]
 
 
-@pytest.mark.parametrize("kind, chunk", [*((kind, 2048) for kind in KINDS), ("qwen2", 7)])
-def test_shared_prefix_equals_separate_rows(kind, chunk, tokenizer, monkeypatch):
+@pytest.mark.parametrize("kind, budget", [*((kind, 1 << 28) for kind in KINDS), ("qwen2", 1 << 14), ("qwen2-152k", 1 << 24)])
+def test_shared_prefix_equals_separate_rows(kind, budget, tokenizer, monkeypatch):
     """Log-probabilities and gradients. Three pairs of one problem: two have one prefix, and one rejected suffix between them;
     the prefix of the third goes on behind the chosen step of the first, its rejected step begins as its chosen one does."""
     train = stage(4)
-    monkeypatch.setattr(train, "LOGITS_CHUNK", chunk)
     rows = [pair(number, last=number % 2 == 0) for number in (7, 12, 123, 4)]
     rows.append(rows[0] | {"chosen": " Now it is 22.\n"})
     deeper = rows[0]["initial_reason_steps"] + rows[0]["chosen"] + "Step 3:"
@@ -98,12 +98,17 @@ def test_shared_prefix_equals_separate_rows(kind, chunk, tokenizer, monkeypatch)
     assert len(tree.targets) < sum(map(len, tree.paths)) == sum(len(s) for i in (0, 5) for s in pairs.suffixes[i]) + len(
         pairs.suffixes[4][0]
     )
-    [(micro, chunks, counts)] = train.plan(pairs, range(6), 10_000, 0, 1)
+    [(micro, most, counts)] = train.plan(pairs, range(6), 10_000, 0, 1)
     assert counts == 1
     assert sorted(map(len, micro)) == [1, 1, 1, 3]
     inputs, numbers = train.collate(pairs, micro, "cpu"), [i for row in micro for i in row]
-    assert chunks == math.ceil(len(inputs["target"]) / chunk)
-    ours = scorer(**inputs, chunks=chunks)[inputs["picks"]]
+    assert most == len(inputs["target"])
+    monkeypatch.setattr(train, "LOGITS_BYTES", [budget])
+    calls, head, position = [], scorer.token_logps, 4 * scorer.lm.config.vocab_size
+    monkeypatch.setattr(scorer, "token_logps", lambda *given: calls.append(given) or head(*given))
+    ours = scorer(**inputs, most=most)[inputs["picks"]]
+    assert len(calls) == math.ceil(most * position / budget) and (len(calls) > 4) == (budget < 1 << 28)
+    assert all(position * (len(hidden) - 1) < budget for hidden, _ in calls)
     assert ours.shape == (6, 2)
     plain = torch.stack([plain_logps(scorer.lm, *train.encode(rows[i], tokenizer)) for i in numbers])
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=0)
@@ -355,7 +360,7 @@ def test_plan_covers_each_pair_once_within_the_budget(world):
         pairs.add(list(range(5 + i % 14 * 6)), [[i, 1, 2], [500 + i % 14]])
     plans = [train.plan(pairs, range(41), 200, rank, world) for rank in range(world)]
     assert len({len(batches) for batches in plans}) == 1
-    assert len({tuple(chunks for _, chunks, _ in batches) for batches in plans}) == 1
+    assert len({tuple(most for _, most, _ in batches) for batches in plans}) == 1
     counted = [[rows for rows, _, counts in batches if counts] for batches in plans]
     loads = [sum(pairs.length(row) for rows in batches for row in rows) for batches in counted]
     assert max(loads) <= 1.1 * sum(loads) / world
@@ -365,12 +370,12 @@ def test_plan_covers_each_pair_once_within_the_budget(world):
     for rows, _, _ in [batch for batches in plans for batch in batches]:
         assert len(rows) == 1 or len(rows) * max(map(pairs.length, rows)) <= 200
     few = [train.plan(pairs, [3], 200, rank, world) for rank in range(world)]
-    assert sorted(few, reverse=True) == [[([[3]], 1, 1)], *[[([[3]], 1, 0)]] * (world - 1)]
+    assert sorted(few, reverse=True) == [[([[3]], 4, 1)], *[[([[3]], 4, 0)]] * (world - 1)]
     long = train.Pairs()
-    for length in (2500, 5, 5, 5):  # three chunks of logits on one process, so three on all
+    for length in (2500, 5, 5, 5):  # every process makes as many chunks of logits as the one with most suffix positions
         long.add([length], [list(range(length)), [1]])
-    counts = [[chunks for _, chunks, _ in train.plan(long, range(4), 3000, rank, 2)] for rank in range(2)]
-    assert counts[0] == counts[1] and max(counts[0]) == math.ceil(2501 / train.LOGITS_CHUNK)
+    counts = [[most for _, most, _ in train.plan(long, range(4), 3000, rank, 2)] for rank in range(2)]
+    assert counts[0] == counts[1] and max(counts[0]) == 2501
 
 
 def test_schedule_warms_up_and_ends_at_zero():
@@ -666,6 +671,22 @@ def test_one_training_writes_a_folder(tmp_path, small_model, monkeypatch, capsys
         assert train.lock_out(tmp_path / "out") == ""
     assert capsys.readouterr().err.count("has no locks (No locks available)") == 1
     train.lock_out.file.close()
+
+
+def test_freed_memory_is_kept():
+    """Page faults of thirty tensors of 64 MB, one after the other: 16,000 each without it."""
+    code = """if True:
+        import importlib, resource, torch
+        train, faults = importlib.import_module("04_train_stepdpo"), []
+        train.keep_memory()
+        for _ in range(30):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.ones(1 << 24)
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        print(*faults)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    faults = [int(number) for number in done.stdout.split()]
+    assert faults[0] and sum(faults[10:]) < 16_000, faults
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, small_model):
