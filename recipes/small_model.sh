@@ -16,7 +16,7 @@
 # DATA       folder with gsm8k_train.jsonl, gsm8k_test.jsonl and math_test.jsonl; without it they come from the hub
 # PROBLEMS   750 of GSM8K's training part, after the VALIDATION (500) first ones by a hash of the id, from which the rate is chosen: so
 #            more PROBLEMS take none of these. N samples of each, at temperature 0.7, top-p 1, TOKENS (512) at most
-# LOCATE     options of 02: 4 rollouts. 03 goes on 8 times (RECTIFY) from the last right step
+# LOCATE     options of 02, whose own defaults stand. 03 goes on 8 times (RECTIFY) from the last right step
 # PAIRS      400 of each method at most; all have as many as the smallest set. An error gives PER_ERROR pairs (1), a problem PER_PROBLEM
 #            (3: of Step-DPO it has no more wrong samples), so that no set comes from a handful of problems. A tenth of the problems
 #            is held out, for the curves. METHODS may have dpo-tokens and scdpo-tokens too: as many tokens as Step-DPO's pairs
@@ -35,7 +35,7 @@ trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM
 export PATH="$PWD/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false
 MODEL=${MODEL:-Qwen/Qwen2.5-0.5B-Instruct} OUT=${OUT:-runs/small_model} DATA=${DATA:-} SEEDS=${SEEDS:-0}
 METHODS=${METHODS:-step_dpo dpo sft scdpo} RATES=${RATES:-1e-6 3e-6 1e-5} SFT_RATES=${SFT_RATES:-5e-6 1e-5 2e-5}
-PROBLEMS=${PROBLEMS:-750} N=${N:-4} TOKENS=${TOKENS:-512} LOCATE=${LOCATE:---rollouts 4} RECTIFY=${RECTIFY:-8}
+PROBLEMS=${PROBLEMS:-750} N=${N:-4} TOKENS=${TOKENS:-512} LOCATE=${LOCATE:-} RECTIFY=${RECTIFY:-8}
 PAIRS=${PAIRS:-400} PER_ERROR=${PER_ERROR:-1} PER_PROBLEM=${PER_PROBLEM:-3} EPOCHS=${EPOCHS:-2} BATCH=${BATCH:-32} BETA=${BETA:-0.4}
 VALIDATION=${VALIDATION:-500} GSM8K_TEST=${GSM8K_TEST:-1319} MATH_TEST=${MATH_TEST:-500} TEST_TOKENS=${TEST_TOKENS:-1024}
 ENGINE=${ENGINE---engine-args=--max-model-len 2048} TRAIN=${TRAIN:-} BASE_URL=${BASE_URL:-} CONCURRENCY=${CONCURRENCY:-}
