@@ -18,6 +18,7 @@ The same command run again goes on where it stopped. OUT.meta.json holds setting
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import atexit
 import contextlib
@@ -314,13 +315,40 @@ def save(path: Path, text: str):
         stop(f"{path}: cannot be written ({error.strerror}); make room and run the same command again")
 
 
+def source_hashes(roots: tuple[str, ...]) -> dict[str, str]:
+    """A hash of the source of these functions and constants of this file, and of all in it that they use. Comments,
+    docstrings and layout do not count: an edit of them does not make a run start again."""
+    sources, hashes, names = {}, {}, list(roots)
+    for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else node
+        sources[getattr(target, "id", getattr(target, "name", ""))] = node
+    while names:
+        name = names.pop()
+        if name in hashes or name not in sources:
+            continue
+        for part in ast.walk(sources[name]):
+            if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and ast.get_docstring(part) is not None:
+                part.body[0] = ast.Pass()
+            elif isinstance(part, ast.Name):
+                names.append(part.id)
+        hashes[name] = hashlib.sha256(ast.unparse(sources[name]).encode()).hexdigest()[:8]
+    return dict(sorted(hashes.items()))
+
+
+def edited_names(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    """The names whose source_hashes() differ."""
+    return [name for name in sorted(old | new) if old.get(name) != new.get(name)]
+
+
 class Output:
-    """A JSON Lines file that grows row by row and can be gone on with after a kill; a torn last line is cut.
+    """A JSON Lines file that grows row by row and can be resumed after a kill; a torn last line is cut.
 
-    `rows` are those that are there. `settings` must equal theirs. OUT.meta.json says how the rows were made."""
+    `rows` are those that are there. `settings` must equal theirs. Only their "code" (source_hashes) and the prompt that an
+    edit of it has changed may differ, with --accept-edit. OUT.meta.json says how the rows were made."""
 
-    def __init__(self, path: Path, settings: dict):
+    def __init__(self, path: Path, settings: dict, accept_edit: bool = False):
         self.path, self.meta_path, self.rows = path, Path(f"{path}.meta.json"), []
+        self.accept_edit, self.edits = accept_edit, []
         self.began, self.settings = time.time(), json.loads(json.dumps(settings, default=str))
         if path.exists() and not path.is_file():
             stop(f"{path}: not a file; give another --out")
@@ -346,12 +374,18 @@ class Output:
         if not self.meta_path.exists():
             stop(f"{self.path}: {self.meta_path} is missing, so nobody knows its settings; give another --out")
         meta = json.loads(self.meta_path.read_text())
+        old, self.edits = meta["settings"], meta.get("edits", [])
+        edited = edited_names(old.get("code", {}), self.settings.get("code", {}))
         for name, new in self.settings.items():
-            old = meta["settings"].get(name)
-            if old != new:
-                stop(f"{self.path} was made with {difference(name, old, new)}; "
+            if name != "code" and not (name == "prompt" and edited) and old.get(name) != new:
+                stop(f"{self.path} was made with {difference(name, old.get(name), new)}; "
                      "take the old setting, give another --out, or remove the file")  # fmt: skip
+        if edited and not self.accept_edit:
+            names = ", ".join(edited[:6])
+            stop(f"{self.path} was made before an edit of {names}; undo it, give another --out, or keep its rows by --accept-edit")
         self.rows, self.began = read_rows(self.path, ()), self.began - meta["seconds"]
+        if edited:
+            self.edits.append({"rows": len(self.rows)} | {name: old.get(name) for name in ("code", "prompt")})
         print(f"{self.path}: {len(self.rows)} rows are there already", file=sys.stderr)
 
     def write(self, *rows: dict):
@@ -373,6 +407,7 @@ class Output:
         installed = {package.name: package.version for package in importlib.metadata.distributions()}
         meta = {
             "settings": self.settings,
+            "edits": self.edits,  # --accept-edit: so many rows were made by the code and prompt before
             "seconds": round(time.time() - self.began, 1),
             "arguments": sys.argv[1:],
             "git": commit,
