@@ -1,4 +1,4 @@
-"""Blocks a second of serving/interpreter.py: many solutions of one block (each starts a kernel), and one solution of many blocks.
+"""Blocks a second of serving/interpreter.py: many solutions of one block, which each start a kernel, and one of many.
 
     python benchmarks/interpreter_speed.py                # half a minute; add --unsafe-no-sandbox where bubblewrap is missing
 

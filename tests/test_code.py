@@ -272,7 +272,7 @@ def test_blocks_need_the_server_that_runs_them(servers, tmp_path, monkeypatch):
     for where in ([], ["--base-url", plain]):
         done = run(1, *options, *where, check=False)
         [line] = [line for line in done.stderr.splitlines() if "error:" in line]
-        assert done.returncode == 2 and "serving/code_server.py" in line and not read(tmp_path / "s.jsonl")
+        assert done.returncode == 2 and "serving/code_server.py" in line and not (tmp_path / "s.jsonl").exists()
     monkeypatch.setenv("OPENAI_API_KEY", key)
     run(1, *options, "--base-url", url)
     assert all(row["executions"] for row in keyed(tmp_path / "s.jsonl", "id", "sample").values())
