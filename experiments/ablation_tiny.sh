@@ -6,11 +6,7 @@
 #   bash experiments/ablation_tiny.sh --quick      # one seed, fewer problems, no grid; under 20 minutes
 #   SEEDS="0 1" bash experiments/ablation_tiny.sh  # fewer seeds
 #   WORLD=runs/code MANNER="--split blocks --opening=" METHODS="dpo scdpo step-dpo" OUT=runs/ablation_code SEEDS="0 1 2" \
-<<<<<<< HEAD:recipes/ablation_tiny.sh
-#     bash recipes/ablation_tiny.sh            # code-integrated solutions (docs/code.md); SANDBOX=--unsafe-no-sandbox
-=======
-#     bash experiments/ablation_tiny.sh            # code-integrated solutions (docs/code.md)
->>>>>>> main:experiments/ablation_tiny.sh
+#     bash experiments/ablation_tiny.sh            # code-integrated solutions (docs/code.md); SANDBOX=--unsafe-no-sandbox
 #   METHODS="step-dpo step-dpo+weight step-dpo+margin step-dpo+smoothing step-dpo+ipo step-dpo+normalized" PER_ERROR=0 OUT=runs/signals \
 #     GRID="3e-5:0.1 3e-5:1 3e-5:10 1e-4:1" DECODINGS=greedy bash experiments/ablation_tiny.sh   # losses and signals (docs/signals.md)
 # Stopped at any moment, the same command goes on: what is there is not made again. FROM=FOLDER takes the pairs made there, for
