@@ -269,6 +269,12 @@ def application(args: Args, generate, run_code, key: str) -> web.Application:
 async def serve(args: Args):
     """Serve until a signal comes or vLLM ends."""
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)
+    address = socket.socket()
+    address.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        address.bind(("127.0.0.1", args.port))  # taken before vLLM loads for minutes
+    except OSError as error:
+        stop(f"--port {args.port}: {error.strerror}; give another one")
     own_key = args.api_key or os.environ.get("OPENAI_API_KEY", "")
     key, totals = own_key or secrets.token_hex(16), Counter()
     patient = {"timeout": aiohttp.ClientTimeout(total=None), "connector": aiohttp.TCPConnector(limit=0)}
@@ -279,16 +285,13 @@ async def serve(args: Args):
     ):
         await wait_for_vllm(args, session, url, process)
         generate = functools.partial(complete, session, url, args.model)
-        runner = web.AppRunner(application(args, generate, run_code, key), handler_cancellation=True, access_log=None)
+        how = {"handler_cancellation": True, "access_log": None, "shutdown_timeout": 1}
+        runner = web.AppRunner(application(args, generate, run_code, key), **how)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", args.port)
-        try:
-            await site.start()
-        except OSError as error:
-            stop(f"--port {args.port}: {error.strerror}; give another one")
+        await web.SockSite(runner, address).start()
         if not own_key:
             print(f"export OPENAI_API_KEY={key}")
-        print(f"ready: --base-url http://127.0.0.1:{runner.addresses[0][1]}/v1", flush=True)
+        print(f"ready: --base-url http://127.0.0.1:{address.getsockname()[1]}/v1", flush=True)
         try:
             await (process.wait() if process else asyncio.Event().wait())
             stop("vLLM has ended")
