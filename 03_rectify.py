@@ -101,10 +101,6 @@ class Args:
     """how every response begins; give what 01 was given"""
     split: Literal["labels", "lines", "blank-lines", "sentences", "blocks"] = "labels"
     """where a step ends; give what 01 was given"""
-    rounds: int = 64
-    """--split blocks: turns of model and interpreter at most; --max-tokens is of each"""
-    unsafe_no_sandbox: bool = False
-    """run the model's code without bubblewrap, with your files and network"""
     n: int = 20
     """continuations of each correct prefix"""
     max_pairs_per_error: int = 0
@@ -292,9 +288,8 @@ async def lead_astray(args: Args, go_on, grader: Grader, rows: list[dict]) -> tu
         """The text behind `prefix`, which ends in the label of step k + 1, and how it ended."""
         text, left, step = "", args.max_tokens, k + 1
         if args.split == "blocks":
-            heat = lambda turn: min(start + rise * turn, most)
             seed = seed_of(args.seed, "scdpo", row["id"], row["sample"], k, number)
-            [found] = await go_on(row, prefix, seed, temperature=heat, max_tokens=left)
+            [found] = await go_on(row, prefix, seed, max_tokens=left, extra_body={"heat": args.heat})
             count["tokens"] += found["tokens"]
             return found["text"], found["finish_reason"]
         for turn in count_up(step):
@@ -381,13 +376,11 @@ async def make_all(args: Args, problems: dict[str, list[dict]], rollouts: dict, 
     todo, places = [rows for identity, rows in problems.items() if identity not in done], 1
     async with contextlib.AsyncExitStack() as stack:
         if args.method != "dpo" and todo:
-            run_code = await stack.enter_async_context(interpreter(args))
             generate = await stack.enter_async_context(engine(args, model, len(done)))
-            solve = Solver(args, generate, tokenizer, run_code)
             places = in_flight(args, generate, args.n if args.method == "step-dpo" else 1)
 
         def go_on(row: dict, prefix: str, seed: int, n: int = 1, **sampling):
-            return solve(row["problem"], prefix, seed, n, top_p=args.top_p, **sampling)
+            return generate(prompt_ids(tokenizer, row["problem"], prefix, args.split), seed, n, top_p=args.top_p, **sampling)
 
         async def work(rows: list[dict]):
             if args.method == "dpo":
@@ -469,7 +462,7 @@ def main(args: Args):
         stop(f"{args.out} is there, but not {tries_path}, which would tell how to go on; give another --out")
     began, problems, digest = time.time(), load_input(args), lambda data: hashlib.sha256(data).hexdigest()[:16]
     settings = {"stage": "03_rectify", "method": args.method, "seed": args.seed} | {name: getattr(args, name) for name in own}
-    settings |= {name: getattr(args, name) for name in ("opening", "split", "rounds")}
+    settings |= {name: getattr(args, name) for name in ("opening", "split")}
     tokenizer, model = None, args.rectifier or args.model
     if args.method != "dpo":
         tokenizer = load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs)
@@ -505,8 +498,6 @@ NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"
 # Copied from 01_sample_errors.py
 BLOCK = re.compile(r"<\|(text|code|execution)\|>(.*?)<\|endofblock\|>", re.S)
-# Copied from 01_sample_errors.py
-BLOCK_ENDS = ["<|endofblock|>", "<|endofmessage|>"]
 # Copied from 01_sample_errors.py
 REFUSED = {"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}
 # Copied from 01_sample_errors.py
@@ -1024,92 +1015,6 @@ class Grader:
 
 
 # Copied from 01_sample_errors.py
-class Solver:
-    """`await solve(problem, prefix, seed, n, **sampling)` gives n continuations of a solution's first steps; see complete().
-
-    With --split blocks (arXiv 2407.00782) model and interpreter take turns: up to a block's end, the model; behind a code
-    block, what the code prints. `temperature` may be a function of the turn. Besides "stop", "length" and "refused", the
-    finish_reason is "rounds" where all turns are used, "execution" where the model itself writes an execution block."""
-
-    def __init__(self, args, generate, tokenizer, run_code=None):
-        self.args, self.generate, self.tokenizer, self.run_code, self.count = args, generate, tokenizer, run_code, Counter()
-
-    async def __call__(self, problem: str, prefix: str, seed: int, n: int = 1, **sampling) -> list[dict]:
-        if self.args.split != "blocks":
-            return await self.generate(prompt_ids(self.tokenizer, problem, prefix), seed, n, **sampling)
-        found = await asyncio.gather(*(self.by_turns(problem, prefix, seed_of(seed, i), **sampling) for i in range(n)))
-        all_of_them = {name: sum(one[name] for one in found) for name in ("tokens", "prompt_tokens")}
-        return [found[0] | all_of_them, *(one | {"tokens": 0, "prompt_tokens": 0} for one in found[1:])]
-
-    async def by_turns(self, problem: str, prefix: str, seed: int, temperature, **sampling) -> dict:
-        found = REFUSED | {"finish_reason": "rounds", "rounds": 0, "executions": 0, "failures": 0}
-        key = secrets.token_hex(8)
-        try:
-            for block in blocks_of(prefix):  # its names are needed; its output is in the prefix already
-                if block["type"] == "code":
-                    await self.run_code(key, block["content"])
-            while found["rounds"] < self.args.rounds:
-                ids = prompt_ids(self.tokenizer, problem, prefix + found["text"])
-                heat = temperature(found["rounds"]) if callable(temperature) else temperature
-                how = {"temperature": heat, "stop": BLOCK_ENDS} | sampling
-                [more] = await self.generate(ids, seed_of(seed, found["rounds"]), **how)
-                for name, value in {"rounds": 1, "tokens": more["tokens"], "prompt_tokens": more["prompt_tokens"]}.items():
-                    found[name] += value
-                found["text"] += more["text"].removesuffix("<|endofmessage|>")
-                if more["finish_reason"] != "stop":
-                    return found | {"finish_reason": more["finish_reason"] if found["text"] else "refused"}
-                if "<|execution|>" in more["text"]:
-                    return found | {"finish_reason": "execution"}
-                if not more["text"].endswith("<|endofblock|>"):
-                    return found | {"finish_reason": "stop"}
-                if (blocks := blocks_of(more["text"])) and blocks[-1]["type"] == "code":
-                    ran = await self.run_code(key, blocks[-1]["content"])
-                    found["text"] += f"<|execution|>{ran['output']}<|endofblock|>"
-                    found["executions"], found["failures"] = found["executions"] + 1, found["failures"] + ran["failed"]
-                    self.count.update({"executions": 1, "that failed": ran["failed"], "seconds in code": ran["seconds"]})
-            return found
-        finally:
-            await self.run_code(key, None)
-
-
-# Copied from 01_sample_errors.py
-@contextlib.asynccontextmanager
-async def interpreter(args):
-    """Yields `await run_code(id, code)` -> {"output", "failed", "seconds"} by interpreter.py, which stands beside this script;
-    code None ends what runs under the id. Without --split blocks, None."""
-    if args.split != "blocks":
-        yield None
-        return
-    command = [sys.executable, str(Path(__file__).with_name("interpreter.py"))]
-    command += ["--unsafe-no-sandbox"] if args.unsafe_no_sandbox else []
-    how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "limit": 1 << 24, "start_new_session": True}
-    process, waiting = await asyncio.create_subprocess_exec(*command, **how), {}
-    if not await process.stdout.readline():
-        raise SystemExit(2)  # it has said why
-
-    async def listen():
-        async for line in process.stdout:
-            row = json.loads(line)
-            waiting.pop(row["id"]).set_result(row)
-        for answer in waiting.values():
-            answer.set_exception(ConnectionError("interpreter.py has ended"))
-
-    async def run_code(key: str, code: str | None):
-        process.stdin.write(json.dumps({"id": key, "code": code}).encode() + b"\n")
-        if code is not None:
-            waiting[key] = asyncio.get_running_loop().create_future()
-            return await waiting[key]
-
-    listening = asyncio.create_task(listen())
-    try:
-        yield run_code
-    finally:
-        process.stdin.close()
-        await listening
-        await process.wait()
-
-
-# Copied from 01_sample_errors.py
 def load_tokenizer(model: str, template: Path | None, switches: str, chat: bool = True):
     """The tokenizer of a folder or hub id, with the chat template and the template's switches (JSON) that will be used, unless
     the prompt is to be no `chat`."""
@@ -1156,13 +1061,14 @@ def render_prompt(tokenizer, problem: str, opening: str) -> str:
 
 
 # Copied from 01_sample_errors.py
-def prompt_ids(tokenizer, problem: str, opening: str) -> list[int]:
-    """The prompt's token ids, without a special token that the template has not. The first prompt is shown: a foreign
-    template is the commonest cause of odd results."""
+def prompt_ids(tokenizer, problem: str, opening: str, split: str = "labels") -> list[int] | str:
+    """The prompt's token ids, without a special token that the template has not; with --split blocks the text, since
+    serving/code_server.py runs the code in it. The first prompt is shown: a foreign template is the commonest cause of odd
+    results."""
     text = render_prompt(tokenizer, problem, opening)
     if not hasattr(tokenizer, "shown"):
         tokenizer.shown = print(f"first prompt: {text!r}", file=sys.stderr)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return text if split == "blocks" else tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 # Copied from 01_sample_errors.py
@@ -1239,7 +1145,6 @@ class Engine:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         neutral = NEUTRAL | {"include_stop_str_in_output": "stop" in sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
-        neutral["skip_special_tokens"] = sampling.get("stop") != BLOCK_ENDS
         seed = seed if seeds_requests(sampling.get("top_p", 1.0)) else None
         try:
             params = SamplingParams(n=n, seed=seed, **neutral, **sampling)
@@ -1302,8 +1207,11 @@ def seeds_requests(top_p: float) -> bool:
 async def engine(args, model: str, rows: int):
     """Yields generate(), see Engine and complete(): vLLM in this process, or the server at --base-url. `rows` are there
     already: a run that was killed must not draw the same samples again where only the engine is seeded."""
+    blocks = args.split == "blocks"
+    if blocks and not args.base_url:
+        stop(f"--split blocks: python serving/code_server.py --model {model} runs the code; give its address as --base-url")
     if args.base_url:
-        yield functools.partial(complete, connect(args.base_url, model, "OPENAI_API_KEY"), model)
+        yield functools.partial(complete, connect(args.base_url, model, "OPENAI_API_KEY", code=blocks), model)
         return
     print(f"starting vLLM for {model}", file=sys.stderr)
     began = time.time()
@@ -1324,16 +1232,19 @@ def in_flight(args, generate, requests: int = 1) -> int:
 
 
 # Copied from 01_sample_errors.py
-def connect(url: str, model: str, key_name: str, timeout: float = 3600.0) -> openai.AsyncOpenAI:
-    """A client of a running server, whose key is in the environment; stops where the server has no such model. The client
-    itself tries 408, 409, 429, 5xx, timeouts and dropped connections again, with backoff."""
+def connect(url: str, model: str, key_name: str, timeout: float = 3600.0, code: bool = False) -> openai.AsyncOpenAI:
+    """A client of a running server, whose key is in the environment; stops where the server has no such model, or runs no
+    `code`. The client itself tries 408, 409, 429, 5xx, timeouts and dropped connections again, with backoff."""
     how = {"base_url": url, "api_key": os.environ.get(key_name, "none")}
     try:
-        names = [entry.id for entry in openai.OpenAI(**how, timeout=30, max_retries=0).models.list()]
+        models = openai.OpenAI(**how, timeout=30, max_retries=0).models.list()
+        owners = {entry.id: getattr(entry, "owned_by", "") for entry in models}
     except Exception as error:  # no server, another server, no address
         stop(f"--base-url {url}: {url}/models does not answer as it should ({error}); is the server up?")
-    if model not in names:
-        stop(f"--model {model}: the server has {', '.join(names) or 'no model'}; name one of them")
+    if model not in owners:
+        stop(f"--model {model}: the server has {', '.join(owners) or 'no model'}; name one of them")
+    if code and owners[model] != "code_server":
+        stop(f"--base-url {url}: it runs no code, which --split blocks needs; give the address of serving/code_server.py")
     openai.DEFAULT_CONNECTION_LIMITS.max_connections = None  # with its 1,000 a larger --concurrency would wait
     return openai.AsyncOpenAI(**how, max_retries=8, timeout=timeout)
 
@@ -1356,14 +1267,14 @@ def fewer_tokens(prompt: list, asked: int, refusal: str) -> list[int]:
 
 
 # Copied from 01_sample_errors.py
-async def complete(client, model: str, prompt: list, seed: int, n: int = 1, **more) -> list[dict]:
-    """n answers of a server to token ids or messages: {"text", "finish_reason", "tokens", "prompt_tokens"}; the tokens of all
-    n stand in the first. A prompt that is too long by itself has the finish_reason "refused"; any other refusal ends the run,
-    but where it is of `max_tokens`, which not every server cuts to the room that is left: there this is done here."""
+async def complete(client, model: str, prompt: list | str, seed: int, n: int = 1, **more) -> list[dict]:
+    """n answers of a server to token ids, text or messages: {"text", "finish_reason", "tokens", "prompt_tokens"}, and "counts"
+    of serving/code_server.py; the tokens of all n stand in the first. A prompt that is too long by itself has the finish_reason
+    "refused"; any other refusal ends the run, but where it is of `max_tokens`, which not every server cuts to the room that is
+    left: there this is done here."""
     chat = isinstance(prompt[0], dict)
     if not chat:  # a policy: its sampling is ours alone, whatever the server was started with
-        special = {"include_stop_str_in_output": "stop" in more, "skip_special_tokens": more.get("stop") != BLOCK_ENDS}
-        more["extra_body"] = NEUTRAL | special
+        more["extra_body"] = NEUTRAL | {"include_stop_str_in_output": "stop" in more} | more.pop("extra_body", {})
     create = client.chat.completions.create if chat else client.completions.create
     more["messages" if chat else "prompt"] = prompt
     refusal, fewer = "", None
@@ -1376,7 +1287,7 @@ async def complete(client, model: str, prompt: list, seed: int, n: int = 1, **mo
                 raise ValueError(f"{len(texts)} choices instead of {n}")
             if fewer == []:
                 stop(f"--{'judge-' * chat}max-tokens is more than the server allows ({refusal}); give less")
-            found = [REFUSED | {"text": text, "finish_reason": choice.finish_reason}
+            found = [REFUSED | {"text": text, "finish_reason": choice.finish_reason, "counts": getattr(choice, "counts", {})}
                      for text, choice in zip(texts, reply.choices, strict=True)]  # fmt: skip
             found[0] |= {"tokens": reply.usage.completion_tokens, "prompt_tokens": reply.usage.prompt_tokens}
             return found

@@ -1,4 +1,4 @@
-"""Code blocks a second of interpreter.py: many solutions of one block (each starts a kernel), and one solution of many blocks.
+"""Blocks a second of serving/interpreter.py: many solutions of one block, which each start a kernel, and one of many.
 
     python benchmarks/interpreter_speed.py                # half a minute; add --unsafe-no-sandbox where bubblewrap is missing
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tyro
 
-PROGRAM = Path(__file__).parents[1] / "interpreter.py"
+PROGRAM = Path(__file__).parents[1] / "serving" / "interpreter.py"
 
 
 @dataclass

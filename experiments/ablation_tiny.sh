@@ -6,7 +6,7 @@
 #   bash experiments/ablation_tiny.sh --quick      # one seed, fewer problems, no grid; under 20 minutes
 #   SEEDS="0 1" bash experiments/ablation_tiny.sh  # fewer seeds
 #   WORLD=runs/code MANNER="--split blocks --opening=" METHODS="dpo scdpo step-dpo" OUT=runs/ablation_code SEEDS="0 1 2" \
-#     bash experiments/ablation_tiny.sh            # code-integrated solutions (docs/code.md)
+#     bash experiments/ablation_tiny.sh            # code-integrated solutions (docs/code.md); SANDBOX=--unsafe-no-sandbox
 #   METHODS="step-dpo step-dpo+weight step-dpo+margin step-dpo+smoothing step-dpo+ipo step-dpo+normalized" PER_ERROR=0 OUT=runs/signals \
 #     GRID="3e-5:0.1 3e-5:1 3e-5:10 1e-4:1" DECODINGS=greedy bash experiments/ablation_tiny.sh   # losses and signals (docs/signals.md)
 # Stopped at any moment, the same command goes on: what is there is not made again. FROM=FOLDER takes the pairs made there, for
@@ -23,13 +23,15 @@ GRID=${GRID:-1e-5:1 3e-5:1 1e-4:1 3e-4:1 3e-5:0.4}  # learning rate : beta
 METHODS=${METHODS:-dpo scdpo step-dpo step-dpo-ood dpo-tokens scdpo-tokens}
 WORLD=${WORLD:-data/tiny} MANNER=${MANNER:-} TRAIN=${TRAIN:-} HEAT=${HEAT:-1.1 0.05 1.4} FROM=${FROM:-} FOREIGN=${FOREIGN:-2}  # epochs of the other model
 JOBS=${JOBS:-2}  # trainings and evaluations side by side, a core each: such a small model does not fill two
+export OPENAI_API_KEY=${OPENAI_API_KEY:-$RANDOM$RANDOM$RANDOM$RANDOM}
 PER_ERROR=${PER_ERROR:-1} DECODINGS=${DECODINGS:-greedy temperature1}
 declare -A options=([weight]="--weight-field weight" [margin]="--margin-field margin" [smoothing]="--smoothing-field smoothing"
   [ipo]="--loss ipo" [normalized]="--loss length-normalized")  # METHOD+NAME: the pairs of METHOD, trained so
 BASE=$WORLD/model
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-4}
 export PATH="$PWD/.venv/bin:$PATH"
-ask=($MANNER --max-tokens 400 "--engine-args=--max-num-seqs 512 --max-model-len 1024")
+engine="--engine-args=--max-num-seqs 512 --max-model-len 1024"
+ask=($MANNER --max-tokens 400 "$engine")
 of_base=("${ask[@]}" --model "$BASE" ${BASE_URL:+--base-url "$BASE_URL"})  # BASE_URL: a server that has the base already
 mkdir -p "$OUT"/{pairs,models,grid,logs}
 exec 9>"$OUT/.lock"  # what a killed run left at work holds it too
@@ -50,6 +52,14 @@ quiet() {  # quiet NAME COMMAND ...: its output goes to a log, its last line her
   "$@" >"$log" 2>&1 & wait $! || { tail -3 "$log" >&2; exit 2; }
   say "$(grep -v '^$' "$log" | tail -1 | cut -c1-200)"
 }
+served() {  # served MODEL COMMAND ...: where MANNER has code blocks, with a server of this model that runs them
+  [[ $MANNER == *blocks* && " $* " != *" --base-url "* ]] || { shift; exec "$@"; }
+  trap 'trap "" INT TERM; kill $(jobs -p) 2>/dev/null || true; wait' EXIT
+  local ready server; ready=$(mktemp)
+  python serving/code_server.py --model "$1" --port 0 "$engine" ${SANDBOX:-} >"$ready" & server=$!
+  until grep -q ^ready "$ready"; do kill -0 $server 2>/dev/null || exit 2; sleep 1; done
+  shift; "$@" --base-url "$(sed -n 's/^ready: --base-url //p' "$ready")" & wait $!
+}
 pool() {  # pool COMMAND ...: in the background as soon as fewer than JOBS run, a core each
   while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || exit 2; done
   (
@@ -67,20 +77,20 @@ drain() {  # drain FILE ...: wait for all jobs; these files tell that they are d
 if [ ! -f "$OUT/pairs/ready" ] && [ -n "$FROM" ]; then
   cp "$FROM"/all-*.jsonl "$OUT"
 elif [ ! -f "$OUT/pairs/ready" ]; then
-  quiet 01 python 01_sample_errors.py --data "$WORLD/train.jsonl" --limit "$PROBLEMS" --n 4 --out "$OUT/samples.jsonl" "${of_base[@]}"
+  quiet 01 served "$BASE" python 01_sample_errors.py --data "$WORLD/train.jsonl" --limit "$PROBLEMS" --n 4 --out "$OUT/samples.jsonl" "${of_base[@]}"
   if [[ " $METHODS " == *step* || $METHODS == *tokens* ]]; then  # equal tokens: as many as Step-DPO has
-    quiet 02 python 02_locate_step.py --samples "$OUT/samples.jsonl" --max-per-problem 1 --out "$OUT/located.jsonl" \
+    quiet 02 served "$BASE" python 02_locate_step.py --samples "$OUT/samples.jsonl" --max-per-problem 1 --out "$OUT/located.jsonl" \
       --keep-rollouts "$OUT/rollouts.jsonl" "${of_base[@]}"
-    quiet 03-step-dpo python 03_rectify.py --located "$OUT/located.jsonl" --rollouts "$OUT/rollouts.jsonl" --n 8 \
+    quiet 03-step-dpo served "$BASE" python 03_rectify.py --located "$OUT/located.jsonl" --rollouts "$OUT/rollouts.jsonl" --n 8 \
       --max-pairs-per-error "$PER_ERROR" --out "$OUT/all-step-dpo.jsonl" "${of_base[@]}"
   fi
   quiet 03-dpo python 03_rectify.py --method dpo --samples "$OUT/samples.jsonl" $MANNER --out "$OUT/all-dpo.jsonl"
-  quiet 03-scdpo python 03_rectify.py --method scdpo --samples "$OUT/samples.jsonl" --heat $HEAT --out "$OUT/all-scdpo.jsonl" "${of_base[@]}"
+  quiet 03-scdpo served "$BASE" python 03_rectify.py --method scdpo --samples "$OUT/samples.jsonl" --heat $HEAT --out "$OUT/all-scdpo.jsonl" "${of_base[@]}"
   if [[ " $METHODS " == *ood* ]]; then  # another model: the base taught to solve the same problems in other words
     quiet foreign-text python experiments/foreign_solutions.py "$WORLD/train.jsonl" "$OUT/foreign.jsonl"
     quiet foreign python 04_train_stepdpo.py --objective sft --data "$OUT/foreign.jsonl" \
       --model "$BASE" --out "$OUT/foreign" --lr 1e-3 --epochs "$FOREIGN" --batch-size 64 --keep 0 --log-steps 20
-    quiet 03-ood python 03_rectify.py --located "$OUT/located.jsonl" --rectifier "$OUT/foreign" --n 8 --max-pairs-per-error 1 \
+    quiet 03-ood served "$OUT/foreign" python 03_rectify.py --located "$OUT/located.jsonl" --rectifier "$OUT/foreign" --n 8 --max-pairs-per-error 1 \
       --out "$OUT/all-step-dpo-ood.jsonl" "${ask[@]}"
   fi
 fi
@@ -99,7 +109,7 @@ train() {  # train METHOD LR BETA SEED FOLDER
 }
 evaluate() {  # evaluate LABEL MODEL DATA LIMIT FOLDER [OPTIONS]
   local label=$1 model=$2 data=$3 limit=$4 folder=$5; shift 5
-  quiet "eval-$(basename "$folder")-$label-$(basename "$model")" python 05_eval.py --data "$data" --limit "$limit" \
+  quiet "eval-$(basename "$folder")-$label-$(basename "$model")" served "$model" python 05_eval.py --data "$data" --limit "$limit" \
     --models "$label=$model" "${ask[@]}" --out "$folder" "$@"
 }
 try() {  # try METHOD LR BETA FOLDER

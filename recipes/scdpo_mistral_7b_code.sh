@@ -16,7 +16,7 @@
 # Open in paper and code
 #   system   empty in the data and in this recipe; the 7B evaluation has "Below is a math problem. Please solve it step by step.":
 #            data/templates/code_evaluation.jinja
-#   rounds   64 of at most 512 tokens in sampling, 24 in evaluation
+#   rounds   64 of at most 512 tokens in sampling, 24 in evaluation: --rounds of serving/code_server.py, which runs the code
 #   heat     rises a round: 1.1 + 0.05 to 1.4 in the paper; in its code 1.1 + 0.1 to 1.4: HEAT="1.1 0.1 1.4". MathCoder's MATH has
 #            1.0 + 0.05 to 1.3, InternLM's MATH 1.0 + 0.05 to 1.2: one run for each set then
 #   step k   one drawn in the paper; in its code every one of the first right solution, from 1: SOLUTIONS=1 EVERY=--every-step
@@ -26,8 +26,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # INT or TERM to this script alone ends the running stage too, and so the engine in it
-job=; run() { set -m; "$@" & job=$!; set +m; wait $job; }
-trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM
+job= server=; run() { set -m; "$@" & job=$!; set +m; wait $job; }
+trap 'kill -TERM -- -$job $server 2>/dev/null; wait; exit 130' INT TERM
 # before hours of sampling: what the training needs
 python -c "import importlib.util as u, sys; sys.exit(u.find_spec('accelerate') is None)" || { echo "$0 needs accelerate: pip install accelerate" >&2; exit 2; }
 MODEL=${MODEL:-MathGenie/Mistral-7B-Ours-SFT} OUT=${OUT:-runs/scdpo_7b_code} BETA=${BETA:-0.1} HEAT=${HEAT:-1.1 0.05 1.4}
@@ -35,15 +35,33 @@ DATA=${DATA:-gsm8k math} TEST=${TEST:-gsm8k math} LIMIT=${LIMIT:-} TRIES=${TRIES
 SOLUTIONS=${SOLUTIONS:-2} EVERY=${EVERY:-}
 EXECUTION=${EXECUTION:-} SANDBOX=${SANDBOX:-}  # SANDBOX=--unsafe-no-sandbox: in a container that is one already
 LAUNCH=${LAUNCH---config_file configs/fsdp2.yaml --num_processes $GPUS}
-SERVE=${SERVE---engine-args=--data-parallel-size $GPUS --max-model-len 4096}
-manner=(--chat-template data/templates/code.jinja --opening "" --split blocks --max-tokens 512 $SANDBOX)
-run python 01_sample_errors.py --data $DATA --model "$MODEL" "${manner[@]}" --temperature 1 --top-p 1 --n 4 --until-both 100 \
-  ${LIMIT:+--limit $LIMIT} --out "$OUT/samples.jsonl" ${SERVE:+"$SERVE"}
+SERVE=${SERVE---engine-args=--data-parallel-size $GPUS --max-model-len 4096} PORT=${PORT:-8100}
+export OPENAI_API_KEY=${OPENAI_API_KEY:-$(python -c "import secrets; print(secrets.token_hex(16))")}
+serve() {  # serve MODEL OPTIONS: the server that runs the code of this model's solutions
+  mkdir -p "$OUT"; rm -f "$OUT/server.out"
+  python serving/code_server.py --model "$@" --port "$PORT" $SANDBOX ${SERVE:+"$SERVE"} >"$OUT/server.out" & server=$!
+  until grep -q ^ready "$OUT/server.out"; do kill -0 $server 2>/dev/null || exit 2; sleep 1; done
+}
+end_server() { kill $server; wait $server || true; server=; }
+trap '[ -z "$server" ] || kill $server' EXIT
+manner=(--chat-template data/templates/code.jinja --opening "" --split blocks --max-tokens 512)
+asked=("${manner[@]}" --base-url "http://127.0.0.1:$PORT/v1")
+serve "$MODEL"
+run python 01_sample_errors.py --data $DATA --model "$MODEL" "${asked[@]}" --temperature 1 --top-p 1 --n 4 --until-both 100 \
+  ${LIMIT:+--limit $LIMIT} --out "$OUT/samples.jsonl"
 run python 03_rectify.py --method dpo --samples "$OUT/samples.jsonl" "${manner[@]}" --out "$OUT/naive.jsonl"
-run python 03_rectify.py --method scdpo --samples "$OUT/samples.jsonl" --model "$MODEL" "${manner[@]}" --heat $HEAT \
-  --tries "$TRIES" --solutions-per-problem "$SOLUTIONS" $EVERY --out "$OUT/controlled.jsonl" ${SERVE:+"$SERVE"}
+run python 03_rectify.py --method scdpo --samples "$OUT/samples.jsonl" --model "$MODEL" "${asked[@]}" --heat $HEAT \
+  --tries "$TRIES" --solutions-per-problem "$SOLUTIONS" $EVERY --out "$OUT/controlled.jsonl"
+end_server
 run accelerate launch $LAUNCH 04_train_stepdpo.py --model "$MODEL" --chat-template data/templates/code.jinja $EXECUTION \
   --data "$OUT/naive.jsonl" "$OUT/controlled.jsonl" --lr "$LR" --beta "$BETA" --epochs 2 --batch-size 64 --max-length 1024 \
   --gradient-checkpointing --tokens-per-batch 8192 --out "$OUT/model" --save-steps 300 --keep 1
-run python 05_eval.py --data $TEST ${LIMIT:+--limit $LIMIT} --models "base=$MODEL" "SCDPO=$OUT/model" "${manner[@]}" \
-  --out "$OUT/results" ${SERVE:+"$SERVE"}
+evaluate() {  # evaluate MODELS: the rows of one model need its server; the report needs none
+  run python 05_eval.py --data $TEST ${LIMIT:+--limit $LIMIT} --models "$@" --out "$OUT/results"
+}
+for model in "$MODEL" "$OUT/model"; do
+  serve "$model" --rounds 24
+  evaluate "$model" "${asked[@]}"
+  end_server
+done
+evaluate "base=$MODEL" "SCDPO=$OUT/model" "${manner[@]}"

@@ -26,7 +26,7 @@ from accelerate.state import AcceleratorState
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "data" / "tiny"
-sys.path[:0] = [str(ROOT), str(ROOT / "analysis"), str(ROOT / "experiments")]
+sys.path[:0] = [str(ROOT), *(str(ROOT / name) for name in ("analysis", "experiments", "serving"))]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, zeroed at each start: 4 take 12 s where pages are slow to come
 STAGES = {1: "01_sample_errors", 2: "02_locate_step", 3: "03_rectify", 4: "04_train_stepdpo", 5: "05_eval"}
@@ -188,6 +188,23 @@ def serving(model, log: Path, *options: str):
         yield url, key
     finally:
         os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+@contextlib.contextmanager
+def serving_code(model, log: Path, *options: str):
+    """serving/code_server.py as a user starts it: yields its address, its key and its process."""
+    command = [sys.executable, str(ROOT / "serving" / "code_server.py"), "--model", str(model), "--port", "0", *options]
+    environment = os.environ | {"OPENAI_API_KEY": (key := secrets.token_hex(16))}
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True, env=environment,
+                                   preexec_fn=end_with_the_tests)  # fmt: skip
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("ready: --base-url "), log.read_text()[-3000:]
+        yield line.split()[-1], key, process
+    finally:
+        process.terminate()
         process.wait()
 
 

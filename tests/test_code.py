@@ -1,6 +1,7 @@
 """Code-integrated solutions: blocks, turns of model and interpreter, what the sandbox keeps in, what is trained on."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -9,17 +10,20 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 
+import code_server
+import httpx
+import interpreter
 import psutil
 import pytest
-from conftest import ROOT, TINY, read, run, stage
-
-import interpreter
+from conftest import ROOT, TINY, keyed, read, run, serving, serving_code, stage
 
 SANDBOX = (
     shutil.which("bwrap")
     and not subprocess.run([*interpreter.sandbox(), sys.executable, "-c", ""], capture_output=True, check=False).returncode
 )
+SAFE = [] if SANDBOX else ["--unsafe-no-sandbox"]
 needs_sandbox = pytest.mark.skipif(not SANDBOX, reason="no bubblewrap that works here")
 SOLUTION = (
     "<|text|>Ava now has:<|endofblock|><|code|>a = 3 + 4\na<|endofblock|><|execution|>7<|endofblock|>"
@@ -108,18 +112,17 @@ def test_hostile_programs_are_kept_in(what, tmp_path, monkeypatch):
 
 
 def test_without_a_sandbox_no_code_is_run(tmp_path):
-    environment = os.environ | {"PATH": str(tmp_path)}
-    options = ["--data", TINY / "test.jsonl", "--split", "blocks", "--model", TINY / "model", "--out", tmp_path / "s.jsonl"]
-    done = run(1, *options, check=False, env=environment)
+    command = [sys.executable, ROOT / "serving" / "code_server.py", "--model", TINY / "code"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PATH": str(tmp_path)})
     assert done.returncode == 2 and "bubblewrap" in done.stderr and "Traceback" not in done.stderr
-    assert not (tmp_path / "s.jsonl").exists()
+    assert "starting vLLM" not in done.stderr
 
 
 def test_interpreter_as_a_program(tmp_path):
     """Blocks of two solutions from a file; a kernel that is ended has forgotten its names; many at once."""
     rows = [{"id": "a", "code": "x = 1"}, {"id": "b", "code": "x"}, *({"id": f"c{i}", "code": f"{i} * {i}"} for i in range(20))]
     (tmp_path / "requests.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, ROOT / "interpreter.py", *([] if SANDBOX else ["--unsafe-no-sandbox"])]
+    command = [sys.executable, ROOT / "serving" / "interpreter.py", *SAFE]
     with open(tmp_path / "requests.jsonl") as file:
         done = subprocess.run(command, stdin=file, capture_output=True, text=True, check=True)
     ready, *found = map(json.loads, done.stdout.splitlines())
@@ -129,8 +132,8 @@ def test_interpreter_as_a_program(tmp_path):
 
 
 def test_a_kill_takes_interpreter_and_kernels_along():
-    """The stage's end, whatever the way, ends the input of interpreter.py."""
-    command = [sys.executable, ROOT / "interpreter.py", *([] if SANDBOX else ["--unsafe-no-sandbox"])]
+    """The server's end, whatever the way, ends the input of interpreter.py."""
+    command = [sys.executable, ROOT / "serving" / "interpreter.py", *SAFE]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     process.stdout.readline()
     for i in range(3):
@@ -151,30 +154,19 @@ class Turns:
     def __init__(self, *texts: str, finish_reason: str = "stop"):
         self.texts, self.finish_reason, self.prompts = list(texts), finish_reason, []
 
-    async def __call__(self, ids, seed, n=1, **sampling):
-        self.prompts.append((ids, sampling))
+    async def __call__(self, prompt, seed, **sampling):
+        self.prompts.append((prompt, sampling))
         reason = "stop" if self.texts[1:] else self.finish_reason
-        return [{"text": self.texts.pop(0), "finish_reason": reason, "tokens": 5, "prompt_tokens": 9}]
+        return {"text": self.texts.pop(0), "finish_reason": reason, "tokens": 5, "prompt_tokens": 9}
 
 
-class Letters:
-    """A tokenizer whose tokens are characters."""
-
-    shown = True
-
-    def apply_chat_template(self, turns, **how):
-        return "".join(f"<{turn['role']}>{turn['content']}" for turn in turns)
-
-    def __call__(self, text, **how):
-        return {"input_ids": text}
-
-
-def solve(model, prefix="", split="blocks", rounds=8, **sampling):
-    args = stage(1).Args(split=split, rounds=rounds, unsafe_no_sandbox=not SANDBOX)
+def solve(model, prefix="", rounds=8, **sampling):
+    args = code_server.Args(model="", unsafe_no_sandbox=not SANDBOX)
 
     async def go_on():
-        async with stage(1).interpreter(args) as run_code:
-            return await stage(1).Solver(args, model, Letters(), run_code)("1 + 1 = ?", prefix, 7, **sampling)
+        async with code_server.interpreter(args, Counter()) as run_code:
+            prompt = "<|user|><|text|>1 + 1 = ?<|endofblock|><|assistant|>" + prefix
+            return await code_server.by_turns(model, run_code, prompt, 7, rounds, **sampling)
 
     return asyncio.run(go_on())
 
@@ -182,17 +174,17 @@ def solve(model, prefix="", split="blocks", rounds=8, **sampling):
 def test_model_and_interpreter_take_turns():
     said = [block for block in re.findall(r".*?<\|endofblock\|>", SOLUTION, re.S) if "<|execution|>" not in block]
     model = Turns(*said, "<|endofmessage|>")
-    [found] = solve(model, temperature=lambda turn: 1 + turn / 10)
+    found = solve(model, heat=[1.0, 0.1, 1.45])
     assert found["text"] == SOLUTION and found["finish_reason"] == "stop"
     assert (found["rounds"], found["executions"], found["failures"], found["tokens"]) == (6, 2, 0, 30)
-    assert [round(sampling["temperature"], 1) for _, sampling in model.prompts] == [1.0, 1.1, 1.2, 1.3, 1.4, 1.5]
+    assert [round(sampling["temperature"], 2) for _, sampling in model.prompts] == [1.0, 1.1, 1.2, 1.3, 1.4, 1.45]
     assert model.prompts[-1][0].endswith(SOLUTION)
 
 
 def test_the_code_of_a_prefix_is_run_again():
     prefix = SOLUTION[: SOLUTION.index("<|text|>Half")]
     model = Turns("<|code|>a * 10<|endofblock|>", "<|text|>The answer is \\boxed{70}.<|endofblock|><|endofmessage|>")
-    [found] = solve(model, prefix, temperature=1.0)
+    found = solve(model, prefix, temperature=1.0)
     assert "<|execution|>70<|endofblock|>" in found["text"] and found["executions"] == 1
 
 
@@ -204,8 +196,109 @@ def test_the_code_of_a_prefix_is_run_again():
     (["<|text|>a<|endofblock|>", "<|text|>b"], "stop", "stop"),
 ])  # fmt: skip
 def test_how_a_solution_ends(texts, end, reason):
-    [found] = solve(Turns(*texts, finish_reason=end), temperature=1.0)
-    assert found["finish_reason"] == reason
+    assert solve(Turns(*texts, finish_reason=end), temperature=1.0)["finish_reason"] == reason
+
+
+def test_a_cancelled_request_ends_its_kernels(tmp_path):
+    """Also those of blocks that waited for their turn; else a stage that is killed would leave hundreds to the server."""
+
+    async def cancelled():
+        async with code_server.interpreter(code_server.Args(model="", unsafe_no_sandbox=not SANDBOX), Counter()) as run_code:
+            model = lambda: Turns("<|code|>import time; time.sleep(1)<|endofblock|>", "<|endofmessage|>")
+            work = [asyncio.create_task(code_server.by_turns(model(), run_code, "", i, 8)) for i in range(8)]
+            await asyncio.sleep(0.3)
+            for task in work:
+                task.cancel()
+            await asyncio.wait(work)
+            deadline, [process] = time.time() + 20, psutil.Process().children()
+            while True:
+                ran = await asyncio.wait_for(run_code("last", "1"), 20)  # all that came before have their turn first
+                await run_code("last", None)
+                await asyncio.sleep(0.3)
+                if not process.children():
+                    return ran
+                assert time.time() < deadline
+
+    assert asyncio.run(cancelled())["output"] == "1"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the server and the stages
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory):
+    """A vLLM server with the bundled model that writes code, and code_server.py in front of it: addresses, and one key."""
+    folder, monkeypatch = tmp_path_factory.mktemp("servers"), pytest.MonkeyPatch()
+    with serving(TINY / "code", folder / "vllm.log", "--max-model-len", "1024") as (plain, plain_key):
+        monkeypatch.setenv("VLLM_API_KEY", plain_key)
+        with serving_code(TINY / "code", folder / "code.log", "--base-url", plain, *SAFE) as (url, key, _):
+            yield plain, url, plain_key, key
+    monkeypatch.undo()
+
+
+@pytest.mark.slow
+def test_completions_have_run_their_code(servers):
+    _, url, _, key = servers
+    tokenizer = stage(1).load_tokenizer(str(TINY / "code"), None, "{}")
+    prompt = stage(1).prompt_ids(tokenizer, read(TINY / "test.jsonl")[0]["problem"], "", "blocks")
+    good = {"model": str(TINY / "code"), "prompt": prompt, "n": 3, "seed": 5, "temperature": 1.0, "max_tokens": 64}
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60) as client:
+        ask = lambda **body: client.post("/completions", json=good | body)
+        reply = ask().raise_for_status().json()
+        assert ask().json()["choices"] == reply["choices"], "the same seed, other texts"
+        single = [ask(n=1).json()["usage"]["completion_tokens"], reply["usage"]["completion_tokens"]]
+        assert 0 < single[0] < single[1], "usage is not that of all solutions"
+        for choice in reply["choices"]:
+            kinds = [block["type"] for block in stage(1).blocks_of(choice["text"])]
+            counts = choice["counts"]
+            assert counts["executions"] == kinds.count("execution") == kinds.count("code") > 0
+            assert counts["rounds"] >= len(kinds) - counts["executions"] and choice["finish_reason"] == "stop"
+        assert len({choice["text"] for choice in reply["choices"]}) > 1
+        assert ask(heat=[0.0, 0.0, 0.0]).json()["choices"] != reply["choices"]
+        assert ask(prompt=prompt * 30).json()["choices"][2]["finish_reason"] == "refused"
+        refused = [ask(**wrong) for wrong in ({"model": "x"}, {"prompt": [1, 2]}, {"n": 0}, {"heat": 1}, {"temperature": -1})]
+        assert [reply.status_code for reply in refused] == [404, 400, 400, 400, 400]
+        assert all(reply.json()["error"]["message"] for reply in refused)
+        assert httpx.post(f"{url}/completions", json=good).status_code == 401
+
+
+@pytest.mark.slow
+def test_blocks_need_the_server_that_runs_them(servers, tmp_path, monkeypatch):
+    plain, url, plain_key, key = servers
+    options = ["--data", TINY / "test.jsonl", "--limit", 4, "--model", TINY / "code", "--opening=", "--max-tokens", 64,
+               "--split", "blocks", "--out", tmp_path / "s.jsonl"]  # fmt: skip
+    monkeypatch.setenv("OPENAI_API_KEY", plain_key)
+    for where in ([], ["--base-url", plain]):
+        done = run(1, *options, *where, check=False)
+        [line] = [line for line in done.stderr.splitlines() if "error:" in line]
+        assert done.returncode == 2 and "serving/code_server.py" in line and not (tmp_path / "s.jsonl").exists()
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    run(1, *options, "--base-url", url)
+    assert all(row["executions"] for row in keyed(tmp_path / "s.jsonl", "id", "sample").values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["starting", "ready"])
+def test_a_killed_server_takes_everything_along(moment, started, tmp_path):
+    """kill -9: vLLM, of which it is the parent, interpreter and kernels."""
+    command = [sys.executable, ROOT / "serving" / "code_server.py", "--model", TINY / "code", "--port", "0", *SAFE]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen([*command, "--api-key", "k"], stdout=subprocess.PIPE, stderr=log, text=True)
+    started.append(process)
+    if moment == "ready":
+        url = process.stdout.readline().split()[-1]
+        prompt = "<|assistant|><|code|>while True: pass<|endofblock|><|execution|>1<|endofblock|>"
+        with contextlib.suppress(httpx.ReadTimeout):
+            httpx.post(f"{url}/completions", json={"prompt": prompt}, headers={"Authorization": "Bearer k"}, timeout=1)
+    family = psutil.Process(process.pid).children(recursive=True)
+    deadline = time.time() + 60
+    while len(family) < (3 if moment == "starting" else 5):  # supervisor, vLLM, interpreter; vLLM's engine, a kernel
+        assert time.time() < deadline
+        family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    _, alive = psutil.wait_procs(family, timeout=interpreter.SECONDS + 4)
+    assert not alive
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import tyro
-from conftest import ROOT, TINY, read, run, run_killed, stage
-from test_code import SANDBOX
+from conftest import ROOT, TINY, read, run, run_killed, serving_code, stage
+from test_code import SAFE
 
 
 def recipe(*arguments, **settings):
@@ -36,10 +36,17 @@ def test_quickstart_recipe_end_to_end(tmp_path):
 
 
 @pytest.mark.slow
-def test_code_from_problems_to_report(tmp_path):
-    """The bundled model that writes code, by real engines and interpreter, 01 killed once; SCDPO's pairs; an evaluation."""
-    model, safe = TINY / "code", [] if SANDBOX else ["--unsafe-no-sandbox"]
-    manner = ["--opening=", "--split", "blocks", "--max-tokens", 64, "--engine-args=--max-model-len 1024", *safe]
+def test_code_from_problems_to_report(tmp_path, monkeypatch):
+    """The bundled model that writes code, by a real server and interpreter, 01 killed once; SCDPO's pairs; an evaluation."""
+    with serving_code(TINY / "code", tmp_path / "log", "--engine-args=--max-model-len 1024", *SAFE) as (url, key, _):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        code_to_report(url, tmp_path)
+    assert re.search(r"^\d+ executions, \d+ failed", (tmp_path / "log").read_text(), re.M)
+
+
+def code_to_report(url: str, tmp_path: Path):
+    model = TINY / "code"
+    manner = ["--opening=", "--split", "blocks", "--max-tokens", 64, "--base-url", url]
     samples = ["--data", TINY / "train.jsonl", "--limit", 30, "--n", 4, "--model", model, *manner]
     run_killed(1, *samples, "--out", tmp_path / "s.jsonl", journal=tmp_path / "s.jsonl", kills=1, seed=1, torn=b'{"id": "t')
     run(1, *samples, "--out", tmp_path / "s.jsonl")

@@ -1,6 +1,6 @@
 """Run the code blocks of code-integrated solutions: a kernel of its own for each solution, in a sandbox (bubblewrap).
 
-    echo '{"id": "q1", "code": "a = 3 + 4\\na"}' | python interpreter.py      # with --split blocks the stages start it
+    echo '{"id": "q1", "code": "a = 3 + 4\\na"}' | python serving/interpreter.py     # code_server.py starts it
 
 Input, a line a block; names are kept from block to block of one id, until a line with "code": null ends its kernel:
     {"id": "q1", "code": "a = 3 + 4\\na"}
