@@ -3,9 +3,9 @@ scores of a process reward model.
 
     python 02_locate_step.py                                       # data/samples.jsonl -> data/located.jsonl, by rollouts
     python 02_locate_step.py --samples runs/try.jsonl --model data/tiny/model --out runs/located.jsonl
-    python 02_locate_step.py --locator judge --judge-model gpt-4o --judge-base-url https://host/v1 --fallback rollout
+    python 02_locate_step.py --locator judge --judge-model gpt-4o --judge-base-url https://host/v1 --out data/judged.jsonl
+    python 02_locate_step.py --known data/judged.jsonl       # rollouts for the rows that the judge left open
     python 02_locate_step.py --samples data/samples.scored.jsonl --locator scores      # after analysis/score_steps.py
-    python 02_locate_step.py --samples data/samples.scored.jsonl --locator consensus --of rollout scores    # what both say
     python 02_locate_step.py --labels processbench.jsonl ...       # known errors; then analysis/locator_scores.py
 
 Input, the output of 01_sample_errors.py (only the wrong samples are used; other fields are carried through):
@@ -94,7 +94,6 @@ VERDICTS = {"correct": "correct", "right": "correct", "正确": "correct", "neut
 VERDICTS_HEAD = re.compile(r"^[\W_]*(?:verdicts?|判断|结论|判定)[\W_]*$", re.I | re.M)
 THOUGHT = re.compile(r"^.*</think>|<think>.*", re.S)  # the second: a thought that was cut and never closed
 NO_ERROR = "no error found"
-EVIDENCE = ("rollout_values", "chance", "judge")  # of a row that two locators have looked at
 WAVE = 2  # continuations of a prefix that are asked for first; then as many as there are: 2, 2, 4, 8 ...
 ANALYSIS_TOKENS = 270  # --estimate: of a judgement's analysis, whose prompt asks for 200 words at most
 
@@ -127,14 +126,10 @@ class Args:
     """--split blocks: turns of model and interpreter at most; --max-tokens is of each"""
     unsafe_no_sandbox: bool = False
     """run the model's code without bubblewrap, with your files and network"""
-    locator: Literal["rollout", "judge", "scores", "consensus"] = "rollout"
-    """continuations of the policy itself, a judge, the rows' step_scores, or two of these"""
-    fallback: Literal["none", "rollout"] = "none"
-    """locator for the rows that the first leaves open"""
-    of: tuple[Literal["rollout", "judge", "scores"], Literal["rollout", "judge", "scores"]] = ("rollout", "scores")
-    """consensus: a row keeps the step of the first, if the second does not say another"""
-    within: int = 1
-    """consensus: by how many steps the two may differ"""
+    locator: Literal["rollout", "judge", "scores"] = "rollout"
+    """continuations of the policy itself, a judge, or the rows' step_scores"""
+    known: Path | None = None
+    """located file: its rows with an error_step are copied, only the rest is looked at"""
     labels: Path | None = None
     """instead of --samples: ProcessBench's problem, steps, label; or located rows"""
     rollouts: int = 16
@@ -199,7 +194,6 @@ SETTINGS = {  # what a row depends on
     "judge": ("judge_model", "judge_temperature", "judge_max_tokens", "neutral", "votes", "min_agreement", "retries",
               "missing_diagrams"),
     "scores": ("threshold",),
-    "consensus": ("of", "within"),
 }  # fmt: skip
 
 
@@ -409,8 +403,8 @@ def no_diagram(args: Args, row: dict) -> bool:
 def print_estimate(args: Args, rows: list[dict]):
     """What judging the rows that are not judged yet will take: prompts are counted, completions taken to be as long as those
     that are there, or as the prompt asks for."""
-    paths = (path for path in (args.out, args.out.with_suffix(".open.jsonl")) if path.exists() and path.stat().st_size)
-    done = {identity(row): row for path in paths for row in read_rows(path, ())}
+    there = read_rows(args.out, ()) if args.out.exists() and args.out.stat().st_size else []
+    done = {identity(row): row for row in there}
     rows = [row for row in rows if identity(row) not in done and row["steps"] and not no_diagram(args, row)]
     count = lambda text: len(text) / 4 + 0.75 * len(re.findall("[一-鿿]", text))  # a server's tokenizer is not known
     if not args.judge_base_url:
@@ -491,29 +485,6 @@ def verdict(found: dict) -> int | None:
     return found["error_step"] or (0 if str(found.get("reason")).startswith(NO_ERROR) else None)
 
 
-def to_second(args: Args, row: dict, found: dict) -> bool:
-    """Whether the second locator is to look at a row of which the first says `found`."""
-    sure = found["error_step"] or row["correct"] and verdict(found) == 0
-    return args.locator == "consensus" or not sure
-
-
-def combine(args: Args, first: dict | None, second: dict) -> dict:
-    """What two locators say of a row, with the evidence of both: the second's word, where the first had none (--fallback), or
-    what both say (consensus)."""
-    if not first:
-        return second
-    evidence = {name: found[name] for found in (first, second) for name in EVIDENCE if name in found}
-    if args.locator != "consensus":
-        return evidence | second
-    said = [verdict(first), verdict(second)]
-    both = {"error_step": None, "locator": "consensus", "said": dict(zip(args.of, said, strict=True))} | evidence
-    if said == [0, 0]:
-        return both | {"reason": f"{NO_ERROR} by both"}
-    if all(said) and abs(said[0] - said[1]) <= args.within:
-        return both | {"error_step": said[0], "reason": None}
-    return both | {"reason": "the two disagree"}
-
-
 def read_samples(path: Path, fields: tuple[str, ...], args) -> list[dict]:
     """Rows with the steps that --split makes of their response."""
     rows = read_rows(path, ("id", "problem", "answer", "steps", *fields))
@@ -549,7 +520,7 @@ def load_samples(args: Args) -> tuple[list[dict], dict[str, list[int]]]:
     if args.labels:
         rows = load_labels(args.labels)
         lacks = [row["id"] for row in rows if not row.get("answer")]
-        if lacks and "rollout" in locators_of(args):
+        if lacks and args.locator == "rollout":
             stop(f"{args.labels}: {lacks[0]} has no 'answer', so rollouts cannot be graded; use --locator judge")
         return rows[: args.limit], {}
     samples = read_samples(args.samples, ("sample", "correct", "finish_reason"), args)
@@ -564,62 +535,50 @@ def load_samples(args: Args) -> tuple[list[dict], dict[str, list[int]]]:
     return rows[: args.limit], {name: [right, wrong + right] for name, (wrong, right) in counts.items()}
 
 
-def locators_of(args: Args) -> tuple[str, ...]:
-    """The locators that will be asked, in their order."""
-    if args.locator == "consensus":
-        return args.of
-    return (args.locator,) if args.fallback in ("none", args.locator) else (args.locator, args.fallback)
-
-
-def check_steps(args: Args, rows: list[dict], *outputs: Output):
-    """Stop where an output holds a row with other steps than the samples have now."""
+def check_steps(args: Args, rows: list[dict], path: Path, old: list[dict]):
+    """Stop where a file that is there holds a row with other steps than the samples have now."""
     steps = {identity(row): row["steps"] for row in rows}
-    for output in outputs:
-        for row in output.rows:
-            if steps.get(identity(row), row.get("steps")) != row.get("steps"):
-                stop(f"{output.path} holds another sample {row['sample']} of {row['id']} than {args.labels or args.samples}; "
-                     "give another --out")  # fmt: skip
+    for row in old:
+        if steps.get(identity(row), row.get("steps")) != row.get("steps"):
+            stop(f"{path} holds another sample {row['sample']} of {row['id']} than {args.labels or args.samples}; "
+                 "give another file")  # fmt: skip
 
 
-async def locate_all(args: Args, rows: list[dict], samples: dict, tokenizer, output: Output, left: Output | None,
-                     keep: Output | None, grader: Grader) -> dict[str, Counter]:  # fmt: skip
-    """Locate the rows that are not done, by one locator or two in turn. Returns the cost of each.
+def read_located(path: Path) -> dict[tuple, dict]:
+    """The rows of a located file by id and sample."""
+    rows = read_rows(path, ("id", "sample", "steps"))
+    for number, row in enumerate(rows, 1):
+        if "error_step" not in row:
+            stop(f"{path}, row {number}: no 'error_step'; give a file that 02 or analysis/annotate.py has written")
+    return {identity(row): row for row in rows}
 
-    `left` keeps what the first says of the rows that the second is to look at, `keep` the rollouts."""
-    first, *second = locators_of(args)
-    if second and not cpu_options():  # only the end of a process gives a GPU all its memory back (vllm#21073)
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    check_steps(args, rows, *filter(None, (output, left)))
-    known, spent = {identity(row): row for row in left.rows} if left else {}, {name: Counter() for name in locators_of(args)}
-    if "judge" in spent:
-        rows_of_both = (known | {identity(row): row for row in output.rows}).values()
-        paid = [row["judge"].get("tokens", [0, 0]) for row in rows_of_both if row.get("judge")]
-        spent["judge"]["money of earlier runs"] = money(args, sum(p for p, _ in paid), sum(c for _, c in paid))
 
-    async def ask(name: str, done: set):
-        if not (todo := [row for row in rows if identity(row) not in done]):
-            return
-        async with LOCATORS[name](args, tokenizer, grader, samples, keep, spent[name], len(done)) as (locate, places):
+async def locate_all(args: Args, rows: list[dict], samples: dict, known: dict, tokenizer, output: Output,
+                     keep: Output | None, grader: Grader) -> Counter:  # fmt: skip
+    """Copy what --known has located, and locate the other rows that are not done. Returns the cost."""
+    done, spent = {identity(row) for row in output.rows}, Counter()
+    copies = {key: row for key, row in known.items() if row["error_step"]}
+    if args.locator == "judge":
+        judged = [row["judge"] for row in output.rows if row.get("judge") and identity(row) not in copies]
+        paid = [judgement.get("tokens", [0, 0]) for judgement in judged]
+        spent["money of earlier runs"] = money(args, sum(p for p, _ in paid), sum(c for _, c in paid))
+    todo = [row for row in rows if identity(row) not in done]
+    output.write(*(copies[identity(row)] for row in todo if identity(row) in copies))
+    todo = [row for row in todo if identity(row) not in copies]
+    if todo:
+        async with LOCATORS[args.locator](args, tokenizer, grader, samples, keep, spent, len(done)) as (locate, places):
 
             async def work(row: dict):
                 found = await locate(row)
                 if found is None:
-                    spent[name]["rows not asked for"] += 1
-                elif [name] != second and second and to_second(args, row, found):
-                    left.write({"id": row["id"], "sample": row["sample"], "steps": row["steps"], **found})
-                    known[identity(row)] = found
-                else:
-                    output.write(row | combine(args, known.get(identity(row)), found))
-                    if len(output.rows) % 100 == 0:
-                        cost = ", ".join(f"{what} {count}" for what, count in spent[name].items())
-                        tqdm.write(f"{len(output.rows)} rows; {cost}", file=sys.stderr)
+                    spent["rows not asked for"] += 1
+                    return
+                output.write(known.get(identity(row), {}) | row | found)
+                if len(output.rows) % 100 == 0:
+                    cost = ", ".join(f"{what} {count}" for what, count in spent.items())
+                    tqdm.write(f"{len(output.rows)} rows; {cost}", file=sys.stderr)
 
-            await run_all(todo, work, places, f"by {name}")
-
-    done = lambda: {identity(row) for row in output.rows}
-    await ask(first, done() | set(known))
-    if second and not spent[first]["rows not asked for"]:
-        await ask(second[0], done())
+            await run_all(todo, work, places, f"by {args.locator}")
     if keep:
         keep.save_meta(finished=True)
     return spent
@@ -631,36 +590,38 @@ def main(args: Args):
     if min(1 if value is None else value for value in least) < 1 or zero or not all(0 <= share <= 1 for share in shares):
         stop("--rollouts, --give-up, --max-tokens, --votes, --max-per-problem and --limit are at least 1, --retries and "
              "--concurrency at least 0, --min-agreement and --alpha are between 0 and 1")  # fmt: skip
-    used = set(locators_of(args))
-    if "judge" in used and not args.judge_model:
+    if args.locator == "judge" and not args.judge_model:
         stop("the judge needs --judge-model and, unless vLLM is to run that here, --judge-base-url")
-    if args.locator == "consensus" and (len(used) < 2 or args.fallback != "none"):
-        stop("--locator consensus takes --of two different locators, and no --fallback")
-    if (args.estimate or args.max_cost is not None) and ("judge" not in used or not any(args.price)):
+    if (args.estimate or args.max_cost is not None) and (args.locator != "judge" or not any(args.price)):
         stop("--estimate and --max-cost are for the judge, and need --price")
     rows, samples = load_samples(args)
-    if "scores" in used:
+    known = read_located(args.known) if args.known else {}
+    check_steps(args, rows, args.known, list(known.values()))
+    if args.locator == "scores":
         check_scores(args.labels or args.samples)
     began = time.time()
-    settings = {"stage": "02_locate_step", "locator": args.locator, "fallback": args.fallback, "seed": args.seed}
-    settings |= {name: getattr(args, name) for kind in (*used, args.locator) for name in SETTINGS[kind]}
+    settings = {"stage": "02_locate_step", "locator": args.locator, "known": args.known, "seed": args.seed}
+    settings |= {name: getattr(args, name) for name in SETTINGS[args.locator]}
     tokenizer = None
-    if "rollout" in used:
+    if args.locator == "rollout":
         tokenizer = load_tokenizer(args.tokenizer or args.model, args.chat_template, args.chat_template_kwargs)
         settings |= NEUTRAL | {"model": model_id(args.model), "prompt": render_prompt(tokenizer, PROBE, args.opening)}
-    settings |= {"prm": ", ".join(sorted({str(row.get("prm")) for row in rows}))} if "scores" in used else {}
-    settings |= {"judge_prompt": hashlib.sha256(JUDGE_PROMPT.encode()).hexdigest()[:16]} if "judge" in used else {}
+    elif args.locator == "judge":
+        settings["judge_prompt"] = hashlib.sha256(JUDGE_PROMPT.encode()).hexdigest()[:16]
+    else:
+        settings["prm"] = ", ".join(sorted({str(row.get("prm")) for row in rows}))
     if args.estimate:
         return print_estimate(args, rows)
     with contextlib.ExitStack() as opened:
-        paths = args.out, len(used) > 1 and args.out.with_suffix(".open.jsonl"), args.keep_rollouts
-        files = [opened.enter_context(contextlib.closing(Output(path, settings))) if path else None for path in paths]
+        paths = args.out, args.keep_rollouts
+        output, keep = [opened.enter_context(contextlib.closing(Output(path, settings))) if path else None for path in paths]
+        check_steps(args, rows, output.path, output.rows)
         grader = opened.enter_context(contextlib.closing(Grader()))
-        spent = asyncio.run(locate_all(args, rows, samples, tokenizer, *files, grader))
-        report(args, rows, files[0], spent, grader.kills, time.time() - began)
+        spent = asyncio.run(locate_all(args, rows, samples, known, tokenizer, output, keep, grader))
+        report(args, rows, known, output, spent, grader.kills, time.time() - began)
 
 
-def report(args: Args, rows: list[dict], output: Output, spent: dict[str, Counter], kills: int, seconds: float):
+def report(args: Args, rows: list[dict], known: dict, output: Output, spent: Counter, kills: int, seconds: float):
     """Say what was located and what it has cost."""
     asked = set(map(identity, rows))
     located = [row["error_step"] for row in output.rows if identity(row) in asked]
@@ -668,11 +629,14 @@ def report(args: Args, rows: list[dict], output: Output, spent: dict[str, Counte
     summary = {"solutions" if args.labels else "wrong samples": len(located), "located": found.total(),
                "not located": len(located) - found.total(), "by step": " ".join(f"{k}:{found[k]}" for k in sorted(found)),
                "gradings killed": kills}  # fmt: skip
-    for name, count in spent.items():
-        named = {what: f"{name} {what}{' tokens' * (what in ('prompt', 'completion'))}" for what in count}
-        summary |= {named[what]: n for what, n in count.items() if n or what != "money of earlier runs"}
-    summary["seconds"], left = round(seconds, 1), sum(count["rows not asked for"] for count in spent.values())
-    seeded = "rollout" not in spent or bool(args.base_url) or seeds_requests(args.top_p)
+    if args.known:
+        summary["located in --known"] = sum(bool(row["error_step"]) for key, row in known.items() if key in asked)
+    for what, n in spent.items():
+        if n or what != "money of earlier runs":
+            summary[f"{args.locator} {what}{' tokens' * (what in ('prompt', 'completion'))}"] = n
+    summary["seconds"] = round(seconds, 1)
+    left = spent["rows not asked for"]
+    seeded = args.locator != "rollout" or bool(args.base_url) or seeds_requests(args.top_p)
     output.save_meta(finished=not left, summary=summary, seeded_requests=seeded)
     print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
     if left:

@@ -1,4 +1,4 @@
-"""02: the rule of the rollouts, the judge's parser, votes and faults, fallback, scores, kept rollouts, and the page in a real
+"""02: the rule of the rollouts, the judge's parser, votes and faults, --known, scores, kept rollouts, and the page in a real
 browser."""
 
 import asyncio
@@ -323,21 +323,40 @@ def test_a_thousand_rows_with_faults_and_kills(judge, tmp_path):
 
 @pytest.mark.slow
 def test_open_rows_go_to_the_rollouts(judge, bundled, tmp_path):
-    """The judge reads two of the rows; the policy's rollouts take the others, with the judge's text kept."""
+    """The judge reads two of the rows; with its file as --known the rollouts take the others, and the judge's text is kept."""
     source = [row for row in read(TINY / "train.jsonl") if row["level"] == 1][:4]
     rows = [row | {"sample": 0, "response": row["solution"], "correct": False, "finish_reason": "stop", "prediction": "0",
                    "steps": stage(1).split_steps(row["solution"])} for row in source]  # fmt: skip
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     known = [row["problem"] for row in rows[:2]]
     judge.script = lambda n, body: verdicts(2) if any(p in body["messages"][0]["content"] for p in known) else "no idea"
-    more = ["--fallback", "rollout", *bundled, "--max-tokens", 300, "--rollouts", 4, "--retries", 0]
     url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
     run(2, "--samples", tmp_path / "in.jsonl", "--locator", "judge", "--judge-base-url", url, "--judge-model", "judge",
-        "--out", tmp_path / "out.jsonl", *more)  # fmt: skip
+        "--retries", 0, "--out", tmp_path / "judged.jsonl")  # fmt: skip
+    command = ["--samples", tmp_path / "in.jsonl", *bundled, "--max-tokens", 300, "--rollouts", 4]
+    done = run(2, *command, "--known", tmp_path / "judged.jsonl", "--out", tmp_path / "out.jsonl")
     found = {row["problem"]: row for row in read(tmp_path / "out.jsonl")}
     assert [found[row["problem"]]["locator"] for row in rows] == ["judge", "judge", "rollout", "rollout"]
-    assert [found[problem]["error_step"] for problem in known] == [2, 2]
+    assert [found[problem]["error_step"] for problem in known] == [2, 2] and "located in --known 2" in done.stdout
     assert all(found[row["problem"]]["judge"]["text"] == "no idea" for row in rows[2:])
+    again = run(2, *command, "--known", tmp_path / "judged.jsonl", "--out", tmp_path / "out.jsonl")
+    assert "4 rows are there already" in again.stderr and len(read(tmp_path / "out.jsonl")) == 4
+    done = run(2, *command, "--out", tmp_path / "out.jsonl", check=False)
+    assert done.returncode == 2 and "was made with known = " in done.stderr
+
+
+def test_known_rows_must_be_located_and_of_the_same_samples(judge, tmp_path):
+    rows = wrong_samples(tmp_path / "in.jsonl", 3)
+    judge.script = lambda n, body: verdicts(true_step(body))
+    (tmp_path / "known.jsonl").write_text(json.dumps(rows[1] | {"error_step": 4, "locator": "human", "reason": None}) + "\n")
+    judged(judge, tmp_path, "--known", tmp_path / "known.jsonl")
+    found = {row["id"]: (row["error_step"], row["locator"]) for row in read(tmp_path / "out.jsonl")}
+    assert found == {"q0": (1, "judge"), "q1": (4, "human"), "q2": (3, "judge")} and judge.count == 2
+    (tmp_path / "other.jsonl").write_text(json.dumps(rows[1] | {"error_step": 1, "steps": ["x"]}) + "\n")
+    for known, why in [("in", "row 1: no 'error_step'"), ("other", "another sample 0 of q1"), ("none", "cannot be read")]:
+        out = ["--known", tmp_path / f"{known}.jsonl", "--out", tmp_path / "x.jsonl"]
+        done = judged(judge, tmp_path, *out, check=False)
+        assert done.returncode == 2 and why in done.stderr and "Traceback" not in done.stderr
 
 
 def test_the_order_of_the_samples_does_not_count(tmp_path):

@@ -1,4 +1,4 @@
-"""score_steps.py, 02 --locator scores and consensus, what a judge may cost, ProcessBench; the bundled process reward model."""
+"""score_steps.py, 02 --locator scores, consensus.py, what a judge may cost, ProcessBench; the bundled process reward model."""
 
 import asyncio
 import json
@@ -305,17 +305,21 @@ def test_consensus_keeps_what_both_say(judge, tmp_path):  # noqa: F811
     judge.script = script
     url = f"http://127.0.0.1:{judge.server_port}/v1"
     run("score_steps", tmp_path / "labels.jsonl", "--prm", PRM)
-    command = ["--labels", tmp_path / "labels.scored.jsonl", "--locator", "consensus", "--of", "scores", "judge",
-               "--judge-model", "judge", "--judge-base-url", url, "--out", tmp_path / "out.jsonl"]  # fmt: skip
-    run(2, *command, "--limit", 10)
+    judged = ["--labels", tmp_path / "labels.scored.jsonl", "--locator", "judge", "--judge-model", "judge",
+              "--judge-base-url", url, "--out", tmp_path / "judged.jsonl"]  # fmt: skip
+    run(2, "--labels", tmp_path / "labels.scored.jsonl", "--locator", "scores", "--out", tmp_path / "scores.jsonl")
+    run(2, *judged, "--limit", 10)
     asked = judge.count
-    run(2, *command)
-    found = {row["problem"]: row for row in read(tmp_path / "out.jsonl")}
-    assert len(found) == len(rows) == judge.count and asked == 10
+    run(2, *judged)
+    assert len(rows) == judge.count and asked == 10
+    files, out = [tmp_path / "scores.jsonl", tmp_path / "judged.jsonl"], tmp_path / "out.jsonl"
+    done = run("consensus", *files, "--out", out)
+    found = {row["problem"]: row for row in read(out)}
+    assert len(found) == len(rows)
     kept = 0
     for row in rows:
         got = found[row["problem"]]
-        first, second = got["said"]["scores"], got["said"]["judge"]
+        first, second = got["said"]
         assert len(got["step_scores"]) == len(row["steps"]) and got["judge"]["votes"] and got["locator"] == "consensus"
         if first == second == 0:
             assert got["error_step"] is None and got["reason"] == "no error found by both"
@@ -325,8 +329,26 @@ def test_consensus_keeps_what_both_say(judge, tmp_path):  # noqa: F811
         else:
             assert got["error_step"] is None and got["reason"] == "the two disagree"
     assert 10 < kept < 28
-    done = run(2, *command[:3], "consensus", "--of", "judge", "judge", *command[7:-1], tmp_path / "x.jsonl", check=False)
-    assert done.returncode == 2 and "two different locators" in done.stderr
+    assert done.stdout.startswith(f"{out}: rows {len(rows)}, located {kept}, ") and len(done.stdout.splitlines()) == 1
+    run("consensus", *files, "--within", 0, "--out", tmp_path / "exact.jsonl")
+    exact = [row["error_step"] for row in read(tmp_path / "exact.jsonl")]
+    assert exact == [a if a and a == b else None for a, b in (row["said"] for row in read(out))]
+
+
+def test_consensus_of_files_that_do_not_fit(tmp_path):
+    """A row that the second lacks stays open and says so; other samples, no locations, and an input as --out are refused."""
+    rows = [row | {"error_step": 2, "reason": None, "locator": "x"} for row in wrong_samples(tmp_path / "in.jsonl", 3)]
+    write(tmp_path / "a.jsonl", rows)
+    write(tmp_path / "b.jsonl", [rows[0], rows[1] | {"error_step": None, "reason": "unsure"}])
+    run("consensus", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--out", tmp_path / "out.jsonl")
+    found = [(row["error_step"], row["reason"], row["said"]) for row in read(tmp_path / "out.jsonl")]
+    assert found == [(2, None, [2, 2]), (None, "the two disagree", [2, None]), (None, "not in the second file", [2, None])]
+    write(tmp_path / "other.jsonl", [rows[0] | {"steps": ["another"]}])
+    for second, out, why in [("other", "x", "another sample 0 of q0"), ("in", "x", "row 1: no 'error_step'"),
+                             ("b", "b", "is one of the two files"), ("none", "x", "cannot be read")]:  # fmt: skip
+        done = run("consensus", tmp_path / "a.jsonl", tmp_path / f"{second}.jsonl", "--out", tmp_path / f"{out}.jsonl",
+                   check=False)  # fmt: skip
+        assert done.returncode == 2 and why in done.stderr and "Traceback" not in done.stderr
 
 
 def test_the_judge_stops_at_its_cost_and_goes_on(judge, tmp_path):  # noqa: F811
