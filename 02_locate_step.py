@@ -6,9 +6,8 @@ scores of a process reward model.
     python 02_locate_step.py --locator judge --judge-model gpt-4o --judge-base-url https://host/v1 --out data/judged.jsonl
     python 02_locate_step.py --known data/judged.jsonl       # rollouts for the rows that the judge left open
     python 02_locate_step.py --samples data/samples.scored.jsonl --locator scores      # after analysis/score_steps.py
-    python 02_locate_step.py --labels processbench.jsonl ...       # known errors; then analysis/locator_scores.py
 
-Input, the output of 01_sample_errors.py (only the wrong samples are used; other fields are carried through):
+Input, the output of 01_sample_errors.py (only the wrong samples are looked at; other fields are carried through):
     {"id": "q1", "problem": "...", "answer": "7", "sample": 0, "response": "...", "steps": ["...", "..."],
      "correct": false, "finish_reason": "stop", ...}
 
@@ -130,8 +129,8 @@ class Args:
     """continuations of the policy itself, a judge, or the rows' step_scores"""
     known: Path | None = None
     """located file: its rows with an error_step are copied, only the rest is looked at"""
-    labels: Path | None = None
-    """instead of --samples: ProcessBench's problem, steps, label; or located rows"""
+    include_correct: bool = False
+    """look at samples with a right answer too; for a judge and scores `answer` may be missing"""
     rollouts: int = 16
     """continuations of a prefix at most; with no right one among them it is lost"""
     alpha: float = 0.05
@@ -487,7 +486,7 @@ def verdict(found: dict) -> int | None:
 
 def read_samples(path: Path, fields: tuple[str, ...], args) -> list[dict]:
     """Rows with the steps that --split makes of their response."""
-    rows = read_rows(path, ("id", "problem", "answer", "steps", *fields))
+    rows = read_rows(path, ("id", "problem", "steps", *fields))
     for number, row in enumerate(rows, 1):
         if split_steps("".join(row["steps"]), args.split, args.opening) != row["steps"]:
             stop(f"{path}, row {number}: its steps are not those of --split {args.split}; give --split and --opening as 01 had")
@@ -498,37 +497,16 @@ def identity(row: dict) -> tuple:
     return row["id"], row["sample"]
 
 
-def load_labels(path: Path) -> list[dict]:
-    """Labelled solutions as samples, with `label`: 0-based first wrong step, -1 for none."""
-    found = []
-    for number, row in enumerate(read_rows(path, ("problem", "steps")), 1):
-        label = row.get("label", (row.get("error_step") or 0) - 1)
-        if not {"label", "error_step"} & set(row) or type(label) is not int or not -1 <= label < len(row["steps"]):
-            stop(f"{path}, row {number}: no 'label' from -1 to {len(row['steps']) - 1} and no 'error_step'; see --help")
-        if "label" not in row and label < 0 and not str(row.get("reason", NO_ERROR)).startswith(NO_ERROR):
-            continue  # the annotator was not sure
-        steps = [step if "response" in row or step.endswith("\n") else step + "\n\n" for step in row["steps"]]
-        known = {"id": row["problem"], "sample": 0, "response": "".join(steps), "finish_reason": "stop",
-                 "correct": row.get("final_answer_correct", label < 0)}  # fmt: skip
-        found.append(known | row | {"label": label, "steps": steps})
-    return found or stop(f"{path}: no row has a label")
-
-
 def load_samples(args: Args) -> tuple[list[dict], dict[str, list[int]]]:
-    """The rows to locate, and [right, tried] of each problem's samples, which estimate V(0). Labelled solutions may be
-    another model's: they tell nothing of it."""
-    if args.labels:
-        rows = load_labels(args.labels)
-        lacks = [row["id"] for row in rows if not row.get("answer")]
-        if lacks and args.locator == "rollout":
-            stop(f"{args.labels}: {lacks[0]} has no 'answer', so rollouts cannot be graded; use --locator judge")
-        return rows[: args.limit], {}
-    samples = read_samples(args.samples, ("sample", "correct", "finish_reason"), args)
+    """The rows to locate, and [right, tried] of each problem's samples, which estimate V(0)."""
+    needs_answer = args.locator == "rollout" or not args.include_correct  # ProcessBench has none
+    fields = ("answer",) if needs_answer else ()
+    samples = read_samples(args.samples, (*fields, "sample", "correct", "finish_reason"), args)
     rows, counts = [], {}
     for row in sorted(samples, key=lambda row: (row["id"], row["sample"])):  # 01 writes them in the order they were ready in
         count = counts.setdefault(row["id"], [0, 0])
         count[row["correct"]] += 1  # [wrong, right]
-        if not row["correct"] and count[0] <= (args.max_per_problem or math.inf):
+        if args.include_correct if row["correct"] else count[0] <= (args.max_per_problem or math.inf):
             rows.append(row)
     if not rows:
         stop(f"{args.samples}: none of its {len(samples)} samples is wrong; sample more problems, or harder ones")
@@ -540,7 +518,7 @@ def check_steps(args: Args, rows: list[dict], path: Path, old: list[dict]):
     steps = {identity(row): row["steps"] for row in rows}
     for row in old:
         if steps.get(identity(row), row.get("steps")) != row.get("steps"):
-            stop(f"{path} holds another sample {row['sample']} of {row['id']} than {args.labels or args.samples}; "
+            stop(f"{path} holds another sample {row['sample']} of {row['id']} than {args.samples}; "
                  "give another file")  # fmt: skip
 
 
@@ -598,7 +576,7 @@ def main(args: Args):
     known = read_located(args.known) if args.known else {}
     check_steps(args, rows, args.known, list(known.values()))
     if args.locator == "scores":
-        check_scores(args.labels or args.samples)
+        check_scores(args.samples)
     began = time.time()
     settings = {"stage": "02_locate_step", "locator": args.locator, "known": args.known, "seed": args.seed}
     settings |= {name: getattr(args, name) for name in SETTINGS[args.locator]}
@@ -626,7 +604,7 @@ def report(args: Args, rows: list[dict], known: dict, output: Output, spent: Cou
     asked = set(map(identity, rows))
     located = [row["error_step"] for row in output.rows if identity(row) in asked]
     found = Counter(step for step in located if step)
-    summary = {"solutions" if args.labels else "wrong samples": len(located), "located": found.total(),
+    summary = {"samples" if args.include_correct else "wrong samples": len(located), "located": found.total(),
                "not located": len(located) - found.total(), "by step": " ".join(f"{k}:{found[k]}" for k in sorted(found)),
                "gradings killed": kills}  # fmt: skip
     if args.known:

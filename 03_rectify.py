@@ -408,7 +408,7 @@ def load_input(args: Args) -> dict[str, list[dict]]:
         ("error_step", "02_locate_step.py", "rows has an error_step; see their reason fields") if args.method == "step-dpo"
         else ("correct", "01_sample_errors.py", "solutions is right; sample easier problems, or more")
     )  # fmt: skip
-    rows = read_samples(path, ("sample", "finish_reason"), args)
+    rows = read_samples(path, ("answer", "sample", "finish_reason"), args)
     for number, row in enumerate(rows, 1):
         if field not in row or "response" not in row:
             stop(f"{path}, row {number}: no {field!r} or no 'response'; give the output of {maker}")
@@ -1431,7 +1431,7 @@ def cut_label(step: str, number: int, split: str = "labels", opening: str = OPEN
 # Copied from 02_locate_step.py
 def read_samples(path: Path, fields: tuple[str, ...], args) -> list[dict]:
     """Rows with the steps that --split makes of their response."""
-    rows = read_rows(path, ("id", "problem", "answer", "steps", *fields))
+    rows = read_rows(path, ("id", "problem", "steps", *fields))
     for number, row in enumerate(rows, 1):
         if split_steps("".join(row["steps"]), args.split, args.opening) != row["steps"]:
             stop(f"{path}, row {number}: its steps are not those of --split {args.split}; give --split and --opening as 01 had")

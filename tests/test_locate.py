@@ -20,6 +20,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from unittest import mock
 
+import processbench
 import pytest
 import torch
 from conftest import ROOT, STAGES, TINY, read, run, stage
@@ -414,7 +415,7 @@ def test_scores_follow_their_formulas(tmp_path, capsys):
     assert locate.kappa([1, 1], [1, 1]) == 1.0
 
 
-def processbench(path):
+def processbench_rows(path):
     """Rows in ProcessBench's own form: steps without labels, 0-based error, -1 for none."""
     rows = [
         {"id": f"gsm8k-{i}", "generator": "Qwen2-7B-Instruct", "problem": f"wrong at {label + 1}", "label": label,
@@ -425,23 +426,29 @@ def processbench(path):
 
 
 def test_processbench_files_and_comparison(judge, tmp_path):
-    processbench(tmp_path / "labels.jsonl")
+    processbench_rows(tmp_path / "labels.jsonl")
     all_right = "\n".join(f"Step {k}: correct" for k in (1, 2, 3))
     judge.script = lambda n, body: verdicts(min(2, true_step(body))) if true_step(body) else all_right
     url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
-    command = ["--labels", tmp_path / "labels.jsonl", "--locator", "judge", "--judge-base-url", url, "--judge-model", "judge"]
-    run(2, *command, "--out", tmp_path / "a.jsonl")
-    done = run("locator_scores", tmp_path / "a.jsonl")
+    files = ["--data-dir", tmp_path, "--files", "labels", "--out"]
+    by_judge = ["--", "--locator", "judge", "--judge-base-url", url, "--judge-model", "judge"]
+    done = run("processbench", *files, tmp_path / "a", *by_judge)
+    assert "| judge | labels | 5 | 66.7% | 100.0% | 80.0% (" in done.stdout
+    a, b = (tmp_path / name / "labels.located.jsonl" for name in "ab")
+    done = run("locator_scores", a)
     for text in ("5 solutions, 3 wrong, 2 right", "F1 80.0%", "exact on wrong       66.7%"):
         assert text in done.stdout
+    asked = judge.seen[0]["messages"][0]["content"]
+    assert "## Answer\nIt is not known.\n" in asked
+    assert "Step 1: First, 2 + 2 = 4.\nStep 2: Then 4 + 1 = 6.\nStep 3: So" in asked
     judge.script = lambda n, body: verdicts(true_step(body)) if true_step(body) else all_right
-    run(2, *command, "--out", tmp_path / "b.jsonl")
-    done = run("locator_scores", tmp_path / "b.jsonl", "--truth", tmp_path / "a.jsonl")
+    run("processbench", *files, tmp_path / "b", *by_judge)
+    done = run("locator_scores", b, "--truth", a)
     assert "on 5 both say something; agreement 80.0%, Cohen's kappa 0.722" in done.stdout
-    done = run(2, "--labels", tmp_path / "labels.jsonl", "--out", tmp_path / "c.jsonl", check=False)
-    assert done.returncode == 2 and "has no 'answer'" in done.stderr and "Traceback" not in done.stderr
-    (tmp_path / "bad.jsonl").write_text('{"problem": "x", "steps": ["a"], "label": 3}\n')
-    done = run(2, *command[2:], "--labels", tmp_path / "bad.jsonl", "--out", tmp_path / "c.jsonl", check=False)
+    done = run("processbench", *files, tmp_path / "c", "--", "--locator", "rollout", check=False)
+    assert done.returncode == 2 and "no 'answer'" in done.stderr and "Traceback" not in done.stderr
+    (tmp_path / "labels.jsonl").write_text('{"problem": "x", "steps": ["a"], "label": 3}\n')
+    done = run("processbench", *files, tmp_path / "d", *by_judge, check=False)
     assert done.returncode == 2 and "row 1" in done.stderr and "label" in done.stderr
 
 
@@ -450,7 +457,20 @@ def test_labels_of_rows_that_say_nothing_else(tmp_path):
     row = {"problem": "p", "steps": ["a", "b"]}
     rows = [{"error_step": 2}, {"error_step": None}, {"error_step": None, "reason": "unsure"}, {"label": -1}, {"label": 1}]
     (tmp_path / "l.jsonl").write_text("".join(json.dumps(row | more) + "\n" for more in rows))
-    assert [row["label"] for row in stage(2).load_labels(tmp_path / "l.jsonl")] == [1, -1, -1, 1]
+    assert [row["label"] for row in processbench.sample_rows(tmp_path / "l.jsonl")] == [1, -1, -1, 1]
+
+
+def test_sample_rows_are_those_that_02_splits(tmp_path):
+    """Paragraphs with blank lines, labels or leading space; a click on a row of 01 keeps its steps."""
+    row = {"id": "a", "problem": "p", "steps": ["Step 1: x\n\n y ", "\n z", "Step 3"], "label": 1, "answer": 0}
+    (tmp_path / "l.jsonl").write_text(json.dumps(row) + "\n")
+    rows = processbench.sample_rows(tmp_path / "l.jsonl")
+    assert rows[0]["steps"] == ["Step 1: x\n y\n\n", "z\n\n", "Step 3\n\n"] and rows[0]["answer"] == "0"
+    assert stage(2).split_steps(rows[0]["response"], processbench.split_of(rows)) == rows[0]["steps"]
+    clicked = wrong_samples(tmp_path / "in.jsonl", 2)
+    (tmp_path / "l.jsonl").write_text("".join(json.dumps(row | {"error_step": 2, "reason": None}) + "\n" for row in clicked))
+    rows = processbench.sample_rows(tmp_path / "l.jsonl")
+    assert [row["steps"] for row in rows] == [row["steps"] for row in clicked] and processbench.split_of(rows) == "labels"
 
 
 def test_a_page_does_not_write_over_a_file_that_is_not_its_own(tmp_path):

@@ -39,7 +39,8 @@ def labelled(path, count: int = 120) -> list[dict]:
             steps[label + 1 :] = [step.replace(f" {a - b} ", f" {make.buggy(a, b)} ") for step in steps[label + 1 :]]
         if sum((old["label"] < 0) == (label < 0) for old in rows) < count / 2:
             rows.append({"id": row["id"], "problem": row["problem"], "steps": steps, "label": label, "answer": row["answer"],
-                         "response": "".join(steps), "final_answer_correct": label < 0})  # fmt: skip
+                         "response": "".join(steps), "sample": 0, "correct": label < 0, "finish_reason": "stop",
+                         "final_answer_correct": label < 0})  # fmt: skip
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
@@ -129,7 +130,8 @@ def test_the_bundled_prm_finds_most_first_errors(tmp_path, capsys):
     labelled(tmp_path / "labels.jsonl")
     score = [tmp_path / "labels.jsonl", "--prm", PRM]
     run("score_steps", *score)
-    arguments = ["--labels", tmp_path / "labels.scored.jsonl", "--locator", "scores", "--out", tmp_path / "out.jsonl"]
+    arguments = ["--samples", tmp_path / "labels.scored.jsonl", "--include-correct", "--locator", "scores",
+                 "--out", tmp_path / "out.jsonl"]  # fmt: skip
     done = run(2, *arguments)
     rows = read(tmp_path / "out.jsonl")
     said = [(row["label"], (row["error_step"] or 0) - 1) for row in rows]
@@ -263,7 +265,8 @@ def test_rows_that_cannot_be_scored_stay_open(tmp_path, capsys):
     score_steps.main(score_steps.Args(write(tmp_path / "in.jsonl", rows), str(PRM), wrong_only=True))
     scored = read(tmp_path / "in.scored.jsonl")
     assert [row["step_scores"] is None for row in scored] == [False, True, True, True, True, False]
-    run(2, "--labels", tmp_path / "in.scored.jsonl", "--locator", "scores", "--out", tmp_path / "out.jsonl")
+    run(2, "--samples", tmp_path / "in.scored.jsonl", "--include-correct", "--locator", "scores",
+        "--out", tmp_path / "out.jsonl")  # fmt: skip
     found = {row["id"]: row for row in read(tmp_path / "out.jsonl")}
     reasons = [str(found[row["id"]]["reason"]) for row in rows]
     assert "marks: " in reasons[1] and "where the model takes 4096" in reasons[2] and "a right solution" in reasons[4]
@@ -278,12 +281,13 @@ def test_rows_that_cannot_be_scored_stay_open(tmp_path, capsys):
 
 @pytest.mark.parametrize("scores", ["missing", [0.5], [0.5, "x"], [0.5, float("nan")], [0.5, True], {"1": 0.5}, 0.5])
 def test_02_takes_a_number_for_each_step(scores, tmp_path):
-    row = {"id": "a", "problem": "p", "steps": ["x", "y"], "label": 1, "step_scores": [0.9, 0.1]}
+    [row] = wrong_samples(tmp_path / "in.jsonl", 1)
+    row |= {"id": "a", "step_scores": [0.9, 0.1, 0.9, 0.9]}
     bad = row | {"id": "b", "step_scores": scores}
     if scores == "missing":
         del bad["step_scores"]
     path = write(tmp_path / "in.jsonl", [row, bad])
-    done = run(2, "--labels", path, "--locator", "scores", "--out", tmp_path / "out.jsonl", check=False)
+    done = run(2, "--samples", path, "--locator", "scores", "--out", tmp_path / "out.jsonl", check=False)
     assert done.returncode == 2 and f"{path}, row 2: no 'step_scores'" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -305,9 +309,10 @@ def test_consensus_keeps_what_both_say(judge, tmp_path):  # noqa: F811
     judge.script = script
     url = f"http://127.0.0.1:{judge.server_port}/v1"
     run("score_steps", tmp_path / "labels.jsonl", "--prm", PRM)
-    judged = ["--labels", tmp_path / "labels.scored.jsonl", "--locator", "judge", "--judge-model", "judge",
+    samples = ["--samples", tmp_path / "labels.scored.jsonl", "--include-correct"]
+    judged = [*samples, "--locator", "judge", "--judge-model", "judge",
               "--judge-base-url", url, "--out", tmp_path / "judged.jsonl"]  # fmt: skip
-    run(2, "--labels", tmp_path / "labels.scored.jsonl", "--locator", "scores", "--out", tmp_path / "scores.jsonl")
+    run(2, *samples, "--locator", "scores", "--out", tmp_path / "scores.jsonl")
     run(2, *judged, "--limit", 10)
     asked = judge.count
     run(2, *judged)
