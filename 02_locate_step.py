@@ -94,7 +94,6 @@ VERDICTS_HEAD = re.compile(r"^[\W_]*(?:verdicts?|判断|结论|判定)[\W_]*$", 
 THOUGHT = re.compile(r"^.*</think>|<think>.*", re.S)  # the second: a thought that was cut and never closed
 NO_ERROR = "no error found"
 WAVE = 2  # continuations of a prefix that are asked for first; then as many as there are: 2, 2, 4, 8 ...
-ANALYSIS_TOKENS = 270  # --estimate: of a judgement's analysis, whose prompt asks for 200 words at most
 
 
 @dataclass
@@ -171,12 +170,8 @@ class Args:
     """smallest share of the votes that the step must have"""
     retries: int = 3
     """how often a judgement that cannot be read is asked for again"""
-    price: tuple[float, float] = (0.0, 0.0)
-    """money for a million prompt and completion tokens of the judge"""
-    estimate: bool = False
-    """count the judge's tokens and money, and ask nothing"""
-    max_cost: float | None = None
-    """ask nothing more when the judge has cost so much; what is in flight is paid too"""
+    max_judge_tokens: int = 0
+    """ask the judge nothing more after so many tokens, prompts and earlier runs counted; 0: no bound"""
     max_per_problem: int | None = None
     """use the first so many wrong samples of a problem"""
     limit: int | None = None
@@ -360,7 +355,7 @@ async def judge_once(ask, row: dict, number: int, args, spent: Counter) -> tuple
 
 
 async def by_judge(args: Args, ask, row: dict, spent: Counter) -> dict:
-    """{"error_step", "locator", "reason", "judge"}. `spent` counts tokens, retries and money."""
+    """{"error_step", "locator", "reason", "judge"}. `spent` counts tokens and retries."""
     found = {"error_step": None, "locator": "judge"}
     if not row["steps"]:
         return found | {"reason": "no response to look at"}
@@ -370,8 +365,6 @@ async def by_judge(args: Args, ask, row: dict, spent: Counter) -> dict:
     own = Counter()
     votes = await asyncio.gather(*(judge_once(ask, row, number, args, own) for number in range(args.votes)))
     spent.update(own)
-    if any(args.price):
-        spent["money"] = round(money(args, spent["prompt"], spent["completion"]), 4)
     count = Counter(step for step, _, _ in votes if step is not None)
     (top, most), *others = count.most_common() or [(None, 0)]
     agreement, text = most / args.votes, next(text for step, text, _ in votes if step == top)
@@ -389,33 +382,9 @@ async def by_judge(args: Args, ask, row: dict, spent: Counter) -> dict:
     return found | {"judge": judge}
 
 
-def money(args: Args, prompt: float, completion: float) -> float:
-    """What so many tokens of the judge cost."""
-    return (prompt * args.price[0] + completion * args.price[1]) / 1e6
-
-
 def no_diagram(args: Args, row: dict) -> bool:
     """Whether a problem speaks of a diagram that is not there, so that nobody can judge it."""
     return not args.missing_diagrams and "diagram" in row["problem"] and "asy" not in row["problem"]
-
-
-def print_estimate(args: Args, rows: list[dict]):
-    """What judging the rows that are not judged yet will take: prompts are counted, completions taken to be as long as those
-    that are there, or as the prompt asks for."""
-    there = read_rows(args.out, ()) if args.out.exists() and args.out.stat().st_size else []
-    done = {identity(row): row for row in there}
-    rows = [row for row in rows if identity(row) not in done and row["steps"] and not no_diagram(args, row)]
-    count = lambda text: len(text) / 4 + 0.75 * len(re.findall("[一-鿿]", text))  # a server's tokenizer is not known
-    if not args.judge_base_url:
-        tokenizer = load_tokenizer(args.judge_model, None, "{}")
-        count = lambda text: len(tokenizer(text)["input_ids"])
-    asked = [row["judge"]["tokens"][1] / args.votes for row in done.values() if "tokens" in (row.get("judge") or {})]
-    prompt = args.votes * sum(count(judge_prompt(row, args)) for row in rows)
-    lengths = [sum(asked) / len(asked) if asked else ANALYSIS_TOKENS + 6 * len(row["steps"]) for row in rows]
-    known = f"the mean of {len(asked)} rows judged" if asked else "assumed, thoughts apart; judge some by --limit to know"
-    print(f"{len(rows)} rows to judge, {args.votes} vote(s) each: {prompt:.0f} prompt tokens, {args.votes * sum(lengths):.0f} "
-          f"completion tokens ({known}), money {money(args, prompt, args.votes * sum(lengths)):.2f}; with every answer as long "
-          f"as --judge-max-tokens {money(args, prompt, args.votes * len(rows) * args.judge_max_tokens):.2f}")  # fmt: skip
 
 
 def check_scores(path: Path):
@@ -445,12 +414,12 @@ async def scores_locator(args: Args, tokenizer, grader, samples, keep, spent: Co
 
 @contextlib.asynccontextmanager
 async def judge_locator(args: Args, tokenizer, grader, samples, keep, spent: Counter, rows: int):
-    """Yields `await locate(row)`, see by_judge(), which gives None when --max-cost is spent; and how many rows at a time."""
-    limit = math.inf if args.max_cost is None else args.max_cost
+    """Yields `await locate(row)`, see by_judge(), which gives None after --max-judge-tokens; and how many rows at a time."""
     async with judge(args) as (ask, places):
 
         async def locate(row: dict) -> dict | None:
-            if spent["money"] + spent["money of earlier runs"] >= limit:
+            tokens = spent["tokens of earlier runs"] + spent["prompt"] + spent["completion"]
+            if 0 < args.max_judge_tokens <= tokens:
                 return None
             return await by_judge(args, ask, row, spent)
 
@@ -538,8 +507,7 @@ async def locate_all(args: Args, rows: list[dict], samples: dict, known: dict, t
     copies = {key: row for key, row in known.items() if row["error_step"]}
     if args.locator == "judge":
         judged = [row["judge"] for row in output.rows if row.get("judge") and identity(row) not in copies]
-        paid = [judgement.get("tokens", [0, 0]) for judgement in judged]
-        spent["money of earlier runs"] = money(args, sum(p for p, _ in paid), sum(c for _, c in paid))
+        spent["tokens of earlier runs"] = sum(sum(judgement.get("tokens", ())) for judgement in judged)
     todo = [row for row in rows if identity(row) not in done]
     output.write(*(copies[identity(row)] for row in todo if identity(row) in copies))
     todo = [row for row in todo if identity(row) not in copies]
@@ -564,14 +532,12 @@ async def locate_all(args: Args, rows: list[dict], samples: dict, known: dict, t
 
 def main(args: Args):
     least = (args.rollouts, args.give_up, args.max_tokens, args.votes, args.limit, args.max_per_problem)
-    zero, shares = min(args.retries, args.concurrency) < 0, (args.min_agreement, args.alpha)
+    zero, shares = min(args.retries, args.concurrency, args.max_judge_tokens) < 0, (args.min_agreement, args.alpha)
     if min(1 if value is None else value for value in least) < 1 or zero or not all(0 <= share <= 1 for share in shares):
-        stop("--rollouts, --give-up, --max-tokens, --votes, --max-per-problem and --limit are at least 1, --retries and "
-             "--concurrency at least 0, --min-agreement and --alpha are between 0 and 1")  # fmt: skip
+        stop("--rollouts, --give-up, --max-tokens, --votes, --max-per-problem and --limit are at least 1, --retries, "
+             "--concurrency and --max-judge-tokens at least 0, --min-agreement and --alpha are between 0 and 1")  # fmt: skip
     if args.locator == "judge" and not args.judge_model:
         stop("the judge needs --judge-model and, unless vLLM is to run that here, --judge-base-url")
-    if (args.estimate or args.max_cost is not None) and (args.locator != "judge" or not any(args.price)):
-        stop("--estimate and --max-cost are for the judge, and need --price")
     rows, samples = load_samples(args)
     known = read_located(args.known) if args.known else {}
     check_steps(args, rows, args.known, list(known.values()))
@@ -588,8 +554,6 @@ def main(args: Args):
         settings["judge_prompt"] = hashlib.sha256(JUDGE_PROMPT.encode()).hexdigest()[:16]
     else:
         settings["prm"] = ", ".join(sorted({str(row.get("prm")) for row in rows}))
-    if args.estimate:
-        return print_estimate(args, rows)
     with contextlib.ExitStack() as opened:
         paths = args.out, args.keep_rollouts
         output, keep = [opened.enter_context(contextlib.closing(Output(path, settings))) if path else None for path in paths]
@@ -610,7 +574,7 @@ def report(args: Args, rows: list[dict], known: dict, output: Output, spent: Cou
     if args.known:
         summary["located in --known"] = sum(bool(row["error_step"]) for key, row in known.items() if key in asked)
     for what, n in spent.items():
-        if n or what != "money of earlier runs":
+        if n or what != "tokens of earlier runs":
             summary[f"{args.locator} {what}{' tokens' * (what in ('prompt', 'completion'))}"] = n
     summary["seconds"] = round(seconds, 1)
     left = spent["rows not asked for"]
@@ -618,7 +582,7 @@ def report(args: Args, rows: list[dict], known: dict, output: Output, spent: Cou
     output.save_meta(finished=not left, summary=summary, seeded_requests=seeded)
     print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
     if left:
-        stop(f"--max-cost {args.max_cost:g} is spent; what was judged is kept, the same command with a higher one goes on")
+        stop(f"--max-judge-tokens {args.max_judge_tokens} are spent; the rows so far are kept, the same command with more resumes")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ class Args:
     concurrency: int = 32
     """solutions that the critic reads at a time"""
     price: tuple[float, float] = (0.0, 0.0)
-    """money for a million prompt and completion tokens of the critic"""
+    """money for a million prompt and completion tokens of the critic, or of 02's judge"""
     prm: str = ""
     """instead of a critic a process reward model, by score_steps.py"""
     form: Literal["math-shepherd", "rlhflow"] = "math-shepherd"
@@ -209,13 +209,11 @@ def locate(args: Args, name: str, options: list[str]) -> tuple[list[dict], float
     return LOCATE.read_rows(made[0], ("steps",)), seconds
 
 
-def cost_of(args: Args, rows: list[dict], seconds: float, options: list[str]) -> list[float]:
+def cost_of(args: Args, rows: list[dict], seconds: float) -> list[float]:
     """Tokens, money and seconds of all runs that made the rows."""
     asked = [row[name]["tokens"] for row in rows for name in ("judge", "critic") if row.get(name)]
     tokens = sum(map(sum, asked)) + sum(row.get("prm_tokens", 0) for row in rows)
-    at = options.index("--price") if "--price" in options else None
-    price = list(map(float, options[at + 1 : at + 3])) if at is not None else args.price
-    return [tokens, sum(p * price[0] + c * price[1] for p, c in asked) / 1e6, seconds]
+    return [tokens, sum(p * args.price[0] + c * args.price[1] for p, c in asked) / 1e6, seconds]
 
 
 def scores(rows: list[dict], said=LOCATE.verdict, seed: int = 0) -> dict:
@@ -258,7 +256,7 @@ def main(args: Args, options: list[str]):
     rows, cost = {}, {}
     for file in args.files:
         rows[file], seconds = locate(args, file, options)
-        cost[file] = cost_of(args, rows[file], seconds, options)
+        cost[file] = cost_of(args, rows[file], seconds)
     name, all_of = rows[args.files[0]][0]["locator"], lambda said: {
         file: scores(part, said, seed) for seed, (file, part) in enumerate(rows.items())
     }

@@ -356,26 +356,23 @@ def test_consensus_of_files_that_do_not_fit(tmp_path):
         assert done.returncode == 2 and why in done.stderr and "Traceback" not in done.stderr
 
 
-def test_the_judge_stops_at_its_cost_and_goes_on(judge, tmp_path):  # noqa: F811
-    """100 prompt and 10 completion tokens a judgement: 1.1 each by this price."""
+def test_the_judge_stops_at_its_tokens_and_resumes(judge, tmp_path):  # noqa: F811
+    """100 prompt and 10 completion tokens a judgement."""
     rows = wrong_samples(tmp_path / "in.jsonl", 12)
     judge.script = lambda n, body: verdicts(true_step(body))
-    price = ["--price", 1e4, 1e4, "--concurrency", 2]
-    done = judged(judge, tmp_path, *price, "--estimate")
-    assert judge.count == 0 and "12 rows to judge, 1 vote(s) each" in done.stdout and not (tmp_path / "out.jsonl").exists()
-    done = judged(judge, tmp_path, *price, "--max-cost", 4, check=False)
-    assert done.returncode == 2 and "--max-cost 4 is spent" in done.stderr and "Traceback" not in done.stderr
+    bound = ["--concurrency", 2, "--max-judge-tokens"]
+    done = judged(judge, tmp_path, *bound, 400, check=False)
+    assert done.returncode == 2 and "--max-judge-tokens 400 are spent" in done.stderr and "Traceback" not in done.stderr
     first = judge.count
     assert first == len(read(tmp_path / "out.jsonl")) in (4, 5)
-    done = judged(judge, tmp_path, *price, "--estimate")
-    assert f"{12 - first} rows to judge" in done.stdout and f"the mean of {first} rows judged" in done.stdout
-    assert f"{10 * (12 - first)} completion tokens" in done.stdout
-    done = judged(judge, tmp_path, *price, "--max-cost", 8, check=False)
-    assert done.returncode == 2 and judge.count in (8, 9), "what was paid before counts"
-    done = judged(judge, tmp_path, *price, "--max-cost", 100)
+    assert f"judge prompt tokens {100 * first}, judge completion tokens {10 * first}" in done.stdout
+    done = judged(judge, tmp_path, *bound, 800, check=False)
+    assert done.returncode == 2 and judge.count in (8, 9), "what earlier runs took counts"
+    assert f"judge tokens of earlier runs {110 * first}" in done.stdout
+    done = judged(judge, tmp_path, *bound, 0)
     assert judge.count == 12 and {row["id"] for row in read(tmp_path / "out.jsonl")} == {row["id"] for row in rows}
-    done = judged(judge, tmp_path, "--max-cost", 1, check=False)
-    assert done.returncode == 2 and "need --price" in done.stderr
+    done = judged(judge, tmp_path, *bound, -1, check=False)
+    assert done.returncode == 2 and "--max-judge-tokens at least 0" in done.stderr
 
 
 @pytest.mark.slow
