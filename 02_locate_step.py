@@ -18,10 +18,10 @@ Output, a line a wrong sample: the fields above and
 error_step is null, with a reason, where the locator cannot tell; 03 makes no pair of such a row.
 
 rollout: V(k) is the share of continuations of steps 1..k that reach the answer; rollout_values holds (right, tried) by k.
-The first wrong step is the one behind the last k with V(k) > 0 (the hard estimate of Math-Shepherd, arXiv 2312.08935, takes
-the first k with V(k) = 0), found by bisection (OmegaPRM, arXiv 2406.06592). A prefix is alive with its first right
-continuation, and lost when its failures are evidence: lost_after() is the rule to edit, `chance` the probability that it leaves
-to chance. Continuations are asked for in waves of 2, 2, 4, 8 ...
+The first wrong step is the one after the last k with V(k) > 0 (the hard estimate of Math-Shepherd, arXiv 2312.08935, takes
+the first k with V(k) = 0), found by bisection (OmegaPRM, arXiv 2406.06592): is_alive() and first_wrong_step() are the rule to
+edit. A prefix is alive with its first right continuation, and lost when its failures are evidence, see lost_after(); `chance`
+is the probability that these are chance. Continuations are asked for in waves of 2, 2, 4, 8 ...
 judge: a model reads problem, truth and steps and gives a verdict a step; --votes of them are counted.
 scores: `step_scores` of the input, a number a step; the first below --threshold is wrong. analysis/score_steps.py adds them.
 The same command run again goes on where it stopped.
@@ -191,6 +191,35 @@ SETTINGS = {  # what a row depends on
 }  # fmt: skip
 
 
+def is_alive(right: int, tried: int) -> bool:
+    """The threshold of V(k): whether steps 1..k are right, of which so many continuations reach the answer. Where it is a share
+    of `tried`, give --all-rollouts: else few continuations are asked for."""
+    return right > 0
+
+
+async def first_wrong_step(n_steps: int, estimate, linear: bool) -> tuple[int | None, str | None]:
+    """The rule of the rollouts: the step after the last prefix that is alive, or None and the reason. `await estimate(k)` gives
+    V(k) as the numbers (right, tried) of continuations of steps 1..k.
+
+    V(0) is asked first: a problem that the model never solves would cost the most. V(n_steps) = 0 is known: the solution is
+    wrong. A right prefix may fail by chance, a wrong one hardly ever succeeds: so a success counts for all prefixes before it.
+    One after its result bisection does not see, which --linear does."""
+    right, tried = await estimate(0)
+    if right == 0:
+        return None, f"none of {tried} samples and continuations of the problem is right"
+    if linear:
+        alive = [k for k in range(1, n_steps) if is_alive(*await estimate(k))]
+        return max(alive, default=0) + 1, None
+    low, high = 0, n_steps  # steps 1..low are right, steps 1..high are not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if is_alive(*await estimate(middle)):
+            low = middle
+        else:
+            high = middle
+    return high, None
+
+
 def by_chance(failures: int, right: int, wrong: int) -> float:
     """The probability of so many failures in a row at the rate of which `right` and `wrong` continuations were seen: by
     Jeffreys' prior it is beta(right + 1/2, wrong + 1/2), so that 1 of 4 is no certainty and 0 of 4 does not mean never."""
@@ -198,26 +227,9 @@ def by_chance(failures: int, right: int, wrong: int) -> float:
 
 
 def lost_after(right: int, wrong: int, alpha: float, most: int) -> int:
-    """The rule of the rollouts: behind how many failures, and no success, a prefix is lost: so many as would be unlikely
-    (below `alpha`) had the rate of the prefixes before it still held, of which `right` and `wrong` continuations were seen."""
+    """After how many failures, and no success, a prefix is lost: so many as would be unlikely (below `alpha`) had the rate of
+    the prefixes before it still held, of which `right` and `wrong` continuations were seen."""
     return next((tries for tries in range(1, most) if by_chance(tries, right, wrong) < alpha), most)
-
-
-async def first_wrong_step(n_steps: int, reaches, linear: bool) -> int | None:
-    """The step behind the last prefix with V(k) > 0, given `await reaches(k)` = (V(k) > 0). None: V(0) = 0 too, asked first,
-    since a problem that the model never solves would cost the most.
-
-    V(n_steps) = 0 is known: the solution is wrong. A right prefix may fail by chance, a wrong one hardly ever succeeds: so a
-    success counts for all prefixes before it. One behind its result bisection does not see, which --linear does."""
-    if not await reaches(0):
-        return None
-    if linear:
-        return max([k for k in range(1, n_steps) if await reaches(k)], default=0) + 1
-    low, high = 0, n_steps
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if await reaches(middle) else (low, middle)
-    return high
 
 
 async def search(args, n_steps: int, draw, seen: list[int]) -> dict:
@@ -227,26 +239,34 @@ async def search(args, n_steps: int, draw, seen: list[int]) -> dict:
 
     def before(k: int) -> tuple[int, int]:
         """Right and wrong ones of the samples and of the prefixes up to the last one before k that is alive."""
-        alive = max((j for j in values if j < k and values[j][0]), default=-1)
-        right, tried = map(sum, zip(seen, *(values[j] for j in values if j <= alive), strict=True))
+        last_alive = max((j for j in values if j < k and is_alive(*values[j])), default=-1)
+        counts = [seen, *(values[j] for j in values if j <= last_alive)]
+        right, tried = (sum(numbers) for numbers in zip(*counts, strict=True))
         return right, tried - right
 
-    async def reaches(k: int) -> bool:
-        if k == 0 and seen[0]:
-            return True
-        enough = lost_after(*before(k), args.alpha, args.rollouts) if k else max(0, args.give_up - seen[1])
-        enough, right, tried = args.rollouts if args.all_rollouts else enough, 0, 0
-        while tried < enough and (args.all_rollouts or not right):
-            size = enough if args.all_rollouts else min(max(WAVE, tried), enough - tried)
-            right, tried = right + sum(await draw(k, tried, size)), tried + size
+    async def estimate(k: int) -> tuple[int, int]:
+        if k == 0 and seen[0] > 0:
+            return seen[0], seen[1]
+        if args.all_rollouts:
+            most = args.rollouts
+        elif k == 0:
+            most = max(0, args.give_up - seen[1])
+        else:
+            most = lost_after(*before(k), args.alpha, args.rollouts)
+        right, tried = 0, 0
+        while tried < most and (args.all_rollouts or right == 0):
+            size = most if args.all_rollouts else min(max(WAVE, tried), most - tried)
+            right += sum(await draw(k, tried, size))
+            tried += size
         values[k] = [right, tried]
-        return right > 0
+        return (right, tried) if k else (right, tried + seen[1])
 
-    step = await first_wrong_step(n_steps, reaches, args.linear)
-    reason = None if step else f"none of {seen[1]} samples and {values[0][1]} more continuations of the problem is right"
-    chance = by_chance(values[step][1], *before(step)) if step in values else 0.0 if step else None
-    return {"error_step": step, "reason": reason, "chance": chance and round(chance, 4),
-            "rollout_values": {str(k): values[k] for k in sorted(values)}}  # fmt: skip
+    step, reason = await first_wrong_step(n_steps, estimate, args.linear)
+    chance = None
+    if step:  # of the last step it is certain: the whole solution is wrong
+        chance = round(by_chance(values[step][1], *before(step)), 4) if step in values else 0.0
+    values = {str(k): values[k] for k in sorted(values)}
+    return {"error_step": step, "reason": reason, "chance": chance, "rollout_values": values}
 
 
 def cut_label(step: str, number: int, split: str = "labels", opening: str = OPENING) -> tuple[str, str]:
@@ -396,56 +416,17 @@ def check_scores(path: Path):
             stop(f"{path}, row {number}: no 'step_scores' with a number for each step; analysis/score_steps.py makes them")
 
 
-@contextlib.asynccontextmanager
-async def scores_locator(args: Args, tokenizer, grader, samples, keep, spent: Counter, rows: int):
-    """Yields `await locate(row)` -> {"error_step", "locator", "reason"} by the row's own scores, and how many at a time."""
-
-    async def locate(row: dict) -> dict:
-        found, scores = {"error_step": None, "locator": "scores"}, row["step_scores"]
-        if not row["steps"]:
-            return found | {"reason": "no response to look at"}
-        if scores is None:
-            return found | {"reason": f"not scored: {row.get('prm_reason')}"}
-        step = next((k for k, score in enumerate(scores, 1) if score < args.threshold), None)
-        return found | {"error_step": step, "reason": None if step else f"{NO_ERROR} by the scores"}
-
-    yield locate, 1
-
-
-@contextlib.asynccontextmanager
-async def judge_locator(args: Args, tokenizer, grader, samples, keep, spent: Counter, rows: int):
-    """Yields `await locate(row)`, see by_judge(), which gives None after --max-judge-tokens; and how many rows at a time."""
-    async with judge(args) as (ask, places):
-
-        async def locate(row: dict) -> dict | None:
-            tokens = spent["tokens of earlier runs"] + spent["prompt"] + spent["completion"]
-            if 0 < args.max_judge_tokens <= tokens:
-                return None
-            return await by_judge(args, ask, row, spent)
-
-        yield locate, places
-
-
-@contextlib.asynccontextmanager
-async def rollout_locator(args: Args, tokenizer, grader: Grader, samples: dict, keep: Output | None, spent: Counter,
-                          rows: int):  # fmt: skip
-    """Yields `await locate(row)`, see by_rollouts(), and how many rows at a time; `keep` gets the continuations."""
-    kept = {identity(row) for row in keep.rows} if keep else set()
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
-    async with interpreter(args) as run_code, engine(args, args.model, rows) as generate:
-        solve = Solver(args, generate, tokenizer, run_code)
-        go_on = lambda row, prefix, seed, n: solve(row["problem"], prefix, seed, n, **sampling)
-
-        async def locate(row: dict) -> dict:
-            found, texts = await by_rollouts(args, go_on, grader, samples.get(row["id"], [0, 0]), row, spent)
-            if keep and identity(row) not in kept:
-                keep.write({"id": row["id"], "sample": row["sample"], "rollouts": texts})
-            return found
-
-        yield locate, in_flight(args, generate)
-
-
-LOCATORS = {"rollout": rollout_locator, "judge": judge_locator, "scores": scores_locator}
+def by_scores(row: dict, threshold: float) -> dict:
+    """{"error_step", "locator", "reason"}: the first step whose score is below the threshold is wrong."""
+    found, scores = {"error_step": None, "locator": "scores"}, row["step_scores"]
+    if not row["steps"]:
+        return found | {"reason": "no response to look at"}
+    if scores is None:
+        return found | {"reason": f"not scored: {row.get('prm_reason')}"}
+    for number, score in enumerate(scores, 1):
+        if score < threshold:
+            return found | {"error_step": number, "reason": None}
+    return found | {"reason": f"{NO_ERROR} by the scores"}
 
 
 def verdict(found: dict) -> int | None:
@@ -503,7 +484,7 @@ def read_located(path: Path) -> dict[tuple, dict]:
 async def locate_all(args: Args, rows: list[dict], samples: dict, known: dict, tokenizer, output: Output,
                      keep: Output | None, grader: Grader) -> Counter:  # fmt: skip
     """Copy what --known has located, and locate the other rows that are not done. Returns the cost."""
-    done, spent = {identity(row) for row in output.rows}, Counter()
+    spent, done = Counter(), {identity(row) for row in output.rows}
     copies = {key: row for key, row in known.items() if row["error_step"]}
     if args.locator == "judge":
         judged = [row["judge"] for row in output.rows if row.get("judge") and identity(row) not in copies]
@@ -511,19 +492,39 @@ async def locate_all(args: Args, rows: list[dict], samples: dict, known: dict, t
     todo = [row for row in rows if identity(row) not in done]
     output.write(*(copies[identity(row)] for row in todo if identity(row) in copies))
     todo = [row for row in todo if identity(row) not in copies]
-    if todo:
-        async with LOCATORS[args.locator](args, tokenizer, grader, samples, keep, spent, len(done)) as (locate, places):
+    kept = {identity(row) for row in keep.rows} if keep else set()
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
+    places = 1
 
-            async def work(row: dict):
-                found = await locate(row)
-                if found is None:
-                    spent["rows not asked for"] += 1
-                    return
-                output.write(known.get(identity(row), {}) | row | found)
-                if len(output.rows) % 100 == 0:
-                    cost = ", ".join(f"{what} {count}" for what, count in spent.items())
-                    tqdm.write(f"{len(output.rows)} rows; {cost}", file=sys.stderr)
+    async def go_on(row: dict, prefix: str, seed: int, n: int) -> list[dict]:
+        return await solve(row["problem"], prefix, seed, n, **sampling)
 
+    async def work(row: dict):
+        if args.locator == "rollout":
+            found, texts = await by_rollouts(args, go_on, grader, samples.get(row["id"], [0, 0]), row, spent)
+            if keep and identity(row) not in kept:
+                keep.write({"id": row["id"], "sample": row["sample"], "rollouts": texts})
+        elif args.locator == "judge":
+            tokens = spent["tokens of earlier runs"] + spent["prompt"] + spent["completion"]
+            if 0 < args.max_judge_tokens <= tokens:
+                spent["rows not asked for"] += 1
+                return
+            found = await by_judge(args, ask, row, spent)
+        else:
+            found = by_scores(row, args.threshold)
+        output.write(known.get(identity(row), {}) | row | found)
+        if len(output.rows) % 100 == 0:
+            cost = ", ".join(f"{what} {count}" for what, count in spent.items())
+            tqdm.write(f"{len(output.rows)} rows; {cost}", file=sys.stderr)
+
+    async with contextlib.AsyncExitStack() as stack:
+        if args.locator == "rollout" and todo:
+            run_code = await stack.enter_async_context(interpreter(args))
+            generate = await stack.enter_async_context(engine(args, args.model, len(done)))
+            solve, places = Solver(args, generate, tokenizer, run_code), in_flight(args, generate)
+        elif args.locator == "judge" and todo:
+            ask, places = await stack.enter_async_context(judge(args))
+        if todo:
             await run_all(todo, work, places, f"by {args.locator}")
     if keep:
         keep.save_meta(finished=True)
@@ -531,11 +532,15 @@ async def locate_all(args: Args, rows: list[dict], samples: dict, known: dict, t
 
 
 def main(args: Args):
-    least = (args.rollouts, args.give_up, args.max_tokens, args.votes, args.limit, args.max_per_problem)
-    zero, shares = min(args.retries, args.concurrency, args.max_judge_tokens) < 0, (args.min_agreement, args.alpha)
-    if min(1 if value is None else value for value in least) < 1 or zero or not all(0 <= share <= 1 for share in shares):
-        stop("--rollouts, --give-up, --max-tokens, --votes, --max-per-problem and --limit are at least 1, --retries, "
-             "--concurrency and --max-judge-tokens at least 0, --min-agreement and --alpha are between 0 and 1")  # fmt: skip
+    for name in ("rollouts", "give_up", "max_tokens", "votes", "max_per_problem", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            stop(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("retries", "concurrency", "max_judge_tokens"):
+        if getattr(args, name) < 0:
+            stop(f"--{name.replace('_', '-')} must be at least 0")
+    for name in ("min_agreement", "alpha"):
+        if not 0 <= getattr(args, name) <= 1:
+            stop(f"--{name.replace('_', '-')} must be between 0 and 1")
     if args.locator == "judge" and not args.judge_model:
         stop("the judge needs --judge-model and, unless vLLM is to run that here, --judge-base-url")
     rows, samples = load_samples(args)
@@ -582,7 +587,7 @@ def report(args: Args, rows: list[dict], known: dict, output: Output, spent: Cou
     output.save_meta(finished=not left, summary=summary, seeded_requests=seeded)
     print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
     if left:
-        stop(f"--max-judge-tokens {args.max_judge_tokens} are spent; the rows so far are kept, the same command with more resumes")
+        stop(f"--max-judge-tokens {args.max_judge_tokens} are spent; the rows are kept, the same command with more resumes")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -61,9 +61,18 @@ def test_tries_follow_the_rate_of_the_prefix_before():
 
 def test_a_problem_is_given_up():
     found = searched({}, 4, [0, 4])
-    assert found["error_step"] is found["chance"] is None and "none of 4 samples and 8 more" in found["reason"]
+    assert found["error_step"] is found["chance"] is None and "none of 12 samples and continuations" in found["reason"]
     assert found["rollout_values"] == {"0": [0, 8]} and searched({}, 4, [0, 20])["rollout_values"] == {"0": [0, 0]}
     assert searched({0: [4], 1: range(9)}, 3, [0, 0])["rollout_values"] == {"0": [1, 8], "1": [2, 2], "2": [0, 12]}
+
+
+def test_the_threshold_of_v_is_one_function():
+    """An edit of it changes the step that is named, where all continuations are made; V(0) has a test of its own."""
+    of = {0: [1], 1: range(8), 2: range(3), 3: range(1)}
+    with mock.patch.object(stage(2), "is_alive", lambda right, tried: right > 0.3 * tried):
+        found = [searched(of, 4, [0, 1], rollouts=8, all_rollouts=True, linear=linear) for linear in (False, True)]
+    assert [one["error_step"] for one in found] == [3, 3] and found[0]["rollout_values"]["0"] == [1, 8]
+    assert searched(of, 4, [0, 1], rollouts=8, all_rollouts=True)["error_step"] == 4
 
 
 def test_a_fixed_number_of_rollouts():

@@ -372,7 +372,7 @@ def test_the_judge_stops_at_its_tokens_and_resumes(judge, tmp_path):  # noqa: F8
     done = judged(judge, tmp_path, *bound, 0)
     assert judge.count == 12 and {row["id"] for row in read(tmp_path / "out.jsonl")} == {row["id"] for row in rows}
     done = judged(judge, tmp_path, *bound, -1, check=False)
-    assert done.returncode == 2 and "--max-judge-tokens at least 0" in done.stderr
+    assert done.returncode == 2 and "--max-judge-tokens must be at least 0" in done.stderr
 
 
 @pytest.mark.slow
