@@ -452,11 +452,12 @@ def load_samples(args: Args) -> tuple[list[dict], dict[str, list[int]]]:
     needs_answer = args.locator == "rollout" or not args.include_correct  # ProcessBench has none
     fields = ("answer",) if needs_answer else ()
     samples = read_samples(args.samples, (*fields, "sample", "correct", "finish_reason"), args)
-    rows, counts = [], {}
+    rows, counts, most = [], {}, args.max_per_problem or math.inf
     for row in sorted(samples, key=lambda row: (row["id"], row["sample"])):  # 01 writes them in the order they were ready in
         count = counts.setdefault(row["id"], [0, 0])
         count[row["correct"]] += 1  # [wrong, right]
-        if args.include_correct if row["correct"] else count[0] <= (args.max_per_problem or math.inf):
+        wanted = args.include_correct if row["correct"] else count[0] <= most
+        if wanted:
             rows.append(row)
     if not rows:
         stop(f"{args.samples}: none of its {len(samples)} samples is wrong; sample more problems, or harder ones")
@@ -476,8 +477,9 @@ def read_located(path: Path) -> dict[tuple, dict]:
     """The rows of a located file by id and sample."""
     rows = read_rows(path, ("id", "sample", "steps"))
     for number, row in enumerate(rows, 1):
-        if "error_step" not in row:
-            stop(f"{path}, row {number}: no 'error_step'; give a file that 02 or analysis/annotate.py has written")
+        step = row.get("error_step", "")
+        if step is not None and not (type(step) is int and 1 <= step <= len(row["steps"])):
+            stop(f"{path}, row {number}: no 'error_step', the number of a step or null; give a file of 02 or annotate.py")
     return {identity(row): row for row in rows}
 
 
@@ -544,8 +546,10 @@ def main(args: Args):
     if args.locator == "judge" and not args.judge_model:
         stop("the judge needs --judge-model and, unless vLLM is to run that here, --judge-base-url")
     rows, samples = load_samples(args)
-    known = read_located(args.known) if args.known else {}
-    check_steps(args, rows, args.known, list(known.values()))
+    known = {}
+    if args.known:
+        known = read_located(args.known)
+        check_steps(args, rows, args.known, list(known.values()))
     if args.locator == "scores":
         check_scores(args.samples)
     began = time.time()

@@ -348,9 +348,12 @@ def test_consensus_of_files_that_do_not_fit(tmp_path):
     run("consensus", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--out", tmp_path / "out.jsonl")
     found = [(row["error_step"], row["reason"], row["said"]) for row in read(tmp_path / "out.jsonl")]
     assert found == [(2, None, [2, 2]), (None, "the two disagree", [2, None]), (None, "not in the second file", [2, None])]
-    write(tmp_path / "other.jsonl", [rows[0] | {"steps": ["another"]}])
-    for second, out, why in [("other", "x", "another sample 0 of q0"), ("in", "x", "row 1: no 'error_step'"),
-                             ("b", "b", "is one of the two files"), ("none", "x", "cannot be read")]:  # fmt: skip
+    write(tmp_path / "other.jsonl", [rows[0] | {"steps": ["another", "two"]}])
+    write(tmp_path / "text.jsonl", [rows[0], rows[1] | {"error_step": "2"}])
+    for second, out, why in [
+        ("other", "x", "another sample 0 of q0"), ("in", "x", "row 1: no 'error_step'"),
+        ("text", "x", "row 2: no 'error_step'"), ("b", "b", "is one of the two files"), ("none", "x", "cannot be read"),
+    ]:  # fmt: skip
         done = run("consensus", tmp_path / "a.jsonl", tmp_path / f"{second}.jsonl", "--out", tmp_path / f"{out}.jsonl",
                    check=False)  # fmt: skip
         assert done.returncode == 2 and why in done.stderr and "Traceback" not in done.stderr
