@@ -3,12 +3,11 @@ scores of a process reward model.
 
     python 02_locate_step.py                                       # data/samples.jsonl -> data/located.jsonl, by rollouts
     python 02_locate_step.py --samples runs/try.jsonl --model data/tiny/model --out runs/located.jsonl
-    python 02_locate_step.py --locator judge --judge-model gpt-4o --judge-base-url https://host/v1 --fallback rollout
+    python 02_locate_step.py --locator judge --judge-model gpt-4o --judge-base-url https://host/v1 --out data/judged.jsonl
+    python 02_locate_step.py --known data/judged.jsonl       # rollouts for the rows that the judge left open
     python 02_locate_step.py --samples data/samples.scored.jsonl --locator scores      # after analysis/score_steps.py
-    python 02_locate_step.py --samples data/samples.scored.jsonl --locator consensus --of rollout scores    # what both say
-    python 02_locate_step.py --labels processbench.jsonl ...       # known errors; then analysis/locator_scores.py
 
-Input, the output of 01_sample_errors.py (only the wrong samples are used; other fields are carried through):
+Input, the output of 01_sample_errors.py (only the wrong samples are looked at; other fields are carried through):
     {"id": "q1", "problem": "...", "answer": "7", "sample": 0, "response": "...", "steps": ["...", "..."],
      "correct": false, "finish_reason": "stop", ...}
 
@@ -19,10 +18,10 @@ Output, a line a wrong sample: the fields above and
 error_step is null, with a reason, where the locator cannot tell; 03 makes no pair of such a row.
 
 rollout: V(k) is the share of continuations of steps 1..k that reach the answer; rollout_values holds (right, tried) by k.
-The first wrong step is the one behind the last k with V(k) > 0 (the hard estimate of Math-Shepherd, arXiv 2312.08935, takes
-the first k with V(k) = 0), found by bisection (OmegaPRM, arXiv 2406.06592). A prefix is alive with its first right
-continuation, and lost when its failures are evidence: lost_after() is the rule to edit, `chance` the probability that it leaves
-to chance. Continuations are asked for in waves of 2, 2, 4, 8 ...
+The first wrong step is the one after the last k with V(k) > 0 (the hard estimate of Math-Shepherd, arXiv 2312.08935, takes
+the first k with V(k) = 0), found by bisection (OmegaPRM, arXiv 2406.06592): is_alive() and first_wrong_step() are the rule to
+edit. A prefix is alive with its first right continuation, and lost when its failures are evidence, see lost_after(); `chance`
+is the probability that these are chance. Continuations are asked for in waves of 2, 2, 4, 8 ...
 judge: a model reads problem, truth and steps and gives a verdict a step; --votes of them are counted.
 scores: `step_scores` of the input, a number a step; the first below --threshold is wrong. analysis/score_steps.py adds them.
 The same command run again goes on where it stopped.
@@ -94,9 +93,7 @@ VERDICTS = {"correct": "correct", "right": "correct", "正确": "correct", "neut
 VERDICTS_HEAD = re.compile(r"^[\W_]*(?:verdicts?|判断|结论|判定)[\W_]*$", re.I | re.M)
 THOUGHT = re.compile(r"^.*</think>|<think>.*", re.S)  # the second: a thought that was cut and never closed
 NO_ERROR = "no error found"
-EVIDENCE = ("rollout_values", "chance", "judge")  # of a row that two locators have looked at
 WAVE = 2  # continuations of a prefix that are asked for first; then as many as there are: 2, 2, 4, 8 ...
-ANALYSIS_TOKENS = 270  # --estimate: of a judgement's analysis, whose prompt asks for 200 words at most
 
 
 @dataclass
@@ -123,16 +120,12 @@ class Args:
     """how every response begins; give what 01 was given"""
     split: Literal["labels", "lines", "blank-lines", "sentences", "blocks"] = "labels"
     """where a step ends; give what 01 was given"""
-    locator: Literal["rollout", "judge", "scores", "consensus"] = "rollout"
-    """continuations of the policy itself, a judge, the rows' step_scores, or two of these"""
-    fallback: Literal["none", "rollout"] = "none"
-    """locator for the rows that the first leaves open"""
-    of: tuple[Literal["rollout", "judge", "scores"], Literal["rollout", "judge", "scores"]] = ("rollout", "scores")
-    """consensus: a row keeps the step of the first, if the second does not say another"""
-    within: int = 1
-    """consensus: by how many steps the two may differ"""
-    labels: Path | None = None
-    """instead of --samples: ProcessBench's problem, steps, label; or located rows"""
+    locator: Literal["rollout", "judge", "scores"] = "rollout"
+    """continuations of the policy itself, a judge, or the rows' step_scores"""
+    known: Path | None = None
+    """located file: its rows with an error_step are copied, only the rest is looked at"""
+    include_correct: bool = False
+    """look at samples with a right answer too; for a judge and scores `answer` may be missing"""
     rollouts: int = 16
     """continuations of a prefix at most; with no right one among them it is lost"""
     alpha: float = 0.05
@@ -173,12 +166,8 @@ class Args:
     """smallest share of the votes that the step must have"""
     retries: int = 3
     """how often a judgement that cannot be read is asked for again"""
-    price: tuple[float, float] = (0.0, 0.0)
-    """money for a million prompt and completion tokens of the judge"""
-    estimate: bool = False
-    """count the judge's tokens and money, and ask nothing"""
-    max_cost: float | None = None
-    """ask nothing more when the judge has cost so much; what is in flight is paid too"""
+    max_judge_tokens: int = 0
+    """ask the judge nothing more after so many tokens, prompts and earlier runs counted; 0: no bound"""
     max_per_problem: int | None = None
     """use the first so many wrong samples of a problem"""
     limit: int | None = None
@@ -195,8 +184,36 @@ SETTINGS = {  # what a row depends on
     "judge": ("judge_model", "judge_temperature", "judge_max_tokens", "neutral", "votes", "min_agreement", "retries",
               "missing_diagrams"),
     "scores": ("threshold",),
-    "consensus": ("of", "within"),
 }  # fmt: skip
+
+
+def is_alive(right: int, tried: int) -> bool:
+    """The threshold of V(k): whether steps 1..k are right, of which so many continuations reach the answer. Where it is a share
+    of `tried`, give --all-rollouts: else few continuations are asked for."""
+    return right > 0
+
+
+async def first_wrong_step(n_steps: int, estimate, linear: bool) -> tuple[int | None, str | None]:
+    """The rule of the rollouts: the step after the last prefix that is alive, or None and the reason. `await estimate(k)` gives
+    V(k) as the numbers (right, tried) of continuations of steps 1..k.
+
+    V(0) is asked first: a problem that the model never solves would cost the most. V(n_steps) = 0 is known: the solution is
+    wrong. A right prefix may fail by chance, a wrong one hardly ever succeeds: so a success counts for all prefixes before it.
+    One after its result bisection does not see, which --linear does."""
+    right, tried = await estimate(0)
+    if right == 0:
+        return None, f"none of {tried} samples and continuations of the problem is right"
+    if linear:
+        alive = [k for k in range(1, n_steps) if is_alive(*await estimate(k))]
+        return max(alive, default=0) + 1, None
+    low, high = 0, n_steps  # steps 1..low are right, steps 1..high are not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if is_alive(*await estimate(middle)):
+            low = middle
+        else:
+            high = middle
+    return high, None
 
 
 def by_chance(failures: int, right: int, wrong: int) -> float:
@@ -206,26 +223,9 @@ def by_chance(failures: int, right: int, wrong: int) -> float:
 
 
 def lost_after(right: int, wrong: int, alpha: float, most: int) -> int:
-    """The rule of the rollouts: behind how many failures, and no success, a prefix is lost: so many as would be unlikely
-    (below `alpha`) had the rate of the prefixes before it still held, of which `right` and `wrong` continuations were seen."""
+    """After how many failures, and no success, a prefix is lost: so many as would be unlikely (below `alpha`) had the rate of
+    the prefixes before it still held, of which `right` and `wrong` continuations were seen."""
     return next((tries for tries in range(1, most) if by_chance(tries, right, wrong) < alpha), most)
-
-
-async def first_wrong_step(n_steps: int, reaches, linear: bool) -> int | None:
-    """The step behind the last prefix with V(k) > 0, given `await reaches(k)` = (V(k) > 0). None: V(0) = 0 too, asked first,
-    since a problem that the model never solves would cost the most.
-
-    V(n_steps) = 0 is known: the solution is wrong. A right prefix may fail by chance, a wrong one hardly ever succeeds: so a
-    success counts for all prefixes before it. One behind its result bisection does not see, which --linear does."""
-    if not await reaches(0):
-        return None
-    if linear:
-        return max([k for k in range(1, n_steps) if await reaches(k)], default=0) + 1
-    low, high = 0, n_steps
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if await reaches(middle) else (low, middle)
-    return high
 
 
 async def search(args, n_steps: int, draw, seen: list[int]) -> dict:
@@ -235,26 +235,34 @@ async def search(args, n_steps: int, draw, seen: list[int]) -> dict:
 
     def before(k: int) -> tuple[int, int]:
         """Right and wrong ones of the samples and of the prefixes up to the last one before k that is alive."""
-        alive = max((j for j in values if j < k and values[j][0]), default=-1)
-        right, tried = map(sum, zip(seen, *(values[j] for j in values if j <= alive), strict=True))
+        last_alive = max((j for j in values if j < k and is_alive(*values[j])), default=-1)
+        counts = [seen, *(values[j] for j in values if j <= last_alive)]
+        right, tried = (sum(numbers) for numbers in zip(*counts, strict=True))
         return right, tried - right
 
-    async def reaches(k: int) -> bool:
-        if k == 0 and seen[0]:
-            return True
-        enough = lost_after(*before(k), args.alpha, args.rollouts) if k else max(0, args.give_up - seen[1])
-        enough, right, tried = args.rollouts if args.all_rollouts else enough, 0, 0
-        while tried < enough and (args.all_rollouts or not right):
-            size = enough if args.all_rollouts else min(max(WAVE, tried), enough - tried)
-            right, tried = right + sum(await draw(k, tried, size)), tried + size
+    async def estimate(k: int) -> tuple[int, int]:
+        if k == 0 and seen[0] > 0:
+            return seen[0], seen[1]
+        if args.all_rollouts:
+            most = args.rollouts
+        elif k == 0:
+            most = max(0, args.give_up - seen[1])
+        else:
+            most = lost_after(*before(k), args.alpha, args.rollouts)
+        right, tried = 0, 0
+        while tried < most and (args.all_rollouts or right == 0):
+            size = most if args.all_rollouts else min(max(WAVE, tried), most - tried)
+            right += sum(await draw(k, tried, size))
+            tried += size
         values[k] = [right, tried]
-        return right > 0
+        return (right, tried) if k else (right, tried + seen[1])
 
-    step = await first_wrong_step(n_steps, reaches, args.linear)
-    reason = None if step else f"none of {seen[1]} samples and {values[0][1]} more continuations of the problem is right"
-    chance = by_chance(values[step][1], *before(step)) if step in values else 0.0 if step else None
-    return {"error_step": step, "reason": reason, "chance": chance and round(chance, 4),
-            "rollout_values": {str(k): values[k] for k in sorted(values)}}  # fmt: skip
+    step, reason = await first_wrong_step(n_steps, estimate, args.linear)
+    chance = None
+    if step:  # of the last step it is certain: the whole solution is wrong
+        chance = round(by_chance(values[step][1], *before(step)), 4) if step in values else 0.0
+    values = {str(k): values[k] for k in sorted(values)}
+    return {"error_step": step, "reason": reason, "chance": chance, "rollout_values": values}
 
 
 def cut_label(step: str, number: int, split: str = "labels", opening: str = OPENING) -> tuple[str, str]:
@@ -363,7 +371,7 @@ async def judge_once(ask, row: dict, number: int, args, spent: Counter) -> tuple
 
 
 async def by_judge(args: Args, ask, row: dict, spent: Counter) -> dict:
-    """{"error_step", "locator", "reason", "judge"}. `spent` counts tokens, retries and money."""
+    """{"error_step", "locator", "reason", "judge"}. `spent` counts tokens and retries."""
     found = {"error_step": None, "locator": "judge"}
     if not row["steps"]:
         return found | {"reason": "no response to look at"}
@@ -373,8 +381,6 @@ async def by_judge(args: Args, ask, row: dict, spent: Counter) -> dict:
     own = Counter()
     votes = await asyncio.gather(*(judge_once(ask, row, number, args, own) for number in range(args.votes)))
     spent.update(own)
-    if any(args.price):
-        spent["money"] = round(money(args, spent["prompt"], spent["completion"]), 4)
     count = Counter(step for step, _, _ in votes if step is not None)
     (top, most), *others = count.most_common() or [(None, 0)]
     agreement, text = most / args.votes, next(text for step, text, _ in votes if step == top)
@@ -392,33 +398,9 @@ async def by_judge(args: Args, ask, row: dict, spent: Counter) -> dict:
     return found | {"judge": judge}
 
 
-def money(args: Args, prompt: float, completion: float) -> float:
-    """What so many tokens of the judge cost."""
-    return (prompt * args.price[0] + completion * args.price[1]) / 1e6
-
-
 def no_diagram(args: Args, row: dict) -> bool:
     """Whether a problem speaks of a diagram that is not there, so that nobody can judge it."""
     return not args.missing_diagrams and "diagram" in row["problem"] and "asy" not in row["problem"]
-
-
-def print_estimate(args: Args, rows: list[dict]):
-    """What judging the rows that are not judged yet will take: prompts are counted, completions taken to be as long as those
-    that are there, or as the prompt asks for."""
-    paths = (path for path in (args.out, args.out.with_suffix(".open.jsonl")) if path.exists() and path.stat().st_size)
-    done = {identity(row): row for path in paths for row in read_rows(path, ())}
-    rows = [row for row in rows if identity(row) not in done and row["steps"] and not no_diagram(args, row)]
-    count = lambda text: len(text) / 4 + 0.75 * len(re.findall("[一-鿿]", text))  # a server's tokenizer is not known
-    if not args.judge_base_url:
-        tokenizer = load_tokenizer(args.judge_model, None, "{}")
-        count = lambda text: len(tokenizer(text)["input_ids"])
-    asked = [row["judge"]["tokens"][1] / args.votes for row in done.values() if "tokens" in (row.get("judge") or {})]
-    prompt = args.votes * sum(count(judge_prompt(row, args)) for row in rows)
-    lengths = [sum(asked) / len(asked) if asked else ANALYSIS_TOKENS + 6 * len(row["steps"]) for row in rows]
-    known = f"the mean of {len(asked)} rows judged" if asked else "assumed, thoughts apart; judge some by --limit to know"
-    print(f"{len(rows)} rows to judge, {args.votes} vote(s) each: {prompt:.0f} prompt tokens, {args.votes * sum(lengths):.0f} "
-          f"completion tokens ({known}), money {money(args, prompt, args.votes * sum(lengths)):.2f}; with every answer as long "
-          f"as --judge-max-tokens {money(args, prompt, args.votes * len(rows) * args.judge_max_tokens):.2f}")  # fmt: skip
 
 
 def check_scores(path: Path):
@@ -430,57 +412,17 @@ def check_scores(path: Path):
             stop(f"{path}, row {number}: no 'step_scores' with a number for each step; analysis/score_steps.py makes them")
 
 
-@contextlib.asynccontextmanager
-async def scores_locator(args: Args, tokenizer, grader, samples, keep, spent: Counter, rows: int):
-    """Yields `await locate(row)` -> {"error_step", "locator", "reason"} by the row's own scores, and how many at a time."""
-
-    async def locate(row: dict) -> dict:
-        found, scores = {"error_step": None, "locator": "scores"}, row["step_scores"]
-        if not row["steps"]:
-            return found | {"reason": "no response to look at"}
-        if scores is None:
-            return found | {"reason": f"not scored: {row.get('prm_reason')}"}
-        step = next((k for k, score in enumerate(scores, 1) if score < args.threshold), None)
-        return found | {"error_step": step, "reason": None if step else f"{NO_ERROR} by the scores"}
-
-    yield locate, 1
-
-
-@contextlib.asynccontextmanager
-async def judge_locator(args: Args, tokenizer, grader, samples, keep, spent: Counter, rows: int):
-    """Yields `await locate(row)`, see by_judge(), which gives None when --max-cost is spent; and how many rows at a time."""
-    limit = math.inf if args.max_cost is None else args.max_cost
-    async with judge(args) as (ask, places):
-
-        async def locate(row: dict) -> dict | None:
-            if spent["money"] + spent["money of earlier runs"] >= limit:
-                return None
-            return await by_judge(args, ask, row, spent)
-
-        yield locate, places
-
-
-@contextlib.asynccontextmanager
-async def rollout_locator(args: Args, tokenizer, grader: Grader, samples: dict, keep: Output | None, spent: Counter,
-                          rows: int):  # fmt: skip
-    """Yields `await locate(row)`, see by_rollouts(), and how many rows at a time; `keep` gets the continuations."""
-    kept = {identity(row) for row in keep.rows} if keep else set()
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
-    async with engine(args, args.model, rows) as generate:
-
-        def go_on(row: dict, prefix: str, seed: int, n: int):
-            return generate(prompt_ids(tokenizer, row["problem"], prefix, args.split), seed, n, **sampling)
-
-        async def locate(row: dict) -> dict:
-            found, texts = await by_rollouts(args, go_on, grader, samples.get(row["id"], [0, 0]), row, spent)
-            if keep and identity(row) not in kept:
-                keep.write({"id": row["id"], "sample": row["sample"], "rollouts": texts})
-            return found
-
-        yield locate, in_flight(args, generate)
-
-
-LOCATORS = {"rollout": rollout_locator, "judge": judge_locator, "scores": scores_locator}
+def by_scores(row: dict, threshold: float) -> dict:
+    """{"error_step", "locator", "reason"}: the first step whose score is below the threshold is wrong."""
+    found, scores = {"error_step": None, "locator": "scores"}, row["step_scores"]
+    if not row["steps"]:
+        return found | {"reason": "no response to look at"}
+    if scores is None:
+        return found | {"reason": f"not scored: {row.get('prm_reason')}"}
+    for number, score in enumerate(scores, 1):
+        if score < threshold:
+            return found | {"error_step": number, "reason": None}
+    return found | {"reason": f"{NO_ERROR} by the scores"}
 
 
 def verdict(found: dict) -> int | None:
@@ -488,32 +430,9 @@ def verdict(found: dict) -> int | None:
     return found["error_step"] or (0 if str(found.get("reason")).startswith(NO_ERROR) else None)
 
 
-def to_second(args: Args, row: dict, found: dict) -> bool:
-    """Whether the second locator is to look at a row of which the first says `found`."""
-    sure = found["error_step"] or row["correct"] and verdict(found) == 0
-    return args.locator == "consensus" or not sure
-
-
-def combine(args: Args, first: dict | None, second: dict) -> dict:
-    """What two locators say of a row, with the evidence of both: the second's word, where the first had none (--fallback), or
-    what both say (consensus)."""
-    if not first:
-        return second
-    evidence = {name: found[name] for found in (first, second) for name in EVIDENCE if name in found}
-    if args.locator != "consensus":
-        return evidence | second
-    said = [verdict(first), verdict(second)]
-    both = {"error_step": None, "locator": "consensus", "said": dict(zip(args.of, said, strict=True))} | evidence
-    if said == [0, 0]:
-        return both | {"reason": f"{NO_ERROR} by both"}
-    if all(said) and abs(said[0] - said[1]) <= args.within:
-        return both | {"error_step": said[0], "reason": None}
-    return both | {"reason": "the two disagree"}
-
-
 def read_samples(path: Path, fields: tuple[str, ...], args) -> list[dict]:
     """Rows with the steps that --split makes of their response."""
-    rows = read_rows(path, ("id", "problem", "answer", "steps", *fields))
+    rows = read_rows(path, ("id", "problem", "steps", *fields))
     for number, row in enumerate(rows, 1):
         if split_steps("".join(row["steps"]), args.split, args.opening) != row["steps"]:
             stop(f"{path}, row {number}: its steps are not those of --split {args.split}; give --split and --opening as 01 had")
@@ -524,156 +443,150 @@ def identity(row: dict) -> tuple:
     return row["id"], row["sample"]
 
 
-def load_labels(path: Path) -> list[dict]:
-    """Labelled solutions as samples, with `label`: 0-based first wrong step, -1 for none."""
-    found = []
-    for number, row in enumerate(read_rows(path, ("problem", "steps")), 1):
-        label = row.get("label", (row.get("error_step") or 0) - 1)
-        if not {"label", "error_step"} & set(row) or type(label) is not int or not -1 <= label < len(row["steps"]):
-            stop(f"{path}, row {number}: no 'label' from -1 to {len(row['steps']) - 1} and no 'error_step'; see --help")
-        if "label" not in row and label < 0 and not str(row.get("reason", NO_ERROR)).startswith(NO_ERROR):
-            continue  # the annotator was not sure
-        steps = [step if "response" in row or step.endswith("\n") else step + "\n\n" for step in row["steps"]]
-        known = {"id": row["problem"], "sample": 0, "response": "".join(steps), "finish_reason": "stop",
-                 "correct": row.get("final_answer_correct", label < 0)}  # fmt: skip
-        found.append(known | row | {"label": label, "steps": steps})
-    return found or stop(f"{path}: no row has a label")
-
-
 def load_samples(args: Args) -> tuple[list[dict], dict[str, list[int]]]:
-    """The rows to locate, and [right, tried] of each problem's samples, which estimate V(0). Labelled solutions may be
-    another model's: they tell nothing of it."""
-    if args.labels:
-        rows = load_labels(args.labels)
-        lacks = [row["id"] for row in rows if not row.get("answer")]
-        if lacks and "rollout" in locators_of(args):
-            stop(f"{args.labels}: {lacks[0]} has no 'answer', so rollouts cannot be graded; use --locator judge")
-        return rows[: args.limit], {}
-    samples = read_samples(args.samples, ("sample", "correct", "finish_reason"), args)
-    rows, counts = [], {}
+    """The rows to locate, and [right, tried] of each problem's samples, which estimate V(0)."""
+    needs_answer = args.locator == "rollout" or not args.include_correct  # ProcessBench has none
+    fields = ("answer",) if needs_answer else ()
+    samples = read_samples(args.samples, (*fields, "sample", "correct", "finish_reason"), args)
+    rows, counts, most = [], {}, args.max_per_problem or math.inf
     for row in sorted(samples, key=lambda row: (row["id"], row["sample"])):  # 01 writes them in the order they were ready in
         count = counts.setdefault(row["id"], [0, 0])
         count[row["correct"]] += 1  # [wrong, right]
-        if not row["correct"] and count[0] <= (args.max_per_problem or math.inf):
+        wanted = args.include_correct if row["correct"] else count[0] <= most
+        if wanted:
             rows.append(row)
     if not rows:
         stop(f"{args.samples}: none of its {len(samples)} samples is wrong; sample more problems, or harder ones")
     return rows[: args.limit], {name: [right, wrong + right] for name, (wrong, right) in counts.items()}
 
 
-def locators_of(args: Args) -> tuple[str, ...]:
-    """The locators that will be asked, in their order."""
-    if args.locator == "consensus":
-        return args.of
-    return (args.locator,) if args.fallback in ("none", args.locator) else (args.locator, args.fallback)
-
-
-def check_steps(args: Args, rows: list[dict], *outputs: Output):
-    """Stop where an output holds a row with other steps than the samples have now."""
+def check_steps(args: Args, rows: list[dict], path: Path, old: list[dict]):
+    """Stop where a file that is there holds a row with other steps than the samples have now."""
     steps = {identity(row): row["steps"] for row in rows}
-    for output in outputs:
-        for row in output.rows:
-            if steps.get(identity(row), row.get("steps")) != row.get("steps"):
-                stop(f"{output.path} holds another sample {row['sample']} of {row['id']} than {args.labels or args.samples}; "
-                     "give another --out")  # fmt: skip
+    for row in old:
+        if steps.get(identity(row), row.get("steps")) != row.get("steps"):
+            stop(f"{path} holds another sample {row['sample']} of {row['id']} than {args.samples}; "
+                 "give another file")  # fmt: skip
 
 
-async def locate_all(args: Args, rows: list[dict], samples: dict, tokenizer, output: Output, left: Output | None,
-                     keep: Output | None, grader: Grader) -> dict[str, Counter]:  # fmt: skip
-    """Locate the rows that are not done, by one locator or two in turn. Returns the cost of each.
+def read_located(path: Path) -> dict[tuple, dict]:
+    """The rows of a located file by id and sample."""
+    rows = read_rows(path, ("id", "sample", "steps"))
+    for number, row in enumerate(rows, 1):
+        step = row.get("error_step", "")
+        if step is not None and not (type(step) is int and 1 <= step <= len(row["steps"])):
+            stop(f"{path}, row {number}: no 'error_step', the number of a step or null; give a file of 02 or annotate.py")
+    return {identity(row): row for row in rows}
 
-    `left` keeps what the first says of the rows that the second is to look at, `keep` the rollouts."""
-    first, *second = locators_of(args)
-    if second and not cpu_options():  # only the end of a process gives a GPU all its memory back (vllm#21073)
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    check_steps(args, rows, *filter(None, (output, left)))
-    known, spent = {identity(row): row for row in left.rows} if left else {}, {name: Counter() for name in locators_of(args)}
-    if "judge" in spent:
-        rows_of_both = (known | {identity(row): row for row in output.rows}).values()
-        paid = [row["judge"].get("tokens", [0, 0]) for row in rows_of_both if row.get("judge")]
-        spent["judge"]["money of earlier runs"] = money(args, sum(p for p, _ in paid), sum(c for _, c in paid))
 
-    async def ask(name: str, done: set):
-        if not (todo := [row for row in rows if identity(row) not in done]):
-            return
-        async with LOCATORS[name](args, tokenizer, grader, samples, keep, spent[name], len(done)) as (locate, places):
+async def locate_all(args: Args, rows: list[dict], samples: dict, known: dict, tokenizer, output: Output,
+                     keep: Output | None, grader: Grader) -> Counter:  # fmt: skip
+    """Copy what --known has located, and locate the other rows that are not done. Returns the cost."""
+    spent, done = Counter(), {identity(row) for row in output.rows}
+    copies = {key: row for key, row in known.items() if row["error_step"]}
+    if args.locator == "judge":
+        judged = [row["judge"] for row in output.rows if row.get("judge") and identity(row) not in copies]
+        spent["tokens of earlier runs"] = sum(sum(judgement.get("tokens", ())) for judgement in judged)
+    todo = [row for row in rows if identity(row) not in done]
+    output.write(*(copies[identity(row)] for row in todo if identity(row) in copies))
+    todo = [row for row in todo if identity(row) not in copies]
+    kept = {identity(row) for row in keep.rows} if keep else set()
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
+    places = 1
 
-            async def work(row: dict):
-                found = await locate(row)
-                if found is None:
-                    spent[name]["rows not asked for"] += 1
-                elif [name] != second and second and to_second(args, row, found):
-                    left.write({"id": row["id"], "sample": row["sample"], "steps": row["steps"], **found})
-                    known[identity(row)] = found
-                else:
-                    output.write(row | combine(args, known.get(identity(row)), found))
-                    if len(output.rows) % 100 == 0:
-                        cost = ", ".join(f"{what} {count}" for what, count in spent[name].items())
-                        tqdm.write(f"{len(output.rows)} rows; {cost}", file=sys.stderr)
+    async def go_on(row: dict, prefix: str, seed: int, n: int) -> list[dict]:
+        return await generate(prompt_ids(tokenizer, row["problem"], prefix, args.split), seed, n, **sampling)
 
-            await run_all(todo, work, places, f"by {name}")
+    async def work(row: dict):
+        if args.locator == "rollout":
+            found, texts = await by_rollouts(args, go_on, grader, samples.get(row["id"], [0, 0]), row, spent)
+            if keep and identity(row) not in kept:
+                keep.write({"id": row["id"], "sample": row["sample"], "rollouts": texts})
+        elif args.locator == "judge":
+            tokens = spent["tokens of earlier runs"] + spent["prompt"] + spent["completion"]
+            if 0 < args.max_judge_tokens <= tokens:
+                spent["rows not asked for"] += 1
+                return
+            found = await by_judge(args, ask, row, spent)
+        else:
+            found = by_scores(row, args.threshold)
+        output.write(known.get(identity(row), {}) | row | found)
+        if len(output.rows) % 100 == 0:
+            cost = ", ".join(f"{what} {count}" for what, count in spent.items())
+            tqdm.write(f"{len(output.rows)} rows; {cost}", file=sys.stderr)
 
-    done = lambda: {identity(row) for row in output.rows}
-    await ask(first, done() | set(known))
-    if second and not spent[first]["rows not asked for"]:
-        await ask(second[0], done())
+    async with contextlib.AsyncExitStack() as stack:
+        if args.locator == "rollout" and todo:
+            generate = await stack.enter_async_context(engine(args, args.model, len(done)))
+            places = in_flight(args, generate)
+        elif args.locator == "judge" and todo:
+            ask, places = await stack.enter_async_context(judge(args))
+        if todo:
+            await run_all(todo, work, places, f"by {args.locator}")
     if keep:
         keep.save_meta(finished=True)
     return spent
 
 
 def main(args: Args):
-    least = (args.rollouts, args.give_up, args.max_tokens, args.votes, args.limit, args.max_per_problem)
-    zero, shares = min(args.retries, args.concurrency) < 0, (args.min_agreement, args.alpha)
-    if min(1 if value is None else value for value in least) < 1 or zero or not all(0 <= share <= 1 for share in shares):
-        stop("--rollouts, --give-up, --max-tokens, --votes, --max-per-problem and --limit are at least 1, --retries and "
-             "--concurrency at least 0, --min-agreement and --alpha are between 0 and 1")  # fmt: skip
-    used = set(locators_of(args))
-    if "judge" in used and not args.judge_model:
+    for name in ("rollouts", "give_up", "max_tokens", "votes", "max_per_problem", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            stop(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("retries", "concurrency", "max_judge_tokens"):
+        if getattr(args, name) < 0:
+            stop(f"--{name.replace('_', '-')} must be at least 0")
+    for name in ("min_agreement", "alpha"):
+        if not 0 <= getattr(args, name) <= 1:
+            stop(f"--{name.replace('_', '-')} must be between 0 and 1")
+    if args.locator == "judge" and not args.judge_model:
         stop("the judge needs --judge-model and, unless vLLM is to run that here, --judge-base-url")
-    if args.locator == "consensus" and (len(used) < 2 or args.fallback != "none"):
-        stop("--locator consensus takes --of two different locators, and no --fallback")
-    if (args.estimate or args.max_cost is not None) and ("judge" not in used or not any(args.price)):
-        stop("--estimate and --max-cost are for the judge, and need --price")
     rows, samples = load_samples(args)
-    if "scores" in used:
-        check_scores(args.labels or args.samples)
+    known = {}
+    if args.known:
+        known = read_located(args.known)
+        check_steps(args, rows, args.known, list(known.values()))
+    if args.locator == "scores":
+        check_scores(args.samples)
     began = time.time()
-    settings = {"stage": "02_locate_step", "locator": args.locator, "fallback": args.fallback, "seed": args.seed}
-    settings |= {name: getattr(args, name) for kind in (*used, args.locator) for name in SETTINGS[kind]}
+    settings = {"stage": "02_locate_step", "locator": args.locator, "known": args.known, "seed": args.seed}
+    settings |= {name: getattr(args, name) for name in SETTINGS[args.locator]}
     tokenizer = None
-    if "rollout" in used:
+    if args.locator == "rollout":
         tokenizer = load_tokenizer(args.tokenizer or args.model, args.chat_template, args.chat_template_kwargs)
         settings |= NEUTRAL | {"model": model_id(args.model), "prompt": render_prompt(tokenizer, PROBE, args.opening)}
-    settings |= {"prm": ", ".join(sorted({str(row.get("prm")) for row in rows}))} if "scores" in used else {}
-    settings |= {"judge_prompt": hashlib.sha256(JUDGE_PROMPT.encode()).hexdigest()[:16]} if "judge" in used else {}
-    if args.estimate:
-        return print_estimate(args, rows)
+    elif args.locator == "judge":
+        settings["judge_prompt"] = hashlib.sha256(JUDGE_PROMPT.encode()).hexdigest()[:16]
+    else:
+        settings["prm"] = ", ".join(sorted({str(row.get("prm")) for row in rows}))
     with contextlib.ExitStack() as opened:
-        paths = args.out, len(used) > 1 and args.out.with_suffix(".open.jsonl"), args.keep_rollouts
-        files = [opened.enter_context(contextlib.closing(Output(path, settings))) if path else None for path in paths]
+        paths = args.out, args.keep_rollouts
+        output, keep = [opened.enter_context(contextlib.closing(Output(path, settings))) if path else None for path in paths]
+        check_steps(args, rows, output.path, output.rows)
         grader = opened.enter_context(contextlib.closing(Grader()))
-        spent = asyncio.run(locate_all(args, rows, samples, tokenizer, *files, grader))
-        report(args, rows, files[0], spent, grader.kills, time.time() - began)
+        spent = asyncio.run(locate_all(args, rows, samples, known, tokenizer, output, keep, grader))
+        report(args, rows, known, output, spent, grader.kills, time.time() - began)
 
 
-def report(args: Args, rows: list[dict], output: Output, spent: dict[str, Counter], kills: int, seconds: float):
+def report(args: Args, rows: list[dict], known: dict, output: Output, spent: Counter, kills: int, seconds: float):
     """Say what was located and what it has cost."""
     asked = set(map(identity, rows))
     located = [row["error_step"] for row in output.rows if identity(row) in asked]
     found = Counter(step for step in located if step)
-    summary = {"solutions" if args.labels else "wrong samples": len(located), "located": found.total(),
+    summary = {"samples" if args.include_correct else "wrong samples": len(located), "located": found.total(),
                "not located": len(located) - found.total(), "by step": " ".join(f"{k}:{found[k]}" for k in sorted(found)),
                "gradings killed": kills}  # fmt: skip
-    for name, count in spent.items():
-        named = {what: f"{name} {what}{' tokens' * (what in ('prompt', 'completion'))}" for what in count}
-        summary |= {named[what]: n for what, n in count.items() if n or what != "money of earlier runs"}
-    summary["seconds"], left = round(seconds, 1), sum(count["rows not asked for"] for count in spent.values())
-    seeded = "rollout" not in spent or bool(args.base_url) or seeds_requests(args.top_p)
+    if args.known:
+        summary["located in --known"] = sum(bool(row["error_step"]) for key, row in known.items() if key in asked)
+    for what, n in spent.items():
+        if n or what != "tokens of earlier runs":
+            summary[f"{args.locator} {what}{' tokens' * (what in ('prompt', 'completion'))}"] = n
+    summary["seconds"] = round(seconds, 1)
+    left = spent["rows not asked for"]
+    seeded = args.locator != "rollout" or bool(args.base_url) or seeds_requests(args.top_p)
     output.save_meta(finished=not left, summary=summary, seeded_requests=seeded)
     print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
     if left:
-        stop(f"--max-cost {args.max_cost:g} is spent; what was judged is kept, the same command with a higher one goes on")
+        stop(f"--max-judge-tokens {args.max_judge_tokens} are spent; the rows are kept, the same command with more resumes")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -800,12 +713,14 @@ def save(path: Path, text: str):
 
 # Copied from 01_sample_errors.py
 class Output:
-    """A JSON Lines file that grows row by row and can be gone on with after a kill; a torn last line is cut.
+    """A JSON Lines file that grows row by row and can be resumed after a kill; a torn last line is cut.
 
-    `rows` are those that are there. `settings` must equal theirs. OUT.meta.json says how the rows were made."""
+    `rows` are those that are there. `settings` must equal theirs. Only their "code" (source_hashes) and the prompt that an
+    edit of it has changed may differ, with --accept-edit. OUT.meta.json says how the rows were made."""
 
-    def __init__(self, path: Path, settings: dict):
+    def __init__(self, path: Path, settings: dict, accept_edit: bool = False):
         self.path, self.meta_path, self.rows = path, Path(f"{path}.meta.json"), []
+        self.accept_edit, self.edits = accept_edit, []
         self.began, self.settings = time.time(), json.loads(json.dumps(settings, default=str))
         if path.exists() and not path.is_file():
             stop(f"{path}: not a file; give another --out")
@@ -831,12 +746,18 @@ class Output:
         if not self.meta_path.exists():
             stop(f"{self.path}: {self.meta_path} is missing, so nobody knows its settings; give another --out")
         meta = json.loads(self.meta_path.read_text())
+        old, self.edits = meta["settings"], meta.get("edits", [])
+        edited = edited_names(old.get("code", {}), self.settings.get("code", {}))
         for name, new in self.settings.items():
-            old = meta["settings"].get(name)
-            if old != new:
-                stop(f"{self.path} was made with {difference(name, old, new)}; "
+            if name != "code" and not (name == "prompt" and edited) and old.get(name) != new:
+                stop(f"{self.path} was made with {difference(name, old.get(name), new)}; "
                      "take the old setting, give another --out, or remove the file")  # fmt: skip
+        if edited and not self.accept_edit:
+            names = ", ".join(edited[:6])
+            stop(f"{self.path} was made before an edit of {names}; undo it, give another --out, or keep its rows by --accept-edit")
         self.rows, self.began = read_rows(self.path, ()), self.began - meta["seconds"]
+        if edited:
+            self.edits.append({"rows": len(self.rows)} | {name: old.get(name) for name in ("code", "prompt")})
         print(f"{self.path}: {len(self.rows)} rows are there already", file=sys.stderr)
 
     def write(self, *rows: dict):
@@ -858,6 +779,7 @@ class Output:
         installed = {package.name: package.version for package in importlib.metadata.distributions()}
         meta = {
             "settings": self.settings,
+            "edits": self.edits,  # --accept-edit: so many rows were made by the code and prompt before
             "seconds": round(time.time() - self.began, 1),
             "arguments": sys.argv[1:],
             "git": commit,

@@ -401,7 +401,7 @@ def load_input(args: Args) -> dict[str, list[dict]]:
         ("error_step", "02_locate_step.py", "rows has an error_step; see their reason fields") if args.method == "step-dpo"
         else ("correct", "01_sample_errors.py", "solutions is right; sample easier problems, or more")
     )  # fmt: skip
-    rows = read_samples(path, ("sample", "finish_reason"), args)
+    rows = read_samples(path, ("answer", "sample", "finish_reason"), args)
     for number, row in enumerate(rows, 1):
         if field not in row or "response" not in row:
             stop(f"{path}, row {number}: no {field!r} or no 'response'; give the output of {maker}")
@@ -606,12 +606,14 @@ def save(path: Path, text: str):
 
 # Copied from 01_sample_errors.py
 class Output:
-    """A JSON Lines file that grows row by row and can be gone on with after a kill; a torn last line is cut.
+    """A JSON Lines file that grows row by row and can be resumed after a kill; a torn last line is cut.
 
-    `rows` are those that are there. `settings` must equal theirs. OUT.meta.json says how the rows were made."""
+    `rows` are those that are there. `settings` must equal theirs. Only their "code" (source_hashes) and the prompt that an
+    edit of it has changed may differ, with --accept-edit. OUT.meta.json says how the rows were made."""
 
-    def __init__(self, path: Path, settings: dict):
+    def __init__(self, path: Path, settings: dict, accept_edit: bool = False):
         self.path, self.meta_path, self.rows = path, Path(f"{path}.meta.json"), []
+        self.accept_edit, self.edits = accept_edit, []
         self.began, self.settings = time.time(), json.loads(json.dumps(settings, default=str))
         if path.exists() and not path.is_file():
             stop(f"{path}: not a file; give another --out")
@@ -637,12 +639,18 @@ class Output:
         if not self.meta_path.exists():
             stop(f"{self.path}: {self.meta_path} is missing, so nobody knows its settings; give another --out")
         meta = json.loads(self.meta_path.read_text())
+        old, self.edits = meta["settings"], meta.get("edits", [])
+        edited = edited_names(old.get("code", {}), self.settings.get("code", {}))
         for name, new in self.settings.items():
-            old = meta["settings"].get(name)
-            if old != new:
-                stop(f"{self.path} was made with {difference(name, old, new)}; "
+            if name != "code" and not (name == "prompt" and edited) and old.get(name) != new:
+                stop(f"{self.path} was made with {difference(name, old.get(name), new)}; "
                      "take the old setting, give another --out, or remove the file")  # fmt: skip
+        if edited and not self.accept_edit:
+            names = ", ".join(edited[:6])
+            stop(f"{self.path} was made before an edit of {names}; undo it, give another --out, or keep its rows by --accept-edit")
         self.rows, self.began = read_rows(self.path, ()), self.began - meta["seconds"]
+        if edited:
+            self.edits.append({"rows": len(self.rows)} | {name: old.get(name) for name in ("code", "prompt")})
         print(f"{self.path}: {len(self.rows)} rows are there already", file=sys.stderr)
 
     def write(self, *rows: dict):
@@ -664,6 +672,7 @@ class Output:
         installed = {package.name: package.version for package in importlib.metadata.distributions()}
         meta = {
             "settings": self.settings,
+            "edits": self.edits,  # --accept-edit: so many rows were made by the code and prompt before
             "seconds": round(time.time() - self.began, 1),
             "arguments": sys.argv[1:],
             "git": commit,
@@ -1342,7 +1351,7 @@ def cut_label(step: str, number: int, split: str = "labels", opening: str = OPEN
 # Copied from 02_locate_step.py
 def read_samples(path: Path, fields: tuple[str, ...], args) -> list[dict]:
     """Rows with the steps that --split makes of their response."""
-    rows = read_rows(path, ("id", "problem", "answer", "steps", *fields))
+    rows = read_rows(path, ("id", "problem", "steps", *fields))
     for number, row in enumerate(rows, 1):
         if split_steps("".join(row["steps"]), args.split, args.opening) != row["steps"]:
             stop(f"{path}, row {number}: its steps are not those of --split {args.split}; give --split and --opening as 01 had")

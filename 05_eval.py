@@ -799,12 +799,14 @@ def difference(name: str, old, new) -> str:
 
 # Copied from 01_sample_errors.py
 class Output:
-    """A JSON Lines file that grows row by row and can be gone on with after a kill; a torn last line is cut.
+    """A JSON Lines file that grows row by row and can be resumed after a kill; a torn last line is cut.
 
-    `rows` are those that are there. `settings` must equal theirs. OUT.meta.json says how the rows were made."""
+    `rows` are those that are there. `settings` must equal theirs. Only their "code" (source_hashes) and the prompt that an
+    edit of it has changed may differ, with --accept-edit. OUT.meta.json says how the rows were made."""
 
-    def __init__(self, path: Path, settings: dict):
+    def __init__(self, path: Path, settings: dict, accept_edit: bool = False):
         self.path, self.meta_path, self.rows = path, Path(f"{path}.meta.json"), []
+        self.accept_edit, self.edits = accept_edit, []
         self.began, self.settings = time.time(), json.loads(json.dumps(settings, default=str))
         if path.exists() and not path.is_file():
             stop(f"{path}: not a file; give another --out")
@@ -830,12 +832,18 @@ class Output:
         if not self.meta_path.exists():
             stop(f"{self.path}: {self.meta_path} is missing, so nobody knows its settings; give another --out")
         meta = json.loads(self.meta_path.read_text())
+        old, self.edits = meta["settings"], meta.get("edits", [])
+        edited = edited_names(old.get("code", {}), self.settings.get("code", {}))
         for name, new in self.settings.items():
-            old = meta["settings"].get(name)
-            if old != new:
-                stop(f"{self.path} was made with {difference(name, old, new)}; "
+            if name != "code" and not (name == "prompt" and edited) and old.get(name) != new:
+                stop(f"{self.path} was made with {difference(name, old.get(name), new)}; "
                      "take the old setting, give another --out, or remove the file")  # fmt: skip
+        if edited and not self.accept_edit:
+            names = ", ".join(edited[:6])
+            stop(f"{self.path} was made before an edit of {names}; undo it, give another --out, or keep its rows by --accept-edit")
         self.rows, self.began = read_rows(self.path, ()), self.began - meta["seconds"]
+        if edited:
+            self.edits.append({"rows": len(self.rows)} | {name: old.get(name) for name in ("code", "prompt")})
         print(f"{self.path}: {len(self.rows)} rows are there already", file=sys.stderr)
 
     def write(self, *rows: dict):
@@ -857,6 +865,7 @@ class Output:
         installed = {package.name: package.version for package in importlib.metadata.distributions()}
         meta = {
             "settings": self.settings,
+            "edits": self.edits,  # --accept-edit: so many rows were made by the code and prompt before
             "seconds": round(time.time() - self.began, 1),
             "arguments": sys.argv[1:],
             "git": commit,

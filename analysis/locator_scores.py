@@ -1,10 +1,9 @@
 """How often a locator names the true first wrong step, with ProcessBench's measures (arXiv 2412.06559).
 
-    python 02_locate_step.py --labels processbench.jsonl --locator judge ... --out located.jsonl
-    python analysis/locator_scores.py located.jsonl                               # against the labels in it
+    python analysis/locator_scores.py runs/pb-judge/gsm8k.located.jsonl           # of processbench.py: against its labels
     python analysis/locator_scores.py located.jsonl --truth located.ann.jsonl     # against another file, such as a person's
 
-Input, rows of 02_locate_step.py or annotate.py; without --truth with `label`, the 0-based first wrong step, -1 for none:
+Input, rows of 02_locate_step.py or annotate.py; without --truth they have a `label`, the 0-based first wrong step, -1 for none:
     {"id": "q1", "sample": 0, "steps": ["...", "..."], "error_step": 2, "reason": null, "label": 1}
 
 Prints accuracy on wrong and on right solutions with 95 % Wilson intervals, their harmonic mean F1, the distances, and with
@@ -84,7 +83,7 @@ def main(args: Args):
         return compare(args.truth, args.located)
     rows = LOCATE.read_rows(args.located, ("id", "steps"))
     if "label" not in rows[0]:
-        LOCATE.stop(f"{args.located}: no 'label'; give 02 --labels, or --truth here")
+        LOCATE.stop(f"{args.located}: no 'label'; give OUT/NAME.located.jsonl of processbench.py, or --truth")
     print_scores([row["label"] + 1 for row in rows], [LOCATE.verdict(row) for row in rows], str(args.located))
 
 

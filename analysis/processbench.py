@@ -4,9 +4,10 @@ any locator of 02_locate_step.py.
     python analysis/processbench.py --out runs/pb-critic --model gpt-4o --base-url https://host/v1 --price 2.5 10
     python analysis/processbench.py --out runs/pb-prm --prm Qwen/Qwen2.5-Math-PRM-7B
     python analysis/processbench.py --out runs/pb-judge -- --locator judge --judge-model gpt-4o --judge-base-url https://host/v1
+    python analysis/processbench.py --data-dir data --files located.ann --out runs/mine -- --locator judge ...
 
 Input: gsm8k, math, olympiadbench and omnimath, as .json or .jsonl in --data-dir, or from Qwen/ProcessBench on the hub, a line
-a solution:
+a solution. Or files of your own, with `label` as here, or with the `error_step` that annotate.py or true_errors.py gave them:
     {"id": "gsm8k-0", "problem": "...", "steps": ["...", "..."], "final_answer_correct": false, "label": 1}
 
 --model is asked as in the paper: a critic reads problem and paragraphs and gives the index of the first wrong one, or -1, in a
@@ -16,8 +17,9 @@ with --generation-config vllm, else the model's own top-k and repetition penalty
 judge has another prompt (Step-DPO's: a verdict a step, by the reference): its figures are not the paper's.
 
 Prints, for each file and in the mean, the accuracy on wrong solutions (the first wrong step is named), on right ones (no error
-is found), their harmonic mean F1 with a 95 % interval, tokens, money and seconds a solution; OUT/table.md holds it. For
-a process reward model the threshold is chosen on gsm8k, as in the paper, too. The same command run again resumes.
+is found), their harmonic mean F1 with a 95 % interval, tokens, money and seconds a solution; OUT/table.md holds it,
+OUT/NAME.samples.jsonl the rows that 02 was given, and OUT/NAME.located.jsonl its own, for locator_scores.py. For a process
+reward model the threshold is chosen on gsm8k, as in the paper, too. The same command run again resumes.
 """
 
 import asyncio
@@ -78,7 +80,7 @@ class Args:
     concurrency: int = 32
     """solutions that the critic reads at a time"""
     price: tuple[float, float] = (0.0, 0.0)
-    """money for a million prompt and completion tokens of the critic"""
+    """money for a million prompt and completion tokens of the critic, or of 02's judge"""
     prm: str = ""
     """instead of a critic a process reward model, by score_steps.py"""
     form: Literal["math-shepherd", "rlhflow"] = "math-shepherd"
@@ -102,6 +104,33 @@ def load(args: Args, name: str) -> list[dict]:
         except Exception as error:  # no network, no such split ...
             LOCATE.stop(f"Qwen/ProcessBench, {name}: the hub does not give it ({str(error).splitlines()[0]}); give --data-dir")
     return random.Random(0).sample(rows, args.limit) if args.limit and args.limit < len(rows) else rows
+
+
+def sample_rows(path: Path) -> list[dict]:
+    """Labelled solutions as the samples that 02 reads, with `label`: the 0-based first wrong step, -1 for none."""
+    found = []
+    for number, row in enumerate(LOCATE.read_rows(path, ("problem", "steps")), 1):
+        label = row.get("label", (row.get("error_step") or 0) - 1)
+        if not {"label", "error_step"} & set(row) or type(label) is not int or not -1 <= label < len(row["steps"]):
+            LOCATE.stop(f"{path}, row {number}: no 'label' from -1 to {len(row['steps']) - 1} and no 'error_step'; see --help")
+        if "label" not in row and label < 0 and not str(row.get("reason", LOCATE.NO_ERROR)).startswith(LOCATE.NO_ERROR):
+            continue  # the annotator was not sure
+        steps = row["steps"]
+        if "response" not in row:  # ProcessBench's paragraphs, as --split blank-lines cuts them
+            steps = [re.sub(r"\n\s*\n", "\n", step.strip()) + "\n\n" for step in steps]
+        sample = {"id": row["problem"], "sample": 0, "response": "".join(steps), "finish_reason": "stop"}
+        sample["correct"] = row.get("final_answer_correct", label < 0)
+        sample |= row | {"label": label, "steps": steps}
+        if "answer" in row:
+            sample["answer"] = LOCATE.text_of(row["answer"])
+        found.append(sample)
+    return found or LOCATE.stop(f"{path}: no row has a label")
+
+
+def split_of(rows: list[dict]) -> str:
+    """02's --split for these rows."""
+    labels = all(LOCATE.split_steps("".join(row["steps"])) == row["steps"] for row in rows)
+    return "labels" if labels else "blank-lines"
 
 
 def index_of(text: str) -> int | None:
@@ -144,7 +173,7 @@ def by_critic(args: Args, labels: Path, out: Path):
     """OUT with the critic's word on the labelled solutions."""
     settings = {"stage": "analysis/processbench", "model": args.model, "votes": args.votes, "max_tokens": args.max_tokens,
                 "prompt": hashlib.sha256(CRITIC_PROMPT.encode()).hexdigest()[:16]}  # fmt: skip
-    LOCATE.load_labels(labels)  # stops at a row without a label; the critic reads the steps as they are
+    sample_rows(labels)  # stops at a row without a label; the critic reads the steps as they are
     output = LOCATE.Output(out, settings)
     asyncio.run(criticize(args, LOCATE.read_rows(labels, ("id", "problem", "steps", "label")), output))
     output.save_meta(finished=True)
@@ -167,25 +196,24 @@ def locate(args: Args, name: str, options: list[str]) -> tuple[list[dict], float
     if args.model:
         by_critic(args, labels, made[0])
     else:
+        samples, rows = args.out / f"{name}.samples.jsonl", sample_rows(labels)
+        LOCATE.save(samples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         if args.prm:
-            made.append(labels.with_suffix(".scored.jsonl"))
+            made.append(samples.with_suffix(".scored.jsonl"))
             server = ["--base-url", args.base_url] if args.base_url else []
-            run_script("analysis/score_steps.py", labels, "--prm", args.prm, "--form", args.form, "--out", made[1], *server)
-            labels, options = made[1], ["--locator", "scores"]
-        run_script("02_locate_step.py", "--labels", labels, "--out", made[0], *options)
-    if "--estimate" in options:
-        return [], 0.0
+            run_script("analysis/score_steps.py", samples, "--prm", args.prm, "--form", args.form, "--out", made[1], *server)
+            samples, options = made[1], ["--locator", "scores"]
+        given = ["--samples", samples, "--include-correct", "--split", split_of(rows), "--out", made[0]]
+        run_script("02_locate_step.py", *given, *options)
     seconds = sum(json.loads(Path(f"{path}.meta.json").read_text())["seconds"] for path in made)
     return LOCATE.read_rows(made[0], ("steps",)), seconds
 
 
-def cost_of(args: Args, rows: list[dict], seconds: float, options: list[str]) -> list[float]:
+def cost_of(args: Args, rows: list[dict], seconds: float) -> list[float]:
     """Tokens, money and seconds of all runs that made the rows."""
     asked = [row[name]["tokens"] for row in rows for name in ("judge", "critic") if row.get(name)]
     tokens = sum(map(sum, asked)) + sum(row.get("prm_tokens", 0) for row in rows)
-    at = options.index("--price") if "--price" in options else None
-    price = list(map(float, options[at + 1 : at + 3])) if at is not None else args.price
-    return [tokens, sum(p * price[0] + c * price[1] for p, c in asked) / 1e6, seconds]
+    return [tokens, sum(p * args.price[0] + c * args.price[1] for p, c in asked) / 1e6, seconds]
 
 
 def scores(rows: list[dict], said=LOCATE.verdict, seed: int = 0) -> dict:
@@ -228,9 +256,7 @@ def main(args: Args, options: list[str]):
     rows, cost = {}, {}
     for file in args.files:
         rows[file], seconds = locate(args, file, options)
-        cost[file] = cost_of(args, rows[file], seconds, options)
-    if "--estimate" in options:
-        return
+        cost[file] = cost_of(args, rows[file], seconds)
     name, all_of = rows[args.files[0]][0]["locator"], lambda said: {
         file: scores(part, said, seed) for seed, (file, part) in enumerate(rows.items())
     }

@@ -3,7 +3,7 @@
     python analysis/train_prm.py --data labelled.jsonl --model data/tiny/model --out runs/prm     # minutes on two cores
     python analysis/score_steps.py data/samples.jsonl --prm runs/prm
 
-Input, as for 02 --labels: ProcessBench's rows, what annotate.py, true_errors.py or 02 wrote:
+Input, as for processbench.py: ProcessBench's rows, what annotate.py, true_errors.py or 02 wrote:
     {"problem": "...", "steps": ["...", "..."], "error_step": 2}        or "label": 1, 0-based, -1 for no error
 
 Steps before the first wrong one count as right, it as wrong, those behind it not at all. The model must be of Qwen2's kind;
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import processbench
 import score_steps
 import torch
 import torch.nn.functional as F
@@ -87,7 +88,7 @@ def loss_of(lm, batch: list[tuple]) -> torch.Tensor:
 
 
 def main(args: Args):
-    began, labelled = time.time(), LOCATE.load_labels(args.data)
+    began, labelled = time.time(), processbench.sample_rows(args.data)
     lm, tokenizer = start(args)
     reader = score_steps.Reader(str(args.out))
     problems = sorted({row["problem"] for row in labelled})

@@ -72,18 +72,19 @@ def search(row: dict, n: int, linear: bool, solvable: bool, order: random.Random
     """What 02 finds with n rollouts, and the tokens of the continuations that it asks for."""
     spent = 0
 
-    async def reaches(k: int) -> bool:
+    async def estimate(k: int) -> tuple[int, int]:
         nonlocal spent
         if k == 0 and solvable:
-            return True
-        right, tried, found = False, 0, order.sample(row["kept"][k], n)
+            return 1, 1
+        right, tried, found = 0, 0, order.sample(row["kept"][k], n)
         while tried < n and not right:  # waves as in 02
             wave = found[tried : tried + max(LOCATE.WAVE, tried)]
-            right, tried = any(good for good, _ in wave), tried + len(wave)
+            right, tried = sum(good for good, _ in wave), tried + len(wave)
             spent += sum(tokens for _, tokens in wave)
-        return right
+        return right, tried
 
-    return asyncio.run(LOCATE.first_wrong_step(len(row["steps"]), reaches, linear)), spent
+    step, _ = asyncio.run(LOCATE.first_wrong_step(len(row["steps"]), estimate, linear))
+    return step, spent
 
 
 def change_point(right: list[int], n: int) -> int:

@@ -30,7 +30,7 @@ import tyro
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "analysis")]
-LOCATE = importlib.import_module("02_locate_step")
+LOCATE, LABELLED = importlib.import_module("02_locate_step"), importlib.import_module("processbench")
 FIXED = (1, 2, 4, 6, 8, 12, 16, 24, 32)
 
 
@@ -75,7 +75,7 @@ class Args:
 def chosen(args: Args) -> list[dict]:
     """--rows solutions with `label`, the 0-based first wrong step, or -1."""
     if args.labels:
-        rows = LOCATE.load_labels(args.labels)
+        rows = LABELLED.sample_rows(args.labels)
     else:
         from locator_accuracy import true_error
 
@@ -88,12 +88,13 @@ def chosen(args: Args) -> list[dict]:
 def continuations(args: Args) -> list[dict]:
     """The solutions with `kept`: by number of steps, (right, tokens) of each continuation."""
     args.out.mkdir(parents=True, exist_ok=True)
-    rows, labels, kept = chosen(args), args.out / "rows.jsonl", args.out / "kept.jsonl"
-    labels.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    rows, wrong, kept = chosen(args), args.out / "wrong.jsonl", args.out / "kept.jsonl"
+    wrong.write_text("".join(json.dumps(row) + "\n" for row in rows if not row["correct"]), encoding="utf-8")
     given = {"model", "tokenizer", "base_url", "engine_args", "temperature", "top_p", "max_tokens", "concurrency", "rollouts"}
     options = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in sorted(given)]
-    command = [sys.executable, ROOT / "02_locate_step.py", "--labels", labels, "--out", args.out / "located.jsonl",
-               "--keep-rollouts", kept, "--linear", "--all-rollouts", "--alpha=0", "--give-up=1", *options]  # fmt: skip
+    command = [sys.executable, ROOT / "02_locate_step.py", "--samples", wrong, "--split", LABELLED.split_of(rows),
+               "--out", args.out / "located.jsonl", "--keep-rollouts", kept, "--linear", "--all-rollouts",
+               "--alpha=0", "--give-up=1", *options]  # fmt: skip
     if subprocess.run(command, stdout=sys.stderr).returncode:
         sys.exit(2)
     count, found = LOCATE.load_tokenizer(args.tokenizer or args.model, None, "{}"), {}
@@ -102,7 +103,7 @@ def continuations(args: Args) -> list[dict]:
             int(k): [(one["correct"], len(count(one["text"])["input_ids"]) + (one["finish_reason"] == "stop")) for one in tries]
             for k, tries in row["rollouts"].items()
         }
-    return [row | {"kept": found[LOCATE.identity(row)]} for row in rows]
+    return [row | {"kept": found.get(LOCATE.identity(row), {})} for row in rows]
 
 
 def shuffled(row: dict, order: random.Random) -> dict:

@@ -2,7 +2,7 @@
 
     python experiments/true_errors.py results/test/data-tiny-model.jsonl runs/labelled.jsonl
 
-Output: the rows with `steps` and `error_step` (null for a right response), as credit.py and 02 --labels read them.
+Output: the rows with `steps` and `error_step` (null for a right response), as credit.py and processbench.py read them.
 """
 
 import importlib

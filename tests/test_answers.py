@@ -245,11 +245,13 @@ def test_bootstrap_covers_the_mean_and_has_the_right_width():
 def locate(truth: list[bool], linear: bool) -> tuple[int | None, int]:
     asked = []
 
-    async def reaches(k):
+    async def estimate(k):
         asked.append(k)
-        return truth[k]
+        return (1, 2) if truth[k] else (0, 8)
 
-    return asyncio.run(stage(2).first_wrong_step(len(truth), reaches, linear)), len(asked)
+    step, reason = asyncio.run(stage(2).first_wrong_step(len(truth), estimate, linear))
+    assert (step is None) == (reason == "none of 8 samples and continuations of the problem is right")
+    return step, len(asked)
 
 
 @pytest.mark.parametrize("linear", [False, True])

@@ -127,7 +127,7 @@ def test_numbers_become_text_that_is_graded_as_the_number(tmp_path):
     finally:
         grader.close()
     (tmp_path / "samples.jsonl").write_text(json.dumps(SAMPLE | {"id": 3, "answer": 1e-07}) + "\n")
-    [row] = stage(2).read_samples(tmp_path / "samples.jsonl", (), stage(2).Args(locator="judge"))
+    [row] = stage(2).read_samples(tmp_path / "samples.jsonl", ("answer",), stage(2).Args(locator="judge"))
     assert (row["id"], row["answer"]) == ("3", "0.0000001"), "a file of samples that another program made"
 
 

@@ -1,4 +1,4 @@
-"""02: the rule of the rollouts, the judge's parser, votes and faults, fallback, scores, kept rollouts, and the page in a real
+"""02: the rule of the rollouts, the judge's parser, votes and faults, --known, scores, kept rollouts, and the page in a real
 browser."""
 
 import asyncio
@@ -20,6 +20,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from unittest import mock
 
+import processbench
 import pytest
 import torch
 from conftest import ROOT, STAGES, TINY, read, run, stage
@@ -60,9 +61,18 @@ def test_tries_follow_the_rate_of_the_prefix_before():
 
 def test_a_problem_is_given_up():
     found = searched({}, 4, [0, 4])
-    assert found["error_step"] is found["chance"] is None and "none of 4 samples and 8 more" in found["reason"]
+    assert found["error_step"] is found["chance"] is None and "none of 12 samples and continuations" in found["reason"]
     assert found["rollout_values"] == {"0": [0, 8]} and searched({}, 4, [0, 20])["rollout_values"] == {"0": [0, 0]}
     assert searched({0: [4], 1: range(9)}, 3, [0, 0])["rollout_values"] == {"0": [1, 8], "1": [2, 2], "2": [0, 12]}
+
+
+def test_the_threshold_of_v_is_one_function():
+    """An edit of it changes the step that is named, where all continuations are made; V(0) has a test of its own."""
+    of = {0: [1], 1: range(8), 2: range(3), 3: range(1)}
+    with mock.patch.object(stage(2), "is_alive", lambda right, tried: right > 0.3 * tried):
+        found = [searched(of, 4, [0, 1], rollouts=8, all_rollouts=True, linear=linear) for linear in (False, True)]
+    assert [one["error_step"] for one in found] == [3, 3] and found[0]["rollout_values"]["0"] == [1, 8]
+    assert searched(of, 4, [0, 1], rollouts=8, all_rollouts=True)["error_step"] == 4
 
 
 def test_a_fixed_number_of_rollouts():
@@ -254,7 +264,7 @@ def test_judge_votes_agreement_retries_and_cost(judge, tmp_path):
         return {"role": "assistant", "content": None, "reasoning_content": verdicts(step)}  # all of it taken for thought
 
     judge.votes, judge.script = {}, script
-    done = judged(judge, tmp_path, "--votes", 3, "--retries", 2, "--price", 2, 10, "--concurrency", 1)
+    done = judged(judge, tmp_path, "--votes", 3, "--retries", 2, "--concurrency", 1)
     found = {row["id"]: row for row in read(tmp_path / "out.jsonl")}
     assert [found[row["id"]]["error_step"] for row in rows] == [1, None, None, 4, 1]
     assert found["q4"]["judge"]["votes"] == {"1": 2, "4": 1} and found["q4"]["judge"]["agreement"] == 0.667
@@ -262,7 +272,6 @@ def test_judge_votes_agreement_retries_and_cost(judge, tmp_path):
     assert found["q0"]["judge"]["text"] == verdicts(1) and found["q0"]["locator"] == "judge"
     calls = 3 + 3 + 9 + 3 + 4
     assert judge.count == calls and f"judge prompt tokens {100 * calls}, judge completion tokens {10 * calls}" in done.stdout
-    assert f"judge money {calls * (200 + 100) / 1e6:.4f}".rstrip("0") in done.stdout
     assert judge.seen[0]["key"] == "Bearer secret" and len({body["seed"] for body in judge.seen}) == calls
 
 
@@ -323,21 +332,40 @@ def test_a_thousand_rows_with_faults_and_kills(judge, tmp_path):
 
 @pytest.mark.slow
 def test_open_rows_go_to_the_rollouts(judge, bundled, tmp_path):
-    """The judge reads two of the rows; the policy's rollouts take the others, with the judge's text kept."""
+    """The judge reads two of the rows; with its file as --known the rollouts take the others, and the judge's text is kept."""
     source = [row for row in read(TINY / "train.jsonl") if row["level"] == 1][:4]
     rows = [row | {"sample": 0, "response": row["solution"], "correct": False, "finish_reason": "stop", "prediction": "0",
                    "steps": stage(1).split_steps(row["solution"])} for row in source]  # fmt: skip
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     known = [row["problem"] for row in rows[:2]]
     judge.script = lambda n, body: verdicts(2) if any(p in body["messages"][0]["content"] for p in known) else "no idea"
-    more = ["--fallback", "rollout", *bundled, "--max-tokens", 300, "--rollouts", 4, "--retries", 0]
     url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
     run(2, "--samples", tmp_path / "in.jsonl", "--locator", "judge", "--judge-base-url", url, "--judge-model", "judge",
-        "--out", tmp_path / "out.jsonl", *more)  # fmt: skip
+        "--retries", 0, "--out", tmp_path / "judged.jsonl")  # fmt: skip
+    command = ["--samples", tmp_path / "in.jsonl", *bundled, "--max-tokens", 300, "--rollouts", 4]
+    done = run(2, *command, "--known", tmp_path / "judged.jsonl", "--out", tmp_path / "out.jsonl")
     found = {row["problem"]: row for row in read(tmp_path / "out.jsonl")}
     assert [found[row["problem"]]["locator"] for row in rows] == ["judge", "judge", "rollout", "rollout"]
-    assert [found[problem]["error_step"] for problem in known] == [2, 2]
+    assert [found[problem]["error_step"] for problem in known] == [2, 2] and "located in --known 2" in done.stdout
     assert all(found[row["problem"]]["judge"]["text"] == "no idea" for row in rows[2:])
+    again = run(2, *command, "--known", tmp_path / "judged.jsonl", "--out", tmp_path / "out.jsonl")
+    assert "4 rows are there already" in again.stderr and len(read(tmp_path / "out.jsonl")) == 4
+    done = run(2, *command, "--out", tmp_path / "out.jsonl", check=False)
+    assert done.returncode == 2 and "was made with known = " in done.stderr
+
+
+def test_known_rows_must_be_located_and_of_the_same_samples(judge, tmp_path):
+    rows = wrong_samples(tmp_path / "in.jsonl", 3)
+    judge.script = lambda n, body: verdicts(true_step(body))
+    (tmp_path / "known.jsonl").write_text(json.dumps(rows[1] | {"error_step": 4, "locator": "human", "reason": None}) + "\n")
+    judged(judge, tmp_path, "--known", tmp_path / "known.jsonl")
+    found = {row["id"]: (row["error_step"], row["locator"]) for row in read(tmp_path / "out.jsonl")}
+    assert found == {"q0": (1, "judge"), "q1": (4, "human"), "q2": (3, "judge")} and judge.count == 2
+    (tmp_path / "other.jsonl").write_text(json.dumps(rows[1] | {"error_step": 1, "steps": ["x"]}) + "\n")
+    for known, why in [("in", "row 1: no 'error_step'"), ("other", "another sample 0 of q1"), ("none", "cannot be read")]:
+        out = ["--known", tmp_path / f"{known}.jsonl", "--out", tmp_path / "x.jsonl"]
+        done = judged(judge, tmp_path, *out, check=False)
+        assert done.returncode == 2 and why in done.stderr and "Traceback" not in done.stderr
 
 
 def test_the_order_of_the_samples_does_not_count(tmp_path):
@@ -395,7 +423,7 @@ def test_scores_follow_their_formulas(tmp_path, capsys):
     assert locate.kappa([1, 1], [1, 1]) == 1.0
 
 
-def processbench(path):
+def processbench_rows(path):
     """Rows in ProcessBench's own form: steps without labels, 0-based error, -1 for none."""
     rows = [
         {"id": f"gsm8k-{i}", "generator": "Qwen2-7B-Instruct", "problem": f"wrong at {label + 1}", "label": label,
@@ -406,23 +434,29 @@ def processbench(path):
 
 
 def test_processbench_files_and_comparison(judge, tmp_path):
-    processbench(tmp_path / "labels.jsonl")
+    processbench_rows(tmp_path / "labels.jsonl")
     all_right = "\n".join(f"Step {k}: correct" for k in (1, 2, 3))
     judge.script = lambda n, body: verdicts(min(2, true_step(body))) if true_step(body) else all_right
     url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
-    command = ["--labels", tmp_path / "labels.jsonl", "--locator", "judge", "--judge-base-url", url, "--judge-model", "judge"]
-    run(2, *command, "--out", tmp_path / "a.jsonl")
-    done = run("locator_scores", tmp_path / "a.jsonl")
+    files = ["--data-dir", tmp_path, "--files", "labels", "--out"]
+    by_judge = ["--", "--locator", "judge", "--judge-base-url", url, "--judge-model", "judge"]
+    done = run("processbench", *files, tmp_path / "a", *by_judge)
+    assert "| judge | labels | 5 | 66.7% | 100.0% | 80.0% (" in done.stdout
+    a, b = (tmp_path / name / "labels.located.jsonl" for name in "ab")
+    done = run("locator_scores", a)
     for text in ("5 solutions, 3 wrong, 2 right", "F1 80.0%", "exact on wrong       66.7%"):
         assert text in done.stdout
+    asked = judge.seen[0]["messages"][0]["content"]
+    assert "## Answer\nIt is not known.\n" in asked
+    assert "Step 1: First, 2 + 2 = 4.\nStep 2: Then 4 + 1 = 6.\nStep 3: So" in asked
     judge.script = lambda n, body: verdicts(true_step(body)) if true_step(body) else all_right
-    run(2, *command, "--out", tmp_path / "b.jsonl")
-    done = run("locator_scores", tmp_path / "b.jsonl", "--truth", tmp_path / "a.jsonl")
+    run("processbench", *files, tmp_path / "b", *by_judge)
+    done = run("locator_scores", b, "--truth", a)
     assert "on 5 both say something; agreement 80.0%, Cohen's kappa 0.722" in done.stdout
-    done = run(2, "--labels", tmp_path / "labels.jsonl", "--out", tmp_path / "c.jsonl", check=False)
-    assert done.returncode == 2 and "has no 'answer'" in done.stderr and "Traceback" not in done.stderr
-    (tmp_path / "bad.jsonl").write_text('{"problem": "x", "steps": ["a"], "label": 3}\n')
-    done = run(2, *command[2:], "--labels", tmp_path / "bad.jsonl", "--out", tmp_path / "c.jsonl", check=False)
+    done = run("processbench", *files, tmp_path / "c", "--", "--locator", "rollout", check=False)
+    assert done.returncode == 2 and "no 'answer'" in done.stderr and "Traceback" not in done.stderr
+    (tmp_path / "labels.jsonl").write_text('{"problem": "x", "steps": ["a"], "label": 3}\n')
+    done = run("processbench", *files, tmp_path / "d", *by_judge, check=False)
     assert done.returncode == 2 and "row 1" in done.stderr and "label" in done.stderr
 
 
@@ -431,7 +465,20 @@ def test_labels_of_rows_that_say_nothing_else(tmp_path):
     row = {"problem": "p", "steps": ["a", "b"]}
     rows = [{"error_step": 2}, {"error_step": None}, {"error_step": None, "reason": "unsure"}, {"label": -1}, {"label": 1}]
     (tmp_path / "l.jsonl").write_text("".join(json.dumps(row | more) + "\n" for more in rows))
-    assert [row["label"] for row in stage(2).load_labels(tmp_path / "l.jsonl")] == [1, -1, -1, 1]
+    assert [row["label"] for row in processbench.sample_rows(tmp_path / "l.jsonl")] == [1, -1, -1, 1]
+
+
+def test_sample_rows_are_those_that_02_splits(tmp_path):
+    """Paragraphs with blank lines, labels or leading space; a click on a row of 01 keeps its steps."""
+    row = {"id": "a", "problem": "p", "steps": ["Step 1: x\n\n y ", "\n z", "Step 3"], "label": 1, "answer": 0}
+    (tmp_path / "l.jsonl").write_text(json.dumps(row) + "\n")
+    rows = processbench.sample_rows(tmp_path / "l.jsonl")
+    assert rows[0]["steps"] == ["Step 1: x\n y\n\n", "z\n\n", "Step 3\n\n"] and rows[0]["answer"] == "0"
+    assert stage(2).split_steps(rows[0]["response"], processbench.split_of(rows)) == rows[0]["steps"]
+    clicked = wrong_samples(tmp_path / "in.jsonl", 2)
+    (tmp_path / "l.jsonl").write_text("".join(json.dumps(row | {"error_step": 2, "reason": None}) + "\n" for row in clicked))
+    rows = processbench.sample_rows(tmp_path / "l.jsonl")
+    assert [row["steps"] for row in rows] == [row["steps"] for row in clicked] and processbench.split_of(rows) == "labels"
 
 
 def test_a_page_does_not_write_over_a_file_that_is_not_its_own(tmp_path):

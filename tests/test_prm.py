@@ -1,4 +1,4 @@
-"""score_steps.py, 02 --locator scores and consensus, what a judge may cost, ProcessBench; the bundled process reward model."""
+"""score_steps.py, 02 --locator scores, consensus.py, what a judge may cost, ProcessBench; the bundled process reward model."""
 
 import asyncio
 import json
@@ -39,7 +39,8 @@ def labelled(path, count: int = 120) -> list[dict]:
             steps[label + 1 :] = [step.replace(f" {a - b} ", f" {make.buggy(a, b)} ") for step in steps[label + 1 :]]
         if sum((old["label"] < 0) == (label < 0) for old in rows) < count / 2:
             rows.append({"id": row["id"], "problem": row["problem"], "steps": steps, "label": label, "answer": row["answer"],
-                         "response": "".join(steps), "final_answer_correct": label < 0})  # fmt: skip
+                         "response": "".join(steps), "sample": 0, "correct": label < 0, "finish_reason": "stop",
+                         "final_answer_correct": label < 0})  # fmt: skip
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
@@ -129,7 +130,8 @@ def test_the_bundled_prm_finds_most_first_errors(tmp_path, capsys):
     labelled(tmp_path / "labels.jsonl")
     score = [tmp_path / "labels.jsonl", "--prm", PRM]
     run("score_steps", *score)
-    arguments = ["--labels", tmp_path / "labels.scored.jsonl", "--locator", "scores", "--out", tmp_path / "out.jsonl"]
+    arguments = ["--samples", tmp_path / "labels.scored.jsonl", "--include-correct", "--locator", "scores",
+                 "--out", tmp_path / "out.jsonl"]  # fmt: skip
     done = run(2, *arguments)
     rows = read(tmp_path / "out.jsonl")
     said = [(row["label"], (row["error_step"] or 0) - 1) for row in rows]
@@ -263,7 +265,8 @@ def test_rows_that_cannot_be_scored_stay_open(tmp_path, capsys):
     score_steps.main(score_steps.Args(write(tmp_path / "in.jsonl", rows), str(PRM), wrong_only=True))
     scored = read(tmp_path / "in.scored.jsonl")
     assert [row["step_scores"] is None for row in scored] == [False, True, True, True, True, False]
-    run(2, "--labels", tmp_path / "in.scored.jsonl", "--locator", "scores", "--out", tmp_path / "out.jsonl")
+    run(2, "--samples", tmp_path / "in.scored.jsonl", "--include-correct", "--locator", "scores",
+        "--out", tmp_path / "out.jsonl")  # fmt: skip
     found = {row["id"]: row for row in read(tmp_path / "out.jsonl")}
     reasons = [str(found[row["id"]]["reason"]) for row in rows]
     assert "marks: " in reasons[1] and "where the model takes 4096" in reasons[2] and "a right solution" in reasons[4]
@@ -278,12 +281,13 @@ def test_rows_that_cannot_be_scored_stay_open(tmp_path, capsys):
 
 @pytest.mark.parametrize("scores", ["missing", [0.5], [0.5, "x"], [0.5, float("nan")], [0.5, True], {"1": 0.5}, 0.5])
 def test_02_takes_a_number_for_each_step(scores, tmp_path):
-    row = {"id": "a", "problem": "p", "steps": ["x", "y"], "label": 1, "step_scores": [0.9, 0.1]}
+    [row] = wrong_samples(tmp_path / "in.jsonl", 1)
+    row |= {"id": "a", "step_scores": [0.9, 0.1, 0.9, 0.9]}
     bad = row | {"id": "b", "step_scores": scores}
     if scores == "missing":
         del bad["step_scores"]
     path = write(tmp_path / "in.jsonl", [row, bad])
-    done = run(2, "--labels", path, "--locator", "scores", "--out", tmp_path / "out.jsonl", check=False)
+    done = run(2, "--samples", path, "--locator", "scores", "--out", tmp_path / "out.jsonl", check=False)
     assert done.returncode == 2 and f"{path}, row 2: no 'step_scores'" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -305,17 +309,22 @@ def test_consensus_keeps_what_both_say(judge, tmp_path):  # noqa: F811
     judge.script = script
     url = f"http://127.0.0.1:{judge.server_port}/v1"
     run("score_steps", tmp_path / "labels.jsonl", "--prm", PRM)
-    command = ["--labels", tmp_path / "labels.scored.jsonl", "--locator", "consensus", "--of", "scores", "judge",
-               "--judge-model", "judge", "--judge-base-url", url, "--out", tmp_path / "out.jsonl"]  # fmt: skip
-    run(2, *command, "--limit", 10)
+    samples = ["--samples", tmp_path / "labels.scored.jsonl", "--include-correct"]
+    judged = [*samples, "--locator", "judge", "--judge-model", "judge",
+              "--judge-base-url", url, "--out", tmp_path / "judged.jsonl"]  # fmt: skip
+    run(2, *samples, "--locator", "scores", "--out", tmp_path / "scores.jsonl")
+    run(2, *judged, "--limit", 10)
     asked = judge.count
-    run(2, *command)
-    found = {row["problem"]: row for row in read(tmp_path / "out.jsonl")}
-    assert len(found) == len(rows) == judge.count and asked == 10
+    run(2, *judged)
+    assert len(rows) == judge.count and asked == 10
+    files, out = [tmp_path / "scores.jsonl", tmp_path / "judged.jsonl"], tmp_path / "out.jsonl"
+    done = run("consensus", *files, "--out", out)
+    found = {row["problem"]: row for row in read(out)}
+    assert len(found) == len(rows)
     kept = 0
     for row in rows:
         got = found[row["problem"]]
-        first, second = got["said"]["scores"], got["said"]["judge"]
+        first, second = got["said"]
         assert len(got["step_scores"]) == len(row["steps"]) and got["judge"]["votes"] and got["locator"] == "consensus"
         if first == second == 0:
             assert got["error_step"] is None and got["reason"] == "no error found by both"
@@ -325,30 +334,48 @@ def test_consensus_keeps_what_both_say(judge, tmp_path):  # noqa: F811
         else:
             assert got["error_step"] is None and got["reason"] == "the two disagree"
     assert 10 < kept < 28
-    done = run(2, *command[:3], "consensus", "--of", "judge", "judge", *command[7:-1], tmp_path / "x.jsonl", check=False)
-    assert done.returncode == 2 and "two different locators" in done.stderr
+    assert done.stdout.startswith(f"{out}: rows {len(rows)}, located {kept}, ") and len(done.stdout.splitlines()) == 1
+    run("consensus", *files, "--within", 0, "--out", tmp_path / "exact.jsonl")
+    exact = [row["error_step"] for row in read(tmp_path / "exact.jsonl")]
+    assert exact == [a if a and a == b else None for a, b in (row["said"] for row in read(out))]
 
 
-def test_the_judge_stops_at_its_cost_and_goes_on(judge, tmp_path):  # noqa: F811
-    """100 prompt and 10 completion tokens a judgement: 1.1 each by this price."""
+def test_consensus_of_files_that_do_not_fit(tmp_path):
+    """A row that the second lacks stays open and says so; other samples, no locations, and an input as --out are refused."""
+    rows = [row | {"error_step": 2, "reason": None, "locator": "x"} for row in wrong_samples(tmp_path / "in.jsonl", 3)]
+    write(tmp_path / "a.jsonl", rows)
+    write(tmp_path / "b.jsonl", [rows[0], rows[1] | {"error_step": None, "reason": "unsure"}])
+    run("consensus", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--out", tmp_path / "out.jsonl")
+    found = [(row["error_step"], row["reason"], row["said"]) for row in read(tmp_path / "out.jsonl")]
+    assert found == [(2, None, [2, 2]), (None, "the two disagree", [2, None]), (None, "not in the second file", [2, None])]
+    write(tmp_path / "other.jsonl", [rows[0] | {"steps": ["another", "two"]}])
+    write(tmp_path / "text.jsonl", [rows[0], rows[1] | {"error_step": "2"}])
+    for second, out, why in [
+        ("other", "x", "another sample 0 of q0"), ("in", "x", "row 1: no 'error_step'"),
+        ("text", "x", "row 2: no 'error_step'"), ("b", "b", "is one of the two files"), ("none", "x", "cannot be read"),
+    ]:  # fmt: skip
+        done = run("consensus", tmp_path / "a.jsonl", tmp_path / f"{second}.jsonl", "--out", tmp_path / f"{out}.jsonl",
+                   check=False)  # fmt: skip
+        assert done.returncode == 2 and why in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_judge_stops_at_its_tokens_and_resumes(judge, tmp_path):  # noqa: F811
+    """100 prompt and 10 completion tokens a judgement."""
     rows = wrong_samples(tmp_path / "in.jsonl", 12)
     judge.script = lambda n, body: verdicts(true_step(body))
-    price = ["--price", 1e4, 1e4, "--concurrency", 2]
-    done = judged(judge, tmp_path, *price, "--estimate")
-    assert judge.count == 0 and "12 rows to judge, 1 vote(s) each" in done.stdout and not (tmp_path / "out.jsonl").exists()
-    done = judged(judge, tmp_path, *price, "--max-cost", 4, check=False)
-    assert done.returncode == 2 and "--max-cost 4 is spent" in done.stderr and "Traceback" not in done.stderr
+    bound = ["--concurrency", 2, "--max-judge-tokens"]
+    done = judged(judge, tmp_path, *bound, 400, check=False)
+    assert done.returncode == 2 and "--max-judge-tokens 400 are spent" in done.stderr and "Traceback" not in done.stderr
     first = judge.count
     assert first == len(read(tmp_path / "out.jsonl")) in (4, 5)
-    done = judged(judge, tmp_path, *price, "--estimate")
-    assert f"{12 - first} rows to judge" in done.stdout and f"the mean of {first} rows judged" in done.stdout
-    assert f"{10 * (12 - first)} completion tokens" in done.stdout
-    done = judged(judge, tmp_path, *price, "--max-cost", 8, check=False)
-    assert done.returncode == 2 and judge.count in (8, 9), "what was paid before counts"
-    done = judged(judge, tmp_path, *price, "--max-cost", 100)
+    assert f"judge prompt tokens {100 * first}, judge completion tokens {10 * first}" in done.stdout
+    done = judged(judge, tmp_path, *bound, 800, check=False)
+    assert done.returncode == 2 and judge.count in (8, 9), "what earlier runs took counts"
+    assert f"judge tokens of earlier runs {110 * first}" in done.stdout
+    done = judged(judge, tmp_path, *bound, 0)
     assert judge.count == 12 and {row["id"] for row in read(tmp_path / "out.jsonl")} == {row["id"] for row in rows}
-    done = judged(judge, tmp_path, "--max-cost", 1, check=False)
-    assert done.returncode == 2 and "need --price" in done.stderr
+    done = judged(judge, tmp_path, *bound, -1, check=False)
+    assert done.returncode == 2 and "--max-judge-tokens must be at least 0" in done.stderr
 
 
 @pytest.mark.slow

@@ -1,0 +1,75 @@
+"""Keep the first wrong steps on which two locators agree: two located files -> one.
+
+    python analysis/consensus.py data/by_rollouts.jsonl data/by_scores.jsonl --within 1 --out data/located.jsonl
+
+Input: two files that 02_locate_step.py or annotate.py wrote of the same samples. A row is known by `id` and `sample`:
+    {"id": "q1", "sample": 0, "steps": ["...", "..."], "error_step": 2, "locator": "rollout", "reason": null, ...}
+
+Output: the rows of the first file, with the second one's evidence (`judge`, `rollout_values` ...) and
+    {"error_step": 2, "locator": "consensus", "reason": null, "said": [2, 3]}
+A row keeps the first one's step where the second one's is at most --within steps off. Else error_step is null and the reason
+says why: both found no error, the two disagree, or the second file lacks the row. `said`: 0 for no error, null for a row left
+open. The last line counts the rows.
+"""
+
+import importlib
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+LOCATE = importlib.import_module("02_locate_step")
+
+
+@dataclass
+class Args:
+    first: tyro.conf.Positional[Path]
+    """located file whose steps are kept"""
+    second: tyro.conf.Positional[Path]
+    """located file that must agree"""
+    within: int = 1
+    """how many steps apart the two may be"""
+    out: Path = Path("data/located.jsonl")
+    """file to write"""
+
+
+def agree(first: int | None, second: int | None, within: int) -> tuple[int | None, str | None]:
+    """(error_step, reason) of two verdicts: a step, 0 for no error, None for nothing said."""
+    if first == second == 0:
+        return None, f"{LOCATE.NO_ERROR} by both"
+    if first and second and abs(first - second) <= within:
+        return first, None
+    return None, "the two disagree"
+
+
+def combine(first: dict, second: dict | None, within: int) -> dict:
+    """The row of the first file, with what both say."""
+    said = [LOCATE.verdict(first), LOCATE.verdict(second) if second else None]
+    step, reason = agree(*said, within) if second else (None, "not in the second file")
+    return (second or {}) | first | {"error_step": step, "locator": "consensus", "reason": reason, "said": said}
+
+
+def main(args: Args):
+    if args.within < 0:
+        LOCATE.stop("--within is at least 0")
+    if args.out.resolve() in (args.first.resolve(), args.second.resolve()):
+        LOCATE.stop(f"{args.out} is one of the two files; give another --out")
+    first, second = LOCATE.read_located(args.first), LOCATE.read_located(args.second)
+    for key, row in first.items():
+        if second.get(key, row)["steps"] != row["steps"]:
+            LOCATE.stop(f"{args.second} holds another sample {key[1]} of {key[0]} than {args.first}; locate the same samples")
+    rows = [combine(row, second.get(key), args.within) for key, row in first.items()]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    LOCATE.save(args.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    located = sum(row["error_step"] is not None for row in rows)
+    reasons = Counter(row["reason"] for row in rows if row["error_step"] is None)
+    summary = {"rows": len(rows), "located": located} | reasons
+    print(f"{args.out}: " + ", ".join(f"{name} {number}" for name, number in summary.items()))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
