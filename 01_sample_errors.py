@@ -105,62 +105,75 @@ class Args:
     """every request gets its own seed from this, the problem's id and the sample's number"""
     concurrency: int = 0
     """problems in flight; 0: as many as keep the engine busy"""
+    accept_edit: bool = False
+    """keep the rows that are there after an edit of this file; OUT.meta.json notes how many"""
+
+
+ROW_CODE = ("sample_solution",)  # what makes a row, with all that it uses: rows made before an edit of it do not fit
+
+
+async def sample_solution(args: Args, problem: dict, sample: int, tokenizer, generate, grader: Grader) -> tuple[dict, int]:
+    """Sample a solution of a problem and grade it. Returns its row and the number of its tokens."""
+    sampling_params = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
+    seed = seed_of(args.seed, "sample", problem["id"], sample)
+    prompt = prompt_ids(tokenizer, problem["problem"], args.opening, args.split)
+    [completion] = await generate(prompt, seed, **sampling_params)
+    finish_reason = completion["finish_reason"]
+    response = args.opening + completion["text"] if finish_reason != "refused" else ""
+    prediction = answer_of(response, args.split) if finish_reason == "stop" else None
+    row = problem | {
+        "sample": sample,
+        "response": response,
+        "steps": split_steps(response, args.split, args.opening),
+        "prediction": prediction,
+        "correct": await grader(problem["answer"], prediction, problem["problem"]),
+        "finish_reason": finish_reason,
+        "model": args.model,
+    }
+    if args.split == "blocks":
+        row |= {"blocks": blocks_of(response), **completion["counts"]}
+    return row, completion["tokens"]
+
+
+def samples_due(args: Args, problem: dict, verdicts: dict[tuple, bool | None]) -> list[int]:
+    """The samples of a problem to draw next; none when it has all. With --until-both, --n at a time."""
+    most = max(args.until_both, args.n)
+    for end in range(args.n, most + args.n, args.n):
+        samples = range(min(end, most))
+        missing = [sample for sample in samples if (problem["id"], sample) not in verdicts]
+        if missing or {True, False} <= {verdicts[problem["id"], sample] for sample in samples}:
+            return missing
+    return []
 
 
 async def sample_all(args: Args, problems: list[dict], tokenizer, output: Output) -> dict:
     """Sample and write what is not there yet. Returns the summary."""
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
-    done = {(row["id"], row["sample"]): verdict_of(row) for row in output.rows}
-    grader, tokens = Grader(), 0
+    verdicts = {(row["id"], row["sample"]): verdict_of(row) for row in output.rows}
+    grader, tokens, seconds = Grader(), 0, 0.0
 
-    def due(problem: dict) -> list[int]:
-        """The samples of a problem to draw next; none when it has all. With --until-both, --n at a time."""
-        most = max(args.until_both, args.n)
-        for end in range(args.n, most + args.n, args.n):
-            numbers = range(min(end, most))
-            if left := [sample for sample in numbers if (problem["id"], sample) not in done]:
-                return left
-            if {True, False} <= {done[problem["id"], sample] for sample in numbers}:
-                break
-        return []
-
-    async def one(problem: dict, sample: int):
+    async def sample_one(problem: dict, sample: int):
         nonlocal tokens
-        seed = seed_of(args.seed, "sample", problem["id"], sample)
-        prompt = prompt_ids(tokenizer, problem["problem"], args.opening, args.split)
-        [found] = await generate(prompt, seed, **sampling)
-        response = args.opening + found["text"] if found["finish_reason"] != "refused" else ""
-        prediction = answer_of(response, args.split) if found["finish_reason"] == "stop" else None
-        row = problem | {
-            "sample": sample,
-            "response": response,
-            "steps": split_steps(response, args.split, args.opening),
-            "prediction": prediction,
-            "correct": await grader(problem["answer"], prediction, problem["problem"]),
-            "finish_reason": found["finish_reason"],
-            "model": args.model,
-        }
-        if args.split == "blocks":
-            row |= {"blocks": blocks_of(response), **found["counts"]}
+        row, length = await sample_solution(args, problem, sample, tokenizer, generate, grader)
         output.write(row)
-        done[problem["id"], sample] = verdict_of(row)
-        tokens += found["tokens"]
+        verdicts[problem["id"], sample] = verdict_of(row)
+        tokens += length
 
     async def work(problem: dict):
-        while numbers := due(problem):
-            await asyncio.gather(*(one(problem, sample) for sample in numbers))
+        while samples := samples_due(args, problem, verdicts):
+            await asyncio.gather(*(sample_one(problem, sample) for sample in samples))
 
-    seconds = 0.0
+    unfinished = [problem for problem in problems if samples_due(args, problem, verdicts)]
     try:
-        if todo := [problem for problem in problems if due(problem)]:  # or no engine is started
+        if unfinished:  # or no engine is started
             async with engine(args, args.model, len(output.rows)) as generate:
                 began = time.time()
-                await run_all(todo, work, in_flight(args, generate, args.n), "sampling")
+                await run_all(unfinished, work, in_flight(args, generate, args.n), "sampling")
                 seconds = time.time() - began
     finally:
         grader.close()
-    more = {"gradings killed": grader.kills, "tokens": tokens, "tokens/s": round(tokens / seconds) if seconds else 0}
-    return summarize(problems, output.rows) | more | {"seconds": round(seconds, 1)}
+    speed = round(tokens / seconds) if seconds else 0
+    cost = {"gradings killed": grader.kills, "tokens": tokens, "tokens/s": speed, "seconds": round(seconds, 1)}
+    return summarize(problems, output.rows) | cost
 
 
 def verdict_of(row: dict) -> bool | None:
@@ -196,10 +209,10 @@ def main(args: Args):
         stop("--data: two files have an id in common; make the ids unique")
     names = ("opening", "split", "temperature", "top_p", "max_tokens", "seed")
     tokenizer = load_tokenizer(args.tokenizer or args.model, args.chat_template, args.chat_template_kwargs)
-    settings = {"stage": "01_sample_errors", "model": model_id(args.model), "data": content_hash(problems)}
-    settings |= {name: getattr(args, name) for name in names} | NEUTRAL | {"label": STEP_LABEL}
-    settings |= {"prompt": render_prompt(tokenizer, PROBE, args.opening)}
-    with contextlib.closing(Output(args.out, settings)) as output:
+    settings = {"stage": "01_sample_errors", "model": model_id(args.model)} | {name: getattr(args, name) for name in names}
+    settings |= NEUTRAL | {"prompt": render_prompt(tokenizer, PROBE, args.opening), "code": source_hashes(ROW_CODE)}
+    with contextlib.closing(Output(args.out, settings, args.accept_edit)) as output:
+        check_problems(output, problems)
         summary = asyncio.run(sample_all(args, problems[: args.limit], tokenizer, output))
         seeded = bool(args.base_url) or seeds_requests(args.top_p)
         output.save_meta(finished=True, summary=summary, seeded_requests=seeded)
@@ -320,7 +333,7 @@ def source_hashes(roots: tuple[str, ...]) -> dict[str, str]:
         sources[getattr(target, "id", getattr(target, "name", ""))] = node
     while names:
         name = names.pop()
-        if name in hashes or name not in sources:
+        if name in hashes or name not in sources or name == "Args":  # the options stand in the settings by their values
             continue
         for part in ast.walk(sources[name]):
             if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and ast.get_docstring(part) is not None:
@@ -334,6 +347,14 @@ def source_hashes(roots: tuple[str, ...]) -> dict[str, str]:
 def edited_names(old: dict[str, str], new: dict[str, str]) -> list[str]:
     """The names whose source_hashes() differ."""
     return [name for name in sorted(old | new) if old.get(name) != new.get(name)]
+
+
+def check_problems(output: Output, problems: list[dict]):
+    """Stop where a row was made of another problem with its id. New problems are welcome: their rows are made."""
+    texts = {problem["id"]: (problem["problem"], problem["answer"]) for problem in problems}
+    for row in output.rows:
+        if texts.get(row["id"], (row["problem"], row["answer"])) != (row["problem"], row["answer"]):
+            stop(f"{output.path} holds another problem with the id {row['id']!r}; give another --out")
 
 
 class Output:
@@ -378,7 +399,7 @@ class Output:
                      "take the old setting, give another --out, or remove the file")  # fmt: skip
         if edited and not self.accept_edit:
             names = ", ".join(edited[:6])
-            stop(f"{self.path} was made before an edit of {names}; undo it, give another --out, or keep its rows by --accept-edit")
+            stop(f"{self.path} was made before an edit of {names}; undo it, give another --out, or add --accept-edit")
         self.rows, self.began = read_rows(self.path, ()), self.began - meta["seconds"]
         if edited:
             self.edits.append({"rows": len(self.rows)} | {name: old.get(name) for name in ("code", "prompt")})

@@ -29,6 +29,7 @@ The same command run again goes on where it stopped.
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import atexit
 import contextlib
@@ -176,9 +177,16 @@ class Args:
     """every request gets its own seed from this and what it is about"""
     concurrency: int = 0
     """wrong samples in flight; 0: as many as keep the engine busy"""
+    accept_edit: bool = False
+    """keep the rows that are there, and those of --samples, after an edit of this file or of 01"""
 
 
-SETTINGS = {  # what a row depends on
+ROW_CODE = {  # what makes a row, with all that it uses: rows made before an edit of it do not fit
+    "rollout": ("by_rollouts", "prompt_ids", "split_steps"),
+    "judge": ("by_judge", "split_steps"),
+    "scores": ("by_scores", "split_steps"),
+}
+SETTINGS = {  # the options that a row depends on
     "rollout": ("temperature", "top_p", "max_tokens", "rollouts", "alpha", "give_up", "linear", "all_rollouts",
                 "opening", "split"),
     "judge": ("judge_model", "judge_temperature", "judge_max_tokens", "neutral", "votes", "min_agreement", "retries",
@@ -439,6 +447,24 @@ def read_samples(path: Path, fields: tuple[str, ...], args) -> list[dict]:
     return rows
 
 
+def check_input(path: Path, settings: dict, accept_edit: bool):
+    """Stop where the stage that made a file had another prompt, opening, other steps or another grading than this one has. A
+    file without OUT.meta.json is the user's own: nothing is known of it."""
+    meta = Path(f"{path}.meta.json")
+    if not meta.exists():
+        return
+    made = json.loads(meta.read_text(encoding="utf-8"))["settings"]
+    codes = [made.get("code", {}), settings["code"]]
+    edited = edited_names(*({name: code[name] for name in codes[0].keys() & codes[1]} for code in codes))
+    if edited and not accept_edit:
+        stop(f"{path} was made with another {', '.join(edited[:6])} than {Path(__file__).name} has; "
+             "make the same edit here, or add --accept-edit")  # fmt: skip
+    for name in ("prompt", "opening", "split"):
+        both = name in made and name in settings
+        if both and made[name] != settings[name] and not (name == "prompt" and edited):
+            stop(f"{path} was made with {difference(name, made[name], settings[name])}; give the options that made it")
+
+
 def identity(row: dict) -> tuple:
     return row["id"], row["sample"]
 
@@ -549,18 +575,19 @@ def main(args: Args):
         check_scores(args.samples)
     began = time.time()
     settings = {"stage": "02_locate_step", "locator": args.locator, "known": args.known, "seed": args.seed}
-    settings |= {name: getattr(args, name) for name in SETTINGS[args.locator]}
+    settings |= {name: getattr(args, name) for name in SETTINGS[args.locator]} | {"code": source_hashes(ROW_CODE[args.locator])}
     tokenizer = None
     if args.locator == "rollout":
         tokenizer = load_tokenizer(args.tokenizer or args.model, args.chat_template, args.chat_template_kwargs)
         settings |= NEUTRAL | {"model": model_id(args.model), "prompt": render_prompt(tokenizer, PROBE, args.opening)}
-    elif args.locator == "judge":
-        settings["judge_prompt"] = hashlib.sha256(JUDGE_PROMPT.encode()).hexdigest()[:16]
-    else:
+    elif args.locator == "scores":
         settings["prm"] = ", ".join(sorted({str(row.get("prm")) for row in rows}))
+    check_input(args.samples, settings, args.accept_edit)
     with contextlib.ExitStack() as opened:
-        paths = args.out, args.keep_rollouts
-        output, keep = [opened.enter_context(contextlib.closing(Output(path, settings))) if path else None for path in paths]
+        output = opened.enter_context(contextlib.closing(Output(args.out, settings, args.accept_edit)))
+        keep = None
+        if args.keep_rollouts:
+            keep = opened.enter_context(contextlib.closing(Output(args.keep_rollouts, settings, args.accept_edit)))
         check_steps(args, rows, output.path, output.rows)
         grader = opened.enter_context(contextlib.closing(Grader()))
         spent = asyncio.run(locate_all(args, rows, samples, known, tokenizer, output, keep, grader))
@@ -712,6 +739,33 @@ def save(path: Path, text: str):
 
 
 # Copied from 01_sample_errors.py
+def source_hashes(roots: tuple[str, ...]) -> dict[str, str]:
+    """A hash of the source of these functions and constants of this file, and of all in it that they use. Comments,
+    docstrings and layout do not count: an edit of them does not make a run start again."""
+    sources, hashes, names = {}, {}, list(roots)
+    for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else node
+        sources[getattr(target, "id", getattr(target, "name", ""))] = node
+    while names:
+        name = names.pop()
+        if name in hashes or name not in sources or name == "Args":  # the options stand in the settings by their values
+            continue
+        for part in ast.walk(sources[name]):
+            if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and ast.get_docstring(part) is not None:
+                part.body[0] = ast.Pass()
+            elif isinstance(part, ast.Name):
+                names.append(part.id)
+        hashes[name] = hashlib.sha256(ast.unparse(sources[name]).encode()).hexdigest()[:8]
+    return dict(sorted(hashes.items()))
+
+
+# Copied from 01_sample_errors.py
+def edited_names(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    """The names whose source_hashes() differ."""
+    return [name for name in sorted(old | new) if old.get(name) != new.get(name)]
+
+
+# Copied from 01_sample_errors.py
 class Output:
     """A JSON Lines file that grows row by row and can be resumed after a kill; a torn last line is cut.
 
@@ -754,7 +808,7 @@ class Output:
                      "take the old setting, give another --out, or remove the file")  # fmt: skip
         if edited and not self.accept_edit:
             names = ", ".join(edited[:6])
-            stop(f"{self.path} was made before an edit of {names}; undo it, give another --out, or keep its rows by --accept-edit")
+            stop(f"{self.path} was made before an edit of {names}; undo it, give another --out, or add --accept-edit")
         self.rows, self.began = read_rows(self.path, ()), self.began - meta["seconds"]
         if edited:
             self.edits.append({"rows": len(self.rows)} | {name: old.get(name) for name in ("code", "prompt")})

@@ -27,6 +27,7 @@ OUT.tries.jsonl keeps what became of every problem; the same command run again g
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import atexit
 import contextlib
@@ -129,13 +130,21 @@ class Args:
     """every request gets its own seed from this and what it is about"""
     concurrency: int = 0
     """problems in flight; 0: as many as keep the engine busy"""
+    accept_edit: bool = False
+    """keep the pairs that are there, and the rows of the input, after an edit of this file or of 01 or 02"""
 
 
+ROW_CODE = {  # what makes a pair, with all that it uses: pairs made before an edit of it do not fit
+    "step-dpo": ("rectify", "prompt_ids", "split_steps"),
+    "scdpo": ("lead_astray", "prompt_ids", "split_steps"),
+    "dpo": ("pair_up", "split_steps"),
+}
 METHODS = {  # of each its input, and the options that it alone heeds
     "step-dpo": ("located", "rollouts", "rectifier", "n", "max_pairs_per_error", "temperature"),
     "scdpo": ("samples", "solutions_per_problem", "pairs_per_problem", "every_step", "first_k", "tries", "heat"),
     "dpo": ("samples", "pairs_per_problem"),
 }
+INPUTS = ("located", "samples", "rollouts")  # files: of these each problem's rows are compared, see check_tries()
 
 
 def pair_of(row: dict, method: str, step: int, prefix: str, chosen: str, rejected: str, full_chosen: str, full_rejected: str):
@@ -389,7 +398,7 @@ async def make_all(args: Args, problems: dict[str, list[dict]], rollouts: dict, 
                 pairs, count = await lead_astray(args, go_on, grader, rows)
             else:
                 pairs, count = await rectify(args, go_on, grader, rollouts, rows)
-            tries.write({"id": rows[0]["id"], "count": dict(count), "pairs": pairs})
+            tries.write({"id": rows[0]["id"], "input": input_hash(rows, rollouts), "count": dict(count), "pairs": pairs})
 
         await run_all(todo, work, places, args.method)
 
@@ -422,6 +431,20 @@ def load_rollouts(args: Args, settings: dict) -> dict[tuple, list[dict]]:
         if made.get(name) != settings[name]:
             stop(f"{args.rollouts} was made with {difference(name, made.get(name), settings[name])}")
     return {(row["id"], row["sample"], int(k)): found for row in rows for k, found in row["rollouts"].items()}
+
+
+def input_hash(rows: list[dict], rollouts: dict) -> str:
+    """Of what the pairs of a problem are made of."""
+    keys = {(row["id"], row["sample"]) for row in rows}
+    kept = sorted((key[1:], texts) for key, texts in rollouts.items() if key[:2] in keys)
+    return hashlib.sha256(json.dumps([rows, kept]).encode()).hexdigest()[:8]
+
+
+def check_tries(args: Args, tries: Output, problems: dict[str, list[dict]], rollouts: dict):
+    """Stop where a problem's pairs were made of other rows. New problems are welcome: their pairs are made."""
+    for row in tries.rows:
+        if row["id"] in problems and row["input"] != input_hash(problems[row["id"]], rollouts):
+            stop(f"{tries.path}: the pairs of {row['id']} were made of other rows than the input has now; give another --out")
 
 
 def write_pairs(args: Args, problems: dict, tries: Output, kills: int, tokens: int, seconds: float):
@@ -460,18 +483,19 @@ def main(args: Args):
     tries_path = args.out.with_suffix(".tries.jsonl")
     if args.out.exists() and args.out.stat().st_size and not tries_path.exists():
         stop(f"{args.out} is there, but not {tries_path}, which would tell how to go on; give another --out")
-    began, problems, digest = time.time(), load_input(args), lambda data: hashlib.sha256(data).hexdigest()[:16]
-    settings = {"stage": "03_rectify", "method": args.method, "seed": args.seed} | {name: getattr(args, name) for name in own}
-    settings |= {name: getattr(args, name) for name in ("opening", "split")}
+    began, problems = time.time(), load_input(args)
+    names = ("method", "seed", "opening", "split", *(name for name in own if name not in INPUTS))
+    settings = {"stage": "03_rectify", "code": source_hashes(ROW_CODE[args.method])}
+    settings |= {name: getattr(args, name) for name in names}
     tokenizer, model = None, args.rectifier or args.model
     if args.method != "dpo":
         tokenizer = load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs)
         settings |= {"top_p": args.top_p, "max_tokens": args.max_tokens} | NEUTRAL
         settings |= {"model": model_id(model), "prompt": render_prompt(tokenizer, PROBE, args.opening)}
     rollouts = load_rollouts(args, settings) if args.rollouts else {}
-    settings[own[0]] = digest(json.dumps(problems).encode())  # sorted: the file's order does not count
-    settings["rollouts"] = digest(args.rollouts.read_bytes()) if rollouts else None
-    tries, grader = Output(tries_path, settings), Grader()
+    check_input(getattr(args, own[0]), settings, args.accept_edit)
+    tries, grader = Output(tries_path, settings, args.accept_edit), Grader()
+    check_tries(args, tries, problems, rollouts)
     before = len(tries.rows)
     try:
         asyncio.run(make_all(args, problems, rollouts, tokenizer, tries, grader))
@@ -605,6 +629,33 @@ def save(path: Path, text: str):
 
 
 # Copied from 01_sample_errors.py
+def source_hashes(roots: tuple[str, ...]) -> dict[str, str]:
+    """A hash of the source of these functions and constants of this file, and of all in it that they use. Comments,
+    docstrings and layout do not count: an edit of them does not make a run start again."""
+    sources, hashes, names = {}, {}, list(roots)
+    for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else node
+        sources[getattr(target, "id", getattr(target, "name", ""))] = node
+    while names:
+        name = names.pop()
+        if name in hashes or name not in sources or name == "Args":  # the options stand in the settings by their values
+            continue
+        for part in ast.walk(sources[name]):
+            if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and ast.get_docstring(part) is not None:
+                part.body[0] = ast.Pass()
+            elif isinstance(part, ast.Name):
+                names.append(part.id)
+        hashes[name] = hashlib.sha256(ast.unparse(sources[name]).encode()).hexdigest()[:8]
+    return dict(sorted(hashes.items()))
+
+
+# Copied from 01_sample_errors.py
+def edited_names(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    """The names whose source_hashes() differ."""
+    return [name for name in sorted(old | new) if old.get(name) != new.get(name)]
+
+
+# Copied from 01_sample_errors.py
 class Output:
     """A JSON Lines file that grows row by row and can be resumed after a kill; a torn last line is cut.
 
@@ -647,7 +698,7 @@ class Output:
                      "take the old setting, give another --out, or remove the file")  # fmt: skip
         if edited and not self.accept_edit:
             names = ", ".join(edited[:6])
-            stop(f"{self.path} was made before an edit of {names}; undo it, give another --out, or keep its rows by --accept-edit")
+            stop(f"{self.path} was made before an edit of {names}; undo it, give another --out, or add --accept-edit")
         self.rows, self.began = read_rows(self.path, ()), self.began - meta["seconds"]
         if edited:
             self.edits.append({"rows": len(self.rows)} | {name: old.get(name) for name in ("code", "prompt")})
@@ -1346,6 +1397,25 @@ def cut_label(step: str, number: int, split: str = "labels", opening: str = OPEN
         return opening, step.removeprefix(opening)
     label = re.search(STEP_LABEL.format(number=number), step, re.M) if split == "labels" else None
     return (step[: label.end()], step[label.end() :]) if label else ("", step)
+
+
+# Copied from 02_locate_step.py
+def check_input(path: Path, settings: dict, accept_edit: bool):
+    """Stop where the stage that made a file had another prompt, opening, other steps or another grading than this one has. A
+    file without OUT.meta.json is the user's own: nothing is known of it."""
+    meta = Path(f"{path}.meta.json")
+    if not meta.exists():
+        return
+    made = json.loads(meta.read_text(encoding="utf-8"))["settings"]
+    codes = [made.get("code", {}), settings["code"]]
+    edited = edited_names(*({name: code[name] for name in codes[0].keys() & codes[1]} for code in codes))
+    if edited and not accept_edit:
+        stop(f"{path} was made with another {', '.join(edited[:6])} than {Path(__file__).name} has; "
+             "make the same edit here, or add --accept-edit")  # fmt: skip
+    for name in ("prompt", "opening", "split"):
+        both = name in made and name in settings
+        if both and made[name] != settings[name] and not (name == "prompt" and edited):
+            stop(f"{path} was made with {difference(name, made[name], settings[name])}; give the options that made it")
 
 
 # Copied from 02_locate_step.py

@@ -18,6 +18,7 @@ strict verdict of 01; analysis/regrade.py adds those of the papers' own code to 
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import atexit
 import concurrent.futures
@@ -798,6 +799,42 @@ def difference(name: str, old, new) -> str:
 
 
 # Copied from 01_sample_errors.py
+def source_hashes(roots: tuple[str, ...]) -> dict[str, str]:
+    """A hash of the source of these functions and constants of this file, and of all in it that they use. Comments,
+    docstrings and layout do not count: an edit of them does not make a run start again."""
+    sources, hashes, names = {}, {}, list(roots)
+    for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else node
+        sources[getattr(target, "id", getattr(target, "name", ""))] = node
+    while names:
+        name = names.pop()
+        if name in hashes or name not in sources or name == "Args":  # the options stand in the settings by their values
+            continue
+        for part in ast.walk(sources[name]):
+            if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and ast.get_docstring(part) is not None:
+                part.body[0] = ast.Pass()
+            elif isinstance(part, ast.Name):
+                names.append(part.id)
+        hashes[name] = hashlib.sha256(ast.unparse(sources[name]).encode()).hexdigest()[:8]
+    return dict(sorted(hashes.items()))
+
+
+# Copied from 01_sample_errors.py
+def edited_names(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    """The names whose source_hashes() differ."""
+    return [name for name in sorted(old | new) if old.get(name) != new.get(name)]
+
+
+# Copied from 01_sample_errors.py
+def check_problems(output: Output, problems: list[dict]):
+    """Stop where a row was made of another problem with its id. New problems are welcome: their rows are made."""
+    texts = {problem["id"]: (problem["problem"], problem["answer"]) for problem in problems}
+    for row in output.rows:
+        if texts.get(row["id"], (row["problem"], row["answer"])) != (row["problem"], row["answer"]):
+            stop(f"{output.path} holds another problem with the id {row['id']!r}; give another --out")
+
+
+# Copied from 01_sample_errors.py
 class Output:
     """A JSON Lines file that grows row by row and can be resumed after a kill; a torn last line is cut.
 
@@ -840,7 +877,7 @@ class Output:
                      "take the old setting, give another --out, or remove the file")  # fmt: skip
         if edited and not self.accept_edit:
             names = ", ".join(edited[:6])
-            stop(f"{self.path} was made before an edit of {names}; undo it, give another --out, or keep its rows by --accept-edit")
+            stop(f"{self.path} was made before an edit of {names}; undo it, give another --out, or add --accept-edit")
         self.rows, self.began = read_rows(self.path, ()), self.began - meta["seconds"]
         if edited:
             self.edits.append({"rows": len(self.rows)} | {name: old.get(name) for name in ("code", "prompt")})
