@@ -17,8 +17,9 @@ output of 01_sample_errors.py, of which the right responses are taken, once each
 or code-integrated pairs as in MathGenie/SCDPO-Data-Mistral-Ours, the prompt within both sides, a turn a list of blocks:
     {"chosen": [{"role": "user", "content": [{"type": "text", "content": "Ava has ..."}]}, ...], "rejected": [...]}
 
-Output: a Hugging Face folder with a model card and training.png, beside it metrics.jsonl, a line a logged step:
+Output: a Hugging Face folder with training.json, the settings and the last figures, and metrics.jsonl, a line a logged step:
     {"step": 1, "loss": 0.6931, "accuracy": 0.0, "margin": 0.0, "chosen_logp": -1.2, "rejected_logp": -4.1, ...}
+analysis/plot_training.py makes the picture and the model card from these two.
 
 What is particular here:
   - all pairs of a problem are one row, a tree in which each token stands once that several of them begin with; a mask shows
@@ -1103,20 +1104,11 @@ def whole_weights(state: dict, tied, dtype: torch.dtype) -> dict[str, torch.Tens
 
 
 def finish(args: Args, settings: dict, pairs: Pairs, total: int, lines: list[dict], began: float):
-    """What stands beside the model: training.json, the picture, the model card."""
+    """Write training.json; say how the training ended."""
     seconds, last = round(time.time() - began, 1), next(line for line in reversed(lines) if "loss" in line)
     arguments = {name: str(value) for name, value in asdict(args).items()}
     summary = {"arguments": arguments, "settings": settings, "pairs": len(pairs), "steps": total, "seconds": seconds,
                "last": last}  # fmt: skip
-    draw_training(args.out / "training.png", lines)
-    figures = ", ".join(f"{name} {value:.4g}" for name, value in last.items())
-    table = "\n".join(f"| {name} | {value} |" for name, value in arguments.items())
-    (args.out / "README.md").write_text(
-        f"---\nbase_model: {args.model}\nlibrary_name: transformers\n---\n\n# {args.out.name}\n\n"
-        f"{args.model}, trained with `04_train_stepdpo.py` ({args.objective}) on {len(pairs)} rows "
-        f"(hash {settings['pairs']}), {total} steps, {seconds} s.\n\nLast step: {figures}.\n\n"
-        f"![training](training.png)\n\n| setting | value |\n|---|---|\n{table}\n"
-    )
     temporary = args.out / "training.json.tmp"
     temporary.write_text(json.dumps(summary, indent=1) + "\n")
     temporary.replace(args.out / "training.json")  # the mark of a finished run: nothing but old checkpoints is left to do
@@ -1127,27 +1119,6 @@ def finish(args: Args, settings: dict, pairs: Pairs, total: int, lines: list[dic
         warn(f"the loss did not move ({losses[0]:.4f} at first, {losses[-1]:.4f} at last): too few steps, or --lr is too low")
     short = ", ".join(f"{name} {last[name]:.4g}" for name in ("loss", "accuracy", "margin") if name in last)
     print(f"{args.out}: {total} steps over {len(pairs)} pairs, {seconds} s; last step: {short}")
-
-
-def draw_training(path: Path, lines: list[dict]):
-    """training.png: loss, accuracy, margin and log-probabilities, training and validation (Fig. 2 of the paper)."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print_main("training.png needs matplotlib: pip install matplotlib; the figures are in metrics.jsonl")
-        return
-    panels = [("loss",), ("accuracy",), ("margin",), ("chosen_logp", "rejected_logp")]
-    panels = [names for names in panels if any(names[0] in line for line in lines)]
-    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
-    for axis, names in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for colour, name in zip(("tab:blue", "tab:red"), names, strict=False):
-            for shown, style in ((name, "-"), (f"val_{name}", "o--")):
-                points = [(line["step"], line[shown]) for line in lines if shown in line]
-                axis.plot(*zip(*points, strict=True), style, color=colour, markersize=4, label=shown) if points else None
-        axis.set(xlabel="step", title=" and ".join(names))
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -619,6 +619,31 @@ def test_a_finished_run_is_left_alone(tmp_path, small_model):
     assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     other = run(4, *arguments[:-1], 1e-3, check=False)
     assert other.returncode == 2 and "was made with lr = '1e-09', now it is '0.001'" in other.stderr
+    run("plot_training", tmp_path / "out")
+    assert (tmp_path / "out" / "training.png").stat().st_size > 20_000
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"base_model: {small_model}\n" in card and "| lr | 1e-09 |" in card and "![training](training.png)" in card
+    assert "Last step: step 8, epoch 2, loss 0.69" in card
+    assert "nothing to do" in run(4, *arguments).stderr, "picture and card are none of the training's business"
+
+
+def test_pictures_of_trainings(tmp_path):
+    """Of one that is not finished no card; of several one picture; what is no run is named."""
+    for number, name in enumerate(("a", "b")):
+        (tmp_path / name).mkdir()
+        rows = [{"step": step, "loss": 0.69 / (step + number), "chosen_logp": -step} for step in (1, 2, 3)]
+        rows.append({"step": 3, "val_loss": 0.2, "val_accuracy": 1.0})
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run("plot_training", tmp_path / "a")
+    assert "the training is not finished, no model card" in done.stderr and not (tmp_path / "a" / "README.md").exists()
+    assert (tmp_path / "a" / "training.png").read_bytes()[1:4] == b"PNG"
+    run("plot_training", tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "training.png").read_bytes() != (tmp_path / "a" / "training.png").read_bytes()
+    with open(tmp_path / "b" / "metrics.jsonl", "a") as file:
+        file.write('{"step": "four"}\n')
+    for folder, said in (("b", "metrics.jsonl, line 5: no object"), ("c", "metrics.jsonl: cannot be read (FileNotFoundError)")):
+        done = run("plot_training", tmp_path / folder, check=False)
+        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
