@@ -877,7 +877,8 @@ def memory(config, args: Args, strategy: str, world: int, machines=1, offloaded=
     # of a token and layer, what autograd keeps of a gated MLP and of the rest, by count of its tensors, without attention
     # scores; checkpointing keeps the layer's input, which is fp32 where weights are, and one layer's all
     width, layers = config.hidden_size, config.num_hidden_layers
-    token, entry = low / 2 * (34 * width + 8 * config.intermediate_size), (4 if strategy == "copies" else low) * width
+    token = 34 * width + 8 * config.intermediate_size if low == 2 else 40 * width + 16 * config.intermediate_size
+    entry = (4 if strategy == "copies" else low) * width
     found["activations"] = args.tokens_per_batch * (layers * entry + token if args.gradient_checkpointing else layers * token)
     found["logits"] = 3 * min(LOGITS_BYTES[on_gpu], 4 * args.tokens_per_batch * config.vocab_size)
     return found

@@ -932,13 +932,14 @@ def test_commands_of_readme_and_docstring_fit_by_count():
         assert counted(command, "7b")[0] < 0.82 * 80e9
 
 
-def test_activations_are_what_autograd_keeps():
-    """A layer's, from the tensors that a forward pass under autocast keeps for two and for four layers."""
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_activations_are_what_autograd_keeps(precision):
+    """A layer's, from the tensors that a forward pass keeps for two and for four layers."""
     from transformers import Qwen2Config
 
     train, kept = stage(4), {}
-    shape = {"hidden_size": 224, "intermediate_size": 1184, "num_attention_heads": 7, "num_key_value_heads": 1}
-    rows, width = 4, 160
+    shape = {"hidden_size": 224, "intermediate_size": 1184, "num_attention_heads": 14, "num_key_value_heads": 2}
+    rows, width, autocast = 4, 160, torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
     for checkpointing in (False, True):
         for layers in (2, 4):
             config = Qwen2Config(**shape, num_hidden_layers=layers, vocab_size=64)
@@ -948,12 +949,12 @@ def test_activations_are_what_autograd_keeps():
             tensors = []
             keep = lambda tensor, tensors=tensors: tensors.append(tensor) or tensor
             mask = torch.ones(rows, 1, width, width, dtype=torch.bool).tril()
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast:
                 lm.base_model(input_ids=torch.zeros(rows, width, dtype=torch.long), attention_mask=mask, use_cache=False)
             found = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors if rows * width in tensor.shape or
                      rows in tensor.shape[:1]}  # fmt: skip  # not weights, nor their copies in bf16
             size = sum(tensor.untyped_storage().nbytes() for tensor in found.values() if tensor.shape[-2:] != (width, width))
-            args = train.Args(precision="bf16", gradient_checkpointing=checkpointing, tokens_per_batch=rows * width)
+            args = train.Args(precision=precision, gradient_checkpointing=checkpointing, tokens_per_batch=rows * width)
             kept[checkpointing, layers] = size, train.memory(config, args, "copies", 1)["activations"]
     for checkpointing in (False, True):
         measured, count = (kept[checkpointing, 4][i] - kept[checkpointing, 2][i] for i in (0, 1))
