@@ -853,16 +853,29 @@ def count_weights(config) -> tuple[int, int]:
     return sum(p.numel() for p in lm.parameters()) - head.numel() * (1 if head is embedding else 2), head.numel()
 
 
-def memory(config, args: Args, strategy: str, world: int, machines=1, offloaded=0.0, on_gpu=True) -> dict[str, float]:
+def memory(
+    config, args: Args, strategy: str, world: int, machines=1, offloaded=0.0, on_gpu=True, passes=2
+) -> dict[str, float]:
     """Bytes by count. strategy: "copies" (one process, or the whole model on each), "fsdp2" or "zero3"; offloaded: the share of
-    AdamW's state that ZeRO-3 keeps in main memory. Keys that begin with "machine" are of main memory on one machine."""
+    AdamW's state that ZeRO-3 keeps in main memory; passes: of a step, of --tokens-per-batch tokens each. Keys that begin
+    with "machine" are of main memory on one machine."""
     body, head = count_weights(config)
     parameters, low = body + head * (1 if config.tie_word_embeddings else 2), 2 if args.precision == "bf16" else 4
     layer, copies = body / config.num_hidden_layers, 0 if low == 4 else 2  # of weights, by autocast
     trained = 0 if args.lora_rank else parameters
     frozen = low * (parameters - trained)
-    if strategy == "copies":  # fp32 weights, gradients, two moments; DDP sends gradients from buckets of their own
-        found = {"weights, gradients, AdamW": (16 + copies + (4 if world > 1 else 0)) * trained + frozen}
+    # of a token and layer, what autograd keeps of a gated MLP and of the rest, by count of its tensors, without attention
+    # scores; checkpointing keeps the layer's input, which is fp32 where weights are, and one layer's all
+    width, layers = config.hidden_size, config.num_hidden_layers
+    token = 34 * width + 8 * config.intermediate_size if low == 2 else 40 * width + 16 * config.intermediate_size
+    entry = (4 if strategy == "copies" else low) * width
+    activations = args.tokens_per_batch * (layers * entry + token if args.gradient_checkpointing else layers * token)
+    if strategy == "copies":  # fp32 weights and two moments, gradients; DDP sends these from buckets of their own
+        gradients = (8 if world > 1 else 4) * trained
+        if passes == 1 and world == 1:  # they grow as the activations go, from the head's on
+            gradients = min(gradients, max(4 * head, gradients - activations))
+        adding = 4 * head if trained else 0  # a chunk's gradient of the head, before it is added to the others'
+        found = {"weights, gradients, AdamW": (12 + copies) * trained + gradients + adding + frozen}
         found["machine: model read by every process"] = world / machines * (4 * trained + frozen)
     elif strategy == "fsdp2":  # gathered: embedding and head throughout, two layers; a layer's gradients in fp32
         found = {"weights, gradients, AdamW": (16 * trained + frozen) / world}
@@ -874,13 +887,10 @@ def memory(config, args: Args, strategy: str, world: int, machines=1, offloaded=
         found["gathered"] = low * min(1e9, parameters)
         found["machine: AdamW and gradients"] = (12 * offloaded + low * (offloaded > 0)) * trained / machines
         found["machine: files of the model, shared"] = 2 * parameters
-    # of a token and layer, what autograd keeps of a gated MLP and of the rest, by count of its tensors, without attention
-    # scores; checkpointing keeps the layer's input, which is fp32 where weights are, and one layer's all
-    width, layers = config.hidden_size, config.num_hidden_layers
-    token = 34 * width + 8 * config.intermediate_size if low == 2 else 40 * width + 16 * config.intermediate_size
-    entry = (4 if strategy == "copies" else low) * width
-    found["activations"] = args.tokens_per_batch * (layers * entry + token if args.gradient_checkpointing else layers * token)
+    found["activations"] = activations
     found["logits"] = 3 * min(LOGITS_BYTES[on_gpu], 4 * args.tokens_per_batch * config.vocab_size)
+    if not on_gpu:
+        found["Python and its libraries"] = 0.7e9
     return found
 
 
@@ -903,8 +913,10 @@ def check_memory(config, args: Args, accelerator: Accelerator, pairs: Pairs):
 
     def fullest(args: Args, strategy: str, world: int, offloaded: float) -> tuple[float, str]:
         """The memory of which most is used: the share, and its description."""
-        args = replace(args, tokens_per_batch=min(args.tokens_per_batch, args.batch_size * longest))
-        found = memory(config, args, strategy, world, max(1, world // local), offloaded, on_gpu)
+        step = args.batch_size * longest  # tokens of a step at most
+        passes = 1 if step <= args.tokens_per_batch else 2
+        args = replace(args, tokens_per_batch=min(args.tokens_per_batch, step))
+        found = memory(config, args, strategy, world, max(1, world // local), offloaded, on_gpu, passes)
         needs = {on_machine: sum(size for name, size in found.items() if name.startswith("machine") == on_machine
                                  and not name.endswith("shared")) for on_machine in (False, True)}  # fmt: skip
         places = [("a device", needs[False], room)] + [("the machine", needs[True], main_memory)] * on_gpu
