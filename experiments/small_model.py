@@ -1,8 +1,8 @@
 """What recipes/small_model.sh needs beside the stages: its problems, the choice of the learning rate, tables and curves.
 
-    python analysis/small_model.py problems runs/small_model --data FOLDER               # -> problems/*.jsonl
-    python analysis/small_model.py choose runs/small_model --method dpo --rates 1e-6 3e-6    # -> dpo.rate
-    python analysis/small_model.py table runs/small_model --model Qwen/Qwen2.5-0.5B-Instruct # -> table.md, curves.png
+    python experiments/small_model.py problems runs/small_model --data FOLDER               # -> problems/*.jsonl
+    python experiments/small_model.py choose runs/small_model --method dpo --rates 1e-6 3e-6    # -> dpo.rate
+    python experiments/small_model.py table runs/small_model --model Qwen/Qwen2.5-0.5B-Instruct # -> table.md, curves.png
 
 Problems stand in the order of a hash of their ids: first those of validation, behind them those to sample from. The table says
 what is there: with a part of the methods trained it has these alone.
@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import plot_training
 import tyro
 from ablation_table import NAMES, holm
 from same_size import rows_of
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "analysis")]
 EVAL = importlib.import_module("05_eval")
+PLOT = importlib.import_module("plot_training")
 NAMES = NAMES | {"sft": "SFT on right samples"}
 CONTINUATIONS = ("wrong", "blank step", "restates the rejected step", "repeats a chosen step", "over --max-pairs-per-error",
                  "pairs")  # fmt: skip
@@ -310,10 +311,10 @@ def draw(args: Table) -> list[str]:
         path = args.out / f"{method}.rate"
         rate = path.read_text().strip() if path.exists() else "no rate"
         for found in sorted((args.out / "models").glob(f"{method}-{rate}-*/training.json"))[:1]:
-            runs[name_of(method)] = plot_training.read_metrics(found.parent)
+            runs[name_of(method)] = PLOT.read_metrics(found.parent)
     if not runs:
         return []
-    plot_training.draw(args.out / "curves.png", runs)
+    PLOT.draw(args.out / "curves.png", runs)
     return ["![Loss, accuracy, margin and log-probabilities over the training; dashed: held-out pairs](curves.png)"]
 
 
