@@ -961,6 +961,18 @@ def test_activations_are_what_autograd_keeps(precision):
         assert count == pytest.approx(measured, rel=0.05), checkpointing
 
 
+@pytest.mark.parametrize("tokens, passes, measured", [(2400, 1, 8.23), (600, 4, 7.53), (4800, 1, 10.17)])
+def test_memory_with_a_real_vocabulary(tokens, passes, measured):
+    """Against peaks of whole runs of 04 on the CPU: docs/trainer.md, "A real vocabulary, measured"."""
+    from transformers import Qwen2Config
+
+    shape = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
+    config = Qwen2Config(**shape, num_hidden_layers=4, vocab_size=151_936, tie_word_embeddings=True)
+    args = stage(4).Args(precision="fp32", tokens_per_batch=tokens)
+    found = stage(4).memory(config, args, "copies", 1, on_gpu=False, passes=passes)
+    assert sum(size for name, size in found.items() if not name.startswith("machine")) == pytest.approx(measured * 1e9, rel=0.1)
+
+
 def shaped_folder(folder, size: str):
     """A model's folder with this shape and no weights, and the bundled tokenizer."""
     from transformers import Qwen2Config
