@@ -10,12 +10,10 @@ Input: for Step-DPO the output of 02_locate_step.py, else that of 01_sample_erro
     {"id": "q1", "problem": "...", "answer": "7", "sample": 0, "response": "...", "steps": ["...", "..."],
      "finish_reason": "stop", "error_step": 2, ...}
 
-Output, a line a pair, in the schema of the published xinlai/Math-Step-DPO-10K and three fields more:
+Output, a line a pair, in the schema of the published xinlai/Math-Step-DPO-10K and four fields more:
     {"dataset": "gsm8k", "prompt": "Ava has ...", "initial_reason_steps": "Let's think step by step.\nStep 1: ...\nStep 2:",
      "chosen": " 3 + 4 = 7.\n", "rejected": " 3 + 4 = 8.\n", "full_chosen": "...", "full_rejected": "...",
-     "answer": "7", "id": "q1", "method": "step-dpo", "error_step": 2}
-and, of Step-DPO, what 04's --weight-field, --margin-field and --smoothing-field can use; see signals():
-    {"weight": 0.6, "chosen_value": [3, 4], "rejected_value": [0, 8], "margin": 0.5667, "smoothing": 0.005, "agreement": null}
+     "answer": "7", "id": "q1", "method": "step-dpo", "error_step": 2, "sample": 0}
 
 Step-DPO (arXiv 2406.18629, section 3.2): from steps 1..k-1 and the label of step k the model goes on n times. Of the
 continuations that reach the answer, the first step is a chosen step, once each; the rejected step is the located one.
@@ -161,33 +159,6 @@ def prefix_and_step(args: Args, row: dict, step: int) -> tuple[str, str]:
     return "".join(row["steps"][: step - 1]) + label, text
 
 
-def wrong_way_round(chosen: list[int], rejected: list[int]) -> float:
-    """P(V(chosen) < V(rejected)), each Beta(right + 1, wrong + 1), as (right, tried) and a uniform prior have it: the sum of
-    Beta functions of Evan Miller, Formulas for Bayesian A/B Testing (2015), eq. 6."""
-    log_beta = lambda x, y: math.lgamma(x) + math.lgamma(y) - math.lgamma(x + y)
-    (a, b), (c, d) = ((right + 1, tried - right + 1) for right, tried in (chosen, rejected))
-    terms = (log_beta(a + i, b + d) - math.log(d + i) - log_beta(1 + i, d) - log_beta(a, b) for i in range(c))
-    return sum(map(math.exp, terms))
-
-
-def signals(args: Args, row: dict, tried: list[str], right: list[str], words: str) -> dict:
-    """What tells more of a pair than its order. `tried` and `right`: the first steps of all continuations and of the right
-    ones; `words`: the chosen one.
-
-    weight: its share of the right ones, so that an error counts once, in however many words it is put right. chosen_value and
-    rejected_value: (right, tried) of the continuations behind the step, where known; margin: the difference of the two shares,
-    each (right + 1) / (tried + 2); smoothing: the chance that it is below 0; agreement: the judge's."""
-    chosen = [right.count(words), tried.count(words)]
-    rejected = row.get("rollout_values", {}).get(str(row["error_step"]))
-    if row["error_step"] == len(row["steps"]) and row["finish_reason"] == "stop":
-        rejected = [0, args.n]  # its end is there, and wrong
-    share = lambda value: (value[0] + 1) / (value[1] + 2)
-    found = {"weight": round(len(right) and chosen[0] / len(right), 4), "chosen_value": chosen, "rejected_value": rejected,
-             "margin": rejected and round(share(chosen) - share(rejected), 4),
-             "smoothing": rejected and round(min(0.4999, wrong_way_round(chosen, rejected)), 4)}  # fmt: skip
-    return found | {"agreement": (row.get("judge") or {}).get("agreement")}
-
-
 def make_pairs(args: Args, row: dict, found: list[dict], right: list[bool], seen: set[str], count: Counter) -> list[dict]:
     """Pairs of one located error from its continuations; `count` gets what became of each.
 
@@ -200,10 +171,9 @@ def make_pairs(args: Args, row: dict, found: list[dict], right: list[bool], seen
         steps = split_steps(prefix + text, args.split, args.opening)
         return cut_label(steps[step - 1], step, args.split, args.opening)[1] if len(steps) >= step else ""
 
-    firsts = [first_step(continuation["text"]) for continuation in found]
-    tried = [squeezed(first) for first in firsts]
-    good = [words for words, is_right in zip(tried, right, strict=True) if is_right]
-    for continuation, chosen, words, is_right in zip(found, firsts, tried, right, strict=True):
+    for continuation, is_right in zip(found, right, strict=True):
+        chosen = first_step(continuation["text"])
+        words = squeezed(chosen)
         if not is_right:
             count["wrong"] += 1
         elif not words or not rejected.strip():
@@ -218,8 +188,7 @@ def make_pairs(args: Args, row: dict, found: list[dict], right: list[bool], seen
             count["pairs"] += 1
             seen.add(words)
             full = prefix + continuation["text"]
-            pair = pair_of(row, "step-dpo", step, prefix, chosen, rejected, full, row["response"])
-            pairs.append(pair | signals(args, row, tried, good, words))
+            pairs.append(pair_of(row, "step-dpo", step, prefix, chosen, rejected, full, row["response"]))
     return pairs
 
 

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +64,12 @@ def read_launch(path: Path, processes: int | None) -> tuple[str, float, int, int
         TRAIN.stop(f"--config_file {path}: no launch file of accelerate ({error.__class__.__name__}: {error})")
 
 
+def fullest_pass(pairs: TRAIN.Pairs, args: Args, world: int) -> tuple[int, int]:
+    """Tokens of the largest pass in the first epoch, padding included, and the most passes of a step, on one device."""
+    steps = [TRAIN.plan(pairs, batch, args.tokens_per_batch, 0, world) for batch in TRAIN.batches(pairs, args, 0)]
+    return max(len(rows) * max(map(pairs.length, rows)) for step in steps for rows, _, _ in step), max(map(len, steps))
+
+
 def print_lengths(pairs: TRAIN.Pairs):
     """Lengths in tokens, and what sharing rows saves."""
     lengths = np.array([(len(pairs.prefixes[p]), *map(len, s)) for p, s in zip(pairs.prefix, pairs.suffixes, strict=True)])
@@ -87,7 +93,10 @@ def main(args: Args):
     if args.config_file:
         strategy, offloaded, world, machines = read_launch(args.config_file, args.num_processes)
     on_gpu = bool(args.config_file) or accelerator.device.type == "cuda"
-    found = TRAIN.memory(config, args, strategy, world, machines, offloaded, on_gpu)
+    tokens, passes = fullest_pass(pairs, args, world)
+    TRAIN.print_main(f"the largest pass has {tokens} tokens, a step at most {passes} passes")
+    full = replace(args, tokens_per_batch=tokens)
+    found = TRAIN.memory(config, full, strategy, world, machines, offloaded, on_gpu, passes)
     for where in ("device", "machine"):
         some = [name for name in found if name.startswith("machine") == (where == "machine")]
         parts = {name.removeprefix("machine: "): found[name] / 2**30 for name in some}
@@ -95,16 +104,16 @@ def main(args: Args):
         kind = " of main memory" if where == "machine" else ""
         TRAIN.print_main(f"a {where} needs about {sum(parts.values()):.2f} GiB{kind}: {listed}")
     forward = TRAIN.flops(pairs, range(len(pairs)), config, TRAIN.count_weights(config))
-    passes = 3 + args.gradient_checkpointing
+    forwards = 3 + args.gradient_checkpointing
     if args.config_file:
         rate, source = TRAIN.PEAK_FLOPS["H100"] * world, f"the data sheet gives {world} H100 (this machine is another)"
     else:
         rate = matrix_rate(accelerator.device, args.precision) * world
         source = f"large matrix products reach on {world} device(s) like this one"
-    seconds = forward * (passes * args.epochs + (args.objective == "dpo")) / rate
-    TRAIN.print_main(f"{forward * passes / len(pairs) / 1e12:.4f} TFLOP a pair; at {rate / 1e12:.2f} TFLOP/s, which {source}, "
-                     f"{args.epochs} epochs over {len(pairs)} pairs take {seconds / 3600:.2f} h; at 40 % of that rate "
-                     f"{seconds / 1440:.2f} h")  # fmt: skip
+    seconds = forward * (forwards * args.epochs + (args.objective == "dpo")) / rate
+    TRAIN.print_main(f"{forward * forwards / len(pairs) / 1e12:.4f} TFLOP a pair; at {rate / 1e12:.2f} TFLOP/s, which "
+                     f"{source}, {args.epochs} epochs over {len(pairs)} pairs take {seconds / 3600:.2f} h; at 40 % of "
+                     f"that rate {seconds / 1440:.2f} h")  # fmt: skip
 
 
 if __name__ == "__main__":

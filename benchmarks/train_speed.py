@@ -4,15 +4,15 @@
     python benchmarks/train_speed.py --model Qwen/Qwen2.5-0.5B-Instruct --pairs-file runs/pairs.jsonl
     python benchmarks/train_speed.py --model FOLDER --pairs-file runs/pairs.jsonl --sides full --pairs 64 --trl-pairs 8
 
-Without weights in FOLDER they are random: speed and memory are those of the shape. fp32 weights, bf16 autocast, AdamW; on the
-CPU all keep freed memory, as 04 does. Each trainer runs in a process of its own:
+Without weights in FOLDER they are random: speed and memory are those of the shape. fp32 weights, AdamW, bf16 autocast where 04
+would take it; on the CPU all keep freed memory, as 04 does. Each trainer runs in a process of its own:
     ours           this trainer
     ours-separate  this trainer with a row for each suffix, as others have it
     trl            DPOTrainer with its defaults (reference model in memory, gradient checkpointing)
     trl-best       DPOTrainer with reference log-probabilities computed before, no gradient checkpointing
 Output: a table (seconds a step: median and range over steps; pairs/s; tokens/s of the distinct tokens; peak memory of the
 process, or of the GPU; share of the bound; ratios to trl-best), and OUT with the raw figures.
-The bound: 3 forward passes over the distinct tokens, in FLOPs, at the rate that large bf16 products reach on this machine.
+The bound: 3 forward passes over the distinct tokens, in FLOPs, at the rate that large products reach on this machine.
 The first step of each is left out: it holds one-time costs. The reference pass is not part of a step in any of them but trl.
 """
 
@@ -54,6 +54,8 @@ class Args:
     """timed steps"""
     tokens_per_batch: int = 16384
     """tokens of one pass of this trainer"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """as in 04, for all trainers"""
     out: Path = Path("runs/train_speed.json")
     """file to write"""
     child: str = ""
@@ -79,7 +81,8 @@ def time_ours(args: Args, train, pairs, steps: list[list[int]], separate: bool) 
 
     if separate:
         train.collate = separate_rows(train)
-    accelerator, settings = Accelerator(mixed_precision="bf16"), train.Args(tokens_per_batch=args.tokens_per_batch)
+    accelerator = Accelerator(mixed_precision="bf16" if args.precision == "bf16" else "no")
+    settings = train.Args(tokens_per_batch=args.tokens_per_batch)
     scorer = train.SuffixScorer(make_model(args))
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
     scorer, optimizer = accelerator.prepare(scorer, optimizer)
@@ -134,8 +137,8 @@ def time_trl(args: Args, tokenizer, pairs, steps: list[list[int]], best: bool) -
     with tempfile.TemporaryDirectory() as folder:
         more = {"precompute_ref_log_probs": True, "gradient_checkpointing": False} if best else {}
         config = DPOConfig(folder, per_device_train_batch_size=at_once, gradient_accumulation_steps=args.pairs // at_once,
-                           max_steps=len(steps), bf16=True, beta=0.4, learning_rate=1e-6, report_to="none", save_strategy="no",
-                           max_length=None, logging_steps=1, use_cpu=not torch.cuda.is_available(),
+                           max_steps=len(steps), bf16=args.precision == "bf16", beta=0.4, learning_rate=1e-6, report_to="none",
+                           save_strategy="no", max_length=None, logging_steps=1, use_cpu=not torch.cuda.is_available(),
                            train_sampling_strategy="sequential", dataloader_pin_memory=False, disable_tqdm=True,
                            **more)  # fmt: skip
         trainer = DPOTrainer(make_model(args), None if best else make_model(args), args=config, train_dataset=dataset,
@@ -151,6 +154,8 @@ def child(args: Args):
 
     train, cuda = importlib.import_module("04_train_stepdpo"), torch.cuda.is_available()
     train.keep_memory() if not cuda else None
+    if args.precision == "auto":
+        args.precision = "bf16" if cuda or train.processor_has_bf16() else "fp32"
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     pairs = train.prepare(train.load_rows(str(args.pairs_file), "dpo"), tokenizer, train.Args(sides=args.sides), "pairs")
     if args.pairs > len(pairs):
@@ -162,11 +167,11 @@ def child(args: Args):
         seconds = time_trl(args, tokenizer, pairs, steps, args.child == "trl-best")
     peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     config, device = AutoConfig.from_pretrained(args.model), torch.device("cuda" if cuda else "cpu")
-    sizes, rate = train.count_weights(config), importlib.import_module("estimate").matrix_rate(device, "bf16")
+    sizes, rate = train.count_weights(config), importlib.import_module("estimate").matrix_rate(device, args.precision)
     work = sum(train.flops(pairs, step, config, sizes) for step in steps[1:]) / args.steps
     tokens = sum(map(pairs.length, (row for step in steps[1:] for row in pairs.by_problem(step)))) / args.steps
     found = {"trainer": args.child, "seconds": seconds[1:], "bound": 3 * work / rate, "peak_gib": peak / 2**30}
-    print(json.dumps(found | {"pairs": args.pairs, "tokens": tokens, "device": str(device)}))
+    print(json.dumps(found | {"pairs": args.pairs, "tokens": tokens, "device": str(device), "precision": args.precision}))
 
 
 def main(args: Args):

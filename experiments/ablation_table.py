@@ -21,9 +21,8 @@ NAMES = {"base": "base", "dpo": "DPO", "scdpo": "SCDPO", "step-dpo": "Step-DPO",
 
 
 def name_of(method: str) -> str:
-    """As the tables have it; METHOD+NAME is METHOD's pairs with another loss or signal."""
-    pairs, *how = method.split("+")
-    return ", ".join([NAMES[pairs], *how])
+    """As the tables have it."""
+    return NAMES[method]
 
 
 @dataclass
@@ -143,7 +142,7 @@ def main(args: Args):
             continue
         folders = [Path(folder) for folder in summaries["greedy"]["groups"][method]]
         seconds = [json.loads((folder / "training.json").read_text())["seconds"] for folder in folders]
-        pairs, tokens = re.search(rf"(?:^|; |\n){re.escape(method.split('+')[0])} (\d+) pairs, (\d+) tokens", sizes).groups()
+        pairs, tokens = re.search(rf"(?:^|; |\n){re.escape(method)} (\d+) pairs, (\d+) tokens", sizes).groups()
         lr, beta = (args.out / "grid" / f"{method}.chosen").read_text().split()
         lines.append(f"| {name_of(method)} | {pairs} | {int(tokens):,} | {lr}, {beta} | {shown} "
                      f"| {sum(seconds) / len(seconds):.0f} |")  # fmt: skip

@@ -7,16 +7,14 @@
 #   SEEDS="0 1" bash experiments/ablation_tiny.sh  # fewer seeds
 #   WORLD=runs/code MANNER="--split blocks --opening=" METHODS="dpo scdpo step-dpo" OUT=runs/ablation_code SEEDS="0 1 2" \
 #     bash experiments/ablation_tiny.sh            # code-integrated solutions (docs/code.md); SANDBOX=--unsafe-no-sandbox
-#   METHODS="step-dpo step-dpo+weight step-dpo+margin step-dpo+smoothing step-dpo+ipo step-dpo+normalized" PER_ERROR=0 OUT=runs/signals \
-#     GRID="3e-5:0.1 3e-5:1 3e-5:10 1e-4:1" DECODINGS=greedy bash experiments/ablation_tiny.sh   # losses and signals (docs/signals.md)
 # Stopped at any moment, the same command goes on: what is there is not made again. FROM=FOLDER takes the pairs made there, for
-# other PAIRS, GRID or TRAIN: OUT=runs/ablation_nll FROM=runs/ablation TRAIN="--nll-weight 1" bash experiments/ablation_tiny.sh
+# other PAIRS, GRID or TRAIN: OUT=runs/ablation_128 FROM=runs/ablation TRAIN="--batch-size 128" bash experiments/ablation_tiny.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ "${1:-}" = --quick ]; then
   OUT=${OUT:-runs/ablation_quick} SEEDS=${SEEDS:-0} PROBLEMS=${PROBLEMS:-800} TEST=${TEST:-500} PAIRS=${PAIRS:-250} GRID=${GRID:-3e-5:1} FOREIGN=${FOREIGN:-1}
 elif [ $# -gt 0 ]; then
-  sed -n '2,13p' "$0" >&2; exit 2
+  sed -n '2,11p' "$0" >&2; exit 2
 fi
 OUT=${OUT:-runs/ablation} SEEDS=${SEEDS:-0 1 2 3 4} PROBLEMS=${PROBLEMS:-2000} TEST=${TEST:-1000} PAIRS=${PAIRS:-400}
 GRID=${GRID:-1e-5:1 3e-5:1 1e-4:1 3e-4:1 3e-5:0.4}  # learning rate : beta
@@ -25,8 +23,6 @@ WORLD=${WORLD:-data/tiny} MANNER=${MANNER:-} TRAIN=${TRAIN:-} HEAT=${HEAT:-1.1 0
 JOBS=${JOBS:-2}  # trainings and evaluations side by side, a core each: such a small model does not fill two
 export OPENAI_API_KEY=${OPENAI_API_KEY:-$RANDOM$RANDOM$RANDOM$RANDOM}
 PER_ERROR=${PER_ERROR:-1} DECODINGS=${DECODINGS:-greedy temperature1}
-declare -A options=([weight]="--weight-field weight" [margin]="--margin-field margin" [smoothing]="--smoothing-field smoothing"
-  [ipo]="--loss ipo" [normalized]="--loss length-normalized")  # METHOD+NAME: the pairs of METHOD, trained so
 BASE=$WORLD/model
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-4}
 export PATH="$PWD/.venv/bin:$PATH"
@@ -101,11 +97,10 @@ fi
 
 # --- settings, by the same grid for every method, seed 0, greedy accuracy on validation.jsonl ------------------------------
 train() {  # train METHOD LR BETA SEED FOLDER
-  local pairs="$OUT/pairs/${1%%+*}" how=
-  [[ $1 != *+* ]] || how=${options[${1#*+}]}
+  local pairs="$OUT/pairs/$1"
   [ -f "$5/training.json" ] || quiet "train-$1-$2-$3-$4" python 04_train_stepdpo.py --data "$pairs.jsonl" --model "$BASE" \
     --out "$5" --lr "$2" --beta "$3" --epochs 2 --batch-size 32 --validation "$pairs.validation.jsonl" --eval-steps 6 \
-    --log-steps 3 --keep 0 --seed "$4" $how $TRAIN
+    --log-steps 3 --keep 0 --seed "$4" $TRAIN
 }
 evaluate() {  # evaluate LABEL MODEL DATA LIMIT FOLDER [OPTIONS]
   local label=$1 model=$2 data=$3 limit=$4 folder=$5; shift 5

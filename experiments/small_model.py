@@ -21,8 +21,10 @@ import tyro
 from ablation_table import NAMES, holm
 from same_size import rows_of
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "analysis")]
 EVAL = importlib.import_module("05_eval")
+PLOT = importlib.import_module("plot_training")
 NAMES = NAMES | {"sft": "SFT on right samples"}
 CONTINUATIONS = ("wrong", "blank step", "restates the rejected step", "repeats a chosen step", "over --max-pairs-per-error",
                  "pairs")  # fmt: skip
@@ -303,39 +305,17 @@ def hashes(args: Table) -> list[str]:
 
 
 def draw(args: Table) -> list[str]:
-    """The chosen rates' first seeds: loss, and accuracy and margin of held-out pairs, over the training."""
+    """OUT/curves.png: the trainings at the chosen rates, first seeds."""
     runs = {}
     for method in args.methods:
         path = args.out / f"{method}.rate"
         rate = path.read_text().strip() if path.exists() else "no rate"
         for found in sorted((args.out / "models").glob(f"{method}-{rate}-*/training.json"))[:1]:
-            runs[method] = rows_of(found.parent / "metrics.jsonl")
+            runs[name_of(method)] = PLOT.read_metrics(found.parent)
     if not runs:
         return []
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = {"loss": "loss of the training", "val_accuracy": "held-out pairs told apart, %",
-              "val_margin": "margin of held-out pairs",
-              "val_chosen_logp": "log π of held-out chosen sides, less that at the start"}  # fmt: skip
-    figure, grid = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), layout="constrained")
-    for axes, (key, title) in zip(grid, panels.items(), strict=True):
-        for i, (method, lines) in enumerate(runs.items()):
-            curve = [(line["step"], line[key]) for line in lines if key in line]
-            if key == "val_accuracy":
-                curve = [(step, 100 * value) for step, value in curve if step]  # untrained, no pair is told apart
-            if key == "val_chosen_logp" and curve:
-                curve = [(step, value - curve[0][1]) for step, value in curve]
-            if curve:
-                axes.plot(*zip(*curve, strict=True), "-" if key == "loss" else "o-", ms=4, color=f"C{i}", label=name_of(method))
-        axes.set(xlabel="step", title=title)
-        axes.title.set_fontsize(9)
-        axes.grid(alpha=0.3)
-    grid[0].legend(frameon=False, fontsize=8)
-    figure.savefig(args.out / "curves.png", dpi=130)
-    return ["![Loss of the training; accuracy, margin and log-probability of held-out pairs](curves.png)"]
+    PLOT.draw(args.out / "curves.png", runs)
+    return ["![Loss, accuracy, margin and log-probabilities over the training; dashed: held-out pairs](curves.png)"]
 
 
 def table(args: Table):

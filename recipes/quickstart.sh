@@ -32,6 +32,7 @@ tuned=()
 for seed in $SEEDS; do
   stage "04 train, seed $seed" python 04_train_stepdpo.py --data "$OUT/pairs.jsonl" --model $MODEL --out "$OUT/model-$seed" \
     --lr 3e-5 --beta 1 --epochs 2 --batch-size 32 --validation-fraction 0.05 --eval-steps 10 --log-steps 5 --keep 0 --seed "$seed"
+  stage "picture, seed $seed" python analysis/plot_training.py "$OUT/model-$seed"
   tuned+=("$OUT/model-$seed")
 done
 stage "05 evaluate" python 05_eval.py --data data/tiny/test.jsonl --max-tokens 400 --limit "$TEST_PROBLEMS" \

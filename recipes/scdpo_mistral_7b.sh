@@ -45,5 +45,6 @@ run python 03_rectify.py --method scdpo --samples "$OUT/samples.jsonl" --model "
 run accelerate launch $LAUNCH 04_train_stepdpo.py --model "$MODEL" "${manner[@]:0:2}" --data "$OUT/naive.jsonl" \
   "$OUT/controlled.jsonl" --lr "$LR" --beta "$BETA" --epochs 2 --batch-size 64 --max-length 2048 --gradient-checkpointing --tokens-per-batch 8192 \
   --out "$OUT/model" --save-steps 300 --keep 1
+run python analysis/plot_training.py "$OUT/model"
 run python 05_eval.py --data $TEST ${LIMIT:+--limit $LIMIT} --models "base=$MODEL" "SCDPO=$OUT/model" "${manner[@]}" \
   --out "$OUT/results" ${SERVE:+"$SERVE"}

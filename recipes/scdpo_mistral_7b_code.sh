@@ -56,6 +56,7 @@ end_server
 run accelerate launch $LAUNCH 04_train_stepdpo.py --model "$MODEL" --chat-template data/templates/code.jinja $EXECUTION \
   --data "$OUT/naive.jsonl" "$OUT/controlled.jsonl" --lr "$LR" --beta "$BETA" --epochs 2 --batch-size 64 --max-length 1024 \
   --gradient-checkpointing --tokens-per-batch 8192 --out "$OUT/model" --save-steps 300 --keep 1
+run python analysis/plot_training.py "$OUT/model"
 evaluate() {  # evaluate MODELS: the rows of one model need its server; the report needs none
   run python 05_eval.py --data $TEST ${LIMIT:+--limit $LIMIT} --models "$@" --out "$OUT/results"
 }

@@ -4,7 +4,6 @@ import asyncio
 import json
 from collections import Counter
 
-import numpy as np
 import pytest
 from conftest import ROOT, TINY, read, run, run_killed, stage
 from test_locate import judge  # noqa: F401  the scripted judge
@@ -53,35 +52,6 @@ def test_dpo_pairs_use_every_solution_once_before_any_twice(tmp_path):
     before = (tmp_path / "0.jsonl").read_bytes()
     run(3, "--method", "dpo", "--samples", tmp_path / "s.jsonl", "--pairs-per-problem", 0, "--out", tmp_path / "0.jsonl")
     assert (tmp_path / "0.jsonl").read_bytes() == before
-
-
-def test_signals_count_what_the_continuations_did():
-    """Seven continuations behind step 1: the step 6 - 2 = 4 is right 2 times of 3, 6 - 3 = 3 once, two others are wrong."""
-    four, three = " 6 - 2 = 4.\n", " 6 - 3 = 3.\n"
-    row = solution("a", 0, " 2 * 3 = 6.\nStep 2: 6 + 2 = 8.\nStep 3: 8 - 1 = 7.\nThe answer is \\boxed{7}.", False)
-    row |= {"error_step": 2, "rollout_values": {"1": [1, 1], "2": [0, 8]}, "answer": "3"}
-    ends = [(four + "Step 3: 4 - 1 = 3.", True), (four.replace(" ", "  ") + "Step 3: 3.", True), (four + "Step 3: 9", False),
-            (three + "Step 3: So 3.", True), (" 6 + 2 = 8.\nStep 3: 9", False), (" So 9.", False)]  # fmt: skip
-    found, count, args = [{"text": text, "finish_reason": "stop"} for text, _ in ends], Counter(), stage(3).Args(n=7)
-    pairs = stage(3).make_pairs(args, row, found, [right for _, right in ends], set(), count)
-    assert [pair["chosen"] for pair in pairs] == [four, three] and count["repeats a chosen step"] == 1
-    names = ("weight", "chosen_value", "rejected_value", "margin", "agreement")
-    assert [[pair[name] for name in names] for pair in pairs] == [
-        [0.6667, [2, 3], [0, 8], 0.5, None], [0.3333, [1, 1], [0, 8], 0.5667, None]]  # fmt: skip
-    assert pairs[1]["smoothing"] == pytest.approx(2 / 110, abs=1e-4)  # B(2, 10) / B(2, 1)
-    [judged, _] = stage(3).make_pairs(
-        args, row | {"rollout_values": {}, "judge": {"agreement": 0.8}}, found, [right for _, right in ends], set(), count
-    )
-    assert [judged[name] for name in (*names, "smoothing")] == [0.6667, [2, 3], None, None, 0.8, None]
-    last = row | {"steps": row["steps"][:2], "rollout_values": {}}
-    assert stage(3).make_pairs(args, last, found, [right for _, right in ends], set(), count)[0]["rejected_value"] == [0, 7]
-
-
-@pytest.mark.parametrize("chosen, rejected", [([1, 1], [0, 8]), ([3, 4], [1, 8]), ([2, 5], [4, 8]), ([0, 0], [0, 0])])
-def test_the_chance_that_a_pair_is_the_wrong_way_round(chosen, rejected):
-    draw = np.random.default_rng(0)
-    values = [draw.beta(right + 1, tried - right + 1, 400_000) for right, tried in (chosen, rejected)]
-    assert stage(3).wrong_way_round(chosen, rejected) == pytest.approx((values[0] < values[1]).mean(), abs=0.003)
 
 
 GARBLED = [

@@ -1,8 +1,11 @@
 """04: log-probabilities, gradients, EOS, schedule, packing, resume. Real models, no server."""
 
+import importlib
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -112,11 +115,12 @@ def test_shared_prefix_equals_separate_rows(kind, budget, tokenizer, monkeypatch
     assert ours.shape == (6, 2)
     plain = torch.stack([plain_logps(scorer.lm, *train.encode(rows[i], tokenizer)) for i in numbers])
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=0)
-    reference = plain.detach() + torch.tensor([[0.5, -0.5]])
-    train.dpo_loss(ours, reference, 0.4)[0].mean().backward()
+    pairs.reference = torch.zeros(6, 2)
+    pairs.reference[numbers] = plain.detach() + torch.tensor([[0.5, -0.5]])
+    train.dpo_loss(ours, pairs, numbers, train.Args())["loss"].mean().backward()
     gradients = {name: p.grad.clone() for name, p in scorer.lm.named_parameters()}
     scorer.lm.zero_grad()
-    train.dpo_loss(plain, reference, 0.4)[0].mean().backward()
+    train.dpo_loss(plain, pairs, numbers, train.Args())["loss"].mean().backward()
     for name, parameter in scorer.lm.named_parameters():
         difference = (gradients[name] - parameter.grad).norm() / parameter.grad.norm()
         assert difference < 1e-5, f"{name}: relative difference {difference:.1e}"
@@ -482,10 +486,8 @@ def test_model_loads_and_long_pairs_are_left_out(tmp_path, small_model, tokenize
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, theirs_name", [("dpo", "sigmoid"), ("length-normalized", "sigmoid_norm"), ("ipo", "ipo")])
-def test_trl_computes_the_same_loss(tmp_path, small_model, tokenizer, kind, theirs_name):
-    """On whole responses, where TRL's rules and ours agree, and with a reference that is another model. TRL's IPO is of means
-    over tokens, ours as in the paper of sums: it is given means here."""
+def test_trl_computes_the_same_loss(tmp_path, small_model, tokenizer):
+    """On whole responses, where TRL's rules and ours agree, and with a reference that is another model."""
     import datasets
     from trl import DPOConfig, DPOTrainer
 
@@ -497,9 +499,8 @@ def test_trl_computes_the_same_loss(tmp_path, small_model, tokenizer, kind, thei
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
-    beta = 20.0 if kind == "length-normalized" else 0.4
-    settings = {"per_device_train_batch_size": 6, "beta": beta, "bf16": False, "use_cpu": True, "report_to": "none",
-                "loss_type": theirs_name}  # fmt: skip
+    settings = {"per_device_train_batch_size": 6, "beta": 0.4, "bf16": False, "use_cpu": True, "report_to": "none",
+                "loss_type": "sigmoid"}  # fmt: skip
     config = DPOConfig(str(tmp_path / "trl"), **settings)
     trainer = DPOTrainer(policy, other, args=config, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer)
     theirs = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
@@ -509,11 +510,8 @@ def test_trl_computes_the_same_loss(tmp_path, small_model, tokenizer, kind, thei
     with torch.no_grad():
         logps = [train.SuffixScorer(lm)(**batch)[batch["picks"]] for lm in (load(), other)]
     pairs.reference = logps[1]
-    ours = train.measure(logps[0], pairs, range(6), train.Args(loss=kind, beta=beta))["loss"].mean()
-    if kind == "ipo":
-        ours = train.dpo_loss(*(side / pairs.lengths for side in logps), 0.4, kind=kind)[0].mean()
-    start = (1 / 0.8) ** 2 if kind == "ipo" else math.log(2)
-    assert abs(ours - start) > (0.003 if kind == "ipo" else 0.05), "the models are too much alike to tell anything"
+    ours = train.dpo_loss(logps[0], pairs, list(range(6)), train.Args(beta=0.4))["loss"].mean()
+    assert abs(ours - math.log(2)) > 0.05, "the models are too much alike to tell anything"
     torch.testing.assert_close(ours, theirs.detach(), rtol=1e-4, atol=0)
 
 
@@ -547,49 +545,64 @@ def test_the_maker_of_the_bundled_model_trains_by_04(tmp_path):
     assert 100 < len(learnt) <= 8 * 16 and not learnt & test
 
 
-def test_offset_and_ipo_follow_their_formulas():
-    train, logps = stage(4), torch.tensor([[-1.0, -3.0], [-2.0, -1.0]])
-    reference = torch.tensor([[-1.5, -2.0], [-2.0, -2.5]])
-    h = torch.tensor([1.5, -1.5])  # log-ratios of chosen less those of rejected
-    loss, rewards = train.dpo_loss(logps, reference, 0.5, offset=torch.tensor([0.2, 0.7]))
-    torch.testing.assert_close(loss, torch.log1p(torch.exp(torch.tensor([0.2, 0.7]) - 0.5 * h)))
-    torch.testing.assert_close(rewards, torch.tensor([[0.25, -0.5], [0.0, 0.75]]))
-    torch.testing.assert_close(train.dpo_loss(logps, reference, 0.5, kind="ipo")[0], (h - 1) ** 2)
+LOGPS = torch.tensor([[-1.0, -3.0], [-2.0, -1.0]])
+REFERENCE = torch.tensor([[-1.5, -2.0], [-2.0, -2.5]])
+RATIO = torch.tensor([1.5, -1.5])  # the log-ratios of chosen less those of rejected
 
 
-def test_another_loss_is_another_run():
-    """What a checkpoint is compared by knows the option as well as the code."""
-    train, pairs = stage(4), stage(4).Pairs()
-    pairs.add([1], [[2], [3]])
+def two_pairs(train, rows):
+    """Pairs 1 and 2 of three, with the numbers of these rows."""
+    pairs = train.Pairs()
+    for fields in ({}, *rows):
+        pairs.add([1], [[2], [3]], fields=fields)
     pairs.seal()
-    tokenizer = train.load_tokenizer(str(TINY / "model"), None, "{}")
-    settings = {kind: train.settings_of(train.Args(loss=kind), tokenizer, "w", pairs, None) for kind in ("dpo", "ipo")}
-    assert {name for name, value in settings["dpo"].items() if settings["ipo"][name] != value} == {"loss"}
+    pairs.reference = torch.cat([torch.full((1, 2), 9.0), REFERENCE])
+    return pairs
 
 
-@pytest.mark.slow
-def test_a_pair_of_weight_0_is_as_good_as_not_there(tmp_path, small_model):
-    losses = []
-    for name, numbers in (("four", (4, 5, 6, 7)), ("weights", (4, 5, 6, 7, 9))):
-        rows = [pair(n) | {"weight": float(n != 9)} for n in numbers]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        run(4, "--data", tmp_path / f"{name}.jsonl", "--model", small_model, "--out", tmp_path / name, "--lr", 1e-2,
-            "--precision", "fp32", "--epochs", 3, "--batch-size", len(rows), "--weight-field", "weight")  # fmt: skip
-        losses.append([line["loss"] for line in read(tmp_path / name / "metrics.jsonl")])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and abs(losses[0][2] - losses[0][0]) > 0.01
+def test_the_loss_follows_its_formula():
+    """Also by label smoothing: the pair is the wrong way round with this probability."""
+    train = stage(4)
+    for smoothing in (0.0, 0.1):
+        found = train.dpo_loss(LOGPS, two_pairs(train, [{}, {}]), [1, 2], train.Args(beta=0.5, label_smoothing=smoothing))
+        right, wrong = (torch.log1p(torch.exp(sign * 0.5 * RATIO)) for sign in (-1, 1))
+        torch.testing.assert_close(found["loss"], (1 - smoothing) * right + smoothing * wrong)
+        torch.testing.assert_close(found["margin"], 0.5 * RATIO)
+        rewards = torch.stack([found["chosen_reward"], found["rejected_reward"]], 1)
+        torch.testing.assert_close(rewards, torch.tensor([[0.25, -0.5], [0.0, 0.75]]))
+        assert found["accuracy"].tolist() == [1, 0] and found["chosen_logp"].tolist() == [-1, -2]
 
 
-def test_fields_of_a_pair_reach_the_loss(small_model, tokenizer):
-    """Weights are divided by their mean; a pair's margin and smoothing are its own."""
-    train, kinds = stage(4), {"weight_field": "weight", "margin_field": "margin", "smoothing_field": "smoothing"}
-    rows = [pair(n) | {"weight": n, "margin": n / 10, "smoothing": n / 100} for n in (4, 6, 8)]
-    pairs = train.prepare(rows, tokenizer, train.Args(model=str(small_model), **kinds), "rows")
-    torch.testing.assert_close(pairs.signals, torch.tensor([[2 / 3, 0.4, 0.04], [1, 0.6, 0.06], [4 / 3, 0.8, 0.08]]))
-    logps, pairs.reference = torch.tensor([[-1.0, -3.0], [-2.0, -1.0]]), torch.zeros(3, 2)
-    m = torch.tensor([0.5 * 2 - 0.4, 0.5 * -1 - 0.8])
-    smoothing, weight = torch.tensor([0.04, 0.08]), torch.tensor([2 / 3, 4 / 3])
-    expected = weight * ((1 - smoothing) * torch.log1p(torch.exp(-m)) + smoothing * torch.log1p(torch.exp(m)))
-    torch.testing.assert_close(train.measure(logps, pairs, [0, 2], train.Args(beta=0.5))["loss"], expected)
+@pytest.mark.parametrize("number, expected", [
+    (0, (RATIO - 1 / (2 * 0.5)) ** 2),  # IPO, arXiv 2310.12036, Eq. 17
+    (1, torch.log1p(torch.exp(torch.tensor([0.2, 0.7]) - 0.5 * RATIO))),  # ODPO, arXiv 2402.10571, Eq. 8
+])  # fmt: skip
+def test_the_losses_of_the_documents(tmp_path, monkeypatch, tokenizer, number, expected):
+    """docs/trainer.md's diffs apply, and are what it says they are; a row's number comes from prepare()."""
+    diff = re.findall(r"^```diff\n(.*?)^```", (ROOT / "docs" / "trainer.md").read_text(), re.M | re.S)[number]
+    shutil.copy(ROOT / "04_train_stepdpo.py", tmp_path)
+    subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=tmp_path, check=True)
+    (tmp_path / "04_train_stepdpo.py").rename(tmp_path / f"edited_{number}.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    train = importlib.import_module(f"edited_{number}")
+    rows = [pair(5) | {"margin": margin} for margin in (0.2, 0.7)]
+    fields = train.prepare(rows, tokenizer, train.Args(model=str(TINY / "model")), "rows").fields
+    assert [found["margin"] for found in fields] == [0.2, 0.7]
+    found = train.dpo_loss(LOGPS, two_pairs(train, fields), [1, 2], train.Args(beta=0.5))
+    torch.testing.assert_close(found["loss"], expected)
+
+
+def test_what_enters_the_loss_makes_another_run():
+    """What a checkpoint is compared by knows beta, the numbers of the rows and, see test_an_edited_loss_is_named, the code."""
+    train, tokenizer = stage(4), stage(4).load_tokenizer(str(TINY / "model"), None, "{}")
+
+    def settings(margin: float, **options) -> dict:
+        return train.settings_of(train.Args(**options), tokenizer, "w", two_pairs(train, [{}, {"margin": margin}]), None)
+
+    differ = lambda a, b: {name for name, value in a.items() if b[name] != value}
+    base = settings(0.1)
+    assert differ(base, settings(0.1)) == set() and differ(base, settings(0.2)) == {"pairs"}
+    assert differ(base, settings(0.1, beta=0.3)) == {"beta"}
 
 
 @pytest.mark.slow
@@ -606,6 +619,31 @@ def test_a_finished_run_is_left_alone(tmp_path, small_model):
     assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     other = run(4, *arguments[:-1], 1e-3, check=False)
     assert other.returncode == 2 and "was made with lr = '1e-09', now it is '0.001'" in other.stderr
+    run("plot_training", tmp_path / "out")
+    assert (tmp_path / "out" / "training.png").stat().st_size > 20_000
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"base_model: {small_model}\n" in card and "| lr | 1e-09 |" in card and "![training](training.png)" in card
+    assert "Last step: step 8, epoch 2, loss 0.69" in card
+    assert "nothing to do" in run(4, *arguments).stderr, "picture and card are none of the training's business"
+
+
+def test_pictures_of_trainings(tmp_path):
+    """Of one that is not finished no card; of several one picture; what is no run is named."""
+    for number, name in enumerate(("a", "b")):
+        (tmp_path / name).mkdir()
+        rows = [{"step": step, "loss": 0.69 / (step + number), "chosen_logp": -step} for step in (1, 2, 3)]
+        rows.append({"step": 3, "val_loss": 0.2, "val_accuracy": 1.0})
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run("plot_training", tmp_path / "a")
+    assert "the training is not finished, no model card" in done.stderr and not (tmp_path / "a" / "README.md").exists()
+    assert (tmp_path / "a" / "training.png").read_bytes()[1:4] == b"PNG"
+    run("plot_training", tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "training.png").read_bytes() != (tmp_path / "a" / "training.png").read_bytes()
+    with open(tmp_path / "b" / "metrics.jsonl", "a") as file:
+        file.write('{"step": "four"}\n')
+    for folder, said in (("b", "metrics.jsonl, line 5: no object"), ("c", "metrics.jsonl: cannot be read (FileNotFoundError)")):
+        done = run("plot_training", tmp_path / folder, check=False)
+        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
@@ -613,14 +651,16 @@ def test_an_edited_loss_is_named(tmp_path, small_model):
     """A hinge instead of the logistic loss: its first value is no sign of a policy that differs from the reference."""
     write_pairs(tmp_path / "pairs.jsonl", 6)
     text = (ROOT / "04_train_stepdpo.py").read_text()
-    edited = text.replace("-(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)", "F.relu(1 - margin)")
+    edited = text.replace("-(1 - flipped) * F.logsigmoid(margin) - flipped * F.logsigmoid(-margin)", "F.relu(1 - margin)")
     assert edited != text
     (tmp_path / "04_edited.py").write_text(edited)
     command = [sys.executable, tmp_path / "04_edited.py", *common(tmp_path, small_model, "out"), "--lr", 1e-3]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     [said] = [line for line in done.stderr.splitlines() if "first loss" in line]
-    assert said == "warning: first loss: 1.0000 and not ln 2 = 0.6931: dpo_loss() or measure() was edited"
+    assert said == "warning: first loss: 1.0000 and not ln 2 = 0.6931: dpo_loss() was edited"
+    plain = run(4, *common(tmp_path, small_model, "out"), "--lr", 1e-3, check=False)
+    assert plain.returncode == 2 and "was made with code of the loss = '" in plain.stderr
 
 
 def test_a_policy_that_is_not_its_reference_is_named(capsys):
@@ -777,25 +817,6 @@ def test_eos_of_a_tokenizer_does_not_stand_in_the_middle(tmp_path):
     assert [marked.decode(ids) for ids in suffixes] == [" are 2.<|im_end|>", " are 3.<|im_end|>"]
 
 
-@pytest.mark.parametrize("field, value, said", [
-    ("weight", -1, "row 2: its 'weight' is -1"), ("weight", None, "row 2: its 'weight' is None"), ("smoothing", 0.5, "below"),
-    ("margin", "1", "row 2: its 'margin' is '1'"),
-])  # fmt: skip
-def test_a_field_that_is_no_number(tmp_path, small_model, field, value, said):
-    rows = [pair(4) | {field: 0.25}, pair(5) | {field: value}]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = run(4, "--data", tmp_path / "pairs.jsonl", "--model", small_model, "--out", tmp_path / "out",
-               f"--{field}-field", field, check=False, here=True)  # fmt: skip
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
-
-
-def test_label_smoothing_follows_its_formula():
-    train, logps = stage(4), torch.tensor([[-1.0, -3.0], [-2.0, -1.0]])
-    margin = 0.5 * torch.tensor([2.0, -1.0])
-    expected = 0.9 * torch.log1p(torch.exp(-margin)) + 0.1 * torch.log1p(torch.exp(margin))
-    torch.testing.assert_close(train.dpo_loss(logps, torch.zeros(2, 2), 0.5, 0.1)[0], expected)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("save", ["merged", "adapter"])
 def test_lora_moves_only_adapters_and_saves_both_ways(save, tmp_path, small_model):
@@ -911,13 +932,14 @@ def test_commands_of_readme_and_docstring_fit_by_count():
         assert counted(command, "7b")[0] < 0.82 * 80e9
 
 
-def test_activations_are_what_autograd_keeps():
-    """A layer's, from the tensors that a forward pass under autocast keeps for two and for four layers."""
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_activations_are_what_autograd_keeps(precision):
+    """A layer's, from the tensors that a forward pass keeps for two and for four layers."""
     from transformers import Qwen2Config
 
     train, kept = stage(4), {}
-    shape = {"hidden_size": 224, "intermediate_size": 1184, "num_attention_heads": 7, "num_key_value_heads": 1}
-    rows, width = 4, 160
+    shape = {"hidden_size": 224, "intermediate_size": 1184, "num_attention_heads": 14, "num_key_value_heads": 2}
+    rows, width, autocast = 4, 160, torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
     for checkpointing in (False, True):
         for layers in (2, 4):
             config = Qwen2Config(**shape, num_hidden_layers=layers, vocab_size=64)
@@ -927,16 +949,28 @@ def test_activations_are_what_autograd_keeps():
             tensors = []
             keep = lambda tensor, tensors=tensors: tensors.append(tensor) or tensor
             mask = torch.ones(rows, 1, width, width, dtype=torch.bool).tril()
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast:
                 lm.base_model(input_ids=torch.zeros(rows, width, dtype=torch.long), attention_mask=mask, use_cache=False)
             found = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors if rows * width in tensor.shape or
                      rows in tensor.shape[:1]}  # fmt: skip  # not weights, nor their copies in bf16
             size = sum(tensor.untyped_storage().nbytes() for tensor in found.values() if tensor.shape[-2:] != (width, width))
-            args = train.Args(precision="bf16", gradient_checkpointing=checkpointing, tokens_per_batch=rows * width)
+            args = train.Args(precision=precision, gradient_checkpointing=checkpointing, tokens_per_batch=rows * width)
             kept[checkpointing, layers] = size, train.memory(config, args, "copies", 1)["activations"]
     for checkpointing in (False, True):
         measured, count = (kept[checkpointing, 4][i] - kept[checkpointing, 2][i] for i in (0, 1))
         assert count == pytest.approx(measured, rel=0.05), checkpointing
+
+
+@pytest.mark.parametrize("tokens, passes, measured", [(2400, 1, 8.23), (600, 4, 7.53), (4800, 1, 10.17)])
+def test_memory_with_a_real_vocabulary(tokens, passes, measured):
+    """Against peaks of whole runs of 04 on the CPU: docs/trainer.md, "A real vocabulary, measured"."""
+    from transformers import Qwen2Config
+
+    shape = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
+    config = Qwen2Config(**shape, num_hidden_layers=4, vocab_size=151_936, tie_word_embeddings=True)
+    args = stage(4).Args(precision="fp32", tokens_per_batch=tokens)
+    found = stage(4).memory(config, args, "copies", 1, on_gpu=False, passes=passes)
+    assert sum(size for name, size in found.items() if not name.startswith("machine")) == pytest.approx(measured * 1e9, rel=0.1)
 
 
 def shaped_folder(folder, size: str):
