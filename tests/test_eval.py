@@ -1,4 +1,4 @@
-"""05_eval.py: statistics against enumeration and formulas, both equalities, benchmarks by name, regrading, report, credit."""
+"""05_eval.py: statistics against enumeration and formulas, both equalities, data/download.py, regrading, report, credit."""
 
 import asyncio
 import itertools
@@ -6,10 +6,15 @@ import json
 import math
 import random
 import re
+import subprocess
+import sys
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import credit
+import download
+import httpx
 import numpy as np
 import pytest
 import regrade
@@ -164,22 +169,59 @@ def test_the_opening_of_a_row_is_no_part_of_its_answer():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# benchmarks by name
+# benchmarks in our fields
 
-COUNTS = {"gsm8k": 1319, "math": 5000, "aime24": 30, "aime25": 30, "odyssey-math": 387, "cmath": 1098, "mgsm-zh": 250,
-          "ape210k": 500, "aqua": 254}  # fmt: skip
+FILES = {"gsm8k": {"gsm8k_train": 7473, "gsm8k_test": 1319}, "math": {"math_train": 7500, "math_test": 5000},
+         "aime24": {"aime24": 30}, "aime25": {"aime25": 30}, "odyssey-math": {"odyssey_math": 387}, "cmath": {"cmath": 1098},
+         "mgsm-zh": {"mgsm_zh": 250}, "ape210k": {"ape210k_test": 500}, "aqua": {"aqua_test": 254}}  # fmt: skip
+
+
+def make(folder, *names, given=None):
+    download.main(download.Args(names, given, folder))
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmark files are not beside this checkout")
-def test_all_files_load_by_name(capsys):
-    for name, count in COUNTS.items():
-        assert len(stage(5).load_problems(name, False, SHARED)) == count
-    assert [len(stage(1).load_problems(name, True, SHARED)) for name in ("gsm8k", "math")] == [7473, 7500]
-    said = capsys.readouterr().err
-    assert said.count("content hash") == 11
-    by_id = {row["id"]: row["answer"] for row in stage(1).load_problems("math", False, SHARED)}
+def test_files_of_a_folder(tmp_path, capsys):
+    make(tmp_path, *FILES, given=SHARED)
+    said, counts = capsys.readouterr().out, {file: count for files in FILES.values() for file, count in files.items()}
+    assert {path.stem for path in tmp_path.glob("*.jsonl")} == set(counts)
+    for file, count in counts.items():
+        about = json.loads((tmp_path / f"{file}.jsonl.meta.json").read_text())
+        assert len(stage(5).load_problems(tmp_path / f"{file}.jsonl")) == count == about["problems"]
+        assert f"content hash {about['hash']}" in capsys.readouterr().err and about["licence"] in said
+    by_id = {row["id"]: row["answer"] for row in stage(1).load_problems(tmp_path / "math_test.jsonl")}
     assert by_id["test/precalculus/1227.json"] == "-1, 2", "asked for all values, which the solution boxes one by one"
     assert by_id["test/prealgebra/224.json"] == "-34 + 12x" and by_id["test/intermediate_algebra/702.json"].count(",") == 1
+    assert {row["dataset"] for row in read(tmp_path / "math_test.jsonl")} == {"math"}
+
+
+def test_a_file_that_is_there_is_not_made_again(tmp_path, capsys):
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "gsm8k.jsonl").write_text(json.dumps({"id": 1, "problem": "p", "answer": 2}) + "\n")
+    make(tmp_path, "gsm8k", given=tmp_path / "given")
+    text = (tmp_path / "gsm8k_test.jsonl").read_text()
+    assert json.loads(text) == {"dataset": "gsm8k", "id": "1", "problem": "p", "answer": "2"}
+    assert "no gsm8k_train.jsonl there" in capsys.readouterr().out and not (tmp_path / "gsm8k_train.jsonl").exists()
+    (tmp_path / "given" / "gsm8k.jsonl").write_text("{")
+    make(tmp_path, "gsm8k", given=tmp_path / "given")
+    assert "gsm8k_test.jsonl: there already" in capsys.readouterr().out and (tmp_path / "gsm8k_test.jsonl").read_text() == text
+
+
+@pytest.mark.parametrize("names, said", [
+    (["gsm9k"], "gsm9k: no such set"), ([], "no set is named"), (["aime24"], "aime24.jsonl"),
+])  # fmt: skip
+def test_sets_that_cannot_be_made(names, said, tmp_path):
+    command = [sys.executable, "data/download.py", *names, "--from", str(tmp_path), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("number, file, name", [(1, "gsm8k_train", "gsm8k"), (5, "aime24", "aime24")])
+def test_a_missing_file_names_the_command_that_makes_it(number, file, name, tmp_path):
+    path = tmp_path / "data" / f"{file}.jsonl"
+    done = run(number, "--data", path, "--out", tmp_path / "out", check=False)
+    assert done.returncode == 2 and f"{path}: not there; python data/download.py {name} makes it\n" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 HUB_ROWS = {  # a row as each source has it, and problem and answer in our fields
@@ -209,23 +251,24 @@ HUB_ROWS = {  # a row as each source has it, and problem and answer in our field
 @pytest.mark.parametrize("name", HUB_ROWS)
 def test_fields_of_the_hub_sets(name, tmp_path, monkeypatch):
     """Through datasets.load_dataset on a local folder; Odyssey-MATH and MGSM, which are files elsewhere, through httpx."""
-    import httpx
-
-    source = stage(1)
     row, problem, answer = HUB_ROWS[name]
-    hub, parts, train, test, *rest = source.DATA_SETS[name]
-    if hub.startswith("https://"):
+    source = download.SOURCES[name]
+    if source.hub.startswith("https://"):
         text = row if isinstance(row, str) else json.dumps({"Problem_1": row})
-        reply = httpx.Response(200, text=f"{text}\n", request=httpx.Request("GET", hub))
-        monkeypatch.setattr(source.httpx, "get", lambda *_, **__: reply)
+        reply = httpx.Response(200, text=f"{text}\n", request=httpx.Request("GET", source.hub))
+        monkeypatch.setattr(httpx, "get", lambda *_, **__: reply)
     else:
-        (tmp_path / f"{test}.jsonl").write_text(json.dumps(row) + "\n")
-        monkeypatch.setitem(source.DATA_SETS, name, (str(tmp_path), "", train, test, *rest))
-    [found] = source.load_problems(name, False, None)
-    assert (found["problem"], found["answer"], found["dataset"]) == (problem, answer, name)
-    if not train:
-        with pytest.raises(SystemExit):
-            source.load_problems(name, True, None)
+        (tmp_path / "hub").mkdir()
+        for split in {source.train, source.test} - {""}:
+            (tmp_path / "hub" / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+        monkeypatch.setitem(download.SOURCES, name, replace(source, hub=str(tmp_path / "hub"), parts=""))
+    make(tmp_path / "out", name)
+    paths = sorted((tmp_path / "out").glob("*.jsonl"))
+    stem = name.replace("-", "_")
+    assert [path.stem for path in paths] == ([f"{stem}_test", f"{stem}_train"] if source.train else [stem])
+    for path in paths:
+        [found] = stage(5).load_problems(path)
+        assert (found["problem"], found["answer"], found["dataset"]) == (problem, answer, name)
 
 
 def test_a_set_that_a_script_makes_is_told_from_a_network_that_is_not_there(tmp_path, monkeypatch, capsys):
@@ -233,28 +276,28 @@ def test_a_set_that_a_script_makes_is_told_from_a_network_that_is_not_there(tmp_
     (tmp_path / "made" / "made.py").write_text("import datasets\n")
     cases = [(str(tmp_path / "made"), "a script makes this set", "network"), ("nobody/nothing", "network", "script")]
     for hub, said, other in cases:
-        monkeypatch.setitem(stage(1).DATA_SETS, "cmath", (hub, *stage(1).DATA_SETS["cmath"][1:]))
+        monkeypatch.setitem(download.SOURCES, "cmath", replace(download.SOURCES["cmath"], hub=hub))
         with pytest.raises(SystemExit):
-            stage(1).load_problems("cmath", False, None)
+            make(tmp_path / "out", "cmath")
         error = capsys.readouterr().err
-        assert said in error and other not in error and "--data-dir" in error
+        assert said in error and other not in error and "--from" in error
 
 
 def test_questions_without_an_answer_are_left_out(tmp_path, monkeypatch):
     rows = [{"question": "q", "answer": answer, "perturbation_type": kind}
             for answer, kind in (("7", "numerical substitution"), ("None", "critical thinking"))]  # fmt: skip
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    hub = (str(tmp_path), *stage(1).DATA_SETS["gsm-plus"][1:])
-    monkeypatch.setitem(stage(1).DATA_SETS, "gsm-plus", hub)
-    [found] = stage(1).load_problems("gsm-plus", False, None)
+    monkeypatch.setitem(download.SOURCES, "gsm-plus", replace(download.SOURCES["gsm-plus"], hub=str(tmp_path)))
+    make(tmp_path / "out", "gsm-plus")
+    [found] = read(tmp_path / "out" / "gsm_plus.jsonl")
     assert found["answer"] == "7" and found["subject"] == "numerical substitution"
 
 
 def test_odyssey_is_not_for_training(tmp_path):
     (tmp_path / "odyssey_math.jsonl").write_text(json.dumps({"id": "a", "problem": "p", "answer": "1"}) + "\n")
-    for data in ("odyssey-math", tmp_path / "odyssey_math.jsonl"):
-        done = run(1, "--data", data, "--model", TINY / "model", "--out", tmp_path / "s.jsonl", check=False)
-        assert done.returncode == 2 and "test use only" in done.stderr and not (tmp_path / "s.jsonl").exists()
+    data, out = tmp_path / "odyssey_math.jsonl", tmp_path / "s.jsonl"
+    done = run(1, "--data", data, "--model", TINY / "model", "--out", out, check=False)
+    assert done.returncode == 2 and "test use only" in done.stderr and not out.exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -227,7 +227,7 @@ def test_stages_run_twice_in_one_process(scripted, tmp_path, capsys):
     samples = [wrong | {"prediction": "3"}, wrong | {"sample": 1, "correct": True, "prediction": "2"}]
     (tmp_path / "in.jsonl").write_text(json.dumps(problem) + "\n")
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
-    data, file = (str(tmp_path / "in.jsonl"),), tmp_path / "samples.jsonl"
+    data, file = (tmp_path / "in.jsonl",), tmp_path / "samples.jsonl"
     server = {"base_url": url, "tokenizer": str(TINY / "model")}
     out = lambda number: tmp_path / str(number) / "out.jsonl"
     settings = {

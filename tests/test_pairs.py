@@ -308,10 +308,10 @@ def test_recipes_name_options_that_exist():
     known = {}
     for path in sorted((ROOT / "recipes").glob("*.sh")):
         text = re.sub(r"\\\n", " ", path.read_text())
-        for name, rest in re.findall(r"(0[1-5]_\w+|analysis/\w+)\.py((?: +(?:\"[^\"]*\"|[^\s\"|;&]+))*)", text):
+        for name, rest in re.findall(r"(0[1-5]_\w+|(?:analysis|data)/\w+)\.py((?: +(?:\"[^\"]*\"|[^\s\"|;&]+))*)", text):
             if name not in known:
                 assert (ROOT / f"{name}.py").is_file(), f"{path.name}: no {name}.py"
-                args = getattr(importlib.import_module(name.removeprefix("analysis/")), "Args", None)
+                args = getattr(importlib.import_module(name.split("/")[-1]), "Args", None)
                 known[name] = {field.replace("_", "-") for field in args.__dataclass_fields__} if args else None
             for option in re.findall(r"(?<= )--([a-z][a-z-]+)", re.sub(r'"[^"]*"', "", rest)):
                 assert known[name] is None or option in known[name], f"{path.name}: {name}.py has no --{option}"
