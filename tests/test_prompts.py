@@ -5,6 +5,7 @@ import json
 import pytest
 from conftest import ROOT, STAGES, TINY, read, run, stage
 from test_faults import scripted  # noqa: F401  a server that answers every completion alike
+from tokenizers import normalizers
 
 TEMPLATES = sorted((ROOT / "data" / "templates").glob("*.jinja"))
 CHATML = (TINY / "model" / "chat_template.jinja").read_text()
@@ -77,6 +78,37 @@ def test_one_bos_stands_first_in_every_stage_and_no_eos_within(template, eos, tm
         assert tokenizer.eos_token_id not in found, name
     qwen = stage(1).load_tokenizer(str(TINY / "model"), template, "{}")  # has no BOS
     assert qwen.bos_token is None and qwen.decode(stage(1).prompt_ids(qwen, "1 + 1?", "")) in tokenizer.decode(ids[STAGES[1]])
+
+
+ASK = "1 + 1?\nPlease reason step by step, and put your final answer within \\boxed{}."
+ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately completes the request."
+          "\n\n### Instruction:\n1 + 1?\n\n### Response: Let's think step by step.")  # fmt: skip
+AUTHORS = {  # template and opening of docs/evaluation.md, and the raw prompt of the authors' evaluation
+    "step_dpo_qwen": ("", "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n" + ASK
+                      + "<|im_end|>\n<|im_start|>assistant\n"),
+    "step_dpo_deepseek": ("", "User: " + ASK + "\n\nAssistant:"),
+    "metamath": (" Let's think step by step.", ALPACA),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("around", ["nothing", "bos", "bos and eos", "bos, and a space before words"])
+@pytest.mark.parametrize("name", AUTHORS)
+def test_the_authors_prompts(name, around, tmp_path):
+    """The same token ids as LLM.generate makes of the raw prompt: with the BOS that the tokenizer puts before a text."""
+    opening, raw = AUTHORS[name]
+    folder = str(TINY / "model") if around == "nothing" else model(tmp_path / "m", eos="eos" in around)
+    tokenizer = stage(1).load_tokenizer(folder, ROOT / "data" / "templates" / f"{name}.jinja", "{}")
+    if "space" in around:  # as in Mistral's tokenizer
+        tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("\u0120")
+    ids = tokenizer(raw)["input_ids"]
+    ids = ids[:-1] if "eos" in around else ids
+    assert stage(5).prompt_ids(tokenizer, "1 + 1?", opening) == ids
+    assert stage(5).render_prompt(tokenizer, "1 + 1?", opening) == "<s>" * (around != "nothing") + raw
+    assert ids[0] == tokenizer.bos_token_id or around == "nothing"
+    from_protocols = {n: t.format(problem="1 + 1?") + o for n, (t, o) in stage(5).PROTOCOLS.items()}
+    pairs = {"step_dpo_qwen": ["paper"], "step_dpo_deepseek": ["paper-deepseek"], "metamath": ["paper-alpaca", "scdpo"]}[name]
+    for n in pairs:
+        assert from_protocols[n] == raw and stage(5).text_ids(tokenizer, from_protocols[n]) == ids
 
 
 @pytest.mark.parametrize("eos", [False, True])
