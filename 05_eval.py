@@ -13,7 +13,7 @@ Output in OUT: report.md, its pictures, summary.json; and a line a response in B
      "finish_reason": "stop", "tokens": 41, "model": "runs/tuned"}
 
 Responses that are there are not made again. analysis/report_html.py makes one page of OUT, with responses. `correct` is the
-strict verdict of 01; analysis/regrade.py adds those of the papers' own code to rows and report.
+strict verdict of 01; analysis/regrade.py adds those of the papers' own code. docs/evaluation.md has the papers' prompts.
 """
 
 from __future__ import annotations
@@ -64,23 +64,12 @@ PROBE = "1 + 1 = ?"  # the problem of the prompt that stands in the settings
 MARK = "@@Steps so far@@"  # the assistant's text while a template is rendered: many trim it, some take thoughts out of it
 # Copied from 01_sample_errors.py
 OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would move the token boundary
-ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately completes the request."
-          "\n\n### Instruction:\n{problem}\n\n### Response: ")  # fmt: skip
-PROTOCOLS = {  # raw prompt and the response's opening, as the authors' evaluation has them: no "Step 1:", that was for sampling
-    "paper": ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n" + USER_TURN
-              + "<|im_end|>\n<|im_start|>assistant\n", ""),
-    "paper-alpaca": (ALPACA, "Let's think step by step."),
-    "paper-deepseek": ("User: " + USER_TURN + "\n\nAssistant:", ""),
-    "scdpo": (ALPACA, "Let's think step by step."),
-}  # fmt: skip
-VERDICT_NAMES = {"correct": "strict", "correct_paper": "Step-DPO's", "correct_scdpo": "SCDPO's"}  # by the field of a row
 CODE_COLUMNS = ("rounds", "executions", "failures")  # of a code-integrated response
-VERDICT_OF = {"strict": "correct", "scdpo": "correct_scdpo"}  # of a protocol; the others' is correct_paper
 
 
 @dataclass
 class Args:
-    """Zero shot, greedy, 2048 tokens as in the Step-DPO authors' code; its prompts by --protocol."""
+    """Zero shot, greedy, 2048 tokens as in the Step-DPO authors' code; for its prompts see docs/evaluation.md."""
 
     data: tuple[Path, ...] = (Path("data/gsm8k_test.jsonl"), Path("data/math_test.jsonl"))
     """JSON Lines files; data/download.py makes those of known sets (docs/evaluation.md)"""
@@ -88,10 +77,8 @@ class Args:
     """folders or hub ids, the base first; NAME=FOLDER,FOLDER: several seeds of one model"""
     out: Path = Path("results")
     """folder to write"""
-    protocol: Literal["strict", "paper", "paper-alpaca", "paper-deepseek", "scdpo"] = "strict"
-    """prompt: strict is the model's template and the forced opening, the others are the authors' raw prompts"""
     opening: str = OPENING
-    """how every response begins with --protocol strict; give what 01 was given"""
+    """how every response begins; give what 01 was given. "" for nothing"""
     split: Literal["labels", "lines", "blank-lines", "sentences", "blocks"] = "labels"
     """blocks: code-integrated solutions, whose code is run; the others make no difference here"""
     rounds: int = 24
@@ -134,14 +121,9 @@ def main(args: Args):
         stop("--samples above 1 needs --temperature above 0: greedy responses are all the same")
     if len({path.stem for path in args.data}) < len(args.data):
         stop("--data: the same name twice")
-    if args.protocol != "strict" and (args.chat_template or args.chat_template_kwargs != "{}"):
-        stop(f"--chat-template and its switches have no effect with --protocol {args.protocol}, whose prompt is raw text")
-    if args.protocol != "strict" and args.split == "blocks":
-        stop(f"--protocol {args.protocol} runs no code: leave out --split blocks; or, for SCDPO's evaluation with code, give "
-             '--chat-template data/templates/code_evaluation.jinja --opening "" instead of --protocol')  # fmt: skip
     groups = model_groups(args.models)
     tables, runs = evaluate(args, groups)
-    summary = summary_of(groups, tables, vars(args), args.protocol, args.seed) | {"runs": runs}
+    summary = summary_of(groups, tables, vars(args), args.seed) | {"runs": runs}
     print(write_report(summary, args.out))
     problems = sum(found["problems"] for found in summary["benchmarks"].values())
     print(f"{args.out / 'report.md'}: {sum(map(len, groups.values()))} models, {problems} problems each, "
@@ -196,7 +178,7 @@ def check_model(args: Args, model: str, benchmarks: dict[str, list[dict]]):
     paths = [path for name in benchmarks if (path := path_of(args, name, model)).is_file()]
     if sum(path.read_bytes().count(b"\n") for path in paths) >= args.samples * sum(map(len, benchmarks.values())):
         return
-    load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs, args.protocol == "strict")
+    load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs)
     weights = any(file.suffix in (".safetensors", ".bin") for file in Path(model).glob("*"))
     if Path(model).is_dir() and not weights and not args.base_url:
         stop(f"--models {model}: a folder without weights; has its training ended?")
@@ -208,10 +190,9 @@ def path_of(args: Args, benchmark: str, model: str) -> Path:
 
 def answer_model(args: Args, model: str, benchmarks: dict[str, list[dict]], place: dict) -> dict:
     """Answer what a model has not answered yet; returns counts. `place` of the model in the report goes into the meta files."""
-    fixed = ("protocol", "opening", "split", "rounds", "temperature", "top_p", "max_tokens", "seed")
-    raw, opening = PROTOCOLS.get(args.protocol, ("", args.opening))
-    tokenizer = load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs, chat=not raw)
-    prompt = raw.format(problem=PROBE) + opening if raw else render_prompt(tokenizer, PROBE, opening)
+    fixed = ("opening", "split", "rounds", "temperature", "top_p", "max_tokens", "seed")
+    tokenizer = load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs)
+    prompt = render_prompt(tokenizer, PROBE, args.opening)
     settings = {name: getattr(args, name) for name in fixed} | NEUTRAL | {"prompt": prompt, "model": model_id(model)}
     todo = []
     with contextlib.ExitStack() as opened:
@@ -254,24 +235,18 @@ def missing(problems: list[dict], samples: int, output: Output) -> list[tuple[di
 
 async def answer_all(args: Args, model: str, tokenizer, todo: list[tuple[dict, int, Output]]) -> dict:
     """Answer and grade (problem, sample, file to write to). Returns counts."""
-    raw, opening = PROTOCOLS.get(args.protocol, ("", args.opening))
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
     grader, tokens = Grader(), 0
-    if raw:
-        print(f"first prompt: {raw.format(problem=todo[0][0]['problem']) + opening!r}", file=sys.stderr)
 
     async def work(item: tuple[dict, int, Output]):
         nonlocal tokens
         problem, sample, output = item
         seed = seed_of(args.seed, "eval", problem["id"], *([sample] if sample else []))
-        if raw:
-            [found] = await generate(text_ids(tokenizer, raw.format(problem=problem["problem"]) + opening), seed, **sampling)
-        else:
-            [found] = await solve(problem["problem"], opening, seed, **sampling)
+        [found] = await solve(problem["problem"], args.opening, seed, **sampling)
         row = problem | {
             "sample": sample,
-            "opening": opening,
-            "response": opening + found["text"] if found["finish_reason"] != "refused" else "",
+            "opening": args.opening,
+            "response": args.opening + found["text"] if found["finish_reason"] != "refused" else "",
             "finish_reason": found["finish_reason"],
             "tokens": found["tokens"],
             "model": model,
@@ -291,13 +266,6 @@ async def answer_all(args: Args, model: str, tokenizer, todo: list[tuple[dict, i
     rate = round(tokens / seconds)
     found = {"gradings killed": grader.kills, "tokens": tokens, "tokens/s": rate, "seconds": round(seconds, 1)}
     return found | {name: round(number, 1) for name, number in solve.count.items()}
-
-
-def text_ids(tokenizer, text: str) -> list[int]:
-    """Token ids of a raw prompt as the authors' LLM.generate has them: with the BOS that the tokenizer puts before a text, but
-    without the EOS that some put after it."""
-    ids = tokenizer(text)["input_ids"]
-    return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
 
 
 async def grade(row: dict, grader: Grader) -> dict:
@@ -379,17 +347,17 @@ def paired(rates: np.ndarray, base: np.ndarray, seed: int) -> dict:
     }
 
 
-def classes(rows: list[dict], field: str) -> list[int]:
+def classes(rows: list[dict]) -> list[int]:
     """For each response to one problem the place of the first with an equal answer; -1 where it has no answer."""
 
     def same(a: dict, b: dict) -> bool:
-        if a[field] or b[field]:
-            return a[field] == b[field]
+        if a["correct"] or b["correct"]:
+            return a["correct"] == b["correct"]
         return bool(quick_verdict(a["prediction"], b["prediction"]))
 
     found = []
     for i, row in enumerate(rows):
-        if row["prediction"] is None and not row[field]:
+        if row["prediction"] is None and not row["correct"]:
             found.append(-1)
         else:
             found.append(next((j for j in range(i) if found[j] == j and same(rows[j], row)), i))
@@ -402,17 +370,17 @@ def majority(votes: list[int]) -> int:
     return counts.most_common(1)[0][0] if counts else -1  # most_common keeps the order in which they came
 
 
-def curves(table: list[list[dict]], field: str, seed: int) -> dict:
+def curves(table: list[list[dict]], seed: int) -> dict:
     """pass@j, unbiased (Chen et al. 2021, arXiv 2107.03374), and maj@j for j = 1, 2, 4 ... k; maj@j below k is the mean over 50
     draws of j of the k responses. `final` says for each problem whether maj@k is right."""
     k, rng = len(table[0]), np.random.default_rng(seed)
     sizes = sorted({2**i for i in range(k.bit_length()) if 2**i <= k} | {k})
-    right = [sum(row[field] for row in rows) for rows in table]
-    votes = [classes(rows, field) for rows in table]
+    right = [sum(row["correct"] for row in rows) for rows in table]
+    votes = [classes(rows) for rows in table]
 
     def voted(order) -> list[bool]:
         places = [majority([found[i] for i in order]) for found in votes]
-        return [place >= 0 and rows[place][field] for place, rows in zip(places, table, strict=True)]
+        return [place >= 0 and rows[place]["correct"] for place, rows in zip(places, table, strict=True)]
 
     draws = {j: [rng.permutation(k)[:j] for _ in range(50)] if j < k else [range(k)] for j in sizes}
     return {
@@ -427,24 +395,18 @@ def curves(table: list[list[dict]], field: str, seed: int) -> dict:
 # comparison
 
 
-def summary_of(groups: dict, tables: dict, settings: dict, verdict: str, seed: int) -> dict:
-    """What summary.json holds. `settings` are those of the responses, `verdict` is the protocol whose verdict counts; where
-    rows lack it, until analysis/regrade.py has added it, the strict one does."""
-    rows = [row for by_model in tables.values() for table in by_model.values() for found in table for row in found]
-    fields = [field for field in VERDICT_NAMES if all(field in row for row in rows)]
-    field = VERDICT_OF.get(verdict, "correct_paper")
-    field = field if field in fields else "correct"
+def summary_of(groups: dict, tables: dict, settings: dict, seed: int) -> dict:
+    """What summary.json holds. `settings` are those of the responses."""
     decoding = "greedy"
     if settings.get("temperature"):
         decoding = f"temperature {settings['temperature']}, top-p {settings['top_p']}"
     decoding += f", at most {settings.get('max_tokens', '?')} tokens"
-    return {"protocol": settings.get("protocol", "strict"), "decoding": decoding, "verdict": field, "groups": groups,
-            "benchmarks": compare(groups, tables, field, fields, seed)}  # fmt: skip
+    return {"decoding": decoding, "opening": settings.get("opening", OPENING), "rule": "strict equality", "groups": groups,
+            "benchmarks": compare(groups, tables, seed)}  # fmt: skip
 
 
-def compare(groups: dict[str, list[str]], tables: dict[str, dict], field: str, fields: list[str], seed: int) -> dict:
-    """All figures by benchmark: of each model, and of each seed where it has several, and its difference from the base.
-    `field` is the verdict that counts, `fields` are all of the rows."""
+def compare(groups: dict[str, list[str]], tables: dict[str, dict], seed: int) -> dict:
+    """All figures by benchmark: of each model, and of each seed where it has several, and its difference from the base."""
     found, base, each = {}, next(iter(groups)), {}
     for label, group in groups.items():
         each |= {model: [model] for model in group if len(group) > 1} | {label: group}
@@ -454,7 +416,7 @@ def compare(groups: dict[str, list[str]], tables: dict[str, dict], field: str, f
         by_model = {model: sorted(table, key=lambda rows: str(rows[0]["id"])) for model, table in by_model.items()}
         for label, group in each.items():
             seeds = [by_model[model] for model in group]
-            figures[label], rates[label], solved[label] = score(seeds, field, fields, seed)
+            figures[label], rates[label], solved[label] = score(seeds, seed)
         first = [rows[0] for rows in by_model[groups[base][0]]]
         ids = [str(row["id"]) for row in first]
         for label in each:
@@ -474,12 +436,12 @@ def compare(groups: dict[str, list[str]], tables: dict[str, dict], field: str, f
     return found
 
 
-def score(seeds: list, field: str, fields: list[str], seed: int) -> tuple[dict, np.ndarray, np.ndarray]:
+def score(seeds: list, seed: int) -> tuple[dict, np.ndarray, np.ndarray]:
     """Figures of a model on a benchmark; its rates (seeds, problems); and for each problem whether it is solved, which is
-    what most of a problem's responses and seeds say. `seeds` holds a table of each seed; fields as in compare()."""
+    what most of a problem's responses and seeds say. `seeds` holds a table of each seed."""
     k, rows = len(seeds[0][0]), [row for table in seeds for found in table for row in found]
-    rates = np.array([[np.mean([row[field] for row in found]) for found in table] for table in seeds])
-    solved, parts = rates, [curves(table, field, seed) for table in seeds if k > 1]
+    rates = np.array([[np.mean([row["correct"] for row in found]) for found in table] for table in seeds])
+    solved, parts = rates, [curves(table, seed) for table in seeds if k > 1]
     if parts:
         solved = np.array([part["final"] for part in parts])
         parts = {"k": parts[0]["k"]} | {key: np.mean([p[key] for p in parts], 0).tolist() for key in ("pass", "maj")}
@@ -488,7 +450,6 @@ def score(seeds: list, field: str, fields: list[str], seed: int) -> tuple[dict, 
         "accuracy": float(rates.mean()),
         "interval": interval(rates, k, seed),
         "spread": float(rates.mean(1).std(ddof=1)) if len(seeds) > 1 else 0.0,
-        "verdicts": {name: sum(row[name] for row in rows) / len(rows) for name in fields},
         "unfinished": sum(row["finish_reason"] in ("length", "rounds", "execution") for row in rows),
         "unparsable": sum(row["finish_reason"] == "stop" and row["prediction"] is None for row in rows),
         "too_long_a_prompt": sum(row["finish_reason"] == "refused" for row in rows),
@@ -532,10 +493,8 @@ def accuracy_table(benchmarks: dict, k: int) -> tuple[str, list[str], list[list[
     code = [name for name in CODE_COLUMNS if any(name in f["code"] for b in benchmarks.values() for f in b["models"].values())]
     for name, benchmark in benchmarks.items():
         for label, f in benchmark["models"].items():
-            others = f["verdicts"] if len(f["verdicts"]) > 1 else {}
             seeds = f", {f['seeds']} seeds, standard deviation {100 * f['spread']:.1f}" if f["seeds"] > 1 else ""
             cells = [f"{name} ({benchmark['problems']})", label + seeds, percent(f["accuracy"], f["interval"])]
-            cells += map(percent, others.values())
             cells += [percent(f["curves"]["maj"][-1]), percent(f["curves"]["pass"][-1])] if k > 1 else []
             versus = [*difference_cells(f), f"{len(f['won'])} / {len(f['lost'])}"] if "p" in f else ["base", "", ""]
             cells += [*versus, str(f["unfinished"]), str(f["unparsable"] + f["too_long_a_prompt"]), f"{f['mean_tokens']:.0f}"]
@@ -547,7 +506,6 @@ def accuracy_table(benchmarks: dict, k: int) -> tuple[str, list[str], list[list[
         notes.append(f"On {name} a true difference below {100 * least:.1f} points would be missed more than once in five "
                      "such comparisons (power 80 %, two-sided 5 %).")  # fmt: skip
     head = ["benchmark", "model", f"{'accuracy' if k == 1 else f'avg@{k}'} (95 % interval)"]
-    head += [VERDICT_NAMES[field] for field in others]
     head += [f"maj@{k}", f"pass@{k}"] if k > 1 else []
     won = "won / lost" if k == 1 else "won / lost by majority"
     head += ["against the base, points", "p", won, "unfinished", "no answer", "tokens", *code]
@@ -575,7 +533,7 @@ def tables_of(summary: dict) -> list[tuple[str, list[str], list[list[str]], str]
                 rows.append([kind, str(f["problems"]), *cells])
             if rows:
                 found.append((f"{name} by {by}", [by, "problems", *labels], rows, ""))
-    return found
+    return found + summary.get("more_tables", [])
 
 
 def bars(axes, figures: dict[str, dict[str, dict]]):
@@ -641,17 +599,12 @@ def draw_pictures(summary: dict, out: Path) -> list[Path]:
 
 def about(summary: dict) -> str:
     """What the figures are, in a paragraph."""
-    rules = {"correct": "strict equality", "correct_paper": "the verdict of the Step-DPO authors",
-             "correct_scdpo": "the rule of the SCDPO authors"}  # fmt: skip
-    rule, wanted = rules[summary["verdict"]], VERDICT_OF.get(summary["protocol"], "correct_paper")
-    if summary["verdict"] == "correct" != wanted:
-        rule += f" (`python analysis/regrade.py` adds {rules[wanted]})"
     sources = "; ".join(f"{found['problems']} of {name}, content hash {found['hash']}"
                         for name, found in summary["benchmarks"].items())  # fmt: skip
-    text = (f"Protocol {summary['protocol']}: {summary['decoding']}. Problems: {sources}. The column accuracy is by {rule}; "
-            "intervals are Wilson's for one response a problem, else bootstrap over problems; differences are paired by "
-            "problem, p is McNemar's exact one, of a permutation, or with several seeds of the bootstrap, which draws seeds "
-            "too; a problem is won or lost by most of the seeds.")  # fmt: skip
+    text = (f"Decoding: {summary['decoding']}, after the opening {summary['opening']!r}. Problems: {sources}. The column "
+            f"accuracy is by {summary['rule']}; intervals are Wilson's for one response a problem, else bootstrap over "
+            "problems; differences are paired by problem, p is McNemar's exact one, of a permutation, or with several seeds of "
+            "the bootstrap, which draws seeds too; a problem is won or lost by most of the seeds.")  # fmt: skip
     if any(found["samples"] > 1 for found in summary["benchmarks"].values()):
         text += " maj@k takes the commonest answer, of equally common ones that which came first; won and lost are by it."
     return text
@@ -1264,9 +1217,8 @@ async def interpreter(args):
 
 
 # Copied from 01_sample_errors.py
-def load_tokenizer(model: str, template: Path | None, switches: str, chat: bool = True):
-    """The tokenizer of a folder or hub id, with the chat template and the template's switches (JSON) that will be used, unless
-    the prompt is to be no `chat`."""
+def load_tokenizer(model: str, template: Path | None, switches: str):
+    """The tokenizer of a folder or hub id, with the chat template and the template's switches (JSON) that will be used."""
     import transformers
 
     hub_id = re.fullmatch(r"\w[^/]*/[^/]+", model) and not Path(model).exists()
@@ -1280,11 +1232,11 @@ def load_tokenizer(model: str, template: Path | None, switches: str, chat: bool 
         if template:
             tokenizer.chat_template = template.read_text()
         tokenizer.switches = json.loads(switches)
-        prompt, bos = render_prompt(tokenizer, PROBE, "Step 1:") if chat else "", tokenizer.bos_token
+        prompt, bos = render_prompt(tokenizer, PROBE, "Step 1:"), tokenizer.bos_token
     except (OSError, ValueError) as error:
         given = f", --chat-template {template}" * bool(template) + f", --chat-template-kwargs {switches}" * (switches != "{}")
         stop(f"--model {model}{given}: {str(error).splitlines()[0]}")
-    if chat and bos and bos not in prompt and tokenizer(PROBE)["input_ids"][0] == tokenizer.bos_token_id:
+    if bos and bos not in prompt and tokenizer(PROBE)["input_ids"][0] == tokenizer.bos_token_id:
         print(f"{model}: its chat template renders no {bos}, which its tokenizer puts before plain text; if it was trained "
               "with one, give a --chat-template that begins with {{ bos_token }}", file=sys.stderr)  # fmt: skip
     return tokenizer

@@ -128,7 +128,7 @@ def main(args: Args):
         responses = read_responses(args.results / name, summary["groups"])
         for label in others[:6]:
             pair = {base: responses[base], label: responses[label]}
-            sides += sides_of(name, benchmark["models"][label], pair, summary["verdict"], args.seed)
+            sides += sides_of(name, benchmark["models"][label], pair, summary.get("verdict", "correct"), args.seed)
     files = [args.results / name for name in ("accuracy.png", "levels.png", "curves.png")]
     pictures = [(file.stem, base64.b64encode(file.read_bytes()).decode()) for file in files if file.is_file()]
     out, tables = args.results / "report.html", EVAL.tables_of(summary)

@@ -29,6 +29,6 @@ run python 01_sample_errors.py --data $DATA --model "$TEACHER" --n 4 ${LIMIT:+--
 run accelerate launch $LAUNCH 04_train_stepdpo.py --objective sft --data "$OUT/samples.jsonl" --model "$MODEL" \
   --chat-template "$TEMPLATE" --lr 5e-6 --epochs 3 --batch-size 256 --schedule linear --warmup 0.03 --max-length 2048 \
   --gradient-checkpointing --tokens-per-batch 8192 --save-steps 400 --keep 1 --out "$OUT/model"
-run python 05_eval.py --data $TEST ${LIMIT:+--limit $LIMIT} --models "base=$MODEL" "SFT=$OUT/model" --protocol paper-alpaca \
-  --out "$OUT/results" ${SERVE:+"$SERVE"}
-run python analysis/regrade.py "$OUT/results"  # adds the verdicts of the papers' own code
+run python 05_eval.py --data $TEST ${LIMIT:+--limit $LIMIT} --models "base=$MODEL" "SFT=$OUT/model" \
+  --chat-template data/templates/metamath.jinja --opening " Let's think step by step." --out "$OUT/results" ${SERVE:+"$SERVE"}
+run python analysis/regrade.py "$OUT/results" --verdict paper  # adds the verdicts of the papers' own code

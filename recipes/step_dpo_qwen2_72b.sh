@@ -25,7 +25,7 @@ run python 02_locate_step.py --samples "$OUT/samples.jsonl" --model "$MODEL" --o
 run python 03_rectify.py --located "$OUT/located.jsonl" --rollouts "$OUT/rollouts.jsonl" --model "$MODEL" --out "$OUT/pairs.jsonl" "$SERVE"
 run accelerate launch --config_file configs/zero3_offload.yaml 04_train_stepdpo.py --data "$OUT/pairs.jsonl" --model "$MODEL" \
   --beta "$BETA" --epochs 4 --gradient-checkpointing --tokens-per-batch 8192 --out "$OUT/model" --save-steps 200 --keep 1
-run python 05_eval.py --data $TEST --models "base=$MODEL" "Step-DPO=$OUT/model" --protocol paper \
-  --out "$OUT/results" "$SERVE"
-run python analysis/regrade.py "$OUT/results"  # adds the verdicts of the papers' own code
+run python 05_eval.py --data $TEST --models "base=$MODEL" "Step-DPO=$OUT/model" \
+  --chat-template data/templates/step_dpo_qwen.jinja --opening "" --out "$OUT/results" "$SERVE"
+run python analysis/regrade.py "$OUT/results" --verdict paper  # adds the verdicts of the papers' own code
 run python analysis/contamination.py "$OUT/pairs.jsonl" --data $TEST

@@ -35,7 +35,7 @@ if [ -z "$DATA" ]; then
 fi
 run accelerate launch --config_file configs/fsdp2.yaml --num_processes "$GPUS" 04_train_stepdpo.py --data "$DATA" --model "$MODEL" \
   --beta "$BETA" --gradient-checkpointing --tokens-per-batch 8192 --out "$OUT/model" --save-steps 400 --keep 1
-run python 05_eval.py --data $TEST --models "base=$MODEL" "Step-DPO=$OUT/model" --protocol paper \
-  --out "$OUT/results" "$SERVE"
-run python analysis/regrade.py "$OUT/results"  # adds the verdicts of the papers' own code
+run python 05_eval.py --data $TEST --models "base=$MODEL" "Step-DPO=$OUT/model" \
+  --chat-template data/templates/step_dpo_qwen.jinja --opening "" --out "$OUT/results" "$SERVE"
+run python analysis/regrade.py "$OUT/results" --verdict paper  # adds the verdicts of the papers' own code
 [ ! -f "$OUT/pairs.jsonl" ] || run python analysis/contamination.py "$OUT/pairs.jsonl" --data $TEST

@@ -78,7 +78,7 @@ def answers(*predictions) -> list[dict]:
 
 def test_majority_and_its_ties():
     classes, majority = stage(5).classes, stage(5).majority
-    assert classes(answers("8", "7", "8.0", None, "7.0", "\\frac{16}{2}"), "correct") == [0, 1, 0, -1, 1, 0]
+    assert classes(answers("8", "7", "8.0", None, "7.0", "\\frac{16}{2}")) == [0, 1, 0, -1, 1, 0]
     assert majority([0, 1, 1]) == 1
     assert majority([1, 0, 0, 1]) == 1, "of equally common answers the first"
     assert majority([-1, -1, -1, 2]) == 2 and majority([-1, -1]) == -1, "no answer has no vote"
@@ -91,7 +91,7 @@ def test_pass_and_maj_against_enumeration():
         answers(None, None, None, None),
         answers("7", "7.0", "7", "7"),
     ]
-    found = stage(5).curves(table, "correct", 0)
+    found = stage(5).curves(table, 0)
     assert found["k"] == [1, 2, 4]
     for j, passed in zip(found["k"], found["pass"], strict=True):
         subsets = list(itertools.combinations(range(4), j))
@@ -325,7 +325,7 @@ def results(folder, seeds: int = 1, samples: int = 1):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         label = "base" if number == 0 else "tuned"
-        meta = {"number": number, "label": label, "settings": {"protocol": "strict", "temperature": 0.0, "max_tokens": 99}}
+        meta = {"number": number, "label": label, "settings": {"temperature": 0.0, "max_tokens": 99}}
         (folder / "sums" / f"{model}.jsonl.meta.json").write_text(json.dumps(meta))
 
 
@@ -357,7 +357,10 @@ def test_regrade_writes_the_whole_report(tmp_path):
     assert f["accuracy"] == len(right["tuned-0"]) / 60 and f["interval"] == list(stage(5).wilson(len(right["tuned-0"]), 60))
     assert set(f["won"]) == right["tuned-0"] - right["base"] and set(f["lost"]) == right["base"] - right["tuned-0"]
     assert f["p"] == stage(5).mcnemar(len(f["won"]), len(f["lost"])) and f["unfinished"] == 1 == f["too_long_a_prompt"]
-    assert f["verdicts"]["correct_paper"] > f["verdicts"]["correct"] == f["accuracy"], "0.07 is a hundredth of 7"
+    shares = [sum(row[field] for row in rows["tuned-0"]) / 60 for field in ("correct", "correct_paper", "correct_scdpo")]
+    assert shares[1] > shares[0] == f["accuracy"], "0.07 is a hundredth of 7"
+    line = "| sums (60) | tuned | " + " | ".join(f"{share:.1%}" for share in shares) + " |"
+    assert line in (tmp_path / "report.md").read_text()
     assert f["unparsable"] == sum(r["prediction"] is None and r["finish_reason"] == "stop" for r in rows["tuned-0"]) > 0
     problems = [json.dumps({key: row[key] for key in ("id", "problem", "answer")}) for row in rows["base"]]
     (tmp_path / "sums.jsonl").write_text("\n".join(problems) + "\n")
@@ -389,7 +392,7 @@ def test_regrade_writes_the_whole_report(tmp_path):
     assert list(models) == ["tuned", "base"] and "p" in models["base"], "the label that is named is the base"
     run("regrade", tmp_path, "--verdict", "paper")
     again = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["sums"]["models"]["tuned"]
-    assert again["accuracy"] == f["verdicts"]["correct_paper"] and again["verdicts"] == f["verdicts"]
+    assert again["accuracy"] == shares[1] and line in (tmp_path / "report.md").read_text()
     assert "is by the verdict of the Step-DPO authors;" in (tmp_path / "report.md").read_text()
     assert "maj@k" not in (tmp_path / "report.md").read_text(), "one response to each problem"
 
@@ -440,17 +443,6 @@ def test_a_base_of_several_seeds_side_by_side(tmp_path):
     shown = int(re.search(r"(\d+) problems side by side", run("report_html", tmp_path).stdout)[1])
     kinds = [attributes.get("class") for _, attributes in Tags((tmp_path / "report.html").read_text()).found]
     assert kinds.count("right") == kinds.count("wrong") == shown > 5
-
-
-def test_columns_of_verdicts_need_every_row():
-    """Rows regraded and rows made later, of one model or of two: the papers' columns go, in every line of the table."""
-    late = {"id": "a", "problem": "p", "answer": "7", "prediction": "7", "correct": True, "finish_reason": "stop", "tokens": 3}
-    full = late | {"correct_paper": True, "correct_scdpo": True}
-    for first, counts in (([full, full], {9}), ([full, late], {9}), (None, {12})):
-        tables = {"t": {"a": [[row] for row in first or [full, full]], "b": [[late], [late]] if first else [[full], [full]]}}
-        summary = stage(5).summary_of({"a": ["a"], "b": ["b"]}, tables, {}, "strict", 0)
-        _, head, rows, _ = stage(5).tables_of(summary)[0]
-        assert {len(cells) for cells in [head, *rows]} == counts
 
 
 def test_regrade_of_a_wrong_folder_is_refused(tmp_path):
@@ -602,39 +594,38 @@ def test_samples_survive_kills_and_give_the_same_rows(server, tmp_path):
     summary = json.loads((tmp_path / "cut" / "summary.json").read_text())
     [f] = summary["benchmarks"]["validation"]["models"].values()
     assert f["curves"]["k"] == [1, 2, 4] and math.isclose(f["curves"]["pass"][0], f["accuracy"])
-    refused = run(5, *arguments, "--protocol", "paper", "--out", tmp_path / "cut", check=False)
-    assert refused.returncode == 2 and "protocol" in refused.stderr
+    refused = run(5, *arguments, "--opening", "", "--out", tmp_path / "cut", check=False)
+    assert refused.returncode == 2 and "opening" in refused.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("protocol, start, end", [
-    ("paper", "<|im_start|>system\\nYou are a helpful assistant.<|im_end|>", "<|im_start|>assistant\\n"),
-    ("paper-alpaca", "Below is an instruction that describes a task. Write", "\\n\\n### Response: Let's think step by step."),
-    ("paper-deepseek", "User: ", "within \\\\boxed{}.\\n\\nAssistant:"),
-    ("scdpo", "Below is an instruction that describes a task. Write", "\\n\\n### Response: Let's think step by step."),
+@pytest.mark.parametrize("template, opening, verdict, rule, start, end", [
+    ("step_dpo_qwen", "", "paper", "the verdict of the Step-DPO authors",
+     "<|im_start|>system\\nYou are a helpful assistant.<|im_end|>", "<|im_start|>assistant\\n"),
+    ("step_dpo_deepseek", "", "paper", "the verdict of the Step-DPO authors", "User: ",
+     "within \\\\boxed{}.\\n\\nAssistant:"),
+    ("metamath", " Let's think step by step.", "scdpo", "the rule of the SCDPO authors",
+     "Below is an instruction that describes a task. Write", "\\n\\n### Response: Let's think step by step."),
 ])  # fmt: skip
-def test_the_authors_prompt_reaches_the_model_as_it_is(bundled, tmp_path, protocol, start, end):
+def test_the_authors_prompt_reaches_the_model_as_it_is(bundled, tmp_path, template, opening, verdict, rule, start, end):
     """No forced "Step 1:" in the evaluation; what the prompt gave of the response stands in the row's opening."""
     options = [option.replace("--model", "--models") for option in bundled]
-    arguments = ["--data", TINY / "validation.jsonl", "--limit", 8, "--protocol", protocol, "--max-tokens", 200, *options]
-    arguments += ["--out", tmp_path]
+    arguments = ["--data", TINY / "validation.jsonl", "--limit", 8, "--max-tokens", 200, *options, "--out", tmp_path]
+    arguments += ["--chat-template", ROOT / "data" / "templates" / f"{template}.jinja", "--opening", opening]
     done = run(5, *arguments)
-    [prompt] = [line.removeprefix("first prompt: ")[1:-1] for line in done.stderr.splitlines() if "first prompt:" in line]
-    assert prompt.startswith(start) and prompt.endswith(end), prompt
+    shown = [line.removeprefix("first prompt: ")[1:-1] for line in done.stderr.splitlines() if "first prompt:" in line]
+    assert shown[0].startswith(start) and shown[0].endswith(end), shown
     [path] = (tmp_path / "validation").glob("*.jsonl")
-    opening = "Let's think step by step." if end.endswith("step.") else ""
     rows = read(path)
     assert len(rows) == 8 and all(row["opening"] == opening and row["response"].startswith(opening) for row in rows)
     assert not any(row["response"].startswith(stage(1).OPENING + " ") for row in rows if opening)
-    verdict = "the rule of the SCDPO authors" if protocol == "scdpo" else "the verdict of the Step-DPO authors"
-    assert f"strict equality (`python analysis/regrade.py` adds {verdict});" in (tmp_path / "report.md").read_text()
-    run("regrade", tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "accuracy is by strict equality;" in text and f"after the opening {opening!r}." in text
+    run("regrade", tmp_path, "--verdict", verdict)
     added = {"correct_paper", "correct_scdpo"}
     assert all(added < set(row) for row in read(path))
     assert [{name: row[name] for name in row if name not in added} for row in read(path)] == rows
-    text = (tmp_path / "report.md").read_text()
-    assert f"accuracy is by {verdict};" in text
-    run(5, *arguments)  # the same, from the rows
+    judged = (tmp_path / "report.md").read_text()
+    assert f"accuracy is by {rule};" in judged and "## Right by each verdict" in judged
+    run(5, *arguments)  # the strict report again, from the rows
     assert (tmp_path / "report.md").read_text() == text
-    run(5, *arguments, "--limit", 9)  # one more row, which has not been regraded
-    assert f"strict equality (`python analysis/regrade.py` adds {verdict});" in (tmp_path / "report.md").read_text()

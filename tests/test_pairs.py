@@ -296,8 +296,9 @@ def test_alpaca_template_is_the_authors_prompt():
     """data/templates/alpaca.jinja with the forced opening: what the authors sampled their SFT models with and train on."""
     tokenizer = stage(1).load_tokenizer(str(TINY / "model"), ROOT / "data/templates/alpaca.jinja", "{}")
     text = stage(1).render_prompt(tokenizer, "1 + 1?", OPENING)
-    evaluation = stage(5).PROTOCOLS["paper-alpaca"][0].format(problem="1 + 1?")  # "### Response: Let's think step by step."
-    assert text == evaluation.removesuffix(" ") + "\n" + OPENING
+    tokenizer = stage(1).load_tokenizer(str(TINY / "model"), ROOT / "data/templates/metamath.jinja", "{}")
+    evaluation = stage(5).render_prompt(tokenizer, "1 + 1?", " Let's think step by step.")
+    assert text == evaluation.removesuffix(" Let's think step by step.") + "\n" + OPENING
 
 
 def test_recipes_name_options_that_exist():

@@ -67,12 +67,8 @@ def asked_and_trained(tokenizer, prefix: str) -> dict[str, list[int]]:
 @pytest.mark.parametrize("eos", [False, True])
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
 def test_one_bos_stands_first_in_every_stage_and_no_eos_within(template, eos, tmp_path):
-    five, folder = stage(5), model(tmp_path / "m", eos=eos)
-    tokenizer = stage(1).load_tokenizer(folder, template, "{}")
+    tokenizer = stage(1).load_tokenizer(model(tmp_path / "m", eos=eos), template, "{}")
     ids = asked_and_trained(tokenizer, "Step 1:")
-    raw = stage(5).load_tokenizer(folder, None, "{}", chat=False)
-    for name, (prompt, opening) in five.PROTOCOLS.items():
-        ids[name] = five.text_ids(raw, prompt.format(problem="1 + 1?") + opening)
     for name, found in ids.items():
         assert found[0] == tokenizer.bos_token_id and found.count(tokenizer.bos_token_id) == 1, name
         assert tokenizer.eos_token_id not in found, name
@@ -105,10 +101,6 @@ def test_the_authors_prompts(name, around, tmp_path):
     assert stage(5).prompt_ids(tokenizer, "1 + 1?", opening) == ids
     assert stage(5).render_prompt(tokenizer, "1 + 1?", opening) == "<s>" * (around != "nothing") + raw
     assert ids[0] == tokenizer.bos_token_id or around == "nothing"
-    from_protocols = {n: t.format(problem="1 + 1?") + o for n, (t, o) in stage(5).PROTOCOLS.items()}
-    pairs = {"step_dpo_qwen": ["paper"], "step_dpo_deepseek": ["paper-deepseek"], "metamath": ["paper-alpaca", "scdpo"]}[name]
-    for n in pairs:
-        assert from_protocols[n] == raw and stage(5).text_ids(tokenizer, from_protocols[n]) == ids
 
 
 @pytest.mark.parametrize("eos", [False, True])
@@ -129,8 +121,6 @@ def test_a_template_without_bos_gets_one_line(tmp_path, capfd):
         one.load_tokenizer(model(tmp_path / f"{warned}{bos}", template, bos), None, "{}")
         lines = capfd.readouterr().err.splitlines()
         assert sum("renders no <s>" in line for line in lines) == warned and len(lines) == warned
-    one.load_tokenizer(str(tmp_path / "1True"), None, "{}", chat=False)  # the papers' raw prompts have it
-    assert "renders no" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("template", ENDS, ids=["llama", "gemma", "mistral", "chatml"])
@@ -165,7 +155,8 @@ def test_templates_take_the_bare_problem_also_where_the_sentence_was_edited(monk
         for template in TEMPLATES:
             tokenizer = stage(number).load_tokenizer(str(TINY / "model"), template, "{}")
             text = stage(number).render_prompt(tokenizer, "1 + 1?", "")
-            assert "1 + 1?" in text and "hard" not in text and "hard" in stage(number).USER_TURN
+            bare = "problem'" in template.read_text()  # message['problem']
+            assert "1 + 1?" in text and ("hard" in text) != bare and "hard" in stage(number).USER_TURN
     own = stage(1).load_tokenizer(str(TINY / "model"), None, "{}")
     assert "1 + 1?\nThink hard" in stage(1).render_prompt(own, "1 + 1?", "")
 
@@ -177,12 +168,6 @@ def test_scdpos_evaluation_of_code_has_its_own_prompt(tmp_path):
         "<s><|system|><|text|>Below is a math problem. Please solve it step by step.<|endofblock|><|endofmessage|>"
         "<|user|><|text|>1 + 1?<|endofblock|><|endofmessage|><|assistant|>"
     )
-
-
-def test_a_raw_prompt_runs_no_code(tmp_path):
-    done = run(5, "--protocol", "scdpo", "--split", "blocks", "--models", TINY / "model", "--out", tmp_path / "r", check=False)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "code_evaluation.jinja" in done.stderr
-    assert not (tmp_path / "r").exists()
 
 
 def refused(number: int, *arguments):
