@@ -8,12 +8,12 @@
 Input: problems as in 01_sample_errors.py, a file for each benchmark:
     {"id": "q1", "problem": "Ava has 3 apples and buys 4 more. How many has she now?", "answer": "7"}
 
-Output in OUT: report.md, its pictures, summary.json; and a line a response in BENCHMARK/MODEL.jsonl:
+Output in OUT: report.md, summary.json; and a line a response in BENCHMARK/MODEL.jsonl:
     {"id": "q1", "problem": "...", "answer": "7", "sample": 0, "response": "...", "prediction": "7", "correct": true,
      "finish_reason": "stop", "tokens": 41, "model": "runs/tuned"}
 
-Responses that are there are not made again. analysis/report_html.py makes one page of OUT, with responses. `correct` is the
-strict verdict of 01; analysis/regrade.py adds those of the papers' own code. docs/evaluation.md has the papers' prompts.
+Responses that are there are not made again. analysis/report.py makes pictures and a page of OUT. `correct` is the strict
+verdict of 01; analysis/regrade.py adds those of the papers' own code. docs/evaluation.md has the papers' prompts.
 """
 
 from __future__ import annotations
@@ -536,67 +536,6 @@ def tables_of(summary: dict) -> list[tuple[str, list[str], list[list[str]], str]
     return found + summary.get("more_tables", [])
 
 
-def bars(axes, figures: dict[str, dict[str, dict]]):
-    """A group of bars for each key of `figures`, in it a bar for each model, with its 95 % interval."""
-    models = list(next(iter(figures.values())))
-    width = 0.8 / len(models)
-    for i, model in enumerate(models):
-        shares = 100 * np.array([found[model]["accuracy"] for found in figures.values()])
-        ends = 100 * np.array([found[model]["interval"] for found in figures.values()]).T
-        x = np.arange(len(figures)) + (i - (len(models) - 1) / 2) * width
-        axes.bar(x, shares, width, yerr=abs(ends - shares), capsize=3, label=model[-40:], error_kw={"lw": 1})
-        if len(figures) * len(models) <= 12:
-            for place, share, top in zip(x, shares, ends[1], strict=True):
-                axes.text(place, top + 1, f"{share:.1f}", ha="center", fontsize=9)
-    axes.set(ylabel="accuracy, %", xlim=(-0.75, len(figures) - 0.25), ylim=(0, 108))
-    axes.set_xticks(range(len(figures)), figures)
-
-
-def draw_pictures(summary: dict, out: Path) -> list[Path]:
-    """accuracy.png, levels.png where there are levels, and curves.png where there are several samples."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams |= {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
-    plt.rcParams |= {"axes.grid": True, "axes.grid.axis": "y", "grid.alpha": 0.3, "figure.constrained_layout.use": True}
-    files, models = [], {name: {label: found["models"][label] for label in summary["groups"]}
-                         for name, found in summary["benchmarks"].items()}  # fmt: skip
-
-    def save(figure, name: str):
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncol=min(3, len(labels)), frameon=False, fontsize=9)
-        figure.savefig(out / name, dpi=150)
-        plt.close(figure)
-        files.append(out / name)
-
-    figure, axes = plt.subplots(figsize=(8, 4))
-    bars(axes, models)
-    save(figure, "accuracy.png")
-    leveled = {name: {level: {label: f["by"]["level"][level] for label, f in found.items()} for level in first["by"]["level"]}
-               for name, found in models.items() if "level" in (first := next(iter(found.values())))["by"]}  # fmt: skip
-    if leveled:
-        figure, grid = plt.subplots(len(leveled), 1, figsize=(8, 3.4 * len(leveled)), squeeze=False)
-        for name, axes in zip(leveled, grid[:, 0], strict=True):
-            bars(axes, leveled[name])
-            axes.set_title(f"{name} by level", fontsize=11, loc="left")
-        save(figure, "levels.png")
-    several = [name for name, found in summary["benchmarks"].items() if found["samples"] > 1]
-    if several:
-        figure, grid = plt.subplots(1, len(several), figsize=(max(6, 4 * len(several)), 4), squeeze=False)
-        for name, axes in zip(several, grid[0], strict=True):
-            for i, (model, f) in enumerate(models[name].items()):
-                for kind, style in (("pass", "-"), ("maj", "--")):
-                    values, label = 100 * np.array(f["curves"][kind]), f"{model[-30:]}, {kind}@k"
-                    axes.plot(f["curves"]["k"], values, f"o{style}", color=f"C{i}", ms=4, label=label)
-            axes.set(xscale="log", xlabel="k, responses a problem", title=name, ylabel="problems, %")
-            axes.set_xticks(f["curves"]["k"], f["curves"]["k"])
-            axes.minorticks_off()
-        save(figure, "curves.png")
-    return files
-
-
 def about(summary: dict) -> str:
     """What the figures are, in a paragraph."""
     sources = "; ".join(f"{found['problems']} of {name}, content hash {found['hash']}"
@@ -610,19 +549,17 @@ def about(summary: dict) -> str:
     return text
 
 
-def write_report(summary: dict, out: Path) -> str:
-    """report.md, pictures and summary.json. Returns the first table, in Markdown."""
+def write_report(summary: dict, out: Path, pictures: tuple[Path, ...] = ()) -> str:
+    """report.md and summary.json. Returns the first table, in Markdown. `pictures` are those of analysis/report.py."""
     parts = []
     for title, head, rows, note in tables_of(summary):
         right = ["---", "---", *["---:"] * (len(head) - 2)]
         cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [head, right, *rows]]
         table = "\n".join(f"| {' | '.join(row)} |" for row in cells)
         parts.append(f"## {title}\n\n{table}\n\n{note}".rstrip())
-    try:
-        pictures = [f"![{path.stem}]({path.name})" for path in draw_pictures(summary, out)]
-    except OSError as error:
-        stop(f"{out}: pictures cannot be written ({error.strerror}); make room and run the same command again")
-    text = "\n\n".join(["# Evaluation", about(summary), parts[0], *pictures, *parts[1:]])
+    shown = [f"![{path.stem}]({path.name})" for path in pictures]
+    shown = shown or [f"Pictures, and a page with responses: `python analysis/report.py {out}`."]
+    text = "\n\n".join(["# Evaluation", about(summary), parts[0], *shown, *parts[1:]])
     save(out / "report.md", text + "\n")
     save(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     return parts[0]

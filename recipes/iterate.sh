@@ -131,4 +131,5 @@ for method in $METHODS; do
   done
 done
 stage "$OUT/logs/report.log" python 05_eval.py --data $TEST --limit "$LIMIT" --models "${named[@]}" --max-tokens "$TOKENS" --out "$OUT/results" "$SERVE"
+stage "$OUT/logs/report.log" python analysis/report.py "$OUT/results"
 python analysis/rounds.py table "$OUT" --methods $METHODS --rounds "$ROUNDS" --seeds $SEEDS

@@ -49,3 +49,4 @@ run accelerate launch $LAUNCH 04_train_stepdpo.py --model "$MODEL" "${manner[@]:
   --out "$OUT/model" --save-steps 300 --keep 1
 run python 05_eval.py --data $TEST ${LIMIT:+--limit $LIMIT} --models "base=$MODEL" "SCDPO=$OUT/model" "${manner[@]}" \
   --out "$OUT/results" ${SERVE:+"$SERVE"}
+run python analysis/report.py "$OUT/results"  # pictures and a page

@@ -32,3 +32,4 @@ run accelerate launch $LAUNCH 04_train_stepdpo.py --objective sft --data "$OUT/s
 run python 05_eval.py --data $TEST ${LIMIT:+--limit $LIMIT} --models "base=$MODEL" "SFT=$OUT/model" \
   --chat-template data/templates/metamath.jinja --opening " Let's think step by step." --out "$OUT/results" ${SERVE:+"$SERVE"}
 run python analysis/regrade.py "$OUT/results" --verdict paper  # adds the verdicts of the papers' own code
+run python analysis/report.py "$OUT/results"  # pictures and a page

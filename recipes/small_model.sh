@@ -95,6 +95,7 @@ test_all() {  # base and what is trained at the chosen rates
     [ -z "$models" ] || named+=("$method=$models")
   done
   run python 05_eval.py --data "$OUT"/problems/{gsm8k_test,math_test}.jsonl --models "${named[@]}" "${answer[@]}" --out "$OUT/test"
+  run python analysis/report.py "$OUT/test"
 }
 table() { run python analysis/small_model.py table "$OUT" --model "$MODEL" --methods $METHODS; }
 

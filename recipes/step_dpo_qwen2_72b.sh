@@ -28,4 +28,5 @@ run accelerate launch --config_file configs/zero3_offload.yaml 04_train_stepdpo.
 run python 05_eval.py --data $TEST --models "base=$MODEL" "Step-DPO=$OUT/model" \
   --chat-template data/templates/step_dpo_qwen.jinja --opening "" --out "$OUT/results" "$SERVE"
 run python analysis/regrade.py "$OUT/results" --verdict paper  # adds the verdicts of the papers' own code
+run python analysis/report.py "$OUT/results"  # pictures and a page
 run python analysis/contamination.py "$OUT/pairs.jsonl" --data $TEST

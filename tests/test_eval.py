@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 import pytest
 import regrade
-import report_html
+import report
 from conftest import ROOT, TINY, read, run, run_killed, stage
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -370,8 +370,11 @@ def test_regrade_writes_the_whole_report(tmp_path):
     levels = summary["benchmarks"]["sums"]["models"]["tuned"]["by"]["level"]
     assert sum(level["accuracy"] * level["problems"] for level in levels.values()) == pytest.approx(60 * f["accuracy"])
     text = (tmp_path / "report.md").read_text()
-    assert "sums by level" in text and "power 80 %" in text and (tmp_path / "levels.png").stat().st_size > 5000
-    said = run("report_html", tmp_path).stdout
+    assert "sums by level" in text and "power 80 %" in text and f"`python analysis/report.py {tmp_path}`" in text
+    said = run("report", tmp_path).stdout
+    assert (tmp_path / "levels.png").stat().st_size > 5000
+    pictures = "![accuracy](accuracy.png)\n\n![levels](levels.png)"
+    assert (tmp_path / "report.md").read_text() == re.sub("Pictures, and a page .*", lambda _: pictures, text)
     assert "2 pictures" in said and f"{min(10, len(f['won'])) + min(10, len(f['lost']))} problems side by side" in said
     tags = Tags((tmp_path / "report.html").read_text()).found
     kinds = {tag for tag, _ in tags}
@@ -384,7 +387,7 @@ def test_regrade_writes_the_whole_report(tmp_path):
     assert again.stdout.count(" 0 verdicts changed") == 2
     done = run("regrade", tmp_path, "--base", "best", check=False)
     assert done.returncode == 2 and "a label that is there: base, tuned" in done.stderr
-    for script in ("contamination", "report_html"):
+    for script in ("contamination", "report"):
         done = run(script, tmp_path / "none.jsonl", check=False)
         assert done.returncode == 2 and "none.jsonl" in done.stderr and "Traceback" not in done.stderr
     run("regrade", tmp_path, "--base", "tuned")
@@ -411,12 +414,13 @@ def test_seeds_and_samples_in_the_report(tmp_path):
     curves = models["base"]["curves"]
     assert curves["k"] == [1, 2, 4] and curves["pass"][0] == pytest.approx(models["base"]["accuracy"])
     assert curves["pass"][0] < curves["pass"][1] < curves["pass"][2]
-    assert "maj@4" in (tmp_path / "report.md").read_text() and (tmp_path / "curves.png").stat().st_size > 5000
     text = (tmp_path / "report.md").read_text()
     for path in (tmp_path / "sums").glob("*.jsonl"):  # the order in which the responses came does not matter
         path.write_text("".join(json.dumps(row) + "\n" for row in reversed(read(path))))
     run("regrade", tmp_path)
-    assert (tmp_path / "report.md").read_text() == text
+    assert (tmp_path / "report.md").read_text() == text and "maj@4" in text
+    run("report", tmp_path)
+    assert (tmp_path / "curves.png").stat().st_size > 5000
     for path in (tmp_path / "sums").glob("*.jsonl"):  # another benchmark with one response a problem, in the same folder
         (tmp_path / "ones").mkdir(exist_ok=True)
         (tmp_path / "ones" / path.name).write_text("".join(json.dumps(row) + "\n" for row in read(path) if row["sample"] == 0))
@@ -440,7 +444,7 @@ def test_a_base_of_several_seeds_side_by_side(tmp_path):
     run("regrade", tmp_path, "--base", "two")
     models = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["sums"]["models"]
     assert models["two"]["seeds"] == 2 and models["one"]["test"] == "bootstrap" and len(models["one"]["won"]) > 5
-    shown = int(re.search(r"(\d+) problems side by side", run("report_html", tmp_path).stdout)[1])
+    shown = int(re.search(r"(\d+) problems side by side", run("report", tmp_path).stdout)[1])
     kinds = [attributes.get("class") for _, attributes in Tags((tmp_path / "report.html").read_text()).found]
     assert kinds.count("right") == kinds.count("wrong") == shown > 5
 
@@ -478,11 +482,11 @@ def test_model_text_becomes_no_markup():
     }
     for text in HOSTILE:
         start = time.time()
-        tags = Tags(report_html.to_html(text)).found
+        tags = Tags(report.to_html(text)).found
         assert {tag for tag, _ in tags} <= allowed, text
         assert not any(name.startswith("on") or name in ("href", "src", "style") for _, found in tags for name in found), text
         assert time.time() - start < 5
-    assert "<mfrac>" in report_html.to_html("so $\\frac{1}{2}$") and "$5 and $6" in report_html.to_html("It costs $5 and $6.")
+    assert "<mfrac>" in report.to_html("so $\\frac{1}{2}$") and "$5 and $6" in report.to_html("It costs $5 and $6.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
