@@ -56,7 +56,7 @@ rates() { [ "$1" = sft ] && echo "$SFT_RATES" || echo "$RATES"; }
 data() {
   [ ! -f "$OUT/pairs/ready" ] || return 0
   [ -n "$DATA" ] || run python data/download.py gsm8k math
-  run python analysis/small_model.py problems "$OUT" ${DATA:+--data "$DATA"} --validation "$VALIDATION" --gsm8k "$GSM8K_TEST" --math "$MATH_TEST"
+  run python experiments/small_model.py problems "$OUT" ${DATA:+--data "$DATA"} --validation "$VALIDATION" --gsm8k "$GSM8K_TEST" --math "$MATH_TEST"
   run python 01_sample_errors.py --data "$OUT/problems/gsm8k_train.jsonl" --limit "$PROBLEMS" --n "$N" --out "$OUT/samples.jsonl" "${ask[@]}"
   run python 02_locate_step.py --samples "$OUT/samples.jsonl" $LOCATE --out "$OUT/located.jsonl" --keep-rollouts "$OUT/rollouts.jsonl" "${ask[@]}"
   run python 03_rectify.py --located "$OUT/located.jsonl" --rollouts "$OUT/rollouts.jsonl" --n "$RECTIFY" \
@@ -64,7 +64,7 @@ data() {
   run python 03_rectify.py --method dpo --samples "$OUT/samples.jsonl" --pairs-per-problem "$PER_PROBLEM" --out "$OUT/all-dpo.jsonl"
   run python 03_rectify.py --method scdpo --samples "$OUT/samples.jsonl" --solutions-per-problem "$PER_PROBLEM" --out "$OUT/all-scdpo.jsonl" \
     --model "$MODEL" --max-tokens "$TOKENS" "${reach[@]}"
-  run python analysis/same_size.py "$OUT" --pairs "$PAIRS" --model "$MODEL" --sft
+  run python experiments/same_size.py "$OUT" --pairs "$PAIRS" --model "$MODEL" --sft
   touch "$OUT/pairs/ready"
 }
 train() {  # train METHOD RATE SEED
@@ -82,7 +82,7 @@ validate() {  # validate METHOD RATE SEED, or validate base
 }
 choose() {  # choose METHOD ...
   local method
-  for method; do run python analysis/small_model.py choose "$OUT" --method "$method" --rates $(rates "$method") --seed "${SEEDS%% *}"; done
+  for method; do run python experiments/small_model.py choose "$OUT" --method "$method" --rates $(rates "$method") --seed "${SEEDS%% *}"; done
 }
 test_all() {  # base and what is trained at the chosen rates
   local method seed models named=("base=$MODEL")
@@ -97,7 +97,7 @@ test_all() {  # base and what is trained at the chosen rates
   run python 05_eval.py --data "$OUT"/problems/{gsm8k_test,math_test}.jsonl --models "${named[@]}" "${answer[@]}" --out "$OUT/test"
   run python analysis/report.py "$OUT/test"
 }
-table() { run python analysis/small_model.py table "$OUT" --model "$MODEL" --methods $METHODS; }
+table() { run python experiments/small_model.py table "$OUT" --model "$MODEL" --methods $METHODS; }
 
 case "${1:-all}-$#" in
   all-0)

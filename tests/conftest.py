@@ -26,7 +26,7 @@ from accelerate.state import AcceleratorState
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "data" / "tiny"
-sys.path[:0] = [str(ROOT), str(ROOT / "analysis"), str(ROOT / "data")]
+sys.path[:0] = [str(ROOT), *(str(ROOT / folder) for folder in ("analysis", "experiments", "data"))]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, zeroed at each start: 4 take 12 s where pages are slow to come
 STAGES = {1: "01_sample_errors", 2: "02_locate_step", 3: "03_rectify", 4: "04_train_stepdpo", 5: "05_eval"}
@@ -37,14 +37,15 @@ def stage(number: int):
 
 
 def run(script: int | str, *arguments, check: bool = True, here: bool = False, **options) -> subprocess.CompletedProcess:
-    """Run a stage, or analysis/SCRIPT.py, as a user does; on an unexpected exit status show what it said. 04, scripts of
-    analysis/, and what is given `options` of subprocess.run() have a process; the others run in this one, ten times as fast."""
+    """Run a stage, or a script of analysis/ or experiments/, as a user does; on an unexpected exit status show what it said.
+    04, these scripts, and what is given `options` of subprocess.run() have a process; the others run here, ten times faster."""
     command, done = list(map(str, arguments)), None
     if here or script in (1, 2, 3, 5) and not options:
         with contextlib.suppress(OtherEngine):
             done = run_here(script, command)
     if not done:
-        path = ROOT / f"{STAGES[script]}.py" if script in STAGES else ROOT / "analysis" / f"{script}.py"
+        rooms = [ROOT] if script in STAGES else [ROOT / "analysis", ROOT / "experiments"]
+        [path] = [path for room in rooms if (path := room / f"{STAGES.get(script, script)}.py").exists()]
         done = subprocess.run([sys.executable, str(path), *command], capture_output=True, text=True, cwd=ROOT, **options)
     assert not check or done.returncode == 0, f"{script} {command} ended with {done.returncode}:\n{done.stderr[-3000:]}"
     return done

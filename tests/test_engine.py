@@ -224,12 +224,12 @@ def test_ctrl_c_keeps_the_rows(started, tmp_path):
     assert read(tmp_path / "out.jsonl")
 
 
-@pytest.mark.parametrize("recipe, kind", [("iterate.sh", signal.SIGTERM), ("quickstart.sh", signal.SIGINT)])
+@pytest.mark.parametrize("recipe, kind", [("experiments/iterate.sh", signal.SIGTERM), ("recipes/quickstart.sh", signal.SIGINT)])
 def test_a_stopped_recipe_takes_its_stage_along(started, recipe, kind, tmp_path):
     """The signal comes to the script alone, as from a job scheduler, while an engine is starting."""
     environment = os.environ | {"OUT": str(tmp_path), "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
     with open(tmp_path / "said.log", "w") as said:
-        process = subprocess.Popen(["bash", f"recipes/{recipe}"], cwd=ROOT, env=environment, stdout=said, stderr=said,
+        process = subprocess.Popen(["bash", recipe], cwd=ROOT, env=environment, stdout=said, stderr=said,
                                    start_new_session=True, preexec_fn=HEED)  # fmt: skip
     started.append(process)
     # iterate.sh has a log for each run

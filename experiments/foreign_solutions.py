@@ -1,6 +1,6 @@
 """The bundled world's own solutions in other words, for a rectifier that is not the policy.
 
-    python analysis/foreign_solutions.py data/tiny/train.jsonl runs/foreign.jsonl
+    python experiments/foreign_solutions.py data/tiny/train.jsonl runs/foreign.jsonl
 
 "Step 2: Lena now has 13 - 6 = 7 shells." becomes "Step 2: Since 13 - 6 is 7, that makes 7 shells." The steps before a random
 one keep their words (seed 0), so that a model taught with these goes on from the policy's own steps.

@@ -1,8 +1,8 @@
-"""What recipes/iterate.sh needs beside the stages: equal budgets, the choice of the learning rate, table and figure.
+"""What experiments/iterate.sh needs beside the stages: equal budgets, the choice of the learning rate, table and figure.
 
-    python analysis/rounds.py cut runs/iterate/dpo/0/1 --method dpo --budget 100000 --trained 20000    # -> train.jsonl, epochs
-    python analysis/rounds.py choose runs/iterate --method dpo --rates 1e-5 3e-5 1e-4                  # -> lr/dpo
-    python analysis/rounds.py table runs/iterate --methods dpo sft --rounds 3 --seeds 0 1 2            # -> table.md, rounds.png
+    python experiments/rounds.py cut runs/iterate/dpo/0/1 --method dpo --budget 100000 --trained 20000 # -> train.jsonl, epochs
+    python experiments/rounds.py choose runs/iterate --method dpo --rates 1e-5 3e-5 1e-4               # -> lr/dpo
+    python experiments/rounds.py table runs/iterate --methods dpo sft --rounds 3 --seeds 0 1 2         # -> table.md, rounds.png
 """
 
 import json
@@ -223,5 +223,5 @@ if __name__ == "__main__":
     try:
         {Cut: cut, Choose: choose, Table: table}[type(chosen)](chosen)
     except FileNotFoundError as error:
-        print(f"rounds.py: error: {error.filename} is missing; recipes/iterate.sh makes it", file=sys.stderr)
+        print(f"rounds.py: error: {error.filename} is missing; experiments/iterate.sh makes it", file=sys.stderr)
         raise SystemExit(2) from None

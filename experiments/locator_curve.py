@@ -1,6 +1,6 @@
 """How exact the rollout locator is by number of rollouts, search and rule, and what it costs, on the bundled world.
 
-    python analysis/locator_curve.py --samples runs/quickstart/samples.jsonl
+    python experiments/locator_curve.py --samples runs/quickstart/samples.jsonl
 
 02_locate_step.py makes 16 continuations of every prefix of the first --limit wrong samples (alone, with no right samples
 beside them, so that V(0) is estimated too; --linear --all-rollouts --keep-rollouts). Then its own search is run with these

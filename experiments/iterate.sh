@@ -2,11 +2,11 @@
 # Rounds of preference optimization and its cheaper controls beside each other, each with the same number of sampled and of trained
 # tokens a round: DPO on right and wrong samples alone (DPO-VP), Step-DPO, SCDPO, and SFT on right samples (rejection sampling).
 # Each round's model samples its own solutions to new problems, and is the next round's reference. The papers make one round.
-#   bash recipes/iterate.sh                      # all four, three rounds, three seeds, on the bundled world
+#   bash experiments/iterate.sh                      # all four, three rounds, three seeds, on the bundled world
 #   METHODS=step-dpo SEEDS=0 MODEL=Qwen/Qwen2-7B-Instruct DATA=problems.jsonl PROBLEMS=5000 BUDGET= TRAINED= LRS=5e-7 BETA=0.4 EPOCHS=8 \
 #       BATCH=128 TOKENS=2048 TEST="data/gsm8k_test.jsonl data/math_test.jsonl" JOBS=1 LAUNCH="--config_file configs/fsdp2.yaml --num_processes 8" \
 #       TRAIN="--gradient-checkpointing --tokens-per-batch 8192" \
-#       SERVE="--engine-args=--max-model-len 4096" bash recipes/iterate.sh     # one method on a real model
+#       SERVE="--engine-args=--max-model-len 4096" bash experiments/iterate.sh     # one method on a real model
 # BUDGET: sampled tokens of a round, by which its problems are cut (at most three times PROBLEMS are sampled); TRAINED: tokens of chosen
 # and rejected that a round trains on, by passes over the pairs and by cutting; each empty: all there is, EPOCHS passes. LRS: learning
 # rates to choose from, by round 1 of the first seed on VALIDATION. LAUNCH goes to accelerate, TRAIN to 04. The same command goes on
@@ -75,7 +75,7 @@ sample() {  # sample METHOD SEED ROUND POLICY: solutions, pairs, and what of the
       dpo | scdpo)
         stage "$log" python 03_rectify.py --method dpo --samples "$here/samples.jsonl" --seed "$2" --out "$here/dpo.jsonl" ;;
     esac
-    stage "$log" python analysis/rounds.py cut "$here" --method "$1" --model "$4" --seed "$2" --epochs "$EPOCHS" \
+    stage "$log" python experiments/rounds.py cut "$here" --method "$1" --model "$4" --seed "$2" --epochs "$EPOCHS" \
       ${BUDGET:+--budget "$BUDGET"} ${TRAINED:+--trained "$TRAINED"}
     [ ! -f "$here/epochs" ] || break
     size=$((size + PROBLEMS))  # a better policy has fewer errors to pay for: below the budget, on with more problems
@@ -101,7 +101,7 @@ choose() {  # choose METHOD: the learning rate with which round 1 of the first s
       evaluate "$1-$lr" "$OUT/lr/models/$1-$lr" "$OUT/lr/$1-$lr" "$VALIDATION" 500
     }
   done
-  python analysis/rounds.py choose "$OUT" --method "$1" --rates $LRS
+  python experiments/rounds.py choose "$OUT" --method "$1" --rates $LRS
 }
 chain() {  # chain METHOD SEED: its rounds
   local policy=$MODEL round here
@@ -132,4 +132,4 @@ for method in $METHODS; do
 done
 stage "$OUT/logs/report.log" python 05_eval.py --data $TEST --limit "$LIMIT" --models "${named[@]}" --max-tokens "$TOKENS" --out "$OUT/results" "$SERVE"
 stage "$OUT/logs/report.log" python analysis/report.py "$OUT/results"
-python analysis/rounds.py table "$OUT" --methods $METHODS --rounds "$ROUNDS" --seeds $SEEDS
+python experiments/rounds.py table "$OUT" --methods $METHODS --rounds "$ROUNDS" --seeds $SEEDS

@@ -1,6 +1,6 @@
 """What goes wrong first in the rejected side of pairs from the bundled world, by method.
 
-    python analysis/error_kinds.py runs/ablation/all-dpo.jsonl runs/ablation/all-scdpo.jsonl runs/ablation/all-step-dpo.jsonl
+    python experiments/error_kinds.py runs/ablation/all-dpo.jsonl runs/ablation/all-scdpo.jsonl runs/ablation/all-step-dpo.jsonl
 
 The first wrong step is the first whose result is not that of the same step of the right solution; it is a forgotten borrow
 (what the bundled model has learned to do wrong), another miscalculation, or a right calculation of the wrong thing.

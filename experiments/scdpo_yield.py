@@ -1,6 +1,6 @@
 """Share of SCDPO's attempts that end wrong and parsable, and of garbled ones, by temperature schedule.
 
-    python analysis/scdpo_yield.py --samples runs/ablation/samples.jsonl --limit 800      # 5 minutes on two cores
+    python experiments/scdpo_yield.py --samples runs/ablation/samples.jsonl --limit 800      # 5 minutes on two cores
 
 Runs 03_rectify.py --method scdpo once for each schedule on the same right solutions and steps.
 """

@@ -1,6 +1,6 @@
 """How many tokens 04's trees save against rows of one sequence each, and against rows shared by the pairs of one prefix.
 
-    python analysis/shared_tries.py --data runs/quickstart/pairs.jsonl --model data/tiny/model       # options of 04
+    python experiments/shared_tries.py --data runs/quickstart/pairs.jsonl --model data/tiny/model       # options of 04
 
 A tree holds each token once that several sequences of a problem begin with: prompts, nested prefixes, the common beginning of
 chosen and rejected. Counted in the batches that 04 makes, without padding.

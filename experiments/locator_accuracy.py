@@ -1,6 +1,6 @@
 """How often 02_locate_step.py names the true first wrong step, on the bundled world, where arithmetic tells it.
 
-    python analysis/locator_accuracy.py runs/quickstart/located.jsonl
+    python experiments/locator_accuracy.py runs/quickstart/located.jsonl
 
 The truth: the first step whose result (the number behind its last "=") is not the reference's result of that step, or the
 first step too many. Prints the share of exact hits with its 95 % Wilson interval, and a table by distance.

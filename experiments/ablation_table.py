@@ -1,7 +1,7 @@
-"""The table and the figure of recipes/ablation_tiny.sh.
+"""The table and the figure of experiments/ablation_tiny.sh.
 
-    python analysis/ablation_table.py runs/ablation --methods dpo scdpo step-dpo step-dpo-ood --grid 1e-5:1 3e-5:1
-    python analysis/ablation_table.py runs/ablation --choose ...     # before: the best setting of each method by validation
+    python experiments/ablation_table.py runs/ablation --methods dpo scdpo step-dpo step-dpo-ood --grid 1e-5:1 3e-5:1
+    python experiments/ablation_table.py runs/ablation --choose ...     # before: the best setting of each method by validation
 
 Accuracies: mean over seeds; 95 % intervals draw seeds and problems again; differences are paired by problem (05_eval.py).
 """

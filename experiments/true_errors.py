@@ -1,6 +1,6 @@
 """Label an evaluation's responses on the bundled world with their first wrong step, which arithmetic tells.
 
-    python analysis/true_errors.py results/test/data-tiny-model.jsonl runs/labelled.jsonl
+    python experiments/true_errors.py results/test/data-tiny-model.jsonl runs/labelled.jsonl
 
 Output: the rows with `steps` and `error_step` (null for a right response), as credit.py and 02 --labels read them.
 """

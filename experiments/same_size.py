@@ -1,7 +1,7 @@
-"""Cut the pairs of recipes/ablation_tiny.sh and small_model.sh to equal numbers of pairs, and of trained tokens.
+"""Cut the pairs of experiments/ablation_tiny.sh and small_model.sh to equal numbers of pairs, and of trained tokens.
 
-    python analysis/same_size.py runs/ablation --pairs 400
-    python analysis/same_size.py runs/small_model --pairs 400 --model Qwen/Qwen2.5-0.5B-Instruct --sft
+    python experiments/same_size.py runs/ablation --pairs 400
+    python experiments/same_size.py runs/small_model --pairs 400 --model Qwen/Qwen2.5-0.5B-Instruct --sft
 
 Reads OUT/all-METHOD.jsonl, for SFT the right solutions in OUT/samples.jsonl, once each; writes OUT/pairs/METHOD.jsonl (the same
 number of pairs each; SCDPO: half naive, half step-controlled), METHOD-tokens.jsonl (as many tokens in chosen and rejected as

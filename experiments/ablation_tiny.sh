@@ -2,15 +2,15 @@
 # DPO, SCDPO, Step-DPO and Step-DPO with another model's steps beside each other on the bundled world (README, "The papers'
 # comparison", and docs/comparison.md): equal numbers of pairs, and equal numbers of trained tokens; settings by the same grid on
 # validation.jsonl.
-#   bash recipes/ablation_tiny.sh              # five seeds; under two hours on two cores
-#   bash recipes/ablation_tiny.sh --quick      # one seed, fewer problems, no grid; under 20 minutes
-#   SEEDS="0 1" bash recipes/ablation_tiny.sh  # fewer seeds
+#   bash experiments/ablation_tiny.sh              # five seeds; under two hours on two cores
+#   bash experiments/ablation_tiny.sh --quick      # one seed, fewer problems, no grid; under 20 minutes
+#   SEEDS="0 1" bash experiments/ablation_tiny.sh  # fewer seeds
 #   WORLD=runs/code MANNER="--split blocks --opening=" METHODS="dpo scdpo step-dpo" OUT=runs/ablation_code SEEDS="0 1 2" \
-#     bash recipes/ablation_tiny.sh            # code-integrated solutions (docs/code.md)
+#     bash experiments/ablation_tiny.sh            # code-integrated solutions (docs/code.md)
 #   METHODS="step-dpo step-dpo+weight step-dpo+margin step-dpo+smoothing step-dpo+ipo step-dpo+normalized" PER_ERROR=0 OUT=runs/signals \
-#     GRID="3e-5:0.1 3e-5:1 3e-5:10 1e-4:1" DECODINGS=greedy bash recipes/ablation_tiny.sh   # losses and signals (docs/signals.md)
+#     GRID="3e-5:0.1 3e-5:1 3e-5:10 1e-4:1" DECODINGS=greedy bash experiments/ablation_tiny.sh   # losses and signals (docs/signals.md)
 # Stopped at any moment, the same command goes on: what is there is not made again. FROM=FOLDER takes the pairs made there, for
-# other PAIRS, GRID or TRAIN: OUT=runs/ablation_nll FROM=runs/ablation TRAIN="--nll-weight 1" bash recipes/ablation_tiny.sh
+# other PAIRS, GRID or TRAIN: OUT=runs/ablation_nll FROM=runs/ablation TRAIN="--nll-weight 1" bash experiments/ablation_tiny.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ "${1:-}" = --quick ]; then
@@ -77,7 +77,7 @@ elif [ ! -f "$OUT/pairs/ready" ]; then
   quiet 03-dpo python 03_rectify.py --method dpo --samples "$OUT/samples.jsonl" $MANNER --out "$OUT/all-dpo.jsonl"
   quiet 03-scdpo python 03_rectify.py --method scdpo --samples "$OUT/samples.jsonl" --heat $HEAT --out "$OUT/all-scdpo.jsonl" "${of_base[@]}"
   if [[ " $METHODS " == *ood* ]]; then  # another model: the base taught to solve the same problems in other words
-    quiet foreign-text python analysis/foreign_solutions.py "$WORLD/train.jsonl" "$OUT/foreign.jsonl"
+    quiet foreign-text python experiments/foreign_solutions.py "$WORLD/train.jsonl" "$OUT/foreign.jsonl"
     quiet foreign python 04_train_stepdpo.py --objective sft --data "$OUT/foreign.jsonl" \
       --model "$BASE" --out "$OUT/foreign" --lr 1e-3 --epochs "$FOREIGN" --batch-size 64 --keep 0 --log-steps 20
     quiet 03-ood python 03_rectify.py --located "$OUT/located.jsonl" --rectifier "$OUT/foreign" --n 8 --max-pairs-per-error 1 \
@@ -85,7 +85,7 @@ elif [ ! -f "$OUT/pairs/ready" ]; then
   fi
 fi
 if [ ! -f "$OUT/pairs/ready" ]; then
-  quiet sizes python analysis/same_size.py "$OUT" --pairs "$PAIRS" --model "$BASE"
+  quiet sizes python experiments/same_size.py "$OUT" --pairs "$PAIRS" --model "$BASE"
   touch "$OUT/pairs/ready"
 fi
 
@@ -117,7 +117,7 @@ for method in $METHODS; do
   done
 done
 drain "${made[@]}"
-python analysis/ablation_table.py "$OUT" --choose --methods $METHODS --grid $GRID
+python experiments/ablation_table.py "$OUT" --choose --methods $METHODS --grid $GRID
 
 # --- models, and both evaluations of each -------------------------------------------------------------------------------
 both() {  # both LABEL MODEL DONE [OPTIONS]: greedy, and at temperature 1
@@ -154,7 +154,7 @@ ask+=(--data "$WORLD/test.jsonl" --limit "$TEST")  # all responses are there: no
 quiet report-greedy python 05_eval.py --models "${named[@]}" "${ask[@]}" --out "$OUT/greedy"
 [[ $DECODINGS != *temp* ]] || quiet report-temperature1 python 05_eval.py --models "${named[@]}" "${ask[@]}" --out "$OUT/temperature1" --temperature 1
 quiet page python analysis/report.py "$OUT/greedy"
-[ -z "$MANNER" ] && quiet labels python analysis/true_errors.py "$OUT"/greedy/test/*-model.jsonl "$OUT/labelled.jsonl"  # the base's
+[ -z "$MANNER" ] && quiet labels python experiments/true_errors.py "$OUT"/greedy/test/*-model.jsonl "$OUT/labelled.jsonl"  # the base's
 [ -z "$MANNER" ] && quiet credit python analysis/credit.py "$OUT/labelled.jsonl" --models "${first[@]}" --beta 1 --show 10 --out "$OUT/credit"
-python analysis/ablation_table.py "$OUT" --methods $METHODS --grid $GRID
+python experiments/ablation_table.py "$OUT" --methods $METHODS --grid $GRID
 say "all done: $OUT/table.md, $OUT/ablation.png, $OUT/greedy/report.html, $OUT/credit/credit.html"

@@ -1,8 +1,8 @@
 """What recipes/small_model.sh needs beside the stages: its problems, the choice of the learning rate, tables and curves.
 
-    python analysis/small_model.py problems runs/small_model                             # data/*.jsonl -> problems/*.jsonl
-    python analysis/small_model.py choose runs/small_model --method dpo --rates 1e-6 3e-6    # -> dpo.rate
-    python analysis/small_model.py table runs/small_model --model Qwen/Qwen2.5-0.5B-Instruct # -> table.md, curves.png
+    python experiments/small_model.py problems runs/small_model                          # data/*.jsonl -> problems/*.jsonl
+    python experiments/small_model.py choose runs/small_model --method dpo --rates 1e-6 3e-6    # -> dpo.rate
+    python experiments/small_model.py table runs/small_model --model Qwen/Qwen2.5-0.5B-Instruct # -> table.md, curves.png
 
 Problems stand in the order of a hash of their ids: first those of validation, behind them those to sample from. The table says
 what is there: with a part of the methods trained it has these alone.
