@@ -176,7 +176,7 @@ def test_small_model_commands(tmp_path):
     assert [name.split("=")[0] for name in tests[-1].models] == ["base", *methods]
     assert tests[-1].models[2] == "dpo=out/models/dpo-3e-6-0,out/models/dpo-3e-6-1"
     calls, done = small_model(tmp_path, SEEDS="0 1", MODEL="base-model")
-    assert done.returncode == 0 and {call[0][:2] for call in calls} == {"05", "ex"} and not of(4)
+    assert done.returncode == 0 and {call[0][:2] for call in calls} == {"05", "an", "ex"} and not of(4)
     assert all(args.out.name == "test" for args in of(5))
 
 
