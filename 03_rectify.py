@@ -1044,9 +1044,8 @@ class Grader:
 
 
 # Copied from 01_sample_errors.py
-def load_tokenizer(model: str, template: Path | None, switches: str, chat: bool = True):
-    """The tokenizer of a folder or hub id, with the chat template and the template's switches (JSON) that will be used, unless
-    the prompt is to be no `chat`."""
+def load_tokenizer(model: str, template: Path | None, switches: str):
+    """The tokenizer of a folder or hub id, with the chat template and the template's switches (JSON) that will be used."""
     import transformers
 
     hub_id = re.fullmatch(r"\w[^/]*/[^/]+", model) and not Path(model).exists()
@@ -1060,11 +1059,11 @@ def load_tokenizer(model: str, template: Path | None, switches: str, chat: bool 
         if template:
             tokenizer.chat_template = template.read_text()
         tokenizer.switches = json.loads(switches)
-        prompt, bos = render_prompt(tokenizer, PROBE, "Step 1:") if chat else "", tokenizer.bos_token
+        prompt, bos = render_prompt(tokenizer, PROBE, "Step 1:"), tokenizer.bos_token
     except (OSError, ValueError) as error:
         given = f", --chat-template {template}" * bool(template) + f", --chat-template-kwargs {switches}" * (switches != "{}")
         stop(f"--model {model}{given}: {str(error).splitlines()[0]}")
-    if chat and bos and bos not in prompt and tokenizer(PROBE)["input_ids"][0] == tokenizer.bos_token_id:
+    if bos and bos not in prompt and tokenizer(PROBE)["input_ids"][0] == tokenizer.bos_token_id:
         print(f"{model}: its chat template renders no {bos}, which its tokenizer puts before plain text; if it was trained "
               "with one, give a --chat-template that begins with {{ bos_token }}", file=sys.stderr)  # fmt: skip
     return tokenizer

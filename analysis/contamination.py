@@ -1,7 +1,7 @@
 """Which test problems share 13 words in a row with a training file.
 
     python analysis/contamination.py runs/quickstart/pairs.jsonl --data data/tiny/test.jsonl
-    python analysis/contamination.py data/pairs.jsonl --data gsm8k math --data-dir FOLDER --out contamination.json
+    python analysis/contamination.py data/pairs.jsonl --data data/gsm8k_test.jsonl --out contamination.json
 
 Input: training rows with `prompt` or `problem`, and test sets as 05_eval.py takes them. Prints counts and first hits; OUT gets
     {"file": "...", "rows": 369, "same": {"test": ["id", ...]}, "found": {"test": [{"id": "...", "line": 7, "words": "..."}]}}
@@ -24,10 +24,8 @@ EVAL = importlib.import_module("05_eval")
 class Args:
     file: tyro.conf.Positional[Path]
     """training pairs or problems"""
-    data: tuple[str, ...] = ("gsm8k", "math")
-    """test sets: JSON Lines files or names, as in 05_eval.py"""
-    data_dir: Path | None = None
-    """folder with the named sets as files, instead of the hub"""
+    data: tuple[Path, ...] = (Path("data/gsm8k_test.jsonl"), Path("data/math_test.jsonl"))
+    """test sets: JSON Lines files, as in 05_eval.py"""
     out: Path | None = None
     """file for all hits"""
     show: int = 20
@@ -62,7 +60,7 @@ def contamination(path: Path, benchmarks: dict[str, list[dict]]) -> dict:
 def main(args: Args):
     if not args.file.is_file():
         EVAL.stop(f"{args.file}: no such file; give the training pairs or problems")
-    benchmarks = {Path(name).stem: EVAL.load_problems(name, False, args.data_dir) for name in args.data}
+    benchmarks = {path.stem: EVAL.load_problems(path) for path in args.data}
     found = contamination(args.file, benchmarks)
     for name, hits in found["found"].items():
         print(f"{name}: {len(hits)} of {len(benchmarks[name])} problems share 13 words in a row with one of the "

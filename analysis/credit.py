@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from report_html import render, to_html
+from report import render, to_html
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 

@@ -1,7 +1,7 @@
 """Grade stored responses again, also by the verdicts of the papers' own code, and write the report anew. Needs no model.
 
     python analysis/regrade.py results/tiny                     # a folder of 05_eval.py's: rows, report.md, summary.json
-    python analysis/regrade.py results/tiny --verdict paper --base tuned       # accuracy by this verdict, against this model
+    python analysis/regrade.py results/tiny --verdict paper --base tuned       # all figures by this verdict, against this model
     python analysis/regrade.py data/samples.jsonl               # any file of rows with id, answer, response: rows and shares
 
 Each row gets, beside `prediction` and `correct` by 01's grader of today:
@@ -10,7 +10,7 @@ Each row gets, beside `prediction` and `correct` by 01's grader of today:
 `correct_paper` is the verdict of the Step-DPO authors' code, which grades unfinished text too, takes the last number where
 there is no box, and takes a number within 0.001 of the answer, of a hundredth or of a hundred times it; `correct_scdpo` that
 of the SCDPO authors' (equal to two decimals). Both are written from what that code does; simplification is by math-verify's
-parser and sympy. Once they are there, 05_eval.py on the same folder shows them too.
+parser and sympy. The report gets a table with the shares of all three; 05_eval.py on the same folder writes it without.
 """
 
 import asyncio
@@ -31,6 +31,10 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 EVAL = importlib.import_module("05_eval")
+VERDICTS = {"strict": "correct", "paper": "correct_paper", "scdpo": "correct_scdpo"}  # fields of a row
+NAMES = {"correct": "strict", "correct_paper": "Step-DPO's", "correct_scdpo": "SCDPO's"}
+RULES = {"correct": "strict equality", "correct_paper": "the verdict of the Step-DPO authors",
+         "correct_scdpo": "the rule of the SCDPO authors"}  # fmt: skip
 PAPER_STRIP = [  # what the Step-DPO authors take off or rewrite in an answer, in their order
     (r"^\s+|\s+$|\n", ""), (r"\.+$", ""), (r"\\!", ""), (r"^\\text\{(.*)\}$", r"\1"), (r"\\?[tdc]frac", r"\\frac"),
     (r"\\(?:left|right)", ""), (r"(?<=.)\\text\{.*?\}$", ""), (r"\^(?:\{\\circ\}|\\circ)", ""), (r"^\s+|\s+$", ""),
@@ -53,8 +57,8 @@ SCDPO_STRIP = [  # and those of SCDPO, which look at what stands behind the last
 class Args:
     results: tyro.conf.Positional[Path]
     """the --out of 05_eval.py, or one file of responses"""
-    verdict: Literal["protocol", "strict", "paper", "scdpo"] = "protocol"
-    """whose the column accuracy and the comparison are; protocol: that of the run's --protocol"""
+    verdict: Literal["strict", "paper", "scdpo"] = "strict"
+    """by which the report's figures are: 01's, the Step-DPO authors', the SCDPO authors'"""
     base: str = ""
     """label to compare the others with; empty: the run's"""
     seed: int = 0
@@ -259,7 +263,7 @@ async def regrade(path: Path) -> list[dict]:
         grader.close()
     EVAL.save(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new))
     changed = sum(row["correct"] != old.get("correct") for row, old in zip(new, rows, strict=True))
-    right = ", ".join(f"{name} {sum(row[field] for row in new) / len(new):.1%}" for field, name in EVAL.VERDICT_NAMES.items())
+    right = ", ".join(f"{name} {sum(row[field] for row in new) / len(new):.1%}" for field, name in NAMES.items())
     print(f"{path}: {len(rows)} responses, {changed} verdicts changed; right: {right}; "
           f"{len(rows) / (time.time() - began):.0f} a second, {grader.kills} gradings killed")  # fmt: skip
     return new
@@ -304,16 +308,30 @@ def table_of(name: str, by_model: dict[str, list[dict]]) -> dict[str, list[list[
     return {model: [by_id[key] for key in ids] for model, by_id in found.items()}
 
 
+def verdict_table(groups: dict[str, list[str]], tables: dict[str, dict]) -> tuple[str, list[str], list[list[str]], str]:
+    """Title, head, rows and note of the shares that are right by each verdict, of all responses of a model's seeds."""
+    lines = []
+    for name, by_model in tables.items():
+        for label, models in groups.items():
+            rows = [row for model in models for found in by_model[model] for row in found]
+            shares = [sum(row[field] for row in rows) / len(rows) for field in NAMES]
+            lines.append([f"{name} ({len(by_model[models[0]])})", label, *map(EVAL.percent, shares)])
+    return "Right by each verdict", ["benchmark", "model", *NAMES.values()], lines, ""
+
+
 def main(args: Args):
     if not args.results.is_dir():
         asyncio.run(regrade(args.results))
         return
     groups, rows, settings = regrade_folder(args.results, args.base)
     tables = {name: table_of(name, by_model) for name, by_model in rows.items()}
-    verdict = settings.get("protocol", "strict") if args.verdict == "protocol" else args.verdict
-    summary = EVAL.summary_of(groups, tables, settings, verdict, args.seed)
+    field = VERDICTS[args.verdict]
+    judged = {name: {model: [[row | {"correct": row[field]} for row in found] for found in table]
+                     for model, table in by_model.items()} for name, by_model in tables.items()}  # fmt: skip
+    summary = EVAL.summary_of(groups, judged, settings, args.seed) | {"rule": RULES[field], "verdict": field}
+    summary["more_tables"] = [verdict_table(groups, tables)]
     print(EVAL.write_report(summary, args.results))
-    print(f"{args.results / 'report.md'}: written anew, by the {EVAL.VERDICT_NAMES[summary['verdict']]} verdict")
+    print(f"{args.results / 'report.md'}: written anew, by the {NAMES[field]} verdict")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def alone(args: Args):
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     one = importlib.import_module("01_sample_errors")
-    problems = one.load_problems(str(args.data), True, None)[: args.limit]
+    problems = one.load_problems(args.data)[: args.limit]
     tokenizer = one.load_tokenizer(args.model, None, "{}")
     prompts, wanted = [], []
     for problem in problems:

@@ -158,7 +158,7 @@ for method in base $METHODS; do named+=("$method=${group[$method]}") first+=("${
 ask+=(--data "$WORLD/test.jsonl" --limit "$TEST")  # all responses are there: no engine starts
 quiet report-greedy python 05_eval.py --models "${named[@]}" "${ask[@]}" --out "$OUT/greedy"
 [[ $DECODINGS != *temp* ]] || quiet report-temperature1 python 05_eval.py --models "${named[@]}" "${ask[@]}" --out "$OUT/temperature1" --temperature 1
-quiet page python analysis/report_html.py "$OUT/greedy"
+quiet page python analysis/report.py "$OUT/greedy"
 [ -z "$MANNER" ] && quiet labels python experiments/true_errors.py "$OUT"/greedy/test/*-model.jsonl "$OUT/labelled.jsonl"  # the base's
 [ -z "$MANNER" ] && quiet credit python analysis/credit.py "$OUT/labelled.jsonl" --models "${first[@]}" --beta 1 --show 10 --out "$OUT/credit"
 python experiments/ablation_table.py "$OUT" --methods $METHODS --grid $GRID

@@ -4,7 +4,7 @@
 # Each round's model samples its own solutions to new problems, and is the next round's reference. The papers make one round.
 #   bash experiments/iterate.sh                      # all four, three rounds, three seeds, on the bundled world
 #   METHODS=step-dpo SEEDS=0 MODEL=Qwen/Qwen2-7B-Instruct DATA=problems.jsonl PROBLEMS=5000 BUDGET= TRAINED= LRS=5e-7 BETA=0.4 EPOCHS=8 \
-#       BATCH=128 TOKENS=2048 TEST="gsm8k math" JOBS=1 LAUNCH="--config_file configs/fsdp2.yaml --num_processes 8" \
+#       BATCH=128 TOKENS=2048 TEST="data/gsm8k_test.jsonl data/math_test.jsonl" JOBS=1 LAUNCH="--config_file configs/fsdp2.yaml --num_processes 8" \
 #       TRAIN="--gradient-checkpointing --tokens-per-batch 8192" \
 #       SERVE="--engine-args=--max-model-len 4096" bash experiments/iterate.sh     # one method on a real model
 # BUDGET: sampled tokens of a round, by which its problems are cut (at most three times PROBLEMS are sampled); TRAINED: tokens of chosen
@@ -131,4 +131,5 @@ for method in $METHODS; do
   done
 done
 stage "$OUT/logs/report.log" python 05_eval.py --data $TEST --limit "$LIMIT" --models "${named[@]}" --max-tokens "$TOKENS" --out "$OUT/results" "$SERVE"
+stage "$OUT/logs/report.log" python analysis/report.py "$OUT/results"
 python experiments/rounds.py table "$OUT" --methods $METHODS --rounds "$ROUNDS" --seeds $SEEDS

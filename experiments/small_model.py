@@ -1,6 +1,6 @@
 """What recipes/small_model.sh needs beside the stages: its problems, the choice of the learning rate, tables and curves.
 
-    python experiments/small_model.py problems runs/small_model --data FOLDER               # -> problems/*.jsonl
+    python experiments/small_model.py problems runs/small_model                          # data/*.jsonl -> problems/*.jsonl
     python experiments/small_model.py choose runs/small_model --method dpo --rates 1e-6 3e-6    # -> dpo.rate
     python experiments/small_model.py table runs/small_model --model Qwen/Qwen2.5-0.5B-Instruct # -> table.md, curves.png
 
@@ -41,8 +41,8 @@ class Problems:
 
     out: Annotated[Path, tyro.conf.Positional]
     """folder of the run"""
-    data: Path | None = None
-    """folder with gsm8k_train.jsonl, gsm8k_test.jsonl and math_test.jsonl, instead of the hub"""
+    data: Path = Path("data")
+    """folder with gsm8k_train.jsonl, gsm8k_test.jsonl and math_test.jsonl; data/download.py makes them"""
     validation: int = 500
     """problems of the training part to choose the rates by"""
     gsm8k: int = 1319
@@ -82,12 +82,12 @@ def by_hash(rows: list[dict]) -> list[dict]:
 
 
 def problems(args: Problems):
-    load = lambda name, training: by_hash(EVAL.load_problems(name, training, args.data))
-    train = load("gsm8k", True)
+    train, gsm8k, math = (by_hash(EVAL.load_problems(args.data / f"{name}.jsonl"))
+                          for name in ("gsm8k_train", "gsm8k_test", "math_test"))  # fmt: skip
     if len(train) <= args.validation:
         EVAL.stop(f"--validation {args.validation}: the training part has {len(train)} problems; leave some to sample from")
     parts = {"validation": train[: args.validation], "gsm8k_train": train[args.validation :],
-             "gsm8k_test": load("gsm8k", False)[: args.gsm8k], "math_test": load("math", False)[: args.math]}  # fmt: skip
+             "gsm8k_test": gsm8k[: args.gsm8k], "math_test": math[: args.math]}  # fmt: skip
     for name, rows in parts.items():
         (args.out / "problems").mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(row | {"dataset": name}, ensure_ascii=False) + "\n" for row in rows)

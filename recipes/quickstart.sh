@@ -39,6 +39,6 @@ stage "05 evaluate" python 05_eval.py --data data/tiny/test.jsonl --max-tokens 4
   --models "base=$MODEL" "Step-DPO=$(IFS=,; echo "${tuned[*]}")" \
   --out "$OUT/results" --engine-args="--max-num-seqs 512 --max-model-len 1024"
 stage "overlap of test and pairs" python analysis/contamination.py "$OUT/pairs.jsonl" --data data/tiny/test.jsonl --show 3
-stage "page" python analysis/report_html.py "$OUT/results"
+stage "pictures and page" python analysis/report.py "$OUT/results"
 printf '\nWhere the time went:\n%s%-28s %4d s\n' "$times" all $SECONDS
 echo "The whole report with pictures and responses: $OUT/results/report.html"

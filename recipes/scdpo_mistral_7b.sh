@@ -32,11 +32,13 @@ trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM
 python -c "import importlib.util as u, sys; sys.exit(u.find_spec('accelerate') is None)" || { echo "$0 needs accelerate: pip install accelerate" >&2; exit 2; }
 MODEL=${MODEL:-meta-math/MetaMath-Mistral-7B} OUT=${OUT:-runs/scdpo_7b} BETA=${BETA:-0.5} HEAT=${HEAT:-1.1 0.05 1.4}
 SOLUTIONS=${SOLUTIONS:-2} EVERY=${EVERY:-}
-DATA=${DATA:-gsm8k math} TEST=${TEST:-gsm8k math} LIMIT=${LIMIT:-} TRIES=${TRIES:-8} LR=${LR:-1e-7} SPLIT=${SPLIT:-lines} GPUS=${GPUS:-8}
+DATA=${DATA:-} TEST=${TEST:-} LIMIT=${LIMIT:-} TRIES=${TRIES:-8} LR=${LR:-1e-7} SPLIT=${SPLIT:-lines} GPUS=${GPUS:-8}
 LAUNCH=${LAUNCH---config_file configs/fsdp2.yaml --num_processes $GPUS}
 SERVE=${SERVE---engine-args=--data-parallel-size $GPUS --max-model-len 4096}
 [ -n "${OPENING+set}" ] || OPENING=" Let's think step by step."
 manner=(--chat-template "${TEMPLATE:-data/templates/metamath.jinja}" --opening "$OPENING")
+[ -n "$DATA" ] && [ -n "$TEST" ] || run python data/download.py gsm8k math
+DATA=${DATA:-data/gsm8k_train.jsonl data/math_train.jsonl} TEST=${TEST:-data/gsm8k_test.jsonl data/math_test.jsonl}
 run python 01_sample_errors.py --data $DATA --model "$MODEL" "${manner[@]}" --split "$SPLIT" --temperature 1 --top-p 1 --n 4 \
   --until-both 100 ${LIMIT:+--limit $LIMIT} --out "$OUT/samples.jsonl" ${SERVE:+"$SERVE"}
 run python 03_rectify.py --method dpo --samples "$OUT/samples.jsonl" "${manner[@]}" --split "$SPLIT" --out "$OUT/naive.jsonl"
@@ -48,3 +50,4 @@ run accelerate launch $LAUNCH 04_train_stepdpo.py --model "$MODEL" "${manner[@]:
 run python analysis/plot_training.py "$OUT/model"
 run python 05_eval.py --data $TEST ${LIMIT:+--limit $LIMIT} --models "base=$MODEL" "SCDPO=$OUT/model" "${manner[@]}" \
   --out "$OUT/results" ${SERVE:+"$SERVE"}
+run python analysis/report.py "$OUT/results"  # pictures and a page

@@ -31,7 +31,7 @@ trap 'kill -TERM -- -$job $server 2>/dev/null; wait; exit 130' INT TERM
 # before hours of sampling: what the training needs
 python -c "import importlib.util as u, sys; sys.exit(u.find_spec('accelerate') is None)" || { echo "$0 needs accelerate: pip install accelerate" >&2; exit 2; }
 MODEL=${MODEL:-MathGenie/Mistral-7B-Ours-SFT} OUT=${OUT:-runs/scdpo_7b_code} BETA=${BETA:-0.1} HEAT=${HEAT:-1.1 0.05 1.4}
-DATA=${DATA:-gsm8k math} TEST=${TEST:-gsm8k math} LIMIT=${LIMIT:-} TRIES=${TRIES:-8} LR=${LR:-1e-7} GPUS=${GPUS:-8}
+DATA=${DATA:-} TEST=${TEST:-} LIMIT=${LIMIT:-} TRIES=${TRIES:-8} LR=${LR:-1e-7} GPUS=${GPUS:-8}
 SOLUTIONS=${SOLUTIONS:-2} EVERY=${EVERY:-}
 EXECUTION=${EXECUTION:-} SANDBOX=${SANDBOX:-}  # SANDBOX=--unsafe-no-sandbox: in a container that is one already
 LAUNCH=${LAUNCH---config_file configs/fsdp2.yaml --num_processes $GPUS}
@@ -46,6 +46,8 @@ end_server() { kill $server; wait $server || true; server=; }
 trap '[ -z "$server" ] || kill $server' EXIT
 manner=(--chat-template data/templates/code.jinja --opening "" --split blocks --max-tokens 512)
 asked=("${manner[@]}" --base-url "http://127.0.0.1:$PORT/v1")
+[ -n "$DATA" ] && [ -n "$TEST" ] || run python data/download.py gsm8k math
+DATA=${DATA:-data/gsm8k_train.jsonl data/math_train.jsonl} TEST=${TEST:-data/gsm8k_test.jsonl data/math_test.jsonl}
 serve "$MODEL"
 run python 01_sample_errors.py --data $DATA --model "$MODEL" "${asked[@]}" --temperature 1 --top-p 1 --n 4 --until-both 100 \
   ${LIMIT:+--limit $LIMIT} --out "$OUT/samples.jsonl"
@@ -66,3 +68,4 @@ for model in "$MODEL" "$OUT/model"; do
   end_server
 done
 evaluate "base=$MODEL" "SCDPO=$OUT/model" "${manner[@]}"
+run python analysis/report.py "$OUT/results"  # pictures and a page

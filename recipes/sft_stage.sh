@@ -19,15 +19,18 @@ job=; run() { set -m; "$@" & job=$!; set +m; wait $job; }
 trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM
 # before hours of sampling: what the training needs
 python -c "import importlib.util as u, sys; sys.exit(u.find_spec('accelerate') is None)" || { echo "$0 needs accelerate: pip install accelerate" >&2; exit 2; }
-TEACHER=${TEACHER:-deepseek-ai/deepseek-math-7b-rl} MODEL=${MODEL:-Qwen/Qwen2-7B} OUT=${OUT:-runs/sft} DATA=${DATA:-gsm8k math}
-TEST=${TEST:-gsm8k math} TEMPLATE=${TEMPLATE:-data/templates/alpaca.jinja} GPUS=${GPUS:-8} LIMIT=${LIMIT:-}
+TEACHER=${TEACHER:-deepseek-ai/deepseek-math-7b-rl} MODEL=${MODEL:-Qwen/Qwen2-7B} OUT=${OUT:-runs/sft} DATA=${DATA:-}
+TEST=${TEST:-} TEMPLATE=${TEMPLATE:-data/templates/alpaca.jinja} GPUS=${GPUS:-8} LIMIT=${LIMIT:-}
 LAUNCH=${LAUNCH---config_file configs/fsdp2.yaml --num_processes $GPUS}
 SERVE=${SERVE---engine-args=--data-parallel-size $GPUS --max-model-len 4096}
+[ -n "$DATA" ] && [ -n "$TEST" ] || run python data/download.py gsm8k math
+DATA=${DATA:-data/gsm8k_train.jsonl data/math_train.jsonl} TEST=${TEST:-data/gsm8k_test.jsonl data/math_test.jsonl}
 run python 01_sample_errors.py --data $DATA --model "$TEACHER" --n 4 ${LIMIT:+--limit $LIMIT} --out "$OUT/samples.jsonl" ${SERVE:+"$SERVE"}
 run accelerate launch $LAUNCH 04_train_stepdpo.py --objective sft --data "$OUT/samples.jsonl" --model "$MODEL" \
   --chat-template "$TEMPLATE" --lr 5e-6 --epochs 3 --batch-size 256 --schedule linear --warmup 0.03 --max-length 2048 \
   --gradient-checkpointing --tokens-per-batch 8192 --save-steps 400 --keep 1 --out "$OUT/model"
 run python analysis/plot_training.py "$OUT/model"
-run python 05_eval.py --data $TEST ${LIMIT:+--limit $LIMIT} --models "base=$MODEL" "SFT=$OUT/model" --protocol paper-alpaca \
-  --out "$OUT/results" ${SERVE:+"$SERVE"}
-run python analysis/regrade.py "$OUT/results"  # adds the verdicts of the papers' own code
+run python 05_eval.py --data $TEST ${LIMIT:+--limit $LIMIT} --models "base=$MODEL" "SFT=$OUT/model" \
+  --chat-template data/templates/metamath.jinja --opening " Let's think step by step." --out "$OUT/results" ${SERVE:+"$SERVE"}
+run python analysis/regrade.py "$OUT/results" --verdict paper  # adds the verdicts of the papers' own code
+run python analysis/report.py "$OUT/results"  # pictures and a page

@@ -13,7 +13,7 @@
 # Memory     not measured yet
 # Disk       not measured yet
 #
-# DATA       folder with gsm8k_train.jsonl, gsm8k_test.jsonl and math_test.jsonl; without it they come from the hub
+# DATA       folder with gsm8k_train.jsonl, gsm8k_test.jsonl and math_test.jsonl; without it data/download.py makes them in data/
 # PROBLEMS   750 of GSM8K's training part, after the VALIDATION (500) first ones by a hash of the id, from which the rate is chosen: so
 #            more PROBLEMS take none of these. N samples of each, at temperature 0.7, top-p 1, TOKENS (512) at most
 # LOCATE     options of 02, whose own defaults stand. 03 goes on 8 times (RECTIFY) from the last right step
@@ -55,6 +55,7 @@ fi
 rates() { [ "$1" = sft ] && echo "$SFT_RATES" || echo "$RATES"; }
 data() {
   [ ! -f "$OUT/pairs/ready" ] || return 0
+  [ -n "$DATA" ] || run python data/download.py gsm8k math
   run python experiments/small_model.py problems "$OUT" ${DATA:+--data "$DATA"} --validation "$VALIDATION" --gsm8k "$GSM8K_TEST" --math "$MATH_TEST"
   run python 01_sample_errors.py --data "$OUT/problems/gsm8k_train.jsonl" --limit "$PROBLEMS" --n "$N" --out "$OUT/samples.jsonl" "${ask[@]}"
   run python 02_locate_step.py --samples "$OUT/samples.jsonl" $LOCATE --out "$OUT/located.jsonl" --keep-rollouts "$OUT/rollouts.jsonl" "${ask[@]}"
@@ -95,6 +96,7 @@ test_all() {  # base and what is trained at the chosen rates
     [ -z "$models" ] || named+=("$method=$models")
   done
   run python 05_eval.py --data "$OUT"/problems/{gsm8k_test,math_test}.jsonl --models "${named[@]}" "${answer[@]}" --out "$OUT/test"
+  run python analysis/report.py "$OUT/test"
 }
 table() { run python experiments/small_model.py table "$OUT" --model "$MODEL" --methods $METHODS; }
 

@@ -17,6 +17,8 @@ trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM
 python -c "import importlib.util as u, sys; sys.exit(u.find_spec('deepspeed') is None)" || { echo "$0 needs deepspeed: pip install deepspeed" >&2; exit 2; }
 MODEL=${MODEL:-Qwen/Qwen2-72B-Instruct} OUT=${OUT:-runs/step_dpo_72b} BETA=${BETA:-0.5}
 SERVE="--engine-args=--tensor-parallel-size 8 --max-model-len 4096"
+TEST=$(echo data/{gsm8k_test,math_test,odyssey_math,aime24}.jsonl)
+run python data/download.py gsm8k math odyssey-math aime24
 run python 01_sample_errors.py --model "$MODEL" --out "$OUT/samples.jsonl" "$SERVE"
 run python 02_locate_step.py --samples "$OUT/samples.jsonl" --model "$MODEL" --out "$OUT/located.jsonl" \
   --keep-rollouts "$OUT/rollouts.jsonl" "$SERVE"
@@ -24,7 +26,8 @@ run python 03_rectify.py --located "$OUT/located.jsonl" --rollouts "$OUT/rollout
 run accelerate launch --config_file configs/zero3_offload.yaml 04_train_stepdpo.py --data "$OUT/pairs.jsonl" --model "$MODEL" \
   --beta "$BETA" --epochs 4 --gradient-checkpointing --tokens-per-batch 8192 --out "$OUT/model" --save-steps 200 --keep 1
 run python analysis/plot_training.py "$OUT/model"
-run python 05_eval.py --data gsm8k math odyssey-math aime24 --models "base=$MODEL" "Step-DPO=$OUT/model" --protocol paper \
-  --out "$OUT/results" "$SERVE"
-run python analysis/regrade.py "$OUT/results"  # adds the verdicts of the papers' own code
-run python analysis/contamination.py "$OUT/pairs.jsonl" --data gsm8k math odyssey-math aime24
+run python 05_eval.py --data $TEST --models "base=$MODEL" "Step-DPO=$OUT/model" \
+  --chat-template data/templates/step_dpo_qwen.jinja --opening "" --out "$OUT/results" "$SERVE"
+run python analysis/regrade.py "$OUT/results" --verdict paper  # adds the verdicts of the papers' own code
+run python analysis/report.py "$OUT/results"  # pictures and a page
+run python analysis/contamination.py "$OUT/pairs.jsonl" --data $TEST

@@ -22,6 +22,8 @@ python -c "import importlib.util as u, sys; sys.exit(u.find_spec('accelerate') i
 MODEL=${MODEL:-Qwen/Qwen2-7B-Instruct} OUT=${OUT:-runs/step_dpo_7b} BETA=${BETA:-0.4} DATA=${DATA:-}
 GPUS=${GPUS:-8} LOCATOR=${LOCATOR:-}
 SERVE="--engine-args=--data-parallel-size $GPUS --max-model-len 4096"
+TEST=$(echo data/{gsm8k_test,math_test,odyssey_math,aime24}.jsonl)
+run python data/download.py gsm8k math odyssey-math aime24
 if [ -z "$DATA" ]; then
   run python 01_sample_errors.py --model "$MODEL" --out "$OUT/samples.jsonl" "$SERVE"
   run python 02_locate_step.py --samples "$OUT/samples.jsonl" --model "$MODEL" --out "$OUT/located.jsonl" \
@@ -34,7 +36,8 @@ fi
 run accelerate launch --config_file configs/fsdp2.yaml --num_processes "$GPUS" 04_train_stepdpo.py --data "$DATA" --model "$MODEL" \
   --beta "$BETA" --gradient-checkpointing --tokens-per-batch 8192 --out "$OUT/model" --save-steps 400 --keep 1
 run python analysis/plot_training.py "$OUT/model"
-run python 05_eval.py --data gsm8k math odyssey-math aime24 --models "base=$MODEL" "Step-DPO=$OUT/model" --protocol paper \
-  --out "$OUT/results" "$SERVE"
-run python analysis/regrade.py "$OUT/results"  # adds the verdicts of the papers' own code
-[ ! -f "$OUT/pairs.jsonl" ] || run python analysis/contamination.py "$OUT/pairs.jsonl" --data gsm8k math odyssey-math aime24
+run python 05_eval.py --data $TEST --models "base=$MODEL" "Step-DPO=$OUT/model" \
+  --chat-template data/templates/step_dpo_qwen.jinja --opening "" --out "$OUT/results" "$SERVE"
+run python analysis/regrade.py "$OUT/results" --verdict paper  # adds the verdicts of the papers' own code
+run python analysis/report.py "$OUT/results"  # pictures and a page
+[ ! -f "$OUT/pairs.jsonl" ] || run python analysis/contamination.py "$OUT/pairs.jsonl" --data $TEST

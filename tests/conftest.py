@@ -26,7 +26,7 @@ from accelerate.state import AcceleratorState
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "data" / "tiny"
-sys.path[:0] = [str(ROOT), *(str(ROOT / name) for name in ("analysis", "experiments", "serving"))]
+sys.path[:0] = [str(ROOT), *(str(ROOT / folder) for folder in ("analysis", "experiments", "data", "serving"))]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, zeroed at each start: 4 take 12 s where pages are slow to come
 STAGES = {1: "01_sample_errors", 2: "02_locate_step", 3: "03_rectify", 4: "04_train_stepdpo", 5: "05_eval"}

@@ -77,7 +77,7 @@ WRONG += [("id", value) for value in (["a"], False, {"a": 1}, "=NaN", " ")]
 def test_values_of_the_wrong_kind_name_file_and_line(field, value, tmp_path, capsys):
     (tmp_path / "in.jsonl").write_text(f"{line(id='b')}\n\n{line(**{field: value})}\n")
     with pytest.raises(SystemExit) as end:
-        stage(1).load_problems(str(tmp_path / "in.jsonl"), True, None)
+        stage(1).load_problems(tmp_path / "in.jsonl")
     said = message(capsys.readouterr().err)
     assert end.value.code == 2 and "in.jsonl, line 3" in said and repr(field) in said and "must be" in said
 
@@ -100,7 +100,7 @@ HALVES += [{"notes": [{"a": "\udfff"}]}, {"k\ud83d": 1}]
 def test_half_a_character_names_file_and_line(fields, tmp_path, capsys):
     (tmp_path / "in.jsonl").write_text(f"{json.dumps(GOOD | {'id': 'b', 'note': '😀'})}\n{json.dumps(GOOD | fields)}\n")
     with pytest.raises(SystemExit):
-        stage(1).load_problems(str(tmp_path / "in.jsonl"), True, None)
+        stage(1).load_problems(tmp_path / "in.jsonl")
     said = message(capsys.readouterr().err)
     assert "in.jsonl, line 2" in said and "half a character" in said
 
@@ -115,7 +115,7 @@ def test_lists_without_end_are_no_rows(tmp_path, capsys):
 def test_numbers_become_text_that_is_graded_as_the_number(tmp_path):
     numbers = {"7": "7", "0": "0", "-2.50": "-2.5", "7.0": "7.0", "1e-07": "0.0000001", "1e22": "1" + "0" * 22}
     (tmp_path / "in.jsonl").write_text("".join(line(id=i, answer=f"={text}") + "\n" for i, text in enumerate(numbers)))
-    rows = stage(1).load_problems(str(tmp_path / "in.jsonl"), True, None)
+    rows = stage(1).load_problems(tmp_path / "in.jsonl")
     assert [row["answer"] for row in rows] == list(numbers.values()) and [row["id"] for row in rows] == list("012345")
     grader = stage(1).Grader(60)
 

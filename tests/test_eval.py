@@ -1,4 +1,4 @@
-"""05_eval.py: statistics against enumeration and formulas, both equalities, benchmarks by name, regrading, report, credit."""
+"""05_eval.py: statistics against enumeration and formulas, both equalities, data/download.py, regrading, report, credit."""
 
 import asyncio
 import itertools
@@ -6,14 +6,19 @@ import json
 import math
 import random
 import re
+import subprocess
+import sys
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import credit
+import download
+import httpx
 import numpy as np
 import pytest
 import regrade
-import report_html
+import report
 from conftest import ROOT, TINY, read, run, run_killed, stage
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -73,7 +78,7 @@ def answers(*predictions) -> list[dict]:
 
 def test_majority_and_its_ties():
     classes, majority = stage(5).classes, stage(5).majority
-    assert classes(answers("8", "7", "8.0", None, "7.0", "\\frac{16}{2}"), "correct") == [0, 1, 0, -1, 1, 0]
+    assert classes(answers("8", "7", "8.0", None, "7.0", "\\frac{16}{2}")) == [0, 1, 0, -1, 1, 0]
     assert majority([0, 1, 1]) == 1
     assert majority([1, 0, 0, 1]) == 1, "of equally common answers the first"
     assert majority([-1, -1, -1, 2]) == 2 and majority([-1, -1]) == -1, "no answer has no vote"
@@ -86,7 +91,7 @@ def test_pass_and_maj_against_enumeration():
         answers(None, None, None, None),
         answers("7", "7.0", "7", "7"),
     ]
-    found = stage(5).curves(table, "correct", 0)
+    found = stage(5).curves(table, 0)
     assert found["k"] == [1, 2, 4]
     for j, passed in zip(found["k"], found["pass"], strict=True):
         subsets = list(itertools.combinations(range(4), j))
@@ -164,22 +169,59 @@ def test_the_opening_of_a_row_is_no_part_of_its_answer():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# benchmarks by name
+# benchmarks in our fields
 
-COUNTS = {"gsm8k": 1319, "math": 5000, "aime24": 30, "aime25": 30, "odyssey-math": 387, "cmath": 1098, "mgsm-zh": 250,
-          "ape210k": 500, "aqua": 254}  # fmt: skip
+FILES = {"gsm8k": {"gsm8k_train": 7473, "gsm8k_test": 1319}, "math": {"math_train": 7500, "math_test": 5000},
+         "aime24": {"aime24": 30}, "aime25": {"aime25": 30}, "odyssey-math": {"odyssey_math": 387}, "cmath": {"cmath": 1098},
+         "mgsm-zh": {"mgsm_zh": 250}, "ape210k": {"ape210k_test": 500}, "aqua": {"aqua_test": 254}}  # fmt: skip
+
+
+def make(folder, *names, given=None):
+    download.main(download.Args(names, given, folder))
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmark files are not beside this checkout")
-def test_all_files_load_by_name(capsys):
-    for name, count in COUNTS.items():
-        assert len(stage(5).load_problems(name, False, SHARED)) == count
-    assert [len(stage(1).load_problems(name, True, SHARED)) for name in ("gsm8k", "math")] == [7473, 7500]
-    said = capsys.readouterr().err
-    assert said.count("content hash") == 11
-    by_id = {row["id"]: row["answer"] for row in stage(1).load_problems("math", False, SHARED)}
+def test_files_of_a_folder(tmp_path, capsys):
+    make(tmp_path, *FILES, given=SHARED)
+    said, counts = capsys.readouterr().out, {file: count for files in FILES.values() for file, count in files.items()}
+    assert {path.stem for path in tmp_path.glob("*.jsonl")} == set(counts)
+    for file, count in counts.items():
+        about = json.loads((tmp_path / f"{file}.jsonl.meta.json").read_text())
+        assert len(stage(5).load_problems(tmp_path / f"{file}.jsonl")) == count == about["problems"]
+        assert f"content hash {about['hash']}" in capsys.readouterr().err and about["licence"] in said
+    by_id = {row["id"]: row["answer"] for row in stage(1).load_problems(tmp_path / "math_test.jsonl")}
     assert by_id["test/precalculus/1227.json"] == "-1, 2", "asked for all values, which the solution boxes one by one"
     assert by_id["test/prealgebra/224.json"] == "-34 + 12x" and by_id["test/intermediate_algebra/702.json"].count(",") == 1
+    assert {row["dataset"] for row in read(tmp_path / "math_test.jsonl")} == {"math"}
+
+
+def test_a_file_that_is_there_is_not_made_again(tmp_path, capsys):
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "gsm8k.jsonl").write_text(json.dumps({"id": 1, "problem": "p", "answer": 2}) + "\n")
+    make(tmp_path, "gsm8k", given=tmp_path / "given")
+    text = (tmp_path / "gsm8k_test.jsonl").read_text()
+    assert json.loads(text) == {"dataset": "gsm8k", "id": "1", "problem": "p", "answer": "2"}
+    assert "no gsm8k_train.jsonl there" in capsys.readouterr().out and not (tmp_path / "gsm8k_train.jsonl").exists()
+    (tmp_path / "given" / "gsm8k.jsonl").write_text("{")
+    make(tmp_path, "gsm8k", given=tmp_path / "given")
+    assert "gsm8k_test.jsonl: there already" in capsys.readouterr().out and (tmp_path / "gsm8k_test.jsonl").read_text() == text
+
+
+@pytest.mark.parametrize("names, said", [
+    (["gsm9k"], "gsm9k: no such set"), ([], "no set is named"), (["aime24"], "aime24.jsonl"),
+])  # fmt: skip
+def test_sets_that_cannot_be_made(names, said, tmp_path):
+    command = [sys.executable, "data/download.py", *names, "--from", str(tmp_path), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("number, file, name", [(1, "gsm8k_train", "gsm8k"), (5, "aime24", "aime24")])
+def test_a_missing_file_names_the_command_that_makes_it(number, file, name, tmp_path):
+    path = tmp_path / "data" / f"{file}.jsonl"
+    done = run(number, "--data", path, "--out", tmp_path / "out", check=False)
+    assert done.returncode == 2 and f"{path}: not there; python data/download.py {name} makes it\n" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 HUB_ROWS = {  # a row as each source has it, and problem and answer in our fields
@@ -209,23 +251,24 @@ HUB_ROWS = {  # a row as each source has it, and problem and answer in our field
 @pytest.mark.parametrize("name", HUB_ROWS)
 def test_fields_of_the_hub_sets(name, tmp_path, monkeypatch):
     """Through datasets.load_dataset on a local folder; Odyssey-MATH and MGSM, which are files elsewhere, through httpx."""
-    import httpx
-
-    source = stage(1)
     row, problem, answer = HUB_ROWS[name]
-    hub, parts, train, test, *rest = source.DATA_SETS[name]
-    if hub.startswith("https://"):
+    source = download.SOURCES[name]
+    if source.hub.startswith("https://"):
         text = row if isinstance(row, str) else json.dumps({"Problem_1": row})
-        reply = httpx.Response(200, text=f"{text}\n", request=httpx.Request("GET", hub))
-        monkeypatch.setattr(source.httpx, "get", lambda *_, **__: reply)
+        reply = httpx.Response(200, text=f"{text}\n", request=httpx.Request("GET", source.hub))
+        monkeypatch.setattr(httpx, "get", lambda *_, **__: reply)
     else:
-        (tmp_path / f"{test}.jsonl").write_text(json.dumps(row) + "\n")
-        monkeypatch.setitem(source.DATA_SETS, name, (str(tmp_path), "", train, test, *rest))
-    [found] = source.load_problems(name, False, None)
-    assert (found["problem"], found["answer"], found["dataset"]) == (problem, answer, name)
-    if not train:
-        with pytest.raises(SystemExit):
-            source.load_problems(name, True, None)
+        (tmp_path / "hub").mkdir()
+        for split in {source.train, source.test} - {""}:
+            (tmp_path / "hub" / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+        monkeypatch.setitem(download.SOURCES, name, replace(source, hub=str(tmp_path / "hub"), parts=""))
+    make(tmp_path / "out", name)
+    paths = sorted((tmp_path / "out").glob("*.jsonl"))
+    stem = name.replace("-", "_")
+    assert [path.stem for path in paths] == ([f"{stem}_test", f"{stem}_train"] if source.train else [stem])
+    for path in paths:
+        [found] = stage(5).load_problems(path)
+        assert (found["problem"], found["answer"], found["dataset"]) == (problem, answer, name)
 
 
 def test_a_set_that_a_script_makes_is_told_from_a_network_that_is_not_there(tmp_path, monkeypatch, capsys):
@@ -233,28 +276,28 @@ def test_a_set_that_a_script_makes_is_told_from_a_network_that_is_not_there(tmp_
     (tmp_path / "made" / "made.py").write_text("import datasets\n")
     cases = [(str(tmp_path / "made"), "a script makes this set", "network"), ("nobody/nothing", "network", "script")]
     for hub, said, other in cases:
-        monkeypatch.setitem(stage(1).DATA_SETS, "cmath", (hub, *stage(1).DATA_SETS["cmath"][1:]))
+        monkeypatch.setitem(download.SOURCES, "cmath", replace(download.SOURCES["cmath"], hub=hub))
         with pytest.raises(SystemExit):
-            stage(1).load_problems("cmath", False, None)
+            make(tmp_path / "out", "cmath")
         error = capsys.readouterr().err
-        assert said in error and other not in error and "--data-dir" in error
+        assert said in error and other not in error and "--from" in error
 
 
 def test_questions_without_an_answer_are_left_out(tmp_path, monkeypatch):
     rows = [{"question": "q", "answer": answer, "perturbation_type": kind}
             for answer, kind in (("7", "numerical substitution"), ("None", "critical thinking"))]  # fmt: skip
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    hub = (str(tmp_path), *stage(1).DATA_SETS["gsm-plus"][1:])
-    monkeypatch.setitem(stage(1).DATA_SETS, "gsm-plus", hub)
-    [found] = stage(1).load_problems("gsm-plus", False, None)
+    monkeypatch.setitem(download.SOURCES, "gsm-plus", replace(download.SOURCES["gsm-plus"], hub=str(tmp_path)))
+    make(tmp_path / "out", "gsm-plus")
+    [found] = read(tmp_path / "out" / "gsm_plus.jsonl")
     assert found["answer"] == "7" and found["subject"] == "numerical substitution"
 
 
 def test_odyssey_is_not_for_training(tmp_path):
     (tmp_path / "odyssey_math.jsonl").write_text(json.dumps({"id": "a", "problem": "p", "answer": "1"}) + "\n")
-    for data in ("odyssey-math", tmp_path / "odyssey_math.jsonl"):
-        done = run(1, "--data", data, "--model", TINY / "model", "--out", tmp_path / "s.jsonl", check=False)
-        assert done.returncode == 2 and "test use only" in done.stderr and not (tmp_path / "s.jsonl").exists()
+    data, out = tmp_path / "odyssey_math.jsonl", tmp_path / "s.jsonl"
+    done = run(1, "--data", data, "--model", TINY / "model", "--out", out, check=False)
+    assert done.returncode == 2 and "test use only" in done.stderr and not out.exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,7 +325,7 @@ def results(folder, seeds: int = 1, samples: int = 1):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         label = "base" if number == 0 else "tuned"
-        meta = {"number": number, "label": label, "settings": {"protocol": "strict", "temperature": 0.0, "max_tokens": 99}}
+        meta = {"number": number, "label": label, "settings": {"temperature": 0.0, "max_tokens": 99}}
         (folder / "sums" / f"{model}.jsonl.meta.json").write_text(json.dumps(meta))
 
 
@@ -314,7 +357,10 @@ def test_regrade_writes_the_whole_report(tmp_path):
     assert f["accuracy"] == len(right["tuned-0"]) / 60 and f["interval"] == list(stage(5).wilson(len(right["tuned-0"]), 60))
     assert set(f["won"]) == right["tuned-0"] - right["base"] and set(f["lost"]) == right["base"] - right["tuned-0"]
     assert f["p"] == stage(5).mcnemar(len(f["won"]), len(f["lost"])) and f["unfinished"] == 1 == f["too_long_a_prompt"]
-    assert f["verdicts"]["correct_paper"] > f["verdicts"]["correct"] == f["accuracy"], "0.07 is a hundredth of 7"
+    shares = [sum(row[field] for row in rows["tuned-0"]) / 60 for field in ("correct", "correct_paper", "correct_scdpo")]
+    assert shares[1] > shares[0] == f["accuracy"], "0.07 is a hundredth of 7"
+    line = "| sums (60) | tuned | " + " | ".join(f"{share:.1%}" for share in shares) + " |"
+    assert line in (tmp_path / "report.md").read_text()
     assert f["unparsable"] == sum(r["prediction"] is None and r["finish_reason"] == "stop" for r in rows["tuned-0"]) > 0
     problems = [json.dumps({key: row[key] for key in ("id", "problem", "answer")}) for row in rows["base"]]
     (tmp_path / "sums.jsonl").write_text("\n".join(problems) + "\n")
@@ -324,8 +370,11 @@ def test_regrade_writes_the_whole_report(tmp_path):
     levels = summary["benchmarks"]["sums"]["models"]["tuned"]["by"]["level"]
     assert sum(level["accuracy"] * level["problems"] for level in levels.values()) == pytest.approx(60 * f["accuracy"])
     text = (tmp_path / "report.md").read_text()
-    assert "sums by level" in text and "power 80 %" in text and (tmp_path / "levels.png").stat().st_size > 5000
-    said = run("report_html", tmp_path).stdout
+    assert "sums by level" in text and "power 80 %" in text and f"`python analysis/report.py {tmp_path}`" in text
+    said = run("report", tmp_path).stdout
+    assert (tmp_path / "levels.png").stat().st_size > 5000
+    pictures = "![accuracy](accuracy.png)\n\n![levels](levels.png)"
+    assert (tmp_path / "report.md").read_text() == re.sub("Pictures, and a page .*", lambda _: pictures, text)
     assert "2 pictures" in said and f"{min(10, len(f['won'])) + min(10, len(f['lost']))} problems side by side" in said
     tags = Tags((tmp_path / "report.html").read_text()).found
     kinds = {tag for tag, _ in tags}
@@ -338,7 +387,7 @@ def test_regrade_writes_the_whole_report(tmp_path):
     assert again.stdout.count(" 0 verdicts changed") == 2
     done = run("regrade", tmp_path, "--base", "best", check=False)
     assert done.returncode == 2 and "a label that is there: base, tuned" in done.stderr
-    for script in ("contamination", "report_html"):
+    for script in ("contamination", "report"):
         done = run(script, tmp_path / "none.jsonl", check=False)
         assert done.returncode == 2 and "none.jsonl" in done.stderr and "Traceback" not in done.stderr
     run("regrade", tmp_path, "--base", "tuned")
@@ -346,7 +395,7 @@ def test_regrade_writes_the_whole_report(tmp_path):
     assert list(models) == ["tuned", "base"] and "p" in models["base"], "the label that is named is the base"
     run("regrade", tmp_path, "--verdict", "paper")
     again = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["sums"]["models"]["tuned"]
-    assert again["accuracy"] == f["verdicts"]["correct_paper"] and again["verdicts"] == f["verdicts"]
+    assert again["accuracy"] == shares[1] and line in (tmp_path / "report.md").read_text()
     assert "is by the verdict of the Step-DPO authors;" in (tmp_path / "report.md").read_text()
     assert "maj@k" not in (tmp_path / "report.md").read_text(), "one response to each problem"
 
@@ -365,12 +414,13 @@ def test_seeds_and_samples_in_the_report(tmp_path):
     curves = models["base"]["curves"]
     assert curves["k"] == [1, 2, 4] and curves["pass"][0] == pytest.approx(models["base"]["accuracy"])
     assert curves["pass"][0] < curves["pass"][1] < curves["pass"][2]
-    assert "maj@4" in (tmp_path / "report.md").read_text() and (tmp_path / "curves.png").stat().st_size > 5000
     text = (tmp_path / "report.md").read_text()
     for path in (tmp_path / "sums").glob("*.jsonl"):  # the order in which the responses came does not matter
         path.write_text("".join(json.dumps(row) + "\n" for row in reversed(read(path))))
     run("regrade", tmp_path)
-    assert (tmp_path / "report.md").read_text() == text
+    assert (tmp_path / "report.md").read_text() == text and "maj@4" in text
+    run("report", tmp_path)
+    assert (tmp_path / "curves.png").stat().st_size > 5000
     for path in (tmp_path / "sums").glob("*.jsonl"):  # another benchmark with one response a problem, in the same folder
         (tmp_path / "ones").mkdir(exist_ok=True)
         (tmp_path / "ones" / path.name).write_text("".join(json.dumps(row) + "\n" for row in read(path) if row["sample"] == 0))
@@ -394,20 +444,9 @@ def test_a_base_of_several_seeds_side_by_side(tmp_path):
     run("regrade", tmp_path, "--base", "two")
     models = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["sums"]["models"]
     assert models["two"]["seeds"] == 2 and models["one"]["test"] == "bootstrap" and len(models["one"]["won"]) > 5
-    shown = int(re.search(r"(\d+) problems side by side", run("report_html", tmp_path).stdout)[1])
+    shown = int(re.search(r"(\d+) problems side by side", run("report", tmp_path).stdout)[1])
     kinds = [attributes.get("class") for _, attributes in Tags((tmp_path / "report.html").read_text()).found]
     assert kinds.count("right") == kinds.count("wrong") == shown > 5
-
-
-def test_columns_of_verdicts_need_every_row():
-    """Rows regraded and rows made later, of one model or of two: the papers' columns go, in every line of the table."""
-    late = {"id": "a", "problem": "p", "answer": "7", "prediction": "7", "correct": True, "finish_reason": "stop", "tokens": 3}
-    full = late | {"correct_paper": True, "correct_scdpo": True}
-    for first, counts in (([full, full], {9}), ([full, late], {9}), (None, {12})):
-        tables = {"t": {"a": [[row] for row in first or [full, full]], "b": [[late], [late]] if first else [[full], [full]]}}
-        summary = stage(5).summary_of({"a": ["a"], "b": ["b"]}, tables, {}, "strict", 0)
-        _, head, rows, _ = stage(5).tables_of(summary)[0]
-        assert {len(cells) for cells in [head, *rows]} == counts
 
 
 def test_regrade_of_a_wrong_folder_is_refused(tmp_path):
@@ -443,11 +482,11 @@ def test_model_text_becomes_no_markup():
     }
     for text in HOSTILE:
         start = time.time()
-        tags = Tags(report_html.to_html(text)).found
+        tags = Tags(report.to_html(text)).found
         assert {tag for tag, _ in tags} <= allowed, text
         assert not any(name.startswith("on") or name in ("href", "src", "style") for _, found in tags for name in found), text
         assert time.time() - start < 5
-    assert "<mfrac>" in report_html.to_html("so $\\frac{1}{2}$") and "$5 and $6" in report_html.to_html("It costs $5 and $6.")
+    assert "<mfrac>" in report.to_html("so $\\frac{1}{2}$") and "$5 and $6" in report.to_html("It costs $5 and $6.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -559,39 +598,38 @@ def test_samples_survive_kills_and_give_the_same_rows(server, tmp_path):
     summary = json.loads((tmp_path / "cut" / "summary.json").read_text())
     [f] = summary["benchmarks"]["validation"]["models"].values()
     assert f["curves"]["k"] == [1, 2, 4] and math.isclose(f["curves"]["pass"][0], f["accuracy"])
-    refused = run(5, *arguments, "--protocol", "paper", "--out", tmp_path / "cut", check=False)
-    assert refused.returncode == 2 and "protocol" in refused.stderr
+    refused = run(5, *arguments, "--opening", "", "--out", tmp_path / "cut", check=False)
+    assert refused.returncode == 2 and "opening" in refused.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("protocol, start, end", [
-    ("paper", "<|im_start|>system\\nYou are a helpful assistant.<|im_end|>", "<|im_start|>assistant\\n"),
-    ("paper-alpaca", "Below is an instruction that describes a task. Write", "\\n\\n### Response: Let's think step by step."),
-    ("paper-deepseek", "User: ", "within \\\\boxed{}.\\n\\nAssistant:"),
-    ("scdpo", "Below is an instruction that describes a task. Write", "\\n\\n### Response: Let's think step by step."),
+@pytest.mark.parametrize("template, opening, verdict, rule, start, end", [
+    ("step_dpo_qwen", "", "paper", "the verdict of the Step-DPO authors",
+     "<|im_start|>system\\nYou are a helpful assistant.<|im_end|>", "<|im_start|>assistant\\n"),
+    ("step_dpo_deepseek", "", "paper", "the verdict of the Step-DPO authors", "User: ",
+     "within \\\\boxed{}.\\n\\nAssistant:"),
+    ("metamath", " Let's think step by step.", "scdpo", "the rule of the SCDPO authors",
+     "Below is an instruction that describes a task. Write", "\\n\\n### Response: Let's think step by step."),
 ])  # fmt: skip
-def test_the_authors_prompt_reaches_the_model_as_it_is(bundled, tmp_path, protocol, start, end):
+def test_the_authors_prompt_reaches_the_model_as_it_is(bundled, tmp_path, template, opening, verdict, rule, start, end):
     """No forced "Step 1:" in the evaluation; what the prompt gave of the response stands in the row's opening."""
     options = [option.replace("--model", "--models") for option in bundled]
-    arguments = ["--data", TINY / "validation.jsonl", "--limit", 8, "--protocol", protocol, "--max-tokens", 200, *options]
-    arguments += ["--out", tmp_path]
+    arguments = ["--data", TINY / "validation.jsonl", "--limit", 8, "--max-tokens", 200, *options, "--out", tmp_path]
+    arguments += ["--chat-template", ROOT / "data" / "templates" / f"{template}.jinja", "--opening", opening]
     done = run(5, *arguments)
-    [prompt] = [line.removeprefix("first prompt: ")[1:-1] for line in done.stderr.splitlines() if "first prompt:" in line]
-    assert prompt.startswith(start) and prompt.endswith(end), prompt
+    shown = [line.removeprefix("first prompt: ")[1:-1] for line in done.stderr.splitlines() if "first prompt:" in line]
+    assert shown[0].startswith(start) and shown[0].endswith(end), shown
     [path] = (tmp_path / "validation").glob("*.jsonl")
-    opening = "Let's think step by step." if end.endswith("step.") else ""
     rows = read(path)
     assert len(rows) == 8 and all(row["opening"] == opening and row["response"].startswith(opening) for row in rows)
     assert not any(row["response"].startswith(stage(1).OPENING + " ") for row in rows if opening)
-    verdict = "the rule of the SCDPO authors" if protocol == "scdpo" else "the verdict of the Step-DPO authors"
-    assert f"strict equality (`python analysis/regrade.py` adds {verdict});" in (tmp_path / "report.md").read_text()
-    run("regrade", tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "accuracy is by strict equality;" in text and f"after the opening {opening!r}." in text
+    run("regrade", tmp_path, "--verdict", verdict)
     added = {"correct_paper", "correct_scdpo"}
     assert all(added < set(row) for row in read(path))
     assert [{name: row[name] for name in row if name not in added} for row in read(path)] == rows
-    text = (tmp_path / "report.md").read_text()
-    assert f"accuracy is by {verdict};" in text
-    run(5, *arguments)  # the same, from the rows
+    judged = (tmp_path / "report.md").read_text()
+    assert f"accuracy is by {rule};" in judged and "## Right by each verdict" in judged
+    run(5, *arguments)  # the strict report again, from the rows
     assert (tmp_path / "report.md").read_text() == text
-    run(5, *arguments, "--limit", 9)  # one more row, which has not been regraded
-    assert f"strict equality (`python analysis/regrade.py` adds {verdict});" in (tmp_path / "report.md").read_text()

@@ -266,8 +266,9 @@ def test_alpaca_template_is_the_authors_prompt():
     """data/templates/alpaca.jinja with the forced opening: what the authors sampled their SFT models with and train on."""
     tokenizer = stage(1).load_tokenizer(str(TINY / "model"), ROOT / "data/templates/alpaca.jinja", "{}")
     text = stage(1).render_prompt(tokenizer, "1 + 1?", OPENING)
-    evaluation = stage(5).PROTOCOLS["paper-alpaca"][0].format(problem="1 + 1?")  # "### Response: Let's think step by step."
-    assert text == evaluation.removesuffix(" ") + "\n" + OPENING
+    tokenizer = stage(1).load_tokenizer(str(TINY / "model"), ROOT / "data/templates/metamath.jinja", "{}")
+    evaluation = stage(5).render_prompt(tokenizer, "1 + 1?", " Let's think step by step.")
+    assert text == evaluation.removesuffix(" Let's think step by step.") + "\n" + OPENING
 
 
 def test_recipes_name_options_that_exist():
@@ -278,10 +279,10 @@ def test_recipes_name_options_that_exist():
     known = {}
     for path in sorted((ROOT / "recipes").glob("*.sh")):
         text = re.sub(r"\\\n", " ", path.read_text())
-        for name, rest in re.findall(r"(0[1-5]_\w+|analysis/\w+)\.py((?: +(?:\"[^\"]*\"|[^\s\"|;&]+))*)", text):
+        for name, rest in re.findall(r"(0[1-5]_\w+|(?:analysis|data)/\w+)\.py((?: +(?:\"[^\"]*\"|[^\s\"|;&]+))*)", text):
             if name not in known:
                 assert (ROOT / f"{name}.py").is_file(), f"{path.name}: no {name}.py"
-                args = getattr(importlib.import_module(name.removeprefix("analysis/")), "Args", None)
+                args = getattr(importlib.import_module(name.split("/")[-1]), "Args", None)
                 known[name] = {field.replace("_", "-") for field in args.__dataclass_fields__} if args else None
             for option in re.findall(r"(?<= )--([a-z][a-z-]+)", re.sub(r'"[^"]*"', "", rest)):
                 assert known[name] is None or option in known[name], f"{path.name}: {name}.py has no --{option}"

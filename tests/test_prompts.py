@@ -5,6 +5,7 @@ import json
 import pytest
 from conftest import ROOT, STAGES, TINY, read, run, stage
 from test_faults import scripted  # noqa: F401  a server that answers every completion alike
+from tokenizers import normalizers
 
 TEMPLATES = sorted((ROOT / "data" / "templates").glob("*.jinja"))
 CHATML = (TINY / "model" / "chat_template.jinja").read_text()
@@ -66,17 +67,40 @@ def asked_and_trained(tokenizer, prefix: str) -> dict[str, list[int]]:
 @pytest.mark.parametrize("eos", [False, True])
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
 def test_one_bos_stands_first_in_every_stage_and_no_eos_within(template, eos, tmp_path):
-    five, folder = stage(5), model(tmp_path / "m", eos=eos)
-    tokenizer = stage(1).load_tokenizer(folder, template, "{}")
+    tokenizer = stage(1).load_tokenizer(model(tmp_path / "m", eos=eos), template, "{}")
     ids = asked_and_trained(tokenizer, "Step 1:")
-    raw = stage(5).load_tokenizer(folder, None, "{}", chat=False)
-    for name, (prompt, opening) in five.PROTOCOLS.items():
-        ids[name] = five.text_ids(raw, prompt.format(problem="1 + 1?") + opening)
     for name, found in ids.items():
         assert found[0] == tokenizer.bos_token_id and found.count(tokenizer.bos_token_id) == 1, name
         assert tokenizer.eos_token_id not in found, name
     qwen = stage(1).load_tokenizer(str(TINY / "model"), template, "{}")  # has no BOS
     assert qwen.bos_token is None and qwen.decode(stage(1).prompt_ids(qwen, "1 + 1?", "")) in tokenizer.decode(ids[STAGES[1]])
+
+
+ASK = "1 + 1?\nPlease reason step by step, and put your final answer within \\boxed{}."
+ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately completes the request."
+          "\n\n### Instruction:\n1 + 1?\n\n### Response: Let's think step by step.")  # fmt: skip
+AUTHORS = {  # template and opening of docs/evaluation.md, and the raw prompt of the authors' evaluation
+    "step_dpo_qwen": ("", "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n" + ASK
+                      + "<|im_end|>\n<|im_start|>assistant\n"),
+    "step_dpo_deepseek": ("", "User: " + ASK + "\n\nAssistant:"),
+    "metamath": (" Let's think step by step.", ALPACA),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("around", ["nothing", "bos", "bos and eos", "bos, and a space before words"])
+@pytest.mark.parametrize("name", AUTHORS)
+def test_the_authors_prompts(name, around, tmp_path):
+    """The same token ids as LLM.generate makes of the raw prompt: with the BOS that the tokenizer puts before a text."""
+    opening, raw = AUTHORS[name]
+    folder = str(TINY / "model") if around == "nothing" else model(tmp_path / "m", eos="eos" in around)
+    tokenizer = stage(1).load_tokenizer(folder, ROOT / "data" / "templates" / f"{name}.jinja", "{}")
+    if "space" in around:  # as in Mistral's tokenizer
+        tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("\u0120")
+    ids = tokenizer(raw)["input_ids"]
+    ids = ids[:-1] if "eos" in around else ids
+    assert stage(5).prompt_ids(tokenizer, "1 + 1?", opening) == ids
+    assert stage(5).render_prompt(tokenizer, "1 + 1?", opening) == "<s>" * (around != "nothing") + raw
+    assert ids[0] == tokenizer.bos_token_id or around == "nothing"
 
 
 @pytest.mark.parametrize("eos", [False, True])
@@ -97,8 +121,6 @@ def test_a_template_without_bos_gets_one_line(tmp_path, capfd):
         one.load_tokenizer(model(tmp_path / f"{warned}{bos}", template, bos), None, "{}")
         lines = capfd.readouterr().err.splitlines()
         assert sum("renders no <s>" in line for line in lines) == warned and len(lines) == warned
-    one.load_tokenizer(str(tmp_path / "1True"), None, "{}", chat=False)  # the papers' raw prompts have it
-    assert "renders no" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("template", ENDS, ids=["llama", "gemma", "mistral", "chatml"])
@@ -133,7 +155,8 @@ def test_templates_take_the_bare_problem_also_where_the_sentence_was_edited(monk
         for template in TEMPLATES:
             tokenizer = stage(number).load_tokenizer(str(TINY / "model"), template, "{}")
             text = stage(number).render_prompt(tokenizer, "1 + 1?", "")
-            assert "1 + 1?" in text and "hard" not in text and "hard" in stage(number).USER_TURN
+            bare = "problem'" in template.read_text()  # message['problem']
+            assert "1 + 1?" in text and ("hard" in text) != bare and "hard" in stage(number).USER_TURN
     own = stage(1).load_tokenizer(str(TINY / "model"), None, "{}")
     assert "1 + 1?\nThink hard" in stage(1).render_prompt(own, "1 + 1?", "")
 
@@ -145,12 +168,6 @@ def test_scdpos_evaluation_of_code_has_its_own_prompt(tmp_path):
         "<s><|system|><|text|>Below is a math problem. Please solve it step by step.<|endofblock|><|endofmessage|>"
         "<|user|><|text|>1 + 1?<|endofblock|><|endofmessage|><|assistant|>"
     )
-
-
-def test_a_raw_prompt_runs_no_code(tmp_path):
-    done = run(5, "--protocol", "scdpo", "--split", "blocks", "--models", TINY / "model", "--out", tmp_path / "r", check=False)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "code_evaluation.jinja" in done.stderr
-    assert not (tmp_path / "r").exists()
 
 
 def refused(number: int, *arguments):

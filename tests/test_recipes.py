@@ -30,7 +30,9 @@ def test_quickstart_recipe_end_to_end(tmp_path):
     summary = json.loads((tmp_path / "results" / "summary.json").read_text())["benchmarks"]["test"]
     base, tuned = summary["models"].values()
     assert summary["problems"] == 60 and "p" in tuned and 0.3 < base["accuracy"] < 0.95
-    assert "| test (60) |" in (tmp_path / "results" / "report.md").read_text() and "Where the time went" in done.stdout
+    text = (tmp_path / "results" / "report.md").read_text()
+    assert "| test (60) |" in text and "![accuracy](accuracy.png)" in text and (tmp_path / "results" / "report.html").exists()
+    assert "Where the time went" in done.stdout
     assert read(tmp_path / "model-0" / "metrics.jsonl")[-1]["step"] >= 2
     assert (tmp_path / "model-0" / "model.safetensors").exists()
 
@@ -181,7 +183,7 @@ def test_small_model_commands(tmp_path):
     assert [name.split("=")[0] for name in tests[-1].models] == ["base", *methods]
     assert tests[-1].models[2] == "dpo=out/models/dpo-3e-6-0,out/models/dpo-3e-6-1"
     calls, done = small_model(tmp_path, SEEDS="0 1", MODEL="base-model")
-    assert done.returncode == 0 and {call[0][:2] for call in calls} == {"05", "ex"} and not of(4)
+    assert done.returncode == 0 and {call[0][:2] for call in calls} == {"05", "an", "ex"} and not of(4)
     assert all(args.out.name == "test" for args in of(5))
 
 
@@ -197,7 +199,8 @@ def test_small_model_parts(tmp_path):
     assert call[0].startswith("04") and call[-1] == "out/models/step-dpo-1e-6-2" and "--base-url" not in call
     [call], _ = small_model(tmp_path, "validate", "step_dpo", "1e-6", "2", **server)
     assert "step-dpo-1e-6-2=out/models/step-dpo-1e-6-2" in call and "--base-url" in call
-    [call], _ = small_model(tmp_path, "test", **server)
+    [call, page], _ = small_model(tmp_path, "test", **server)
+    assert page == ["analysis/report.py", "out/test"]
     assert call[call.index("--models") + 1] == "base=Qwen/Qwen2.5-0.5B-Instruct"
     assert call[call.index("--models") + 2].startswith("--"), "no rate is chosen, so there is nothing to compare with"
     _, done = small_model(tmp_path, "data", PAIRS="300", **server)

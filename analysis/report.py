@@ -1,9 +1,9 @@
-"""One page of a folder of 05_eval.py's results: tables, pictures, and problems won and lost side by side with their responses.
+"""Pictures and one page of a folder of 05_eval.py's results; the page has problems won and lost side by side with responses.
 
-    python analysis/report_html.py results/tiny        # -> results/tiny/report.html, one file, without a script
+    python analysis/report.py results/tiny        # -> accuracy.png ..., which report.md shows then, and report.html
 
-Input: summary.json, the pictures and BENCHMARK/MODEL.jsonl as 05 writes them. Of each of the first six models ten problems won
-and ten lost against the base are drawn. Formulas are MathML; what a model wrote is escaped.
+Input: summary.json and BENCHMARK/MODEL.jsonl as 05 writes them. report.html is one file, without a script. Of each of the first
+six models it shows ten problems won and ten lost against the base. Formulas are MathML; what a model wrote is escaped.
 """
 
 import base64
@@ -64,6 +64,67 @@ class Args:
     """draws the problems"""
 
 
+def bars(axes, figures: dict[str, dict[str, dict]]):
+    """A group of bars for each key of `figures`, in it a bar for each model, with its 95 % interval."""
+    models = list(next(iter(figures.values())))
+    width = 0.8 / len(models)
+    for i, model in enumerate(models):
+        shares = 100 * np.array([found[model]["accuracy"] for found in figures.values()])
+        ends = 100 * np.array([found[model]["interval"] for found in figures.values()]).T
+        x = np.arange(len(figures)) + (i - (len(models) - 1) / 2) * width
+        axes.bar(x, shares, width, yerr=abs(ends - shares), capsize=3, label=model[-40:], error_kw={"lw": 1})
+        if len(figures) * len(models) <= 12:
+            for place, share, top in zip(x, shares, ends[1], strict=True):
+                axes.text(place, top + 1, f"{share:.1f}", ha="center", fontsize=9)
+    axes.set(ylabel="accuracy, %", xlim=(-0.75, len(figures) - 0.25), ylim=(0, 108))
+    axes.set_xticks(range(len(figures)), figures)
+
+
+def draw_pictures(summary: dict, out: Path) -> list[Path]:
+    """accuracy.png, levels.png where there are levels, and curves.png where there are several samples."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams |= {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
+    plt.rcParams |= {"axes.grid": True, "axes.grid.axis": "y", "grid.alpha": 0.3, "figure.constrained_layout.use": True}
+    files, models = [], {name: {label: found["models"][label] for label in summary["groups"]}
+                         for name, found in summary["benchmarks"].items()}  # fmt: skip
+
+    def save(figure, name: str):
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncol=min(3, len(labels)), frameon=False, fontsize=9)
+        figure.savefig(out / name, dpi=150)
+        plt.close(figure)
+        files.append(out / name)
+
+    figure, axes = plt.subplots(figsize=(8, 4))
+    bars(axes, models)
+    save(figure, "accuracy.png")
+    leveled = {name: {level: {label: f["by"]["level"][level] for label, f in found.items()} for level in first["by"]["level"]}
+               for name, found in models.items() if "level" in (first := next(iter(found.values())))["by"]}  # fmt: skip
+    if leveled:
+        figure, grid = plt.subplots(len(leveled), 1, figsize=(8, 3.4 * len(leveled)), squeeze=False)
+        for name, axes in zip(leveled, grid[:, 0], strict=True):
+            bars(axes, leveled[name])
+            axes.set_title(f"{name} by level", fontsize=11, loc="left")
+        save(figure, "levels.png")
+    several = [name for name, found in summary["benchmarks"].items() if found["samples"] > 1]
+    if several:
+        figure, grid = plt.subplots(1, len(several), figsize=(max(6, 4 * len(several)), 4), squeeze=False)
+        for name, axes in zip(several, grid[0], strict=True):
+            for i, (model, f) in enumerate(models[name].items()):
+                for kind, style in (("pass", "-"), ("maj", "--")):
+                    values, label = 100 * np.array(f["curves"][kind]), f"{model[-30:]}, {kind}@k"
+                    axes.plot(f["curves"]["k"], values, f"o{style}", color=f"C{i}", ms=4, label=label)
+            axes.set(xscale="log", xlabel="k, responses a problem", title=name, ylabel="problems, %")
+            axes.set_xticks(f["curves"]["k"], f["curves"]["k"])
+            axes.minorticks_off()
+        save(figure, "curves.png")
+    return files
+
+
 def to_html(text: str) -> str:
     """Text with its formulas as MathML, which browsers show without a script. Everything else is escaped: it is a model's."""
     def formula(tex: str) -> str:
@@ -121,6 +182,7 @@ def main(args: Args):
     try:
         summary, sides = json.loads(path.read_text()), []
         base, *others = summary["groups"]
+        about, tables = EVAL.about(summary), EVAL.tables_of(summary)
     except (ValueError, KeyError) as error:
         again = f"python analysis/regrade.py {args.results}"
         EVAL.stop(f"{path}: not as this version of 05_eval.py writes it ({error!r}); make it anew by {again}")
@@ -128,12 +190,15 @@ def main(args: Args):
         responses = read_responses(args.results / name, summary["groups"])
         for label in others[:6]:
             pair = {base: responses[base], label: responses[label]}
-            sides += sides_of(name, benchmark["models"][label], pair, summary["verdict"], args.seed)
-    files = [args.results / name for name in ("accuracy.png", "levels.png", "curves.png")]
-    pictures = [(file.stem, base64.b64encode(file.read_bytes()).decode()) for file in files if file.is_file()]
-    out, tables = args.results / "report.html", EVAL.tables_of(summary)
-    page = render(title="Evaluation", about=EVAL.about(summary), tables=tables, pictures=pictures, sides=sides)
-    out.write_text(page, encoding="utf-8")
+            sides += sides_of(name, benchmark["models"][label], pair, summary.get("verdict", "correct"), args.seed)
+    try:
+        files = draw_pictures(summary, args.results)
+    except OSError as error:
+        EVAL.stop(f"{args.results}: pictures cannot be written ({error.strerror}); make room and run the same command again")
+    EVAL.write_report(summary, args.results, tuple(files))
+    pictures = [(file.stem, base64.b64encode(file.read_bytes()).decode()) for file in files]
+    out = args.results / "report.html"
+    EVAL.save(out, render(title="Evaluation", about=about, tables=tables, pictures=pictures, sides=sides))
     count = sum(len(found) for _, found in sides)
     print(f"{out}: {len(tables)} tables, {len(pictures)} pictures, {count} problems side by side")
 

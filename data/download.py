@@ -1,0 +1,219 @@
+"""Write data sets as JSON Lines files that the stages read, from the hub or from a folder.
+
+    python data/download.py gsm8k math                 # data/gsm8k_train.jsonl and gsm8k_test.jsonl, the same of MATH
+    python data/download.py aime24 odyssey-math        # data/aime24.jsonl, data/odyssey_math.jsonl, which have a test part only
+    python data/download.py gsm8k --from FOLDER        # the same file names from a folder
+
+Output, a line a problem; `solution`, `level` and `subject` where the set has them:
+    {"id": "gsm8k-test-main-0", "dataset": "gsm8k", "problem": "Ava has 3 apples ...", "answer": "7", "solution": "..."}
+
+FOLDER holds files in these fields. FILE.meta.json holds source, licence, number of problems and content hash.
+A file that is there is not made again. HF_HUB_OFFLINE=1 takes the sets from the local cache of the hub.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import httpx
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+SAMPLE = importlib.import_module("01_sample_errors")
+
+
+@dataclass
+class Source:
+    """Where a set comes from."""
+
+    hub: str
+    """hub id, or the address of a file"""
+    parts: str
+    """configurations on the hub; "": it has one"""
+    train: str
+    """split to train on; "": none, the set is for tests"""
+    test: str
+    """split to test on"""
+    fields: str
+    """our fields and theirs"""
+    licence: str
+
+
+SOURCES = {
+    "gsm8k": Source("openai/gsm8k", "main", "train", "test", "problem=question answer=answer solution=answer", "MIT"),
+    "gsm-plus": Source("qintongli/GSM-Plus", "", "", "test", "problem=question answer=answer subject=perturbation_type",
+                       "see its card"),
+    "math": Source("EleutherAI/hendrycks_math",
+                   "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus",
+                   "train", "test", "problem=problem answer=solution solution=solution level=level subject=type", "MIT"),
+    "math500": Source("HuggingFaceH4/MATH-500", "", "", "test", "problem=problem answer=answer level=level subject=subject",
+                      "MIT"),
+    "aqua": Source("deepmind/aqua_rat", "raw", "train", "test", "problem=question answer=correct solution=rationale",
+                   "Apache-2.0"),
+    "amc23": Source("math-ai/amc23", "", "", "test", "problem=question answer=answer", "problems (c) MAA"),
+    "aime24": Source("HuggingFaceH4/aime_2024", "", "", "train", "problem=problem answer=answer solution=solution",
+                     "problems (c) MAA"),
+    "aime25": Source("MathArena/aime_2025", "", "", "train", "problem=problem answer=answer", "problems (c) MAA"),
+    "aime26": Source("MathArena/aime_2026", "", "", "train", "problem=problem answer=answer", "problems (c) MAA"),
+    "hmmt-feb-2026": Source("MathArena/hmmt_feb_2026", "", "", "train", "problem=problem answer=answer",
+                            "problems (c) HMMT"),
+    "odyssey-math": Source(
+        "https://raw.githubusercontent.com/protagolabs/odyssey-math/main/final-odyssey-math-with-levels.jsonl",
+        "", "", "test", "problem=question answer=answer level=level subject=label", "CC BY-SA 4.0, for tests only"),
+    "olympiadbench": Source("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "", "train",
+                            "problem=question answer=final_answer", "see its card"),
+    "minerva": Source("math-ai/minervamath", "", "", "test", "problem=question answer=answer", "see its card"),
+    "cmath": Source("weitianwen/cmath", "", "", "test", "problem=question answer=golden level=grade", "CC BY 4.0"),
+    # the authors' own file: on the hub a script makes it
+    "mgsm-zh": Source("https://raw.githubusercontent.com/google-research/url-nlp/main/mgsm/mgsm_zh.tsv", "", "", "test",
+                      "problem=question answer=answer_number", "CC BY 4.0"),
+    "ape210k": Source("MU-NLPC/Calc-ape210k", "original-splits", "train", "test", "problem=question_chinese answer=result",
+                      "not stated"),
+}  # fmt: skip
+OTHER_NAMES = {"aqua": "aqua_dev", "ape210k": "ape500_test"}  # of test files in a folder
+LATEX_DEBRIS = r"(?:\s|\\\\|\\noindent|\\newpage|\\end\{problem\}|\\vspace\*?\{[^}]*\}|\\section\*?(?:\{[^}]*\})?)+$"
+ASKS_FOR_ALL = re.compile(r"separated by comma|[Ff]ind all|all (?:possible|real|the) (?:values|solutions)|angles of")
+
+
+@dataclass
+class Args:
+    names: tyro.conf.Positional[tuple[str, ...]]
+    """gsm8k, gsm-plus, math, math500, aqua, amc23, aime24, aime25, aime26, hmmt-feb-2026, odyssey-math, olympiadbench, minerva,
+    cmath, mgsm-zh, ape210k"""
+    folder: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """folder with these sets as files, instead of the hub"""
+    out: Path = Path("data")
+    """folder to write"""
+
+
+def main(args: Args):
+    names = [name.replace("_", "-") for name in args.names]
+    if unknown := [name for name in names if name not in SOURCES]:
+        SAMPLE.stop(f"{unknown[0]}: no such set; give one or more of {', '.join(SOURCES)}")
+    if not names:
+        SAMPLE.stop(f"no set is named; give one or more of {', '.join(SOURCES)}")
+    for name in names:
+        download(name, args.folder, args.out)
+
+
+def download(name: str, folder: Path | None, out: Path):
+    """Write a set's files: a training part and a test part, or the one file of a set that is for tests."""
+    source, stem = SOURCES[name], name.replace("-", "_")
+    test = f"{stem}_test" if source.train else stem
+    splits = {f"{stem}_train": source.train, test: source.test} if source.train else {test: source.test}
+    given = {f"{stem}_train": [f"{stem}_train"], test: [f"{stem}_test", OTHER_NAMES.get(name, stem), stem]}
+    found = False
+    for file, split in splits.items():
+        path = out / f"{file}.jsonl"
+        if path.is_file():
+            print(f"{path}: there already")
+            found = True
+            continue
+        if folder:
+            originals = [folder / f"{other}.jsonl" for other in given[file] if (folder / f"{other}.jsonl").is_file()]
+            if not originals:
+                print(f"{folder}: no {file}.jsonl there")
+                continue
+            rows = [{"dataset": name} | row for row in SAMPLE.read_rows(originals[0], ("id", "problem", "answer"))]
+            write(path, name, rows, str(originals[0]))
+        else:
+            write(path, name, load_hub(name, split), source.hub)
+        found = True
+    if not found:
+        SAMPLE.stop(f"--from {folder}: no file of {name}; give a folder with {' or '.join(splits)}.jsonl")
+
+
+def write(path: Path, name: str, rows: list[dict], source: str):
+    """Write a file with its meta file, and say what it holds.
+
+    Where a problem of MATH asks for all values and its solution boxes them one by one, all of them are the answer."""
+    for row in rows:
+        if name == "math" and ASKS_FOR_ALL.search(row["problem"]):
+            row["answer"] = ", ".join(all_boxes(row.get("solution", ""))) or row["answer"]
+    about = {"source": source, "licence": SOURCES[name].licence, "problems": len(rows), "hash": SAMPLE.content_hash(rows)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    SAMPLE.save(Path(f"{path}.meta.json"), json.dumps(about, indent=1) + "\n")
+    SAMPLE.save(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    print(f"{path}: {len(rows)} problems from {source}, licence: {about['licence']}, content hash {about['hash']}")
+
+
+def load_hub(name: str, split: str) -> list[dict]:
+    """A set from the hub, or from its address, in our fields, without the rows that have no answer."""
+    import datasets
+
+    source, rows = SOURCES[name], []
+    try:
+        if source.hub.startswith("https://"):
+            data = {"": load_file(source.hub)}
+        else:
+            parts = source.parts.split() or [""]
+            data = {part: datasets.load_dataset(source.hub, part or None, split=split) for part in parts}
+    except Exception as error:  # the library raises many kinds: no network, no such set, gated ...
+        said, todo = (str(error) or repr(error)).splitlines()[0], "check the network, or"
+        if "scripts are no longer supported" in said:
+            todo = "a script makes this set, and datasets 4 and later run none:"
+        SAMPLE.stop(f"{name}: {source.hub} cannot be loaded ({said}); {todo} give files by --from")
+    for part, its_rows in data.items():
+        for number, row in enumerate(its_rows):
+            identity = "-".join(filter(None, (name, split, part, str(number))))
+            rows.append({"id": identity, "dataset": name} | our_fields(name, row))
+    return [row for row in rows if row["answer"]]
+
+
+def load_file(address: str) -> list[dict]:
+    """Rows of a set that is a file elsewhere: tab-separated, or lines such as {"Problem_7": {...}}."""
+    text = httpx.get(address, follow_redirects=True, timeout=60).raise_for_status().text
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if address.endswith(".tsv"):
+        return [dict(zip(("question", "answer_number"), line.split("\t"), strict=True)) for line in lines]
+    return [next(iter(json.loads(line).values())) for line in lines]
+
+
+def our_fields(name: str, row: dict) -> dict:
+    """A row of a hub's set in our fields; an empty answer where there is none to give."""
+    found = {ours: row[theirs] for ours, theirs in (pair.split("=") for pair in SOURCES[name].fields.split())}
+    answer = found["answer"]
+    if name == "gsm8k":
+        answer = answer.split("####")[-1].replace(",", "").strip()
+    elif name == "math":
+        answer = SAMPLE.extract_answer(answer) or ""  # a few boxes are empty
+    elif name == "gsm-plus" and row["perturbation_type"] == "critical thinking":
+        answer = ""
+    elif name == "aqua":
+        found["problem"] += "\nOptions:\n" + "\n".join(row["options"])
+    elif name == "aime24":
+        answer = int(answer)  # "025"
+    elif name == "amc23":
+        answer = str(answer).removesuffix(".0")
+    elif name == "olympiadbench":
+        answer = answer[0].replace("$", "")
+    elif name == "odyssey-math":
+        found["problem"] = re.sub(LATEX_DEBRIS, "", found["problem"])
+        answer = re.sub(r"^\$([^$]*)\$$", r"\1", re.sub(LATEX_DEBRIS, "", answer).rstrip(". "))
+    elif name == "math500":
+        found["level"] = f"Level {found['level']}"
+    elif name == "cmath":
+        found["level"] = f"grade {found['level']}"
+    elif name == "mgsm-zh":
+        answer = answer.replace(",", "")
+    return found | {"answer": str(answer)}
+
+
+def all_boxes(solution: str) -> list[str]:
+    r"""What stands in the \boxed{} of a solution, each different answer once, in their order."""
+    found = []
+    while (start := solution.rfind("\\boxed")) >= 0:
+        answer, solution = SAMPLE.extract_answer(solution[start:]), solution[:start]
+        if answer and not any(SAMPLE.quick_verdict(answer, other) for other in found):
+            found.insert(0, answer)
+    return found
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__.split("\n\nOutput")[0]))
