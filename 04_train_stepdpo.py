@@ -36,6 +36,7 @@ begun.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import ctypes
 import fcntl
@@ -152,6 +153,12 @@ class Args:
     """where accelerate sends the figures too"""
     seed: int = 0
     """seed of the data order"""
+    accept_edit: bool = False
+    """resume after an edit of this file's code, or with pairs that another prompt made; training.json notes it"""
+
+
+# What makes a step, with all that it uses: a run does not resume after an edit of it.
+STEP_CODE = ("train_step", "make_optimizer", "learning_rate", "batches", "encode", "split_sides", "SuffixScorer")
 
 
 def main(args: Args):
@@ -169,16 +176,14 @@ def main(args: Args):
     resume, done = checkpoint_to_resume(accelerator, args, settings)
 
     adapters = add_lora(lm, args) if args.lora_rank else None
-    trained = [parameter for parameter in lm.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    scorer, optimizer = accelerator.prepare(SuffixScorer(lm), optimizer)
+    scorer, optimizer = accelerator.prepare(SuffixScorer(lm), make_optimizer(lm, args))
     scorer.train()
     if args.objective == "dpo":
         for some in filter(None, (pairs, val_pairs)):
             some.reference = reference_logps(scorer, some, args, accelerator, weights)
     if resume:
         accelerator.load_state(str(resume))
-        print_main(f"going on from {resume}")
+        print_main(f"resuming from {resume}")
 
     log = Log(accelerator, args, done)
     per_epoch = math.ceil(len(pairs) / args.batch_size)
@@ -208,6 +213,11 @@ def main(args: Args):
     # freed before the process group is: with accelerate 1.15 and gloo about one exit in seven hung the other way round
     scorer, optimizer = accelerator.free_memory(scorer, optimizer)
     accelerator.end_training()
+
+
+def make_optimizer(lm, args: Args) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in lm.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
 
 
 def train_step(scorer, optimizer, pairs: Pairs, batch: list[int], args: Args, accelerator: Accelerator) -> dict:
@@ -360,6 +370,7 @@ def start(args: Args) -> tuple[Accelerator, object, Pairs, Pairs | None]:
     accelerator = start_accelerate(args)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
+    check_prompt(args, tokenizer)
     pairs = prepare(rows, tokenizer, args, " ".join(args.data))
     val_pairs = prepare(val_rows, tokenizer, args, "validation") if val_rows else None
     print_main(f"first row, what is trained on between | |: {tokenizer.decode(pairs.prefixes[0])!r}")
@@ -368,6 +379,19 @@ def start(args: Args) -> tuple[Accelerator, object, Pairs, Pairs | None]:
         print_main("    " + "".join(f"|{tokenizer.decode(p)!r}|" if pairs.trained(ids)[0] ^ i % 2 else repr(tokenizer.decode(p))
                                     for i, p in enumerate(parts)))  # fmt: skip
     return accelerator, tokenizer, pairs, val_pairs
+
+
+def check_prompt(args: Args, tokenizer):
+    """Stop where the policy of a file of 03 was given another prompt than the one that is trained here."""
+    for name in args.data:
+        meta = Path(f"{name}.meta.json")
+        made = json.loads(meta.read_text(encoding="utf-8"))["settings"] if meta.exists() else {}
+        if "prompt" not in made or made.get("rectifier") or args.accept_edit:
+            continue  # not a file of 03, made without a model, or by another model
+        prompt = render_prompt(tokenizer, PROBE, made["opening"])
+        if prompt != made["prompt"]:
+            stop(f"{name} was made with {difference('prompt', made['prompt'], prompt)}; "
+                 "make the same edit here, give 03's --chat-template, or add --accept-edit")  # fmt: skip
 
 
 def start_accelerate(args: Args) -> Accelerator:
@@ -1008,16 +1032,16 @@ def from_first(accelerator: Accelerator, find):
     return found[0]
 
 
-def settings_of(args: Args, tokenizer, weights: str, pairs: Pairs, val_pairs: Pairs | None) -> dict[str, str]:
+def settings_of(args: Args, tokenizer, weights: str, pairs: Pairs, val_pairs: Pairs | None) -> dict:
     """What a run that is gone on with must have in common with its beginning."""
     free = {"out", "save_steps", "eval_steps", "log_steps", "keep", "data", "validation", "tokens_per_batch", "tracker",
-            "lora_save", "ignore_memory", "chat_template", "chat_template_kwargs"}  # fmt: skip
+            "lora_save", "ignore_memory", "chat_template", "chat_template_kwargs", "accept_edit"}  # fmt: skip
     hashes = "".join(some.digest() + str(some.fields) for some in (pairs, val_pairs) if some)
     settings = {name: str(value) for name, value in asdict(args).items() if name not in free}
-    texts = {"pairs": hashes, "code of the loss": inspect.getsource(dpo_loss)}  # an edited loss is another run
     # compared in this order: another prompt makes other pairs
     settings |= {"weights": weights[:16], "prompt": render_prompt(tokenizer, PROBE, "Step 1:")}
-    return settings | {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
+    settings["pairs"] = hashlib.sha256(hashes.encode()).hexdigest()[:16]
+    return settings | {"code": source_hashes(STEP_CODE), "edits": []}
 
 
 def lock_out(out: Path) -> str:
@@ -1042,7 +1066,9 @@ def is_finished(args: Args, tokenizer, pairs: Pairs, val_pairs: Pairs | None) ->
     if not path.exists() or not any(args.out.glob("*.safetensors")):
         return False
     old, settings = json.loads(path.read_text()), settings_of(args, tokenizer, weights_hash(args.model), pairs, val_pairs)
-    return old["settings"] == settings and old["arguments"]["lora_save"] == args.lora_save
+    free = {"edits", "code", "prompt"} if args.accept_edit else {"edits"}
+    same = all(old["settings"].get(name) == value for name, value in settings.items() if name not in free)
+    return same and old["arguments"]["lora_save"] == args.lora_save
 
 
 def checkpoint_to_resume(accelerator: Accelerator, args: Args, settings: dict) -> tuple[Path | None, int]:
@@ -1057,11 +1083,19 @@ def checkpoint_to_resume(accelerator: Accelerator, args: Args, settings: dict) -
         stop(f"{made}: process {accelerator.process_index} does not see it; --out must be on a file system that all "
              "machines share")  # fmt: skip
     old = json.loads(state.read_text())
+    edited = edited_names(old["settings"].get("code", {}), settings["code"])
+    free = {"code", "edits", "prompt"} if edited else {"code", "edits"}
     for name, value in settings.items():
-        if old["settings"].get(name) != value:
+        if name not in free and old["settings"].get(name) != value:
             stop(f"{made} was made with {difference(name, old['settings'].get(name), value)}; "
                  "take the old setting or give another --out")  # fmt: skip
-    return resume, old["step"] if resume else 0
+    if edited and not args.accept_edit:
+        stop(f"{made} was made before an edit of {', '.join(edited[:6])}; undo it, give another --out, or add --accept-edit")
+    step = old["step"] if resume else 0
+    settings["edits"] = old["settings"].get("edits", [])
+    if edited:
+        settings["edits"].append({"steps": step} | {name: old["settings"].get(name) for name in ("code", "prompt")})
+    return resume, step
 
 
 def last_checkpoint(out: Path) -> Path | None:
@@ -1196,6 +1230,33 @@ def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
                 stop(f"{path}, line {number}: {field!r} is {json.dumps(row[field])[:50]}; it must be {kind}")
         rows.append(row | {field: text_of(row[field]) for field in ("id", "answer") if field in fields})
     return rows or stop(f"{path}: no rows; it is empty")
+
+
+# Copied from 01_sample_errors.py
+def source_hashes(roots: tuple[str, ...]) -> dict[str, str]:
+    """A hash of the source of these functions and constants of this file, and of all in it that they use. Comments,
+    docstrings and layout do not count: an edit of them does not make a run start again."""
+    sources, hashes, names = {}, {}, list(roots)
+    for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else node
+        sources[getattr(target, "id", getattr(target, "name", ""))] = node
+    while names:
+        name = names.pop()
+        if name in hashes or name not in sources or name == "Args":  # the options stand in the settings by their values
+            continue
+        for part in ast.walk(sources[name]):
+            if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and ast.get_docstring(part) is not None:
+                part.body[0] = ast.Pass()
+            elif isinstance(part, ast.Name):
+                names.append(part.id)
+        hashes[name] = hashlib.sha256(ast.unparse(sources[name]).encode()).hexdigest()[:8]
+    return dict(sorted(hashes.items()))
+
+
+# Copied from 01_sample_errors.py
+def edited_names(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    """The names whose source_hashes() differ."""
+    return [name for name in sorted(old | new) if old.get(name) != new.get(name)]
 
 
 # Copied from 01_sample_errors.py

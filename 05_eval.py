@@ -65,6 +65,7 @@ PROBE = "1 + 1 = ?"  # the problem of the prompt that stands in the settings
 MARK = "@@Steps so far@@"  # the assistant's text while a template is rendered: many trim it, some take thoughts out of it
 # Copied from 01_sample_errors.py
 OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would move the token boundary
+ROW_CODE = ("answer",)  # what makes a row, with all that it uses: rows made before an edit of it do not fit
 CODE_COLUMNS = ("rounds", "executions", "failures")  # of a code-integrated response
 
 
@@ -108,6 +109,8 @@ class Args:
     """seed of the requests (without effect when greedy) and of the bootstrap"""
     concurrency: int = 0
     """problems in flight; 0: as many as keep the engine busy"""
+    accept_edit: bool = False
+    """keep the responses that are there after an edit of this file; OUT/*/*.meta.json note how many"""
 
 
 def main(args: Args):
@@ -191,10 +194,12 @@ def answer_model(args: Args, model: str, benchmarks: dict[str, list[dict]], plac
     tokenizer = load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs)
     prompt = render_prompt(tokenizer, PROBE, args.opening)
     settings = {name: getattr(args, name) for name in fixed} | NEUTRAL | {"prompt": prompt, "model": model_id(model)}
+    settings["code"] = source_hashes(ROW_CODE)
     todo = []
     with contextlib.ExitStack() as opened:
-        files = {name: Output(path_of(args, name, model), settings) for name in benchmarks}
+        files = {name: Output(path_of(args, name, model), settings, args.accept_edit) for name in benchmarks}
         for name, output in files.items():
+            check_problems(output, benchmarks[name])
             opened.enter_context(contextlib.closing(output))
             output.save_meta(finished=False, **place)
             todo += missing(benchmarks[name], args.samples, output)
@@ -219,40 +224,40 @@ def end_with_parent():
 
 def missing(problems: list[dict], samples: int, output: Output) -> list[tuple[dict, int, Output]]:
     """(problem, sample, file to write to) of each response that is not in the file."""
-    found, done = [], {(row["id"], row["sample"]): row for row in output.rows}
-    for problem in problems:
-        for sample in range(samples):
-            old = done.get((problem["id"], sample))
-            if old and (old["problem"], old["answer"]) != (problem["problem"], problem["answer"]):
-                stop(f"{output.path} holds another problem with the id {problem['id']!r}; give another --out")
-            if not old:
-                found.append((problem, sample, output))
-    return found
+    done = {(row["id"], row["sample"]) for row in output.rows}
+    asked = [(problem, sample, output) for problem in problems for sample in range(samples)]
+    return [item for item in asked if (item[0]["id"], item[1]) not in done]
+
+
+async def answer(args: Args, model: str, problem: dict, sample: int, tokenizer, generate, grader: Grader) -> dict:
+    """A model's response to a problem, graded, as a row."""
+    sampling_params = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
+    seed = seed_of(args.seed, "eval", problem["id"], *([sample] if sample else []))
+    prompt = prompt_ids(tokenizer, problem["problem"], args.opening, args.split)
+    [completion] = await generate(prompt, seed, **sampling_params)
+    row = problem | {
+        "sample": sample,
+        "opening": args.opening,
+        "response": args.opening + completion["text"] if completion["finish_reason"] != "refused" else "",
+        "finish_reason": completion["finish_reason"],
+        "tokens": completion["tokens"],
+        "model": model,
+    }
+    if args.split == "blocks":
+        row |= {"blocks": blocks_of(row["response"]), **completion["counts"]}
+    return await grade(row, grader)
 
 
 async def answer_all(args: Args, model: str, tokenizer, todo: list[tuple[dict, int, Output]]) -> dict:
-    """Answer and grade (problem, sample, file to write to). Returns counts."""
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
+    """Answer (problem, sample, file to write to). Returns counts."""
     grader, tokens = Grader(), 0
 
     async def work(item: tuple[dict, int, Output]):
         nonlocal tokens
         problem, sample, output = item
-        seed = seed_of(args.seed, "eval", problem["id"], *([sample] if sample else []))
-        prompt = prompt_ids(tokenizer, problem["problem"], args.opening, args.split)
-        [found] = await generate(prompt, seed, **sampling)
-        row = problem | {
-            "sample": sample,
-            "opening": args.opening,
-            "response": args.opening + found["text"] if found["finish_reason"] != "refused" else "",
-            "finish_reason": found["finish_reason"],
-            "tokens": found["tokens"],
-            "model": model,
-        }
-        if args.split == "blocks":
-            row |= {"blocks": blocks_of(row["response"]), **found["counts"]}
-        output.write(await grade(row, grader))
-        tokens += found["tokens"]
+        row = await answer(args, model, problem, sample, tokenizer, generate, grader)
+        output.write(row)
+        tokens += row["tokens"]
 
     try:
         rows = sum(len(output.rows) for output in {output for _, _, output in todo})

@@ -153,7 +153,7 @@ def test_a_kill_within_a_sharded_checkpoint(world, tmp_path, config):
             worker.kill() if str(out) in worker.cmdline() else None
     kept = sorted(path.name for path in out.glob("checkpoint-*"))
     said = train(config, *given)
-    assert f"going on from {out / kept[-1]}" in said
+    assert f"resuming from {out / kept[-1]}" in said
     same(out, one("tied"), folder / "tied")
 
 
@@ -188,7 +188,7 @@ def test_one_of_two_machines_is_killed(world, tmp_path, started):
     assert second.wait(60) == 1 and "by peer" in logs[1].read_text(), said()  # reset, or closed
     assert not (out / "model.safetensors").exists()
     assert [machine.wait(120) for machine in start()] == [0, 0], said()
-    assert f"going on from {out}/checkpoint-" in logs[0].read_text()
+    assert f"resuming from {out}/checkpoint-" in logs[0].read_text()
     same(out, one("tied"), folder / "tied")
 
 

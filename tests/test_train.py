@@ -426,7 +426,7 @@ def test_training_starts_at_ln_2_moves_weights_and_resumes_exactly(tmp_path, sma
     for path in out.glob("checkpoint-*"):
         if path.name != "checkpoint-4":
             path.rename(out / f"writing-{path.name}")  # as if the kill had come while it was written
-    assert "going on from" in run(4, *arguments).stderr
+    assert "resuming from" in run(4, *arguments).stderr
     same = [{k: v for k, v in line.items() if not k.endswith("_per_s")} for line in read(out / "metrics.jsonl")]
     assert same == [{k: v for k, v in line.items() if not k.endswith("_per_s")} for line in lines]
     for name, tensor in weights(tmp_path / "whole").items():
