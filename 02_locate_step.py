@@ -459,7 +459,7 @@ def check_input(path: Path, settings: dict, accept_edit: bool):
     if edited and not accept_edit:
         stop(f"{path} was made with another {', '.join(edited[:6])} than {Path(__file__).name} has; "
              "make the same edit here, or add --accept-edit")  # fmt: skip
-    for name in ("prompt", "opening", "split"):
+    for name in ("opening", "split", "prompt"):  # another opening makes another prompt
         both = name in made and name in settings
         if both and made[name] != settings[name] and not (name == "prompt" and edited):
             stop(f"{path} was made with {difference(name, made[name], settings[name])}; give the options that made it")
