@@ -116,11 +116,11 @@ def sample_rows(path: Path) -> list[dict]:
         if "label" not in row and label < 0 and not str(row.get("reason", LOCATE.NO_ERROR)).startswith(LOCATE.NO_ERROR):
             continue  # the annotator was not sure
         steps = row["steps"]
-        if "response" not in row:  # ProcessBench's paragraphs, as --split blank-lines cuts them
+        if "".join(steps) != row.get("response"):  # paragraphs, as in ProcessBench: written as --split blank-lines cuts them
             steps = [re.sub(r"\n\s*\n", "\n", step.strip()) + "\n\n" for step in steps]
-        sample = {"id": row["problem"], "sample": 0, "response": "".join(steps), "finish_reason": "stop"}
+        sample = {"id": row["problem"], "sample": 0, "finish_reason": "stop"}
         sample["correct"] = row.get("final_answer_correct", label < 0)
-        sample |= row | {"label": label, "steps": steps}
+        sample |= row | {"label": label, "steps": steps, "response": "".join(steps)}
         if "answer" in row:
             sample["answer"] = LOCATE.text_of(row["answer"])
         found.append(sample)

@@ -475,6 +475,9 @@ def test_sample_rows_are_those_that_02_splits(tmp_path):
     rows = processbench.sample_rows(tmp_path / "l.jsonl")
     assert rows[0]["steps"] == ["Step 1: x\n y\n\n", "z\n\n", "Step 3\n\n"] and rows[0]["answer"] == "0"
     assert stage(2).split_steps(rows[0]["response"], processbench.split_of(rows)) == rows[0]["steps"]
+    (tmp_path / "l.jsonl").write_text(json.dumps(row | {"steps": ["a", "b"], "response": "a\n\nb"}) + "\n")
+    [row] = processbench.sample_rows(tmp_path / "l.jsonl")
+    assert row["steps"] == ["a\n\n", "b\n\n"] and row["response"] == "a\n\nb\n\n"
     clicked = wrong_samples(tmp_path / "in.jsonl", 2)
     (tmp_path / "l.jsonl").write_text("".join(json.dumps(row | {"error_step": 2, "reason": None}) + "\n" for row in clicked))
     rows = processbench.sample_rows(tmp_path / "l.jsonl")
