@@ -93,8 +93,10 @@ def main(args: Args):
     if args.config_file:
         strategy, offloaded, world, machines = read_launch(args.config_file, args.num_processes)
     on_gpu = bool(args.config_file) or accelerator.device.type == "cuda"
-    tokens, passes = fullest_pass(pairs, args, world)
-    TRAIN.print_main(f"the largest pass has {tokens} tokens, a step at most {passes} passes")
+    tokens, passes = args.tokens_per_batch, 2
+    if not args.config_file:  # a plan for other devices is of full passes
+        tokens, passes = fullest_pass(pairs, args, world)
+        TRAIN.print_main(f"largest pass: {tokens} tokens; most passes of a step: {passes}")
     full = replace(args, tokens_per_batch=tokens)
     found = TRAIN.memory(config, full, strategy, world, machines, offloaded, on_gpu, passes)
     for where in ("device", "machine"):

@@ -71,9 +71,10 @@ train() {  # train METHOD RATE SEED
   local pairs=$OUT/pairs/$1 how=(--beta "$BETA")
   [ "$1" != sft ] || how=(--objective sft --schedule linear --warmup 0.03)
   [ ! -s "$pairs.validation.jsonl" ] || how+=(--validation "$pairs.validation.jsonl")
-  [ -f "$OUT/models/$1-$2-$3/training.json" ] || run python 04_train_stepdpo.py --data "$pairs.jsonl" --model "$MODEL" --lr "$2" --seed "$3" \
-    --epochs "$EPOCHS" --batch-size "$BATCH" --eval-steps 10 --save-steps 10 --keep 0 "${how[@]}" $TRAIN --out "$OUT/models/$1-$2-$3"
-  [ -f "$OUT/models/$1-$2-$3/README.md" ] || run python analysis/plot_training.py "$OUT/models/$1-$2-$3"
+  [ ! -f "$OUT/models/$1-$2-$3/training.json" ] || return 0
+  run python 04_train_stepdpo.py --data "$pairs.jsonl" --model "$MODEL" --lr "$2" --seed "$3" --epochs "$EPOCHS" --batch-size "$BATCH" \
+    --eval-steps 10 --save-steps 10 --keep 0 "${how[@]}" $TRAIN --out "$OUT/models/$1-$2-$3"
+  run python analysis/plot_training.py "$OUT/models/$1-$2-$3"
 }
 validate() {  # validate METHOD RATE SEED, or validate base
   local name=${1}${2:+-$2-$3} model=$OUT/models/$1-${2:-}-${3:-}

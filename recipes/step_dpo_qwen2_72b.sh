@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Step-DPO for Qwen2-72B-Instruct (arXiv 2406.18629): as for 7B but beta 0.5 and 4 epochs, with ZeRO-3 and CPU offload.
 #
-# Hardware   8 GPUs with 80 GB and 1 TB of main memory (by count 65 GB and 945 GB: docs/trainer.md). Not run here.
+# Hardware   8 GPUs with 80 GB and 1 TB of main memory (by count 66 GB and 945 GB: docs/trainer.md). Not run here.
 # Hours      about 30 by counting, none measured: generation as for 7B at a tenth of its speed, 18 h; training 17 M tokens, 4 h
 #            at 30 % of the peak and as much again for the transfers; evaluation 2 models, 4 h
 # Disk       1.5 TB: model 145 GB, one checkpoint with optimizer state 870 GB, base model 145 GB

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Step-DPO for Qwen2-7B-Instruct with pairs of its own, as in the paper (arXiv 2406.18629): the defaults of the scripts.
 #
-# Hardware   8 GPUs with 80 GB (training: 25 GB of each by count, 16 bytes a parameter sharded by FSDP2). Not run here.
+# Hardware   8 GPUs with 80 GB (training: 26 GB of each by count, 16 bytes a parameter sharded by FSDP2). Not run here.
 # Hours      about 3 by counting tokens, none measured: sampling 9 M tokens, locating 60 M, rectifying 40 M at 20,000 a second
 #            on 8 GPUs, 1.8 h; training 34 M tokens at 40 % of the peak, 0.5 h; evaluation 2 models x 6,736 problems, 0.5 h
 # Disk       125 GB: one checkpoint with optimizer state is 92 GB, so --save-steps 400 of about 675 steps

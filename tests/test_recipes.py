@@ -195,7 +195,8 @@ def test_small_model_parts(tmp_path):
     assert len(asks) == 4 and all(call[call.index("--base-url") + 1] == "http://host/v1" for call in asks)
     assert all(call[call.index("--concurrency") + 1] == "200" for call in asks)
     assert small_model(tmp_path, "data", **server)[0] == []
-    [call], _ = small_model(tmp_path, "train", "step_dpo", "1e-6", "2", **server)
+    [call, picture], _ = small_model(tmp_path, "train", "step_dpo", "1e-6", "2", **server)
+    assert picture == ["analysis/plot_training.py", "out/models/step-dpo-1e-6-2"]
     assert call[0].startswith("04") and call[-1] == "out/models/step-dpo-1e-6-2" and "--base-url" not in call
     [call], _ = small_model(tmp_path, "validate", "step_dpo", "1e-6", "2", **server)
     assert "step-dpo-1e-6-2=out/models/step-dpo-1e-6-2" in call and "--base-url" in call
