@@ -617,8 +617,8 @@ def test_the_authors_prompt_reaches_the_model_as_it_is(bundled, tmp_path, templa
     arguments = ["--data", TINY / "validation.jsonl", "--limit", 8, "--max-tokens", 200, *options, "--out", tmp_path]
     arguments += ["--chat-template", ROOT / "data" / "templates" / f"{template}.jinja", "--opening", opening]
     done = run(5, *arguments)
-    shown = [line.removeprefix("first prompt: ")[1:-1] for line in done.stderr.splitlines() if "first prompt:" in line]
-    assert shown[0].startswith(start) and shown[0].endswith(end), shown
+    [prompt] = [line.split("first prompt: ")[1][1:-1] for line in done.stderr.splitlines() if "first prompt:" in line]
+    assert prompt.startswith(start) and prompt.endswith(end), prompt  # the progress bar may stand before it
     [path] = (tmp_path / "validation").glob("*.jsonl")
     rows = read(path)
     assert len(rows) == 8 and all(row["opening"] == opening and row["response"].startswith(opening) for row in rows)
