@@ -193,7 +193,7 @@ def test_rows_of_another_prompt_are_not_mixed(scripted, tmp_path):  # noqa: F811
     steps = ["--opening", "", "--split", "lines", "--model", "m"]
     for number, out, arguments in [
         (1, "s.jsonl", ["--data", tmp_path / "problems.jsonl", "--model", "m", "--n", 1]),
-        (2, "l.jsonl", ["--samples", tmp_path / "samples.jsonl", "--give-up", 2, *steps]),
+        (2, "l.jsonl", ["--samples", tmp_path / "samples.jsonl", "--rollouts", 1, "--give-up", 2, *steps]),
         (3, "p.jsonl", ["--located", tmp_path / "samples.jsonl", "--n", 1, *steps]),
         (5, "r", ["--data", tmp_path / "problems.jsonl", "--models", "m"]),
     ]:
