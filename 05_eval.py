@@ -58,6 +58,8 @@ from tqdm import tqdm
 # Copied from 01_sample_errors.py
 USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 # Copied from 01_sample_errors.py
+# Sent with every request to a policy: what a request leaves out, vLLM's server takes from the model's generation_config.json,
+# which for Qwen2-Instruct means repetition_penalty 1.05 and top_k 20. The papers' code samples with neither.
 NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 # Copied from 01_sample_errors.py
 PROBE = "1 + 1 = ?"  # the problem of the prompt that stands in the settings
@@ -935,6 +937,7 @@ SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads
 # Copied from 01_sample_errors.py
 COMPILED = [(re.compile(pattern), new) for pattern, new in SPELLINGS]
 # Copied from 01_sample_errors.py
+# math-verify takes Evelyn for a product, 2516_8 for 2516_9 and 4:30 for 2/15.
 IS_TEXT = re.compile(r"[^\d\\^_+*/=<>{}|]*([^\W\d_]{3}|^no$)[^\d\\^_+*/=<>{}|]*|-?[\dA-F.]+_\{?\d+\}?|.*\d:\d\d.*")
 # Copied from 01_sample_errors.py
 IS_LETTERS = re.compile(r"(?=[^A-J]*[A-J])(?:[\s()\[\].,:;&']|and|or|\b[A-J]\b)+")  # options and nothing else
@@ -1182,6 +1185,7 @@ def cpu_options() -> list[str]:
 
 
 # Copied from 01_sample_errors.py
+# Ends vLLM's processes when the stage is gone, also by kill -9: they would live on. It notes them while the stage lives.
 WATCHER = """
 import contextlib, psutil, select, sys
 stage, children = psutil.Process(int(sys.argv[1])), set()

@@ -4,21 +4,21 @@ python tests/test_copies.py --write     # after a change of an original: bring a
 """
 
 import ast
+import functools
 import re
 import sys
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
 STAGES = sorted(ROOT.glob("0[1-5]_*.py"))
 MARK = re.compile(r"^# Copied from (0\d_\w+\.py)$")
 
 
+@functools.cache
 def blocks(path: Path) -> dict[str, tuple[int, int]]:
-    """Name of each top-level function, class or constant -> its lines (first, last + 1), decorators included."""
-    found = {}
-    for node in ast.parse(path.read_text()).body:
+    """Name of each top-level function, class or constant -> its lines (first, last + 1), decorators and comment above included."""
+    found, lines = {}, path.read_text().splitlines()
+    for node in ast.parse("\n".join(lines)).body:
         if isinstance(node, ast.Assign):
             name = ast.unparse(node.targets[0])
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -26,6 +26,8 @@ def blocks(path: Path) -> dict[str, tuple[int, int]]:
         else:
             continue
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) - 1
+        while lines[first - 1].startswith("# ") and not MARK.match(lines[first - 1]):
+            first -= 1
         found[name] = (first, node.end_lineno)
     return found
 
@@ -48,13 +50,13 @@ def original(file: str, name: str) -> list[str]:
     return path.read_text().splitlines()[first:last]
 
 
-@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.name)
-def test_copies_equal_their_original(path):
-    lines = path.read_text().splitlines()
-    for file, name, first, last in copies(path):
-        assert lines[first:last] == original(file, name), (
-            f"{path.name}: {name} has drifted from {file}; run python tests/test_copies.py --write"
-        )
+def test_copies_equal_their_original():
+    for path in STAGES:
+        lines = path.read_text().splitlines()
+        for file, name, first, last in copies(path):
+            assert lines[first:last] == original(file, name), (
+                f"{path.name}: {name} has drifted from {file}; run python tests/test_copies.py --write"
+            )
 
 
 def test_every_shared_block_is_marked():
@@ -84,3 +86,4 @@ if __name__ == "__main__":
         for file, name, first, last in reversed(copies(stage)):
             text[first:last] = original(file, name)
         stage.write_text("\n".join(text) + "\n")
+        blocks.cache_clear()
