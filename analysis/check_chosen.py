@@ -1,11 +1,12 @@
-"""Drop pairs whose chosen steps a judge finds wrong (the Step-DPO paper's filter, which it did not release).
+"""Drop pairs whose chosen steps a judge finds wrong (the Step-DPO paper's filter, which it did not
+release).
 
     python analysis/check_chosen.py data/pairs.jsonl --judge-model gpt-4o --judge-base-url https://host/v1
     python analysis/check_chosen.py data/pairs.jsonl --judge-model Qwen/Qwen2.5-72B-Instruct --out data/checked.jsonl
 
-Input and output: pairs of 03_rectify.py. The judge reads the steps before the chosen one and the chosen one, with 02's prompt.
-OUT.verdicts.jsonl keeps what it said; the same command run again goes on where it stopped.
-"""
+Input and output: pairs of 03_rectify.py. The judge reads the steps before the chosen one and the
+chosen one, with 02's prompt. OUT.verdicts.jsonl keeps what it said; the same command run again goes
+on where it stopped."""
 
 import asyncio
 import contextlib
@@ -20,7 +21,10 @@ from typing import Literal
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-SAMPLE, LOCATE = importlib.import_module("01_sample_errors"), importlib.import_module("02_locate_step")
+SAMPLE, LOCATE = (
+    importlib.import_module("01_sample_errors"),
+    importlib.import_module("02_locate_step"),
+)
 
 
 @dataclass
@@ -60,19 +64,33 @@ def name_of(pair: dict) -> int:
     return LOCATE.seed_of(pair["id"], pair["initial_reason_steps"], pair["chosen"])
 
 
-async def check_all(args: Args, pairs: list[dict], verdicts: dict[int, int], checked, spent: Counter):
-    """Ask for what `verdicts` lacks: by name of the pair the first wrong step, 0 for none, -1 for no readable judgement."""
+async def check_all(
+    args: Args, pairs: list[dict], verdicts: dict[int, int], checked, spent: Counter
+):
+    """Ask for what `verdicts` lacks: by name of the pair the first wrong step, 0 for none, -1 for
+    no readable judgement."""
     todo = list({name_of(pair): pair for pair in pairs if name_of(pair) not in verdicts}.values())
     if not todo:
         return
 
     async def work(pair: dict):
-        text = pair["full_chosen"] if pair["method"] != "step-dpo" else pair["initial_reason_steps"] + pair["chosen"]
-        row = {"id": pair["id"], "problem": pair["prompt"], "answer": pair["answer"], "sample": name_of(pair)}
+        text = (
+            pair["full_chosen"]
+            if pair["method"] != "step-dpo"
+            else pair["initial_reason_steps"] + pair["chosen"]
+        )
+        row = {
+            "id": pair["id"],
+            "problem": pair["prompt"],
+            "answer": pair["answer"],
+            "sample": name_of(pair),
+        }
         row["steps"] = SAMPLE.split_steps(text, args.split, args.opening)
         step, said, why = await LOCATE.judge_once(ask, row, 0, args, spent)
         step = -1 if step is None else step
-        checked.write({"pair": name_of(pair), "id": pair["id"], "step": step, "text": said, "why": why})
+        checked.write(
+            {"pair": name_of(pair), "id": pair["id"], "step": step, "text": said, "why": why}
+        )
         verdicts[name_of(pair)] = step
 
     async with LOCATE.judge(args) as (ask, places):
@@ -86,7 +104,9 @@ def main(args: Args):
     names = ("judge_model", "judge_temperature", "judge_max_tokens", "neutral", "retries", "seed")
     settings = {"stage": "check_chosen"} | {name: getattr(args, name) for name in names}
     spent = Counter()
-    with contextlib.closing(LOCATE.Output(args.out.with_suffix(".verdicts.jsonl"), settings)) as checked:
+    with contextlib.closing(
+        LOCATE.Output(args.out.with_suffix(".verdicts.jsonl"), settings)
+    ) as checked:
         verdicts = {row["pair"]: row["step"] for row in checked.rows}
         asyncio.run(check_all(args, pairs, verdicts, checked, spent))
         write_kept(args, pairs, verdicts, checked, spent)
@@ -98,9 +118,15 @@ def write_kept(args: Args, pairs: list[dict], verdicts: dict[int, int], checked,
     LOCATE.save(args.out, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in kept))
     outcome = Counter(verdicts[name_of(pair)] for pair in pairs)
     unread = outcome[-1]
-    summary = {"pairs": len(kept), "judged wrong": len(pairs) - len(kept) - unread, "without a readable judgement": unread}
+    summary = {
+        "pairs": len(kept),
+        "judged wrong": len(pairs) - len(kept) - unread,
+        "without a readable judgement": unread,
+    }
     checked.save_meta(finished=True, summary=summary | spent)
-    print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in (summary | spent).items()))
+    print(
+        f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in (summary | spent).items())
+    )
 
 
 if __name__ == "__main__":

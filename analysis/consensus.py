@@ -2,14 +2,16 @@
 
     python analysis/consensus.py data/by_rollouts.jsonl data/by_scores.jsonl --within 1 --out data/located.jsonl
 
-Input: two files that 02_locate_step.py or annotate.py wrote of the same samples. A row is known by `id` and `sample`:
+Input: two files that 02_locate_step.py or annotate.py wrote of the same samples. A row is known by
+`id` and `sample`:
     {"id": "q1", "sample": 0, "steps": ["...", "..."], "error_step": 2, "locator": "rollout", "reason": null, ...}
 
-Output: the rows of the first file, with the second one's evidence (`judge`, `rollout_values` ...) and
+Output: the rows of the first file, with the second one's evidence (`judge`, `rollout_values` ...)
+and
     {"error_step": 2, "locator": "consensus", "reason": null, "said": [2, 3]}
-A row keeps the first one's step where the second one's is at most --within steps off. Else error_step is null and the reason
-says why: both found no error, the two disagree, or the second file lacks the row. `said`: 0 for no error, null for a row left
-open. The last line counts the rows.
+A row keeps the first one's step where the second one's is at most --within steps off. Else
+error_step is null and the reason says why: both found no error, the two disagree, or the second
+file lacks the row. `said`: 0 for no error, null for a row left open. The last line counts the rows.
 """
 
 import importlib
@@ -50,7 +52,11 @@ def combine(first: dict, second: dict | None, within: int) -> dict:
     """The row of the first file, with what both say."""
     said = [LOCATE.verdict(first), LOCATE.verdict(second) if second else None]
     step, reason = agree(*said, within) if second else (None, "not in the second file")
-    return (second or {}) | first | {"error_step": step, "locator": "consensus", "reason": reason, "said": said}
+    return (
+        (second or {})
+        | first
+        | {"error_step": step, "locator": "consensus", "reason": reason, "said": said}
+    )
 
 
 def main(args: Args):
@@ -61,7 +67,9 @@ def main(args: Args):
     first, second = LOCATE.read_located(args.first), LOCATE.read_located(args.second)
     for key, row in first.items():
         if second.get(key, row)["steps"] != row["steps"]:
-            LOCATE.stop(f"{args.second} holds another sample {key[1]} of {key[0]} than {args.first}; locate the same samples")
+            LOCATE.stop(
+                f"{args.second} holds another sample {key[1]} of {key[0]} than {args.first}; locate the same samples"
+            )
     rows = [combine(row, second.get(key), args.within) for key, row in first.items()]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     LOCATE.save(args.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

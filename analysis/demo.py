@@ -3,10 +3,10 @@
     python analysis/demo.py --models Qwen/Qwen2-7B-Instruct runs/stepdpo
     python analysis/demo.py --models data/tiny/model runs/quickstart/model-0 --examples data/tiny/test.jsonl   # no GPU
 
-The steps stand there as they come, the answer is marked, and right or wrong where you give the true one. "Token rewards"
-colours each token of both answers by beta (log pi - log pi_ref), as credit.py does. Both models are in this process, by
-transformers; the page is for this machine's user alone, and shows one answer at a time.
-"""
+The steps stand there as they come, the answer is marked, and right or wrong where you give the true
+one. "Token rewards" colours each token of both answers by beta (log pi - log pi_ref), as credit.py
+does. Both models are in this process, by transformers; the page is for this machine's user alone,
+and shows one answer at a time."""
 
 import contextlib
 import os
@@ -63,10 +63,21 @@ class Answer:
         self.text, self.done, self.error, self.args = "", False, "", args
         ids = SAMPLE.prompt_ids(tokenizer, problem, args.opening)
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        how = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
+        how = (
+            {"do_sample": True, "temperature": args.temperature}
+            if args.temperature
+            else {"do_sample": False}
+        )
         inputs = credit.torch.tensor([ids], device=lm.device)
-        how |= {"inputs": inputs, "attention_mask": inputs.new_ones(inputs.shape), "max_new_tokens": args.max_tokens,
-                "streamer": streamer, "top_k": None, "top_p": None, "repetition_penalty": 1.0}  # fmt: skip
+        how |= {
+            "inputs": inputs,
+            "attention_mask": inputs.new_ones(inputs.shape),
+            "max_new_tokens": args.max_tokens,
+            "streamer": streamer,
+            "top_k": None,
+            "top_p": None,
+            "repetition_penalty": 1.0,
+        }
         threading.Thread(target=self.read, args=(streamer,), daemon=True).start()
         threading.Thread(target=self.write, args=(lm, how), daemon=True).start()
 
@@ -97,8 +108,16 @@ class Answer:
         if self.error:
             parts.append(f'<span class="answer wrong">{escape(self.error)}</span>')
         elif self.done:
-            verdict = "" if not gold or self.found is None else "right" if same(gold, self.found) else "wrong"
-            parts.append(f'<span class="answer {verdict}">{escape(self.found or "no answer found")} {verdict}</span>')
+            verdict = (
+                ""
+                if not gold or self.found is None
+                else "right"
+                if same(gold, self.found)
+                else "wrong"
+            )
+            parts.append(
+                f'<span class="answer {verdict}">{escape(self.found or "no answer found")} {verdict}</span>'
+            )
         return "".join(parts)
 
 
@@ -111,8 +130,14 @@ class Demo:
     """Both models, and what they answered last."""
 
     def __init__(self, args: Args):
-        self.args, self.models, self.last = args, [credit.load_model(name) for name in args.models], ("", [])
-        self.tokenizer = SAMPLE.load_tokenizer(args.models[0], args.chat_template, args.chat_template_kwargs)
+        self.args, self.models, self.last = (
+            args,
+            [credit.load_model(name) for name in args.models],
+            ("", []),
+        )
+        self.tokenizer = SAMPLE.load_tokenizer(
+            args.models[0], args.chat_template, args.chat_template_kwargs
+        )
         self.busy = threading.Lock()
 
     def solve(self, problem: str, gold: str):
@@ -134,20 +159,41 @@ class Demo:
         if not answers or not all(answer.done for answer in answers):
             return "Nothing is solved yet."
         with self.busy:
-            rows = [{"problem": problem, "steps": answer.steps, "opening": self.args.opening, "answer": answer.found,
-                     "id": f"By {name}"} for name, answer in zip(self.args.models, answers, strict=True)]  # fmt: skip
+            rows = [
+                {
+                    "problem": problem,
+                    "steps": answer.steps,
+                    "opening": self.args.opening,
+                    "answer": answer.found,
+                    "id": f"By {name}",
+                }
+                for name, answer in zip(self.args.models, answers, strict=True)
+            ]
             encoded = [credit.encode_solution(row, self.tokenizer) for row in rows]
             old, new = (credit.log_probabilities(lm, encoded) for lm in self.models)
         values = [self.args.beta * (b - a) for a, b in zip(old, new, strict=True)]
-        seen = [v for own, (_, places, _) in zip(values, encoded, strict=True) for v, p in zip(own, places, strict=True) if p]
+        seen = [
+            v
+            for own, (_, places, _) in zip(values, encoded, strict=True)
+            for v, p in zip(own, places, strict=True)
+            if p
+        ]
         scale = float(credit.np.percentile(abs(credit.np.array(seen)), 98)) or 1.0
-        maps = [credit.heat_map(row, words, places, {"β(log π − log π_ref)": own}, scale)
-                for row, (_, places, words), own in zip(rows, encoded, values, strict=True)]  # fmt: skip
-        return f"<p>Full red is −{scale:.3g} or less, full blue +{scale:.3g} or more.</p>" + "".join(maps)
+        maps = [
+            credit.heat_map(row, words, places, {"β(log π − log π_ref)": own}, scale)
+            for row, (_, places, words), own in zip(rows, encoded, values, strict=True)
+        ]
+        return (
+            f"<p>Full red is −{scale:.3g} or less, full blue +{scale:.3g} or more.</p>"
+            + "".join(maps)
+        )
 
 
 def make_page(gradio, demo: Demo, examples: list[dict]):
-    names = [f"**{kind}** `{name}`" for kind, name in zip(("Base", "Tuned"), demo.args.models, strict=True)]
+    names = [
+        f"**{kind}** `{name}`"
+        for kind, name in zip(("Base", "Tuned"), demo.args.models, strict=True)
+    ]
     with gradio.Blocks(title="Base and tuned", analytics_enabled=False) as page:
         problem = gradio.Textbox(label="Problem", lines=4, elem_id="problem")
         gold = gradio.Textbox(label="True answer, if you know it", elem_id="gold")
@@ -155,7 +201,9 @@ def make_page(gradio, demo: Demo, examples: list[dict]):
             go = gradio.Button("Solve", variant="primary", elem_id="solve")
             heat = gradio.Button("Token rewards", elem_id="rewards")
         if examples:
-            gradio.Examples([[row["problem"], str(row["answer"])] for row in examples], [problem, gold])
+            gradio.Examples(
+                [[row["problem"], str(row["answer"])] for row in examples], [problem, gold]
+            )
         shown = []
         with gradio.Row():
             for name, place in zip(names, ("base", "tuned"), strict=True):
@@ -177,10 +225,20 @@ def main(args: Args):
         SAMPLE.stop("this page needs gradio: pip install gradio")
     examples = SAMPLE.read_rows(args.examples, ("problem", "answer"))[:5] if args.examples else []
     page = make_page(gradio, Demo(args), examples)
-    font = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from the network
+    font = gradio.themes.Default(
+        font=["system-ui", "sans-serif"], font_mono=["monospace"]
+    )  # none from the network
     try:
-        page.launch(server_name=args.host, server_port=args.port, quiet=True, theme=font, css=SHOWN, show_error=True,
-                    prevent_thread_lock=True, footer_links=[])  # fmt: skip
+        page.launch(
+            server_name=args.host,
+            server_port=args.port,
+            quiet=True,
+            theme=font,
+            css=SHOWN,
+            show_error=True,
+            prevent_thread_lock=True,
+            footer_links=[],
+        )
     except OSError as error:
         SAMPLE.stop(f"--port {args.port}: {error}")
     print(f"open http://{args.host}:{args.port}; Ctrl-C ends", file=sys.stderr, flush=True)

@@ -1,13 +1,13 @@
-"""The picture and the model card of a training, from what 04_train_stepdpo.py writes; several trainings in one picture.
+"""The picture and the model card of a training, from what 04_train_stepdpo.py writes; several
+trainings in one picture.
 
     python analysis/plot_training.py runs/tuned                     # -> runs/tuned/training.png, runs/tuned/README.md
     python analysis/plot_training.py runs/a runs/b --out ab.png     # a colour for each run
 
 Input: folders of 04 with metrics.jsonl, and training.json when the training is finished:
     {"step": 1, "loss": 0.6931, "accuracy": 0.0, "margin": 0.0, "chosen_logp": -1.2, "rejected_logp": -4.1, ...}
-Output: loss, accuracy, margin and log-probabilities by step, as in Fig. 2 of Step-DPO: lines for training, dashed lines for
-validation. Of one finished run also README.md, the model card.
-"""
+Output: loss, accuracy, margin and log-probabilities by step, as in Fig. 2 of Step-DPO: lines for
+training, dashed lines for validation. Of one finished run also README.md, the model card."""
 
 import json
 import sys
@@ -26,7 +26,8 @@ class Args:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """folders that 04 wrote"""
     out: Path | None = None
-    """picture to write; default RUN/training.png, of several runs training.png in the folder above the first"""
+    """picture to write; default RUN/training.png, of several runs training.png in the folder above
+    the first"""
 
 
 def stop(message: str) -> NoReturn:
@@ -40,19 +41,28 @@ def read_metrics(run: Path) -> list[dict]:
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        stop(f"{path}: cannot be read ({error.__class__.__name__}); give a folder that 04_train_stepdpo.py wrote")
+        stop(
+            f"{path}: cannot be read ({error.__class__.__name__}); give a folder that 04_train_stepdpo.py wrote"
+        )
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
             rows[-1]["step"] + 0
         except (ValueError, KeyError, TypeError):
-            stop(f"{path}, line {number}: no object with a number 'step'; give a folder that 04_train_stepdpo.py wrote")
+            stop(
+                f"{path}, line {number}: no object with a number 'step'; give a folder that 04_train_stepdpo.py wrote"
+            )
     return rows or stop(f"{path}: empty; no step is logged yet")
 
 
 def draw(path: Path, runs: dict[str, list[dict]]):
-    """Draw these runs, each with a name and its logged steps; a panel for each figure that one of them has."""
-    panels = [name for name in PANELS if any(name in row or f"val_{name}" in row for rows in runs.values() for row in rows)]
+    """Draw these runs, each with a name and its logged steps; a panel for each figure that one of
+    them has."""
+    panels = [
+        name
+        for name in PANELS
+        if any(name in row or f"val_{name}" in row for rows in runs.values() for row in rows)
+    ]
     figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for number, (label, rows) in enumerate(runs.items()):
@@ -63,9 +73,13 @@ def draw(path: Path, runs: dict[str, list[dict]]):
             }
             for key, style in curves.items():
                 points = [(row["step"], row[key]) for row in rows if key in row]
-                if key == "val_accuracy":  # an untrained model is its reference: all margins are 0, none above it
+                if (
+                    key == "val_accuracy"
+                ):  # an untrained model is its reference: all margins are 0, none above it
                     points = [(step, value) for step, value in points if step]
-                if name.endswith("_logp") and len(runs) > 1 and points:  # runs on other pairs start elsewhere
+                if (
+                    name.endswith("_logp") and len(runs) > 1 and points
+                ):  # runs on other pairs start elsewhere
                     points = [(step, value - points[0][1]) for step, value in points]
                 if points:
                     shown = f"{label}, validation" if key.startswith("val_") else label
@@ -106,7 +120,9 @@ def main(args: Args):
         return
     finished = first / "training.json"
     if not finished.exists():
-        print(f"{finished} is not there: the training is not finished, no model card", file=sys.stderr)
+        print(
+            f"{finished} is not there: the training is not finished, no model card", file=sys.stderr
+        )
         return
     (first / "README.md").write_text(card(first, json.loads(finished.read_text())))
     print(first / "README.md")

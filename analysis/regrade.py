@@ -1,4 +1,5 @@
-"""Grade stored responses again, also by the verdicts of the papers' own code, and write the report anew. Needs no model.
+"""Grade stored responses again, also by the verdicts of the papers' own code, and write the report
+anew. Needs no model.
 
     python analysis/regrade.py results/tiny                     # a folder of 05_eval.py's: rows, report.md, summary.json
     python analysis/regrade.py results/tiny --verdict paper --base tuned       # all figures by this verdict, against this model
@@ -7,11 +8,12 @@
 Each row gets, beside `prediction` and `correct` by 01's grader of today:
     {"correct_paper": true, "correct_scdpo": true}
 
-`correct_paper` is the verdict of the Step-DPO authors' code, which grades unfinished text too, takes the last number where
-there is no box, and takes a number within 0.001 of the answer, of a hundredth or of a hundred times it; `correct_scdpo` that
-of the SCDPO authors' (equal to two decimals). Both are written from what that code does; simplification is by math-verify's
-parser and sympy. The report gets a table with the shares of all three; 05_eval.py on the same folder writes it without.
-"""
+`correct_paper` is the verdict of the Step-DPO authors' code, which grades unfinished text too,
+takes the last number where there is no box, and takes a number within 0.001 of the answer, of a
+hundredth or of a hundred times it; `correct_scdpo` that of the SCDPO authors' (equal to two
+decimals). Both are written from what that code does; simplification is by math-verify's parser and
+sympy. The report gets a table with the shares of all three; 05_eval.py on the same folder writes it
+without."""
 
 import asyncio
 import importlib
@@ -31,26 +33,60 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 EVAL = importlib.import_module("05_eval")
-VERDICTS = {"strict": "correct", "paper": "correct_paper", "scdpo": "correct_scdpo"}  # fields of a row
+VERDICTS = {
+    "strict": "correct",
+    "paper": "correct_paper",
+    "scdpo": "correct_scdpo",
+}  # fields of a row
 NAMES = {"correct": "strict", "correct_paper": "Step-DPO's", "correct_scdpo": "SCDPO's"}
-RULES = {"correct": "strict equality", "correct_paper": "the verdict of the Step-DPO authors",
-         "correct_scdpo": "the rule of the SCDPO authors"}  # fmt: skip
+RULES = {
+    "correct": "strict equality",
+    "correct_paper": "the verdict of the Step-DPO authors",
+    "correct_scdpo": "the rule of the SCDPO authors",
+}
 PAPER_STRIP = [  # what the Step-DPO authors take off or rewrite in an answer, in their order
-    (r"^\s+|\s+$|\n", ""), (r"\.+$", ""), (r"\\!", ""), (r"^\\text\{(.*)\}$", r"\1"), (r"\\?[tdc]frac", r"\\frac"),
-    (r"\\(?:left|right)", ""), (r"(?<=.)\\text\{.*?\}$", ""), (r"\^(?:\{\\circ\}|\\circ)", ""), (r"^\s+|\s+$", ""),
-    (r"\{[cm]?m\}(?:\^[23])?", ""), (r"p\.m\.$", ""), (r"(\d)\s*t$", r"\1"), (r"\\?\$|x\\in", ""), (r"\\%", "%"),
-    (r" \.", " 0."), (r"\{\.", "{0."), (r"\\cdot|\\math(?:bf|rm)|\\mbox\{.*?\}", ""),
+    (r"^\s+|\s+$|\n", ""),
+    (r"\.+$", ""),
+    (r"\\!", ""),
+    (r"^\\text\{(.*)\}$", r"\1"),
+    (r"\\?[tdc]frac", r"\\frac"),
+    (r"\\(?:left|right)", ""),
+    (r"(?<=.)\\text\{.*?\}$", ""),
+    (r"\^(?:\{\\circ\}|\\circ)", ""),
+    (r"^\s+|\s+$", ""),
+    (r"\{[cm]?m\}(?:\^[23])?", ""),
+    (r"p\.m\.$", ""),
+    (r"(\d)\s*t$", r"\1"),
+    (r"\\?\$|x\\in", ""),
+    (r"\\%", "%"),
+    (r" \.", " 0."),
+    (r"\{\.", "{0."),
+    (r"\\cdot|\\math(?:bf|rm)|\\mbox\{.*?\}", ""),
     (r"(?<!\\)infinity|(?<!\\)inf(?!ty)", r"\\infty"),
-    (r"(\d+)\.0+(?=\D|$)", r"\1"), (r"^\.", "0."), (r"\\(sqrt|tan)(-?[0-9.a-zA-Z]+)", r"\\\1{\2}"), (" ", ""),
-    (r"\\frac([^{])([^{])", r"\\frac{\1}{\2}"), (r"\\frac([^{])\{", r"\\frac{\1}{"), (r"^(-?\d+)/(-?\d+)$", r"\\frac{\1}{\2}"),
+    (r"(\d+)\.0+(?=\D|$)", r"\1"),
+    (r"^\.", "0."),
+    (r"\\(sqrt|tan)(-?[0-9.a-zA-Z]+)", r"\\\1{\2}"),
+    (" ", ""),
+    (r"\\frac([^{])([^{])", r"\\frac{\1}{\2}"),
+    (r"\\frac([^{])\{", r"\\frac{\1}{"),
+    (r"^(-?\d+)/(-?\d+)$", r"\\frac{\1}{\2}"),
     (r"[\\,.]+$", ""),
-]  # fmt: skip
+]
 SCDPO_STRIP = [  # and those of SCDPO, which look at what stands behind the last "="
-    (r"^.*(?:=|\\approx)", ""), (r"\\,|\s|\\text|\\mbox|\\left|\\right|\\!|\^(?:\{\\circ\}|\\circ)|\\?\$|\\?%", ""),
-    ("∞", r"\\infty"), (r"\+\\inf", r"\\inf"), (r"\\\\", r"\\"), ("bmatrix", "pmatrix"), (r"\\?[td]frac", r"\\frac"),
-    (r"\{m\}\^3|m\^3|\{units\}|units|\{km\}|km", ""), (r"\{\.", "{0."), (r"^\.", "0."), (r"\\sqrt([^{])", r"\\sqrt{\1}"),
-    (r"^0\.5$", r"\\frac{1}{2}"), (r"^(-?\d+)/(-?\d+)$", r"\\frac{\1}{\2}"),
-]  # fmt: skip
+    (r"^.*(?:=|\\approx)", ""),
+    (r"\\,|\s|\\text|\\mbox|\\left|\\right|\\!|\^(?:\{\\circ\}|\\circ)|\\?\$|\\?%", ""),
+    ("∞", r"\\infty"),
+    (r"\+\\inf", r"\\inf"),
+    (r"\\\\", r"\\"),
+    ("bmatrix", "pmatrix"),
+    (r"\\?[td]frac", r"\\frac"),
+    (r"\{m\}\^3|m\^3|\{units\}|units|\{km\}|km", ""),
+    (r"\{\.", "{0."),
+    (r"^\.", "0."),
+    (r"\\sqrt([^{])", r"\\sqrt{\1}"),
+    (r"^0\.5$", r"\\frac{1}{2}"),
+    (r"^(-?\d+)/(-?\d+)$", r"\\frac{\1}{\2}"),
+]
 
 
 @dataclass
@@ -65,7 +101,7 @@ class Args:
     """of the bootstrap"""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # the papers' verdicts
 
 
@@ -76,8 +112,8 @@ def paper_strip(answer: str, table=PAPER_STRIP) -> str:
 
 
 def paper_answers(problem: str, completion: str) -> tuple[str, ...]:
-    """All closed boxes of a completion, finished or not; without any, what follows the last "he answer is"; then the last
-    number. A list in one box is parted where the problem asks for one."""
+    """All closed boxes of a completion, finished or not; without any, what follows the last "he
+    answer is"; then the last number. A list in one box is parted where the problem asks for one."""
     if "boxed" in completion:
         found = []
         for piece in completion.split("boxed{")[1:]:
@@ -90,18 +126,25 @@ def paper_answers(problem: str, completion: str) -> tuple[str, ...]:
         found = re.findall(r"-?\d*\.?\d+", completion.replace(",", ""))[-1:]
     found = [paper_strip(answer.strip().lstrip(":").rstrip(".").rstrip("/")) for answer in found]
     if "separated by commas" in problem:
-        found = [part for answer in found for part in (answer.split(",") if not re.search(r"[()\[\]]", answer) else [answer])]
+        found = [
+            part
+            for answer in found
+            for part in (answer.split(",") if not re.search(r"[()\[\]]", answer) else [answer])
+        ]
     return tuple(part for answer in found for part in re.split(r"\\text\{and\}", answer))
 
 
 def paper_number(text: str) -> float | None:
-    found = re.fullmatch(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(\\?%)?", text.replace(",", ""))
+    found = re.fullmatch(
+        r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(\\?%)?", text.replace(",", "")
+    )
     return float(found[1]) / (100 if found[2] else 1) if found else None
 
 
 def paper_equal(gold: str, answer: str, symbolic) -> bool | None:
-    """The Step-DPO authors' equality: a number within 1e-3 of the answer, of its hundredth or its hundredfold; brackets and
-    matrices by part; equations by their sides, x = 5 as 5. symbolic(a, b) decides the rest; its None makes None here."""
+    """The Step-DPO authors' equality: a number within 1e-3 of the answer, of its hundredth or its
+    hundredfold; brackets and matrices by part; equations by their sides, x = 5 as 5. symbolic(a, b)
+    decides the rest; its None makes None here."""
     if gold == answer:
         return True
     a, b = paper_number(gold), paper_number(answer)
@@ -110,10 +153,18 @@ def paper_equal(gold: str, answer: str, symbolic) -> bool | None:
     parts = []
     for side in (gold, answer):
         rows = re.fullmatch(r"\\begin\{[pb]matrix\}(.*)\\end\{[pb]matrix\}", side)
-        parts.append([row.split("&") for row in rows[1].split("\\\\") if row] if rows
-                     else [side[1:-1].split(",")] if re.fullmatch(r"[(\[].+[)\]]", side) else [])  # fmt: skip
+        parts.append(
+            [row.split("&") for row in rows[1].split("\\\\") if row]
+            if rows
+            else [side[1:-1].split(",")]
+            if re.fullmatch(r"[(\[].+[)\]]", side)
+            else []
+        )
     if parts[0] and [len(row) for row in parts[0]] == [len(row) for row in parts[1]]:
-        cells = [paper_equal(a, b, symbolic) for a, b in zip(sum(parts[0], []), sum(parts[1], []), strict=True)]
+        cells = [
+            paper_equal(a, b, symbolic)
+            for a, b in zip(sum(parts[0], []), sum(parts[1], []), strict=True)
+        ]
         if False not in cells:
             return None if None in cells else True
     sides = [side.split("=") for side in (gold, answer)]
@@ -128,14 +179,17 @@ def paper_equal(gold: str, answer: str, symbolic) -> bool | None:
 
 
 def match_all(golds: list[str], answers: list[str], symbolic) -> bool | None:
-    """Whether each gold answer has an equal among the answers and each answer one among the gold ones."""
+    """Whether each gold answer has an equal among the answers and each answer one among the gold
+    ones."""
     table = []
     for gold in golds:
         table.append([])
         for answer in answers:
             unions = gold.split("\\cup"), answer.split("\\cup")
             both = len(unions[0]) > 1 and len(unions[1]) > 1
-            table[-1].append(match_all(*unions, symbolic) if both else paper_equal(gold, answer, symbolic))
+            table[-1].append(
+                match_all(*unions, symbolic) if both else paper_equal(gold, answer, symbolic)
+            )
     lines = [*table, *map(list, zip(*table, strict=True))]
     if not answers or any(True not in line and None not in line for line in lines):
         return False
@@ -143,29 +197,49 @@ def match_all(golds: list[str], answers: list[str], symbolic) -> bool | None:
 
 
 def paper_verdict(gold: str, answers: tuple[str, ...], symbolic) -> bool | None:
-    """Of a response's answers the last counts, or the last few where the gold is a list and they are single things."""
+    """Of a response's answers the last counts, or the last few where the gold is a list and they
+    are single things."""
     gold, golds = paper_strip(gold), None
-    if len(answers) > 1 and "," not in answers[-1] and not re.search(r"[()\[\]]|^-?\d{1,3}(?:,\d{3})+$", gold):
+    if (
+        len(answers) > 1
+        and "," not in answers[-1]
+        and not re.search(r"[()\[\]]|^-?\d{1,3}(?:,\d{3})+$", gold)
+    ):
         golds = gold.split(",")
     answers = list(dict.fromkeys(answers))
     return match_all(golds or [gold], answers[-len(golds or [gold]) :], symbolic)
 
 
 def quick_paper(gold: str, answers: tuple[str, ...]) -> bool | None:
-    words = re.compile(r"[A-Za-z]*")  # different words are different, whatever product of letters a parser would read
-    return paper_verdict(gold, answers, lambda a, b: False if words.fullmatch(a) and words.fullmatch(b) else None)
+    words = re.compile(
+        r"[A-Za-z]*"
+    )  # different words are different, whatever product of letters a parser would read
+    return paper_verdict(
+        gold, answers, lambda a, b: False if words.fullmatch(a) and words.fullmatch(b) else None
+    )
 
 
 def values_of(*texts: str) -> list | None:
-    """What math-verify's parser makes of LaTeX texts, where all are single expressions; runs in a worker process."""
+    """What math-verify's parser makes of LaTeX texts, where all are single expressions; runs in a
+    worker process."""
     import math_verify
     import sympy
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it says at every call that its time limit is off
+    logging.getLogger("math_verify").setLevel(
+        logging.ERROR
+    )  # else it says at every call that its time limit is off
     config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
-    found = [math_verify.parse(f"\\boxed{{{text}}}", config, fallback_mode="no_fallback", parsing_timeout=None)
-             for text in texts]  # fmt: skip
-    return [value[0] for value in found] if all(value and isinstance(value[0], sympy.Expr) for value in found) else None
+    found = [
+        math_verify.parse(
+            f"\\boxed{{{text}}}", config, fallback_mode="no_fallback", parsing_timeout=None
+        )
+        for text in texts
+    ]
+    return (
+        [value[0] for value in found]
+        if all(value and isinstance(value[0], sympy.Expr) for value in found)
+        else None
+    )
 
 
 def slow_paper(gold: str, answers: tuple[str, ...]) -> bool:
@@ -173,10 +247,15 @@ def slow_paper(gold: str, answers: tuple[str, ...]) -> bool:
     import sympy
 
     def symbolic(*texts: str) -> bool:
-        found = values_of(*(re.sub(r"(\d)\\frac", r"\1\\cdot\\frac", text) for text in texts))  # 3\frac{1}{2} is 3/2 to theirs
+        found = values_of(
+            *(re.sub(r"(\d)\\frac", r"\1\\cdot\\frac", text) for text in texts)
+        )  # 3\frac{1}{2} is 3/2 to theirs
         if found is None:
             return False
-        a, b = (value.subs({sympy.pi: sympy.Symbol("pi"), sympy.E: sympy.Symbol("e")}) for value in found)  # letters too
+        a, b = (
+            value.subs({sympy.pi: sympy.Symbol("pi"), sympy.E: sympy.Symbol("e")})
+            for value in found
+        )  # letters too
         close = not (a - b).free_symbols and math.isclose(abs(sympy.N(a - b)), 0, abs_tol=1e-3)
         return close or sympy.simplify(a - b) == 0
 
@@ -184,13 +263,17 @@ def slow_paper(gold: str, answers: tuple[str, ...]) -> bool:
 
 
 def scdpo_verdict(gold: str, answer: str, rounded) -> bool | None:
-    """SCDPO's equality: the same text, the same parts between commas, or numbers (in tuples too) equal to two decimals."""
+    """SCDPO's equality: the same text, the same parts between commas, or numbers (in tuples too)
+    equal to two decimals."""
     gold, answer = (paper_strip(text.lower(), SCDPO_STRIP) for text in (gold, answer))
     if not gold or not answer:
         return False
     if gold == answer or "," in gold and set(gold.split(",")) == set(answer.split(",")):
         return True
-    tuples = [text[1:-1].split(",") if re.fullmatch(r"\(.*,.*\)", text) else [text] for text in (gold, answer)]
+    tuples = [
+        text[1:-1].split(",") if re.fullmatch(r"\(.*,.*\)", text) else [text]
+        for text in (gold, answer)
+    ]
     if len(tuples[0]) != len(tuples[1]):
         return False
     found = [a == b or rounded(a, b) for a, b in zip(*tuples, strict=True)]
@@ -208,7 +291,11 @@ def quick_scdpo(gold: str, answer: str) -> bool | None:
 def slow_scdpo(gold: str, answer: str) -> bool:
     def rounded(a: str, b: str) -> bool:
         values = values_of(a, b)
-        return bool(values) and not any(v.free_symbols for v in values) and len({round(float(v), 2) for v in values}) == 1
+        return (
+            bool(values)
+            and not any(v.free_symbols for v in values)
+            and len({round(float(v), 2) for v in values}) == 1
+        )
 
     return bool(scdpo_verdict(gold, answer, rounded))
 
@@ -216,12 +303,13 @@ def slow_scdpo(gold: str, answer: str) -> bool:
 PAPER, SCDPO = (quick_paper, slow_paper), (quick_scdpo, slow_scdpo)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # files
 
 
 async def grade(row: dict, grader) -> dict:
-    """The row with `prediction` and the three verdicts. Only the strict one asks that the response be finished."""
+    """The row with `prediction` and the three verdicts. Only the strict one asks that the response
+    be finished."""
     gold, response = str(row["answer"]), row["response"]
     opening = row.get("opening", EVAL.OPENING if response.startswith(EVAL.OPENING) else "")
     answers = paper_answers(row.get("problem", ""), response.removeprefix(opening))
@@ -234,7 +322,9 @@ async def grade(row: dict, grader) -> dict:
 def read_responses(path: Path) -> list[dict]:
     """The rows of a file that nobody writes; what a kill has torn at its end is cut."""
     if not path.is_file():
-        EVAL.stop(f"{path}: no such file or folder; give the --out of 05_eval.py, or a file of responses")
+        EVAL.stop(
+            f"{path}: no such file or folder; give the --out of 05_eval.py, or a file of responses"
+        )
     with open(path, "rb+") as file:
         EVAL.lock(file, path)
         whole, _, last = file.read().rpartition(b"\n")
@@ -245,7 +335,9 @@ def read_responses(path: Path) -> list[dict]:
     rows = EVAL.read_rows(path, ("id", "answer"))
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("response"), str):
-            EVAL.stop(f"{path}, line {number}: no text in 'response'; every row needs id, answer, response")
+            EVAL.stop(
+                f"{path}, line {number}: no text in 'response'; every row needs id, answer, response"
+            )
     return rows
 
 
@@ -263,14 +355,19 @@ async def regrade(path: Path) -> list[dict]:
         grader.close()
     EVAL.save(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new))
     changed = sum(row["correct"] != old.get("correct") for row, old in zip(new, rows, strict=True))
-    right = ", ".join(f"{name} {sum(row[field] for row in new) / len(new):.1%}" for field, name in NAMES.items())
-    print(f"{path}: {len(rows)} responses, {changed} verdicts changed; right: {right}; "
-          f"{len(rows) / (time.time() - began):.0f} a second, {grader.kills} gradings killed")  # fmt: skip
+    right = ", ".join(
+        f"{name} {sum(row[field] for row in new) / len(new):.1%}" for field, name in NAMES.items()
+    )
+    print(
+        f"{path}: {len(rows)} responses, {changed} verdicts changed; right: {right}; "
+        f"{len(rows) / (time.time() - began):.0f} a second, {grader.kills} gradings killed"
+    )
     return new
 
 
 def regrade_folder(folder: Path, base: str) -> tuple[dict, dict, dict]:
-    """Groups, rows by benchmark and model, and settings of a folder of results. The label `base` comes first."""
+    """Groups, rows by benchmark and model, and settings of a folder of results. The label `base`
+    comes first."""
     paths = sorted(folder.glob("*/*.jsonl"))
     if not paths:
         EVAL.stop(f"{folder}: no BENCHMARK/MODEL.jsonl there; give the --out of 05_eval.py")
@@ -284,11 +381,15 @@ def regrade_folder(folder: Path, base: str) -> tuple[dict, dict, dict]:
     labels = {label for _, label in order.values()}
     if base and base not in labels:
         EVAL.stop(f"--base {base}: give a label that is there: {', '.join(sorted(labels))}")
-    for model, (_, label) in sorted(order.items(), key=lambda item: (item[1][1] != base, item[1][0])):
+    for model, (_, label) in sorted(
+        order.items(), key=lambda item: (item[1][1] != base, item[1][0])
+    ):
         groups.setdefault(label, []).append(model)
     for name, by_model in rows.items():
         if missing := set(order) - set(by_model):
-            EVAL.stop(f"{folder}: {name} lacks responses of {', '.join(missing)}; every model needs every benchmark")
+            EVAL.stop(
+                f"{folder}: {name} lacks responses of {', '.join(missing)}; every model needs every benchmark"
+            )
     return groups, rows, settings
 
 
@@ -299,23 +400,34 @@ def table_of(name: str, by_model: dict[str, list[dict]]) -> dict[str, list[list[
         by_id = found.setdefault(model, {})
         for row in sorted(rows, key=lambda row: row.get("sample", 0)):
             by_id.setdefault(str(row["id"]), []).append({"finish_reason": "stop"} | row)
-    ids = [key for key in next(iter(found.values())) if all(key in by_id for by_id in found.values())]
+    ids = [
+        key for key in next(iter(found.values())) if all(key in by_id for by_id in found.values())
+    ]
     if not ids:
-        EVAL.stop(f"{name}: no problem is answered by all models; run the evaluation to its end first")
+        EVAL.stop(
+            f"{name}: no problem is answered by all models; run the evaluation to its end first"
+        )
     sizes = Counter(len(by_id[key]) for by_id in found.values() for key in ids)
     if len(sizes) > 1:
-        EVAL.stop(f"{name}: {min(sizes)} responses to some problems and {max(sizes)} to others; run the evaluation to its end")
+        EVAL.stop(
+            f"{name}: {min(sizes)} responses to some problems and {max(sizes)} to others; run the evaluation to its end"
+        )
     return {model: [by_id[key] for key in ids] for model, by_id in found.items()}
 
 
-def verdict_table(groups: dict[str, list[str]], tables: dict[str, dict]) -> tuple[str, list[str], list[list[str]], str]:
-    """Title, head, rows and note of the shares that are right by each verdict, of all responses of a model's seeds."""
+def verdict_table(
+    groups: dict[str, list[str]], tables: dict[str, dict]
+) -> tuple[str, list[str], list[list[str]], str]:
+    """Title, head, rows and note of the shares that are right by each verdict, of all responses of
+    a model's seeds."""
     lines = []
     for name, by_model in tables.items():
         for label, models in groups.items():
             rows = [row for model in models for found in by_model[model] for row in found]
             shares = [sum(row[field] for row in rows) / len(rows) for field in NAMES]
-            lines.append([f"{name} ({len(by_model[models[0]])})", label, *map(EVAL.percent, shares)])
+            lines.append(
+                [f"{name} ({len(by_model[models[0]])})", label, *map(EVAL.percent, shares)]
+            )
     return "Right by each verdict", ["benchmark", "model", *NAMES.values()], lines, ""
 
 
@@ -326,9 +438,17 @@ def main(args: Args):
     groups, rows, settings = regrade_folder(args.results, args.base)
     tables = {name: table_of(name, by_model) for name, by_model in rows.items()}
     field = VERDICTS[args.verdict]
-    judged = {name: {model: [[row | {"correct": row[field]} for row in found] for found in table]
-                     for model, table in by_model.items()} for name, by_model in tables.items()}  # fmt: skip
-    summary = EVAL.summary_of(groups, judged, settings, args.seed) | {"rule": RULES[field], "verdict": field}
+    judged = {
+        name: {
+            model: [[row | {"correct": row[field]} for row in found] for found in table]
+            for model, table in by_model.items()
+        }
+        for name, by_model in tables.items()
+    }
+    summary = EVAL.summary_of(groups, judged, settings, args.seed) | {
+        "rule": RULES[field],
+        "verdict": field,
+    }
     summary["more_tables"] = [verdict_table(groups, tables)]
     print(EVAL.write_report(summary, args.results))
     print(f"{args.results / 'report.md'}: written anew, by the {NAMES[field]} verdict")

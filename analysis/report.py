@@ -1,10 +1,11 @@
-"""Pictures and one page of a folder of 05_eval.py's results; the page has problems won and lost side by side with responses.
+"""Pictures and one page of a folder of 05_eval.py's results; the page has problems won and lost
+side by side with responses.
 
     python analysis/report.py results/tiny        # -> accuracy.png ..., which report.md shows then, and report.html
 
-Input: summary.json and BENCHMARK/MODEL.jsonl as 05 writes them. report.html is one file, without a script. Of each of the first
-six models it shows ten problems won and ten lost against the base. Formulas are MathML; what a model wrote is escaped.
-"""
+Input: summary.json and BENCHMARK/MODEL.jsonl as 05 writes them. report.html is one file, without a
+script. Of each of the first six models it shows ten problems won and ten lost against the base.
+Formulas are MathML; what a model wrote is escaped."""
 
 import base64
 import importlib
@@ -23,8 +24,11 @@ from markupsafe import Markup
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 EVAL = importlib.import_module("05_eval")
-FORMULA = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|\$(?![\s$])((?:[^$\n]*[^\s$\\])?)\$(?!\d)"
-                     r"|(\\boxed\{(?:[^{}]|\{[^{}]*\})*\})", re.S)  # fmt: skip
+FORMULA = re.compile(
+    r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|\$(?![\s$])((?:[^$\n]*[^\s$\\])?)\$(?!\d)"
+    r"|(\\boxed\{(?:[^{}]|\{[^{}]*\})*\})",
+    re.S,
+)
 PAGE = """<!DOCTYPE html><meta charset="utf-8"><title>{{ title }}</title><style>
 body { font: 15px/1.5 sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; margin: 1em 0; font-size: 14px }
@@ -65,14 +69,23 @@ class Args:
 
 
 def bars(axes, figures: dict[str, dict[str, dict]]):
-    """A group of bars for each key of `figures`, in it a bar for each model, with its 95 % interval."""
+    """A group of bars for each key of `figures`, in it a bar for each model, with its 95 %
+    interval."""
     models = list(next(iter(figures.values())))
     width = 0.8 / len(models)
     for i, model in enumerate(models):
         shares = 100 * np.array([found[model]["accuracy"] for found in figures.values()])
         ends = 100 * np.array([found[model]["interval"] for found in figures.values()]).T
         x = np.arange(len(figures)) + (i - (len(models) - 1) / 2) * width
-        axes.bar(x, shares, width, yerr=abs(ends - shares), capsize=3, label=model[-40:], error_kw={"lw": 1})
+        axes.bar(
+            x,
+            shares,
+            width,
+            yerr=abs(ends - shares),
+            capsize=3,
+            label=model[-40:],
+            error_kw={"lw": 1},
+        )
         if len(figures) * len(models) <= 12:
             for place, share, top in zip(x, shares, ends[1], strict=True):
                 axes.text(place, top + 1, f"{share:.1f}", ha="center", fontsize=9)
@@ -81,20 +94,43 @@ def bars(axes, figures: dict[str, dict[str, dict]]):
 
 
 def draw_pictures(summary: dict, out: Path) -> list[Path]:
-    """accuracy.png, levels.png where there are levels, and curves.png where there are several samples."""
+    """accuracy.png, levels.png where there are levels, and curves.png where there are several
+    samples."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams |= {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
-    plt.rcParams |= {"axes.grid": True, "axes.grid.axis": "y", "grid.alpha": 0.3, "figure.constrained_layout.use": True}
-    files, models = [], {name: {label: found["models"][label] for label in summary["groups"]}
-                         for name, found in summary["benchmarks"].items()}  # fmt: skip
+    plt.rcParams |= {
+        "font.size": 11,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+    }
+    plt.rcParams |= {
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "grid.alpha": 0.3,
+        "figure.constrained_layout.use": True,
+    }
+    files, models = (
+        [],
+        {
+            name: {label: found["models"][label] for label in summary["groups"]}
+            for name, found in summary["benchmarks"].items()
+        },
+    )
 
     def save(figure, name: str):
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncol=min(3, len(labels)), frameon=False, fontsize=9)
+        figure.legend(
+            handles,
+            labels,
+            loc="outside upper center",
+            ncol=min(3, len(labels)),
+            frameon=False,
+            fontsize=9,
+        )
         figure.savefig(out / name, dpi=150)
         plt.close(figure)
         files.append(out / name)
@@ -102,8 +138,14 @@ def draw_pictures(summary: dict, out: Path) -> list[Path]:
     figure, axes = plt.subplots(figsize=(8, 4))
     bars(axes, models)
     save(figure, "accuracy.png")
-    leveled = {name: {level: {label: f["by"]["level"][level] for label, f in found.items()} for level in first["by"]["level"]}
-               for name, found in models.items() if "level" in (first := next(iter(found.values())))["by"]}  # fmt: skip
+    leveled = {
+        name: {
+            level: {label: f["by"]["level"][level] for label, f in found.items()}
+            for level in first["by"]["level"]
+        }
+        for name, found in models.items()
+        if "level" in (first := next(iter(found.values())))["by"]
+    }
     if leveled:
         figure, grid = plt.subplots(len(leveled), 1, figsize=(8, 3.4 * len(leveled)), squeeze=False)
         for name, axes in zip(leveled, grid[:, 0], strict=True):
@@ -112,13 +154,19 @@ def draw_pictures(summary: dict, out: Path) -> list[Path]:
         save(figure, "levels.png")
     several = [name for name, found in summary["benchmarks"].items() if found["samples"] > 1]
     if several:
-        figure, grid = plt.subplots(1, len(several), figsize=(max(6, 4 * len(several)), 4), squeeze=False)
+        figure, grid = plt.subplots(
+            1, len(several), figsize=(max(6, 4 * len(several)), 4), squeeze=False
+        )
         for name, axes in zip(several, grid[0], strict=True):
             for i, (model, f) in enumerate(models[name].items()):
                 for kind, style in (("pass", "-"), ("maj", "--")):
                     values, label = 100 * np.array(f["curves"][kind]), f"{model[-30:]}, {kind}@k"
-                    axes.plot(f["curves"]["k"], values, f"o{style}", color=f"C{i}", ms=4, label=label)
-            axes.set(xscale="log", xlabel="k, responses a problem", title=name, ylabel="problems, %")
+                    axes.plot(
+                        f["curves"]["k"], values, f"o{style}", color=f"C{i}", ms=4, label=label
+                    )
+            axes.set(
+                xscale="log", xlabel="k, responses a problem", title=name, ylabel="problems, %"
+            )
             axes.set_xticks(f["curves"]["k"], f["curves"]["k"])
             axes.minorticks_off()
         save(figure, "curves.png")
@@ -126,17 +174,28 @@ def draw_pictures(summary: dict, out: Path) -> list[Path]:
 
 
 def to_html(text: str) -> str:
-    """Text with its formulas as MathML, which browsers show without a script. Everything else is escaped: it is a model's."""
+    """Text with its formulas as MathML, which browsers show without a script. Everything else is
+    escaped: it is a model's."""
+
     def formula(tex: str) -> str:
-        safe = len(tex) < 2000 and not re.search(r"\\(?:href|url|class|style|cssId|unicode|html)", tex)
+        safe = len(tex) < 2000 and not re.search(
+            r"\\(?:href|url|class|style|cssId|unicode|html)", tex
+        )
         try:
-            return latex2mathml.converter.convert(tex.replace("<", "\\lt ").replace(">", "\\gt ")) if safe else 1 / 0
+            return (
+                latex2mathml.converter.convert(tex.replace("<", "\\lt ").replace(">", "\\gt "))
+                if safe
+                else 1 / 0
+            )
         except Exception:  # half a formula, or a command that it does not know: the source, as code
             return f"<code>{escape(tex)}</code>"
 
     parts, end = [], 0
     for found in FORMULA.finditer(text[:20_000]):
-        parts += [escape(text[end : found.start()]), formula(next((part for part in found.groups() if part), ""))]
+        parts += [
+            escape(text[end : found.start()]),
+            formula(next((part for part in found.groups() if part), "")),
+        ]
         end = found.end()
     return "".join([*parts, escape(text[end:20_000])])
 
@@ -145,12 +204,14 @@ def render(**parts) -> str:
     """The page; what is no markup of ours is escaped."""
     environment = jinja2.Environment(autoescape=True)
     environment.filters["formulas"] = lambda text: Markup(to_html(text))
-    return environment.from_string(PAGE).render(**{"tables": [], "pictures": [], "sides": [], "more": ""} | parts)
+    return environment.from_string(PAGE).render(
+        **{"tables": [], "pictures": [], "sides": [], "more": ""} | parts
+    )
 
 
 def sides_of(name: str, f: dict, sides: dict[str, dict], field: str, seed: int) -> list[tuple]:
-    """(title, problems) of ten problems won and ten lost: a right and a wrong response of the two models each. `sides` holds
-    by label, the base first, the rows of each problem, of all seeds."""
+    """(title, problems) of ten problems won and ten lost: a right and a wrong response of the two
+    models each. `sides` holds by label, the base first, the rows of each problem, of all seeds."""
     (base, model), found, rng = sides, [], np.random.default_rng(seed)
     for kind, ids in (("won", f["won"]), ("lost", f["lost"])):
         problems = []
@@ -159,18 +220,23 @@ def sides_of(name: str, f: dict, sides: dict[str, dict], field: str, seed: int) 
             for label, good in ((base, kind == "lost"), (model, kind == "won")):
                 # of several responses and seeds one with the majority's verdict
                 row = next(row for row in sides[label][key] if row[field] == good)
-                columns.append((label, "right" if good else "wrong", str(row["prediction"]), row["response"]))
+                columns.append(
+                    (label, "right" if good else "wrong", str(row["prediction"]), row["response"])
+                )
             problems.append((key, row.get("problem", ""), str(row["answer"]), columns))
         found.append((f"{name}: {len(problems)} of {len(ids)} {kind} by {model}", problems))
     return found
 
 
 def read_responses(folder: Path, groups: dict[str, list[str]]) -> dict:
-    """Rows by label and problem id: of a label's seeds one after the other, of each in the order of the samples."""
+    """Rows by label and problem id: of a label's seeds one after the other, of each in the order of
+    the samples."""
     found, labels = {}, {model: label for label, models in groups.items() for model in models}
     for path in sorted(folder.glob("*.jsonl")):
         for row in sorted(EVAL.read_rows(path, ("id",)), key=lambda row: row.get("sample", 0)):
-            if label := labels.get(str(row.get("model", path.stem))):  # a file of another run has none
+            if label := labels.get(
+                str(row.get("model", path.stem))
+            ):  # a file of another run has none
                 found.setdefault(label, {}).setdefault(str(row["id"]), []).append(row)
     return found
 
@@ -185,20 +251,28 @@ def main(args: Args):
         about, tables = EVAL.about(summary), EVAL.tables_of(summary)
     except (ValueError, KeyError) as error:
         again = f"python analysis/regrade.py {args.results}"
-        EVAL.stop(f"{path}: not as this version of 05_eval.py writes it ({error!r}); make it anew by {again}")
+        EVAL.stop(
+            f"{path}: not as this version of 05_eval.py writes it ({error!r}); make it anew by {again}"
+        )
     for name, benchmark in summary["benchmarks"].items():
         responses = read_responses(args.results / name, summary["groups"])
         for label in others[:6]:
             pair = {base: responses[base], label: responses[label]}
-            sides += sides_of(name, benchmark["models"][label], pair, summary.get("verdict", "correct"), args.seed)
+            sides += sides_of(
+                name, benchmark["models"][label], pair, summary.get("verdict", "correct"), args.seed
+            )
     try:
         files = draw_pictures(summary, args.results)
     except OSError as error:
-        EVAL.stop(f"{args.results}: pictures cannot be written ({error.strerror}); make room and run the same command again")
+        EVAL.stop(
+            f"{args.results}: pictures cannot be written ({error.strerror}); make room and run the same command again"
+        )
     EVAL.write_report(summary, args.results, tuple(files))
     pictures = [(file.stem, base64.b64encode(file.read_bytes()).decode()) for file in files]
     out = args.results / "report.html"
-    EVAL.save(out, render(title="Evaluation", about=about, tables=tables, pictures=pictures, sides=sides))
+    EVAL.save(
+        out, render(title="Evaluation", about=about, tables=tables, pictures=pictures, sides=sides)
+    )
     count = sum(len(found) for _, found in sides)
     print(f"{out}: {len(tables)} tables, {len(pictures)} pictures, {count} problems side by side")
 

@@ -1,19 +1,23 @@
-"""Score the steps of solutions by a process reward model; 02_locate_step.py --locator scores takes the first low one for wrong.
+"""Score the steps of solutions by a process reward model; 02_locate_step.py --locator scores takes
+the first low one for wrong.
 
     python analysis/score_steps.py data/samples.jsonl --prm Qwen/Qwen2.5-Math-PRM-7B --wrong-only
     python analysis/score_steps.py data/samples.jsonl --prm peiyi9979/math-shepherd-mistral-7b-prm
     python analysis/score_steps.py data/samples.jsonl --prm RLHFlow/Llama3.1-8B-PRM-Mistral-Data --form rlhflow
     python 02_locate_step.py --samples data/samples.scored.jsonl --locator scores --threshold 0.5
 
-Input: rows with `problem` and `steps`, as 01 and ProcessBench have them. Output: the same rows, in their order, and
+Input: rows with `problem` and `steps`, as 01 and ProcessBench have them. Output: the same rows, in
+their order, and
     {"step_scores": [0.98, 0.03], "prm": "...", "prm_tokens": 186}
-A score is the chance, by the model, that the step is right. step_scores is null, with prm_reason, where a row is not scored.
+A score is the chance, by the model, that the step is right. step_scores is null, with prm_reason,
+where a row is not scored.
 
-Three forms are read, all in this process by transformers, without code from the hub:
-qwen           Qwen2ForProcessRewardModel (arXiv 2501.07301): a chat with <extra_0> after each step, two classes read there
-math-shepherd  a causal model (arXiv 2312.08935): plain text with " ки" after each step, "+" against "-" read there
-rlhflow        a causal model (RLHFlow's two): a turn a step, "+" against "-" as its answer
-Qwen's form also by a server, for models that do not fit one device; score_steps names the options that it needs:
+Three forms are read, all in this process by transformers, without code from the hub: qwen
+Qwen2ForProcessRewardModel (arXiv 2501.07301): a chat with <extra_0> after each step, two classes
+read there math-shepherd  a causal model (arXiv 2312.08935): plain text with " ки" after each step,
+"+" against "-" read there rlhflow        a causal model (RLHFlow's two): a turn a step, "+" against
+"-" as its answer Qwen's form also by a server, for models that do not fit one device; score_steps
+names the options that it needs:
     vllm serve MODEL --pooler-config '{"tok_pooling_type": "STEP", "step_tag_id": 151651}'
 Which public models work: docs/locators.md. The same command run again resumes.
 """
@@ -39,7 +43,8 @@ LOCATE = importlib.import_module("02_locate_step")
 stop = LOCATE.stop
 MARKS = {"qwen": "<extra_0>", "math-shepherd": "ки", "rlhflow": "+"}  # one a step
 HERE = "\ue000"  # stands for the mark until the text is rendered; in Unicode it means nothing
-SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # of the model card of Qwen's
+# of the model card of Qwen's
+SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 PROBE = {"problem": "What is 1 + 1?", "steps": ["Step 1: 1 + 1 = 2.\n", "Step 2: The answer is 2."]}
 WINDOW = 128  # rows that are scored and written together
 BATCH_TOKENS = 16384  # padding included
@@ -62,20 +67,24 @@ class Args:
 
 
 def process_reward_class():
-    """Qwen2.5-Math-PRM's class, with the names of its weights, so that no code from the hub is run."""
+    """Qwen2.5-Math-PRM's class, with the names of its weights, so that no code from the hub is
+    run."""
 
     class Qwen2ForProcessRewardModel(transformers.Qwen2PreTrainedModel):
         def __init__(self, config):
             super().__init__(config)
             self.model, width = transformers.Qwen2Model(config), config.hidden_size
-            self.score = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.ReLU(), torch.nn.Linear(width, 2))
+            self.score = torch.nn.Sequential(
+                torch.nn.Linear(width, width), torch.nn.ReLU(), torch.nn.Linear(width, 2)
+            )
             self.post_init()
 
     return Qwen2ForProcessRewardModel
 
 
 class Reader:
-    """What a model reads of a solution: its form, its tokenizer, and the longest text that it takes."""
+    """What a model reads of a solution: its form, its tokenizer, and the longest text that it
+    takes."""
 
     def __init__(self, prm: str, form: str = "math-shepherd"):
         try:
@@ -83,50 +92,88 @@ class Reader:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(prm)
         except (OSError, ValueError) as error:
             stop(f"--prm {prm}: {str(error).splitlines()[0]}")
-        kind, self.most = (config.architectures or ["none"])[0], getattr(config, "max_position_embeddings", sys.maxsize)
+        kind, self.most = (
+            (config.architectures or ["none"])[0],
+            getattr(config, "max_position_embeddings", sys.maxsize),
+        )
         qwen = "ProcessReward" in kind and config.model_type == "qwen2"
         if not qwen and not kind.endswith("ForCausalLM"):
-            stop(f"--prm {prm}: its architecture is {kind}; read are Qwen2ForProcessRewardModel and causal models that answer "
-                 "+ or -, see docs/locators.md")  # fmt: skip
+            stop(
+                f"--prm {prm}: its architecture is {kind}; read are Qwen2ForProcessRewardModel and causal models that answer "
+                "+ or -, see docs/locators.md"
+            )
         self.form = "qwen" if qwen else form
         self.mark = MARKS[self.form]
         self.tag = self.tokenizer.convert_tokens_to_ids(self.mark) if qwen else None
         try:
             *_, reason = self.encode(PROBE)
-        except Exception as error:  # a template raises what it likes, a tokenizer without offsets NotImplementedError
+        # a template raises what it likes, a tokenizer without offsets NotImplementedError
+        except Exception as error:
             reason = f"{error.__class__.__name__}: {str(error).partition(chr(10))[0]}"
         if reason:
-            stop(f"--prm {prm}, form {self.form}: {reason}; has it another form, or another tokenizer?")
+            stop(
+                f"--prm {prm}, form {self.form}: {reason}; has it another form, or another tokenizer?"
+            )
 
     def render(self, row: dict) -> str:
         """The text, with HERE after each step."""
         steps = [step.strip() for step in row["steps"]]
         if self.form == "math-shepherd":
             steps = [LOCATE.cut_label(step, k)[1].strip() for k, step in enumerate(row["steps"], 1)]
-            return f"{row['problem']} " + "\n".join(f"Step {k}: {step} {HERE}" for k, step in enumerate(steps, 1))
+            return f"{row['problem']} " + "\n".join(
+                f"Step {k}: {step} {HERE}" for k, step in enumerate(steps, 1)
+            )
         if self.form == "qwen":
-            turns = [("system", SYSTEM), ("user", row["problem"]), ("assistant", "".join(step + HERE for step in steps))]
+            turns = [
+                ("system", SYSTEM),
+                ("user", row["problem"]),
+                ("assistant", "".join(step + HERE for step in steps)),
+            ]
         else:
             steps[0] = f"{row['problem']} {steps[0]}"
             turns = [turn for step in steps for turn in (("user", step), ("assistant", HERE))]
-        return self.tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in turns], tokenize=False)
+        return self.tokenizer.apply_chat_template(
+            [{"role": r, "content": c} for r, c in turns], tokenize=False
+        )
 
     def tokens(self, row: dict, mark: str) -> tuple[list[int], list[int]]:
-        """Token ids with `mark` after each step, and the last token of each mark: a vocabulary may part it into several."""
+        """Token ids with `mark` after each step, and the last token of each mark: a vocabulary may
+        part it into several."""
         parts = self.render(row).split(HERE)
         ends = list(accumulate(len(part) + len(mark) for part in parts[:-1]))
-        coded = self.tokenizer(mark.join(parts), add_special_tokens=self.form == "math-shepherd", return_offsets_mapping=True)
-        token_of = {at: token for token, (start, end) in enumerate(coded["offset_mapping"]) for at in range(start, end)}
+        coded = self.tokenizer(
+            mark.join(parts),
+            add_special_tokens=self.form == "math-shepherd",
+            return_offsets_mapping=True,
+        )
+        token_of = {
+            at: token
+            for token, (start, end) in enumerate(coded["offset_mapping"])
+            for at in range(start, end)
+        }
         return coded["input_ids"], [token_of[end - 1] for end in ends if end - 1 in token_of]
 
     def encode(self, row: dict) -> tuple[list[int], list[int], str]:
-        """Token ids, the places where the scores are read, and why the row cannot be scored, or ""."""
+        """Token ids, the places where the scores are read, and why the row cannot be scored, or
+        ""."""
         ids, marks = self.tokens(row, self.mark)
-        marked = [place for place, token in enumerate(ids) if token == self.tag] if self.form == "qwen" else marks
+        marked = (
+            [place for place, token in enumerate(ids) if token == self.tag]
+            if self.form == "qwen"
+            else marks
+        )
         if marked != marks or len(marks) != len(row["steps"]):
             return ids, [], f"marks: {len(marked)} {self.mark} for {len(row['steps'])} steps"
-        places = [place - 1 for place in marks] if self.form == "rlhflow" else marks  # its answer is predicted before it
-        return ids, places, f"too long: {len(ids)} tokens, where the model takes {self.most}" if len(ids) > self.most else ""
+        places = (
+            [place - 1 for place in marks] if self.form == "rlhflow" else marks
+        )  # its answer is predicted before it
+        return (
+            ids,
+            places,
+            f"too long: {len(ids)} tokens, where the model takes {self.most}"
+            if len(ids) > self.most
+            else "",
+        )
 
     def signs(self) -> list[int]:
         """The tokens of - and +, as they stand in the place of the last mark."""
@@ -142,9 +189,15 @@ def load_model(prm: str, kind):
     except (OSError, ValueError, RuntimeError) as error:
         stop(f"--prm {prm}: cannot be loaded ({' '.join(str(error).split())[:300]})")
     if missing := sorted(report["missing_keys"]):
-        stop(f"--prm {prm}: its files lack {', '.join(missing[:4])}; random weights would stand there")
-    if unknown := [name for name in sorted(report["unexpected_keys"]) if not name.startswith("lm_head.")]:
-        stop(f"--prm {prm}: its files hold {', '.join(unknown[:4])}, so it has another head; see docs/locators.md")
+        stop(
+            f"--prm {prm}: its files lack {', '.join(missing[:4])}; random weights would stand there"
+        )
+    if unknown := [
+        name for name in sorted(report["unexpected_keys"]) if not name.startswith("lm_head.")
+    ]:
+        stop(
+            f"--prm {prm}: its files hold {', '.join(unknown[:4])}, so it has another head; see docs/locators.md"
+        )
     return lm.to(device).eval()
 
 
@@ -156,13 +209,19 @@ def local_scorer(args: Args, reader: Reader):
 
     def warn(mass: float):
         if not warned and mass < 0.5:
-            warned.append(print(f"+ and - have {mass:.1%} of the probability at the marks: is {reader.form} the model's form?",
-                                file=sys.stderr))  # fmt: skip
+            warned.append(
+                print(
+                    f"+ and - have {mass:.1%} of the probability at the marks: is {reader.form} the model's form?",
+                    file=sys.stderr,
+                )
+            )
 
     @torch.inference_mode()
     def score_batch(batch: list[tuple]) -> list[list[float]]:
         ids = torch.zeros(len(batch), max(len(own) for own, _ in batch), dtype=torch.long)
-        for line, (own, _) in zip(ids, batch, strict=True):  # padded on the right, which no step sees
+        for line, (own, _) in zip(
+            ids, batch, strict=True
+        ):  # padded on the right, which no step sees
             line[: len(own)] = torch.tensor(own)
         hidden = lm.base_model(input_ids=ids.to(lm.device)).last_hidden_state
         head, scores = lm.score if qwen else lm.get_output_embeddings(), []
@@ -173,7 +232,10 @@ def local_scorer(args: Args, reader: Reader):
         return scores
 
     async def score(parts: list[tuple]) -> list[list[float]]:
-        scores, left = [None] * len(parts), sorted(range(len(parts)), key=lambda i: len(parts[i][0]))
+        scores, left = (
+            [None] * len(parts),
+            sorted(range(len(parts)), key=lambda i: len(parts[i][0])),
+        )
         while left:
             size = max(1, BATCH_TOKENS // len(parts[left[-1]][0]))
             batch, left = left[-size:], left[:-size]
@@ -203,18 +265,25 @@ def server_scorer(args: Args, reader: Reader):
         try:
             return await asyncio.gather(*(score_one(ids) for ids, _ in parts))
         except openai.APIError as error:
-            stop(f"--base-url {args.base_url}: {url} does not answer ({str(error)[:300]}); run the same command to resume")
+            stop(
+                f"--base-url {args.base_url}: {url} does not answer ({str(error)[:300]}); run the same command to resume"
+            )
 
     return score
 
 
 def check_scores(args: Args, reader: Reader, scores: list[float], places: list[int]):
     """Stop unless there is one chance for each step."""
-    if len(scores) == len(places) and all(type(score) in (int, float) and 0 <= score <= 1 for score in scores):
+    if len(scores) == len(places) and all(
+        type(score) in (int, float) and 0 <= score <= 1 for score in scores
+    ):
         return
     start = json.dumps({"tok_pooling_type": "STEP", "step_tag_id": reader.tag})
-    stop(f"--prm {args.prm}: {len(scores)} scores for {len(places)} steps, where each needs one from 0 to 1"
-         + f"; start the server by vllm serve {args.prm} --pooler-config '{start}'" * bool(args.base_url))  # fmt: skip
+    stop(
+        f"--prm {args.prm}: {len(scores)} scores for {len(places)} steps, where each needs one from 0 to 1"
+        + f"; start the server by vllm serve {args.prm} --pooler-config '{start}'"
+        * bool(args.base_url)
+    )
 
 
 def load_rows(path: Path) -> list[dict]:
@@ -228,14 +297,20 @@ def load_rows(path: Path) -> list[dict]:
 
 def bare(row: dict) -> dict:
     """A row without what this script adds."""
-    return {name: value for name, value in row.items() if name not in ("step_scores", "prm", "prm_tokens", "prm_reason")}
+    return {
+        name: value
+        for name, value in row.items()
+        if name not in ("step_scores", "prm", "prm_tokens", "prm_reason")
+    }
 
 
 def check_resumed(args: Args, path: Path, old: list[dict], rows: list[dict]):
     """Stop where the rows that are there are not the first of the input."""
     for number, row in enumerate(old):
         if number >= len(rows) or bare(row) != bare(rows[number]):
-            stop(f"{path}, row {number + 1}, is not row {number + 1} of {args.samples}; give another --out")
+            stop(
+                f"{path}, row {number + 1}, is not row {number + 1} of {args.samples}; give another --out"
+            )
 
 
 async def score_all(args: Args, reader: Reader, rows: list[dict], output) -> Counter:
@@ -243,7 +318,9 @@ async def score_all(args: Args, reader: Reader, rows: list[dict], output) -> Cou
     score, count = (server_scorer if args.base_url else local_scorer)(args, reader), Counter()
     old = len(output.rows)
     bar = tqdm(total=len(rows), initial=old, desc="scoring", mininterval=1.0)
-    for at in range(old - old % WINDOW, len(rows), WINDOW):  # a window that was torn is made again: the batches are the same
+    for at in range(
+        old - old % WINDOW, len(rows), WINDOW
+    ):  # a window that was torn is made again: the batches are the same
         parts, new = [], []
         for row in rows[at : at + WINDOW]:
             ids, places, reason = [], [], ""
@@ -253,13 +330,18 @@ async def score_all(args: Args, reader: Reader, rows: list[dict], output) -> Cou
                 reason = "a right solution"
             else:
                 ids, places, reason = reader.encode(row)
-            new.append(bare(row) | {"step_scores": None, "prm": output.settings["prm"], "prm_tokens": len(ids)})
+            new.append(
+                bare(row)
+                | {"step_scores": None, "prm": output.settings["prm"], "prm_tokens": len(ids)}
+            )
             if reason:
                 new[-1]["prm_reason"] = reason
                 count[f"not scored ({reason.partition(':')[0]})"] += 1
             else:
                 parts.append((new[-1], ids, places))
-        for (row, ids, places), scores in zip(parts, await score([part[1:] for part in parts]), strict=True):
+        for (row, ids, places), scores in zip(
+            parts, await score([part[1:] for part in parts]), strict=True
+        ):
             check_scores(args, reader, scores, places)
             row["step_scores"] = [round(score, 4) for score in scores]
             count.update({"scored": 1, "tokens": len(ids)})
@@ -272,13 +354,24 @@ async def score_all(args: Args, reader: Reader, rows: list[dict], output) -> Cou
 def main(args: Args):
     rows, path = load_rows(args.samples), args.out or args.samples.with_suffix(".scored.jsonl")
     reader = Reader(args.prm, args.form)
-    settings = {"stage": "analysis/score_steps", "prm": LOCATE.model_id(args.prm), "form": reader.form,
-                "wrong_only": args.wrong_only}  # fmt: skip
+    settings = {
+        "stage": "analysis/score_steps",
+        "prm": LOCATE.model_id(args.prm),
+        "form": reader.form,
+        "wrong_only": args.wrong_only,
+    }
     output = LOCATE.Output(path, settings)
     check_resumed(args, path, output.rows, rows)
-    count = asyncio.run(score_all(args, reader, rows, output)) if len(output.rows) < len(rows) else Counter()
+    count = (
+        asyncio.run(score_all(args, reader, rows, output))
+        if len(output.rows) < len(rows)
+        else Counter()
+    )
     output.save_meta(finished=True, summary=count)
-    print(f"{path}: {len(rows)} rows, " + ", ".join(f"{name} {number}" for name, number in count.items()))
+    print(
+        f"{path}: {len(rows)} rows, "
+        + ", ".join(f"{name} {number}" for name, number in count.items())
+    )
     if not any(row["step_scores"] for row in output.rows):
         stop(f"{path}: no row has scores; the first says: {output.rows[0]['prm_reason']}")
 

@@ -1,4 +1,5 @@
-"""Train a process reward model in Qwen2.5-Math-PRM's form (arXiv 2501.07301) on solutions whose first wrong step is known.
+"""Train a process reward model in Qwen2.5-Math-PRM's form (arXiv 2501.07301) on solutions whose
+first wrong step is known.
 
     python analysis/train_prm.py --data labelled.jsonl --model data/tiny/model --out runs/prm     # minutes on two cores
     python analysis/score_steps.py data/samples.jsonl --prm runs/prm
@@ -6,9 +7,9 @@
 Input, as for processbench.py: ProcessBench's rows, what annotate.py, true_errors.py or 02 wrote:
     {"problem": "...", "steps": ["...", "..."], "error_step": 2}        or "label": 1, 0-based, -1 for no error
 
-Steps before the first wrong one count as right, it as wrong, those behind it not at all. The model must be of Qwen2's kind;
-all of its weights are trained, on one device. Output: a Hugging Face folder, as score_steps.py and vLLM read the real one.
-"""
+Steps before the first wrong one count as right, it as wrong, those behind it not at all. The model
+must be of Qwen2's kind; all of its weights are trained, on one device. Output: a Hugging Face
+folder, as score_steps.py and vLLM read the real one."""
 
 import importlib
 import json
@@ -56,7 +57,10 @@ def start(args: Args):
     """The model with a new head, and the tokenizer with the mark."""
     torch.manual_seed(args.seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    lm, mark = score_steps.process_reward_class().from_pretrained(args.model, dtype=torch.float32), score_steps.MARKS["qwen"]
+    lm, mark = (
+        score_steps.process_reward_class().from_pretrained(args.model, dtype=torch.float32),
+        score_steps.MARKS["qwen"],
+    )
     if mark not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [mark]})
         lm.resize_token_embeddings(len(tokenizer), mean_resizing=True)
@@ -75,7 +79,9 @@ def save(lm, tokenizer, args: Args):
 
 def loss_of(lm, batch: list[tuple]) -> torch.Tensor:
     """Mean cross-entropy over the marks of a batch of (ids, places, label)."""
-    ids = torch.zeros(len(batch), max(len(row[0]) for row in batch), dtype=torch.long, device=lm.device)
+    ids = torch.zeros(
+        len(batch), max(len(row[0]) for row in batch), dtype=torch.long, device=lm.device
+    )
     rows, places, targets = [], [], []
     for number, (own, at, label) in enumerate(batch):
         ids[number, : len(own)] = torch.tensor(own)
@@ -99,11 +105,19 @@ def main(args: Args):
         if places and not reason:
             (test if row["problem"] in held else train).append((ids, places, row["label"]))
     if not train:
-        LOCATE.stop(f"{args.data}: nothing is left to train on beside --held-out {args.held_out} problems")
+        LOCATE.stop(
+            f"{args.data}: nothing is left to train on beside --held-out {args.held_out} problems"
+        )
     order, total = random.Random(args.seed), args.epochs * math.ceil(len(train) / args.batch_size)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, math.ceil(0.05 * total), total)
-    bar, losses, low = tqdm(total=total, desc="training"), [], lm.device.type == "cuda" or LOCATE.processor_has_bf16()
+    schedule = transformers.get_cosine_schedule_with_warmup(
+        optimizer, math.ceil(0.05 * total), total
+    )
+    bar, losses, low = (
+        tqdm(total=total, desc="training"),
+        [],
+        lm.device.type == "cuda" or LOCATE.processor_has_bf16(),
+    )
     for _ in range(args.epochs):
         order.shuffle(train)
         for at in range(0, len(train), args.batch_size):
@@ -120,13 +134,25 @@ def main(args: Args):
     bar.close()
     with torch.inference_mode():
         batches = [test[at : at + args.batch_size] for at in range(0, len(test), args.batch_size)]
-        held_loss = sum(loss_of(lm, batch).item() for batch in batches) / len(batches) if batches else float("nan")
+        held_loss = (
+            sum(loss_of(lm, batch).item() for batch in batches) / len(batches)
+            if batches
+            else float("nan")
+        )
     save(lm.to(torch.bfloat16), tokenizer, args)
     wrong = sum(label >= 0 for *_, label in train)
-    figures = {"solutions": len(train), "wrong": wrong, "steps": total,
-               "first loss": round(losses[0], 4), "last loss": round(float(np.mean(losses[-5:])), 4),
-               "loss on held-out problems": round(held_loss, 4), "seconds": round(time.time() - began, 1)}  # fmt: skip
-    (args.out / "training.json").write_text(json.dumps({**vars(args), **figures}, indent=1, default=str) + "\n")
+    figures = {
+        "solutions": len(train),
+        "wrong": wrong,
+        "steps": total,
+        "first loss": round(losses[0], 4),
+        "last loss": round(float(np.mean(losses[-5:])), 4),
+        "loss on held-out problems": round(held_loss, 4),
+        "seconds": round(time.time() - began, 1),
+    }
+    (args.out / "training.json").write_text(
+        json.dumps({**vars(args), **figures}, indent=1, default=str) + "\n"
+    )
     print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in figures.items()))
 
 

@@ -2,10 +2,10 @@
 
     python benchmarks/engine_overhead.py                 # the bundled model, 1,000 problems, twice each; 4 minutes on two cores
 
-In turns, each a process with the engine in it: LLM.generate on the prompts' token ids, two samples of each with 01's seeds,
-nothing done to the answers; and 01, which grades and writes them too. Prints tokens a second from the first request to the last
-answer of each turn, and the ratio of the medians. Start of the engine and of Python is in neither.
-"""
+In turns, each a process with the engine in it: LLM.generate on the prompts' token ids, two samples
+of each with 01's seeds, nothing done to the answers; and 01, which grades and writes them too.
+Prints tokens a second from the first request to the last answer of each turn, and the ratio of the
+medians. Start of the engine and of Python is in neither."""
 
 import importlib
 import json
@@ -37,7 +37,8 @@ class Args:
     repeats: int = 2
     """turns of each"""
     engine_args: str = "--max-model-len 1024"
-    """vLLM's options for both, such as "--max-num-seqs 512 --max-model-len 1024"; without, as many as vLLM likes"""
+    """vLLM's options for both, such as "--max-num-seqs 512 --max-model-len 1024"; without, as many
+    as vLLM likes"""
     child: bool = False
     """internal: this process times LLM.generate"""
 
@@ -55,7 +56,9 @@ def alone(args: Args):
     prompts, wanted = [], []
     for problem in problems:
         for sample in range(2):
-            prompts.append({"prompt_token_ids": one.prompt_ids(tokenizer, problem["problem"], one.OPENING)})
+            prompts.append(
+                {"prompt_token_ids": one.prompt_ids(tokenizer, problem["problem"], one.OPENING)}
+            )
             seed = one.seed_of(0, "sample", problem["id"], sample)
             sampling = {"temperature": 0.8, "top_p": 0.95, "max_tokens": args.max_tokens}
             wanted.append(SamplingParams(seed=seed, **one.NEUTRAL, **sampling))
@@ -73,26 +76,60 @@ def main(args: Args):
     if args.child:
         return alone(args)
     # as 01 has them; vLLM's own share of a machine may not be free
-    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | os.environ
+    os.environ |= {
+        "VLLM_CPU_KVCACHE_SPACE": "4",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    } | os.environ
     rates = {"LLM.generate": [], "01": []}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(args.repeats):
-            common = ["--data", args.data, "--model", args.model, "--limit", args.limit, "--max-tokens", args.max_tokens]
-            command = [sys.executable, __file__, "--child", *common, f"--engine-args={args.engine_args}"]
-            done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
-            [line] = [line for line in done.stdout.splitlines() if line.startswith('{"tokens"')]  # vLLM prints there too
+            common = [
+                "--data",
+                args.data,
+                "--model",
+                args.model,
+                "--limit",
+                args.limit,
+                "--max-tokens",
+                args.max_tokens,
+            ]
+            command = [
+                sys.executable,
+                __file__,
+                "--child",
+                *common,
+                f"--engine-args={args.engine_args}",
+            ]
+            done = subprocess.run(
+                list(map(str, command)), check=True, capture_output=True, text=True
+            )
+            [line] = [
+                line for line in done.stdout.splitlines() if line.startswith('{"tokens"')
+            ]  # vLLM prints there too
             theirs = json.loads(line)
             out = Path(folder, f"{turn}.jsonl")
-            command = [sys.executable, ROOT / "01_sample_errors.py", *common, f"--engine-args={args.engine_args}", "--out", out]
+            command = [
+                sys.executable,
+                ROOT / "01_sample_errors.py",
+                *common,
+                f"--engine-args={args.engine_args}",
+                "--out",
+                out,
+            ]
             subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
             ours = json.loads(Path(f"{out}.meta.json").read_text())["summary"]
             rates["LLM.generate"].append(theirs["rate"])
             rates["01"].append(ours["tokens/s"])
-            print(f"turn {turn}: LLM.generate {theirs['rate']:.0f} tokens/s of {theirs['tokens']}, 01 {ours['tokens/s']} of "
-                  f"{ours['tokens']}", file=sys.stderr)  # fmt: skip
+            print(
+                f"turn {turn}: LLM.generate {theirs['rate']:.0f} tokens/s of {theirs['tokens']}, 01 {ours['tokens/s']} of "
+                f"{ours['tokens']}",
+                file=sys.stderr,
+            )
     medians = {name: statistics.median(found) for name, found in rates.items()}
-    print(", ".join(f"{name} {value:.0f} tokens/s" for name, value in medians.items())
-          + f": ratio {medians['01'] / medians['LLM.generate']:.2f}")  # fmt: skip
+    print(
+        ", ".join(f"{name} {value:.0f} tokens/s" for name, value in medians.items())
+        + f": ratio {medians['01'] / medians['LLM.generate']:.2f}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Attention over rows [prefix | suffix | suffix]: SDPA with a dense mask, as 04 has it, beside FlexAttention with a block mask.
+"""Attention over rows [prefix | suffix | suffix]: SDPA with a dense mask, as 04 has it, beside
+FlexAttention with a block mask.
 
     python benchmarks/flex_attention.py                                                   # a GPU, Qwen2-7B's heads, bf16
     python benchmarks/flex_attention.py --device cpu --lengths 256 512 --forward-only     # tried here; seconds
 
-A line a length: milliseconds of a forward and backward pass (median of --repeats), making of the masks included, the ratio, and
-the largest difference of the outputs over the largest output. Others measured 0.72 times at 512 tokens, 1.3 at 2,048, 2.3 at
-8,192.
-"""
+A line a length: milliseconds of a forward and backward pass (median of --repeats), making of the
+masks included, the ratio, and the largest difference of the outputs over the largest output. Others
+measured 0.72 times at 512 tokens, 1.3 at 2,048, 2.3 at 8,192."""
 
 import statistics
 import time
@@ -52,10 +52,13 @@ def compare(length: int, flex, make_mask, args: Args) -> str:
     torch.manual_seed(0)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     q, k, v, grad = (
-        torch.randn(rows, n, length, width, device=args.device, dtype=dtype) for n in (heads, groups, groups, heads)
+        torch.randn(rows, n, length, width, device=args.device, dtype=dtype)
+        for n in (heads, groups, groups, heads)
     )
     at = torch.arange(length, device=args.device)
-    last = torch.where(at < prefix, length, torch.where(at < prefix + suffix, prefix + suffix, length)).expand(rows, -1)
+    last = torch.where(
+        at < prefix, length, torch.where(at < prefix + suffix, prefix + suffix, length)
+    ).expand(rows, -1)
 
     def backward(out):
         if not args.forward_only:
@@ -66,7 +69,11 @@ def compare(length: int, flex, make_mask, args: Args) -> str:
 
     def dense():
         sees = (at[:, None] >= at) & (at[:, None] < last[:, None, :])
-        return backward(torch.nn.functional.scaled_dot_product_attention(q, k, v, sees[:, None], enable_gqa=True))
+        return backward(
+            torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, sees[:, None], enable_gqa=True
+            )
+        )
 
     def block():
         sees = lambda row, head, i, j: (i >= j) & (i < last[row, j])
@@ -77,12 +84,16 @@ def compare(length: int, flex, make_mask, args: Args) -> str:
         tensor.requires_grad_(not args.forward_only)
     (sdpa, expected), (other, found) = timed(dense, args), timed(block, args)
     difference = (expected.float() - found.float()).abs().max() / expected.float().abs().max()
-    return f"| {length} | {rows} | {sdpa:.1f} | {other:.1f} | {sdpa / other:.2f} | {difference:.1e} |"
+    return (
+        f"| {length} | {rows} | {sdpa:.1f} | {other:.1f} | {sdpa / other:.2f} | {difference:.1e} |"
+    )
 
 
 def main(args: Args):
     flex, make_mask = torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask)
-    print("| tokens | rows | SDPA, ms | FlexAttention, ms | ratio | difference |\n|---:|---:|---:|---:|---:|---:|")
+    print(
+        "| tokens | rows | SDPA, ms | FlexAttention, ms | ratio | difference |\n|---:|---:|---:|---:|---:|---:|"
+    )
     for length in args.lengths:
         print(compare(length, flex, make_mask, args), flush=True)
 

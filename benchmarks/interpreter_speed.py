@@ -1,4 +1,5 @@
-"""Blocks a second of serving/interpreter.py: many solutions of one block, which each start a kernel, and one of many.
+"""Blocks a second of serving/interpreter.py: many solutions of one block, which each start a
+kernel, and one of many.
 
     python benchmarks/interpreter_speed.py                # half a minute; add --unsafe-no-sandbox where bubblewrap is missing
 
@@ -26,8 +27,13 @@ class Args:
 
 
 def rate(args: Args, ids: list[str]) -> float:
-    """Blocks a second from the first request to the last answer; an id's kernel ends when its last answer is there."""
-    command = [sys.executable, str(PROGRAM), *(["--unsafe-no-sandbox"] if args.unsafe_no_sandbox else [])]
+    """Blocks a second from the first request to the last answer; an id's kernel ends when its last
+    answer is there."""
+    command = [
+        sys.executable,
+        str(PROGRAM),
+        *(["--unsafe-no-sandbox"] if args.unsafe_no_sandbox else []),
+    ]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     process.stdout.readline()
     began, one = time.time(), len(set(ids)) == 1
@@ -47,7 +53,10 @@ def rate(args: Args, ids: list[str]) -> float:
 
 
 def main(args: Args):
-    many, one = (rate(args, [str(i) if apart else "0" for i in range(args.blocks)]) for apart in (True, False))
+    many, one = (
+        rate(args, [str(i) if apart else "0" for i in range(args.blocks)])
+        for apart in (True, False)
+    )
     print(f"{many:.0f} blocks a second with a kernel each, {one:.0f} in one kernel")
 
 

@@ -1,14 +1,15 @@
-"""How often analysis/regrade.py's `correct_paper` agrees with the Step-DPO authors' code, on responses made from gold answers.
+"""How often analysis/regrade.py's `correct_paper` agrees with the Step-DPO authors' code, on
+responses made from gold answers.
 
     git clone https://github.com/dvlab-research/Step-DPO; python -m venv theirs
     theirs/bin/pip install sympy==1.12 antlr4-python3-runtime==4.11.0 regex numpy     # another antlr than math-verify's
     python benchmarks/paper_verdict.py --authors Step-DPO --python theirs/bin/python \\
         --data ../shared/data/math_test.jsonl ../shared/data/gsm8k_test.jsonl ../shared/data/odyssey_math.jsonl
 
-Of each file up to --limit problems, drawn with seed 0, in seven forms by turns: in a box, in a sentence, another answer in a
-box, in a sentence, after "x =" without a box, within "x = ..." in a box of a text that breaks off, after an earlier box and
-with a unit; then the reference solutions. Prints the table of verdicts and the responses on which they differ.
-"""
+Of each file up to --limit problems, drawn with seed 0, in seven forms by turns: in a box, in a
+sentence, another answer in a box, in a sentence, after "x =" without a box, within "x = ..." in a
+box of a text that breaks off, after an earlier box and with a unit; then the reference solutions.
+Prints the table of verdicts and the responses on which they differ. """
 
 import asyncio
 import importlib
@@ -88,7 +89,9 @@ def cases(args: Args) -> list[dict]:
 async def ours(rows: list[dict]) -> list[bool]:
     grader = regrade.EVAL.Grader(5.0)
     try:
-        one = lambda row: grader(row["gold"], regrade.paper_answers(row["problem"], row["response"]), rules=regrade.PAPER)
+        one = lambda row: grader(
+            row["gold"], regrade.paper_answers(row["problem"], row["response"]), rules=regrade.PAPER
+        )
         return await asyncio.gather(*map(one, rows))
     finally:
         grader.close()
@@ -103,11 +106,15 @@ def main(args: Args):
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     theirs, here = [json.loads(line) for line in done.stdout.splitlines()], asyncio.run(ours(rows))
     table = Counter(zip(theirs, here, strict=True))
-    for row, a, b in [case for case in zip(rows, theirs, here, strict=True) if case[1] != case[2]][: args.show]:
+    for row, a, b in [case for case in zip(rows, theirs, here, strict=True) if case[1] != case[2]][
+        : args.show
+    ]:
         print(f"theirs {a}, here {b}: gold {row['gold']!r}, response {row['response'][-80:]!r}")
     agree = table[True, True] + table[False, False]
-    print(f"{agree} of {len(rows)} alike ({agree / len(rows):.2%}): right in both {table[True, True]}, wrong in both "
-          f"{table[False, False]}, right here only {table[False, True]}, right there only {table[True, False]}")  # fmt: skip
+    print(
+        f"{agree} of {len(rows)} alike ({agree / len(rows):.2%}): right in both {table[True, True]}, wrong in both "
+        f"{table[False, False]}, right here only {table[False, True]}, right there only {table[True, False]}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
-"""Speed and memory of 04_train_stepdpo.py beside TRL's DPOTrainer on the same pairs, model and arithmetic.
+"""Speed and memory of 04_train_stepdpo.py beside TRL's DPOTrainer on the same pairs, model and
+arithmetic.
 
     pip install trl
     python benchmarks/train_speed.py --model Qwen/Qwen2.5-0.5B-Instruct --pairs-file runs/pairs.jsonl
     python benchmarks/train_speed.py --model FOLDER --pairs-file runs/pairs.jsonl --sides full --pairs 64 --trl-pairs 8
 
-Without weights in FOLDER they are random: speed and memory are those of the shape. fp32 weights, AdamW, bf16 autocast where 04
-would take it; on the CPU all keep freed memory, as 04 does. Each trainer runs in a process of its own:
+Without weights in FOLDER they are random: speed and memory are those of the shape. fp32 weights,
+AdamW, bf16 autocast where 04 would take it; on the CPU all keep freed memory, as 04 does. Each
+trainer runs in a process of its own:
     ours           this trainer
     ours-separate  this trainer with a row for each suffix, as others have it
     trl            DPOTrainer with its defaults (reference model in memory, gradient checkpointing)
     trl-best       DPOTrainer with reference log-probabilities computed before, no gradient checkpointing
-Output: a table (seconds a step: median and range over steps; pairs/s; tokens/s of the distinct tokens; peak memory of the
-process, or of the GPU; share of the bound; ratios to trl-best), and OUT with the raw figures.
-The bound: 3 forward passes over the distinct tokens, in FLOPs, at the rate that large products reach on this machine.
-The first step of each is left out: it holds one-time costs. The reference pass is not part of a step in any of them but trl.
-"""
+Output: a table (seconds a step: median and range over steps; pairs/s; tokens/s of the distinct
+tokens; peak memory of the process, or of the GPU; share of the bound; ratios to trl-best), and OUT
+with the raw figures. The bound: 3 forward passes over the distinct tokens, in FLOPs, at the rate
+that large products reach on this machine. The first step of each is left out: it holds one-time
+costs. The reference pass is not part of a step in any of them but trl."""
 
 import importlib
 import json
@@ -43,7 +45,8 @@ class Args:
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"
     """hub id, or a folder with configuration and tokenizer and perhaps weights"""
     pairs_file: Path = Path("data/pairs.jsonl")
-    """what 04 takes for --data; a step takes the next pairs of it, from the beginning again at its end"""
+    """what 04 takes for --data; a step takes the next pairs of it, from the beginning again at its
+    end"""
     sides: Literal["step", "full"] = "step"
     """as in 04: steps or whole answers"""
     pairs: int = 4
@@ -95,7 +98,8 @@ def time_ours(args: Args, train, pairs, steps: list[list[int]], separate: bool) 
 
 
 def separate_rows(train):
-    """collate() with a row [prefix | suffix] for each suffix of each pair: what sharing saves is computed again."""
+    """collate() with a row [prefix | suffix] for each suffix of each pair: what sharing saves is
+    computed again."""
     shared = train.collate
 
     def collate(pairs, rows, device):
@@ -105,7 +109,9 @@ def separate_rows(train):
         for row in rows:
             for i in row:
                 for suffix in pairs.suffixes[i]:
-                    apart.add(pairs.prefixes[pairs.prefix[i]], [suffix], problem=f"{i} {len(apart)}")
+                    apart.add(
+                        pairs.prefixes[pairs.prefix[i]], [suffix], problem=f"{i} {len(apart)}"
+                    )
         batch = shared(apart, [[i] for i in range(len(apart))], device)
         return batch | {"picks": torch.arange(len(apart), device=device).view(-1, 2)}
 
@@ -131,18 +137,41 @@ def time_trl(args: Args, tokenizer, pairs, steps: list[list[int]], best: bool) -
             self.seconds.append(time.perf_counter() - self.began)
 
     rows = [[pairs.prefixes[pairs.prefix[i]], *pairs.suffixes[i]] for step in steps for i in step]
-    texts = [[tokenizer.decode(ids).removesuffix(tokenizer.eos_token) for ids in row] for row in rows]
-    dataset = datasets.Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in texts])
+    texts = [
+        [tokenizer.decode(ids).removesuffix(tokenizer.eos_token) for ids in row] for row in rows
+    ]
+    dataset = datasets.Dataset.from_list(
+        [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in texts]
+    )
     clock, at_once = Clock(), args.trl_pairs or args.pairs
     with tempfile.TemporaryDirectory() as folder:
         more = {"precompute_ref_log_probs": True, "gradient_checkpointing": False} if best else {}
-        config = DPOConfig(folder, per_device_train_batch_size=at_once, gradient_accumulation_steps=args.pairs // at_once,
-                           max_steps=len(steps), bf16=args.precision == "bf16", beta=0.4, learning_rate=1e-6, report_to="none",
-                           save_strategy="no", max_length=None, logging_steps=1, use_cpu=not torch.cuda.is_available(),
-                           train_sampling_strategy="sequential", dataloader_pin_memory=False, disable_tqdm=True,
-                           **more)  # fmt: skip
-        trainer = DPOTrainer(make_model(args), None if best else make_model(args), args=config, train_dataset=dataset,
-                             processing_class=tokenizer, callbacks=[clock])  # fmt: skip
+        config = DPOConfig(
+            folder,
+            per_device_train_batch_size=at_once,
+            gradient_accumulation_steps=args.pairs // at_once,
+            max_steps=len(steps),
+            bf16=args.precision == "bf16",
+            beta=0.4,
+            learning_rate=1e-6,
+            report_to="none",
+            save_strategy="no",
+            max_length=None,
+            logging_steps=1,
+            use_cpu=not torch.cuda.is_available(),
+            train_sampling_strategy="sequential",
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+            **more,
+        )
+        trainer = DPOTrainer(
+            make_model(args),
+            None if best else make_model(args),
+            args=config,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            callbacks=[clock],
+        )
         trainer.train()
     return clock.seconds
 
@@ -157,26 +186,61 @@ def child(args: Args):
     if args.precision == "auto":
         args.precision = "bf16" if cuda or train.processor_has_bf16() else "fp32"
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    pairs = train.prepare(train.load_rows(str(args.pairs_file), "dpo"), tokenizer, train.Args(sides=args.sides), "pairs")
+    pairs = train.prepare(
+        train.load_rows(str(args.pairs_file), "dpo"),
+        tokenizer,
+        train.Args(sides=args.sides),
+        "pairs",
+    )
     if args.pairs > len(pairs):
         train.stop(f"--pairs {args.pairs}: {args.pairs_file} has {len(pairs)}")
-    steps = [[i % len(pairs) for i in range(k * args.pairs, (k + 1) * args.pairs)] for k in range(args.steps + 1)]
+    steps = [
+        [i % len(pairs) for i in range(k * args.pairs, (k + 1) * args.pairs)]
+        for k in range(args.steps + 1)
+    ]
     if args.child.startswith("ours"):
         seconds = time_ours(args, train, pairs, steps, args.child == "ours-separate")
     else:
         seconds = time_trl(args, tokenizer, pairs, steps, args.child == "trl-best")
-    peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if cuda
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
     config, device = AutoConfig.from_pretrained(args.model), torch.device("cuda" if cuda else "cpu")
-    sizes, rate = train.count_weights(config), importlib.import_module("estimate").matrix_rate(device, args.precision)
+    sizes, rate = (
+        train.count_weights(config),
+        importlib.import_module("estimate").matrix_rate(device, args.precision),
+    )
     work = sum(train.flops(pairs, step, config, sizes) for step in steps[1:]) / args.steps
-    tokens = sum(map(pairs.length, (row for step in steps[1:] for row in pairs.by_problem(step)))) / args.steps
-    found = {"trainer": args.child, "seconds": seconds[1:], "bound": 3 * work / rate, "peak_gib": peak / 2**30}
-    print(json.dumps(found | {"pairs": args.pairs, "tokens": tokens, "device": str(device), "precision": args.precision}))
+    tokens = (
+        sum(map(pairs.length, (row for step in steps[1:] for row in pairs.by_problem(step))))
+        / args.steps
+    )
+    found = {
+        "trainer": args.child,
+        "seconds": seconds[1:],
+        "bound": 3 * work / rate,
+        "peak_gib": peak / 2**30,
+    }
+    print(
+        json.dumps(
+            found
+            | {
+                "pairs": args.pairs,
+                "tokens": tokens,
+                "device": str(device),
+                "precision": args.precision,
+            }
+        )
+    )
 
 
 def main(args: Args):
     rows, environment = [], os.environ | {"TOKENIZERS_PARALLELISM": "false"}
-    given = {name: value for name, value in asdict(args).items() if name not in ("trainers", "child")}
+    given = {
+        name: value for name, value in asdict(args).items() if name not in ("trainers", "child")
+    }
     options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     print("trainer         s/step           range  pairs/s  tokens/s    GiB of bound")
     for trainer in args.trainers:
@@ -186,15 +250,28 @@ def main(args: Args):
             print(f"{trainer} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
             continue
         rows.append(row := json.loads(done.stdout.splitlines()[-1]))
-        seconds, spread = np.median(row["seconds"]), f"{min(row['seconds']):.2f} to {max(row['seconds']):.2f}"
-        print(f"{trainer:14} {seconds:7.2f} {spread:>15} {row['pairs'] / seconds:8.2f} {row['tokens'] / seconds:9.0f} "
-              f"{row['peak_gib']:6.1f} {row['bound'] / seconds:8.0%}", flush=True)  # fmt: skip
+        seconds, spread = (
+            np.median(row["seconds"]),
+            f"{min(row['seconds']):.2f} to {max(row['seconds']):.2f}",
+        )
+        print(
+            f"{trainer:14} {seconds:7.2f} {spread:>15} {row['pairs'] / seconds:8.2f} {row['tokens'] / seconds:9.0f} "
+            f"{row['peak_gib']:6.1f} {row['bound'] / seconds:8.0%}",
+            flush=True,
+        )
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"arguments": asdict(args), "found": rows}, indent=1, default=str) + "\n")
+        args.out.write_text(
+            json.dumps({"arguments": asdict(args), "found": rows}, indent=1, default=str) + "\n"
+        )
     for best in (row for row in rows if row["trainer"] == "trl-best"):
         for row in rows:
-            faster, memory = np.median(best["seconds"]) / np.median(row["seconds"]), row["peak_gib"] / best["peak_gib"]
-            print(f"{row['trainer']}: {faster:.2f} times trl-best's speed, {memory:.2f} of its memory")
+            faster, memory = (
+                np.median(best["seconds"]) / np.median(row["seconds"]),
+                row["peak_gib"] / best["peak_gib"],
+            )
+            print(
+                f"{row['trainer']}: {faster:.2f} times trl-best's speed, {memory:.2f} of its memory"
+            )
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@
 Output, a line a problem; `solution`, `level` and `subject` where the set has them:
     {"id": "gsm8k-test-main-0", "dataset": "gsm8k", "problem": "Ava has 3 apples ...", "answer": "7", "solution": "..."}
 
-FOLDER holds files in these fields. FILE.meta.json holds source, licence, number of problems and content hash.
-A file that is there is not made again. HF_HUB_OFFLINE=1 takes the sets from the local cache of the hub.
-"""
+FOLDER holds files in these fields. FILE.meta.json holds source, licence, number of problems and
+content hash. A file that is there is not made again. HF_HUB_OFFLINE=1 takes the sets from the local
+cache of the hub."""
 
 from __future__ import annotations
 
@@ -46,46 +46,128 @@ class Source:
 
 
 SOURCES = {
-    "gsm8k": Source("openai/gsm8k", "main", "train", "test", "problem=question answer=answer solution=answer", "MIT"),
-    "gsm-plus": Source("qintongli/GSM-Plus", "", "", "test", "problem=question answer=answer subject=perturbation_type",
-                       "see its card"),
-    "math": Source("EleutherAI/hendrycks_math",
-                   "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus",
-                   "train", "test", "problem=problem answer=solution solution=solution level=level subject=type", "MIT"),
-    "math500": Source("HuggingFaceH4/MATH-500", "", "", "test", "problem=problem answer=answer level=level subject=subject",
-                      "MIT"),
-    "aqua": Source("deepmind/aqua_rat", "raw", "train", "test", "problem=question answer=correct solution=rationale",
-                   "Apache-2.0"),
-    "amc23": Source("math-ai/amc23", "", "", "test", "problem=question answer=answer", "problems (c) MAA"),
-    "aime24": Source("HuggingFaceH4/aime_2024", "", "", "train", "problem=problem answer=answer solution=solution",
-                     "problems (c) MAA"),
-    "aime25": Source("MathArena/aime_2025", "", "", "train", "problem=problem answer=answer", "problems (c) MAA"),
-    "aime26": Source("MathArena/aime_2026", "", "", "train", "problem=problem answer=answer", "problems (c) MAA"),
-    "hmmt-feb-2026": Source("MathArena/hmmt_feb_2026", "", "", "train", "problem=problem answer=answer",
-                            "problems (c) HMMT"),
+    "gsm8k": Source(
+        "openai/gsm8k",
+        "main",
+        "train",
+        "test",
+        "problem=question answer=answer solution=answer",
+        "MIT",
+    ),
+    "gsm-plus": Source(
+        "qintongli/GSM-Plus",
+        "",
+        "",
+        "test",
+        "problem=question answer=answer subject=perturbation_type",
+        "see its card",
+    ),
+    "math": Source(
+        "EleutherAI/hendrycks_math",
+        "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus",
+        "train",
+        "test",
+        "problem=problem answer=solution solution=solution level=level subject=type",
+        "MIT",
+    ),
+    "math500": Source(
+        "HuggingFaceH4/MATH-500",
+        "",
+        "",
+        "test",
+        "problem=problem answer=answer level=level subject=subject",
+        "MIT",
+    ),
+    "aqua": Source(
+        "deepmind/aqua_rat",
+        "raw",
+        "train",
+        "test",
+        "problem=question answer=correct solution=rationale",
+        "Apache-2.0",
+    ),
+    "amc23": Source(
+        "math-ai/amc23", "", "", "test", "problem=question answer=answer", "problems (c) MAA"
+    ),
+    "aime24": Source(
+        "HuggingFaceH4/aime_2024",
+        "",
+        "",
+        "train",
+        "problem=problem answer=answer solution=solution",
+        "problems (c) MAA",
+    ),
+    "aime25": Source(
+        "MathArena/aime_2025", "", "", "train", "problem=problem answer=answer", "problems (c) MAA"
+    ),
+    "aime26": Source(
+        "MathArena/aime_2026", "", "", "train", "problem=problem answer=answer", "problems (c) MAA"
+    ),
+    "hmmt-feb-2026": Source(
+        "MathArena/hmmt_feb_2026",
+        "",
+        "",
+        "train",
+        "problem=problem answer=answer",
+        "problems (c) HMMT",
+    ),
     "odyssey-math": Source(
         "https://raw.githubusercontent.com/protagolabs/odyssey-math/main/final-odyssey-math-with-levels.jsonl",
-        "", "", "test", "problem=question answer=answer level=level subject=label", "CC BY-SA 4.0, for tests only"),
-    "olympiadbench": Source("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "", "train",
-                            "problem=question answer=final_answer", "see its card"),
-    "minerva": Source("math-ai/minervamath", "", "", "test", "problem=question answer=answer", "see its card"),
-    "cmath": Source("weitianwen/cmath", "", "", "test", "problem=question answer=golden level=grade", "CC BY 4.0"),
+        "",
+        "",
+        "test",
+        "problem=question answer=answer level=level subject=label",
+        "CC BY-SA 4.0, for tests only",
+    ),
+    "olympiadbench": Source(
+        "Hothan/OlympiadBench",
+        "OE_TO_maths_en_COMP",
+        "",
+        "train",
+        "problem=question answer=final_answer",
+        "see its card",
+    ),
+    "minerva": Source(
+        "math-ai/minervamath", "", "", "test", "problem=question answer=answer", "see its card"
+    ),
+    "cmath": Source(
+        "weitianwen/cmath",
+        "",
+        "",
+        "test",
+        "problem=question answer=golden level=grade",
+        "CC BY 4.0",
+    ),
     # the authors' own file: on the hub a script makes it
-    "mgsm-zh": Source("https://raw.githubusercontent.com/google-research/url-nlp/main/mgsm/mgsm_zh.tsv", "", "", "test",
-                      "problem=question answer=answer_number", "CC BY 4.0"),
-    "ape210k": Source("MU-NLPC/Calc-ape210k", "original-splits", "train", "test", "problem=question_chinese answer=result",
-                      "not stated"),
-}  # fmt: skip
+    "mgsm-zh": Source(
+        "https://raw.githubusercontent.com/google-research/url-nlp/main/mgsm/mgsm_zh.tsv",
+        "",
+        "",
+        "test",
+        "problem=question answer=answer_number",
+        "CC BY 4.0",
+    ),
+    "ape210k": Source(
+        "MU-NLPC/Calc-ape210k",
+        "original-splits",
+        "train",
+        "test",
+        "problem=question_chinese answer=result",
+        "not stated",
+    ),
+}
 OTHER_NAMES = {"aqua": "aqua_dev", "ape210k": "ape500_test"}  # of test files in a folder
 LATEX_DEBRIS = r"(?:\s|\\\\|\\noindent|\\newpage|\\end\{problem\}|\\vspace\*?\{[^}]*\}|\\section\*?(?:\{[^}]*\})?)+$"
-ASKS_FOR_ALL = re.compile(r"separated by comma|[Ff]ind all|all (?:possible|real|the) (?:values|solutions)|angles of")
+ASKS_FOR_ALL = re.compile(
+    r"separated by comma|[Ff]ind all|all (?:possible|real|the) (?:values|solutions)|angles of"
+)
 
 
 @dataclass
 class Args:
     names: tyro.conf.Positional[tuple[str, ...]]
-    """gsm8k, gsm-plus, math, math500, aqua, amc23, aime24, aime25, aime26, hmmt-feb-2026, odyssey-math, olympiadbench, minerva,
-    cmath, mgsm-zh, ape210k"""
+    """gsm8k, gsm-plus, math, math500, aqua, amc23, aime24, aime25, aime26, hmmt-feb-2026,
+    odyssey-math, olympiadbench, minerva, cmath, mgsm-zh, ape210k"""
     folder: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """folder with these sets as files, instead of the hub"""
     out: Path = Path("data")
@@ -103,11 +185,17 @@ def main(args: Args):
 
 
 def download(name: str, folder: Path | None, out: Path):
-    """Write a set's files: a training part and a test part, or the one file of a set that is for tests."""
+    """Write a set's files: a training part and a test part, or the one file of a set that is for
+    tests."""
     source, stem = SOURCES[name], name.replace("-", "_")
     test = f"{stem}_test" if source.train else stem
-    splits = {f"{stem}_train": source.train, test: source.test} if source.train else {test: source.test}
-    given = {f"{stem}_train": [f"{stem}_train"], test: [f"{stem}_test", OTHER_NAMES.get(name, stem), stem]}
+    splits = (
+        {f"{stem}_train": source.train, test: source.test} if source.train else {test: source.test}
+    )
+    given = {
+        f"{stem}_train": [f"{stem}_train"],
+        test: [f"{stem}_test", OTHER_NAMES.get(name, stem), stem],
+    }
     found = False
     for file, split in splits.items():
         path = out / f"{file}.jsonl"
@@ -116,35 +204,53 @@ def download(name: str, folder: Path | None, out: Path):
             found = True
             continue
         if folder:
-            originals = [folder / f"{other}.jsonl" for other in given[file] if (folder / f"{other}.jsonl").is_file()]
+            originals = [
+                folder / f"{other}.jsonl"
+                for other in given[file]
+                if (folder / f"{other}.jsonl").is_file()
+            ]
             if not originals:
                 print(f"{folder}: no {file}.jsonl there")
                 continue
-            rows = [{"dataset": name} | row for row in SAMPLE.read_rows(originals[0], ("id", "problem", "answer"))]
+            rows = [
+                {"dataset": name} | row
+                for row in SAMPLE.read_rows(originals[0], ("id", "problem", "answer"))
+            ]
             write(path, name, rows, str(originals[0]))
         else:
             write(path, name, load_hub(name, split), source.hub)
         found = True
     if not found:
-        SAMPLE.stop(f"--from {folder}: no file of {name}; give a folder with {' or '.join(splits)}.jsonl")
+        SAMPLE.stop(
+            f"--from {folder}: no file of {name}; give a folder with {' or '.join(splits)}.jsonl"
+        )
 
 
 def write(path: Path, name: str, rows: list[dict], source: str):
     """Write a file with its meta file, and say what it holds.
 
-    Where a problem of MATH asks for all values and its solution boxes them one by one, all of them are the answer."""
+    Where a problem of MATH asks for all values and its solution boxes them one by one, all of them
+    are the answer."""
     for row in rows:
         if name == "math" and ASKS_FOR_ALL.search(row["problem"]):
             row["answer"] = ", ".join(all_boxes(row.get("solution", ""))) or row["answer"]
-    about = {"source": source, "licence": SOURCES[name].licence, "problems": len(rows), "hash": SAMPLE.content_hash(rows)}
+    about = {
+        "source": source,
+        "licence": SOURCES[name].licence,
+        "problems": len(rows),
+        "hash": SAMPLE.content_hash(rows),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     SAMPLE.save(Path(f"{path}.meta.json"), json.dumps(about, indent=1) + "\n")
     SAMPLE.save(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    print(f"{path}: {len(rows)} problems from {source}, licence: {about['licence']}, content hash {about['hash']}")
+    print(
+        f"{path}: {len(rows)} problems from {source}, licence: {about['licence']}, content hash {about['hash']}"
+    )
 
 
 def load_hub(name: str, split: str) -> list[dict]:
-    """A set from the hub, or from its address, in our fields, without the rows that have no answer."""
+    """A set from the hub, or from its address, in our fields, without the rows that have no
+    answer."""
     import datasets
 
     source, rows = SOURCES[name], []
@@ -153,7 +259,9 @@ def load_hub(name: str, split: str) -> list[dict]:
             data = {"": load_file(source.hub)}
         else:
             parts = source.parts.split() or [""]
-            data = {part: datasets.load_dataset(source.hub, part or None, split=split) for part in parts}
+            data = {
+                part: datasets.load_dataset(source.hub, part or None, split=split) for part in parts
+            }
     except Exception as error:  # the library raises many kinds: no network, no such set, gated ...
         said, todo = (str(error) or repr(error)).splitlines()[0], "check the network, or"
         if "scripts are no longer supported" in said:
@@ -167,17 +275,24 @@ def load_hub(name: str, split: str) -> list[dict]:
 
 
 def load_file(address: str) -> list[dict]:
-    """Rows of a set that is a file elsewhere: tab-separated, or lines such as {"Problem_7": {...}}."""
+    """Rows of a set that is a file elsewhere: tab-separated, or lines such as {"Problem_7":
+    {...}}."""
     text = httpx.get(address, follow_redirects=True, timeout=60).raise_for_status().text
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if address.endswith(".tsv"):
-        return [dict(zip(("question", "answer_number"), line.split("\t"), strict=True)) for line in lines]
+        return [
+            dict(zip(("question", "answer_number"), line.split("\t"), strict=True))
+            for line in lines
+        ]
     return [next(iter(json.loads(line).values())) for line in lines]
 
 
 def our_fields(name: str, row: dict) -> dict:
     """A row of a hub's set in our fields; an empty answer where there is none to give."""
-    found = {ours: row[theirs] for ours, theirs in (pair.split("=") for pair in SOURCES[name].fields.split())}
+    found = {
+        ours: row[theirs]
+        for ours, theirs in (pair.split("=") for pair in SOURCES[name].fields.split())
+    }
     answer = found["answer"]
     if name == "gsm8k":
         answer = answer.split("####")[-1].replace(",", "").strip()

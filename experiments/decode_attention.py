@@ -1,4 +1,5 @@
-"""Attention of one new token for each row over that row's keys alone, as a Triton kernel; see torch_server.py."""
+"""Attention of one new token for each row over that row's keys alone, as a Triton kernel; see
+torch_server.py."""
 
 import torch
 import triton
@@ -6,13 +7,28 @@ import triton.language as tl
 
 
 @triton.jit
-def kernel(q, k, v, out, length, scale, q_row, kv_row, kv_group, HEADS: tl.constexpr, PADDED: tl.constexpr,
-           SIZE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def kernel(
+    q,
+    k,
+    v,
+    out,
+    length,
+    scale,
+    q_row,
+    kv_row,
+    kv_group,
+    HEADS: tl.constexpr,
+    PADDED: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row, group = tl.program_id(0), tl.program_id(1)
     count = tl.load(length + row).to(tl.int32)
     h, d, t = tl.arange(0, PADDED), tl.arange(0, SIZE), tl.arange(0, BLOCK)
     real = (h < HEADS)[:, None]
-    query = tl.load(q + row * q_row + (group * HEADS + h)[:, None] * SIZE + d[None, :], mask=real, other=0.0)
+    query = tl.load(
+        q + row * q_row + (group * HEADS + h)[:, None] * SIZE + d[None, :], mask=real, other=0.0
+    )
     start_of_row = row.to(tl.int64) * kv_row + group * kv_group
     best = tl.full([PADDED], float("-inf"), tl.float32)
     total = tl.zeros([PADDED], tl.float32)
@@ -28,17 +44,31 @@ def kernel(q, k, v, out, length, scale, q_row, kv_row, kv_group, HEADS: tl.const
         values = tl.load(v + at, mask=inside[:, None], other=0.0)
         found = found * shrink[:, None] + tl.dot(p.to(values.dtype), values, input_precision="ieee")
         total, best = total * shrink + tl.sum(p, 1), higher
-    place = out + (row * tl.num_programs(1) * HEADS + (group * HEADS + h)[:, None]) * SIZE + d[None, :]
+    place = (
+        out + (row * tl.num_programs(1) * HEADS + (group * HEADS + h)[:, None]) * SIZE + d[None, :]
+    )
     tl.store(place, (found / total[:, None]).to(out.dtype.element_ty), mask=real)
 
 
 def decode_attention(q, keys, values, length):
-    """q (rows, heads, d), caches (seats, groups, places, d), length (rows,): how many places count. -> (rows, heads, d)"""
+    """q (rows, heads, d), caches (seats, groups, places, d), length (rows,): how many places count.
+    -> (rows, heads, d)"""
     rows, heads, size = q.shape
     each = heads // keys.shape[1]
     out = torch.empty(rows, heads, size, dtype=q.dtype, device=q.device)
     kernel[(rows, keys.shape[1])](
-        q, keys, values, out, length, size**-0.5, q.stride(0), keys.stride(0), keys.stride(1),
-        HEADS=each, PADDED=max(16, triton.next_power_of_2(each)), SIZE=size, BLOCK=64,
-    )  # fmt: skip
+        q,
+        keys,
+        values,
+        out,
+        length,
+        size**-0.5,
+        q.stride(0),
+        keys.stride(0),
+        keys.stride(1),
+        HEADS=each,
+        PADDED=max(16, triton.next_power_of_2(each)),
+        SIZE=size,
+        BLOCK=64,
+    )
     return out

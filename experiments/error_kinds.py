@@ -2,9 +2,9 @@
 
     python experiments/error_kinds.py runs/ablation/all-dpo.jsonl runs/ablation/all-scdpo.jsonl runs/ablation/all-step-dpo.jsonl
 
-The first wrong step is the first whose result is not that of the same step of the right solution; it is a forgotten borrow
-(what the bundled model has learned to do wrong), another miscalculation, or a right calculation of the wrong thing.
-"""
+The first wrong step is the first whose result is not that of the same step of the right solution;
+it is a forgotten borrow (what the bundled model has learned to do wrong), another miscalculation,
+or a right calculation of the wrong thing."""
 
 import importlib
 import json
@@ -15,7 +15,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data" / "tiny")]
-KINDS = ("forgotten borrow", "other miscalculation", "wrong numbers or step", "behind the last step")
+KINDS = (
+    "forgotten borrow",
+    "other miscalculation",
+    "wrong numbers or step",
+    "behind the last step",
+)
 
 
 def kind(pair: dict, split_steps, make) -> str:
@@ -35,15 +40,24 @@ def kind(pair: dict, split_steps, make) -> str:
 
 
 def main(paths: list[str]):
-    split_steps, make = importlib.import_module("01_sample_errors").split_steps, importlib.import_module("make")
+    split_steps, make = (
+        importlib.import_module("01_sample_errors").split_steps,
+        importlib.import_module("make"),
+    )
     print("| pairs of | pairs | " + " | ".join(KINDS) + " |\n|---|---:|" + "---:|" * len(KINDS))
     if missing := [path for path in paths if not Path(path).is_file()]:
         print(f"{missing[0]}: no such file; give pairs of 03_rectify.py", file=sys.stderr)
         raise SystemExit(2)
     for path in paths:
-        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
+        rows = [
+            json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line
+        ]
         count = Counter(kind(row, split_steps, make) for row in rows)
-        print(f"| {path} | {len(rows)} | " + " | ".join(f"{count[name] / len(rows):.1%}" for name in KINDS) + " |")
+        print(
+            f"| {path} | {len(rows)} | "
+            + " | ".join(f"{count[name] / len(rows):.1%}" for name in KINDS)
+            + " |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""What share of located errors, or of pairs, comes from a handful of problems, and what a bound on each problem leaves.
+"""What share of located errors, or of pairs, comes from a handful of problems, and what a bound on
+each problem leaves.
 
     python experiments/errors_by_problem.py runs/located.jsonl          # or runs/pairs.jsonl
     python experiments/errors_by_problem.py runs/located.jsonl --samples runs/samples.jsonl
 
-Prints the share of the problems with the most, the effective number of problems (the square of the sum of the counts over the
-sum of their squares: with equal counts it is the number itself), and both for a bound of 1, 2, 3 ... a problem. With the
-samples of 01: how likely by chance the failures behind each located error are (02's by_chance()).
-"""
+Prints the share of the problems with the most, the effective number of problems (the square of the
+sum of the counts over the sum of their squares: with equal counts it is the number itself), and
+both for a bound of 1, 2, 3 ... a problem. With the samples of 01: how likely by chance the failures
+behind each located error are (02's by_chance())."""
 
 import importlib
 import sys
@@ -40,23 +41,36 @@ def evidence(row: dict, samples: dict) -> str:
     seen = [value for k, value in values.items() if k < step] + [samples[row["id"]]]
     right, tried = map(sum, zip(*seen, strict=True))
     chance = LOCATE.by_chance(values[step][1], right, tried - right)
-    return next((f"below {limit:g}" for limit in (0.05, 0.1, 0.2, 0.3) if chance < limit), "above 0.3")
+    return next(
+        (f"below {limit:g}" for limit in (0.05, 0.1, 0.2, 0.3) if chance < limit), "above 0.3"
+    )
 
 
 def main(args: Args):
-    rows = [row for row in LOCATE.read_rows(args.rows, ("id",)) if row.get("error_step") or "chosen" in row]
+    rows = [
+        row
+        for row in LOCATE.read_rows(args.rows, ("id",))
+        if row.get("error_step") or "chosen" in row
+    ]
     counts = sorted(Counter(row["id"] for row in rows).values(), reverse=True)
-    print(f"{args.rows}: {len(rows)} of {len(counts)} problems, in effect of {effective(counts):.1f}")
+    print(
+        f"{args.rows}: {len(rows)} of {len(counts)} problems, in effect of {effective(counts):.1f}"
+    )
     for first in (1, 3, 5, 10, 20):
         if first < len(counts):
             print(f"  {sum(counts[:first]) / len(rows):6.1%} from the {first} with the most")
     for bound in range(1, min(6, counts[0])):
         left = [min(bound, count) for count in counts]
-        print(f"  at most {bound} a problem: {sum(left)}, in effect of {effective(left):.1f} problems")
+        print(
+            f"  at most {bound} a problem: {sum(left)}, in effect of {effective(left):.1f} problems"
+        )
     if args.samples:
         samples = LOCATE.load_samples(LOCATE.Args(samples=args.samples))[1]
         found = Counter(evidence(row, samples) for row in rows)
-        print("  chance of the failures: " + ", ".join(f"{name} {found[name]}" for name in sorted(found)))
+        print(
+            "  chance of the failures: "
+            + ", ".join(f"{name} {found[name]}" for name in sorted(found))
+        )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python experiments/foreign_solutions.py data/tiny/train.jsonl runs/foreign.jsonl
 
-"Step 2: Lena now has 13 - 6 = 7 shells." becomes "Step 2: Since 13 - 6 is 7, that makes 7 shells." The steps before a random
-one keep their words (seed 0), so that a model taught with these goes on from the policy's own steps.
-"""
+"Step 2: Lena now has 13 - 6 = 7 shells." becomes "Step 2: Since 13 - 6 is 7, that makes 7 shells."
+The steps before a random one keep their words (seed 0), so that a model taught with these goes on
+from the policy's own steps."""
 
 import json
 import random
@@ -21,7 +21,9 @@ def main(path: str, out: str):
         kept = r.randrange(1, len(steps))
         for k in range(kept, len(steps)):
             steps[k], changed = re.subn(
-                r"(Step \d+:) .*?(\d+ [-+*/] \d+) = (\d+) (\w+)\.", r"\1 Since \2 is \3, that makes \3 \4.", steps[k]
+                r"(Step \d+:) .*?(\d+ [-+*/] \d+) = (\d+) (\w+)\.",
+                r"\1 Since \2 is \3, that makes \3 \4.",
+                steps[k],
             )
             assert changed == 1, row["id"]
         row["solution"] = "".join(steps)

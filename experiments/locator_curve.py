@@ -1,15 +1,16 @@
-"""How exact the rollout locator is by number of rollouts, search and rule, and what it costs, on the bundled world.
+"""How exact the rollout locator is by number of rollouts, search and rule, and what it costs, on
+the bundled world.
 
     python experiments/locator_curve.py --samples runs/quickstart/samples.jsonl
 
-02_locate_step.py makes 16 continuations of every prefix of the first --limit wrong samples (alone, with no right samples
-beside them, so that V(0) is estimated too; --linear --all-rollouts --keep-rollouts). Then its own search is run with these
-instead of an engine, --repeats times with the continuations in another random order. The truth is arithmetic's
-(locator_accuracy.py). Output: two tables and OUT.png.
-Rules on V(0) .. V(n):  first: the first k with V(k) = 0.  last: the one behind the last k with V(k) > 0.  drop: the largest
-fall V(k-1) - V(k).  half: the first k with V(k) < V(k-1) / 2.  change: the likeliest change point, where V is beta(1/2, 1/2)
-before the error and 1/100 from it on.
-"""
+02_locate_step.py makes 16 continuations of every prefix of the first --limit wrong samples (alone,
+with no right samples beside them, so that V(0) is estimated too; --linear --all-rollouts
+--keep-rollouts). Then its own search is run with these instead of an engine, --repeats times with
+the continuations in another random order. The truth is arithmetic's (locator_accuracy.py). Output:
+two tables and OUT.png. Rules on V(0) .. V(n):  first: the first k with V(k) = 0.  last: the one
+behind the last k with V(k) > 0.  drop: the largest fall V(k-1) - V(k).  half: the first k with V(k)
+< V(k-1) / 2.  change: the likeliest change point, where V is beta(1/2, 1/2) before the error and
+1/100 from it on."""
 
 import asyncio
 import importlib
@@ -47,14 +48,37 @@ class Args:
 
 
 def continuations(args: Args) -> list[dict]:
-    """Wrong samples with `true`, the first wrong step, and `kept`: by k the (right, tokens) of each continuation."""
+    """Wrong samples with `true`, the first wrong step, and `kept`: by k the (right, tokens) of each
+    continuation."""
     args.out.mkdir(parents=True, exist_ok=True)
-    wrong = [row for line in open(args.samples, encoding="utf-8") if not (row := json.loads(line))["correct"]][: args.limit]
-    (args.out / "wrong.jsonl").write_text("".join(json.dumps(row) + "\n" for row in wrong), encoding="utf-8")
+    wrong = [
+        row
+        for line in open(args.samples, encoding="utf-8")
+        if not (row := json.loads(line))["correct"]
+    ][: args.limit]
+    (args.out / "wrong.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in wrong), encoding="utf-8"
+    )
     out, kept = args.out / "whole.jsonl", args.out / "whole.kept"
-    command = [sys.executable, ROOT / "02_locate_step.py", "--samples", args.out / "wrong.jsonl", "--model", args.model,
-               "--engine-args=--max-num-seqs 512 --max-model-len 1024", "--max-tokens", "400", "--out", out, "--linear",
-               "--all-rollouts", "--rollouts", max(args.rollouts), "--keep-rollouts", kept]  # fmt: skip
+    command = [
+        sys.executable,
+        ROOT / "02_locate_step.py",
+        "--samples",
+        args.out / "wrong.jsonl",
+        "--model",
+        args.model,
+        "--engine-args=--max-num-seqs 512 --max-model-len 1024",
+        "--max-tokens",
+        "400",
+        "--out",
+        out,
+        "--linear",
+        "--all-rollouts",
+        "--rollouts",
+        max(args.rollouts),
+        "--keep-rollouts",
+        kept,
+    ]
     if not (args.out / "whole.jsonl.meta.json").exists():
         subprocess.run(list(map(str, command)), check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     count = AutoTokenizer.from_pretrained(ROOT / args.model)
@@ -68,7 +92,9 @@ def continuations(args: Args) -> list[dict]:
     return [row | {"true": true_error(row)} for row in rows.values() if true_error(row)]
 
 
-def search(row: dict, n: int, linear: bool, solvable: bool, order: random.Random) -> tuple[int | None, int]:
+def search(
+    row: dict, n: int, linear: bool, solvable: bool, order: random.Random
+) -> tuple[int | None, int]:
     """What 02 finds with n rollouts, and the tokens of the continuations that it asks for."""
     spent = 0
 
@@ -88,8 +114,11 @@ def search(row: dict, n: int, linear: bool, solvable: bool, order: random.Random
 
 
 def change_point(right: list[int], n: int) -> int:
-    """The e in 1..len(right)-1 with the largest likelihood; right[k] of n continuations behind step k are right."""
-    before = [lgamma(r + 0.5) + lgamma(n - r + 0.5) - lgamma(n + 1) - 2 * lgamma(0.5) for r in right]
+    """The e in 1..len(right)-1 with the largest likelihood; right[k] of n continuations behind step
+    k are right."""
+    before = [
+        lgamma(r + 0.5) + lgamma(n - r + 0.5) - lgamma(n + 1) - 2 * lgamma(0.5) for r in right
+    ]
     after = [r * log(0.01) + (n - r) * log(0.99) for r in right]
     return max(range(1, len(right)), key=lambda e: sum(before[:e]) + sum(after[e:]))
 
@@ -104,30 +133,62 @@ RULES = {
 
 
 def share(hits: list[bool], repeats: int) -> tuple[float, float, float]:
-    """Share of hits and its 95 % interval, for the number of solutions and not that of their repetitions."""
+    """Share of hits and its 95 % interval, for the number of solutions and not that of their
+    repetitions."""
     total = max(1, round(len(hits) / repeats))
-    return sum(hits) / max(1, len(hits)), *EVAL.wilson(round(total * sum(hits) / max(1, len(hits))), total)
+    return sum(hits) / max(1, len(hits)), *EVAL.wilson(
+        round(total * sum(hits) / max(1, len(hits))), total
+    )
 
 
 def main(args: Args):
     rows, order, table = continuations(args), random.Random(0), {}
-    print(f"{len(rows)} wrong solutions, {sum(len(row['steps']) >= 5 for row in rows)} of them with 5 steps or more")
-    print("rollouts  search     located  exact of these            tokens each, of linear's  5 steps or more: exact, tokens")
+    print(
+        f"{len(rows)} wrong solutions, {sum(len(row['steps']) >= 5 for row in rows)} of them with 5 steps or more"
+    )
+    print(
+        "rollouts  search     located  exact of these            tokens each, of linear's  5 steps or more: exact, tokens"
+    )
     for n in args.rollouts:
         for kind in ("linear", "bisection"):
-            found = [(row, *search(row, n, kind == "linear", False, order)) for _ in range(args.repeats) for row in rows]
+            found = [
+                (row, *search(row, n, kind == "linear", False, order))
+                for _ in range(args.repeats)
+                for row in rows
+            ]
             for least in (0, 5):
-                hits = [step == row["true"] for row, step, _ in found if step and len(row["steps"]) >= least]
+                hits = [
+                    step == row["true"]
+                    for row, step, _ in found
+                    if step and len(row["steps"]) >= least
+                ]
                 cost = [tokens for row, _, tokens in found if len(row["steps"]) >= least]
-                table[n, kind, least] = (*share(hits, args.repeats), sum(cost) / len(cost), len(hits) / len(found))
-            (exact, low, high, tokens, located), (exact5, _, _, tokens5, _) = table[n, kind, 0], table[n, kind, 5]
-            print(f"{n:8}  {kind:9} {located:8.1%}  {exact:.1%} ({low:.1%} to {high:.1%}) {tokens:12.0f} "
-                  f"{tokens / table[n, 'linear', 0][3]:8.0%} {exact5:18.1%} {tokens5 / table[n, 'linear', 5][3]:6.0%}",
-                  flush=True)  # fmt: skip
+                table[n, kind, least] = (
+                    *share(hits, args.repeats),
+                    sum(cost) / len(cost),
+                    len(hits) / len(found),
+                )
+            (exact, low, high, tokens, located), (exact5, _, _, tokens5, _) = (
+                table[n, kind, 0],
+                table[n, kind, 5],
+            )
+            print(
+                f"{n:8}  {kind:9} {located:8.1%}  {exact:.1%} ({low:.1%} to {high:.1%}) {tokens:12.0f} "
+                f"{tokens / table[n, 'linear', 0][3]:8.0%} {exact5:18.1%} {tokens5 / table[n, 'linear', 5][3]:6.0%}",
+                flush=True,
+            )
     for least in (0, 5):
-        some = [row for row in rows if len(row["steps"]) >= least and len(row["kept"]) == len(row["steps"])]  # V(0) > 0
-        cost = [sum(search(row, 8, linear, True, order)[1] for row in some) for linear in (False, True)]
-        print(f"8 rollouts, V(0) > 0 known, {least} steps or more: bisection has {cost[0] / cost[1]:.0%} of linear's tokens")
+        some = [
+            row
+            for row in rows
+            if len(row["steps"]) >= least and len(row["kept"]) == len(row["steps"])
+        ]  # V(0) > 0
+        cost = [
+            sum(search(row, 8, linear, True, order)[1] for row in some) for linear in (False, True)
+        ]
+        print(
+            f"8 rollouts, V(0) > 0 known, {least} steps or more: bisection has {cost[0] / cost[1]:.0%} of linear's tokens"
+        )
 
     print("\nrollouts  rule      exact, all rollouts of all prefixes made")
     for n in args.rollouts:
@@ -135,8 +196,10 @@ def main(args: Args):
             hits = []
             for _ in range(args.repeats):
                 for row in rows:
-                    values = [sum(good for good, _ in order.sample(row["kept"].get(k) or [(0, 0)] * n, n))
-                              for k in range(len(row["steps"]))] + [0]  # fmt: skip
+                    values = [
+                        sum(good for good, _ in order.sample(row["kept"].get(k) or [(0, 0)] * n, n))
+                        for k in range(len(row["steps"]))
+                    ] + [0]
                     hits += [rule(values, n) == row["true"]] if values[0] else []
             exact, low, high = share(hits, args.repeats)
             print(f"{n:8}  {name:8} {exact:7.1%} ({low:.1%} to {high:.1%})", flush=True)
@@ -151,14 +214,21 @@ def draw(table: dict, path: Path):
 
     figure, axis = pyplot.subplots(figsize=(6.5, 3.6), layout="constrained")
     for kind, colour in (("bisection", "tab:blue"), ("linear", "tab:orange")):
-        points = [(n, *values) for (n, k, least), values in table.items() if k == kind and not least]
+        points = [
+            (n, *values) for (n, k, least), values in table.items() if k == kind and not least
+        ]
         x, y = [tokens for *_, tokens, _ in points], [exact for _, exact, *_ in points]
-        errors = [[exact - low for _, exact, low, *_ in points], [high - exact for _, exact, _, high, *_ in points]]
+        errors = [
+            [exact - low for _, exact, low, *_ in points],
+            [high - exact for _, exact, _, high, *_ in points],
+        ]
         axis.errorbar(x, y, errors, marker="o", capsize=3, color=colour, label=kind)
         for (n, *_), a, b in zip(points, x, y, strict=True):
             axis.annotate(str(n), (a, b), textcoords="offset points", xytext=(5, -12), fontsize=8)
-    axis.set(xlabel="tokens of a wrong solution (beside the points: rollouts)",
-             title="share of located errors that are exact, 95 % intervals")  # fmt: skip
+    axis.set(
+        xlabel="tokens of a wrong solution (beside the points: rollouts)",
+        title="share of located errors that are exact, 95 % intervals",
+    )
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=120)

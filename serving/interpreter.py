@@ -1,17 +1,20 @@
-"""Run the code blocks of code-integrated solutions: a kernel of its own for each solution, in a sandbox (bubblewrap).
+"""Run the code blocks of code-integrated solutions: a kernel of its own for each solution, in a
+sandbox (bubblewrap).
 
     echo '{"id": "q1", "code": "a = 3 + 4\\na"}' | python serving/interpreter.py     # code_server.py starts it
 
-Input, a line a block; names are kept from block to block of one id, until a line with "code": null ends its kernel:
+Input, a line a block; names are kept from block to block of one id, until a line with "code": null
+ends its kernel:
     {"id": "q1", "code": "a = 3 + 4\\na"}
 
-Output: the line {"ready": true}, then a line for each block, in the order in which they end; what a notebook would show:
+Output: the line {"ready": true}, then a line for each block, in the order in which they end; what a
+notebook would show:
     {"id": "q1", "output": "7", "failed": false, "seconds": 0.03}
 
-The code sees no network, no files but Python's own, an empty /tmp of 64 MiB, and no process but its own. A block may take 6
-seconds, as in the SCDPO authors' code; one that takes longer, prints without end or ends the process loses its kernel, with all
-that it started, and the next block finds a new one. interpreter.py ends, with all kernels, when its input does.
-"""
+The code sees no network, no files but Python's own, an empty /tmp of 64 MiB, and no process but its
+own. A block may take 6 seconds, as in the SCDPO authors' code; one that takes longer, prints
+without end or ends the process loses its kernel, with all that it started, and the next block finds
+a new one. interpreter.py ends, with all kernels, when its input does."""
 
 import asyncio
 import contextlib
@@ -30,11 +33,23 @@ import tyro
 
 SECONDS = 6  # for one block
 KEPT = 10_000  # characters of its output
-LIMITS = {"AS": 2 << 30, "FSIZE": 32 << 20, "NPROC": 32, "CPU": 240, "CORE": 0}  # bytes, bytes, processes, seconds
-ENVIRONMENT = {"PATH": os.environ.get("PATH", ""), "HOME": "/tmp", "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
+LIMITS = {
+    "AS": 2 << 30,
+    "FSIZE": 32 << 20,
+    "NPROC": 32,
+    "CPU": 240,
+    "CORE": 0,
+}  # bytes, bytes, processes, seconds
+ENVIRONMENT = {
+    "PATH": os.environ.get("PATH", ""),
+    "HOME": "/tmp",
+    "LANG": "C.UTF-8",
+    "OPENBLAS_NUM_THREADS": "1",
+}
 
-# What runs in the sandbox: a line with code and a mark in, the output and the mark out. It imports little, since ast, json and
-# traceback would double the 15 ms of its start; so the lines come as Python.
+# What runs in the sandbox: a line with code and a mark in, the output and the mark out. It imports
+# little, since ast, json and traceback would double the 15 ms of its start; so the lines come as
+# Python.
 KERNEL = """
 import _ast, os, resource, sys
 if os.getuid() == 0 and eval(sys.argv[2]):  # the limit on processes does not hold for root
@@ -73,19 +88,54 @@ class Args:
 def sandbox() -> list[str]:
     """bubblewrap's command line, before that of the program."""
     inside = []
-    for path in sorted({sys.prefix, *(str(Path(path).resolve()) for path in (sys.prefix, sys.base_prefix))}):
+    for path in sorted(
+        {sys.prefix, *(str(Path(path).resolve()) for path in (sys.prefix, sys.base_prefix))}
+    ):
         if not path.startswith("/usr"):
-            above = [word for folder in reversed(Path(path).parents) for word in ("--perms", "755", "--dir", str(folder))]
+            above = [
+                word
+                for folder in reversed(Path(path).parents)
+                for word in ("--perms", "755", "--dir", str(folder))
+            ]
             inside += [*above, "--ro-bind", path, path]
     for path in ("/lib", "/lib64", "/bin"):
-        inside += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind-try", path, path]
+        inside += (
+            ["--symlink", os.readlink(path), path]
+            if os.path.islink(path)
+            else ["--ro-bind-try", path, path]
+        )
     apart = ["--unshare-all", "--cap-drop", "ALL"]
-    if os.getuid() == 0:  # without user ids of its own, so that KERNEL can take one to which the limits apply
+    if (
+        os.getuid() == 0
+    ):  # without user ids of its own, so that KERNEL can take one to which the limits apply
         apart = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
         apart += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-    return ["bwrap", *apart, "--die-with-parent", "--new-session", "--ro-bind", "/usr", "/usr", "--proc", "/proc",
-            "--dev", "/dev", "--remount-ro", "/dev", "--perms", "1777", "--size", str(64 << 20), "--tmpfs", "/tmp", *inside,
-            "--remount-ro", "/", "--chdir", "/tmp"]  # fmt: skip
+    return [
+        "bwrap",
+        *apart,
+        "--die-with-parent",
+        "--new-session",
+        "--ro-bind",
+        "/usr",
+        "/usr",
+        "--proc",
+        "/proc",
+        "--dev",
+        "/dev",
+        "--remount-ro",
+        "/dev",
+        "--perms",
+        "1777",
+        "--size",
+        str(64 << 20),
+        "--tmpfs",
+        "/tmp",
+        *inside,
+        "--remount-ro",
+        "/",
+        "--chdir",
+        "/tmp",
+    ]
 
 
 class Kernel:
@@ -97,12 +147,20 @@ class Kernel:
     async def run(self, code: str) -> tuple[str, bool]:
         """(what the block prints, whether it failed)"""
         if not self.process:
-            # without a sandbox Python or its packages may lie in a folder such as /root, which another user cannot read
+            # without a sandbox Python or its packages may lie in a folder such as /root, which
+            # another user cannot read
             folders = {*Path(os.__file__).parents, *Path(tyro.__file__).parents}
             apart = bool(self.wrapper) or all(folder.stat().st_mode & 1 for folder in folders)
             command = [*self.wrapper, sys.executable, "-I", "-c", KERNEL, ascii(LIMITS), str(apart)]
-            how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": ENVIRONMENT}
-            self.process = await asyncio.create_subprocess_exec(*command, **how, start_new_session=True)
+            how = {
+                "stdin": subprocess.PIPE,
+                "stdout": subprocess.PIPE,
+                "stderr": subprocess.STDOUT,
+                "env": ENVIRONMENT,
+            }
+            self.process = await asyncio.create_subprocess_exec(
+                *command, **how, start_new_session=True
+            )
         mark, output, why = secrets.token_hex(16), b"", ""
         try:
             self.process.stdin.write(f"{(code, mark)!a}\n".encode())
@@ -129,20 +187,31 @@ class Kernel:
             self.process = None
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            with contextlib.suppress(TimeoutError):  # of what a child that got away without a sandbox keeps open
-                await asyncio.wait_for(process.communicate(), 2)  # wait() alone waits for ever for output that nobody reads
+            with contextlib.suppress(
+                TimeoutError
+            ):  # of what a child that got away without a sandbox keeps open
+                await asyncio.wait_for(
+                    process.communicate(), 2
+                )  # wait() alone waits for ever for output that nobody reads
 
 
 async def serve(wrapper: list[str]):
     """Answer the lines of the standard input until it ends."""
     kernels, tasks = {}, set()
-    processors = asyncio.Semaphore(os.cpu_count() or 1)  # a block's seconds must not go by in a queue
+    processors = asyncio.Semaphore(
+        os.cpu_count() or 1
+    )  # a block's seconds must not go by in a queue
 
     async def answer(key: str, code: str):
         async with processors:
             began = time.time()
             output, failed = await kernels.setdefault(key, Kernel(wrapper)).run(code)
-        print(json.dumps({"id": key, "output": output, "failed": failed, "seconds": time.time() - began}), flush=True)
+        print(
+            json.dumps(
+                {"id": key, "output": output, "failed": failed, "seconds": time.time() - began}
+            ),
+            flush=True,
+        )
 
     print(json.dumps({"ready": True}), flush=True)
     number = 0
@@ -152,8 +221,10 @@ async def serve(wrapper: list[str]):
             row = json.loads(line)
             row["id"], row["code"]
         except (ValueError, TypeError, KeyError) as error:
-            print(f"interpreter.py: error: standard input, line {number}: {error!r}; every line is an object with id and code",
-                  file=sys.stderr)  # fmt: skip
+            print(
+                f"interpreter.py: error: standard input, line {number}: {error!r}; every line is an object with id and code",
+                file=sys.stderr,
+            )
             raise SystemExit(2) from None
         if row["code"] is not None:
             work = answer(row["id"], row["code"])
@@ -175,8 +246,11 @@ def main(args: Args):
         subprocess.run([*wrapper, sys.executable, "-c", ""], **how)
     except (OSError, subprocess.CalledProcessError) as error:
         why = str(getattr(error, "stderr", None) or error).strip()
-        print(f"interpreter.py: error: bubblewrap, which keeps the model's code in, does not start ({why}); install it (apt "
-              "install bubblewrap), or give --unsafe-no-sandbox", file=sys.stderr)  # fmt: skip
+        print(
+            f"interpreter.py: error: bubblewrap, which keeps the model's code in, does not start ({why}); install it (apt "
+            "install bubblewrap), or give --unsafe-no-sandbox",
+            file=sys.stderr,
+        )
         raise SystemExit(2) from None
     asyncio.run(serve(wrapper))
 

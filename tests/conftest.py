@@ -1,4 +1,5 @@
-"""Fixtures: the stages as modules, a small random model, and one vLLM server for the whole session."""
+"""Fixtures: the stages as modules, a small random model, and one vLLM server for the whole
+session."""
 
 import contextlib
 import ctypes
@@ -26,33 +27,58 @@ from accelerate.state import AcceleratorState
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "data" / "tiny"
-sys.path[:0] = [str(ROOT), *(str(ROOT / folder) for folder in ("analysis", "experiments", "data", "serving"))]
+sys.path[:0] = [
+    str(ROOT),
+    *(str(ROOT / folder) for folder in ("analysis", "experiments", "data", "serving")),
+]
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, zeroed at each start: 4 take 12 s where pages are slow to come
-STAGES = {1: "01_sample_errors", 2: "02_locate_step", 3: "03_rectify", 4: "04_train_stepdpo", 5: "05_eval"}
+os.environ.setdefault(
+    "VLLM_CPU_KVCACHE_SPACE", "1"
+)  # GiB, zeroed at each start: 4 take 12 s where pages are slow to come
+STAGES = {
+    1: "01_sample_errors",
+    2: "02_locate_step",
+    3: "03_rectify",
+    4: "04_train_stepdpo",
+    5: "05_eval",
+}
 
 
 def stage(number: int):
     return importlib.import_module(STAGES[number])
 
 
-def run(script: int | str, *arguments, check: bool = True, here: bool = False, **options) -> subprocess.CompletedProcess:
-    """Run a stage, or a script of analysis/ or experiments/, as a user does; on an unexpected exit status show what it said.
-    04, these scripts, and what is given `options` of subprocess.run() have a process; the others run here, ten times faster."""
+def run(
+    script: int | str, *arguments, check: bool = True, here: bool = False, **options
+) -> subprocess.CompletedProcess:
+    """Run a stage, or a script of analysis/ or experiments/, as a user does; on an unexpected exit
+    status show what it said. 04, these scripts, and what is given `options` of subprocess.run()
+    have a process; the others run here, ten times faster."""
     command, done = list(map(str, arguments)), None
     if here or script in (1, 2, 3, 5) and not options:
         with contextlib.suppress(OtherEngine):
             done = run_here(script, command)
     if not done:
         rooms = [ROOT] if script in STAGES else [ROOT / "analysis", ROOT / "experiments"]
-        [path] = [path for room in rooms if (path := room / f"{STAGES.get(script, script)}.py").exists()]
-        done = subprocess.run([sys.executable, str(path), *command], capture_output=True, text=True, cwd=ROOT, **options)
-    assert not check or done.returncode == 0, f"{script} {command} ended with {done.returncode}:\n{done.stderr[-3000:]}"
+        [path] = [
+            path for room in rooms if (path := room / f"{STAGES.get(script, script)}.py").exists()
+        ]
+        done = subprocess.run(
+            [sys.executable, str(path), *command],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            **options,
+        )
+    assert not check or done.returncode == 0, (
+        f"{script} {command} ended with {done.returncode}:\n{done.stderr[-3000:]}"
+    )
     return done
 
 
 def run_here(number: int, command: list[str]) -> subprocess.CompletedProcess:
-    """A stage in this process; one that would start an engine of the bundled model gets that of the session."""
+    """A stage in this process; one that would start an engine of the bundled model gets that of the
+    session."""
     module, out, err, status = stage(number), io.StringIO(), io.StringIO(), 0
     if number != 4:
         module.warn_once.cache_clear()
@@ -61,23 +87,29 @@ def run_here(number: int, command: list[str]) -> subprocess.CompletedProcess:
         contextlib.redirect_stderr(err),
         contextlib.chdir(ROOT),
         mock.patch.object(sys, "argv", [f"{STAGES[number]}.py", *command]),
-        mock.patch.object(module, "Engine", partial(shared_engine, getattr(module, "Engine", None)), create=True),
+        mock.patch.object(
+            module, "Engine", partial(shared_engine, getattr(module, "Engine", None)), create=True
+        ),
     ):
         try:
             module.main(tyro.cli(module.Args))
         except SystemExit as end:
             status = end.code
         finally:
-            AcceleratorState._reset_state(reset_partial_state=True)  # 04 leaves one that no other may have
+            AcceleratorState._reset_state(
+                reset_partial_state=True
+            )  # 04 leaves one that no other may have
     return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
 
 
 class OtherEngine(Exception):
-    """A stage wants another engine than the session's. The end of one takes another in the same process along."""
+    """A stage wants another engine than the session's. The end of one takes another in the same
+    process along."""
 
 
 def shared_engine(start, model: str, options: str = "", seed: int = 0):
-    """The session's engine, of the bundled model, which the first that asks for it starts. close() leaves it as it is."""
+    """The session's engine, of the bundled model, which the first that asks for it starts. close()
+    leaves it as it is."""
     if (model, options) != (str(TINY / "model"), ""):
         raise OtherEngine
     if not ENGINES:
@@ -90,14 +122,18 @@ ENGINES = []
 
 
 def run_killed(number: int, *arguments, journal: Path, kills: int, seed: int, torn: bytes = b""):
-    """Start a stage and kill -9 it soon after its journal has grown, `kills` times; `torn` ends the journal then, as a kill
-    within a write would, which a real one only rarely does."""
+    """Start a stage and kill -9 it soon after its journal has grown, `kills` times; `torn` ends the
+    journal then, as a kill within a write would, which a real one only rarely does."""
     moments = random.Random(seed)
     size = lambda: journal.stat().st_size if journal.exists() else 0
     for _ in range(kills):
         before = size()
-        process = subprocess.Popen([sys.executable, f"{STAGES[number]}.py", *map(str, arguments)], cwd=ROOT,
-                                   stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, f"{STAGES[number]}.py", *map(str, arguments)],
+            cwd=ROOT,
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
         while process.poll() is None and size() <= before:
             time.sleep(0.01)
         time.sleep(moments.random() * 0.3)
@@ -122,7 +158,8 @@ def bundled():
 
 @pytest.fixture()
 def started():
-    """A list for the test's processes, which are ended with all that they have started, also where the test fails."""
+    """A list for the test's processes, which are ended with all that they have started, also where
+    the test fails."""
     processes = []
     yield processes
     for process in processes:
@@ -136,7 +173,8 @@ SHARED = {"server", "files", "samples", "world"}  # fixtures that are costly to 
 
 
 def pytest_itemcollected(item):
-    """Tests that share something costly, or look at all processes, go to one worker (--dist loadgroup)."""
+    """Tests that share something costly, or look at all processes, go to one worker (--dist
+    loadgroup)."""
     if SHARED & set(getattr(item, "fixturenames", ())) or "test_code" in item.nodeid:
         item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
 
@@ -171,17 +209,39 @@ def serving(model, log: Path, *options: str):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--disable-uvicorn-access-log", *stage(1).cpu_options(), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(model),
+        "--host",
+        "127.0.0.1",
+    ]
+    command += [
+        "--port",
+        str(port),
+        "--disable-uvicorn-access-log",
+        *stage(1).cpu_options(),
+        *options,
+    ]
     key, url = secrets.token_hex(16), f"http://127.0.0.1:{port}/v1"
     environment = os.environ | {"VLLM_API_KEY": key}
     with open(log, "w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, env=environment,
-                                   preexec_fn=end_with_the_tests)  # fmt: skip
+        process = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            env=environment,
+            preexec_fn=end_with_the_tests,
+        )
     try:
         for _ in range(1200):
             with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=5).is_success:
+                if httpx.get(
+                    f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=5
+                ).is_success:
                     break
             assert process.poll() is None, log.read_text()[-3000:]
             time.sleep(0.5)
@@ -194,11 +254,25 @@ def serving(model, log: Path, *options: str):
 @contextlib.contextmanager
 def serving_code(model, log: Path, *options: str):
     """serving/code_server.py as a user starts it: yields its address, its key and its process."""
-    command = [sys.executable, str(ROOT / "serving" / "code_server.py"), "--model", str(model), "--port", "0", *options]
+    command = [
+        sys.executable,
+        str(ROOT / "serving" / "code_server.py"),
+        "--model",
+        str(model),
+        "--port",
+        "0",
+        *options,
+    ]
     environment = os.environ | {"OPENAI_API_KEY": (key := secrets.token_hex(16))}
     with open(log, "w") as file:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True, env=environment,
-                                   preexec_fn=end_with_the_tests)  # fmt: skip
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=file,
+            text=True,
+            env=environment,
+            preexec_fn=end_with_the_tests,
+        )
     try:
         line = process.stdout.readline()
         assert line.startswith("ready: --base-url "), log.read_text()[-3000:]
@@ -219,7 +293,8 @@ def server(tmp_path_factory):
 
 @pytest.fixture()
 def small_model(tmp_path):
-    """A folder with the bundled tokenizer and a random model, larger weights than usual so that outputs differ."""
+    """A folder with the bundled tokenizer and a random model, larger weights than usual so that
+    outputs differ."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     config = AutoConfig.from_pretrained(TINY / "model")

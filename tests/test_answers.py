@@ -31,7 +31,10 @@ def test_steps_are_lossless(response, count):
 
 
 # sentences, parted by "|" as the splitter should part them; what it shows
-SENTENCES = [line.split("\t") for line in (ROOT / "tests" / "sentences.tsv").read_text(encoding="utf-8").splitlines()]
+SENTENCES = [
+    line.split("\t")
+    for line in (ROOT / "tests" / "sentences.tsv").read_text(encoding="utf-8").splitlines()
+]
 
 
 @pytest.mark.parametrize("text, what", SENTENCES, ids=[what for _, what in SENTENCES])
@@ -50,7 +53,9 @@ def test_every_split_is_lossless(split):
     for text in texts:
         steps = stage(1).split_steps("Let's think. " + text, split, "Let's think.")
         assert "".join(steps) == "Let's think. " + text and all(step.strip() for step in steps)
-        assert steps[0].strip() != "Let's think." and (split != "blank-lines" or "\n\n" not in steps[-1].strip())
+        assert steps[0].strip() != "Let's think." and (
+            split != "blank-lines" or "\n\n" not in steps[-1].strip()
+        )
         parted += len(steps) > 1
     assert parted > (0.1 if split == "blank-lines" and len(texts) > 100 else 0) * len(texts)
 
@@ -91,8 +96,12 @@ def test_extracted_answer(response, answer):
     assert stage(1).extract_answer(response) == answer
 
 
-# gold, prediction, kind, reason. "unsupported": equal, but gets no credit; "credited": unequal, but gets it
-PAIRS = [line.split("\t") for line in (ROOT / "tests" / "answer_pairs.tsv").read_text(encoding="utf-8").splitlines()]
+# gold, prediction, kind, reason. "unsupported": equal, but gets no credit; "credited": unequal, but
+# gets it
+PAIRS = [
+    line.split("\t")
+    for line in (ROOT / "tests" / "answer_pairs.tsv").read_text(encoding="utf-8").splitlines()
+]
 
 
 @pytest.fixture(scope="module")
@@ -115,14 +124,24 @@ def test_regression_pairs(grades):
     """Equal and unequal answers, each with its reason; a third or more are unequal."""
     assert len(PAIRS) >= 200 and sum(kind == "unequal" for _, _, kind, _ in PAIRS) >= len(PAIRS) / 3
     verdicts, _ = grades([(gold, prediction) for gold, prediction, *_ in PAIRS])
-    wrong = [pair for pair, verdict in zip(PAIRS, verdicts, strict=True) if verdict != (pair[2] in ("equal", "credited"))]
+    wrong = [
+        pair
+        for pair, verdict in zip(PAIRS, verdicts, strict=True)
+        if verdict != (pair[2] in ("equal", "credited"))
+    ]
     assert not wrong
     assert grades([("3", None)])[0] == [False]
 
 
 CHOICES = [  # problem, and the options that it lists
-    ("How fast?\nOptions:\nA)32400\nB)6,000 km\nC)(1,1)", {"A": "32400", "B": "6,000 km", "C": "(1,1)"}),
-    ("What curve?\n\n(A) Line\n(B) Circle\n(C) Parabola\n\nEnter the letter.", {"A": "Line", "B": "Circle", "C": "Parabola"}),
+    (
+        "How fast?\nOptions:\nA)32400\nB)6,000 km\nC)(1,1)",
+        {"A": "32400", "B": "6,000 km", "C": "(1,1)"},
+    ),
+    (
+        "What curve?\n\n(A) Line\n(B) Circle\n(C) Parabola\n\nEnter the letter.",
+        {"A": "Line", "B": "Circle", "C": "Parabola"},
+    ),
     ("\\[z = c.\\](A) Line\n(B) Circle", {"A": "Line", "B": "Circle"}),
     (
         "Find $x$. $\\textbf{(A)}\\ 5 \\qquad \\textbf{(B)}\\ \\frac{1}{2} \\qquad\\text{(C) } 7$",
@@ -142,9 +161,20 @@ def test_options_of_a_problem(problem, listed):
 
 def test_the_value_of_the_right_option_counts_and_of_another_never():
     problem = "Which?\nOptions:\nA)12 km\nB)0.5\nC)\\frac{1}{2}\nD)7\nE)none"
-    cases = [("A", "12", True), ("A", "(A)", True), ("A", "12 \\text{ km}", True), ("A", "7", False), ("D", "7", True),
-             ("D", "D) 7", True), ("D", "12", False), ("D", "A", False), ("D", "8", False), ("E", "none", True),
-             ("D", None, False), ("B", "0.5", False)]  # B and C are worth the same: the value alone does not tell  # fmt: skip
+    cases = [
+        ("A", "12", True),
+        ("A", "(A)", True),
+        ("A", "12 \\text{ km}", True),
+        ("A", "7", False),
+        ("D", "7", True),
+        ("D", "D) 7", True),
+        ("D", "12", False),
+        ("D", "A", False),
+        ("D", "8", False),
+        ("E", "none", True),
+        ("D", None, False),
+        ("B", "0.5", False),
+    ]  # B and C are worth the same: the value alone does not tell
 
     async def verdicts():
         grader = stage(1).Grader()
@@ -158,16 +188,31 @@ def test_the_value_of_the_right_option_counts_and_of_another_never():
 
 
 HOSTILE = [
-    "9^{9^{9^{9}}}", "{" * 4000, "(1," * 1600, "\\{" * 2000, "\\int_0^1 " * 400 + "x", "\x00", "1" * 5000, "x" * 1_000_000,
-    "\\frac{1}" * 500, "1,2," * 1000, "\\sqrt{" * 900, "10^{99}" * 50, "(" * 10 + "1" + ")" * 10, "a<" * 2000, "\\pm" * 900,
-]  # fmt: skip
+    "9^{9^{9^{9}}}",
+    "{" * 4000,
+    "(1," * 1600,
+    "\\{" * 2000,
+    "\\int_0^1 " * 400 + "x",
+    "\x00",
+    "1" * 5000,
+    "x" * 1_000_000,
+    "\\frac{1}" * 500,
+    "1,2," * 1000,
+    "\\sqrt{" * 900,
+    "10^{99}" * 50,
+    "(" * 10 + "1" + ")" * 10,
+    "a<" * 2000,
+    "\\pm" * 900,
+]
 
 
 @pytest.mark.slow  # it looks at the clock, and quick tests run two at a time
 @pytest.mark.parametrize("seconds", [2.0])
 def test_hostile_answers_cost_their_deadline_and_no_more(grades, seconds):
     start = time.time()
-    verdicts, kills = grades([*(("7", answer) for answer in HOSTILE), ("x+1", "1+x")], seconds=seconds)
+    verdicts, kills = grades(
+        [*(("7", answer) for answer in HOSTILE), ("x+1", "1+x")], seconds=seconds
+    )
     assert verdicts == [False] * len(HOSTILE) + [True]
     assert time.time() - start < 15 + kills * (seconds + 3)
 
@@ -175,7 +220,15 @@ def test_hostile_answers_cost_their_deadline_and_no_more(grades, seconds):
 @pytest.mark.slow
 def test_hostile_responses_are_read_in_linear_time():
     start = time.time()
-    for text in ("\\boxed{", "The answer is ", "{", "answer: ", "\x00", "\n#### ", "**Answer:** **"):
+    for text in (
+        "\\boxed{",
+        "The answer is ",
+        "{",
+        "answer: ",
+        "\x00",
+        "\n#### ",
+        "**Answer:** **",
+    ):
         stage(1).extract_answer(text * (1_000_000 // len(text)) + "\\fbox{7}")
     assert time.time() - start < 10
 
@@ -183,8 +236,18 @@ def test_hostile_responses_are_read_in_linear_time():
 KNOWN = {
     ("test/prealgebra/1879.json", "sentence"),  # a line break within the gold
     ("odyssey-212", "sentence"),  # "a. 3, b. 4": a full stop within
-}  # fmt: skip
-FILES = ("gsm8k_test", "math_test", "aime24", "aime25", "odyssey_math", "cmath_test", "mgsm_zh_test", "ape500_test", "aqua_dev")
+}
+FILES = (
+    "gsm8k_test",
+    "math_test",
+    "aime24",
+    "aime25",
+    "odyssey_math",
+    "cmath_test",
+    "mgsm_zh_test",
+    "ape500_test",
+    "aqua_dev",
+)
 
 
 def changed(answer: str) -> str:
@@ -200,26 +263,39 @@ def changed(answer: str) -> str:
 
 @pytest.mark.slow
 def test_gold_answers_equal_themselves_and_nothing_else(grades):
-    """All answers of the real test files: boxed, in a sentence, and changed. KNOWN are the exceptions."""
+    """All answers of the real test files: boxed, in a sentence, and changed. KNOWN are the
+    exceptions."""
     if not SHARED.is_dir():
         pytest.skip("the benchmark files are not beside this checkout")
     extract, pairs, names = stage(1).extract_answer, [], []
     for file in FILES:
         for row in read(SHARED / f"{file}.jsonl"):
             answer = row["answer"]
-            for kind, text in (("boxed", f"So \\boxed{{{answer}}}."), ("sentence", f"So it is. The answer is {answer}.")):
+            for kind, text in (
+                ("boxed", f"So \\boxed{{{answer}}}."),
+                ("sentence", f"So it is. The answer is {answer}."),
+            ):
                 pairs.append((answer, extract(text)))
                 names.append((row["id"], kind, True))
             pairs.append((answer, changed(answer)))
             names.append((row["id"], "changed", False))
     verdicts, _ = grades(pairs)
-    wrong = {(identity, kind) for (identity, kind, equal), verdict in zip(names, verdicts, strict=True) if verdict != equal}
+    wrong = {
+        (identity, kind)
+        for (identity, kind, equal), verdict in zip(names, verdicts, strict=True)
+        if verdict != equal
+    }
     assert wrong == KNOWN
 
 
 def test_wilson_against_published_values():
     # Newcombe (1998), Table I: 81/263, 15/148, 0/20, 1/29
-    published = [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718)]
+    published = [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ]
     for correct, total, low, high in published:
         assert stage(5).wilson(correct, total) == pytest.approx((low, high), abs=1e-4)
 
@@ -228,7 +304,9 @@ def test_mcnemar_against_counting():
     assert stage(5).mcnemar(0, 0) == 1.0 and stage(5).mcnemar(5, 5) == 1.0
     assert stage(5).mcnemar(9, 1) == pytest.approx(2 * (1 + 10) / 2**10)
     assert stage(5).mcnemar(1, 9) == stage(5).mcnemar(9, 1)
-    assert stage(5).mcnemar(600, 500) == pytest.approx(math.erfc(99 / math.sqrt(2 * 1100)), rel=0.02)
+    assert stage(5).mcnemar(600, 500) == pytest.approx(
+        math.erfc(99 / math.sqrt(2 * 1100)), rel=0.02
+    )
 
 
 def test_bootstrap_covers_the_mean_and_has_the_right_width():
@@ -250,7 +328,9 @@ def locate(truth: list[bool], linear: bool) -> tuple[int | None, int]:
         return (1, 2) if truth[k] else (0, 8)
 
     step, reason = asyncio.run(stage(2).first_wrong_step(len(truth), estimate, linear))
-    assert (step is None) == (reason == "none of 8 samples and continuations of the problem is right")
+    assert (step is None) == (
+        reason == "none of 8 samples and continuations of the problem is right"
+    )
     return step, len(asked)
 
 
@@ -268,23 +348,56 @@ def test_a_success_behind_a_failure_is_trusted():
 
 
 def test_bisection_asks_less():
-    assert locate([True] * 5 + [False] * 3, False)[1] == 4 < locate([True] * 5 + [False] * 3, True)[1]
+    assert (
+        locate([True] * 5 + [False] * 3, False)[1] == 4 < locate([True] * 5 + [False] * 3, True)[1]
+    )
 
 
 def test_pairs_of_one_error():
     three = stage(3)
-    steps = ["Let's think step by step.\nStep 1: 1 + 1 = 2.\n", "Step 2: 2 * 2 = 5.\n", "Step 3: so 5."]
-    row = {"id": "a", "sample": 0, "problem": "p", "answer": "4", "steps": steps, "response": "".join(steps), "error_step": 2}
+    steps = [
+        "Let's think step by step.\nStep 1: 1 + 1 = 2.\n",
+        "Step 2: 2 * 2 = 5.\n",
+        "Step 3: so 5.",
+    ]
+    row = {
+        "id": "a",
+        "sample": 0,
+        "problem": "p",
+        "answer": "4",
+        "steps": steps,
+        "response": "".join(steps),
+        "error_step": 2,
+    }
     prefix = "Let's think step by step.\nStep 1: 1 + 1 = 2.\nStep 2:"
     assert three.prefix_and_step(three.Args(), row, 2) == (prefix, " 2 * 2 = 5.\n")
-    texts = [" 2 * 2 = 4.\nThe answer is \\boxed{4}.", " 2 * 2 = 4.\nThe answer  is \\boxed{4}.",
-             " 2 * 2 =  5.\nStep 3: no, \\boxed{4}.", " twice 2 is 4.\nStep 3: \\boxed{4}", " wrong"]  # fmt: skip
+    texts = [
+        " 2 * 2 = 4.\nThe answer is \\boxed{4}.",
+        " 2 * 2 = 4.\nThe answer  is \\boxed{4}.",
+        " 2 * 2 =  5.\nStep 3: no, \\boxed{4}.",
+        " twice 2 is 4.\nStep 3: \\boxed{4}",
+        " wrong",
+    ]
     found = [{"text": text} for text in texts]
     count = Counter()
-    pairs = three.make_pairs(three.Args(), row, found, [True, True, True, True, False], set(), count)
+    pairs = three.make_pairs(
+        three.Args(), row, found, [True, True, True, True, False], set(), count
+    )
     assert [pair["chosen"] for pair in pairs] == [texts[0], " twice 2 is 4.\n"]
-    assert count == {"pairs": 2, "repeats a chosen step": 1, "restates the rejected step": 1, "wrong": 1}
+    assert count == {
+        "pairs": 2,
+        "repeats a chosen step": 1,
+        "restates the rejected step": 1,
+        "wrong": 1,
+    }
     for pair in pairs:
         assert pair["full_chosen"].startswith(pair["initial_reason_steps"] + pair["chosen"])
         assert pair["full_rejected"].startswith(pair["initial_reason_steps"] + pair["rejected"])
-    assert len(three.make_pairs(three.Args(max_pairs_per_error=1), row, found, [True] * 5, set(), Counter())) == 1
+    assert (
+        len(
+            three.make_pairs(
+                three.Args(max_pairs_per_error=1), row, found, [True] * 5, set(), Counter()
+            )
+        )
+        == 1
+    )

@@ -1,4 +1,5 @@
-"""Bad input: one clear line on stderr, exit status 2, no traceback, nothing written, no server left."""
+"""Bad input: one clear line on stderr, exit status 2, no traceback, nothing written, no server
+left."""
 
 import asyncio
 import errno
@@ -8,11 +9,28 @@ import pytest
 from conftest import TINY, read, run, stage
 
 GOOD = {"id": "a", "problem": "1 + 1?", "answer": "2"}
-SAMPLE = GOOD | {"sample": 0, "response": "Step 1: 3", "steps": ["Step 1: 3"], "correct": False, "finish_reason": "stop"}
-PAIR = {"prompt": "1 + 1?", "initial_reason_steps": "Step 1:", "chosen": " 2", "rejected": " 3", "full_chosen": " 2 so",
-        "full_rejected": " 3 so"}  # fmt: skip
-INPUT = {1: ("--data", GOOD), 2: ("--samples", SAMPLE), 3: ("--located", SAMPLE | {"error_step": 1}), 4: ("--data", PAIR),
-         5: ("--data", GOOD)}  # fmt: skip
+SAMPLE = GOOD | {
+    "sample": 0,
+    "response": "Step 1: 3",
+    "steps": ["Step 1: 3"],
+    "correct": False,
+    "finish_reason": "stop",
+}
+PAIR = {
+    "prompt": "1 + 1?",
+    "initial_reason_steps": "Step 1:",
+    "chosen": " 2",
+    "rejected": " 3",
+    "full_chosen": " 2 so",
+    "full_rejected": " 3 so",
+}
+INPUT = {
+    1: ("--data", GOOD),
+    2: ("--samples", SAMPLE),
+    3: ("--located", SAMPLE | {"error_step": 1}),
+    4: ("--data", PAIR),
+    5: ("--data", GOOD),
+}
 MODEL = {number: "--models" if number == 5 else "--model" for number in INPUT}
 
 
@@ -21,7 +39,11 @@ def refused(number: int, tmp_path, *arguments) -> str:
     done = run(number, *arguments, "--out", out, check=False, here=True)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.suffix in (".jsonl", ".json")]
+    assert not [
+        path
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file() and path.suffix in (".jsonl", ".json")
+    ]
     return done.stderr
 
 
@@ -34,7 +56,16 @@ def message(stderr: str) -> str:
 
 @pytest.mark.parametrize("number", INPUT)
 def test_missing_file(number, tmp_path):
-    said = message(refused(number, tmp_path, INPUT[number][0], tmp_path / "none.jsonl", MODEL[number], TINY / "model"))
+    said = message(
+        refused(
+            number,
+            tmp_path,
+            INPUT[number][0],
+            tmp_path / "none.jsonl",
+            MODEL[number],
+            TINY / "model",
+        )
+    )
     assert "none.jsonl" in said
 
 
@@ -42,33 +73,54 @@ def test_missing_file(number, tmp_path):
 def test_broken_lines_name_file_and_line(number, tmp_path):
     option, row = INPUT[number]
     path = tmp_path / "in.jsonl"
-    for broken, word in [("{not json", "not JSON"), ('"text"', "instead of an object"), ("", "empty")]:
+    for broken, word in [
+        ("{not json", "not JSON"),
+        ('"text"', "instead of an object"),
+        ("", "empty"),
+    ]:
         path.write_text((json.dumps(row) + "\n" + broken + "\n") if broken else "")
         said = message(refused(number, tmp_path, option, path, MODEL[number], TINY / "model"))
         assert word in said and "in.jsonl" in said and (not broken or "line 2" in said)
 
 
-FIELDS = [(1, "problem"), (1, "answer"), (2, "steps"), (3, "error_step"), (4, "chosen"), (5, "answer")]
+FIELDS = [
+    (1, "problem"),
+    (1, "answer"),
+    (2, "steps"),
+    (3, "error_step"),
+    (4, "chosen"),
+    (5, "answer"),
+]
 
 
 @pytest.mark.parametrize("number, field", FIELDS)
 def test_missing_field(number, field, tmp_path):
     option, row = INPUT[number]
-    (tmp_path / "in.jsonl").write_text(json.dumps({k: v for k, v in row.items() if k != field}) + "\n")
-    said = message(refused(number, tmp_path, option, tmp_path / "in.jsonl", MODEL[number], TINY / "model"))
+    (tmp_path / "in.jsonl").write_text(
+        json.dumps({k: v for k, v in row.items() if k != field}) + "\n"
+    )
+    said = message(
+        refused(number, tmp_path, option, tmp_path / "in.jsonl", MODEL[number], TINY / "model")
+    )
     assert repr(field) in said and "in.jsonl" in said
 
 
 def line(**fields) -> str:
     """GOOD with other values, as JSON; a text that begins with = is written as it is."""
-    row = {name: f"={name}" if str(value).startswith("=") else value for name, value in (GOOD | fields).items()}
+    row = {
+        name: f"={name}" if str(value).startswith("=") else value
+        for name, value in (GOOD | fields).items()
+    }
     text = json.dumps(row)
     for name, value in fields.items():
         text = text.replace(f'"={name}"', str(value)[1:])
     return text
 
 
-WRONG = [("answer", value) for value in ("=NaN", "=Infinity", "=1e999", ["7"], {"a": 7}, False, True, "  ", "\n", [])]
+WRONG = [
+    ("answer", value)
+    for value in ("=NaN", "=Infinity", "=1e999", ["7"], {"a": 7}, False, True, "  ", "\n", [])
+]
 WRONG += [("problem", value) for value in (["a", "b"], 7, 1.5, True, {"a": 1}, "  \n")]
 WRONG += [("id", value) for value in (["a"], False, {"a": 1}, "=NaN", " ")]
 
@@ -79,16 +131,32 @@ def test_values_of_the_wrong_kind_name_file_and_line(field, value, tmp_path, cap
     with pytest.raises(SystemExit) as end:
         stage(1).load_problems(tmp_path / "in.jsonl")
     said = message(capsys.readouterr().err)
-    assert end.value.code == 2 and "in.jsonl, line 3" in said and repr(field) in said and "must be" in said
+    assert (
+        end.value.code == 2
+        and "in.jsonl, line 3" in said
+        and repr(field) in said
+        and "must be" in said
+    )
 
 
-@pytest.mark.parametrize("number, field, value", [(1, "answer", "=NaN"), (5, "problem", ["a"]), (2, "steps", "Step 1: 3"),
-                                                  (2, "answer", True), (2, "correct", "no"), (3, "sample", "0")])  # fmt: skip
+@pytest.mark.parametrize(
+    "number, field, value",
+    [
+        (1, "answer", "=NaN"),
+        (5, "problem", ["a"]),
+        (2, "steps", "Step 1: 3"),
+        (2, "answer", True),
+        (2, "correct", "no"),
+        (3, "sample", "0"),
+    ],
+)
 def test_stages_stop_at_values_of_the_wrong_kind(number, field, value, tmp_path):
     option, row = INPUT[number]
     text = line(**(row | {field: value}))
     (tmp_path / "in.jsonl").write_text(text + "\n")
-    said = message(refused(number, tmp_path, option, tmp_path / "in.jsonl", MODEL[number], TINY / "model"))
+    said = message(
+        refused(number, tmp_path, option, tmp_path / "in.jsonl", MODEL[number], TINY / "model")
+    )
     assert "in.jsonl, line 1" in said and repr(field) in said
 
 
@@ -98,7 +166,9 @@ HALVES += [{"notes": [{"a": "\udfff"}]}, {"k\ud83d": 1}]
 
 @pytest.mark.parametrize("fields", HALVES, ids=ascii)
 def test_half_a_character_names_file_and_line(fields, tmp_path, capsys):
-    (tmp_path / "in.jsonl").write_text(f"{json.dumps(GOOD | {'id': 'b', 'note': '😀'})}\n{json.dumps(GOOD | fields)}\n")
+    (tmp_path / "in.jsonl").write_text(
+        f"{json.dumps(GOOD | {'id': 'b', 'note': '😀'})}\n{json.dumps(GOOD | fields)}\n"
+    )
     with pytest.raises(SystemExit):
         stage(1).load_problems(tmp_path / "in.jsonl")
     said = message(capsys.readouterr().err)
@@ -113,29 +183,52 @@ def test_lists_without_end_are_no_rows(tmp_path, capsys):
 
 
 def test_numbers_become_text_that_is_graded_as_the_number(tmp_path):
-    numbers = {"7": "7", "0": "0", "-2.50": "-2.5", "7.0": "7.0", "1e-07": "0.0000001", "1e22": "1" + "0" * 22}
-    (tmp_path / "in.jsonl").write_text("".join(line(id=i, answer=f"={text}") + "\n" for i, text in enumerate(numbers)))
+    numbers = {
+        "7": "7",
+        "0": "0",
+        "-2.50": "-2.5",
+        "7.0": "7.0",
+        "1e-07": "0.0000001",
+        "1e22": "1" + "0" * 22,
+    }
+    (tmp_path / "in.jsonl").write_text(
+        "".join(line(id=i, answer=f"={text}") + "\n" for i, text in enumerate(numbers))
+    )
     rows = stage(1).load_problems(tmp_path / "in.jsonl")
-    assert [row["answer"] for row in rows] == list(numbers.values()) and [row["id"] for row in rows] == list("012345")
+    assert [row["answer"] for row in rows] == list(numbers.values()) and [
+        row["id"] for row in rows
+    ] == list("012345")
     grader = stage(1).Grader(60)
 
     async def grade():
-        return await asyncio.gather(*(grader(rows[4]["answer"], said) for said in ("10^{-7}", "0.0000001", "10^{-6}", "1")))
+        return await asyncio.gather(
+            *(grader(rows[4]["answer"], said) for said in ("10^{-7}", "0.0000001", "10^{-6}", "1"))
+        )
 
     try:
         assert asyncio.run(grade()) == [True, True, False, False]
     finally:
         grader.close()
     (tmp_path / "samples.jsonl").write_text(json.dumps(SAMPLE | {"id": 3, "answer": 1e-07}) + "\n")
-    [row] = stage(2).read_samples(tmp_path / "samples.jsonl", ("answer",), stage(2).Args(locator="judge"))
-    assert (row["id"], row["answer"]) == ("3", "0.0000001"), "a file of samples that another program made"
+    [row] = stage(2).read_samples(
+        tmp_path / "samples.jsonl", ("answer",), stage(2).Args(locator="judge")
+    )
+    assert (row["id"], row["answer"]) == ("3", "0.0000001"), (
+        "a file of samples that another program made"
+    )
 
 
 def test_out_that_is_no_file(tmp_path):
     (tmp_path / "in.jsonl").write_text(json.dumps(GOOD) + "\n")
     for out in ("/dev/full", tmp_path):
-        done = run(1, "--data", tmp_path / "in.jsonl", "--model", TINY / "model", "--out", out, check=False)
-        assert done.returncode == 2 and "not a file" in message(done.stderr) and "Traceback" not in done.stderr
+        done = run(
+            1, "--data", tmp_path / "in.jsonl", "--model", TINY / "model", "--out", out, check=False
+        )
+        assert (
+            done.returncode == 2
+            and "not a file" in message(done.stderr)
+            and "Traceback" not in done.stderr
+        )
 
 
 def test_a_file_system_without_locks_gets_one_warning(tmp_path, monkeypatch, capsys):
@@ -151,7 +244,9 @@ def test_a_file_system_without_locks_gets_one_warning(tmp_path, monkeypatch, cap
             output.write({"id": name})
             output.close()
         assert capsys.readouterr().err.count("has no locks (No locks available)") == 1
-        assert [read(path)[0]["id"] for path in sorted((tmp_path / str(number)).glob("*.jsonl"))] == ["a", "b"]
+        assert [
+            read(path)[0]["id"] for path in sorted((tmp_path / str(number)).glob("*.jsonl"))
+        ] == ["a", "b"]
 
 
 def test_an_output_is_locked_until_it_is_closed(tmp_path, capsys):
@@ -160,7 +255,9 @@ def test_an_output_is_locked_until_it_is_closed(tmp_path, capsys):
     with pytest.raises(SystemExit):
         open_file()
     assert "another process is writing it" in message(capsys.readouterr().err)
-    assert (tmp_path / "out.jsonl").exists(), "who does not get the lock does not remove the other's file"
+    assert (tmp_path / "out.jsonl").exists(), (
+        "who does not get the lock does not remove the other's file"
+    )
     output.write({"id": "a"})
     output.close()
     with pytest.raises(SystemExit):  # other settings: it lets the file go
@@ -181,7 +278,9 @@ def test_model_folder_that_does_not_exist(number, tmp_path):
     option, row = INPUT[number]
     (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
     for model in (tmp_path / "no_model", tmp_path):  # no folder; a folder with no model in it
-        said = message(refused(number, tmp_path, option, tmp_path / "in.jsonl", MODEL[number], model))
+        said = message(
+            refused(number, tmp_path, option, tmp_path / "in.jsonl", MODEL[number], model)
+        )
         assert str(model) in said and "config.json" in said
 
 
@@ -194,26 +293,47 @@ def test_all_models_are_looked_at_before_the_first_starts(tmp_path):
         if (TINY / "model" / name).exists():
             (unfinished / name).write_bytes((TINY / "model" / name).read_bytes())
     for second in (tmp_path / "none", unfinished):
-        stderr = refused(5, tmp_path, "--data", tmp_path / "in.jsonl", "--models", TINY / "model", f"b={second}")
-        assert str(second) in message(stderr) and "ready" not in stderr and "first prompt" not in stderr
+        stderr = refused(
+            5, tmp_path, "--data", tmp_path / "in.jsonl", "--models", TINY / "model", f"b={second}"
+        )
+        assert (
+            str(second) in message(stderr)
+            and "ready" not in stderr
+            and "first prompt" not in stderr
+        )
 
 
 def test_duplicate_ids(tmp_path):
     (tmp_path / "in.jsonl").write_text(2 * (json.dumps(GOOD) + "\n"))
-    assert "id 'a'" in message(refused(1, tmp_path, "--data", tmp_path / "in.jsonl", "--model", TINY / "model"))
+    assert "id 'a'" in message(
+        refused(1, tmp_path, "--data", tmp_path / "in.jsonl", "--model", TINY / "model")
+    )
 
 
 def test_nothing_wrong_and_nothing_located(tmp_path):
-    (tmp_path / "in.jsonl").write_text(json.dumps(SAMPLE | {"correct": True, "error_step": None}) + "\n")
-    assert "is wrong" in message(refused(2, tmp_path, "--samples", tmp_path / "in.jsonl", "--model", TINY / "model"))
-    assert "error_step" in message(refused(3, tmp_path, "--located", tmp_path / "in.jsonl", "--model", TINY / "model"))
+    (tmp_path / "in.jsonl").write_text(
+        json.dumps(SAMPLE | {"correct": True, "error_step": None}) + "\n"
+    )
+    assert "is wrong" in message(
+        refused(2, tmp_path, "--samples", tmp_path / "in.jsonl", "--model", TINY / "model")
+    )
+    assert "error_step" in message(
+        refused(3, tmp_path, "--located", tmp_path / "in.jsonl", "--model", TINY / "model")
+    )
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 5])
 def test_server_that_is_not_there(number, tmp_path):
     option, row = INPUT[number]
     (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
-    arguments = [option, tmp_path / "in.jsonl", MODEL[number], TINY / "model", "--base-url", "http://127.0.0.1:9/v1"]
+    arguments = [
+        option,
+        tmp_path / "in.jsonl",
+        MODEL[number],
+        TINY / "model",
+        "--base-url",
+        "http://127.0.0.1:9/v1",
+    ]
     assert "is the server up" in message(refused(number, tmp_path, *arguments))
 
 
@@ -222,18 +342,35 @@ def test_templates_that_are_not_there_or_fail(tmp_path):
     (tmp_path / "fails.jinja").write_text(
         "{% for m in messages %}{{ m.content }}{% endfor %}{{ raise_exception('no system turn') }}"
     )
-    (tmp_path / "other.jinja").write_text("{% for m in messages %}{{ m.content | upper }}{% endfor %}")
+    (tmp_path / "other.jinja").write_text(
+        "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
+    )
     arguments = ["--data", tmp_path / "in.jsonl", "--model", TINY / "model"]
-    for name, word in (("none.jinja", "No such file"), ("fails.jinja", "no system turn"), ("other.jinja", "final message")):
+    for name, word in (
+        ("none.jinja", "No such file"),
+        ("fails.jinja", "no system turn"),
+        ("other.jinja", "final message"),
+    ):
         assert word in message(refused(1, tmp_path, *arguments, "--chat-template", tmp_path / name))
     for switches in ("{'a': 1}", "[1]"):
-        assert "--chat-template-kwargs" in message(refused(1, tmp_path, *arguments, "--chat-template-kwargs", switches))
+        assert "--chat-template-kwargs" in message(
+            refused(1, tmp_path, *arguments, "--chat-template-kwargs", switches)
+        )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option, word", [("--no-such-option", "no-such-option"), ("--max-model-len 9000000", "max_model_len")])
+@pytest.mark.parametrize(
+    "option, word",
+    [("--no-such-option", "no-such-option"), ("--max-model-len 9000000", "max_model_len")],
+)
 def test_engine_that_does_not_start(option, word, tmp_path):
     (tmp_path / "in.jsonl").write_text(json.dumps(GOOD) + "\n")
-    arguments = ["--data", tmp_path / "in.jsonl", "--model", TINY / "model", f"--engine-args={option}"]
+    arguments = [
+        "--data",
+        tmp_path / "in.jsonl",
+        "--model",
+        TINY / "model",
+        f"--engine-args={option}",
+    ]
     said = message(refused(1, tmp_path, *arguments))
     assert word in said

@@ -16,7 +16,8 @@ MARK = re.compile(r"^# Copied from (0\d_\w+\.py)$")
 
 @functools.cache
 def blocks(path: Path) -> dict[str, tuple[int, int]]:
-    """Name of each top-level function, class or constant -> its lines (first, last + 1), decorators and comment above included."""
+    """Name of each top-level function, class or constant -> its lines (first, last + 1), decorators
+    and comment above included."""
     found, lines = {}, path.read_text().splitlines()
     for node in ast.parse("\n".join(lines)).body:
         if isinstance(node, ast.Assign):
@@ -34,11 +35,16 @@ def blocks(path: Path) -> dict[str, tuple[int, int]]:
 
 def copies(path: Path) -> list[tuple[str, str, int, int]]:
     """(original file, name, first line, last line + 1) of each marked block."""
-    lines, starts = path.read_text().splitlines(), {span[0]: (name, span[1]) for name, span in blocks(path).items()}
+    lines, starts = (
+        path.read_text().splitlines(),
+        {span[0]: (name, span[1]) for name, span in blocks(path).items()},
+    )
     found = []
     for number, line in enumerate(lines):
         if match := MARK.match(line):
-            assert number + 1 in starts, f"{path.name}, line {number + 1}: no function, class or constant below the mark"
+            assert number + 1 in starts, (
+                f"{path.name}, line {number + 1}: no function, class or constant below the mark"
+            )
             found.append((match[1], starts[number + 1][0], number + 1, starts[number + 1][1]))
     return found
 
@@ -46,7 +52,9 @@ def copies(path: Path) -> list[tuple[str, str, int, int]]:
 def original(file: str, name: str) -> list[str]:
     path = ROOT / file
     first, last = blocks(path)[name]
-    assert not MARK.match(path.read_text().splitlines()[first - 1]), f"{file}: {name} is a copy itself; name its owner"
+    assert not MARK.match(path.read_text().splitlines()[first - 1]), (
+        f"{file}: {name} is a copy itself; name its owner"
+    )
     return path.read_text().splitlines()[first:last]
 
 
@@ -60,23 +68,32 @@ def test_copies_equal_their_original():
 
 
 def test_every_shared_block_is_marked():
-    """A block that two stages have under one name is either marked as a copy or differs on purpose."""
+    """A block that two stages have under one name is either marked as a copy or differs on
+    purpose."""
     own = {"Args", "main", "ROW_CODE"}
     for path in STAGES:
         marked = {name for _, name, _, _ in copies(path)}
         for other in STAGES:
             theirs = {name for _, name, _, _ in copies(other)}
-            shared = (set(blocks(path)) - marked) & (set(blocks(other)) - theirs) - own if other > path else set()
+            shared = (
+                (set(blocks(path)) - marked) & (set(blocks(other)) - theirs) - own
+                if other > path
+                else set()
+            )
             assert not shared, f"{path.name} and {other.name} both own {shared}"
 
 
 def test_stages_import_no_stage():
-    local = {path.stem for path in ROOT.glob("*.py")} | {path.name for path in ROOT.iterdir() if path.is_dir()}
+    local = {path.stem for path in ROOT.glob("*.py")} | {
+        path.name for path in ROOT.iterdir() if path.is_dir()
+    }
     for path in STAGES:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not local & {name.split(".")[0] for name in names}, f"{path.name} imports from the project"
+            assert not local & {name.split(".")[0] for name in names}, (
+                f"{path.name} imports from the project"
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""A researcher edits a stage: rows made before the edit are not mixed with new ones in silence, and grown input is welcome."""
+"""A researcher edits a stage: rows made before the edit are not mixed with new ones in silence, and
+grown input is welcome."""
 
 import json
 import subprocess
@@ -10,7 +11,11 @@ from conftest import ROOT, STAGES, TINY, read, run
 EDITS = {  # of 01: what is edited, and what the message names
     "the prompt": ("Please reason", "Reason", "USER_TURN"),
     "the step format": ("Step {number}(", "Part {number}(", "STEP_LABEL"),
-    "the verdict": ('if finish_reason == "stop" else None', 'if finish_reason != "refused" else None', "sample_solution"),
+    "the verdict": (
+        'if finish_reason == "stop" else None',
+        'if finish_reason != "refused" else None',
+        "sample_solution",
+    ),
 }
 
 
@@ -19,7 +24,9 @@ def samples(bundled, tmp_path_factory):
     """Samples of 12 problems, and the arguments that made them."""
     folder = tmp_path_factory.mktemp("edits")
     problems = folder / "problems.jsonl"
-    problems.write_text("".join(line + "\n" for line in (TINY / "train.jsonl").read_text().split("\n")[:12]))
+    problems.write_text(
+        "".join(line + "\n" for line in (TINY / "train.jsonl").read_text().split("\n")[:12])
+    )
     arguments = ["--data", problems, *bundled, "--out", folder / "samples.jsonl"]
     run(1, *arguments)
     return folder / "samples.jsonl", arguments
@@ -38,7 +45,8 @@ def run_edited(folder, number: int, old: str, new: str, *arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize("edit", EDITS)
 def test_rows_from_before_an_edit(samples, tmp_path, edit):
-    """The run stops in one line that names what was edited; with --accept-edit it resumes and notes both codes."""
+    """The run stops in one line that names what was edited; with --accept-edit it resumes and notes
+    both codes."""
     path, arguments = samples
     old, new, name = EDITS[edit]
     rows = path.read_bytes()
@@ -46,7 +54,9 @@ def test_rows_from_before_an_edit(samples, tmp_path, edit):
     before = meta.read_text()
     done = run_edited(tmp_path, 1, old, new, *arguments)
     assert done.returncode == 2 and f"was made before an edit of {name}" in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr and path.read_bytes() == rows and meta.read_text() == before
+    assert (
+        "Traceback" not in done.stderr and path.read_bytes() == rows and meta.read_text() == before
+    )
 
     done = run_edited(tmp_path, 1, old, new, *arguments, "--accept-edit")
     assert done.returncode == 0 and path.read_bytes() == rows, done.stderr
@@ -75,14 +85,33 @@ def test_a_stage_with_another_prompt_than_its_input(samples, bundled, tmp_path):
     """02 and 03 compare prompt, opening and steps with what made their input."""
     path, _ = samples
     located, pairs = tmp_path / "located.jsonl", tmp_path / "pairs.jsonl"
-    arguments = {2: ["--samples", path, *bundled, "--out", located], 3: ["--located", located, *bundled, "--out", pairs]}
+    arguments = {
+        2: ["--samples", path, *bundled, "--out", located],
+        3: ["--located", located, *bundled, "--out", pairs],
+    }
     edit = ("Please reason", "Reason")
     done = run_edited(tmp_path, 2, *edit, *arguments[2])
-    assert done.returncode == 2 and f"{path} was made with another USER_TURN than 02_locate_step.py" in done.stderr, done.stderr
+    assert (
+        done.returncode == 2
+        and f"{path} was made with another USER_TURN than 02_locate_step.py" in done.stderr
+    ), done.stderr
     run(2, *arguments[2], "--rollouts", 2, "--max-tokens", 400)
     done = run_edited(tmp_path, 3, *edit, *arguments[3])
-    assert done.returncode == 2 and f"{located} was made with another USER_TURN than 03_rectify.py" in done.stderr, done.stderr
-    done = run(2, "--samples", path, *bundled, "--out", tmp_path / "x.jsonl", "--opening", "Step 1:", check=False)
+    assert (
+        done.returncode == 2
+        and f"{located} was made with another USER_TURN than 03_rectify.py" in done.stderr
+    ), done.stderr
+    done = run(
+        2,
+        "--samples",
+        path,
+        *bundled,
+        "--out",
+        tmp_path / "x.jsonl",
+        "--opening",
+        "Step 1:",
+        check=False,
+    )
     assert done.returncode == 2 and "opening" in done.stderr and not (tmp_path / "x.jsonl").exists()
 
 
@@ -106,9 +135,13 @@ def test_grown_input(samples, tmp_path):
         part.write_text("".join(json.dumps(row) + "\n" for row in some))
         run(*command)
     tries = {row["id"]: row for row in read(tmp_path / "dpo.tries.jsonl")}
-    assert set(tries) == {row["id"] for row in rows} and len(tries) > len({row["id"] for row in half})
+    assert set(tries) == {row["id"] for row in rows} and len(tries) > len(
+        {row["id"] for row in half}
+    )
 
-    part.write_text("".join(json.dumps(row | {"response": row["response"] + " "}) + "\n" for row in rows))
+    part.write_text(
+        "".join(json.dumps(row | {"response": row["response"] + " "}) + "\n" for row in rows)
+    )
     done = run(*command, check=False)
     assert done.returncode == 2 and "were made of other rows" in done.stderr
     problems.write_text(first.replace("?", " now?", 1))

@@ -1,4 +1,5 @@
-"""vLLM in the stage's process: prompts too long, errors, cancellations, seeds, and what is left after kill -9."""
+"""vLLM in the stage's process: prompts too long, errors, cancellations, seeds, and what is left
+after kill -9."""
 
 import asyncio
 import json
@@ -16,8 +17,14 @@ from conftest import ROOT, STAGES, TINY, keyed, read, run, stage
 
 pytestmark = pytest.mark.slow
 SHORT = ["--max-tokens", 200]
-SUMS = [{"id": f"q{i}", "problem": f"Ava has {i} apples. Then she buys {i + 1} more. How many apples does Ava have now?",
-         "answer": str(2 * i + 1)} for i in range(1, 9)]  # fmt: skip
+SUMS = [
+    {
+        "id": f"q{i}",
+        "problem": f"Ava has {i} apples. Then she buys {i + 1} more. How many apples does Ava have now?",
+        "answer": str(2 * i + 1),
+    }
+    for i in range(1, 9)
+]
 
 
 def write(path, rows: list[dict]):
@@ -32,18 +39,23 @@ def prompt(problem: str = SUMS[0]["problem"]) -> list[int]:
 
 def test_n_continuations_come_in_order_and_repeat(vllm):
     async def both():
-        return await asyncio.gather(*(vllm(prompt(), 7, n=4, temperature=2.0, max_tokens=60) for _ in range(2)))
+        return await asyncio.gather(
+            *(vllm(prompt(), 7, n=4, temperature=2.0, max_tokens=60) for _ in range(2))
+        )
 
     first, second = asyncio.run(both())
     assert first == second and len({answer["text"] for answer in first}) > 1
     assert first[0]["tokens"] > 4 and [answer["tokens"] for answer in first[1:]] == [0, 0, 0]
-    assert first[0]["prompt_tokens"] == len(prompt()) and {answer["finish_reason"] for answer in first} <= {"stop", "length"}
+    assert first[0]["prompt_tokens"] == len(prompt()) and {
+        answer["finish_reason"] for answer in first
+    } <= {"stop", "length"}
 
 
 def test_a_prompt_too_long_is_refused_and_the_others_go_through(vllm):
     async def both():
         return await asyncio.gather(
-            vllm(prompt() * 100, 1, n=2, temperature=1.0, max_tokens=9), vllm(prompt(), 1, temperature=1.0, max_tokens=9)
+            vllm(prompt() * 100, 1, n=2, temperature=1.0, max_tokens=9),
+            vllm(prompt(), 1, temperature=1.0, max_tokens=9),
         )
 
     long, short = asyncio.run(both())
@@ -51,7 +63,8 @@ def test_a_prompt_too_long_is_refused_and_the_others_go_through(vllm):
 
 
 def test_an_error_in_a_step_ends_the_run_in_one_line(vllm, tmp_path, monkeypatch):
-    """Without a word to all that wait the run would hang. The rows so far stay, and the same command resumes."""
+    """Without a word to all that wait the run would hang. The rows so far stay, and the same
+    command resumes."""
     step, steps = vllm.vllm.step, iter(range(10**6))
 
     def failing():
@@ -61,10 +74,24 @@ def test_an_error_in_a_step_ends_the_run_in_one_line(vllm, tmp_path, monkeypatch
 
     monkeypatch.setattr(vllm.vllm, "step", failing)
     data, out = write(tmp_path / "in.jsonl", SUMS), tmp_path / "out.jsonl"
-    arguments = ["--data", data, "--model", TINY / "model", *SHORT, "--n", 4, "--concurrency", 2, "--out", out]
+    arguments = [
+        "--data",
+        data,
+        "--model",
+        TINY / "model",
+        *SHORT,
+        "--n",
+        4,
+        "--concurrency",
+        2,
+        "--out",
+        out,
+    ]
     done = run(1, *arguments, check=False)
     lines = [line for line in done.stderr.splitlines() if "error:" in line]
-    assert done.returncode == 2 and len(lines) == 1 and "vLLM has failed (out of memory)" in lines[0]
+    assert (
+        done.returncode == 2 and len(lines) == 1 and "vLLM has failed (out of memory)" in lines[0]
+    )
     assert 0 < len(read(out)) < 32 and not vllm.vllm.has_unfinished_requests()
     run(1, *arguments)
     assert len(keyed(out, "id", "sample")) == 32
@@ -75,13 +102,17 @@ def test_a_cancelled_request_leaves_the_engine(vllm):
 
     async def cancelled():
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(vllm(prompt(), 1, temperature=1.0, max_tokens=3000, ignore_eos=True), 0.5)
+            await asyncio.wait_for(
+                vllm(prompt(), 1, temperature=1.0, max_tokens=3000, ignore_eos=True), 0.5
+            )
 
     asyncio.run(cancelled())
     assert not vllm.vllm.has_unfinished_requests() and not vllm.waiting
 
     async def left_behind():
-        left = asyncio.ensure_future(vllm(prompt(), 1, temperature=1.0, max_tokens=3000, ignore_eos=True))
+        left = asyncio.ensure_future(
+            vllm(prompt(), 1, temperature=1.0, max_tokens=3000, ignore_eos=True)
+        )
         await asyncio.sleep(0.2)
         return left.done()
 
@@ -95,22 +126,44 @@ def test_concurrency_keeps_the_seats_full(vllm):
     args = stage(1).Args()
     assert vllm.seats == 256
     assert [stage(1).in_flight(args, vllm, n) for n in (1, 2, 20)] == [384, 192, 20]
-    assert stage(1).in_flight(args, partial(stage(1).complete, None), 2) == 256, "a server's seats are not known"
+    assert stage(1).in_flight(args, partial(stage(1).complete, None), 2) == 256, (
+        "a server's seats are not known"
+    )
     args.concurrency = 7
     assert stage(1).in_flight(args, vllm, 20) == 7
 
 
 def test_samples_of_an_engine_that_alone_is_seeded_do_not_repeat_after_kills(tmp_path):
-    """As on CUDA with top-p. A run of --until-both that is killed after each sample would, with the same seed of the engine,
-    draw the same one for ever."""
+    """As on CUDA with top-p. A run of --until-both that is killed after each sample would, with the
+    same seed of the engine, draw the same one for ever."""
     data = write(tmp_path / "in.jsonl", SUMS[:1])
     code = "import importlib, tyro; one = importlib.import_module('01_sample_errors'); one.seeds_requests = lambda _: False; "
     code += "one.main(tyro.cli(one.Args))"
-    command = [sys.executable, "-c", code, "--data", data, "--model", TINY / "model", "--out", tmp_path / "out.jsonl", "--n", 1,
-               "--temperature", 2.0, "--engine-args=--max-num-seqs 8 --max-model-len 1024", *SHORT]  # fmt: skip
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "--data",
+        data,
+        "--model",
+        TINY / "model",
+        "--out",
+        tmp_path / "out.jsonl",
+        "--n",
+        1,
+        "--temperature",
+        2.0,
+        "--engine-args=--max-num-seqs 8 --max-model-len 1024",
+        *SHORT,
+    ]
     texts = []
     for most in (1, 2):  # --until-both is no setting: the next run continues, as after a kill
-        subprocess.run([*map(str, command), "--until-both", str(most)], cwd=ROOT, check=True, capture_output=True)
+        subprocess.run(
+            [*map(str, command), "--until-both", str(most)],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+        )
         texts = [row["response"] for row in read(tmp_path / "out.jsonl")]
     assert len(texts) == len(set(texts)) > 1, texts
     assert json.loads((tmp_path / "out.jsonl.meta.json").read_text())["seeded_requests"] is False
@@ -119,28 +172,52 @@ def test_samples_of_an_engine_that_alone_is_seeded_do_not_repeat_after_kills(tmp
 def test_two_models_in_one_process_and_in_two(tmp_path):
     """05 on the CPU has both models in its process, on a GPU each has its own: the same rows."""
     shutil.copytree(TINY / "model", tmp_path / "other")
-    common = ["--data", TINY / "validation.jsonl", "--limit", 8, *SHORT, "--models", TINY / "model", f"tuned={tmp_path}/other"]
+    common = [
+        "--data",
+        TINY / "validation.jsonl",
+        "--limit",
+        8,
+        *SHORT,
+        "--models",
+        TINY / "model",
+        f"tuned={tmp_path}/other",
+    ]
     common += ["--engine-args=--max-num-seqs 8 --max-model-len 1024"]
     run(5, *common, "--out", tmp_path / "one")
     done = run(5, *common, "--out", tmp_path / "two", "--own-process", env=os.environ)
     assert done.stderr.count("starting vLLM") == 2 and "| tuned |" in done.stdout
     for path in (tmp_path / "one" / "validation").glob("*.jsonl"):
-        assert keyed(path, "id", "sample") == keyed(tmp_path / "two" / "validation" / path.name, "id", "sample")
+        assert keyed(path, "id", "sample") == keyed(
+            tmp_path / "two" / "validation" / path.name, "id", "sample"
+        )
     again = run(5, *common, "--out", tmp_path / "two", "--own-process", env=os.environ)
     assert "starting vLLM" not in again.stderr
     common = [*common[:-1], "--engine-args=--no-such-option", "--own-process"]
     done = run(5, *common, "--out", tmp_path / "x", check=False, env=os.environ)
-    assert done.returncode == 2 and "no-such-option" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2 and "no-such-option" in done.stderr and "Traceback" not in done.stderr
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # processes
 
 # answers that start the grading workers
-ALGEBRA = [{"id": f"a{i}", "problem": SUMS[0]["problem"], "answer": "\\frac{x}{y}"} for i in range(400)]
+ALGEBRA = [
+    {"id": f"a{i}", "problem": SUMS[0]["problem"], "answer": "\\frac{x}{y}"} for i in range(400)
+]
 STEP = "Let's think step by step.\nStep 1: 8."
-WRONG = {"sample": 0, "finish_reason": "stop", "correct": False, "prediction": "8", "response": STEP, "steps": [STEP]}
-HEED = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job's children ignore Ctrl-C
+WRONG = {
+    "sample": 0,
+    "finish_reason": "stop",
+    "correct": False,
+    "prediction": "8",
+    "response": STEP,
+    "steps": [STEP],
+}
+HEED = partial(
+    signal.signal, signal.SIGINT, signal.SIG_DFL
+)  # a background job's children ignore Ctrl-C
 MANY = ["--temperature", 1.0, "--engine-args=--max-num-seqs 8 --max-model-len 1024", *SHORT]
 COMMANDS = {
     1: ["--n", 4, "--model", TINY / "model"],
@@ -154,10 +231,25 @@ def start(number: int, tmp_path, *options) -> subprocess.Popen:
     """A generating stage with an hour of work."""
     rows = ALGEBRA if number in (1, 5) else [row | WRONG | {"error_step": 1} for row in ALGEBRA]
     source = "--data" if number in (1, 5) else "--samples" if number == 2 else "--located"
-    command = [sys.executable, f"{STAGES[number]}.py", source, write(tmp_path / "in.jsonl", rows), *COMMANDS[number],
-               "--out", tmp_path / ("out" if number == 5 else "out.jsonl"), *MANY, *options]  # fmt: skip
-    return subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-                            preexec_fn=HEED)  # fmt: skip
+    command = [
+        sys.executable,
+        f"{STAGES[number]}.py",
+        source,
+        write(tmp_path / "in.jsonl", rows),
+        *COMMANDS[number],
+        "--out",
+        tmp_path / ("out" if number == 5 else "out.jsonl"),
+        *MANY,
+        *options,
+    ]
+    return subprocess.Popen(
+        list(map(str, command)),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=HEED,
+    )
 
 
 def wait_for(process: subprocess.Popen, words: str):
@@ -180,7 +272,9 @@ def killed(process: subprocess.Popen) -> list[psutil.Process]:
     deadline, alive = time.time() + 3, family  # one second where the machine is idle
     while alive and time.time() < deadline:
         time.sleep(0.05)
-        alive = [each for each in alive if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+        alive = [
+            each for each in alive if each.is_running() and each.status() != psutil.STATUS_ZOMBIE
+        ]
     assert not alive, alive
     return family
 
@@ -190,7 +284,10 @@ def test_kill_leaves_nothing(started, number, tmp_path):
     """kill -9 when the grading workers have begun: vLLM is in the stage's own process."""
     started.append(process := start(number, tmp_path))
     wait_for(process, "vLLM is ready")
-    wait_until(process, lambda: any(path.stat().st_size for path in tmp_path.rglob("*.jsonl") if path.stem != "in"))
+    wait_until(
+        process,
+        lambda: any(path.stat().st_size for path in tmp_path.rglob("*.jsonl") if path.stem != "in"),
+    )
     family = killed(process)
     assert family or number == 3
 
@@ -204,13 +301,20 @@ def test_kill_while_vllm_starts_leaves_nothing(started, tmp_path):
 
 @pytest.mark.parametrize("options", ["--data-parallel-size 2", "--tensor-parallel-size 2"])
 def test_kill_of_several_workers_leaves_nothing(started, options, tmp_path, monkeypatch):
-    """Replicas and the parts of a model have processes of their own, which the watcher ends, also while they start."""
+    """Replicas and the parts of a model have processes of their own, which the watcher ends, also
+    while they start."""
     if "tensor" in options:
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     for words in ("starting vLLM", "vLLM is ready"):
-        started.append(process := start(1, tmp_path, f"--engine-args=--max-num-seqs 8 --max-model-len 1024 {options}"))
+        started.append(
+            process := start(
+                1, tmp_path, f"--engine-args=--max-num-seqs 8 --max-model-len 1024 {options}"
+            )
+        )
         wait_for(process, words)
-        wait_until(process, lambda pid=process.pid: len(psutil.Process(pid).children(recursive=True)) > 2)
+        wait_until(
+            process, lambda pid=process.pid: len(psutil.Process(pid).children(recursive=True)) > 2
+        )
         assert len(killed(process)) >= 3
 
 
@@ -220,20 +324,39 @@ def test_ctrl_c_keeps_the_rows(started, tmp_path):
     wait_until(process, lambda: (tmp_path / "out.jsonl").stat().st_size)
     process.send_signal(signal.SIGINT)
     said = process.stderr.read()
-    assert process.wait(30) == 130 and "run the same command" in said and "Traceback" not in said, said
+    assert process.wait(30) == 130 and "run the same command" in said and "Traceback" not in said, (
+        said
+    )
     assert read(tmp_path / "out.jsonl")
 
 
-@pytest.mark.parametrize("recipe, kind", [("experiments/iterate.sh", signal.SIGTERM), ("recipes/quickstart.sh", signal.SIGINT)])
+@pytest.mark.parametrize(
+    "recipe, kind",
+    [("experiments/iterate.sh", signal.SIGTERM), ("recipes/quickstart.sh", signal.SIGINT)],
+)
 def test_a_stopped_recipe_takes_its_stage_along(started, recipe, kind, tmp_path):
-    """The signal comes to the script alone, as from a job scheduler, while an engine is starting."""
-    environment = os.environ | {"OUT": str(tmp_path), "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    """The signal comes to the script alone, as from a job scheduler, while an engine is
+    starting."""
+    environment = os.environ | {
+        "OUT": str(tmp_path),
+        "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
+    }
     with open(tmp_path / "said.log", "w") as said:
-        process = subprocess.Popen(["bash", recipe], cwd=ROOT, env=environment, stdout=said, stderr=said,
-                                   start_new_session=True, preexec_fn=HEED)  # fmt: skip
+        process = subprocess.Popen(
+            ["bash", recipe],
+            cwd=ROOT,
+            env=environment,
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+            preexec_fn=HEED,
+        )
     started.append(process)
     # iterate.sh has a log for each run
-    wait_until(process, lambda: any("starting vLLM" in path.read_text() for path in tmp_path.rglob("*.log")))
+    wait_until(
+        process,
+        lambda: any("starting vLLM" in path.read_text() for path in tmp_path.rglob("*.log")),
+    )
     family = psutil.Process(process.pid).children(recursive=True)
     assert family
     process.send_signal(kind)

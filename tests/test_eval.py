@@ -1,4 +1,5 @@
-"""05_eval.py: statistics against enumeration and formulas, both equalities, data/download.py, regrading, report, credit."""
+"""05_eval.py: statistics against enumeration and formulas, both equalities, data/download.py,
+regrading, report, credit."""
 
 import asyncio
 import itertools
@@ -24,7 +25,7 @@ from conftest import ROOT, TINY, read, run, run_killed, stage
 SHARED = ROOT.parent / "shared" / "data"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # statistics
 
 
@@ -39,9 +40,14 @@ def test_permutation_against_all_signs():
 def test_bootstrap_of_several_seeds_is_wider_where_seeds_differ():
     rng = np.random.default_rng(0)
     base = (rng.random((1, 400)) < 0.5).astype(float)
-    alike, apart = (np.stack([rng.random(400) < share for share in shares]).astype(float)
-                    for shares in ((0.6, 0.6, 0.6), (0.4, 0.6, 0.8)))  # fmt: skip
-    widths = [np.diff(stage(5).paired(rates, base, 0)["difference_interval"])[0] for rates in (alike, apart)]
+    alike, apart = (
+        np.stack([rng.random(400) < share for share in shares]).astype(float)
+        for shares in ((0.6, 0.6, 0.6), (0.4, 0.6, 0.8))
+    )
+    widths = [
+        np.diff(stage(5).paired(rates, base, 0)["difference_interval"])[0]
+        for rates in (alike, apart)
+    ]
     assert widths[1] > 1.4 * widths[0]
     low, high = stage(5).paired(alike, base, 0)["difference_interval"]
     assert low < alike.mean() - base.mean() < high
@@ -49,31 +55,40 @@ def test_bootstrap_of_several_seeds_is_wider_where_seeds_differ():
 
 @pytest.mark.slow
 def test_luck_of_seeds_is_no_gain():
-    """Two equal methods whose seeds differ by 5 points (sd): p below 0.05 is rare, by a permutation of problems it is not."""
+    """Two equal methods whose seeds differ by 5 points (sd): p below 0.05 is rare, by a permutation
+    of problems it is not."""
     rng, found = np.random.default_rng(0), []
     for _ in range(40):
         ease, luck = rng.random(400), rng.normal(0, 0.05, (2, 5, 1))
         a, b = (rng.random((2, 5, 400)) < ease + luck).astype(float)
-        found.append((stage(5).paired(a, b, 0)["p"], stage(5).permutation(a.mean(0) - b.mean(0), 0)))
+        found.append(
+            (stage(5).paired(a, b, 0)["p"], stage(5).permutation(a.mean(0) - b.mean(0), 0))
+        )
     share = (np.array(found) < 0.05).mean(0)
     assert share[0] <= 0.15 and share[1] >= 0.25, share
 
 
 def test_detectable_difference_is_found_four_times_of_five():
-    """Draw experiments whose true difference is the named one: McNemar's test finds about 80 % of them."""
+    """Draw experiments whose true difference is the named one: McNemar's test finds about 80 % of
+    them."""
     rng, problems = np.random.default_rng(0), 1000
     wins, losses = (rng.multinomial(problems, [0.14, 0.06, 0.8], size=1)[0][:2]).tolist()
     new, old = np.zeros((1, problems)), np.zeros((1, problems))
     new[0, :wins], old[0, wins : wins + losses] = 1, 1
     least = stage(5).paired(new, old, 0)["detectable"]
     share = (wins + losses) / problems
-    draws = rng.multinomial(problems, [(share + least) / 2, (share - least) / 2, 1 - share], size=2000)
+    draws = rng.multinomial(
+        problems, [(share + least) / 2, (share - least) / 2, 1 - share], size=2000
+    )
     found = np.mean([stage(5).mcnemar(int(a), int(b)) < 0.05 for a, b, _ in draws])
     assert 0.70 < found < 0.88
 
 
 def answers(*predictions) -> list[dict]:
-    return [{"prediction": prediction, "correct": prediction in ("7", "7.0")} for prediction in predictions]
+    return [
+        {"prediction": prediction, "correct": prediction in ("7", "7.0")}
+        for prediction in predictions
+    ]
 
 
 def test_majority_and_its_ties():
@@ -95,17 +110,23 @@ def test_pass_and_maj_against_enumeration():
     assert found["k"] == [1, 2, 4]
     for j, passed in zip(found["k"], found["pass"], strict=True):
         subsets = list(itertools.combinations(range(4), j))
-        exact = np.mean([np.mean([any(rows[i]["correct"] for i in subset) for subset in subsets]) for rows in table])
+        exact = np.mean(
+            [
+                np.mean([any(rows[i]["correct"] for i in subset) for subset in subsets])
+                for rows in table
+            ]
+        )
         assert passed == pytest.approx(exact)
     assert found["final"] == [True, False, False, True] and found["maj"][-1] == 0.5
     assert found["maj"][0] == pytest.approx(found["pass"][0], abs=0.05), "one vote is one response"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # the papers' verdicts
 
 CUT = "length"
-VERDICTS = [  # gold, response, how it ended, then the strict verdict, the Step-DPO authors', the SCDPO authors'
+# gold, response, how it ended, then the strict verdict, the Step-DPO authors', the SCDPO authors'
+VERDICTS = [
     ("0.5", "\\boxed{50}", "stop", False, True, False),
     ("0.5", "\\boxed{0.005}", "stop", False, True, False),
     ("7", "\\boxed{7.0005}", "stop", False, True, True),
@@ -136,7 +157,14 @@ VERDICTS = [  # gold, response, how it ended, then the strict verdict, the Step-
     ("90^\\circ", "\\boxed{90}", "stop", True, True, True),
     ("\\frac{11}{2}", "\\boxed{5\\frac{1}{2}}", "stop", True, False, True),
     ("2, 3", "\\boxed{3, 2}", "stop", True, False, True),
-    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\boxed{\\begin{pmatrix}1\\\\2.0001\\end{pmatrix}}", "stop", False, True, False),
+    (
+        "\\begin{pmatrix}1\\\\2\\end{pmatrix}",
+        "\\boxed{\\begin{pmatrix}1\\\\2.0001\\end{pmatrix}}",
+        "stop",
+        False,
+        True,
+        False,
+    ),
 ]
 
 
@@ -153,7 +181,12 @@ def graded(rows: list[dict]) -> list[dict]:
 
 
 def test_the_three_verdicts():
-    rows = graded([{"answer": gold, "response": text, "finish_reason": end} for gold, text, end, *_ in VERDICTS])
+    rows = graded(
+        [
+            {"answer": gold, "response": text, "finish_reason": end}
+            for gold, text, end, *_ in VERDICTS
+        ]
+    )
     found = [(row["correct"], row["correct_paper"], row["correct_scdpo"]) for row in rows]
     assert [pair for pair in zip(VERDICTS, found, strict=True) if pair[0][3:] != pair[1]] == []
     assert sum(strict != paper for *_, strict, paper, _ in VERDICTS) >= 10
@@ -162,18 +195,30 @@ def test_the_three_verdicts():
 def test_the_opening_of_a_row_is_no_part_of_its_answer():
     """The last number of a response that says none would else be the 1 of the forced "Step 1:"."""
     opening = stage(1).OPENING
-    rows = graded([{"answer": "1", "response": opening + " I do not know."},
-                   {"answer": "1", "response": "In Step 1: I do not know.", "opening": ""},
-                   {"answer": "2", "response": "Count: 2 and no more", "opening": "Count: 2"}])  # fmt: skip
+    rows = graded(
+        [
+            {"answer": "1", "response": opening + " I do not know."},
+            {"answer": "1", "response": "In Step 1: I do not know.", "opening": ""},
+            {"answer": "2", "response": "Count: 2 and no more", "opening": "Count: 2"},
+        ]
+    )
     assert [row["correct_paper"] for row in rows] == [False, True, False]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # benchmarks in our fields
 
-FILES = {"gsm8k": {"gsm8k_train": 7473, "gsm8k_test": 1319}, "math": {"math_train": 7500, "math_test": 5000},
-         "aime24": {"aime24": 30}, "aime25": {"aime25": 30}, "odyssey-math": {"odyssey_math": 387}, "cmath": {"cmath": 1098},
-         "mgsm-zh": {"mgsm_zh": 250}, "ape210k": {"ape210k_test": 500}, "aqua": {"aqua_test": 254}}  # fmt: skip
+FILES = {
+    "gsm8k": {"gsm8k_train": 7473, "gsm8k_test": 1319},
+    "math": {"math_train": 7500, "math_test": 5000},
+    "aime24": {"aime24": 30},
+    "aime25": {"aime25": 30},
+    "odyssey-math": {"odyssey_math": 387},
+    "cmath": {"cmath": 1098},
+    "mgsm-zh": {"mgsm_zh": 250},
+    "ape210k": {"ape210k_test": 500},
+    "aqua": {"aqua_test": 254},
+}
 
 
 def make(folder, *names, given=None):
@@ -183,74 +228,156 @@ def make(folder, *names, given=None):
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmark files are not beside this checkout")
 def test_files_of_a_folder(tmp_path, capsys):
     make(tmp_path, *FILES, given=SHARED)
-    said, counts = capsys.readouterr().out, {file: count for files in FILES.values() for file, count in files.items()}
+    said, counts = (
+        capsys.readouterr().out,
+        {file: count for files in FILES.values() for file, count in files.items()},
+    )
     assert {path.stem for path in tmp_path.glob("*.jsonl")} == set(counts)
     for file, count in counts.items():
         about = json.loads((tmp_path / f"{file}.jsonl.meta.json").read_text())
         assert len(stage(5).load_problems(tmp_path / f"{file}.jsonl")) == count == about["problems"]
-        assert f"content hash {about['hash']}" in capsys.readouterr().err and about["licence"] in said
-    by_id = {row["id"]: row["answer"] for row in stage(1).load_problems(tmp_path / "math_test.jsonl")}
-    assert by_id["test/precalculus/1227.json"] == "-1, 2", "asked for all values, which the solution boxes one by one"
-    assert by_id["test/prealgebra/224.json"] == "-34 + 12x" and by_id["test/intermediate_algebra/702.json"].count(",") == 1
+        assert (
+            f"content hash {about['hash']}" in capsys.readouterr().err and about["licence"] in said
+        )
+    by_id = {
+        row["id"]: row["answer"] for row in stage(1).load_problems(tmp_path / "math_test.jsonl")
+    }
+    assert by_id["test/precalculus/1227.json"] == "-1, 2", (
+        "asked for all values, which the solution boxes one by one"
+    )
+    assert (
+        by_id["test/prealgebra/224.json"] == "-34 + 12x"
+        and by_id["test/intermediate_algebra/702.json"].count(",") == 1
+    )
     assert {row["dataset"] for row in read(tmp_path / "math_test.jsonl")} == {"math"}
 
 
 def test_a_file_that_is_there_is_not_made_again(tmp_path, capsys):
     (tmp_path / "given").mkdir()
-    (tmp_path / "given" / "gsm8k.jsonl").write_text(json.dumps({"id": 1, "problem": "p", "answer": 2}) + "\n")
+    (tmp_path / "given" / "gsm8k.jsonl").write_text(
+        json.dumps({"id": 1, "problem": "p", "answer": 2}) + "\n"
+    )
     make(tmp_path, "gsm8k", given=tmp_path / "given")
     text = (tmp_path / "gsm8k_test.jsonl").read_text()
     assert json.loads(text) == {"dataset": "gsm8k", "id": "1", "problem": "p", "answer": "2"}
-    assert "no gsm8k_train.jsonl there" in capsys.readouterr().out and not (tmp_path / "gsm8k_train.jsonl").exists()
+    assert (
+        "no gsm8k_train.jsonl there" in capsys.readouterr().out
+        and not (tmp_path / "gsm8k_train.jsonl").exists()
+    )
     (tmp_path / "given" / "gsm8k.jsonl").write_text("{")
     make(tmp_path, "gsm8k", given=tmp_path / "given")
-    assert "gsm8k_test.jsonl: there already" in capsys.readouterr().out and (tmp_path / "gsm8k_test.jsonl").read_text() == text
+    assert (
+        "gsm8k_test.jsonl: there already" in capsys.readouterr().out
+        and (tmp_path / "gsm8k_test.jsonl").read_text() == text
+    )
 
 
-@pytest.mark.parametrize("names, said", [
-    (["gsm9k"], "gsm9k: no such set"), ([], "no set is named"), (["aime24"], "aime24.jsonl"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "names, said",
+    [
+        (["gsm9k"], "gsm9k: no such set"),
+        ([], "no set is named"),
+        (["aime24"], "aime24.jsonl"),
+    ],
+)
 def test_sets_that_cannot_be_made(names, said, tmp_path):
-    command = [sys.executable, "data/download.py", *names, "--from", str(tmp_path), "--out", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "data/download.py",
+        *names,
+        "--from",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, (
+        done.stderr
+    )
 
 
-@pytest.mark.parametrize("number, file, name", [(1, "gsm8k_train", "gsm8k"), (5, "aime24", "aime24")])
+@pytest.mark.parametrize(
+    "number, file, name", [(1, "gsm8k_train", "gsm8k"), (5, "aime24", "aime24")]
+)
 def test_a_missing_file_names_the_command_that_makes_it(number, file, name, tmp_path):
     path = tmp_path / "data" / f"{file}.jsonl"
     done = run(number, "--data", path, "--out", tmp_path / "out", check=False)
-    assert done.returncode == 2 and f"{path}: not there; python data/download.py {name} makes it\n" in done.stderr
+    assert (
+        done.returncode == 2
+        and f"{path}: not there; python data/download.py {name} makes it\n" in done.stderr
+    )
     assert not (tmp_path / "out").exists()
 
 
 HUB_ROWS = {  # a row as each source has it, and problem and answer in our fields
     "gsm8k": ({"question": "q", "answer": "r\n#### 1,234"}, "q", "1234"),
-    "math": ({"problem": "Find all x.", "solution": "\\boxed{1} or \\boxed{2}", "level": "Level 2", "type": "Algebra"},
-             "Find all x.", "1, 2"),
-    "math500": ({"problem": "q", "answer": "5", "level": 3, "subject": "Algebra", "solution": "s"}, "q", "5"),
-    "aqua": ({"question": "q", "options": ["A)1", "B)2"], "correct": "B", "rationale": "r"}, "q\nOptions:\nA)1\nB)2", "B"),
+    "math": (
+        {
+            "problem": "Find all x.",
+            "solution": "\\boxed{1} or \\boxed{2}",
+            "level": "Level 2",
+            "type": "Algebra",
+        },
+        "Find all x.",
+        "1, 2",
+    ),
+    "math500": (
+        {"problem": "q", "answer": "5", "level": 3, "subject": "Algebra", "solution": "s"},
+        "q",
+        "5",
+    ),
+    "aqua": (
+        {"question": "q", "options": ["A)1", "B)2"], "correct": "B", "rationale": "r"},
+        "q\nOptions:\nA)1\nB)2",
+        "B",
+    ),
     "aime24": ({"problem": "q", "answer": "025", "solution": "s"}, "q", "25"),
     "aime25": ({"problem_idx": 1, "problem": "q", "answer": 70}, "q", "70"),
-    "odyssey-math": ({"question": "q $x$.\\\\\n\\end{problem}", "answer": "$\\frac{1}{2}$.", "label": "Algebra",
-                      "level": "college", "reasoning": ""}, "q $x$.", "\\frac{1}{2}"),
+    "odyssey-math": (
+        {
+            "question": "q $x$.\\\\\n\\end{problem}",
+            "answer": "$\\frac{1}{2}$.",
+            "label": "Algebra",
+            "level": "college",
+            "reasoning": "",
+        },
+        "q $x$.",
+        "\\frac{1}{2}",
+    ),
     "cmath": ({"question": "q", "golden": "3", "grade": 2}, "q", "3"),
     "mgsm-zh": ("q\t4,000", "q", "4000"),
     "ape210k": ({"question_chinese": "q", "result": "3/4"}, "q", "3/4"),
-    "gsm-plus": ({"question": "q", "answer": "1.5", "solution": "s", "perturbation_type": "digit expansion"}, "q", "1.5"),
+    "gsm-plus": (
+        {"question": "q", "answer": "1.5", "solution": "s", "perturbation_type": "digit expansion"},
+        "q",
+        "1.5",
+    ),
     "amc23": ({"id": 0, "question": "q", "answer": "27", "url": "u"}, "q", "27"),
     "minerva": ({"question": "q", "answer": "1.6e8"}, "q", "1.6e8"),
-    "olympiadbench": ({"id": 1, "question": "q", "final_answer": ["$69$,$84$"], "is_multiple_answer": True, "unit": None},
-                      "q", "69,84"),
+    "olympiadbench": (
+        {
+            "id": 1,
+            "question": "q",
+            "final_answer": ["$69$,$84$"],
+            "is_multiple_answer": True,
+            "unit": None,
+        },
+        "q",
+        "69,84",
+    ),
     "aime26": ({"problem_idx": 1, "problem": "q", "answer": 277}, "q", "277"),
-    "hmmt-feb-2026": ({"problem_idx": 1, "problem": "q", "answer": "-\\frac{1}{21}", "problem_type": ["Algebra"]}, "q",
-                      "-\\frac{1}{21}"),
-}  # fmt: skip
+    "hmmt-feb-2026": (
+        {"problem_idx": 1, "problem": "q", "answer": "-\\frac{1}{21}", "problem_type": ["Algebra"]},
+        "q",
+        "-\\frac{1}{21}",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", HUB_ROWS)
 def test_fields_of_the_hub_sets(name, tmp_path, monkeypatch):
-    """Through datasets.load_dataset on a local folder; Odyssey-MATH and MGSM, which are files elsewhere, through httpx."""
+    """Through datasets.load_dataset on a local folder; Odyssey-MATH and MGSM, which are files
+    elsewhere, through httpx."""
     row, problem, answer = HUB_ROWS[name]
     source = download.SOURCES[name]
     if source.hub.startswith("https://"):
@@ -261,20 +388,29 @@ def test_fields_of_the_hub_sets(name, tmp_path, monkeypatch):
         (tmp_path / "hub").mkdir()
         for split in {source.train, source.test} - {""}:
             (tmp_path / "hub" / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
-        monkeypatch.setitem(download.SOURCES, name, replace(source, hub=str(tmp_path / "hub"), parts=""))
+        monkeypatch.setitem(
+            download.SOURCES, name, replace(source, hub=str(tmp_path / "hub"), parts="")
+        )
     make(tmp_path / "out", name)
     paths = sorted((tmp_path / "out").glob("*.jsonl"))
     stem = name.replace("-", "_")
-    assert [path.stem for path in paths] == ([f"{stem}_test", f"{stem}_train"] if source.train else [stem])
+    assert [path.stem for path in paths] == (
+        [f"{stem}_test", f"{stem}_train"] if source.train else [stem]
+    )
     for path in paths:
         [found] = stage(5).load_problems(path)
         assert (found["problem"], found["answer"], found["dataset"]) == (problem, answer, name)
 
 
-def test_a_set_that_a_script_makes_is_told_from_a_network_that_is_not_there(tmp_path, monkeypatch, capsys):
+def test_a_set_that_a_script_makes_is_told_from_a_network_that_is_not_there(
+    tmp_path, monkeypatch, capsys
+):
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "made.py").write_text("import datasets\n")
-    cases = [(str(tmp_path / "made"), "a script makes this set", "network"), ("nobody/nothing", "network", "script")]
+    cases = [
+        (str(tmp_path / "made"), "a script makes this set", "network"),
+        ("nobody/nothing", "network", "script"),
+    ]
     for hub, said, other in cases:
         monkeypatch.setitem(download.SOURCES, "cmath", replace(download.SOURCES["cmath"], hub=hub))
         with pytest.raises(SystemExit):
@@ -284,28 +420,35 @@ def test_a_set_that_a_script_makes_is_told_from_a_network_that_is_not_there(tmp_
 
 
 def test_questions_without_an_answer_are_left_out(tmp_path, monkeypatch):
-    rows = [{"question": "q", "answer": answer, "perturbation_type": kind}
-            for answer, kind in (("7", "numerical substitution"), ("None", "critical thinking"))]  # fmt: skip
+    rows = [
+        {"question": "q", "answer": answer, "perturbation_type": kind}
+        for answer, kind in (("7", "numerical substitution"), ("None", "critical thinking"))
+    ]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setitem(download.SOURCES, "gsm-plus", replace(download.SOURCES["gsm-plus"], hub=str(tmp_path)))
+    monkeypatch.setitem(
+        download.SOURCES, "gsm-plus", replace(download.SOURCES["gsm-plus"], hub=str(tmp_path))
+    )
     make(tmp_path / "out", "gsm-plus")
     [found] = read(tmp_path / "out" / "gsm_plus.jsonl")
     assert found["answer"] == "7" and found["subject"] == "numerical substitution"
 
 
 def test_odyssey_is_not_for_training(tmp_path):
-    (tmp_path / "odyssey_math.jsonl").write_text(json.dumps({"id": "a", "problem": "p", "answer": "1"}) + "\n")
+    (tmp_path / "odyssey_math.jsonl").write_text(
+        json.dumps({"id": "a", "problem": "p", "answer": "1"}) + "\n"
+    )
     data, out = tmp_path / "odyssey_math.jsonl", tmp_path / "s.jsonl"
     done = run(1, "--data", data, "--model", TINY / "model", "--out", out, check=False)
     assert done.returncode == 2 and "test use only" in done.stderr and not out.exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # regrading and the report
 
 
 def results(folder, seeds: int = 1, samples: int = 1):
-    """A folder of results as 05 leaves it: a base and a better model, of which `seeds`, on 60 problems of two levels."""
+    """A folder of results as 05 leaves it: a base and a better model, of which `seeds`, on 60
+    problems of two levels."""
     rng = random.Random(0)
     models = [("base", 0.4)] + [(f"tuned-{i}", 0.7) for i in range(seeds)]
     for number, (model, share) in enumerate(models):
@@ -318,14 +461,28 @@ def results(folder, seeds: int = 1, samples: int = 1):
                 else f"It is $x < {i}$, so \\boxed{{{said}}}. Costs $5 and $6."
             )
             end = {5: "length", 6: "refused"}.get(i, "stop")
-            rows.append({"id": f"q{i}", "problem": f"What is $7^1$ & {i} < 99?", "answer": "7", "level": 1 + i % 2,
-                         "sample": sample, "response": text if end != "refused" else "", "finish_reason": end,
-                         "tokens": 10 + i, "model": model})  # fmt: skip
+            rows.append(
+                {
+                    "id": f"q{i}",
+                    "problem": f"What is $7^1$ & {i} < 99?",
+                    "answer": "7",
+                    "level": 1 + i % 2,
+                    "sample": sample,
+                    "response": text if end != "refused" else "",
+                    "finish_reason": end,
+                    "tokens": 10 + i,
+                    "model": model,
+                }
+            )
         path = folder / "sums" / f"{model}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         label = "base" if number == 0 else "tuned"
-        meta = {"number": number, "label": label, "settings": {"temperature": 0.0, "max_tokens": 99}}
+        meta = {
+            "number": number,
+            "label": label,
+            "settings": {"temperature": 0.0, "max_tokens": 99},
+        }
         (folder / "sums" / f"{model}.jsonl.meta.json").write_text(json.dumps(meta))
 
 
@@ -344,43 +501,90 @@ class Tags(HTMLParser):
 @pytest.mark.slow
 def test_regrade_writes_the_whole_report(tmp_path):
     results(tmp_path)
-    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "what is $7^1$ & 17 < 99"}) + "\n" + json.dumps(
-        {"prompt": "a b c d e f g h i j k l m n"}) + "\n")  # fmt: skip
+    (tmp_path / "train.jsonl").write_text(
+        json.dumps({"prompt": "what is $7^1$ & 17 < 99"})
+        + "\n"
+        + json.dumps({"prompt": "a b c d e f g h i j k l m n"})
+        + "\n"
+    )
     done = run("regrade", tmp_path)
     assert "60 responses, 24 verdicts changed" in done.stdout or "verdicts changed" in done.stdout
     rows = {model: read(tmp_path / "sums" / f"{model}.jsonl") for model in ("base", "tuned-0")}
-    assert all(row["correct"] == (row["prediction"] == "7") for found in rows.values() for row in found)
-    assert all(row["prediction"] is None for found in rows.values() for row in found if row["id"] == "q5"), "unfinished"
+    assert all(
+        row["correct"] == (row["prediction"] == "7") for found in rows.values() for row in found
+    )
+    assert all(
+        row["prediction"] is None for found in rows.values() for row in found if row["id"] == "q5"
+    ), "unfinished"
     summary = json.loads((tmp_path / "summary.json").read_text())
     f = summary["benchmarks"]["sums"]["models"]["tuned"]
     right = {model: {row["id"] for row in found if row["correct"]} for model, found in rows.items()}
-    assert f["accuracy"] == len(right["tuned-0"]) / 60 and f["interval"] == list(stage(5).wilson(len(right["tuned-0"]), 60))
-    assert set(f["won"]) == right["tuned-0"] - right["base"] and set(f["lost"]) == right["base"] - right["tuned-0"]
-    assert f["p"] == stage(5).mcnemar(len(f["won"]), len(f["lost"])) and f["unfinished"] == 1 == f["too_long_a_prompt"]
-    shares = [sum(row[field] for row in rows["tuned-0"]) / 60 for field in ("correct", "correct_paper", "correct_scdpo")]
+    assert f["accuracy"] == len(right["tuned-0"]) / 60 and f["interval"] == list(
+        stage(5).wilson(len(right["tuned-0"]), 60)
+    )
+    assert (
+        set(f["won"]) == right["tuned-0"] - right["base"]
+        and set(f["lost"]) == right["base"] - right["tuned-0"]
+    )
+    assert (
+        f["p"] == stage(5).mcnemar(len(f["won"]), len(f["lost"]))
+        and f["unfinished"] == 1 == f["too_long_a_prompt"]
+    )
+    shares = [
+        sum(row[field] for row in rows["tuned-0"]) / 60
+        for field in ("correct", "correct_paper", "correct_scdpo")
+    ]
     assert shares[1] > shares[0] == f["accuracy"], "0.07 is a hundredth of 7"
     line = "| sums (60) | tuned | " + " | ".join(f"{share:.1%}" for share in shares) + " |"
     assert line in (tmp_path / "report.md").read_text()
-    assert f["unparsable"] == sum(r["prediction"] is None and r["finish_reason"] == "stop" for r in rows["tuned-0"]) > 0
-    problems = [json.dumps({key: row[key] for key in ("id", "problem", "answer")}) for row in rows["base"]]
+    assert (
+        f["unparsable"]
+        == sum(r["prediction"] is None and r["finish_reason"] == "stop" for r in rows["tuned-0"])
+        > 0
+    )
+    problems = [
+        json.dumps({key: row[key] for key in ("id", "problem", "answer")}) for row in rows["base"]
+    ]
     (tmp_path / "sums.jsonl").write_text("\n".join(problems) + "\n")
-    run("contamination", tmp_path / "train.jsonl", "--data", tmp_path / "sums.jsonl", "--out", tmp_path / "found.json")
+    run(
+        "contamination",
+        tmp_path / "train.jsonl",
+        "--data",
+        tmp_path / "sums.jsonl",
+        "--out",
+        tmp_path / "found.json",
+    )
     overlap = json.loads((tmp_path / "found.json").read_text())
     assert overlap["same"]["sums"] == ["q17"] and len(overlap["found"]["sums"]) == 1
     levels = summary["benchmarks"]["sums"]["models"]["tuned"]["by"]["level"]
-    assert sum(level["accuracy"] * level["problems"] for level in levels.values()) == pytest.approx(60 * f["accuracy"])
+    assert sum(level["accuracy"] * level["problems"] for level in levels.values()) == pytest.approx(
+        60 * f["accuracy"]
+    )
     text = (tmp_path / "report.md").read_text()
-    assert "sums by level" in text and "power 80 %" in text and f"`python analysis/report.py {tmp_path}`" in text
+    assert (
+        "sums by level" in text
+        and "power 80 %" in text
+        and f"`python analysis/report.py {tmp_path}`" in text
+    )
     said = run("report", tmp_path).stdout
     assert (tmp_path / "levels.png").stat().st_size > 5000
     pictures = "![accuracy](accuracy.png)\n\n![levels](levels.png)"
-    assert (tmp_path / "report.md").read_text() == re.sub("Pictures, and a page .*", lambda _: pictures, text)
-    assert "2 pictures" in said and f"{min(10, len(f['won'])) + min(10, len(f['lost']))} problems side by side" in said
+    assert (tmp_path / "report.md").read_text() == re.sub(
+        "Pictures, and a page .*", lambda _: pictures, text
+    )
+    assert (
+        "2 pictures" in said
+        and f"{min(10, len(f['won'])) + min(10, len(f['lost']))} problems side by side" in said
+    )
     tags = Tags((tmp_path / "report.html").read_text()).found
     kinds = {tag for tag, _ in tags}
     assert "script" not in kinds and {"math", "mn", "table", "img"} <= kinds
-    assert all(attributes["src"].startswith("data:image/png") for tag, attributes in tags if tag == "img"), "self-contained"
-    assert not any(name.startswith("on") or name == "href" for _, attributes in tags for name in attributes)
+    assert all(
+        attributes["src"].startswith("data:image/png") for tag, attributes in tags if tag == "img"
+    ), "self-contained"
+    assert not any(
+        name.startswith("on") or name == "href" for _, attributes in tags for name in attributes
+    )
     with open(tmp_path / "sums" / "base.jsonl", "a") as file:
         file.write('{"id": "torn')  # by a kill
     again = run("regrade", tmp_path)
@@ -389,12 +593,18 @@ def test_regrade_writes_the_whole_report(tmp_path):
     assert done.returncode == 2 and "a label that is there: base, tuned" in done.stderr
     for script in ("contamination", "report"):
         done = run(script, tmp_path / "none.jsonl", check=False)
-        assert done.returncode == 2 and "none.jsonl" in done.stderr and "Traceback" not in done.stderr
+        assert (
+            done.returncode == 2 and "none.jsonl" in done.stderr and "Traceback" not in done.stderr
+        )
     run("regrade", tmp_path, "--base", "tuned")
     models = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["sums"]["models"]
-    assert list(models) == ["tuned", "base"] and "p" in models["base"], "the label that is named is the base"
+    assert list(models) == ["tuned", "base"] and "p" in models["base"], (
+        "the label that is named is the base"
+    )
     run("regrade", tmp_path, "--verdict", "paper")
-    again = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["sums"]["models"]["tuned"]
+    again = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["sums"]["models"][
+        "tuned"
+    ]
     assert again["accuracy"] == shares[1] and line in (tmp_path / "report.md").read_text()
     assert "is by the verdict of the Step-DPO authors;" in (tmp_path / "report.md").read_text()
     assert "maj@k" not in (tmp_path / "report.md").read_text(), "one response to each problem"
@@ -409,58 +619,96 @@ def test_seeds_and_samples_in_the_report(tmp_path):
     group = models["tuned"]
     accuracies = [models[f"tuned-{i}"]["accuracy"] for i in range(3)]
     assert group["seeds"] == 3 and group["accuracy"] == pytest.approx(np.mean(accuracies))
-    assert group["spread"] == pytest.approx(np.std(accuracies, ddof=1)) and group["test"] == "bootstrap"
+    assert (
+        group["spread"] == pytest.approx(np.std(accuracies, ddof=1))
+        and group["test"] == "bootstrap"
+    )
     assert group["difference"] == pytest.approx(np.mean(accuracies) - models["base"]["accuracy"])
     curves = models["base"]["curves"]
-    assert curves["k"] == [1, 2, 4] and curves["pass"][0] == pytest.approx(models["base"]["accuracy"])
+    assert curves["k"] == [1, 2, 4] and curves["pass"][0] == pytest.approx(
+        models["base"]["accuracy"]
+    )
     assert curves["pass"][0] < curves["pass"][1] < curves["pass"][2]
     text = (tmp_path / "report.md").read_text()
-    for path in (tmp_path / "sums").glob("*.jsonl"):  # the order in which the responses came does not matter
+    for path in (tmp_path / "sums").glob(
+        "*.jsonl"
+    ):  # the order in which the responses came does not matter
         path.write_text("".join(json.dumps(row) + "\n" for row in reversed(read(path))))
     run("regrade", tmp_path)
     assert (tmp_path / "report.md").read_text() == text and "maj@4" in text
     run("report", tmp_path)
     assert (tmp_path / "curves.png").stat().st_size > 5000
-    for path in (tmp_path / "sums").glob("*.jsonl"):  # another benchmark with one response a problem, in the same folder
+    for path in (tmp_path / "sums").glob(
+        "*.jsonl"
+    ):  # another benchmark with one response a problem, in the same folder
         (tmp_path / "ones").mkdir(exist_ok=True)
-        (tmp_path / "ones" / path.name).write_text("".join(json.dumps(row) + "\n" for row in read(path) if row["sample"] == 0))
+        (tmp_path / "ones" / path.name).write_text(
+            "".join(json.dumps(row) + "\n" for row in read(path) if row["sample"] == 0)
+        )
     run("regrade", tmp_path, "--base", "base")
     text = (tmp_path / "report.md").read_text()
     assert "## Accuracy\n" in text and "## Accuracy of 4 responses to each problem" in text
     assert "maj@k takes" in text
     rows = read(tmp_path / "sums" / "base.jsonl")
-    (tmp_path / "sums" / "base.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    (tmp_path / "sums" / "base.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows[:-1])
+    )
     done = run("regrade", tmp_path, check=False)
     assert done.returncode == 2 and "3 responses to some problems and 4 to others" in done.stderr
 
 
 @pytest.mark.slow
 def test_a_base_of_several_seeds_side_by_side(tmp_path):
-    """What the base lost by most of its seeds, its first one may have solved: the page needs the rows of all."""
+    """What the base lost by most of its seeds, its first one may have solved: the page needs the
+    rows of all."""
     results(tmp_path, seeds=2)
     for path in (tmp_path / "sums").glob("*.jsonl.meta.json"):
         meta = json.loads(path.read_text())
         path.write_text(json.dumps(meta | {"label": "two" if meta["number"] else "one"}))
     run("regrade", tmp_path, "--base", "two")
     models = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["sums"]["models"]
-    assert models["two"]["seeds"] == 2 and models["one"]["test"] == "bootstrap" and len(models["one"]["won"]) > 5
+    assert (
+        models["two"]["seeds"] == 2
+        and models["one"]["test"] == "bootstrap"
+        and len(models["one"]["won"]) > 5
+    )
     shown = int(re.search(r"(\d+) problems side by side", run("report", tmp_path).stdout)[1])
-    kinds = [attributes.get("class") for _, attributes in Tags((tmp_path / "report.html").read_text()).found]
+    kinds = [
+        attributes.get("class")
+        for _, attributes in Tags((tmp_path / "report.html").read_text()).found
+    ]
     assert kinds.count("right") == kinds.count("wrong") == shown > 5
 
 
 def test_regrade_of_a_wrong_folder_is_refused(tmp_path):
     done = run("regrade", tmp_path, check=False)
-    assert done.returncode == 2 and "BENCHMARK/MODEL.jsonl" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "BENCHMARK/MODEL.jsonl" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "m.jsonl").write_text('{"id": "a", "answer": "1", "response": "x"}\n{"id": "b", "answer": "1"}\n')
+    (tmp_path / "b" / "m.jsonl").write_text(
+        '{"id": "a", "answer": "1", "response": "x"}\n{"id": "b", "answer": "1"}\n'
+    )
     done = run("regrade", tmp_path, check=False)
-    assert done.returncode == 2 and "m.jsonl, line 2" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2 and "m.jsonl, line 2" in done.stderr and "Traceback" not in done.stderr
+    )
 
 
-HOSTILE = ["<img src=x onerror=alert(1)>", "$\\text{<b onclick=1>x</b>}$", "\\href{javascript:alert(1)}{x}",
-           "$\\href{javascript:1}{x}$", "$x^{$", "\\(" * 3000, "$\\color{red\" onclick=\"alert(1)}x$",
-           "</div></details><script>1</script>", "\x00 $a<b>c$", "$\\style{x}{y}$ $$\\frac{1}{$$"]  # fmt: skip
+HOSTILE = [
+    "<img src=x onerror=alert(1)>",
+    "$\\text{<b onclick=1>x</b>}$",
+    "\\href{javascript:alert(1)}{x}",
+    "$\\href{javascript:1}{x}$",
+    "$x^{$",
+    "\\(" * 3000,
+    '$\\color{red" onclick="alert(1)}x$',
+    "</div></details><script>1</script>",
+    "\x00 $a<b>c$",
+    "$\\style{x}{y}$ $$\\frac{1}{$$",
+]
 
 
 def test_model_text_becomes_no_markup():
@@ -484,12 +732,18 @@ def test_model_text_becomes_no_markup():
         start = time.time()
         tags = Tags(report.to_html(text)).found
         assert {tag for tag, _ in tags} <= allowed, text
-        assert not any(name.startswith("on") or name in ("href", "src", "style") for _, found in tags for name in found), text
+        assert not any(
+            name.startswith("on") or name in ("href", "src", "style")
+            for _, found in tags
+            for name in found
+        ), text
         assert time.time() - start < 5
-    assert "<mfrac>" in report.to_html("so $\\frac{1}{2}$") and "$5 and $6" in report.to_html("It costs $5 and $6.")
+    assert "<mfrac>" in report.to_html("so $\\frac{1}{2}$") and "$5 and $6" in report.to_html(
+        "It costs $5 and $6."
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # credit assignment
 
 
@@ -500,8 +754,11 @@ def test_auc_against_counting():
     assert credit.auc(wrong, right) == pytest.approx(exact)
 
 
-STEPS = ["Let's think step by step.\nStep 1: The 2 friends get 3 * 2 = 6 shells.\n",
-         "Step 2: Lena now has 13 - 6 = 17 shells.\n", "Step 3: So 17 are left.\nThe answer is \\boxed{17}."]  # fmt: skip
+STEPS = [
+    "Let's think step by step.\nStep 1: The 2 friends get 3 * 2 = 6 shells.\n",
+    "Step 2: Lena now has 13 - 6 = 17 shells.\n",
+    "Step 3: So 17 are left.\nThe answer is \\boxed{17}.",
+]
 
 
 def test_tokens_fall_into_their_steps():
@@ -512,21 +769,33 @@ def test_tokens_fall_into_their_steps():
     assert "".join(texts) == "".join(STEPS).removeprefix(stage(5).OPENING)
     chinese = credit.encode_solution({"problem": "p", "steps": ["三加四等于七。"]}, tokenizer)
     assert "".join(chinese[2]) == "三加四等于七。" and "\ufffd" not in "".join(chinese[2])
-    texts = {k: tokenizer.decode([i for i, place in zip(ids, places, strict=True) if place == k]) for k in (1, 2, 3)}
+    texts = {
+        k: tokenizer.decode([i for i, place in zip(ids, places, strict=True) if place == k])
+        for k in (1, 2, 3)
+    }
     assert texts == {1: STEPS[0].removeprefix(stage(5).OPENING), 2: STEPS[1], 3: STEPS[2]}
-    assert tokenizer.decode([i for i, place in zip(ids, places, strict=True) if not place]).endswith(stage(5).OPENING)
+    assert tokenizer.decode(
+        [i for i, place in zip(ids, places, strict=True) if not place]
+    ).endswith(stage(5).OPENING)
 
 
 @pytest.mark.slow
 def test_credit_of_a_trained_model(tmp_path, small_model):
-    """A random model trained to disprefer one wrong step gives that step the lowest reward; rewards equal a direct sum."""
+    """A random model trained to disprefer one wrong step gives that step the lowest reward; rewards
+    equal a direct sum."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     problem = "Lena has 13 shells. Then she gives 3 shells to each of 2 friends. How many are left?"
     prefix, rejected = STEPS[0] + "Step 2:", STEPS[1].removeprefix("Step 2:")
-    pair = {"prompt": problem, "initial_reason_steps": prefix, "chosen": " Lena now has 13 - 6 = 7 shells.\n",
-            "rejected": rejected, "full_chosen": "x", "full_rejected": "x"}  # fmt: skip
+    pair = {
+        "prompt": problem,
+        "initial_reason_steps": prefix,
+        "chosen": " Lena now has 13 - 6 = 7 shells.\n",
+        "rejected": rejected,
+        "full_chosen": "x",
+        "full_rejected": "x",
+    }
     (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
     located = {"id": "q", "problem": problem, "answer": "7", "steps": STEPS, "error_step": 2}
     right = {
@@ -538,18 +807,48 @@ def test_credit_of_a_trained_model(tmp_path, small_model):
         "correct": True,
     }
     (tmp_path / "located.jsonl").write_text(json.dumps(located) + "\n" + json.dumps(right) + "\n")
-    run(4, "--data", tmp_path / "pairs.jsonl", "--model", small_model, "--out", tmp_path / "tuned", "--lr", 1e-3, "--epochs", 6,
-        "--batch-size", 1, "--precision", "fp32")  # fmt: skip
-    done = run("credit", tmp_path / "located.jsonl", "--models", small_model, tmp_path / "tuned", "--out", tmp_path / "r",
-               "--beta", 0.5)  # fmt: skip
+    run(
+        4,
+        "--data",
+        tmp_path / "pairs.jsonl",
+        "--model",
+        small_model,
+        "--out",
+        tmp_path / "tuned",
+        "--lr",
+        1e-3,
+        "--epochs",
+        6,
+        "--batch-size",
+        1,
+        "--precision",
+        "fp32",
+    )
+    done = run(
+        "credit",
+        tmp_path / "located.jsonl",
+        "--models",
+        small_model,
+        tmp_path / "tuned",
+        "--out",
+        tmp_path / "r",
+        "--beta",
+        0.5,
+    )
     assert "lowest step is the labelled one" in done.stdout
     [found] = json.loads((tmp_path / "r" / "credit.json").read_text()).values()
     assert (
-        found["lowest_is_error"] == found["solutions"] == 1 and found["auc"] == 1.0 and found["chance"] == pytest.approx(1 / 3)
+        found["lowest_is_error"] == found["solutions"] == 1
+        and found["auc"] == 1.0
+        and found["chance"] == pytest.approx(1 / 3)
     )
     page = (tmp_path / "r" / "credit.html").read_text()
     tags = Tags(page).found
-    values = [float(a["title"].split(",")[0]) for tag, a in tags if tag == "span" and a["title"].endswith("step 2")]
+    values = [
+        float(a["title"].split(",")[0])
+        for tag, a in tags
+        if tag == "span" and a["title"].endswith("step 2")
+    ]
     assert (
         "b" not in {tag for tag, a in tags if a}
         and "class" in [a for t, a in tags if t == "span" and a["title"].endswith("step 2")][0]
@@ -568,32 +867,56 @@ def test_credit_of_a_trained_model(tmp_path, small_model):
 
 @pytest.mark.slow
 def test_credit_refuses_bad_rows(tmp_path):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"problem": "p", "steps": ["a"], "error_step": 2}) + "\n")
-    done = run("credit", tmp_path / "a.jsonl", "--models", TINY / "model", TINY / "model", check=False)
-    assert done.returncode == 2 and "a.jsonl, line 1" in done.stderr and "Traceback" not in done.stderr
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"problem": "p", "steps": ["a"], "error_step": 2}) + "\n"
+    )
+    done = run(
+        "credit", tmp_path / "a.jsonl", "--models", TINY / "model", TINY / "model", check=False
+    )
+    assert (
+        done.returncode == 2 and "a.jsonl, line 1" in done.stderr and "Traceback" not in done.stderr
+    )
     done = run("credit", tmp_path / "a.jsonl", "--models", TINY / "model", check=False)
     assert done.returncode == 2 and "REFERENCE" in done.stderr
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # with the real server
 
 
 @pytest.mark.slow
 def test_samples_survive_kills_and_give_the_same_rows(server, tmp_path):
-    """kill -9 at five moments, then the rows of an uninterrupted run, each once; k samples differ from each other."""
+    """kill -9 at five moments, then the rows of an uninterrupted run, each once; k samples differ
+    from each other."""
     options = [option.replace("--model", "--models") for option in server]
-    arguments = ["--data", TINY / "validation.jsonl", "--limit", 30, "--samples", 4, "--temperature", 0.8, "--max-tokens", 300]
+    arguments = [
+        "--data",
+        TINY / "validation.jsonl",
+        "--limit",
+        30,
+        "--samples",
+        4,
+        "--temperature",
+        0.8,
+        "--max-tokens",
+        300,
+    ]
     arguments += options
     run(5, *arguments, "--out", tmp_path / "whole")
     [whole] = (tmp_path / "whole" / "validation").glob("*.jsonl")
     path = tmp_path / "cut" / "validation" / whole.name
-    run_killed(5, *arguments, "--out", tmp_path / "cut", "--concurrency", 6, journal=path, kills=5, seed=5)
+    run_killed(
+        5, *arguments, "--out", tmp_path / "cut", "--concurrency", 6, journal=path, kills=5, seed=5
+    )
     run(5, *arguments, "--out", tmp_path / "cut")
     key = lambda row: (row["id"], row["sample"])
-    assert sorted(read(path), key=key) == sorted(read(whole), key=key) and len({key(row) for row in read(path)}) == 120
+    assert (
+        sorted(read(path), key=key) == sorted(read(whole), key=key)
+        and len({key(row) for row in read(path)}) == 120
+    )
     assert any(
-        len({row["response"] for row in read(path) if row["id"] == name}) > 1 for name in {row["id"] for row in read(path)}
+        len({row["response"] for row in read(path) if row["id"] == name}) > 1
+        for name in {row["id"] for row in read(path)}
     )
     summary = json.loads((tmp_path / "cut" / "summary.json").read_text())
     [f] = summary["benchmarks"]["validation"]["models"].values()
@@ -603,25 +926,72 @@ def test_samples_survive_kills_and_give_the_same_rows(server, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("template, opening, verdict, rule, start, end", [
-    ("step_dpo_qwen", "", "paper", "the verdict of the Step-DPO authors",
-     "<|im_start|>system\\nYou are a helpful assistant.<|im_end|>", "<|im_start|>assistant\\n"),
-    ("step_dpo_deepseek", "", "paper", "the verdict of the Step-DPO authors", "User: ",
-     "within \\\\boxed{}.\\n\\nAssistant:"),
-    ("metamath", " Let's think step by step.", "scdpo", "the rule of the SCDPO authors",
-     "Below is an instruction that describes a task. Write", "\\n\\n### Response: Let's think step by step."),
-])  # fmt: skip
-def test_the_authors_prompt_reaches_the_model_as_it_is(bundled, tmp_path, template, opening, verdict, rule, start, end):
-    """No forced "Step 1:" in the evaluation; what the prompt gave of the response stands in the row's opening."""
+@pytest.mark.parametrize(
+    "template, opening, verdict, rule, start, end",
+    [
+        (
+            "step_dpo_qwen",
+            "",
+            "paper",
+            "the verdict of the Step-DPO authors",
+            "<|im_start|>system\\nYou are a helpful assistant.<|im_end|>",
+            "<|im_start|>assistant\\n",
+        ),
+        (
+            "step_dpo_deepseek",
+            "",
+            "paper",
+            "the verdict of the Step-DPO authors",
+            "User: ",
+            "within \\\\boxed{}.\\n\\nAssistant:",
+        ),
+        (
+            "metamath",
+            " Let's think step by step.",
+            "scdpo",
+            "the rule of the SCDPO authors",
+            "Below is an instruction that describes a task. Write",
+            "\\n\\n### Response: Let's think step by step.",
+        ),
+    ],
+)
+def test_the_authors_prompt_reaches_the_model_as_it_is(
+    bundled, tmp_path, template, opening, verdict, rule, start, end
+):
+    """No forced "Step 1:" in the evaluation; what the prompt gave of the response stands in the
+    row's opening."""
     options = [option.replace("--model", "--models") for option in bundled]
-    arguments = ["--data", TINY / "validation.jsonl", "--limit", 8, "--max-tokens", 200, *options, "--out", tmp_path]
-    arguments += ["--chat-template", ROOT / "data" / "templates" / f"{template}.jinja", "--opening", opening]
+    arguments = [
+        "--data",
+        TINY / "validation.jsonl",
+        "--limit",
+        8,
+        "--max-tokens",
+        200,
+        *options,
+        "--out",
+        tmp_path,
+    ]
+    arguments += [
+        "--chat-template",
+        ROOT / "data" / "templates" / f"{template}.jinja",
+        "--opening",
+        opening,
+    ]
     done = run(5, *arguments)
-    [prompt] = [line.split("first prompt: ")[1][1:-1] for line in done.stderr.splitlines() if "first prompt:" in line]
-    assert prompt.startswith(start) and prompt.endswith(end), prompt  # the progress bar may stand before it
+    [prompt] = [
+        line.split("first prompt: ")[1][1:-1]
+        for line in done.stderr.splitlines()
+        if "first prompt:" in line
+    ]
+    assert prompt.startswith(start) and prompt.endswith(end), (
+        prompt
+    )  # the progress bar may stand before it
     [path] = (tmp_path / "validation").glob("*.jsonl")
     rows = read(path)
-    assert len(rows) == 8 and all(row["opening"] == opening and row["response"].startswith(opening) for row in rows)
+    assert len(rows) == 8 and all(
+        row["opening"] == opening and row["response"].startswith(opening) for row in rows
+    )
     assert not any(row["response"].startswith(stage(1).OPENING + " ") for row in rows if opening)
     text = (tmp_path / "report.md").read_text()
     assert "accuracy is by strict equality;" in text and f"after the opening {opening!r}." in text

@@ -1,4 +1,5 @@
-"""A server that misbehaves: 429, 500, garbage, slowness, dropped connections, refusals. Scripted, for faults only."""
+"""A server that misbehaves: 429, 500, garbage, slowness, dropped connections, refusals. Scripted,
+for faults only."""
 
 import itertools
 import json
@@ -11,13 +12,19 @@ import pytest
 from conftest import TINY, read, run, stage
 
 GOOD = {"index": 0, "text": " 1+1=2.\nThe answer is \\boxed{2}.", "finish_reason": "stop"}
-COMPLETION = {"id": "x", "object": "text_completion", "created": 0, "model": "m", "choices": [GOOD],
-              "usage": {"prompt_tokens": 1, "completion_tokens": 9, "total_tokens": 10}}  # fmt: skip
+COMPLETION = {
+    "id": "x",
+    "object": "text_completion",
+    "created": 0,
+    "model": "m",
+    "choices": [GOOD],
+    "usage": {"prompt_tokens": 1, "completion_tokens": 9, "total_tokens": 10},
+}
 
 
 class Scripted(BaseHTTPRequestHandler):
-    """Answers the n-th completion request by `script(n, body)`: "good", (status, words), "html", "json", "torn", "empty",
-    "half", "slow" or "drop"."""
+    """Answers the n-th completion request by `script(n, body)`: "good", (status, words), "html",
+    "json", "torn", "empty", "half", "slow" or "drop"."""
 
     protocol_version = "HTTP/1.1"
 
@@ -48,10 +55,21 @@ class Scripted(BaseHTTPRequestHandler):
             self.connection.close()
             self.close_connection = True
         elif isinstance(act, tuple):
-            self.reply(act[0], json.dumps({"error": {"message": act[1], "type": "x", "code": act[0]}}))
+            self.reply(
+                act[0], json.dumps({"error": {"message": act[1], "type": "x", "code": act[0]}})
+            )
         else:
-            half = json.dumps(COMPLETION | {"choices": [GOOD | {"text": " 1+1=2 \ud83d.\nThe answer is \\boxed{2}."}]})
-            texts = {"html": "<html>proxy</html>", "json": '{"a": 1}', "torn": '{"choices": [', "empty": "", "half": half}
+            half = json.dumps(
+                COMPLETION
+                | {"choices": [GOOD | {"text": " 1+1=2 \ud83d.\nThe answer is \\boxed{2}."}]}
+            )
+            texts = {
+                "html": "<html>proxy</html>",
+                "json": '{"a": 1}',
+                "torn": '{"choices": [',
+                "empty": "",
+                "half": half,
+            }
             kind = "text/html" if act == "html" else "application/json"
             self.reply(200, texts.get(act, json.dumps(COMPLETION)), kind)
 
@@ -59,7 +77,9 @@ class Scripted(BaseHTTPRequestHandler):
 @pytest.fixture()
 def scripted():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
-    server.handle_error = lambda *_: None  # a client that ends has left its connections; the stage's stderr is looked at
+    server.handle_error = lambda *_: (
+        None
+    )  # a client that ends has left its connections; the stage's stderr is looked at
     server.lock, server.count = threading.Lock(), 0
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -73,73 +93,140 @@ def decoded(body: dict) -> str:
 
 
 def sample(server, tmp_path, problems: int = 12, check: bool = True, arguments=(), **more):
-    lines = [json.dumps({"id": i, "problem": f"{i}: 1 + 1?", "answer": "2"}) for i in range(problems)]
+    lines = [
+        json.dumps({"id": i, "problem": f"{i}: 1 + 1?", "answer": "2"}) for i in range(problems)
+    ]
     (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
     url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    return run(1, "--data", tmp_path / "in.jsonl", "--base-url", url, "--model", "m", "--tokenizer", TINY / "model",
-               "--out", tmp_path / "out.jsonl", "--concurrency", 3, *arguments, check=check, **more)  # fmt: skip
+    return run(
+        1,
+        "--data",
+        tmp_path / "in.jsonl",
+        "--base-url",
+        url,
+        "--model",
+        "m",
+        "--tokenizer",
+        TINY / "model",
+        "--out",
+        tmp_path / "out.jsonl",
+        "--concurrency",
+        3,
+        *arguments,
+        check=check,
+        **more,
+    )
 
 
 def test_every_fault_is_survived_and_nothing_comes_twice(scripted, tmp_path):
-    faults = [(429, "slow down"), (500, "oops"), "html", "json", "torn", "empty", "slow", "drop", (503, "busy"), (408, "late")]
+    faults = [
+        (429, "slow down"),
+        (500, "oops"),
+        "html",
+        "json",
+        "torn",
+        "empty",
+        "slow",
+        "drop",
+        (503, "busy"),
+        (408, "late"),
+    ]
     scripted.script = lambda n, body: faults[n // 2 % len(faults)] if n % 2 else "good"
     sample(scripted, tmp_path)
     rows = read(tmp_path / "out.jsonl")
-    assert sorted((row["id"], row["sample"]) for row in rows) == sorted((str(i), s) for i in range(12) for s in range(2))
+    assert sorted((row["id"], row["sample"]) for row in rows) == sorted(
+        (str(i), s) for i in range(12) for s in range(2)
+    )
     assert all(row["correct"] for row in rows)
 
 
 def test_a_server_that_dies_keeps_what_is_written(scripted, tmp_path):
     scripted.script = lambda n, body: "good" if n <= 9 else (500, "oops")
     done = sample(scripted, tmp_path, check=False)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "run the same command to go on" in done.stderr
+    assert (
+        done.returncode == 2
+        and "Traceback" not in done.stderr
+        and "run the same command to go on" in done.stderr
+    )
     assert sum(": error: " in line for line in done.stderr.splitlines()) == 1
     assert len(read(tmp_path / "out.jsonl")) == 9
     scripted.script = lambda n, body: "good"
     before = scripted.count
     sample(scripted, tmp_path)
-    assert len(read(tmp_path / "out.jsonl")) == 24 and scripted.count - before == 15  # only what was missing
+    assert (
+        len(read(tmp_path / "out.jsonl")) == 24 and scripted.count - before == 15
+    )  # only what was missing
 
 
 def test_a_server_of_garbage_ends_the_run(scripted, tmp_path):
     scripted.script = lambda n, body: "json"
     done = sample(scripted, tmp_path, check=False)
-    assert done.returncode == 2 and "answer with completions" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "answer with completions" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_a_prompt_that_is_too_long_is_a_row_and_a_wrong_key_is_an_end(scripted, tmp_path):
-    refusal = (400, "This model's maximum context length is 4096 tokens. However, you requested 5000 tokens.")
+    refusal = (
+        400,
+        "This model's maximum context length is 4096 tokens. However, you requested 5000 tokens.",
+    )
     scripted.script = lambda n, body: refusal if "user\n3: 1 + 1" in decoded(body) else "good"
     done = sample(scripted, tmp_path)
     refused = [row for row in read(tmp_path / "out.jsonl") if row["finish_reason"] == "refused"]
-    assert [row["id"] for row in refused] == ["3", "3"] and all(row["steps"] == [] for row in refused)
+    assert [row["id"] for row in refused] == ["3", "3"] and all(
+        row["steps"] == [] for row in refused
+    )
     assert "too long a prompt 8.3%" in done.stdout
     (tmp_path / "out.jsonl").unlink()
     scripted.script = lambda n, body: (401, "wrong key")
     done = sample(scripted, tmp_path, check=False)
-    assert done.returncode == 2 and "AuthenticationError" in done.stderr and not (tmp_path / "out.jsonl").exists()
+    assert (
+        done.returncode == 2
+        and "AuthenticationError" in done.stderr
+        and not (tmp_path / "out.jsonl").exists()
+    )
 
 
 CONTEXT = "This model's maximum context length is {context} tokens"
 REFUSALS = {  # in the words of servers, and how many tokens of its context a server keeps back
-    "vllm 0.9": ("'max_tokens' or 'max_completion_tokens' is too large: {asked}. " + CONTEXT + " and your request has {length} "
-                 "input tokens ({asked} > {context} - {length}).", 0),
-    "vllm 0.4": (CONTEXT + ". However, you requested {total} tokens ({length} in the messages, {asked} in the completion).", 0),
-    "vllm 0.32": ("max_tokens={asked} cannot be greater than max_model_len=max_total_tokens={context}.", 0),
-    "sglang": ("Requested token count exceeds the model's maximum context length of {context} tokens. You requested a total of "
-               "{total} tokens: {length} tokens from the input messages and {asked} tokens for the completion.", 1),
-}  # fmt: skip
+    "vllm 0.9": (
+        "'max_tokens' or 'max_completion_tokens' is too large: {asked}. "
+        + CONTEXT
+        + " and your request has {length} "
+        "input tokens ({asked} > {context} - {length}).",
+        0,
+    ),
+    "vllm 0.4": (
+        CONTEXT
+        + ". However, you requested {total} tokens ({length} in the messages, {asked} in the completion).",
+        0,
+    ),
+    "vllm 0.32": (
+        "max_tokens={asked} cannot be greater than max_model_len=max_total_tokens={context}.",
+        0,
+    ),
+    "sglang": (
+        "Requested token count exceeds the model's maximum context length of {context} tokens. You requested a total of "
+        "{total} tokens: {length} tokens from the input messages and {asked} tokens for the completion.",
+        1,
+    ),
+}
 
 
 def small(scripted, words: str, kept: int, context: int = 100):
-    """A server that refuses what its context has no room for. Returns (length of the prompt, tokens asked for) of what it
-    takes."""
+    """A server that refuses what its context has no room for. Returns (length of the prompt, tokens
+    asked for) of what it takes."""
     taken = []
 
     def script(n, body):
         length, asked = len(body["prompt"]), body["max_tokens"]
         if length + asked > context - kept:
-            return 400, words.format(context=context, length=length, asked=asked, total=length + asked)
+            return 400, words.format(
+                context=context, length=length, asked=asked, total=length + asked
+            )
         taken.append((length, asked))
         return "good"
 
@@ -148,12 +235,20 @@ def small(scripted, words: str, kept: int, context: int = 100):
 
 
 @pytest.mark.parametrize("words, kept", REFUSALS.values(), ids=REFUSALS)
-def test_more_tokens_than_a_server_has_room_for_are_cut_and_the_prompt_is_not_too_long(words, kept, scripted, tmp_path):
+def test_more_tokens_than_a_server_has_room_for_are_cut_and_the_prompt_is_not_too_long(
+    words, kept, scripted, tmp_path
+):
     taken = small(scripted, words, kept)
     done = sample(scripted, tmp_path, 4, arguments=("--max-tokens", 4000))
     rows = read(tmp_path / "out.jsonl")
-    assert len(rows) == 8 and all(row["correct"] for row in rows) and "too long a prompt 0.0%" in done.stdout
-    assert taken and all(length + asked == 100 - kept for length, asked in taken), "all the room that is left"
+    assert (
+        len(rows) == 8
+        and all(row["correct"] for row in rows)
+        and "too long a prompt 0.0%" in done.stdout
+    )
+    assert taken and all(length + asked == 100 - kept for length, asked in taken), (
+        "all the room that is left"
+    )
 
 
 def test_a_prompt_that_is_too_long_by_itself_is_a_row_in_all_words(scripted, tmp_path):
@@ -164,32 +259,56 @@ def test_a_prompt_that_is_too_long_by_itself_is_a_row_in_all_words(scripted, tmp
 
 
 def test_a_refusal_that_gives_no_number_names_the_option(scripted, tmp_path):
-    scripted.script = lambda n, body: (400, "max_tokens is too large") if body["max_tokens"] > 50 else "good"
+    scripted.script = lambda n, body: (
+        (400, "max_tokens is too large") if body["max_tokens"] > 50 else "good"
+    )
     done = sample(scripted, tmp_path, 2, check=False, arguments=("--max-tokens", 4000))
     [said] = [line for line in done.stderr.splitlines() if ": error: " in line]
-    assert done.returncode == 2 and "--max-tokens" in said and "is too large" in said and not (tmp_path / "out.jsonl").exists()
+    assert (
+        done.returncode == 2
+        and "--max-tokens" in said
+        and "is too large" in said
+        and not (tmp_path / "out.jsonl").exists()
+    )
     scripted.script = lambda n, body: (400, "logit_bias is not supported")
     done = sample(scripted, tmp_path, 2, check=False)
-    assert done.returncode == 2 and "refuses a request" in done.stderr and "--max-tokens" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "refuses a request" in done.stderr
+        and "--max-tokens" not in done.stderr
+    )
 
 
 def test_the_room_beside_a_chat_is_read_from_the_refusal():
-    chat, numbers = [{"role": "user", "content": "q"}], {"context": 4096, "length": 96, "asked": 8192, "total": 8288}
+    chat, numbers = (
+        [{"role": "user", "content": "q"}],
+        {"context": 4096, "length": 96, "asked": 8192, "total": 8288},
+    )
     fewer = lambda words: stage(1).fewer_tokens(chat, 8192, words.format(**numbers))
-    assert [fewer(words) for words, *_ in REFUSALS.values()] == [[4000, 3999, 1], [4000, 3999, 1], [1], [4000, 3999, 1]]
+    assert [fewer(words) for words, *_ in REFUSALS.values()] == [
+        [4000, 3999, 1],
+        [4000, 3999, 1],
+        [1],
+        [4000, 3999, 1],
+    ]
     assert stage(1).fewer_tokens(chat, 1, CONTEXT.format(**numbers)) == [], "one token is the least"
 
 
 def test_half_a_character_of_a_server_does_not_end_the_run(scripted, tmp_path):
     scripted.script = lambda n, body: "half"
     sample(scripted, tmp_path, 2)
-    assert {row["response"][-34:] for row in read(tmp_path / "out.jsonl")} == {" 1+1=2 ?.\nThe answer is \\boxed{2}."}
+    assert {row["response"][-34:] for row in read(tmp_path / "out.jsonl")} == {
+        " 1+1=2 ?.\nThe answer is \\boxed{2}."
+    }
 
 
 def test_a_full_disk_leaves_whole_rows_and_the_same_command_resumes(scripted, tmp_path):
-    """By a limit on the size of a file, at which a write takes a part, and the next fails as on a full disk."""
+    """By a limit on the size of a file, at which a write takes a part, and the next fails as on a
+    full disk."""
     scripted.script = lambda n, body: "good"
-    full = lambda size: {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))}
+    full = lambda size: {
+        "preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    }
     done = sample(scripted, tmp_path, check=False, **full(100))  # not even for OUT.meta.json
     [said] = [line for line in done.stderr.splitlines() if ": error: " in line]
     assert done.returncode == 2 and "File too large" in said and "Traceback" not in done.stderr
@@ -197,7 +316,11 @@ def test_a_full_disk_leaves_whole_rows_and_the_same_command_resumes(scripted, tm
     for size in (3500, 6000):
         done = sample(scripted, tmp_path, check=False, **full(size))
         [said] = [line for line in done.stderr.splitlines() if ": error: " in line]
-        assert done.returncode == 2 and "out.jsonl: File too large" in said and "Traceback" not in done.stderr
+        assert (
+            done.returncode == 2
+            and "out.jsonl: File too large" in said
+            and "Traceback" not in done.stderr
+        )
         kept = (tmp_path / "out.jsonl").read_bytes()
         assert size - 500 < len(kept) <= size and kept.endswith(b"\n")
     sample(scripted, tmp_path)
@@ -208,14 +331,32 @@ def test_a_full_disk_leaves_whole_rows_and_the_same_command_resumes(scripted, tm
 
 def test_a_full_disk_at_the_pictures_is_one_line(scripted, tmp_path):
     scripted.script = lambda n, body: "good"
-    (tmp_path / "in.jsonl").write_text(json.dumps({"id": "a", "problem": "1 + 1?", "answer": "2"}) + "\n")
-    arguments = ["--data", tmp_path / "in.jsonl", "--models", "m", "--tokenizer", TINY / "model", "--out", tmp_path / "results",
-                 "--base-url", f"http://127.0.0.1:{scripted.server_address[1]}/v1"]  # fmt: skip
+    (tmp_path / "in.jsonl").write_text(
+        json.dumps({"id": "a", "problem": "1 + 1?", "answer": "2"}) + "\n"
+    )
+    arguments = [
+        "--data",
+        tmp_path / "in.jsonl",
+        "--models",
+        "m",
+        "--tokenizer",
+        TINY / "model",
+        "--out",
+        tmp_path / "results",
+        "--base-url",
+        f"http://127.0.0.1:{scripted.server_address[1]}/v1",
+    ]
     run(5, *arguments)
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))  # report.md fits, accuracy.png does not
+    limit = lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (9000, 9000)
+    )  # report.md fits, accuracy.png does not
     done = run("report", tmp_path / "results", check=False, timeout=120, preexec_fn=limit)
     [said] = [line for line in done.stderr.splitlines() if ": error: " in line]
-    assert done.returncode == 2 and "pictures cannot be written" in said and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "pictures cannot be written" in said
+        and "Traceback" not in done.stderr
+    )
     run("report", tmp_path / "results")
     assert "accuracy.png" in (tmp_path / "results" / "report.md").read_text()
     run(5, *arguments)
@@ -227,8 +368,17 @@ def test_stages_run_twice_in_one_process(scripted, tmp_path, capsys):
     url = f"http://127.0.0.1:{scripted.server_address[1]}/v1"
     problem = {"id": "a", "problem": "1 + 1?", "answer": "2"}
     steps = ["Let's think step by step.\nStep 1: 1 + 1 = 3.\n", "Step 2: The answer is 3."]
-    wrong = problem | {"sample": 0, "response": "".join(steps), "steps": steps, "correct": False, "finish_reason": "stop"}
-    samples = [wrong | {"prediction": "3"}, wrong | {"sample": 1, "correct": True, "prediction": "2"}]
+    wrong = problem | {
+        "sample": 0,
+        "response": "".join(steps),
+        "steps": steps,
+        "correct": False,
+        "finish_reason": "stop",
+    }
+    samples = [
+        wrong | {"prediction": "3"},
+        wrong | {"sample": 1, "correct": True, "prediction": "2"},
+    ]
     (tmp_path / "in.jsonl").write_text(json.dumps(problem) + "\n")
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
     data, file = (tmp_path / "in.jsonl",), tmp_path / "samples.jsonl"
@@ -236,7 +386,14 @@ def test_stages_run_twice_in_one_process(scripted, tmp_path, capsys):
     out = lambda number: tmp_path / str(number) / "out.jsonl"
     settings = {
         1: {"data": data, "model": "m", "out": out(1), **server},
-        2: {"samples": file, "model": "m", "out": out(2), "rollouts": 1, "keep_rollouts": tmp_path / "kept.jsonl", **server},
+        2: {
+            "samples": file,
+            "model": "m",
+            "out": out(2),
+            "rollouts": 1,
+            "keep_rollouts": tmp_path / "kept.jsonl",
+            **server,
+        },
         3: {"samples": file, "method": "dpo", "out": out(3)},
         5: {"data": data, "models": ("m",), "out": tmp_path / "5", **server},
     }
@@ -265,4 +422,8 @@ def test_each_request_has_its_own_stable_seed(scripted, tmp_path):
     assert set(seen) == first and len(seen) == count
     body = next(iter(seen.values()))
     assert decoded(body).endswith("<|im_start|>assistant\nLet's think step by step.\nStep 1:")
-    assert (body["top_k"], body["min_p"], body["repetition_penalty"]) == (-1, 0.0, 1.0)  # whatever the server's defaults are
+    assert (body["top_k"], body["min_p"], body["repetition_penalty"]) == (
+        -1,
+        0.0,
+        1.0,
+    )  # whatever the server's defaults are

@@ -1,5 +1,5 @@
-"""02: the rule of the rollouts, the judge's parser, votes and faults, --known, scores, kept rollouts, and the page in a real
-browser."""
+"""02: the rule of the rollouts, the judge's parser, votes and faults, --known, scores, kept
+rollouts, and the page in a real browser."""
 
 import asyncio
 import contextlib
@@ -29,10 +29,20 @@ from transformers import AutoModelForCausalLM
 
 def test_few_failures_show_a_lost_prefix_where_the_model_is_strong():
     lost_after, by_chance = stage(2).lost_after, stage(2).by_chance
-    assert [lost_after(right, 8 - right, 0.05, 100) for right in (8, 6, 4, 2, 1)] == [2, 3, 6, 17, 50]
+    assert [lost_after(right, 8 - right, 0.05, 100) for right in (8, 6, 4, 2, 1)] == [
+        2,
+        3,
+        6,
+        17,
+        50,
+    ]
     assert lost_after(4, 4, 0.01, 100) > lost_after(4, 4, 0.05, 100) > lost_after(4, 4, 0.2, 100)
     assert lost_after(1, 7, 0.05, 16) == lost_after(8, 0, 0.0, 16) == 16, "the most is kept"
-    for right, wrong in ((3, 1), (1, 3), (0, 5)):  # the mean of (1 - rate) ** tries over the beta distribution
+    for right, wrong in (
+        (3, 1),
+        (1, 3),
+        (0, 5),
+    ):  # the mean of (1 - rate) ** tries over the beta distribution
         log_beta = lambda a, b: math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
         mean = math.exp(log_beta(right + 0.5, wrong + 7.5) - log_beta(right + 0.5, wrong + 0.5))
         assert by_chance(7, right, wrong) == pytest.approx(mean) and by_chance(0, right, wrong) == 1
@@ -50,43 +60,83 @@ def searched(successes: dict[int, list[int]], n_steps: int, seen: list[int], **o
 def test_tries_follow_the_rate_of_the_prefix_before():
     every = list(range(100))
     strong = searched({1: every, 2: every}, 4, [8, 9])
-    assert strong == {"error_step": 3, "reason": None, "chance": pytest.approx(0.024, abs=0.001),
-                      "rollout_values": {"2": [2, 2], "3": [0, 2]}}  # fmt: skip
+    assert strong == {
+        "error_step": 3,
+        "reason": None,
+        "chance": pytest.approx(0.024, abs=0.001),
+        "rollout_values": {"2": [2, 2], "3": [0, 2]},
+    }
     weak = searched({1: [3], 2: [5]}, 4, [3, 8])  # one success ends the tries of its wave
-    assert weak["error_step"] == 3 and weak["rollout_values"] == {"2": [1, 8], "3": [0, 14]} and weak["chance"] < 0.05
-    weaker = searched({1: [3], 2: [15]}, 4, [1, 8])  # here the most is no evidence, and the row says so
-    assert weaker["error_step"] == 3 and weaker["rollout_values"] == {"2": [1, 16], "3": [0, 16]} and weaker["chance"] > 0.2
-    assert searched({2: [0], 3: [15]}, 4, [1, 8])["chance"] == 0.0, "that the whole solution is wrong is known"
+    assert (
+        weak["error_step"] == 3
+        and weak["rollout_values"] == {"2": [1, 8], "3": [0, 14]}
+        and weak["chance"] < 0.05
+    )
+    weaker = searched(
+        {1: [3], 2: [15]}, 4, [1, 8]
+    )  # here the most is no evidence, and the row says so
+    assert (
+        weaker["error_step"] == 3
+        and weaker["rollout_values"] == {"2": [1, 16], "3": [0, 16]}
+        and weaker["chance"] > 0.2
+    )
+    assert searched({2: [0], 3: [15]}, 4, [1, 8])["chance"] == 0.0, (
+        "that the whole solution is wrong is known"
+    )
 
 
 def test_a_problem_is_given_up():
     found = searched({}, 4, [0, 4])
-    assert found["error_step"] is found["chance"] is None and "none of 12 samples and continuations" in found["reason"]
-    assert found["rollout_values"] == {"0": [0, 8]} and searched({}, 4, [0, 20])["rollout_values"] == {"0": [0, 0]}
-    assert searched({0: [4], 1: range(9)}, 3, [0, 0])["rollout_values"] == {"0": [1, 8], "1": [2, 2], "2": [0, 12]}
+    assert (
+        found["error_step"] is found["chance"] is None
+        and "none of 12 samples and continuations" in found["reason"]
+    )
+    assert found["rollout_values"] == {"0": [0, 8]} and searched({}, 4, [0, 20])[
+        "rollout_values"
+    ] == {"0": [0, 0]}
+    assert searched({0: [4], 1: range(9)}, 3, [0, 0])["rollout_values"] == {
+        "0": [1, 8],
+        "1": [2, 2],
+        "2": [0, 12],
+    }
 
 
 def test_the_threshold_of_v_is_one_function():
-    """An edit of it changes the step that is named, where all continuations are made; V(0) has a test of its own."""
+    """An edit of it changes the step that is named, where all continuations are made; V(0) has a
+    test of its own."""
     of = {0: [1], 1: range(8), 2: range(3), 3: range(1)}
     with mock.patch.object(stage(2), "is_alive", lambda right, tried: right > 0.3 * tried):
-        found = [searched(of, 4, [0, 1], rollouts=8, all_rollouts=True, linear=linear) for linear in (False, True)]
-    assert [one["error_step"] for one in found] == [3, 3] and found[0]["rollout_values"]["0"] == [1, 8]
+        found = [
+            searched(of, 4, [0, 1], rollouts=8, all_rollouts=True, linear=linear)
+            for linear in (False, True)
+        ]
+    assert [one["error_step"] for one in found] == [3, 3] and found[0]["rollout_values"]["0"] == [
+        1,
+        8,
+    ]
     assert searched(of, 4, [0, 1], rollouts=8, all_rollouts=True)["error_step"] == 4
 
 
 def test_a_fixed_number_of_rollouts():
     found = searched({1: [3], 2: [5]}, 4, [1, 8], alpha=0.0, rollouts=8)
     assert found["error_step"] == 3 and found["rollout_values"] == {"2": [1, 8], "3": [0, 8]}
-    whole = searched({0: [2], 1: [3], 2: [5]}, 4, [1, 8], rollouts=8, linear=True, all_rollouts=True)
+    whole = searched(
+        {0: [2], 1: [3], 2: [5]}, 4, [1, 8], rollouts=8, linear=True, all_rollouts=True
+    )
     assert whole["rollout_values"] == {"1": [1, 8], "2": [1, 8], "3": [0, 8]}
 
 
 def test_an_interrupted_search_ends_with_the_same_rows(tmp_path):
-    """The rows of a run that is ended twice are those of a whole one, and those of another --alpha are not mixed in."""
+    """The rows of a run that is ended twice are those of a whole one, and those of another --alpha
+    are not mixed in."""
     two, rows = stage(2), wrong_samples(tmp_path / "in.jsonl", 24)
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row | {"sample": s, "correct": s == 1 and i % 2 == 0}) + "\n"
-                                               for i, row in enumerate(rows) for s in (0, 1)))  # fmt: skip
+    (tmp_path / "in.jsonl").write_text(
+        "".join(
+            json.dumps(row | {"sample": s, "correct": s == 1 and i % 2 == 0}) + "\n"
+            for i, row in enumerate(rows)
+            for s in (0, 1)
+        )
+    )
 
     def locate(out: str, calls: float = math.inf, **options):
         @contextlib.asynccontextmanager
@@ -97,8 +147,14 @@ def test_an_interrupted_search_ends_with_the_same_rows(tmp_path):
                 if calls < 0:
                     two.stop("enough")
                 await asyncio.sleep(0)
-                said = [" so \\boxed{0}." if random.Random(f"{seed} {i}").random() < 0.1 else " no." for i in range(n)]
-                return [{"text": text, "finish_reason": "stop", "tokens": n, "prompt_tokens": 1} for text in said]
+                said = [
+                    " so \\boxed{0}." if random.Random(f"{seed} {i}").random() < 0.1 else " no."
+                    for i in range(n)
+                ]
+                return [
+                    {"text": text, "finish_reason": "stop", "tokens": n, "prompt_tokens": 1}
+                    for text in said
+                ]
 
             yield generate
 
@@ -114,7 +170,9 @@ def test_an_interrupted_search_ends_with_the_same_rows(tmp_path):
         locate("parts.jsonl", alpha=0.2)
     locate("parts.jsonl")
     keyed = lambda name: {(row["id"], row["sample"]): row for row in read(tmp_path / name)}
-    assert keyed("parts.jsonl") == keyed("whole.jsonl") and len(read(tmp_path / "parts.jsonl")) == 36
+    assert (
+        keyed("parts.jsonl") == keyed("whole.jsonl") and len(read(tmp_path / "parts.jsonl")) == 36
+    )
     assert {bool(row["error_step"]) for row in keyed("whole.jsonl").values()} == {True, False}
 
 
@@ -128,19 +186,32 @@ READABLE = [
     ("分析：第二步算错了。\n判断：\n步骤 1：正确\n步骤 2：错误", 2),
     ("第1步：正确\n第2步：不正确", 2),
     ("Step 1: right\nStep 2: wrong\nStep 3: correct", 2),  # it went on behind the first error
-    ("<think>Step 1: incorrect? no.\nVerdicts:\nStep 1: incorrect</think>Step 1: correct\nStep 2: incorrect", 2),
-    ("Verdicts:\nStep 1: incorrect\n\nI looked again.\n\nVerdicts:\nStep 1: correct\nStep 2: incorrect", 2),  # the last list
+    (
+        "<think>Step 1: incorrect? no.\nVerdicts:\nStep 1: incorrect</think>Step 1: correct\nStep 2: incorrect",
+        2,
+    ),
+    (
+        "Verdicts:\nStep 1: incorrect\n\nI looked again.\n\nVerdicts:\nStep 1: correct\nStep 2: incorrect",
+        2,
+    ),  # the last list
     ("Step 1: incorrect\n\nThis is because 3 + 4 = 7.", 1),
 ]
 UNREADABLE = [
-    ("", "no verdict"), ("I'm sorry, I cannot help with that.", "no verdict"), ("The error is in step 2.", "no verdict"),
-    ("Step 1: not correct", "no verdict"), ("Step 1: correct? No, incorrect", "no"), ("Step 1: partially correct", "no"),
-    ("Step 2: incorrect", "on step 2"), ("Step 1: correct\nStep 3: incorrect", "on step 3"),
-    ("Step 2: correct\nStep 1: incorrect", "on step 2"), ("Step 1: correct\nStep 1: incorrect", "on step 1"),
-    ("Step 1: correct\nStep 2: correct", "end with step 2 of 3"), ("<think>Step 1: incorrect", "no verdict"),
+    ("", "no verdict"),
+    ("I'm sorry, I cannot help with that.", "no verdict"),
+    ("The error is in step 2.", "no verdict"),
+    ("Step 1: not correct", "no verdict"),
+    ("Step 1: correct? No, incorrect", "no"),
+    ("Step 1: partially correct", "no"),
+    ("Step 2: incorrect", "on step 2"),
+    ("Step 1: correct\nStep 3: incorrect", "on step 3"),
+    ("Step 2: correct\nStep 1: incorrect", "on step 2"),
+    ("Step 1: correct\nStep 1: incorrect", "on step 1"),
+    ("Step 1: correct\nStep 2: correct", "end with step 2 of 3"),
+    ("<think>Step 1: incorrect", "no verdict"),
     ("Step 1: correct\nStep 2: correct\nStep 3: correct\nStep 4: incorrect", "past the last"),
     ("Step 1: 正确的吗\nStep 2: 错误", "on step 2"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("text, step", READABLE)
@@ -156,15 +227,28 @@ def test_unreadable_judgements(text, why):
 
 def test_neutral_is_an_error_or_not():
     text = "Step 1: neutral\nStep 2: incorrect\nStep 3: correct"
-    assert (stage(2).first_error(text, 3, "error"), stage(2).first_error(text, 3, "correct")) == (1, 2)
-    with pytest.raises(ValueError, match="end with step 1"):  # a list that stops at a neutral step says too little then
+    assert (stage(2).first_error(text, 3, "error"), stage(2).first_error(text, 3, "correct")) == (
+        1,
+        2,
+    )
+    with pytest.raises(
+        ValueError, match="end with step 1"
+    ):  # a list that stops at a neutral step says too little then
         stage(2).first_error("Step 1: neutral", 3, "correct")
 
 
 def test_the_judge_sees_problem_truth_and_numbered_steps():
-    row = {"problem": "1 + 2 * 3?", "answer": "7", "steps": ["Let's think step by step.\nStep 1: 2 * 3 = 6.\n", "Step 2: 8."]}
+    row = {
+        "problem": "1 + 2 * 3?",
+        "answer": "7",
+        "steps": ["Let's think step by step.\nStep 1: 2 * 3 = 6.\n", "Step 2: 8."],
+    }
     text = stage(2).judge_prompt(row, stage(2).Args())
-    assert "## Answer\n7\n" in text and "Step 1: 2 * 3 = 6.\nStep 2: 8.\n" in text and "2 numbered steps" in text
+    assert (
+        "## Answer\n7\n" in text
+        and "Step 1: 2 * 3 = 6.\nStep 2: 8.\n" in text
+        and "2 numbered steps" in text
+    )
     assert "Let's think" not in text and "first step that is not correct;" in text
     text = stage(2).judge_prompt(row | {"solution": "1 + 6 = 7"}, stage(2).Args(neutral="correct"))
     assert "## Reference solution\n1 + 6 = 7\n" in text and "first step that is incorrect;" in text
@@ -172,7 +256,8 @@ def test_the_judge_sees_problem_truth_and_numbered_steps():
 
 
 class Judge(BaseHTTPRequestHandler):
-    """A chat server whose words come from `server.script(n, body)`: a text, (status, message), or the name of a fault."""
+    """A chat server whose words come from `server.script(n, body)`: a text, (status, message), or
+    the name of a fault."""
 
     protocol_version = "HTTP/1.1"
 
@@ -181,7 +266,11 @@ class Judge(BaseHTTPRequestHandler):
 
     def reply(self, status: int, text: str, *headers):
         self.send_response(status)
-        for name, value in (("content-type", "application/json"), ("content-length", str(len(text.encode()))), *headers):
+        for name, value in (
+            ("content-type", "application/json"),
+            ("content-length", str(len(text.encode()))),
+            *headers,
+        ):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(text.encode())
@@ -196,7 +285,11 @@ class Judge(BaseHTTPRequestHandler):
             self.server.seen.append(body | {"key": self.headers["authorization"]})
             said = self.server.script(self.server.count, body)
         if isinstance(said, tuple):
-            return self.reply(said[0], json.dumps({"error": {"message": said[1], "type": "x"}}), ("retry-after-ms", "3"))
+            return self.reply(
+                said[0],
+                json.dumps({"error": {"message": said[1], "type": "x"}}),
+                ("retry-after-ms", "3"),
+            )
         if said == "drop":
             self.close_connection = True
             return self.connection.close()
@@ -205,8 +298,14 @@ class Judge(BaseHTTPRequestHandler):
             said = "Step 1: incorrect"
         message = said if isinstance(said, dict) else {"role": "assistant", "content": said}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        whole = {"id": "x", "object": "chat.completion", "created": 0, "model": "judge", "choices": [choice],
-                 "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}}  # fmt: skip
+        whole = {
+            "id": "x",
+            "object": "chat.completion",
+            "created": 0,
+            "model": "judge",
+            "choices": [choice],
+            "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
+        }
         if said == "no choice":
             whole["choices"] = []
         self.reply(200, json.dumps(whole)[:40] if said == "half" else json.dumps(whole))
@@ -227,8 +326,19 @@ def wrong_samples(path, count: int = 6):
     for i in range(count):
         steps = [f"Step {k}: {k} + {i} = {k + i + (k == i % 4 + 1)}.\n" for k in range(1, 5)]
         steps[0] = "Let's think step by step.\n" + steps[0]
-        rows.append({"id": f"q{i}", "sample": 0, "problem": f"wrong at {i % 4 + 1}", "answer": "0", "response": "".join(steps),
-                     "steps": steps, "correct": False, "finish_reason": "stop", "prediction": "9"})  # fmt: skip
+        rows.append(
+            {
+                "id": f"q{i}",
+                "sample": 0,
+                "problem": f"wrong at {i % 4 + 1}",
+                "answer": "0",
+                "response": "".join(steps),
+                "steps": steps,
+                "correct": False,
+                "finish_reason": "stop",
+                "prediction": "9",
+            }
+        )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
@@ -238,57 +348,110 @@ def true_step(body: dict) -> int:
 
 
 def verdicts(step: int) -> str:
-    return "Verdicts:\n" + "".join(f"Step {k}: correct\n" for k in range(1, step)) + f"Step {step}: incorrect"
+    return (
+        "Verdicts:\n"
+        + "".join(f"Step {k}: correct\n" for k in range(1, step))
+        + f"Step {step}: incorrect"
+    )
 
 
 def judged(judge, tmp_path, *more, check: bool = True):
     url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
     with mock.patch.dict(os.environ, JUDGE_API_KEY="secret"):
-        return run(2, "--samples", tmp_path / "in.jsonl", "--locator", "judge", "--judge-base-url", url, "--judge-model",
-                   "judge", "--out", tmp_path / "out.jsonl", *more, check=check)  # fmt: skip
+        return run(
+            2,
+            "--samples",
+            tmp_path / "in.jsonl",
+            "--locator",
+            "judge",
+            "--judge-base-url",
+            url,
+            "--judge-model",
+            "judge",
+            "--out",
+            tmp_path / "out.jsonl",
+            *more,
+            check=check,
+        )
 
 
 def test_judge_votes_agreement_retries_and_cost(judge, tmp_path):
     rows = wrong_samples(tmp_path / "in.jsonl", 5)
 
     def script(n, body):
-        step, with_votes = true_step(body), judge.votes.setdefault(body["messages"][0]["content"], [0])
+        step, with_votes = (
+            true_step(body),
+            judge.votes.setdefault(body["messages"][0]["content"], [0]),
+        )
         with_votes[0] += 1
         turn = with_votes[0]
         if "1 + 1 =" in body["messages"][0]["content"]:  # q1: every vote another step
             return verdicts(turn)
         if "1 + 2 =" in body["messages"][0]["content"]:  # q2: never readable
             return "Who knows?"
-        if "1 + 4 =" in body["messages"][0]["content"]:  # q4: two against one, the first attempt is not readable
+        if (
+            "1 + 4 =" in body["messages"][0]["content"]
+        ):  # q4: two against one, the first attempt is not readable
             return "hm" if turn == 1 else verdicts(step if turn in (2, 3) else 4)
-        return {"role": "assistant", "content": None, "reasoning_content": verdicts(step)}  # all of it taken for thought
+        return {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": verdicts(step),
+        }  # all of it taken for thought
 
     judge.votes, judge.script = {}, script
     done = judged(judge, tmp_path, "--votes", 3, "--retries", 2, "--concurrency", 1)
     found = {row["id"]: row for row in read(tmp_path / "out.jsonl")}
     assert [found[row["id"]]["error_step"] for row in rows] == [1, None, None, 4, 1]
-    assert found["q4"]["judge"]["votes"] == {"1": 2, "4": 1} and found["q4"]["judge"]["agreement"] == 0.667
-    assert "disagree" in found["q1"]["reason"] and "cannot be read: no verdict" in found["q2"]["reason"]
+    assert (
+        found["q4"]["judge"]["votes"] == {"1": 2, "4": 1}
+        and found["q4"]["judge"]["agreement"] == 0.667
+    )
+    assert (
+        "disagree" in found["q1"]["reason"]
+        and "cannot be read: no verdict" in found["q2"]["reason"]
+    )
     assert found["q0"]["judge"]["text"] == verdicts(1) and found["q0"]["locator"] == "judge"
     calls = 3 + 3 + 9 + 3 + 4
-    assert judge.count == calls and f"judge prompt tokens {100 * calls}, judge completion tokens {10 * calls}" in done.stdout
-    assert judge.seen[0]["key"] == "Bearer secret" and len({body["seed"] for body in judge.seen}) == calls
+    assert (
+        judge.count == calls
+        and f"judge prompt tokens {100 * calls}, judge completion tokens {10 * calls}"
+        in done.stdout
+    )
+    assert (
+        judge.seen[0]["key"] == "Bearer secret"
+        and len({body["seed"] for body in judge.seen}) == calls
+    )
 
 
 def test_the_judge_is_not_asked_about_a_diagram_that_is_not_there(judge, tmp_path):
-    """As in the paper's code, unless --missing-diagrams; a diagram in Asymptote code can be read."""
+    """As in the paper's code, unless --missing-diagrams; a diagram in Asymptote code can be
+    read."""
     judge.script = lambda n, body: verdicts(true_step(body))
     rows = wrong_samples(tmp_path / "samples.jsonl")
     rows[0]["problem"] += " in the diagram?"
     rows[1]["problem"] += " in the diagram? [asy] draw((0,0)--(1,1)); [/asy]"
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = ["--samples", tmp_path / "samples.jsonl", "--locator", "judge", "--judge-model", "judge",
-                 "--judge-base-url", f"http://127.0.0.1:{judge.server_port}/v1"]  # fmt: skip
+    arguments = [
+        "--samples",
+        tmp_path / "samples.jsonl",
+        "--locator",
+        "judge",
+        "--judge-model",
+        "judge",
+        "--judge-base-url",
+        f"http://127.0.0.1:{judge.server_port}/v1",
+    ]
     done = run(2, *arguments, "--out", tmp_path / "a.jsonl")
     found = {row["id"]: row for row in read(tmp_path / "a.jsonl")}
     assert found["q0"]["error_step"] is None and "--missing-diagrams" in found["q0"]["reason"]
-    assert all(found[f"q{i}"]["error_step"] for i in range(1, 6)) and "problems with a diagram skipped 1" in done.stdout
-    assert judge.count == 5 and not any(set(body) & {"top_k", "min_p", "repetition_penalty"} for body in judge.seen)
+    assert (
+        all(found[f"q{i}"]["error_step"] for i in range(1, 6))
+        and "problems with a diagram skipped 1" in done.stdout
+    )
+    assert judge.count == 5 and not any(
+        set(body) & {"top_k", "min_p", "repetition_penalty"} for body in judge.seen
+    )
     run(2, *arguments, "--missing-diagrams", "--out", tmp_path / "b.jsonl")
     assert all(row["error_step"] for row in read(tmp_path / "b.jsonl"))
 
@@ -298,25 +461,60 @@ def test_low_agreement_and_a_judge_that_finds_nothing_make_no_pair(judge, tmp_pa
     judge.script = lambda n, body: verdicts(1 if n % 3 else 2)
     judged(judge, tmp_path, "--votes", 3, "--min-agreement", 0.7, "--limit", 1, "--concurrency", 1)
     [row] = read(tmp_path / "out.jsonl")
-    assert row["error_step"] is None and "disagree" in row["reason"] and row["judge"]["votes"] == {"1": 2, "2": 1}
+    assert (
+        row["error_step"] is None
+        and "disagree" in row["reason"]
+        and row["judge"]["votes"] == {"1": 2, "2": 1}
+    )
     judge.script = lambda n, body: "\n".join(f"Step {k}: correct" for k in range(1, 5))
     (tmp_path / "out.jsonl").unlink()
     judged(judge, tmp_path)
-    assert {row["reason"] for row in read(tmp_path / "out.jsonl")} == {"no error found by the judge"}
+    assert {row["reason"] for row in read(tmp_path / "out.jsonl")} == {
+        "no error found by the judge"
+    }
 
 
 @pytest.mark.slow
 def test_a_thousand_rows_with_faults_and_kills(judge, tmp_path):
-    """A fifth of the answers are faults of eight kinds; three kill -9; every row is there once, with its true step."""
+    """A fifth of the answers are faults of eight kinds; three kill -9; every row is there once,
+    with its true step."""
     rows, draw = wrong_samples(tmp_path / "in.jsonl", 1000), random.Random(0)
-    faults = [(429, "slow down"), (500, "oops"), "drop", "silence", "half", "no choice", "I'm sorry, I can't help.", ""]
-    judge.script = lambda n, body: draw.choice(faults) if draw.random() < 0.2 else verdicts(true_step(body))
+    faults = [
+        (429, "slow down"),
+        (500, "oops"),
+        "drop",
+        "silence",
+        "half",
+        "no choice",
+        "I'm sorry, I can't help.",
+        "",
+    ]
+    judge.script = lambda n, body: (
+        draw.choice(faults) if draw.random() < 0.2 else verdicts(true_step(body))
+    )
     url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
-    command = [sys.executable, f"{STAGES[2]}.py", "--samples", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl"),
-               "--locator", "judge", "--judge-model", "judge", "--judge-base-url", url, "--judge-timeout", "2",
-               "--retries", "9"]  # fmt: skip
+    command = [
+        sys.executable,
+        f"{STAGES[2]}.py",
+        "--samples",
+        str(tmp_path / "in.jsonl"),
+        "--out",
+        str(tmp_path / "out.jsonl"),
+        "--locator",
+        "judge",
+        "--judge-model",
+        "judge",
+        "--judge-base-url",
+        url,
+        "--judge-timeout",
+        "2",
+        "--retries",
+        "9",
+    ]
     for _ in range(3):
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
         before = judge.count
         while judge.count < before + 100 and process.poll() is None:
             time.sleep(0.02)
@@ -327,26 +525,62 @@ def test_a_thousand_rows_with_faults_and_kills(judge, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     found = {row["id"]: row["error_step"] for row in read(tmp_path / "out.jsonl")}
-    assert len(read(tmp_path / "out.jsonl")) == 1000 and found == {row["id"]: i % 4 + 1 for i, row in enumerate(rows)}
+    assert len(read(tmp_path / "out.jsonl")) == 1000 and found == {
+        row["id"]: i % 4 + 1 for i, row in enumerate(rows)
+    }
 
 
 @pytest.mark.slow
 def test_open_rows_go_to_the_rollouts(judge, bundled, tmp_path):
-    """The judge reads two of the rows; with its file as --known the rollouts take the others, and the judge's text is kept."""
+    """The judge reads two of the rows; with its file as --known the rollouts take the others, and
+    the judge's text is kept."""
     source = [row for row in read(TINY / "train.jsonl") if row["level"] == 1][:4]
-    rows = [row | {"sample": 0, "response": row["solution"], "correct": False, "finish_reason": "stop", "prediction": "0",
-                   "steps": stage(1).split_steps(row["solution"])} for row in source]  # fmt: skip
+    rows = [
+        row
+        | {
+            "sample": 0,
+            "response": row["solution"],
+            "correct": False,
+            "finish_reason": "stop",
+            "prediction": "0",
+            "steps": stage(1).split_steps(row["solution"]),
+        }
+        for row in source
+    ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     known = [row["problem"] for row in rows[:2]]
-    judge.script = lambda n, body: verdicts(2) if any(p in body["messages"][0]["content"] for p in known) else "no idea"
+    judge.script = lambda n, body: (
+        verdicts(2) if any(p in body["messages"][0]["content"] for p in known) else "no idea"
+    )
     url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
-    run(2, "--samples", tmp_path / "in.jsonl", "--locator", "judge", "--judge-base-url", url, "--judge-model", "judge",
-        "--retries", 0, "--out", tmp_path / "judged.jsonl")  # fmt: skip
+    run(
+        2,
+        "--samples",
+        tmp_path / "in.jsonl",
+        "--locator",
+        "judge",
+        "--judge-base-url",
+        url,
+        "--judge-model",
+        "judge",
+        "--retries",
+        0,
+        "--out",
+        tmp_path / "judged.jsonl",
+    )
     command = ["--samples", tmp_path / "in.jsonl", *bundled, "--max-tokens", 300, "--rollouts", 4]
     done = run(2, *command, "--known", tmp_path / "judged.jsonl", "--out", tmp_path / "out.jsonl")
     found = {row["problem"]: row for row in read(tmp_path / "out.jsonl")}
-    assert [found[row["problem"]]["locator"] for row in rows] == ["judge", "judge", "rollout", "rollout"]
-    assert [found[problem]["error_step"] for problem in known] == [2, 2] and "located in --known 2" in done.stdout
+    assert [found[row["problem"]]["locator"] for row in rows] == [
+        "judge",
+        "judge",
+        "rollout",
+        "rollout",
+    ]
+    assert [found[problem]["error_step"] for problem in known] == [
+        2,
+        2,
+    ] and "located in --known 2" in done.stdout
     assert all(found[row["problem"]]["judge"]["text"] == "no idea" for row in rows[2:])
     again = run(2, *command, "--known", tmp_path / "judged.jsonl", "--out", tmp_path / "out.jsonl")
     assert "4 rows are there already" in again.stderr and len(read(tmp_path / "out.jsonl")) == 4
@@ -357,53 +591,108 @@ def test_open_rows_go_to_the_rollouts(judge, bundled, tmp_path):
 def test_known_rows_must_be_located_and_of_the_same_samples(judge, tmp_path):
     rows = wrong_samples(tmp_path / "in.jsonl", 3)
     judge.script = lambda n, body: verdicts(true_step(body))
-    (tmp_path / "known.jsonl").write_text(json.dumps(rows[1] | {"error_step": 4, "locator": "human", "reason": None}) + "\n")
+    (tmp_path / "known.jsonl").write_text(
+        json.dumps(rows[1] | {"error_step": 4, "locator": "human", "reason": None}) + "\n"
+    )
     judged(judge, tmp_path, "--known", tmp_path / "known.jsonl")
     found = {row["id"]: (row["error_step"], row["locator"]) for row in read(tmp_path / "out.jsonl")}
-    assert found == {"q0": (1, "judge"), "q1": (4, "human"), "q2": (3, "judge")} and judge.count == 2
-    (tmp_path / "other.jsonl").write_text(json.dumps(rows[1] | {"error_step": 1, "steps": ["x"]}) + "\n")
-    for known, why in [("in", "row 1: no 'error_step'"), ("other", "another sample 0 of q1"), ("none", "cannot be read")]:
+    assert (
+        found == {"q0": (1, "judge"), "q1": (4, "human"), "q2": (3, "judge")} and judge.count == 2
+    )
+    (tmp_path / "other.jsonl").write_text(
+        json.dumps(rows[1] | {"error_step": 1, "steps": ["x"]}) + "\n"
+    )
+    for known, why in [
+        ("in", "row 1: no 'error_step'"),
+        ("other", "another sample 0 of q1"),
+        ("none", "cannot be read"),
+    ]:
         out = ["--known", tmp_path / f"{known}.jsonl", "--out", tmp_path / "x.jsonl"]
         done = judged(judge, tmp_path, *out, check=False)
         assert done.returncode == 2 and why in done.stderr and "Traceback" not in done.stderr
 
 
 def test_the_order_of_the_samples_does_not_count(tmp_path):
-    """01 writes rows as they get ready; which ones --limit and --max-per-problem take must not hang on that."""
+    """01 writes rows as they get ready; which ones --limit and --max-per-problem take must not hang
+    on that."""
     row = {"problem": "p", "answer": "1", "response": "r", "steps": ["r"], "finish_reason": "stop"}
-    rows = [row | {"id": f"q{i}", "sample": j, "correct": (i + j) % 3 == 0} for i in range(12) for j in range(4)]
+    rows = [
+        row | {"id": f"q{i}", "sample": j, "correct": (i + j) % 3 == 0}
+        for i in range(12)
+        for j in range(4)
+    ]
     found = []
     for seed in range(3):
         random.Random(seed).shuffle(rows)
         (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        two = stage(2).load_samples(stage(2).Args(samples=tmp_path / "in.jsonl", max_per_problem=1, limit=5))[0]
-        three = stage(3).load_input(stage(3).Args(method="dpo", samples=tmp_path / "in.jsonl", limit=7))
+        two = stage(2).load_samples(
+            stage(2).Args(samples=tmp_path / "in.jsonl", max_per_problem=1, limit=5)
+        )[0]
+        three = stage(3).load_input(
+            stage(3).Args(method="dpo", samples=tmp_path / "in.jsonl", limit=7)
+        )
         found.append((two, three, list(three)))
-    assert found[0] == found[1] == found[2] and len(found[0][0]) == 5 and sum(map(len, found[0][1].values())) == 7
+    assert (
+        found[0] == found[1] == found[2]
+        and len(found[0][0]) == 5
+        and sum(map(len, found[0][1].values())) == 7
+    )
 
 
 @pytest.mark.slow
 def test_kept_rollouts_are_used_by_03(bundled, tmp_path):
     common = [*bundled, "--max-tokens", 300]
-    run(1, "--data", TINY / "train.jsonl", "--limit", 40, "--out", tmp_path / "samples.jsonl", *common)
-    located = ["--samples", tmp_path / "samples.jsonl", "--out", tmp_path / "located.jsonl", "--rollouts", 4]
+    run(
+        1,
+        "--data",
+        TINY / "train.jsonl",
+        "--limit",
+        40,
+        "--out",
+        tmp_path / "samples.jsonl",
+        *common,
+    )
+    located = [
+        "--samples",
+        tmp_path / "samples.jsonl",
+        "--out",
+        tmp_path / "located.jsonl",
+        "--rollouts",
+        4,
+    ]
     run(2, *located, "--keep-rollouts", tmp_path / "rollouts.jsonl", *common)
     rows = {(row["id"], row["sample"]): row for row in read(tmp_path / "located.jsonl")}
-    kept = {(row["id"], row["sample"]): row["rollouts"] for row in read(tmp_path / "rollouts.jsonl")}
+    kept = {
+        (row["id"], row["sample"]): row["rollouts"] for row in read(tmp_path / "rollouts.jsonl")
+    }
     assert set(rows) == set(kept)
     for key, row in rows.items():
-        counts = {k: [sum(c["correct"] for c in found), len(found)] for k, found in kept[key].items()}
+        counts = {
+            k: [sum(c["correct"] for c in found), len(found)] for k, found in kept[key].items()
+        }
         assert counts == row["rollout_values"]
     arguments = ["--located", tmp_path / "located.jsonl", "--n", 4, *common]
     run(3, *arguments, "--out", tmp_path / "fresh.jsonl")
-    done = run(3, *arguments, "--out", tmp_path / "pairs.jsonl", "--rollouts", tmp_path / "rollouts.jsonl")
+    done = run(
+        3, *arguments, "--out", tmp_path / "pairs.jsonl", "--rollouts", tmp_path / "rollouts.jsonl"
+    )
     reused = int(re.search(r"continuations reused (\d+)", done.stdout)[1])
-    metas = [json.loads((tmp_path / f"{name}.jsonl.meta.json").read_text()) for name in ("fresh", "pairs")]
+    metas = [
+        json.loads((tmp_path / f"{name}.jsonl.meta.json").read_text())
+        for name in ("fresh", "pairs")
+    ]
     assert reused and metas[1]["summary"]["tokens"] < metas[0]["summary"]["tokens"]
     for pair in read(tmp_path / "pairs.jsonl"):
         assert pair["full_chosen"].startswith(pair["initial_reason_steps"] + pair["chosen"])
         assert pair["full_chosen"].endswith(f"{{{pair['answer']}}}.")
-    other = ["--out", tmp_path / "x.jsonl", "--rollouts", tmp_path / "rollouts.jsonl", "--top-p", 0.9]
+    other = [
+        "--out",
+        tmp_path / "x.jsonl",
+        "--rollouts",
+        tmp_path / "rollouts.jsonl",
+        "--top-p",
+        0.9,
+    ]
     done = run(3, *arguments, *other, check=False)
     assert done.returncode == 2 and "was made with top_p = 0.95" in done.stderr
 
@@ -413,9 +702,17 @@ def test_scores_follow_their_formulas(tmp_path, capsys):
 
     result = locate.print_scores([1, 2, 3, 4, 0, 0, 0, 0], [1, 3, 1, None, 0, 0, 2, None], "x")
     out = capsys.readouterr().out
-    assert result["wrong"] == 0.25 and result["right"] == 0.5 and result["F1"] == pytest.approx(2 * 0.25 * 0.5 / 0.75)
+    assert (
+        result["wrong"] == 0.25
+        and result["right"] == 0.5
+        and result["F1"] == pytest.approx(2 * 0.25 * 0.5 / 0.75)
+    )
     assert result["located"] == pytest.approx(1 / 3)
-    for line in ("exact                      1  25.0%", "1 late                     1", "2 or more early            1"):
+    for line in (
+        "exact                      1  25.0%",
+        "1 late                     1",
+        "2 or more early            1",
+    ):
         assert line in out
     # Cohen 1960, by hand: agreement 0.7, by chance 0.5 * 0.6 + 0.5 * 0.4 = 0.5
     a, b = [1, 1, 1, 1, 1, 2, 2, 2, 2, 2], [1, 1, 1, 1, 2, 1, 1, 2, 2, 2]
@@ -426,17 +723,25 @@ def test_scores_follow_their_formulas(tmp_path, capsys):
 def processbench_rows(path):
     """Rows in ProcessBench's own form: steps without labels, 0-based error, -1 for none."""
     rows = [
-        {"id": f"gsm8k-{i}", "generator": "Qwen2-7B-Instruct", "problem": f"wrong at {label + 1}", "label": label,
-         "steps": ["First, 2 + 2 = 4.", "Then 4 + 1 = 6.", "So \\boxed{6}."], "final_answer_correct": label < 0}
+        {
+            "id": f"gsm8k-{i}",
+            "generator": "Qwen2-7B-Instruct",
+            "problem": f"wrong at {label + 1}",
+            "label": label,
+            "steps": ["First, 2 + 2 = 4.", "Then 4 + 1 = 6.", "So \\boxed{6}."],
+            "final_answer_correct": label < 0,
+        }
         for i, label in enumerate([0, 1, 2, -1, -1])
-    ]  # fmt: skip
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_processbench_files_and_comparison(judge, tmp_path):
     processbench_rows(tmp_path / "labels.jsonl")
     all_right = "\n".join(f"Step {k}: correct" for k in (1, 2, 3))
-    judge.script = lambda n, body: verdicts(min(2, true_step(body))) if true_step(body) else all_right
+    judge.script = lambda n, body: (
+        verdicts(min(2, true_step(body))) if true_step(body) else all_right
+    )
     url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
     files = ["--data-dir", tmp_path, "--files", "labels", "--out"]
     by_judge = ["--", "--locator", "judge", "--judge-base-url", url, "--judge-model", "judge"]
@@ -461,34 +766,75 @@ def test_processbench_files_and_comparison(judge, tmp_path):
 
 
 def test_labels_of_rows_that_say_nothing_else(tmp_path):
-    """true_errors.py gives a right solution no reason; a person who was not sure gives one, and no label."""
+    """true_errors.py gives a right solution no reason; a person who was not sure gives one, and no
+    label."""
     row = {"problem": "p", "steps": ["a", "b"]}
-    rows = [{"error_step": 2}, {"error_step": None}, {"error_step": None, "reason": "unsure"}, {"label": -1}, {"label": 1}]
+    rows = [
+        {"error_step": 2},
+        {"error_step": None},
+        {"error_step": None, "reason": "unsure"},
+        {"label": -1},
+        {"label": 1},
+    ]
     (tmp_path / "l.jsonl").write_text("".join(json.dumps(row | more) + "\n" for more in rows))
-    assert [row["label"] for row in processbench.sample_rows(tmp_path / "l.jsonl")] == [1, -1, -1, 1]
+    assert [row["label"] for row in processbench.sample_rows(tmp_path / "l.jsonl")] == [
+        1,
+        -1,
+        -1,
+        1,
+    ]
 
 
 def test_sample_rows_are_those_that_02_splits(tmp_path):
-    """Paragraphs with blank lines, labels or leading space; a click on a row of 01 keeps its steps."""
-    row = {"id": "a", "problem": "p", "steps": ["Step 1: x\n\n y ", "\n z", "Step 3"], "label": 1, "answer": 0}
+    """Paragraphs with blank lines, labels or leading space; a click on a row of 01 keeps its
+    steps."""
+    row = {
+        "id": "a",
+        "problem": "p",
+        "steps": ["Step 1: x\n\n y ", "\n z", "Step 3"],
+        "label": 1,
+        "answer": 0,
+    }
     (tmp_path / "l.jsonl").write_text(json.dumps(row) + "\n")
     rows = processbench.sample_rows(tmp_path / "l.jsonl")
-    assert rows[0]["steps"] == ["Step 1: x\n y\n\n", "z\n\n", "Step 3\n\n"] and rows[0]["answer"] == "0"
-    assert stage(2).split_steps(rows[0]["response"], processbench.split_of(rows)) == rows[0]["steps"]
-    (tmp_path / "l.jsonl").write_text(json.dumps(row | {"steps": ["a", "b"], "response": "a\n\nb"}) + "\n")
+    assert (
+        rows[0]["steps"] == ["Step 1: x\n y\n\n", "z\n\n", "Step 3\n\n"]
+        and rows[0]["answer"] == "0"
+    )
+    assert (
+        stage(2).split_steps(rows[0]["response"], processbench.split_of(rows)) == rows[0]["steps"]
+    )
+    (tmp_path / "l.jsonl").write_text(
+        json.dumps(row | {"steps": ["a", "b"], "response": "a\n\nb"}) + "\n"
+    )
     [row] = processbench.sample_rows(tmp_path / "l.jsonl")
     assert row["steps"] == ["a\n\n", "b\n\n"] and row["response"] == "a\n\nb\n\n"
     clicked = wrong_samples(tmp_path / "in.jsonl", 2)
-    (tmp_path / "l.jsonl").write_text("".join(json.dumps(row | {"error_step": 2, "reason": None}) + "\n" for row in clicked))
+    (tmp_path / "l.jsonl").write_text(
+        "".join(json.dumps(row | {"error_step": 2, "reason": None}) + "\n" for row in clicked)
+    )
     rows = processbench.sample_rows(tmp_path / "l.jsonl")
-    assert [row["steps"] for row in rows] == [row["steps"] for row in clicked] and processbench.split_of(rows) == "labels"
+    assert [row["steps"] for row in rows] == [
+        row["steps"] for row in clicked
+    ] and processbench.split_of(rows) == "labels"
 
 
 def test_a_page_does_not_write_over_a_file_that_is_not_its_own(tmp_path):
     wrong_samples(tmp_path / "in.jsonl", 2)
     (tmp_path / "located.jsonl").write_text("{}\n")
-    done = run("annotate", "--samples", tmp_path / "in.jsonl", "--out", tmp_path / "located.jsonl", check=False)
-    assert done.returncode == 2 and "--annotator" in done.stderr and (tmp_path / "located.jsonl").read_text() == "{}\n"
+    done = run(
+        "annotate",
+        "--samples",
+        tmp_path / "in.jsonl",
+        "--out",
+        tmp_path / "located.jsonl",
+        check=False,
+    )
+    assert (
+        done.returncode == 2
+        and "--annotator" in done.stderr
+        and (tmp_path / "located.jsonl").read_text() == "{}\n"
+    )
 
 
 def test_money_is_not_taken_for_a_formula():
@@ -496,22 +842,35 @@ def test_money_is_not_taken_for_a_formula():
 
     assert safe("He pays $5 - $3 = $2.") == "He pays &#36;5 - &#36;3 = &#36;2."
     assert safe("So $x = 5$, since $2x=10$.") == "So \\(x = 5\\), since \\(2x=10\\)."
-    assert safe("The answer is \\boxed{7}.") == "The answer is \\(\\boxed{7}\\)." and safe("$\\boxed{7}$") == "\\(\\boxed{7}\\)"
+    assert (
+        safe("The answer is \\boxed{7}.") == "The answer is \\(\\boxed{7}\\)."
+        and safe("$\\boxed{7}$") == "\\(\\boxed{7}\\)"
+    )
     assert safe("It costs $3 and $x$ is 4") == "It costs &#36;3 and \\(x\\) is 4"
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 
 
 @contextmanager
 def page_of(playwright, command: list, ready: str, kill: bool = False):
-    """A script's page in a browser, once the element `ready` is there; nothing may be fetched from elsewhere."""
+    """A script's page in a browser, once the element `ready` is there; nothing may be fetched from
+    elsewhere."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a background job's children ignore Ctrl-C
-    process = subprocess.Popen([sys.executable, *map(str, command), "--port", str(port)], cwd=ROOT, stderr=subprocess.PIPE,
-                               text=True, preexec_fn=heed)  # fmt: skip
+    heed = partial(
+        signal.signal, signal.SIGINT, signal.default_int_handler
+    )  # a background job's children ignore Ctrl-C
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command), "--port", str(port)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed,
+    )
     assert any("open http://127.0.0.1" in line for line in process.stderr)
     browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
     page, fetched = browser.new_page(), []
@@ -528,7 +887,8 @@ def page_of(playwright, command: list, ready: str, kill: bool = False):
 @pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium here; Debian: apt install chromium")
 def test_the_page_in_a_browser(tmp_path):
-    """Keys, clicks, back, skip and unsure; a kill in between loses nothing; nothing is fetched from elsewhere."""
+    """Keys, clicks, back, skip and unsure; a kill in between loses nothing; nothing is fetched from
+    elsewhere."""
     pytest.importorskip("gradio")
     sync_api = pytest.importorskip("playwright.sync_api")
     rows = wrong_samples(tmp_path / "in.jsonl", 5)
@@ -559,24 +919,44 @@ def test_the_page_in_a_browser(tmp_path):
             shows(page, 4)
             page.click("#none")
             shows(page, 3)  # the skipped one comes again
-    found = {row["id"]: (row["error_step"], row["reason"], row["annotator"]) for row in read(tmp_path / "located.ann.jsonl")}
-    assert found == {"q0": (2, None, "ann"), "q1": (3, None, "ann"), "q2": (None, "unsure", "ann"),
-                     "q4": (None, "no error found by hand", "ann")}  # fmt: skip
+    found = {
+        row["id"]: (row["error_step"], row["reason"], row["annotator"])
+        for row in read(tmp_path / "located.ann.jsonl")
+    }
+    assert found == {
+        "q0": (2, None, "ann"),
+        "q1": (3, None, "ann"),
+        "q2": (None, "unsure", "ann"),
+        "q4": (None, "no error found by hand", "ann"),
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium here; Debian: apt install chromium")
 def test_the_demo_in_a_browser(tmp_path):
-    """The bundled model beside a disturbed copy: steps, the marked answer, and rewards of the tokens."""
+    """The bundled model beside a disturbed copy: steps, the marked answer, and rewards of the
+    tokens."""
     pytest.importorskip("gradio")
     sync_api = pytest.importorskip("playwright.sync_api")
     tuned = AutoModelForCausalLM.from_pretrained(TINY / "model", dtype=torch.float32)
     for parameter in tuned.parameters():
-        parameter.data += 0.002 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+        parameter.data += 0.002 * torch.randn(
+            parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
+        )
     tuned.save_pretrained(tmp_path / "tuned")
     row = read(TINY / "test.jsonl")[0]
-    command = ["analysis/demo.py", "--models", TINY / "model", tmp_path / "tuned", "--examples", TINY / "test.jsonl"]
-    with sync_api.sync_playwright() as playwright, page_of(playwright, command, "#problem textarea") as page:
+    command = [
+        "analysis/demo.py",
+        "--models",
+        TINY / "model",
+        tmp_path / "tuned",
+        "--examples",
+        TINY / "test.jsonl",
+    ]
+    with (
+        sync_api.sync_playwright() as playwright,
+        page_of(playwright, command, "#problem textarea") as page,
+    ):
         page.click("#rewards")
         page.wait_for_selector("text=Nothing is solved yet.")
         page.fill("#problem textarea", row["problem"])

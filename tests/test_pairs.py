@@ -1,4 +1,5 @@
-"""03_rectify.py: pairs of SCDPO and DPO, what is garbled, another rectifier, the judge's filter, training on a mix."""
+"""03_rectify.py: pairs of SCDPO and DPO, what is garbled, another rectifier, the judge's filter,
+training on a mix."""
 
 import asyncio
 import json
@@ -12,37 +13,70 @@ OPENING = "Let's think step by step.\nStep 1:"
 SHORT = ["--max-tokens", "300"]
 
 
-def solution(identity: str, sample: int, text: str, correct: bool, finish_reason: str = "stop") -> dict:
+def solution(
+    identity: str, sample: int, text: str, correct: bool, finish_reason: str = "stop"
+) -> dict:
     response = OPENING + text
-    return {"id": identity, "sample": sample, "problem": f"problem {identity}", "answer": "7", "response": response,
-            "steps": stage(1).split_steps(response), "correct": correct, "finish_reason": finish_reason,
-            "prediction": stage(1).extract_answer(response), "dataset": "d"}  # fmt: skip
+    return {
+        "id": identity,
+        "sample": sample,
+        "problem": f"problem {identity}",
+        "answer": "7",
+        "response": response,
+        "steps": stage(1).split_steps(response),
+        "correct": correct,
+        "finish_reason": finish_reason,
+        "prediction": stage(1).extract_answer(response),
+        "dataset": "d",
+    }
 
 
 def write(path, rows: list[dict]):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-RIGHT = [" 3 + 4 = 7.\nThe answer is \\boxed{7}.", " We add three and four, which makes seven.\nThe answer is \\boxed{7}.",
-         " 3 + 4 = 7.\nThe answer is  \\boxed{7}.", " 3 + 4 = 8, an error, so 7.\nThe answer is \\boxed{7}."]  # fmt: skip
+RIGHT = [
+    " 3 + 4 = 7.\nThe answer is \\boxed{7}.",
+    " We add three and four, which makes seven.\nThe answer is \\boxed{7}.",
+    " 3 + 4 = 7.\nThe answer is  \\boxed{7}.",
+    " 3 + 4 = 8, an error, so 7.\nThe answer is \\boxed{7}.",
+]
 WRONG = [" 3 + 4 = 8.\nThe answer is \\boxed{8}.", " 3 * 4 = 12.\nThe answer is \\boxed{12}."]
 
 
 def test_dpo_pairs_use_every_solution_once_before_any_twice(tmp_path):
     rows = [solution("a", i, text, True) for i, text in enumerate(RIGHT)]
     rows += [solution("a", 4 + i, text, False) for i, text in enumerate(WRONG)]
-    rows += [solution("a", 6, " and so on", False), solution("a", 7, " 3 + 4 =", False, "length")]  # no answer; unfinished
+    rows += [
+        solution("a", 6, " and so on", False),
+        solution("a", 7, " 3 + 4 =", False, "length"),
+    ]  # no answer; unfinished
     rows += [solution("b", 0, RIGHT[0], True), solution("c", 0, WRONG[0], False)]
     write(tmp_path / "s.jsonl", rows)
     for most, expected in ((1, 1), (2, 2), (0, 4)):
         out = tmp_path / f"{most}.jsonl"
-        done = run(3, "--method", "dpo", "--samples", tmp_path / "s.jsonl", "--pairs-per-problem", most, "--out", out)
+        done = run(
+            3,
+            "--method",
+            "dpo",
+            "--samples",
+            tmp_path / "s.jsonl",
+            "--pairs-per-problem",
+            most,
+            "--out",
+            out,
+        )
         pairs = read(out)
         assert len(pairs) == expected
-        assert "right solutions like another 1, right solutions with second thoughts 1" in done.stdout
+        assert (
+            "right solutions like another 1, right solutions with second thoughts 1" in done.stdout
+        )
         for pair in pairs:
             assert pair["initial_reason_steps"] == OPENING and pair["method"] == "dpo"
-            assert OPENING + pair["chosen"] == pair["full_chosen"] and OPENING + pair["rejected"] == pair["full_rejected"]
+            assert (
+                OPENING + pair["chosen"] == pair["full_chosen"]
+                and OPENING + pair["rejected"] == pair["full_rejected"]
+            )
             assert pair["chosen"] in RIGHT[:2] and pair["rejected"] in WRONG
     assert (
         len({pair["chosen"] for pair in read(tmp_path / "2.jsonl")})
@@ -50,15 +84,28 @@ def test_dpo_pairs_use_every_solution_once_before_any_twice(tmp_path):
         == len({p["rejected"] for p in read(tmp_path / "2.jsonl")})
     )
     before = (tmp_path / "0.jsonl").read_bytes()
-    run(3, "--method", "dpo", "--samples", tmp_path / "s.jsonl", "--pairs-per-problem", 0, "--out", tmp_path / "0.jsonl")
+    run(
+        3,
+        "--method",
+        "dpo",
+        "--samples",
+        tmp_path / "s.jsonl",
+        "--pairs-per-problem",
+        0,
+        "--out",
+        tmp_path / "0.jsonl",
+    )
     assert (tmp_path / "0.jsonl").read_bytes() == before
 
 
 GARBLED = [
-    ("Step 2: 3 + 4 = 8.\nThe answer is \\boxed{8}.", "stop", ""), ("3 + 4", "length", "not finished"),
-    ("we add one and two and three and four. " * 3, "stop", "repeats itself"), ("x" * 30 + "ґ" * 2, "stop", "odd characters"),
-    ("x" * 30 + "é" * 2, "stop", ""), ("x" * 30 + "算" * 2, "stop", "odd characters"),
-]  # fmt: skip
+    ("Step 2: 3 + 4 = 8.\nThe answer is \\boxed{8}.", "stop", ""),
+    ("3 + 4", "length", "not finished"),
+    ("we add one and two and three and four. " * 3, "stop", "repeats itself"),
+    ("x" * 30 + "ґ" * 2, "stop", "odd characters"),
+    ("x" * 30 + "é" * 2, "stop", ""),
+    ("x" * 30 + "算" * 2, "stop", "odd characters"),
+]
 
 
 @pytest.mark.parametrize("text, finish_reason, why", GARBLED)
@@ -70,7 +117,9 @@ def test_garbled(text, finish_reason, why):
 def test_bad_combinations_are_refused(tmp_path):
     write(tmp_path / "s.jsonl", [solution("a", 0, RIGHT[0], True)])
     more = ["--method", "dpo", "--rectifier", "x/y"]
-    done = run(3, "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "p.jsonl", *more, check=False)
+    done = run(
+        3, "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "p.jsonl", *more, check=False
+    )
     assert done.returncode == 2 and "--rectifier" in done.stderr and "Traceback" not in done.stderr
     write(tmp_path / "s.jsonl", [solution("a", 0, WRONG[0], False)])
     scdpo = ["--method", "scdpo", "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "p.jsonl"]
@@ -79,10 +128,13 @@ def test_bad_combinations_are_refused(tmp_path):
     done = run(3, *scdpo, "--first-k", -1, check=False)
     assert done.returncode == 2 and "--first-k" in done.stderr and "at least 0" in done.stderr
     done = run(3, "--pairs-per-problem", 1, check=False)
-    assert done.returncode == 2 and "--pairs-per-problem has no effect with --method step-dpo" in done.stderr
+    assert (
+        done.returncode == 2
+        and "--pairs-per-problem has no effect with --method step-dpo" in done.stderr
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # with the real server
 
 
@@ -95,7 +147,8 @@ def samples(bundled, tmp_path_factory):
 
 @pytest.mark.slow
 def test_scdpo_pairs_survive_kills_and_follow_their_form(samples, server, tmp_path):
-    """kill -9 at five moments: the pairs of an uninterrupted run. Each goes wrong behind k right steps, and ends parsable."""
+    """kill -9 at five moments: the pairs of an uninterrupted run. Each goes wrong behind k right
+    steps, and ends parsable."""
     arguments = ["--method", "scdpo", "--samples", samples, *SHORT, *server]
     done = run(3, *arguments, "--out", tmp_path / "whole.jsonl")
     cut = [*arguments, "--out", tmp_path / "cut.jsonl"]
@@ -107,7 +160,9 @@ def test_scdpo_pairs_survive_kills_and_follow_their_form(samples, server, tmp_pa
     grader = stage(1).Grader()
     for pair in pairs:
         row, k = solutions[pair["id"], pair["sample"]], pair["error_step"] - 1
-        assert row["correct"] and 1 <= k < len(row["steps"]) and pair["full_chosen"] == row["response"]
+        assert (
+            row["correct"] and 1 <= k < len(row["steps"]) and pair["full_chosen"] == row["response"]
+        )
         assert pair["initial_reason_steps"] == "".join(row["steps"][:k]) + f"Step {k + 1}:"
         assert pair["initial_reason_steps"] + pair["chosen"] == pair["full_chosen"]
         assert pair["initial_reason_steps"] + pair["rejected"] == pair["full_rejected"]
@@ -115,21 +170,41 @@ def test_scdpo_pairs_survive_kills_and_follow_their_form(samples, server, tmp_pa
         assert answer is not None and not asyncio.run(grader(pair["answer"], answer))
     grader.close()
     assert len({pair["error_step"] for pair in pairs}) > 1, "k is drawn"
-    theirs = ["--every-step", "--first-k", 0, "--tries", 1, "--solutions-per-problem", 1, "--pairs-per-problem", 2]
+    theirs = [
+        "--every-step",
+        "--first-k",
+        0,
+        "--tries",
+        1,
+        "--solutions-per-problem",
+        1,
+        "--pairs-per-problem",
+        2,
+    ]
     every = run(3, *arguments, *theirs, "--out", tmp_path / "every.jsonl")
     first = {}
     for row in sorted(read(samples), key=lambda row: row["sample"]):
-        first.setdefault(row["id"], row) if row["correct"] and row["finish_reason"] == "stop" else None
+        first.setdefault(row["id"], row) if row["correct"] and row[
+            "finish_reason"
+        ] == "stop" else None
     summary = json.loads((tmp_path / "every.jsonl.meta.json").read_text())["summary"]
     steps = sum(len(row["steps"]) for row in first.values())  # from the opening on
-    assert summary["steps tried"] == summary["attempts"] == steps > len(first) and "garbled" in every.stdout
+    assert (
+        summary["steps tried"] == summary["attempts"] == steps > len(first)
+        and "garbled" in every.stdout
+    )
     kept = Counter(pair["id"] for pair in read(tmp_path / "every.jsonl"))
-    assert sum(kept.values()) == summary["pairs"] > 5 and max(kept.values()) == 2 and summary["over --pairs-per-problem"] > 0
+    assert (
+        sum(kept.values()) == summary["pairs"] > 5
+        and max(kept.values()) == 2
+        and summary["over --pairs-per-problem"] > 0
+    )
 
 
 @pytest.mark.slow
 def test_heat_rises_step_by_step(samples, server, tmp_path, monkeypatch):
-    """The requests that go to the real server, as they are sent: 1.1, 1.15 ... from the drawn step on, each behind the last."""
+    """The requests that go to the real server, as they are sent: 1.1, 1.15 ... from the drawn step
+    on, each behind the last."""
     from transformers import AutoTokenizer
 
     three, seen, tokenizer = stage(3), [], AutoTokenizer.from_pretrained(TINY / "model")
@@ -144,19 +219,44 @@ def test_heat_rises_step_by_step(samples, server, tmp_path, monkeypatch):
     monkeypatch.setattr(three, "complete", recorded)
     rows = [row for row in read(samples) if row["correct"] and len(row["steps"]) > 4][:3]
     write(tmp_path / "s.jsonl", rows)
-    three.main(three.Args(method="scdpo", samples=tmp_path / "s.jsonl", out=tmp_path / "p.jsonl", base_url=server[1],
-                          model=server[3], max_tokens=300, tries=2, heat=(1.1, 0.2, 1.4)))  # fmt: skip
+    three.main(
+        three.Args(
+            method="scdpo",
+            samples=tmp_path / "s.jsonl",
+            out=tmp_path / "p.jsonl",
+            base_url=server[1],
+            model=server[3],
+            max_tokens=300,
+            tries=2,
+            heat=(1.1, 0.2, 1.4),
+        )
+    )
     heats = Counter(round(temperature, 3) for _, temperature, _, _ in seen)
     assert set(heats) <= {1.1, 1.3, 1.4} and heats[1.1] >= heats[1.3] >= 1
     for content, temperature, label, text in seen:
         if text.endswith(label):  # the next request goes on behind it, hotter
-            assert any(other == content + text and later >= temperature for other, later, _, _ in seen)
+            assert any(
+                other == content + text and later >= temperature for other, later, _, _ in seen
+            )
 
 
 @pytest.mark.slow
 def test_rectifier_and_judge(samples, bundled, judge, tmp_path):  # noqa: F811
-    """Chosen steps by another model under its name; then the judge drops every pair whose problem it finds wrong."""
-    run(2, "--samples", samples, "--rollouts", 4, "--limit", 30, "--out", tmp_path / "l.jsonl", *SHORT, *bundled)
+    """Chosen steps by another model under its name; then the judge drops every pair whose problem
+    it finds wrong."""
+    run(
+        2,
+        "--samples",
+        samples,
+        "--rollouts",
+        4,
+        "--limit",
+        30,
+        "--out",
+        tmp_path / "l.jsonl",
+        *SHORT,
+        *bundled,
+    )
     arguments = ["--located", tmp_path / "l.jsonl", "--n", 4, *SHORT]
     run(3, *arguments, "--rectifier", bundled[1], "--out", tmp_path / "p.jsonl")
     pairs = read(tmp_path / "p.jsonl")
@@ -169,12 +269,22 @@ def test_rectifier_and_judge(samples, bundled, judge, tmp_path):  # noqa: F811
         identity = next(identity for problem, identity in texts.items() if problem in said)
         steps = said.split("## Solution to check")[1].split("## Your task")[0]
         last = max(k for k in range(1, 20) if f"\nStep {k}:" in steps)
-        lines = [f"Step {k}: correct" for k in range(1, last)] + [f"Step {last}: {'in' if identity in dropped else ''}correct"]
+        lines = [f"Step {k}: correct" for k in range(1, last)] + [
+            f"Step {last}: {'in' if identity in dropped else ''}correct"
+        ]
         return "Verdicts:\n" + "\n".join(lines)
 
     judge.script = lambda number, body: answer(body)
     url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
-    command = [tmp_path / "p.jsonl", "--out", tmp_path / "kept.jsonl", "--judge-model", "judge", "--judge-base-url", url]
+    command = [
+        tmp_path / "p.jsonl",
+        "--out",
+        tmp_path / "kept.jsonl",
+        "--judge-model",
+        "judge",
+        "--judge-base-url",
+        url,
+    ]
     done = run("check_chosen", *command)
     kept = read(tmp_path / "kept.jsonl")
     assert kept == [pair for pair in pairs if pair["id"] not in dropped]
@@ -185,10 +295,15 @@ def test_rectifier_and_judge(samples, bundled, judge, tmp_path):  # noqa: F811
     assert "--judge-model" in run("check_chosen", tmp_path / "p.jsonl", check=False).stderr
 
 
-def astray(split: str, response: str, said: list[str], **more) -> tuple[list[dict], list[tuple[str, float]]]:
-    """SCDPO's pairs of one right response, where the model says these texts; and what it was asked, with the temperature."""
+def astray(
+    split: str, response: str, said: list[str], **more
+) -> tuple[list[dict], list[tuple[str, float]]]:
+    """SCDPO's pairs of one right response, where the model says these texts; and what it was asked,
+    with the temperature."""
     three, asked, texts = stage(3), [], iter(said)
-    args = three.Args(method="scdpo", split=split, opening="", heat=(1.0, 0.1, 1.2), **{"tries": 1} | more)
+    args = three.Args(
+        method="scdpo", split=split, opening="", heat=(1.0, 0.1, 1.2), **{"tries": 1} | more
+    )
 
     async def go_on(row, prefix, seed, n=1, temperature=None, **sampling):
         asked.append((prefix, temperature))
@@ -197,28 +312,52 @@ def astray(split: str, response: str, said: list[str], **more) -> tuple[list[dic
     async def wrong(*_):
         return False
 
-    row = {"id": "a", "sample": 0, "problem": "?", "answer": "9", "response": response, "correct": True}
+    row = {
+        "id": "a",
+        "sample": 0,
+        "problem": "?",
+        "answer": "9",
+        "response": response,
+        "correct": True,
+    }
     row |= {"finish_reason": "stop", "steps": three.split_steps(response, split, "")}
     pairs, _ = asyncio.run(three.lead_astray(args, go_on, wrong, [row]))
     return pairs, asked
 
 
 def test_heat_follows_the_split():
-    """It rises behind a line or a sentence, not behind a blank one; a space is left to the token that follows it."""
-    [pair], asked = astray("lines", "a = 1\nThe answer is: 9", ["b = 3\n", "\n", "c = 4\n", "The answer is: 7"])
+    """It rises behind a line or a sentence, not behind a blank one; a space is left to the token
+    that follows it."""
+    [pair], asked = astray(
+        "lines", "a = 1\nThe answer is: 9", ["b = 3\n", "\n", "c = 4\n", "The answer is: 7"]
+    )
     assert [heat for _, heat in asked] == [1.0, 1.1, 1.1, 1.2]
-    assert asked[2][0] == "a = 1\nb = 3\n\n" and pair["rejected"] == "b = 3\n\nc = 4\nThe answer is: 7"
-    assert pair["initial_reason_steps"] == "a = 1\n" and pair["chosen"] == "The answer is: 9" and pair["error_step"] == 2
-    [pair], asked = astray("sentences", "It is 1. The answer is: 9", [" So 3. ", " The answer is: 7"])
-    assert asked == [("It is 1.", 1.0), ("It is 1. So 3.", 1.1)] and pair["rejected"] == " So 3. The answer is: 7"
+    assert (
+        asked[2][0] == "a = 1\nb = 3\n\n" and pair["rejected"] == "b = 3\n\nc = 4\nThe answer is: 7"
+    )
+    assert (
+        pair["initial_reason_steps"] == "a = 1\n"
+        and pair["chosen"] == "The answer is: 9"
+        and pair["error_step"] == 2
+    )
+    [pair], asked = astray(
+        "sentences", "It is 1. The answer is: 9", [" So 3. ", " The answer is: 7"]
+    )
+    assert (
+        asked == [("It is 1.", 1.0), ("It is 1. So 3.", 1.1)]
+        and pair["rejected"] == " So 3. The answer is: 7"
+    )
 
 
 THREE = "a = 1\nb = 2\nThe answer is: 9"
 
 
-@pytest.mark.parametrize("more, asked", [({}, [1, 2]), ({"first_k": 0}, [0, 1, 2]), ({"first_k": 3}, [])])
+@pytest.mark.parametrize(
+    "more, asked", [({}, [1, 2]), ({"first_k": 0}, [0, 1, 2]), ({"first_k": 3}, [])]
+)
 def test_every_step_is_entered_from_first_k_on(more, asked):
-    """From the first right step on, as the authors' mixers take them; their set for Mistral-7B-Ours from the opening on."""
+    """From the first right step on, as the authors' mixers take them; their set for Mistral-7B-Ours
+    from the opening on."""
     pairs, found = astray("lines", THREE, ["The answer is: 7"] * 3, every_step=True, **more)
     assert [prefix for prefix, _ in found] == ["".join(THREE.splitlines(True)[:k]) for k in asked]
     assert [pair["error_step"] for pair in pairs] == [k + 1 for k in asked]
@@ -226,64 +365,126 @@ def test_every_step_is_entered_from_first_k_on(more, asked):
 
 def test_drawn_step_is_first_k_or_later():
     for first_k in (0, 1, 2):
-        drawn = {astray("lines", THREE, ["The answer is: 7"], first_k=first_k, seed=seed)[1][0][0] for seed in range(20)}
+        drawn = {
+            astray("lines", THREE, ["The answer is: 7"], first_k=first_k, seed=seed)[1][0][0]
+            for seed in range(20)
+        }
         assert drawn == {"".join(THREE.splitlines(True)[:k]) for k in range(first_k, 3)}
 
 
 def test_pairs_per_problem_keeps_what_went_wrong_first():
-    """As in the authors' limited set, which lists pairs by the round in which they went wrong, then by k."""
+    """As in the authors' limited set, which lists pairs by the round in which they went wrong, then
+    by k."""
     said = ["no answer", "The answer is: 6", "The answer is: 7", "The answer is: 8"]
     for most, kept in ((None, [7, 8, 6]), (0, [7, 8, 6]), (2, [7, 8]), (1, [7])):
-        pairs, _ = astray("lines", THREE, said, every_step=True, first_k=0, tries=2, pairs_per_problem=most)
-        assert [pair["rejected"] for pair in pairs] == [f"The answer is: {answer}" for answer in kept]
+        pairs, _ = astray(
+            "lines", THREE, said, every_step=True, first_k=0, tries=2, pairs_per_problem=most
+        )
+        assert [pair["rejected"] for pair in pairs] == [
+            f"The answer is: {answer}" for answer in kept
+        ]
 
 
 def test_a_code_integrated_solution_has_22_blocks_at_most():
     """The authors count 24 with the turns of system and user."""
     blocks = [{"type": "text", "content": "x" * 3000}] * 22
-    assert not stage(3).too_long(blocks) and stage(3).too_long([*blocks, {"type": "text", "content": ""}])
+    assert not stage(3).too_long(blocks) and stage(3).too_long(
+        [*blocks, {"type": "text", "content": ""}]
+    )
     assert stage(3).too_long([{"type": "text", "content": "x" * 3001}])
 
 
 @pytest.mark.slow
 def test_training_on_a_mix(samples, bundled, tmp_path):
-    """04 on naive and step-controlled pairs together: both suffixes end their solution, so both end in EOS."""
-    run(3, "--method", "dpo", "--samples", samples, "--pairs-per-problem", 2, "--out", tmp_path / "naive.jsonl")
-    run(3, "--method", "scdpo", "--samples", samples, "--out", tmp_path / "sc.jsonl", *SHORT, *bundled)
+    """04 on naive and step-controlled pairs together: both suffixes end their solution, so both end
+    in EOS."""
+    run(
+        3,
+        "--method",
+        "dpo",
+        "--samples",
+        samples,
+        "--pairs-per-problem",
+        2,
+        "--out",
+        tmp_path / "naive.jsonl",
+    )
+    run(
+        3,
+        "--method",
+        "scdpo",
+        "--samples",
+        samples,
+        "--out",
+        tmp_path / "sc.jsonl",
+        *SHORT,
+        *bundled,
+    )
     both = read(tmp_path / "naive.jsonl") + read(tmp_path / "sc.jsonl")
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
     for pair in both:
         _, suffixes = stage(4).encode(pair, tokenizer)
-        assert all(ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[:-1] for ids in suffixes)
-    done = run(4, "--data", tmp_path / "naive.jsonl", tmp_path / "sc.jsonl", "--model", TINY / "model", "--out",
-               tmp_path / "tuned", "--epochs", 1, "--batch-size", 8, "--lr", 1e-5)  # fmt: skip
+        assert all(
+            ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[:-1]
+            for ids in suffixes
+        )
+    done = run(
+        4,
+        "--data",
+        tmp_path / "naive.jsonl",
+        tmp_path / "sc.jsonl",
+        "--model",
+        TINY / "model",
+        "--out",
+        tmp_path / "tuned",
+        "--epochs",
+        1,
+        "--batch-size",
+        8,
+        "--lr",
+        1e-5,
+    )
     assert f"{len(both)} pairs" in done.stdout + done.stderr
 
 
 def test_alpaca_template_is_the_authors_prompt():
-    """data/templates/alpaca.jinja with the forced opening: what the authors sampled their SFT models with and train on."""
-    tokenizer = stage(1).load_tokenizer(str(TINY / "model"), ROOT / "data/templates/alpaca.jinja", "{}")
+    """data/templates/alpaca.jinja with the forced opening: what the authors sampled their SFT
+    models with and train on."""
+    tokenizer = stage(1).load_tokenizer(
+        str(TINY / "model"), ROOT / "data/templates/alpaca.jinja", "{}"
+    )
     text = stage(1).render_prompt(tokenizer, "1 + 1?", OPENING)
-    tokenizer = stage(1).load_tokenizer(str(TINY / "model"), ROOT / "data/templates/metamath.jinja", "{}")
+    tokenizer = stage(1).load_tokenizer(
+        str(TINY / "model"), ROOT / "data/templates/metamath.jinja", "{}"
+    )
     evaluation = stage(5).render_prompt(tokenizer, "1 + 1?", " Let's think step by step.")
     assert text == evaluation.removesuffix(" Let's think step by step.") + "\n" + OPENING
 
 
 def test_recipes_name_options_that_exist():
-    """Every --option of a recipe is one of the script that its line calls; a recipe for eight GPUs is not run here."""
+    """Every --option of a recipe is one of the script that its line calls; a recipe for eight GPUs
+    is not run here."""
     import importlib
     import re
 
     known = {}
     for path in sorted((ROOT / "recipes").glob("*.sh")):
         text = re.sub(r"\\\n", " ", path.read_text())
-        for name, rest in re.findall(r"(0[1-5]_\w+|(?:analysis|data)/\w+)\.py((?: +(?:\"[^\"]*\"|[^\s\"|;&]+))*)", text):
+        for name, rest in re.findall(
+            r"(0[1-5]_\w+|(?:analysis|data)/\w+)\.py((?: +(?:\"[^\"]*\"|[^\s\"|;&]+))*)", text
+        ):
             if name not in known:
                 assert (ROOT / f"{name}.py").is_file(), f"{path.name}: no {name}.py"
                 args = getattr(importlib.import_module(name.split("/")[-1]), "Args", None)
-                known[name] = {field.replace("_", "-") for field in args.__dataclass_fields__} if args else None
+                known[name] = (
+                    {field.replace("_", "-") for field in args.__dataclass_fields__}
+                    if args
+                    else None
+                )
             for option in re.findall(r"(?<= )--([a-z][a-z-]+)", re.sub(r'"[^"]*"', "", rest)):
-                assert known[name] is None or option in known[name], f"{path.name}: {name}.py has no --{option}"
+                assert known[name] is None or option in known[name], (
+                    f"{path.name}: {name}.py has no --{option}"
+                )
     assert len(known) > 8

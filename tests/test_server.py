@@ -1,4 +1,5 @@
-"""Stages 01, 02, 03 and 05 against a real vLLM server with the bundled model: resume, kills, reproducibility."""
+"""Stages 01, 02, 03 and 05 against a real vLLM server with the bundled model: resume, kills,
+reproducibility."""
 
 import json
 import os
@@ -13,14 +14,22 @@ pytestmark = pytest.mark.slow
 SHARED = ROOT.parent / "shared" / "data"
 SHORT = ["--max-tokens", "300"]
 FOUR = ["--rollouts", "4", "--alpha", "0"]  # what 02 finds of one prefix hangs on no other then
-SOLVED = {"id": "s", "problem": "Ava has 3 apples. Then she buys 4 more. How many apples does Ava have now?", "answer": "7",
-          "sample": 0, "finish_reason": "stop", "error_step": 1, "response": "Let's think step by step.\nStep 1: 8.",
-          "steps": ["Let's think step by step.\nStep 1: 8."]}  # fmt: skip
+SOLVED = {
+    "id": "s",
+    "problem": "Ava has 3 apples. Then she buys 4 more. How many apples does Ava have now?",
+    "answer": "7",
+    "sample": 0,
+    "finish_reason": "stop",
+    "error_step": 1,
+    "response": "Let's think step by step.\nStep 1: 8.",
+    "steps": ["Let's think step by step.\nStep 1: 8."],
+}
 
 
 @pytest.fixture(scope="module")
 def files(bundled, tmp_path_factory):
-    """An uninterrupted run of 01, 02 and 03 over 60 problems: the rows that every other run must give."""
+    """An uninterrupted run of 01, 02 and 03 over 60 problems: the rows that every other run must
+    give."""
     folder = tmp_path_factory.mktemp("whole")
     steps = stage_arguments(bundled, folder, folder)
     for number in (1, 2, 3):
@@ -31,9 +40,35 @@ def files(bundled, tmp_path_factory):
 def stage_arguments(model: list, source: Path, out: Path) -> dict[int, list]:
     """Arguments of 01 to 03 that read what `source` holds and write to `out`."""
     return {
-        1: ["--data", TINY / "train.jsonl", "--limit", 60, "--out", out / "samples.jsonl", *SHORT, *model],
-        2: ["--samples", source / "samples.jsonl", "--out", out / "located.jsonl", *FOUR, *SHORT, *model],
-        3: ["--located", source / "located.jsonl", "--n", 4, "--out", out / "pairs.jsonl", *SHORT, *model],
+        1: [
+            "--data",
+            TINY / "train.jsonl",
+            "--limit",
+            60,
+            "--out",
+            out / "samples.jsonl",
+            *SHORT,
+            *model,
+        ],
+        2: [
+            "--samples",
+            source / "samples.jsonl",
+            "--out",
+            out / "located.jsonl",
+            *FOUR,
+            *SHORT,
+            *model,
+        ],
+        3: [
+            "--located",
+            source / "located.jsonl",
+            "--n",
+            4,
+            "--out",
+            out / "pairs.jsonl",
+            *SHORT,
+            *model,
+        ],
     }
 
 
@@ -41,8 +76,12 @@ def test_rows_follow_the_contracts(files):
     samples = keyed(files / "samples.jsonl", "id", "sample")
     assert len(samples) == 120
     for row in samples.values():
-        assert "".join(row["steps"]) == row["response"] and row["response"].startswith("Let's think step by step.\nStep 1:")
-        assert row["correct"] == (row["prediction"] == row["answer"]) and row["level"]  # fields are carried through
+        assert "".join(row["steps"]) == row["response"] and row["response"].startswith(
+            "Let's think step by step.\nStep 1:"
+        )
+        assert (
+            row["correct"] == (row["prediction"] == row["answer"]) and row["level"]
+        )  # fields are carried through
     located = keyed(files / "located.jsonl", "id", "sample")
     assert set(located) == {key for key, row in samples.items() if not row["correct"]}
     for row in located.values():
@@ -55,13 +94,16 @@ def test_rows_follow_the_contracts(files):
         assert pair["full_rejected"] == row["response"]
         assert pair["initial_reason_steps"].endswith(f"Step {row['error_step']}:")
         assert pair["full_chosen"].startswith(pair["initial_reason_steps"] + pair["chosen"])
-        assert pair["chosen"].split() != pair["rejected"].split() and pair["full_chosen"].endswith(f"{{{pair['answer']}}}.")
+        assert pair["chosen"].split() != pair["rejected"].split() and pair["full_chosen"].endswith(
+            f"{{{pair['answer']}}}."
+        )
     meta = json.loads((files / "samples.jsonl.meta.json").read_text())
     assert meta["finished"] and meta["summary"]["samples"] == 120 and meta["versions"]["torch"]
 
 
 def test_located_step_is_mostly_the_true_one(files):
-    """The first step whose result differs from the reference's; 60 problems give a coarse figure, the README the fine one."""
+    """The first step whose result differs from the reference's; 60 problems give a coarse figure,
+    the README the fine one."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from locator_accuracy import true_error
 
@@ -72,11 +114,14 @@ def test_located_step_is_mostly_the_true_one(files):
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_kill_and_restart(files, server, tmp_path, number):
-    """kill -9 at six random moments; then the rows are those of the uninterrupted run, each once."""
+    """kill -9 at six random moments; then the rows are those of the uninterrupted run, each
+    once."""
     arguments = [*stage_arguments(server, files, tmp_path)[number], "--concurrency", "6"]
     name = {1: "samples.jsonl", 2: "located.jsonl", 3: "pairs.jsonl"}[number]
     journal = tmp_path / ("pairs.tries.jsonl" if number == 3 else name)
-    run_killed(number, *arguments, journal=journal, kills=6, seed=number, torn=b'{"id": "torn", "sam')
+    run_killed(
+        number, *arguments, journal=journal, kills=6, seed=number, torn=b'{"id": "torn", "sam'
+    )
     run(number, *arguments)
     key = ("id", "sample", "chosen") if number == 3 else ("id", "sample")
     assert keyed(tmp_path / name, *key) == keyed(files / name, *key)
@@ -105,54 +150,97 @@ def test_until_both_goes_on_as_long_as_needed(bundled, tmp_path):
         assert sorted(verdicts) == list(range(count)) and (count in (2, 4, 6, 7))
         both = len(set(verdicts.values())) == 2
         assert both or count == 7
-        assert count == 2 or len({verdicts[i] for i in range(count - (2 if count < 7 else 1))}) == 1  # no wave too many
+        assert (
+            count == 2 or len({verdicts[i] for i in range(count - (2 if count < 7 else 1))}) == 1
+        )  # no wave too many
 
 
 def test_unfinished_samples_are_not_the_wrong_one(bundled, tmp_path):
-    """--until-both goes on until an answer is right and another, finished and parsed, is wrong: then 03 finds a pair."""
-    arguments = ["--data", TINY / "train.jsonl", "--limit", 40, "--until-both", 6, "--max-tokens", 70, *bundled]
+    """--until-both goes on until an answer is right and another, finished and parsed, is wrong:
+    then 03 finds a pair."""
+    arguments = [
+        "--data",
+        TINY / "train.jsonl",
+        "--limit",
+        40,
+        "--until-both",
+        6,
+        "--max-tokens",
+        70,
+        *bundled,
+    ]
     run(1, *arguments, "--out", tmp_path / "a.jsonl")
     by_problem = {}
     for row in read(tmp_path / "a.jsonl"):
         by_problem.setdefault(row["id"], []).append(row)
     stopped = [rows for rows in by_problem.values() if len(rows) < 6]
-    assert stopped and any(row["finish_reason"] == "length" for rows in by_problem.values() for row in rows)
+    assert stopped and any(
+        row["finish_reason"] == "length" for rows in by_problem.values() for row in rows
+    )
     for rows in stopped:
         assert {row["correct"] for row in rows if row["prediction"] is not None} == {True, False}
-    both = sum({True, False} <= {row["correct"] for row in rows if row["prediction"]} for rows in by_problem.values())
+    both = sum(
+        {True, False} <= {row["correct"] for row in rows if row["prediction"]}
+        for rows in by_problem.values()
+    )
     run(3, "--method", "dpo", "--samples", tmp_path / "a.jsonl", "--out", tmp_path / "p.jsonl")
     assert len({row["id"] for row in read(tmp_path / "p.jsonl")}) == both
 
 
-PENALTIES = {"repetition_penalty": 1.05, "top_k": 20, "top_p": 0.8, "temperature": 0.7, "do_sample": True, "eos_token_id": [0]}
+PENALTIES = {
+    "repetition_penalty": 1.05,
+    "top_k": 20,
+    "top_p": 0.8,
+    "temperature": 0.7,
+    "do_sample": True,
+    "eos_token_id": [0],
+}
 
 
 def test_the_models_generation_config_does_not_sample(bundled, tmp_path):
-    """Qwen2-Instruct's penalizes repetition, in greedy text too. With the file and without it the text is the same, from the
-    engine that 05 starts and from a server that was started otherwise."""
+    """Qwen2-Instruct's penalizes repetition, in greedy text too. With the file and without it the
+    text is the same, from the engine that 05 starts and from a server that was started
+    otherwise."""
     config = json.loads((TINY / "model" / "config.json").read_text())
     shutil.copytree(TINY / "model", tmp_path / "penalized")
     eos = config["eos_token_id"] if isinstance(config.get("eos_token_id"), int) else 0
-    (tmp_path / "penalized" / "generation_config.json").write_text(json.dumps({**PENALTIES, "eos_token_id": eos}))
+    (tmp_path / "penalized" / "generation_config.json").write_text(
+        json.dumps({**PENALTIES, "eos_token_id": eos})
+    )
     arguments = ["--data", TINY / "validation.jsonl", "--limit", 24, "--max-tokens", 200]
     penalized = str(tmp_path / "penalized")
     run(5, *arguments, "--models", bundled[1], "--out", tmp_path / "plain")  # has no such file
     run(5, *arguments, "--models", penalized, "--out", tmp_path / "own")
     with serving(penalized, tmp_path / "server.log", "--generation-config", "auto") as (url, key):
         environment = os.environ | {"OPENAI_API_KEY": key}
-        run(5, *arguments, "--models", penalized, "--base-url", url, "--out", tmp_path / "running", env=environment)
+        run(
+            5,
+            *arguments,
+            "--models",
+            penalized,
+            "--base-url",
+            url,
+            "--out",
+            tmp_path / "running",
+            env=environment,
+        )
     texts = {}
     for path in tmp_path.glob("*/validation/*.jsonl"):
         texts[path.parent.parent.name] = {row["id"]: row["response"] for row in read(path)}
         settings = json.loads(path.with_name(path.name + ".meta.json").read_text())["settings"]
-        assert (settings["top_k"], settings["min_p"], settings["repetition_penalty"]) == (-1, 0.0, 1.0)
+        assert (settings["top_k"], settings["min_p"], settings["repetition_penalty"]) == (
+            -1,
+            0.0,
+            1.0,
+        )
     assert len(texts) == 3 and len(next(iter(texts.values()))) == 24
     assert texts["own"] == texts["running"] == texts["plain"]
 
 
 def test_every_stage_renders_the_same_prefix(server):
-    """Qwen3's template with a prefilled turn and a switch: token ids of the prompts of 01, 02, 03 and 05 are those that 04
-    trains behind and that credit.py reads; with the model's own template they are those of vLLM's chat endpoint."""
+    """Qwen3's template with a prefilled turn and a switch: token ids of the prompts of 01, 02, 03
+    and 05 are those that 04 trains behind and that credit.py reads; with the model's own template
+    they are those of vLLM's chat endpoint."""
     import credit
     import httpx
     import trl
@@ -161,29 +249,66 @@ def test_every_stage_renders_the_same_prefix(server):
     template = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
     switches = json.dumps({"enable_thinking": False})
     qwen3 = stage(1).load_tokenizer(str(TINY / "model"), template, switches)
-    own, ours = AutoTokenizer.from_pretrained(TINY / "model"), stage(1).load_tokenizer(str(TINY / "model"), None, "{}")
-    for prefix in (stage(1).OPENING, stage(1).OPENING + " 3 + 4 = 7.\nStep 2: So it is 7.\nStep 3:"):
-        row = {"prompt": SOLVED["problem"], "initial_reason_steps": prefix, "chosen": " 7.\n", "rejected": " 8.\n",
-               "full_chosen": "", "full_rejected": ""}  # fmt: skip
+    own, ours = (
+        AutoTokenizer.from_pretrained(TINY / "model"),
+        stage(1).load_tokenizer(str(TINY / "model"), None, "{}"),
+    )
+    for prefix in (
+        stage(1).OPENING,
+        stage(1).OPENING + " 3 + 4 = 7.\nStep 2: So it is 7.\nStep 3:",
+    ):
+        row = {
+            "prompt": SOLVED["problem"],
+            "initial_reason_steps": prefix,
+            "chosen": " 7.\n",
+            "rejected": " 8.\n",
+            "full_chosen": "",
+            "full_rejected": "",
+        }
         for tokenizer in (qwen3, own):
             trained, _ = stage(4).encode(row, tokenizer, "step")
-            asked = [stage(number).prompt_ids(tokenizer, SOLVED["problem"], prefix) for number in (1, 2, 3, 5)]
+            asked = [
+                stage(number).prompt_ids(tokenizer, SOLVED["problem"], prefix)
+                for number in (1, 2, 3, 5)
+            ]
             assert asked == [trained] * 4
-            assert tokenizer is qwen3 or stage(1).prompt_ids(ours, SOLVED["problem"], prefix) == trained
+            assert (
+                tokenizer is qwen3
+                or stage(1).prompt_ids(ours, SOLVED["problem"], prefix) == trained
+            )
             thought = "<think>\n\n</think>\n\n" if tokenizer is qwen3 else ""
             assert tokenizer.decode(trained).endswith(f"<|im_start|>assistant\n{thought}{prefix}")
-            solution = {"problem": SOLVED["problem"], "steps": [prefix + " 7."], "opening": prefix, "error_step": None}
+            solution = {
+                "problem": SOLVED["problem"],
+                "steps": [prefix + " 7."],
+                "opening": prefix,
+                "error_step": None,
+            }
             ids, places, _ = credit.encode_solution(solution, tokenizer)
             assert ids[: places.count(0)] == trained
-        turns = [{"role": "user", "content": stage(1).USER_TURN.format(problem=SOLVED["problem"])},
-                 {"role": "assistant", "content": prefix}]  # fmt: skip
-        body = {"model": server[3], "messages": turns, "continue_final_message": True, "add_generation_prompt": False}
+        turns = [
+            {"role": "user", "content": stage(1).USER_TURN.format(problem=SOLVED["problem"])},
+            {"role": "assistant", "content": prefix},
+        ]
+        body = {
+            "model": server[3],
+            "messages": turns,
+            "continue_final_message": True,
+            "add_generation_prompt": False,
+        }
         headers = {"Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}"}
         reply = httpx.post(f"{server[1].removesuffix('/v1')}/tokenize", json=body, headers=headers)
         assert reply.raise_for_status().json()["tokens"] == trained
-    thinking = stage(1).load_tokenizer(str(TINY / "model"), template, json.dumps({"enable_thinking": True}))
-    closed, opened = (stage(4).encode({"problem": "p", "solution": "s"}, tokenizer)[0] for tokenizer in (qwen3, thinking))
-    assert qwen3.decode(closed).endswith("<think>\n\n</think>\n\n") and "<think>" not in qwen3.decode(opened)
+    thinking = stage(1).load_tokenizer(
+        str(TINY / "model"), template, json.dumps({"enable_thinking": True})
+    )
+    closed, opened = (
+        stage(4).encode({"problem": "p", "solution": "s"}, tokenizer)[0]
+        for tokenizer in (qwen3, thinking)
+    )
+    assert qwen3.decode(closed).endswith(
+        "<think>\n\n</think>\n\n"
+    ) and "<think>" not in qwen3.decode(opened)
 
 
 def test_server_and_own_engine_give_the_same_rows(files, server, tmp_path):
@@ -192,13 +317,18 @@ def test_server_and_own_engine_give_the_same_rows(files, server, tmp_path):
     for first in (True, False):
         done = run(1, *arguments)
         assert first == ("first prompt" in done.stderr)  # the second time there is nothing to do
-        assert keyed(tmp_path / "samples.jsonl", "id", "sample") == keyed(files / "samples.jsonl", "id", "sample")
+        assert keyed(tmp_path / "samples.jsonl", "id", "sample") == keyed(
+            files / "samples.jsonl", "id", "sample"
+        )
 
 
 def test_linear_agrees_with_bisection_on_what_both_estimate(files, bundled, tmp_path):
     arguments = stage_arguments(bundled, files, tmp_path)[2]
     run(2, *arguments, "--linear")
-    linear, bisected = keyed(tmp_path / "located.jsonl", "id", "sample"), keyed(files / "located.jsonl", "id", "sample")
+    linear, bisected = (
+        keyed(tmp_path / "located.jsonl", "id", "sample"),
+        keyed(files / "located.jsonl", "id", "sample"),
+    )
     assert set(linear) == set(bisected)
     for key, row in linear.items():
         if row["error_step"]:
@@ -208,16 +338,53 @@ def test_linear_agrees_with_bisection_on_what_both_estimate(files, bundled, tmp_
 
 
 def test_a_prompt_too_long_for_the_model_goes_through(bundled, tmp_path):
-    """It becomes a wrong sample without text, is not located, and makes no pair; the other problem is not touched by it."""
+    """It becomes a wrong sample without text, is not located, and makes no pair; the other problem
+    is not touched by it."""
     long = {"id": "long", "problem": "Ava has 3 apples. " * 2000 + "How many?", "answer": "3"}
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [long, read(TINY / "train.jsonl")[0]]))
-    run(1, "--data", tmp_path / "in.jsonl", "--n", 8, "--out", tmp_path / "s.jsonl", *SHORT, *bundled)
-    assert {row["finish_reason"] for row in read(tmp_path / "s.jsonl") if row["id"] == "long"} == {"refused"}
-    run(2, "--samples", tmp_path / "s.jsonl", "--rollouts", 2, "--out", tmp_path / "l.jsonl", *SHORT, *bundled)
+    (tmp_path / "in.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [long, read(TINY / "train.jsonl")[0]])
+    )
+    run(
+        1,
+        "--data",
+        tmp_path / "in.jsonl",
+        "--n",
+        8,
+        "--out",
+        tmp_path / "s.jsonl",
+        *SHORT,
+        *bundled,
+    )
+    assert {row["finish_reason"] for row in read(tmp_path / "s.jsonl") if row["id"] == "long"} == {
+        "refused"
+    }
+    run(
+        2,
+        "--samples",
+        tmp_path / "s.jsonl",
+        "--rollouts",
+        2,
+        "--out",
+        tmp_path / "l.jsonl",
+        *SHORT,
+        *bundled,
+    )
     reasons = [row["reason"] for row in read(tmp_path / "l.jsonl") if row["id"] == "long"]
     assert reasons == 8 * ["no response to look at"]
-    (tmp_path / "l.jsonl").write_text(json.dumps(SOLVED) + "\n" + (tmp_path / "l.jsonl").read_text())
-    done = run(3, "--located", tmp_path / "l.jsonl", "--n", 2, "--out", tmp_path / "p.jsonl", *SHORT, *bundled)
+    (tmp_path / "l.jsonl").write_text(
+        json.dumps(SOLVED) + "\n" + (tmp_path / "l.jsonl").read_text()
+    )
+    done = run(
+        3,
+        "--located",
+        tmp_path / "l.jsonl",
+        "--n",
+        2,
+        "--out",
+        tmp_path / "p.jsonl",
+        *SHORT,
+        *bundled,
+    )
     assert "errors not located" in done.stdout
 
 
@@ -227,24 +394,60 @@ def test_real_benchmarks_run_through(bundled, tmp_path, name):
         pytest.skip("the benchmark files are not beside this checkout")
     arguments = ["--data", SHARED / f"{name}.jsonl", "--limit", 12, "--n", 1, "--max-tokens", 200]
     done = run(1, *arguments, "--out", tmp_path / "s.jsonl", *bundled)
-    assert "problems 12, samples 12" in done.stdout and len(keyed(tmp_path / "s.jsonl", "id", "sample")) == 12
+    assert (
+        "problems 12, samples 12" in done.stdout
+        and len(keyed(tmp_path / "s.jsonl", "id", "sample")) == 12
+    )
 
 
 def test_saved_models_decode_alike_in_vllm_and_transformers(files, tmp_path):
-    """What 04 saves with merged adapters, in fp32 arithmetic in both engines; the recipe's test serves a plain one."""
+    """What 04 saves with merged adapters, in fp32 arithmetic in both engines; the recipe's test
+    serves a plain one."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    run(4, "--data", files / "pairs.jsonl", "--model", TINY / "model", "--out", tmp_path / "tuned", "--lora-rank", 4,
-        "--lr", 1e-3, "--epochs", 2, "--batch-size", 4)  # fmt: skip
-    arguments = ["--data", TINY / "validation.jsonl", "--limit", 16, "--max-tokens", 120, "--models", tmp_path / "tuned"]
+    run(
+        4,
+        "--data",
+        files / "pairs.jsonl",
+        "--model",
+        TINY / "model",
+        "--out",
+        tmp_path / "tuned",
+        "--lora-rank",
+        4,
+        "--lr",
+        1e-3,
+        "--epochs",
+        2,
+        "--batch-size",
+        4,
+    )
+    arguments = [
+        "--data",
+        TINY / "validation.jsonl",
+        "--limit",
+        16,
+        "--max-tokens",
+        120,
+        "--models",
+        tmp_path / "tuned",
+    ]
     run(5, *arguments, "--out", tmp_path / "results", "--engine-args=--dtype float32")
     [responses] = (tmp_path / "results" / "validation").glob("*tuned.jsonl")
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", dtype=torch.float32)
     tokenizer, from_stage = AutoTokenizer.from_pretrained(tmp_path / "tuned"), stage(1)
     for row in read(responses):
-        messages = [{"role": "user", "content": from_stage.USER_TURN.format(problem=row["problem"])},
-                    {"role": "assistant", "content": from_stage.OPENING}]  # fmt: skip
-        ids = tokenizer.apply_chat_template(messages, continue_final_message=True, return_tensors="pt", return_dict=True)
-        new = lm.generate(**ids, max_new_tokens=120, do_sample=False)[0, ids["input_ids"].shape[1] :]
-        assert from_stage.OPENING + tokenizer.decode(new, skip_special_tokens=True) == row["response"]
+        messages = [
+            {"role": "user", "content": from_stage.USER_TURN.format(problem=row["problem"])},
+            {"role": "assistant", "content": from_stage.OPENING},
+        ]
+        ids = tokenizer.apply_chat_template(
+            messages, continue_final_message=True, return_tensors="pt", return_dict=True
+        )
+        new = lm.generate(**ids, max_new_tokens=120, do_sample=False)[
+            0, ids["input_ids"].shape[1] :
+        ]
+        assert (
+            from_stage.OPENING + tokenizer.decode(new, skip_special_tokens=True) == row["response"]
+        )

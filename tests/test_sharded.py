@@ -1,5 +1,6 @@
-"""04 under FSDP2 and ZeRO-3, two processes on the CPU through the committed configurations (tests/sharded_cpu.py): weights of
-one process, files that load, checkpoints that survive kills. fp32, so that equal means equal."""
+"""04 under FSDP2 and ZeRO-3, two processes on the CPU through the committed configurations
+(tests/sharded_cpu.py): weights of one process, files that load, checkpoints that survive kills.
+fp32, so that equal means equal."""
 
 import contextlib
 import json
@@ -21,14 +22,20 @@ from test_train import pair
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.slow
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with models whose matrices ZeRO-3 really parts (100,000 elements or more), pairs, and one process's results.
+    """A folder with models whose matrices ZeRO-3 really parts (100,000 elements or more), pairs,
+    and one process's results.
 
-    One pair has more suffix tokens than tests/sharded_cpu.py allows a chunk: both processes call the head twice then."""
+    One pair has more suffix tokens than tests/sharded_cpu.py allows a chunk: both processes call
+    the head twice then."""
     folder = tmp_path_factory.mktemp("sharded")
     for name in ("tied", "untied"):
         config = AutoConfig.from_pretrained(TINY / "model")
@@ -56,20 +63,50 @@ def world(tmp_path_factory):
 
 
 def arguments(folder: Path, model: str, out: Path) -> list:
-    return ["--data", folder / "pairs.jsonl", "--model", folder / model, "--out", out, "--precision", "fp32", "--epochs", 2,
-            "--batch-size", 7, "--lr", 1e-4, "--max-length", 4096, "--tokens-per-batch", 2600,
-            "--beta", 0.02]  # fmt: skip    # with 0.4 the loss falls to 1e-7, where Adam makes steps of rounding errors
+    return [
+        "--data",
+        folder / "pairs.jsonl",
+        "--model",
+        folder / model,
+        "--out",
+        out,
+        "--precision",
+        "fp32",
+        "--epochs",
+        2,
+        "--batch-size",
+        7,
+        "--lr",
+        1e-4,
+        "--max-length",
+        4096,
+        "--tokens-per-batch",
+        2600,
+        # fmt: skip    # with 0.4 the loss falls to 1e-7, where Adam makes steps of rounding
+        # errors
+        "--beta",
+        0.02,
+    ]
 
 
 def launch(config: str, *given, machine: tuple = ()) -> list[str]:
     """`machine`: options of accelerate that tell one of several which it is."""
-    accelerate = ["accelerate.commands.launch", "--config_file", f"configs/{config}.yaml", "--num_processes", "2", *machine]
+    accelerate = [
+        "accelerate.commands.launch",
+        "--config_file",
+        f"configs/{config}.yaml",
+        "--num_processes",
+        "2",
+        *machine,
+    ]
     more = ["--mixed_precision", "no", "tests/sharded_cpu.py", *given]
     return [sys.executable, "-m", *map(str, [*accelerate, *more])]
 
 
 def train(config: str, *given) -> str:
-    done = subprocess.run(launch(config, *given), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(
+        launch(config, *given), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stderr
 
@@ -82,7 +119,8 @@ def weights(folder: Path) -> dict:
 
 
 def same(ours: Path, theirs: Path, base: Path):
-    """The same names and, within 1e-5, the same weights, which training has moved by far more; and they load."""
+    """The same names and, within 1e-5, the same weights, which training has moved by far more; and
+    they load."""
     a, b, start = weights(ours), weights(theirs), weights(base)
     assert set(a) == set(b)
     difference = max((a[name] - b[name]).abs().max() for name in a)
@@ -90,10 +128,18 @@ def same(ours: Path, theirs: Path, base: Path):
     if not list(ours.glob("adapter_config.json")):
         assert max((a[name] - start[name]).abs().max() for name in a) > 2e-4
         loaded = AutoModelForCausalLM.from_pretrained(ours)
-        assert len(a) == len(list(loaded.named_parameters())) and torch.equal(loaded.model.norm.weight, a["model.norm.weight"])
+        assert len(a) == len(list(loaded.named_parameters())) and torch.equal(
+            loaded.model.norm.weight, a["model.norm.weight"]
+        )
 
 
-CASES = [("fsdp2", "tied"), ("fsdp2", "untied"), ("zero3", "tied"), ("zero3", "untied"), ("zero3_offload", "untied")]
+CASES = [
+    ("fsdp2", "tied"),
+    ("fsdp2", "untied"),
+    ("zero3", "tied"),
+    ("zero3", "untied"),
+    ("zero3_offload", "untied"),
+]
 
 
 @pytest.mark.parametrize("config, model", CASES)
@@ -102,7 +148,9 @@ def test_sharded_weights_are_those_of_one_process(world, tmp_path, config, model
     said = train(config, *arguments(folder, model, tmp_path / "out"))
     expected = one(model)
     same(tmp_path / "out", expected, folder / model)
-    for ours, theirs in zip(read(tmp_path / "out" / "metrics.jsonl"), read(expected / "metrics.jsonl"), strict=True):
+    for ours, theirs in zip(
+        read(tmp_path / "out" / "metrics.jsonl"), read(expected / "metrics.jsonl"), strict=True
+    ):
         for name in ("loss", "margin", "chosen_logp", "grad_norm"):  # the norm of all shards
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
     assert "first loss" not in said  # ln 2
@@ -110,16 +158,21 @@ def test_sharded_weights_are_those_of_one_process(world, tmp_path, config, model
 
 @pytest.mark.parametrize("config", ["fsdp2", "zero3"])
 def test_bf16_keeps_fp32_log_probabilities(world, tmp_path, config):
-    """The configurations' own precision. Sums of log-probabilities that were rounded to 8 bits would be off by up to 0.4 % each
-    and all of them multiples of 2^-8 or more; the reference's file tells."""
+    """The configurations' own precision. Sums of log-probabilities that were rounded to 8 bits
+    would be off by up to 0.4 % each and all of them multiples of 2^-8 or more; the reference's file
+    tells."""
     import numpy as np
 
     folder, one = world
     more = ["--precision", "bf16", "--lr", 1e-3]
     train(config, *arguments(folder, "tied", tmp_path / "out"), *more)
     expected = one("tied", *more)
-    ours, theirs = (np.load(next(path.glob("reference-*.npy"))) for path in (tmp_path / "out", expected))
-    assert ours.dtype == np.float32 and not np.array_equal(ours, torch.from_numpy(ours).bfloat16().float().numpy())
+    ours, theirs = (
+        np.load(next(path.glob("reference-*.npy"))) for path in (tmp_path / "out", expected)
+    )
+    assert ours.dtype == np.float32 and not np.array_equal(
+        ours, torch.from_numpy(ours).bfloat16().float().numpy()
+    )
     np.testing.assert_allclose(ours, theirs, rtol=0.02)
     first, last = (read(tmp_path / "out" / "metrics.jsonl")[place] for place in (0, -1))
     assert first["loss"] == pytest.approx(0.6931, abs=0.02) and last["loss"] < first["loss"]
@@ -137,11 +190,18 @@ def test_adapters_are_saved_from_shards(world, tmp_path, config, save):
 
 @pytest.mark.parametrize("config", ["fsdp2", "zero3"])
 def test_a_kill_within_a_sharded_checkpoint(world, tmp_path, config):
-    """Every process is killed while a checkpoint is being written; the same command goes on from the one before it."""
+    """Every process is killed while a checkpoint is being written; the same command goes on from
+    the one before it."""
     folder, one = world
     given = [*arguments(folder, "tied", tmp_path / "out"), "--save-steps", 1]
-    process = subprocess.Popen(launch(config, *given), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    process = subprocess.Popen(
+        launch(config, *given),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     deadline, out = time.time() + 120, tmp_path / "out"
     while not ((out / "checkpoint-1").exists() and list(out.glob("writing-checkpoint-*"))):
         assert time.time() < deadline and process.poll() is None
@@ -158,8 +218,9 @@ def test_a_kill_within_a_sharded_checkpoint(world, tmp_path, config):
 
 
 def test_one_of_two_machines_is_killed(world, tmp_path, started):
-    """multi_node.yaml, a launch for each machine. The first, whose address both are given, is killed between two checkpoints;
-    the other ends with an error; the same two commands go on from the last checkpoint."""
+    """multi_node.yaml, a launch for each machine. The first, whose address both are given, is
+    killed between two checkpoints; the other ends with an error; the same two commands go on from
+    the last checkpoint."""
     folder, one = world
     out = tmp_path / "out"
     with socket.socket() as free:
@@ -173,7 +234,9 @@ def test_one_of_two_machines_is_killed(world, tmp_path, started):
             given = [*arguments(folder, "tied", out), "--save-steps", 1]
             command = launch("multi_node", *given, machine=("--machine_rank", rank, *address))
             with open(log, "w") as file:
-                started.append(subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=file, stderr=file))
+                started.append(
+                    subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=file, stderr=file)
+                )
         return started[-2:]
 
     said = lambda: "".join(log.read_text()[-3000:] for log in logs)
@@ -181,7 +244,9 @@ def test_one_of_two_machines_is_killed(world, tmp_path, started):
     while not (out / "checkpoint-2").exists():
         assert time.time() < deadline and first.poll() is None and second.poll() is None, said()
         time.sleep(0.002)
-    first_workers, second_workers = (psutil.Process(machine.pid).children(recursive=True) for machine in (first, second))
+    first_workers, second_workers = (
+        psutil.Process(machine.pid).children(recursive=True) for machine in (first, second)
+    )
     started += second_workers
     for process in (*first_workers, first):
         process.kill()
@@ -201,5 +266,8 @@ def test_a_reference_of_other_weights_is_not_taken(world, tmp_path):
 
     state["model.layers.0.mlp.up_proj.weight"] += 0.01
     save_file(state, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
-    hashes = [stage(4).weights_hash(str(path)) for path in (folder / "tied", tmp_path / "other", folder / "tied")]
+    hashes = [
+        stage(4).weights_hash(str(path))
+        for path in (folder / "tied", tmp_path / "other", folder / "tied")
+    ]
     assert hashes[0] == hashes[2] != hashes[1]

@@ -24,17 +24,23 @@ OPENING = "Let's think step by step.\nStep 1:"
 def pair(number: int, last: bool = False) -> dict:
     """A pair on step 2 of a made-up solution; `last`: the step is the end of the solution."""
     prefix = f"{OPENING} Ava has {number} + 4 = {number + 4} apples.\nStep 2:"
-    chosen, rejected = f" Ava now has {number + 4} * 2 = {2 * number + 8} apples.", f" Ava has {number + 4} / 2 = 3 apples now."
+    chosen, rejected = (
+        f" Ava now has {number + 4} * 2 = {2 * number + 8} apples.",
+        f" Ava has {number + 4} / 2 = 3 apples now.",
+    )
     end = "\nThe answer is \\boxed{5}."
     if last:
         chosen, rejected, rest = chosen + end, rejected + end, ""
     else:
         chosen, rejected, rest = chosen + "\n", rejected + "\n", "Step 3: So." + end
     return {
-        "prompt": f"Ava has {number} apples and gets 4. She doubles them. How many?", "initial_reason_steps": prefix,
-        "chosen": chosen, "rejected": rejected,
-        "full_chosen": prefix + chosen + rest, "full_rejected": prefix + rejected + rest,
-    }  # fmt: skip
+        "prompt": f"Ava has {number} apples and gets 4. She doubles them. How many?",
+        "initial_reason_steps": prefix,
+        "chosen": chosen,
+        "rejected": rejected,
+        "full_chosen": prefix + chosen + rest,
+        "full_rejected": prefix + rejected + rest,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +49,8 @@ def tokenizer():
 
 
 def plain_logps(lm, prefix: list, suffixes: list) -> torch.Tensor:
-    """The separate computation: one full forward pass for each suffix, log_softmax over all of it."""
+    """The separate computation: one full forward pass for each suffix, log_softmax over all of
+    it."""
     sums = []
     for suffix in suffixes:
         row = torch.tensor([[*prefix, *suffix]])
@@ -60,14 +67,24 @@ def pairs_of(train, rows: list, tokenizer):
 
 
 def shaped(kind: str):
-    """A random fp32 model of this kind with weights large enough that outputs differ, windows shorter than the rows."""
+    """A random fp32 model of this kind with weights large enough that outputs differ, windows
+    shorter than the rows."""
     import transformers
 
-    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "max_position_embeddings": 2048}  # fmt: skip
+    sizes = {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+    }
     config = {
         "qwen2": lambda: transformers.Qwen2Config(**sizes),
-        "qwen2-152k": lambda: transformers.Qwen2Config(**sizes | {"vocab_size": 152_000, "hidden_size": 16}),
+        "qwen2-152k": lambda: transformers.Qwen2Config(
+            **sizes | {"vocab_size": 152_000, "hidden_size": 16}
+        ),
         "qwen2-window": lambda: transformers.Qwen2Config(
             **sizes, use_sliding_window=True, sliding_window=40, max_window_layers=2
         ),
@@ -85,21 +102,39 @@ def shaped(kind: str):
 KINDS = ["qwen2", "qwen2-window", "llama", "mistral", "mistral-window"]
 
 
-@pytest.mark.parametrize("kind, budget", [*((kind, 1 << 28) for kind in KINDS), ("qwen2", 1 << 14), ("qwen2-152k", 1 << 24)])
+@pytest.mark.parametrize(
+    "kind, budget",
+    [*((kind, 1 << 28) for kind in KINDS), ("qwen2", 1 << 14), ("qwen2-152k", 1 << 24)],
+)
 def test_shared_prefix_equals_separate_rows(kind, budget, tokenizer, monkeypatch):
-    """Log-probabilities and gradients. Three pairs of one problem: two have one prefix, and one rejected suffix between them;
-    the prefix of the third goes on behind the chosen step of the first, its rejected step begins as its chosen one does."""
+    """Log-probabilities and gradients. Three pairs of one problem: two have one prefix, and one
+    rejected suffix between them; the prefix of the third goes on behind the chosen step of the
+    first, its rejected step begins as its chosen one does."""
     train = stage(4)
     rows = [pair(number, last=number % 2 == 0) for number in (7, 12, 123, 4)]
     rows.append(rows[0] | {"chosen": " Now it is 22.\n"})
     deeper = rows[0]["initial_reason_steps"] + rows[0]["chosen"] + "Step 3:"
-    rows.append(rows[0] | {"initial_reason_steps": deeper, "chosen": " She is done, with 22.\n", "rejected": " She is not.\n"})
+    rows.append(
+        rows[0]
+        | {
+            "initial_reason_steps": deeper,
+            "chosen": " She is done, with 22.\n",
+            "rejected": " She is not.\n",
+        }
+    )
     pairs, scorer = pairs_of(train, rows, tokenizer), train.SuffixScorer(shaped(kind))
     tree = pairs.tree([0, 4, 5])
     assert tree.picks == [[0, 1], [2, 1], [3, 4]]
-    assert len(tree.ids) < sum(map(len, (pairs.prefixes[pairs.prefix[5]], *(s for i in (0, 4, 5) for s in pairs.suffixes[i]))))
-    assert len(tree.targets) < sum(map(len, tree.paths)) == sum(len(s) for i in (0, 5) for s in pairs.suffixes[i]) + len(
-        pairs.suffixes[4][0]
+    assert len(tree.ids) < sum(
+        map(
+            len,
+            (pairs.prefixes[pairs.prefix[5]], *(s for i in (0, 4, 5) for s in pairs.suffixes[i])),
+        )
+    )
+    assert (
+        len(tree.targets)
+        < sum(map(len, tree.paths))
+        == sum(len(s) for i in (0, 5) for s in pairs.suffixes[i]) + len(pairs.suffixes[4][0])
     )
     [(micro, most, counts)] = train.plan(pairs, range(6), 10_000, 0, 1)
     assert counts == 1
@@ -110,10 +145,14 @@ def test_shared_prefix_equals_separate_rows(kind, budget, tokenizer, monkeypatch
     calls, head, position = [], scorer.token_logps, 4 * scorer.lm.config.vocab_size
     monkeypatch.setattr(scorer, "token_logps", lambda *given: calls.append(given) or head(*given))
     ours = scorer(**inputs, most=most)[inputs["picks"]]
-    assert len(calls) == math.ceil(most * position / budget) and (len(calls) > 4) == (budget < 1 << 28)
+    assert len(calls) == math.ceil(most * position / budget) and (len(calls) > 4) == (
+        budget < 1 << 28
+    )
     assert all(position * (len(hidden) - 1) < budget for hidden, _ in calls)
     assert ours.shape == (6, 2)
-    plain = torch.stack([plain_logps(scorer.lm, *train.encode(rows[i], tokenizer)) for i in numbers])
+    plain = torch.stack(
+        [plain_logps(scorer.lm, *train.encode(rows[i], tokenizer)) for i in numbers]
+    )
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=0)
     pairs.reference = torch.zeros(6, 2)
     pairs.reference[numbers] = plain.detach() + torch.tensor([[0.5, -0.5]])
@@ -127,10 +166,13 @@ def test_shared_prefix_equals_separate_rows(kind, budget, tokenizer, monkeypatch
 
 
 def test_trees_of_random_sequences():
-    """Each suffix's path through the tree spells it, from its prefix on, and each token sees its own path alone."""
+    """Each suffix's path through the tree spells it, from its prefix on, and each token sees its
+    own path alone."""
     draw, pairs = np.random.default_rng(0), stage(4).Pairs()
     for _ in range(300):
-        word = lambda most: draw.integers(1, 3, draw.integers(1, most)).tolist()  # two tokens: they share a lot
+        word = lambda most: draw.integers(
+            1, 3, draw.integers(1, most)
+        ).tolist()  # two tokens: they share a lot
         pairs.add([9, *word(6)], [word(7), word(7)], problem=str(draw.integers(40)))
     saved = 0
     for numbers in pairs.by_problem(range(300)):
@@ -140,12 +182,21 @@ def test_trees_of_random_sequences():
         assert (sees.sum(1) == tree.positions + 1).all()
         spelt = [tuple(tree.ids[at[row]]) for row in sees]
         assert len(set(spelt)) == size, "a sequence stands twice"
-        wholes = [(tuple(pairs.prefixes[pairs.prefix[i]]), tuple(suffix)) for i in numbers for suffix in pairs.suffixes[i]]
+        wholes = [
+            (tuple(pairs.prefixes[pairs.prefix[i]]), tuple(suffix))
+            for i in numbers
+            for suffix in pairs.suffixes[i]
+        ]
         for (prefix, suffix), pick in zip(wholes, sum(tree.picks, []), strict=True):
             nodes = tree.targets[tree.paths[pick]]
             assert tuple(tree.ids[nodes]) == suffix and spelt[nodes[-1]] == prefix + suffix
             assert spelt[tree.parent[nodes[0]]] == prefix
-        beginnings = {whole[:k] for prefix, suffix in wholes for whole in [prefix + suffix] for k in range(1, len(whole) + 1)}
+        beginnings = {
+            whole[:k]
+            for prefix, suffix in wholes
+            for whole in [prefix + suffix]
+            for k in range(1, len(whole) + 1)
+        }
         assert beginnings == set(spelt)
         saved += sum(len(a) + len(b) for a, b in wholes) - size
     assert saved > 1000
@@ -153,9 +204,13 @@ def test_trees_of_random_sequences():
 
 def test_rejected_does_not_see_chosen(small_model, tokenizer):
     train = stage(4)
-    scorer = train.SuffixScorer(AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32))
+    scorer = train.SuffixScorer(
+        AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
+    )
     before = scorer(**train.collate(pairs_of(train, [pair(7)], tokenizer), [[0]], "cpu"))
-    changed = pairs_of(train, [pair(7) | {"chosen": " No apples at all, or some more of them.\n"}], tokenizer)
+    changed = pairs_of(
+        train, [pair(7) | {"chosen": " No apples at all, or some more of them.\n"}], tokenizer
+    )
     after = scorer(**train.collate(changed, [[0]], "cpu"))
     assert before[0] != after[0]
     torch.testing.assert_close(before[1], after[1], rtol=1e-6, atol=0)
@@ -164,10 +219,19 @@ def test_rejected_does_not_see_chosen(small_model, tokenizer):
 def test_collate_matches_its_docstring():
     pairs = stage(4).Pairs()
     pairs.add([11, 12], [[13, 14], [13, 15]])
-    batch = {name: tensor.tolist() for name, tensor in stage(4).collate(pairs, [[0]], "cpu").items()}
-    assert batch == {"ids": [[11, 12, 13, 14, 15]], "positions": [[0, 1, 2, 3, 3]], "last": [[5, 5, 5, 4, 5]],
-                     "source": [1, 2, 2], "target": [13, 14, 15], "take": [0, 1, 0, 2], "owner": [0, 0, 1, 1],
-                     "picks": [[0, 1]]}  # fmt: skip
+    batch = {
+        name: tensor.tolist() for name, tensor in stage(4).collate(pairs, [[0]], "cpu").items()
+    }
+    assert batch == {
+        "ids": [[11, 12, 13, 14, 15]],
+        "positions": [[0, 1, 2, 3, 3]],
+        "last": [[5, 5, 5, 4, 5]],
+        "source": [1, 2, 2],
+        "target": [13, 14, 15],
+        "take": [0, 1, 0, 2],
+        "owner": [0, 0, 1, 1],
+        "picks": [[0, 1]],
+    }
 
 
 def test_a_step_never_ends_in_eos_and_a_finished_solution_does(tokenizer):
@@ -176,22 +240,37 @@ def test_a_step_never_ends_in_eos_and_a_finished_solution_does(tokenizer):
     assert eos not in step[0] + step[1]
     assert end[0][-1] == eos and end[1][-1] == eos
     assert end[0].count(eos) == 1
-    published = pair(7, last=True) | {"full_chosen": pair(7, last=True)["chosen"]}  # full text without the prefix
+    published = pair(7, last=True) | {
+        "full_chosen": pair(7, last=True)["chosen"]
+    }  # full text without the prefix
     assert train.encode(published, tokenizer)[1][0][-1] == eos
-    mixed = pair(7) | {"full_chosen": pair(7)["initial_reason_steps"] + pair(7)["chosen"]}  # only chosen ends here
+    mixed = pair(7) | {
+        "full_chosen": pair(7)["initial_reason_steps"] + pair(7)["chosen"]
+    }  # only chosen ends here
     assert [suffix[-1] == eos for suffix in train.encode(mixed, tokenizer)[1]] == [True, False]
 
 
 def test_whole_responses_in_trl_form_and_sft_rows(tokenizer):
-    """Strings stand as they are and end in EOS; messages are rendered, and their turn is closed once."""
+    """Strings stand as they are and end in EOS; messages are rendered, and their turn is closed
+    once."""
     train, eos = stage(4), tokenizer.eos_token_id
-    prefix, suffixes = train.encode({"prompt": "Two apples", "chosen": " are 2.", "rejected": " are 3."}, tokenizer)
+    prefix, suffixes = train.encode(
+        {"prompt": "Two apples", "chosen": " are 2.", "rejected": " are 3."}, tokenizer
+    )
     assert tokenizer.decode(prefix) == "Two apples" and [tokenizer.decode(s) for s in suffixes] == [
-        " are 2.<|im_end|>", " are 3.<|im_end|>"]  # fmt: skip
+        " are 2.<|im_end|>",
+        " are 3.<|im_end|>",
+    ]
     turn = lambda role, text: [{"role": role, "content": text}]
-    row = {"prompt": turn("user", "How many?"), "chosen": turn("assistant", "2"), "rejected": turn("assistant", "3")}
+    row = {
+        "prompt": turn("user", "How many?"),
+        "chosen": turn("assistant", "2"),
+        "rejected": turn("assistant", "3"),
+    }
     prefix, suffixes = train.encode(row, tokenizer)
-    assert tokenizer.decode(prefix) == "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        tokenizer.decode(prefix) == "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert [tokenizer.decode(s).strip() for s in suffixes] == ["2<|im_end|>", "3<|im_end|>"]
     assert [s.count(eos) for s in suffixes] == [1, 1]
     prefix, [solution] = train.encode({"problem": "1 + 1?", "solution": "Step 1: 2."}, tokenizer)
@@ -201,11 +280,18 @@ def test_whole_responses_in_trl_form_and_sft_rows(tokenizer):
 
 @pytest.mark.parametrize("published", [False, True])
 def test_full_sides_are_whole_answers_behind_the_forced_opening(tokenizer, published):
-    """The published set's full texts go on behind initial_reason_steps; 03's are the whole response."""
+    """The published set's full texts go on behind initial_reason_steps; 03's are the whole
+    response."""
     train, opening = stage(4), "Let's think step by step.\nStep 1:"
     given = opening + " 1 + 1 = 2.\nStep 2:"
-    row = {"prompt": "1 + 1 + 1?", "initial_reason_steps": given, "chosen": " 2 + 1 = 3.\n", "rejected": " 2 + 1 = 4.\n",
-           "full_chosen": " 2 + 1 = 3.\nSo \\boxed{3}.", "full_rejected": " 2 + 1 = 4.\nStep 3: \\boxed{4}."}  # fmt: skip
+    row = {
+        "prompt": "1 + 1 + 1?",
+        "initial_reason_steps": given,
+        "chosen": " 2 + 1 = 3.\n",
+        "rejected": " 2 + 1 = 4.\n",
+        "full_chosen": " 2 + 1 = 3.\nSo \\boxed{3}.",
+        "full_rejected": " 2 + 1 = 4.\nStep 3: \\boxed{4}.",
+    }
     wholes = [given + row["full_chosen"], given + row["full_rejected"]]
     if published:
         row["full_chosen"] = row["full_chosen"].strip()  # a label is followed by a space
@@ -213,45 +299,99 @@ def test_full_sides_are_whole_answers_behind_the_forced_opening(tokenizer, publi
         row["full_chosen"], row["full_rejected"] = wholes
     prefix, suffixes = train.encode(row, tokenizer, "full")
     assert tokenizer.decode(prefix).endswith(f"assistant\n{opening}")
-    assert [opening + tokenizer.decode(ids) for ids in suffixes] == [f"{whole}<|im_end|>" for whole in wholes]
+    assert [opening + tokenizer.decode(ids) for ids in suffixes] == [
+        f"{whole}<|im_end|>" for whole in wholes
+    ]
     prefix, suffixes = train.encode(row, tokenizer)
-    assert tokenizer.decode(prefix).endswith(given) and tokenizer.decode(suffixes[1]) == row["rejected"]
+    assert (
+        tokenizer.decode(prefix).endswith(given)
+        and tokenizer.decode(suffixes[1]) == row["rejected"]
+    )
 
 
-# forms of the published rows: chosen, rejected, full_chosen, full_rejected; which sides end in EOS, as steps and as full texts
+# forms of the published rows: chosen, rejected, full_chosen, full_rejected; which sides end in EOS,
+# as steps and as full texts
 PUBLISHED = {
     "line breaks before the text": (
-        "\nIt is 3.", " \nIt is 4.", "\nIt is 3.\nStep 3: So.\nThe answer is: 3",
-        " \nIt is 4.\n\nStep 3: So.\nThe answer is: 4", [False, False], [True, True]),
+        "\nIt is 3.",
+        " \nIt is 4.",
+        "\nIt is 3.\nStep 3: So.\nThe answer is: 3",
+        " \nIt is 4.\n\nStep 3: So.\nThe answer is: 4",
+        [False, False],
+        [True, True],
+    ),
     "full texts without them": (
-        "\nIt is 3.", " \nIt is 4.", "It is 3.\nStep 3: So.\nThe answer is: 3", "It is 4.\n\nStep 3: So.\nThe answer is: 4",
-        [False, False], [True, True]),
+        "\nIt is 3.",
+        " \nIt is 4.",
+        "It is 3.\nStep 3: So.\nThe answer is: 3",
+        "It is 4.\n\nStep 3: So.\nThe answer is: 4",
+        [False, False],
+        [True, True],
+    ),
     "blank lines that differ": (
-        " It is 3.\nThe answer is: 3", "\nIt is 4.\nThe answer is: 4", " It is 3.\n\nThe answer is: 3",
-        "\nIt is 4.\n\nThe answer is: 4", [True, True], [True, True]),
+        " It is 3.\nThe answer is: 3",
+        "\nIt is 4.\nThe answer is: 4",
+        " It is 3.\n\nThe answer is: 3",
+        "\nIt is 4.\n\nThe answer is: 4",
+        [True, True],
+        [True, True],
+    ),
     "cut within a formula": (
-        " It is\n\\[\\{3\\} \\\\[2pt]\\]", " It is\n\\[\\sum_{i} i + \\frac{\\", " It is\n\\[\\{3\\} \\\\[2pt]\\]",
-        " It is\n\n\\[\\sum_{i} i + \\frac{\\", [True, False], [True, False]),
+        " It is\n\\[\\{3\\} \\\\[2pt]\\]",
+        " It is\n\\[\\sum_{i} i + \\frac{\\",
+        " It is\n\\[\\{3\\} \\\\[2pt]\\]",
+        " It is\n\n\\[\\sum_{i} i + \\frac{\\",
+        [True, False],
+        [True, False],
+    ),
     "a space at the end": (
-        " It is 3. ", " It is 4.", " It is 3. \nThe answer is: 3", " It is 4.\nThe answer is: 4", [False, False], [True, True]),
+        " It is 3. ",
+        " It is 4.",
+        " It is 3. \nThe answer is: 3",
+        " It is 4.\nThe answer is: 4",
+        [False, False],
+        [True, True],
+    ),
     "no rejected step": (
-        " It is 3.", "", " It is 3.\nThe answer is: 3", "It is 4.\nThe answer is: 4", None, [True, True]),
-    "no rejected answer": (" It is 3.", " It is 4.", " It is 3.\nThe answer is: 3", None, [False, False], None),
-}  # fmt: skip
+        " It is 3.",
+        "",
+        " It is 3.\nThe answer is: 3",
+        "It is 4.\nThe answer is: 4",
+        None,
+        [True, True],
+    ),
+    "no rejected answer": (
+        " It is 3.",
+        " It is 4.",
+        " It is 3.\nThe answer is: 3",
+        None,
+        [False, False],
+        None,
+    ),
+}
 
 
 def published_row(chosen, rejected, full_chosen, full_rejected, prompt: str = "1 + 1 + 1?") -> dict:
-    return {"prompt": prompt, "initial_reason_steps": f"{OPENING} 1 + 1 = 2.\nStep 2:", "chosen": chosen,
-            "rejected": rejected, "full_chosen": full_chosen, "full_rejected": full_rejected}  # fmt: skip
+    return {
+        "prompt": prompt,
+        "initial_reason_steps": f"{OPENING} 1 + 1 = 2.\nStep 2:",
+        "chosen": chosen,
+        "rejected": rejected,
+        "full_chosen": full_chosen,
+        "full_rejected": full_rejected,
+    }
 
 
 def sides_of(row: dict, tokenizer, sides: str) -> tuple[list[str], list[bool]]:
-    """What is trained on, with what of the given steps belongs to it, and which of the sides end in EOS."""
+    """What is trained on, with what of the given steps belongs to it, and which of the sides end in
+    EOS."""
     prefix, suffixes = stage(4).encode(row, tokenizer, sides)
     before = row["initial_reason_steps"] if sides == "step" else OPENING
     assert tokenizer.decode(prefix).endswith(f"assistant\n{before}")
     texts = [tokenizer.decode(ids) for ids in suffixes]
-    return [text.removesuffix("<|im_end|>") for text in texts], [text.endswith("<|im_end|>") for text in texts]
+    return [text.removesuffix("<|im_end|>") for text in texts], [
+        text.endswith("<|im_end|>") for text in texts
+    ]
 
 
 @pytest.mark.parametrize("form", PUBLISHED)
@@ -267,13 +407,17 @@ def test_forms_of_published_rows(form, sides, tokenizer, small_model):
     expected = [text.rstrip(" ") for text in texts[:2]]
     if sides == "full":  # as its step begins, else a space
         starts = [step[: len(step) - len(step.lstrip())] or " " for step in texts[:2]]
-        expected = [" 1 + 1 = 2.\nStep 2:" + start + full.lstrip() for start, full in zip(starts, texts[2:], strict=True)]
+        expected = [
+            " 1 + 1 = 2.\nStep 2:" + start + full.lstrip()
+            for start, full in zip(starts, texts[2:], strict=True)
+        ]
     assert sides_of(row, tokenizer, sides) == (expected, ends)
     assert len(stage(4).prepare([row], tokenizer, args, "rows")) == 1
 
 
 def test_real_published_rows(tokenizer):
-    """The file has 9 rows with full texts, without the white space before them, and no given steps: these are ours."""
+    """The file has 9 rows with full texts, without the white space before them, and no given steps:
+    these are ours."""
     path = ROOT.parent / "shared" / "data" / "step_dpo_10k_rows.jsonl"
     if not path.exists():
         pytest.skip("no published rows here")
@@ -287,10 +431,17 @@ def test_real_published_rows(tokenizer):
         found["step"] += [(number, name) for name, end in zip(names, ends, strict=True) if end]
         texts, ends = sides_of(made, tokenizer, "full")
         for text, name, full in zip(texts, names, full_names, strict=True):
-            assert f"{OPENING}{text}".startswith(made["initial_reason_steps"] + row[name][:2]) and text.endswith(row[full])
+            assert f"{OPENING}{text}".startswith(
+                made["initial_reason_steps"] + row[name][:2]
+            ) and text.endswith(row[full])
         found["full"] += [(number, name) for name, end in zip(names, ends, strict=True) if not end]
     assert len(rows) == 9 and found["full"] == [(2, "rejected")]  # stops in \frac{\
-    assert found["step"] == [(3, "chosen"), (3, "rejected"), (6, "chosen"), (8, "chosen")]  # they have the answer
+    assert found["step"] == [
+        (3, "chosen"),
+        (3, "rejected"),
+        (6, "chosen"),
+        (8, "chosen"),
+    ]  # they have the answer
 
 
 @pytest.mark.slow
@@ -299,58 +450,122 @@ def test_rows_with_an_empty_side_are_left_out_counted_and_named(tmp_path, small_
     rows[2]["rejected"], rows[4]["full_rejected"], rows[6]["chosen"] = None, "", " "
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for sides, count, named in (("step", 6, "row 3, 7"), ("full", 7, "row 5")):
-        done = run(4, "--data", tmp_path / "pairs.jsonl", "--model", small_model, "--sides", sides, "--epochs", 1,
-                   "--batch-size", 4, "--out", tmp_path / sides)  # fmt: skip
+        done = run(
+            4,
+            "--data",
+            tmp_path / "pairs.jsonl",
+            "--model",
+            small_model,
+            "--sides",
+            sides,
+            "--epochs",
+            1,
+            "--batch-size",
+            4,
+            "--out",
+            tmp_path / sides,
+        )
         assert f"{count} pairs" in done.stderr and f"{8 - count} with an empty side" in done.stderr
         assert f"an empty side in {named}\n" in done.stderr
-        assert read(tmp_path / sides / "metrics.jsonl")[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
+        assert read(tmp_path / sides / "metrics.jsonl")[0]["loss"] == pytest.approx(
+            math.log(2), abs=1e-3
+        )
 
 
 def test_no_eos_on_request(tmp_path, small_model, tokenizer):
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair(n, last=True)) + "\n" for n in range(4)))
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join(json.dumps(pair(n, last=True)) + "\n" for n in range(4))
+    )
     train, rows = stage(4), read(tmp_path / "pairs.jsonl")
     for eos in (True, False):
         args = train.Args(model=str(small_model), eos=eos)
-        ends = [ids[-1] for suffixes in train.prepare(rows, tokenizer, args, "rows").suffixes for ids in suffixes]
+        ends = [
+            ids[-1]
+            for suffixes in train.prepare(rows, tokenizer, args, "rows").suffixes
+            for ids in suffixes
+        ]
         assert {end == tokenizer.eos_token_id for end in ends} == {eos}
 
 
 @pytest.mark.slow
 def test_sft_on_samples_takes_right_responses_once(tmp_path, small_model):
     """01's file carries the reference solution along: it is not what the model said."""
-    sample = lambda problem, response, correct: {"id": problem, "problem": problem, "answer": "3", "solution": "REFERENCE",
-                                                 "response": response, "correct": correct, "finish_reason": "stop"}  # fmt: skip
-    rows = [sample("a", "Step 1: 3.", True), sample("a", "Step 1: 3.", True), sample("a", "Step 1: three.", True),
-            sample("b", "Step 1: 3.", True), sample("b", "Step 1: 4.", False)]  # fmt: skip
+    sample = lambda problem, response, correct: {
+        "id": problem,
+        "problem": problem,
+        "answer": "3",
+        "solution": "REFERENCE",
+        "response": response,
+        "correct": correct,
+        "finish_reason": "stop",
+    }
+    rows = [
+        sample("a", "Step 1: 3.", True),
+        sample("a", "Step 1: 3.", True),
+        sample("a", "Step 1: three.", True),
+        sample("b", "Step 1: 3.", True),
+        sample("b", "Step 1: 4.", False),
+    ]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = stage(4).load_rows(str(tmp_path / "samples.jsonl"), "sft")
-    assert found == [{"problem": problem, "solution": text} for problem, text in
-                     (("a", "Step 1: 3."), ("a", "Step 1: three."), ("b", "Step 1: 3."))]  # fmt: skip
-    done = run(4, "--objective", "sft", "--data", tmp_path / "samples.jsonl", "--model", small_model, "--epochs", 1,
-               "--out", tmp_path / "tuned")  # fmt: skip
-    assert "training on the field 'response'" in done.stderr and "5 samples, 4 right, 3 of these distinct" in done.stderr
+    assert found == [
+        {"problem": problem, "solution": text}
+        for problem, text in (("a", "Step 1: 3."), ("a", "Step 1: three."), ("b", "Step 1: 3."))
+    ]
+    done = run(
+        4,
+        "--objective",
+        "sft",
+        "--data",
+        tmp_path / "samples.jsonl",
+        "--model",
+        small_model,
+        "--epochs",
+        1,
+        "--out",
+        tmp_path / "tuned",
+    )
+    assert (
+        "training on the field 'response'" in done.stderr
+        and "5 samples, 4 right, 3 of these distinct" in done.stderr
+    )
     assert "first row" in done.stderr and "REFERENCE" not in done.stderr
 
 
 def test_boundary_is_where_generation_had_it(tokenizer):
-    """Decoded ids give the text back, whether or not the prefix carries the space; a merge over the boundary is not used."""
+    """Decoded ids give the text back, whether or not the prefix carries the space; a merge over the
+    boundary is not used."""
     train = stage(4)
     row = pair(7)
     prefix, [chosen, _] = train.encode(row, tokenizer)
     assert tokenizer.decode(prefix).endswith(row["initial_reason_steps"])
     assert tokenizer.decode(chosen) == row["chosen"]
-    moved = row | {"initial_reason_steps": row["initial_reason_steps"] + " ", "chosen": row["chosen"][1:], "rejected": "3."}
+    moved = row | {
+        "initial_reason_steps": row["initial_reason_steps"] + " ",
+        "chosen": row["chosen"][1:],
+        "rejected": "3.",
+    }
     assert train.encode(moved, tokenizer)[1][0] == chosen
     assert train.encode(moved, tokenizer)[0] == prefix
-    # ".\n" is one token: a prefix that ends in "." and a suffix that begins with "\n" were drawn as two
-    split = row | {"initial_reason_steps": OPENING + " Ava has 4 apples.", "chosen": "\nStep 2: Yes.", "rejected": "\nNo."}
+    # ".\n" is one token: a prefix that ends in "." and a suffix that begins with "\n" were drawn as
+    # two
+    split = row | {
+        "initial_reason_steps": OPENING + " Ava has 4 apples.",
+        "chosen": "\nStep 2: Yes.",
+        "rejected": "\nNo.",
+    }
     text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": train.USER_TURN.format(problem=row["prompt"])},
-         {"role": "assistant", "content": split["initial_reason_steps"]}],
-        tokenize=False, continue_final_message=True,
-    )  # fmt: skip
+        [
+            {"role": "user", "content": train.USER_TURN.format(problem=row["prompt"])},
+            {"role": "assistant", "content": split["initial_reason_steps"]},
+        ],
+        tokenize=False,
+        continue_final_message=True,
+    )
     prefix, [chosen, _] = train.encode(split, tokenizer)
-    assert tokenizer(text + split["chosen"], add_special_tokens=False)["input_ids"] != prefix + chosen
+    assert (
+        tokenizer(text + split["chosen"], add_special_tokens=False)["input_ids"] != prefix + chosen
+    )
     assert prefix == tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(chosen) == split["chosen"]
 
@@ -376,20 +591,36 @@ def test_plan_covers_each_pair_once_within_the_budget(world):
     few = [train.plan(pairs, [3], 200, rank, world) for rank in range(world)]
     assert sorted(few, reverse=True) == [[([[3]], 4, 1)], *[[([[3]], 4, 0)]] * (world - 1)]
     long = train.Pairs()
-    for length in (2500, 5, 5, 5):  # every process makes as many chunks of logits as the one with most suffix positions
+    for length in (
+        2500,
+        5,
+        5,
+        5,
+    ):  # every process makes as many chunks of logits as the one with most suffix positions
         long.add([length], [list(range(length)), [1]])
-    counts = [[most for _, most, _ in train.plan(long, range(4), 3000, rank, 2)] for rank in range(2)]
+    counts = [
+        [most for _, most, _ in train.plan(long, range(4), 3000, rank, 2)] for rank in range(2)
+    ]
     assert counts[0] == counts[1] and max(counts[0]) == 2501
 
 
 def test_schedule_warms_up_and_ends_at_zero():
     train, args = stage(4), SimpleNamespace(lr=1.0, warmup=0.1, schedule="cosine")
     rates = [train.learning_rate(step, 100, args) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0) and max(rates) == pytest.approx(1.0)
+    assert (
+        rates[0] == pytest.approx(0.1)
+        and rates[9] == pytest.approx(1.0)
+        and max(rates) == pytest.approx(1.0)
+    )
     assert rates[55] == pytest.approx(0.5) and rates[99] < 1e-3
-    assert all(a <= b for a, b in zip(rates[:10], rates[1:10], strict=False)) and sorted(rates[10:], reverse=True) == rates[10:]
+    assert (
+        all(a <= b for a, b in zip(rates[:10], rates[1:10], strict=False))
+        and sorted(rates[10:], reverse=True) == rates[10:]
+    )
     args.schedule = "linear"
-    assert [train.learning_rate(step, 100, args) for step in (10, 55, 100)] == pytest.approx([1.0, 0.5, 0.0])
+    assert [train.learning_rate(step, 100, args) for step in (10, 55, 100)] == pytest.approx(
+        [1.0, 0.5, 0.0]
+    )
 
 
 def write_pairs(path, count: int = 24):
@@ -398,9 +629,26 @@ def write_pairs(path, count: int = 24):
 
 
 def common(tmp_path, small_model, out: str) -> list:
-    return ["--data", tmp_path / "pairs.jsonl", "--model", small_model, "--out", tmp_path / out, "--precision", "fp32",
-            "--epochs", 2, "--batch-size", 5, "--tokens-per-batch", 300,
-            "--validation-fraction", 0.2, "--eval-steps", 4]  # fmt: skip
+    return [
+        "--data",
+        tmp_path / "pairs.jsonl",
+        "--model",
+        small_model,
+        "--out",
+        tmp_path / out,
+        "--precision",
+        "fp32",
+        "--epochs",
+        2,
+        "--batch-size",
+        5,
+        "--tokens-per-batch",
+        300,
+        "--validation-fraction",
+        0.2,
+        "--eval-steps",
+        4,
+    ]
 
 
 def weights(folder):
@@ -415,19 +663,40 @@ def test_training_starts_at_ln_2_moves_weights_and_resumes_exactly(tmp_path, sma
     run(4, *common(tmp_path, small_model, "whole"), "--lr", 1e-3)
     lines = read(tmp_path / "whole" / "metrics.jsonl")
     first, zero = next(line for line in lines if "loss" in line), lines[0]
-    assert zero["step"] == 0 and abs(zero["val_margin"]) < 1e-4 and abs(zero["val_loss"] - math.log(2)) < 1e-5
+    assert (
+        zero["step"] == 0
+        and abs(zero["val_margin"]) < 1e-4
+        and abs(zero["val_loss"] - math.log(2)) < 1e-5
+    )
     assert abs(first["loss"] - math.log(2)) < 1e-5 and abs(first["margin"]) < 1e-4
-    assert lines[-1]["step"] == max(line["step"] for line in lines) and lines[-1]["val_accuracy"] == 1.0
-    # stop after step 4 (a kill right after its checkpoint), go on: the same numbers and the same weights
-    arguments = [*common(tmp_path, small_model, "parts"), "--lr", 1e-3, "--save-steps", 4, "--keep", 9]
+    assert (
+        lines[-1]["step"] == max(line["step"] for line in lines)
+        and lines[-1]["val_accuracy"] == 1.0
+    )
+    # stop after step 4 (a kill right after its checkpoint), go on: the same numbers and the same
+    # weights
+    arguments = [
+        *common(tmp_path, small_model, "parts"),
+        "--lr",
+        1e-3,
+        "--save-steps",
+        4,
+        "--keep",
+        9,
+    ]
     run(4, *arguments)
     out = tmp_path / "parts"
     (out / "model.safetensors").unlink()
     for path in out.glob("checkpoint-*"):
         if path.name != "checkpoint-4":
-            path.rename(out / f"writing-{path.name}")  # as if the kill had come while it was written
+            path.rename(
+                out / f"writing-{path.name}"
+            )  # as if the kill had come while it was written
     assert "resuming from" in run(4, *arguments).stderr
-    same = [{k: v for k, v in line.items() if not k.endswith("_per_s")} for line in read(out / "metrics.jsonl")]
+    same = [
+        {k: v for k, v in line.items() if not k.endswith("_per_s")}
+        for line in read(out / "metrics.jsonl")
+    ]
     assert same == [{k: v for k, v in line.items() if not k.endswith("_per_s")} for line in lines]
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(tensor, weights(out)[name]), name
@@ -437,25 +706,50 @@ def test_training_starts_at_ln_2_moves_weights_and_resumes_exactly(tmp_path, sma
 
 @pytest.mark.slow
 def test_tiny_steps_move_weights(tmp_path, small_model):
-    """At the paper's 5e-7 every weight matrix moves, since masters are fp32; bf16 weights would mostly stay."""
+    """At the paper's 5e-7 every weight matrix moves, since masters are fp32; bf16 weights would
+    mostly stay."""
     write_pairs(tmp_path / "pairs.jsonl")
     run(4, *common(tmp_path, small_model, "slow"), "--lr", 5e-7, "--precision", "bf16")
     base, tuned = weights(small_model), weights(tmp_path / "slow")
-    moved = sum((base[name] != tuned[name]).sum().item() for name in base) / sum(t.numel() for t in base.values())
+    moved = sum((base[name] != tuned[name]).sum().item() for name in base) / sum(
+        t.numel() for t in base.values()
+    )
     assert moved > 0.9
     rounded = sum((base[n].bfloat16() != tuned[n].bfloat16()).sum().item() for n in base)
-    assert rounded / sum(t.numel() for t in base.values()) < 0.1, "the point of fp32 masters: bf16 cannot show these steps"
+    assert rounded / sum(t.numel() for t in base.values()) < 0.1, (
+        "the point of fp32 masters: bf16 cannot show these steps"
+    )
 
 
 @pytest.mark.slow
 def test_micro_batches_and_processes_do_not_change_the_step(tmp_path, small_model):
-    """One optimizer step over 7 pairs: packed as one batch, as many, and over two processes, the weights are the same."""
+    """One optimizer step over 7 pairs: packed as one batch, as many, and over two processes, the
+    weights are the same."""
     write_pairs(tmp_path / "pairs.jsonl", 7)
-    base = ["--data", tmp_path / "pairs.jsonl", "--model", small_model, "--precision", "fp32", "--epochs", 1, "--batch-size", 7,
-            "--lr", 1e-4]  # fmt: skip
+    base = [
+        "--data",
+        tmp_path / "pairs.jsonl",
+        "--model",
+        small_model,
+        "--precision",
+        "fp32",
+        "--epochs",
+        1,
+        "--batch-size",
+        7,
+        "--lr",
+        1e-4,
+    ]
     run(4, *base, "--out", tmp_path / "one")
     run(4, *base, "--out", tmp_path / "many", "--tokens-per-batch", 150)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "04_train_stepdpo.py"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "04_train_stepdpo.py",
+    ]
     command = [*launch, *map(str, [*base, "--out", tmp_path / "two", "--tokens-per-batch", 150])]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
@@ -479,30 +773,59 @@ def test_model_loads_and_long_pairs_are_left_out(tmp_path, small_model, tokenize
     left_out = sum(length > longest[15] for length in longest)
     assert left_out and f"left out: {left_out} above --max-length" in done.stderr
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert model.dtype == torch.float32 and AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
-    with safetensors.safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:  # the tied head is stored once
+    assert (
+        model.dtype == torch.float32
+        and AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    )
+    with safetensors.safe_open(
+        tmp_path / "out" / "model.safetensors", "pt"
+    ) as file:  # the tied head is stored once
         names = set(file.keys())
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
 
 
 @pytest.mark.slow
 def test_trl_computes_the_same_loss(tmp_path, small_model, tokenizer):
-    """On whole responses, where TRL's rules and ours agree, and with a reference that is another model."""
+    """On whole responses, where TRL's rules and ours agree, and with a reference that is another
+    model."""
     import datasets
     from trl import DPOConfig, DPOTrainer
 
     train = stage(4)
-    rows = [{"prompt": f"Ava has {n} apples.", "chosen": f" She has {n}.", "rejected": f" She has {n + 1}, I think."}
-            for n in range(6)]  # fmt: skip
+    rows = [
+        {
+            "prompt": f"Ava has {n} apples.",
+            "chosen": f" She has {n}.",
+            "rejected": f" She has {n + 1}, I think.",
+        }
+        for n in range(6)
+    ]
     load = lambda: AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
     policy, other = load(), load()
     with torch.no_grad():
         for parameter in other.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
-    settings = {"per_device_train_batch_size": 6, "beta": 0.4, "bf16": False, "use_cpu": True, "report_to": "none",
-                "loss_type": "sigmoid"}  # fmt: skip
+            parameter.add_(
+                0.02
+                * torch.randn(
+                    parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
+                )
+            )
+    settings = {
+        "per_device_train_batch_size": 6,
+        "beta": 0.4,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "loss_type": "sigmoid",
+    }
     config = DPOConfig(str(tmp_path / "trl"), **settings)
-    trainer = DPOTrainer(policy, other, args=config, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer)
+    trainer = DPOTrainer(
+        policy,
+        other,
+        args=config,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
     theirs = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
     pairs = pairs_of(train, rows, tokenizer)
     pairs.seal()
@@ -517,31 +840,89 @@ def test_trl_computes_the_same_loss(tmp_path, small_model, tokenizer):
 
 @pytest.mark.slow
 def test_sft_loss_is_the_mean_over_the_solution_tokens(tmp_path, small_model, tokenizer):
-    """First step against transformers' own loss, on rows of unequal length, in several micro-batches."""
+    """First step against transformers' own loss, on rows of unequal length, in several
+    micro-batches."""
     rows = [row for row in read(TINY / "validation.jsonl")[:6]]
     (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run(4, "--objective", "sft", "--data", tmp_path / "sft.jsonl", "--model", small_model, "--out", tmp_path / "out",
-        "--precision", "fp32", "--batch-size", 6, "--tokens-per-batch", 300, "--epochs", 30, "--lr", 3e-3)  # fmt: skip
-    lm, total, count = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32), 0.0, 0
+    run(
+        4,
+        "--objective",
+        "sft",
+        "--data",
+        tmp_path / "sft.jsonl",
+        "--model",
+        small_model,
+        "--out",
+        tmp_path / "out",
+        "--precision",
+        "fp32",
+        "--batch-size",
+        6,
+        "--tokens-per-batch",
+        300,
+        "--epochs",
+        30,
+        "--lr",
+        3e-3,
+    )
+    lm, total, count = (
+        AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32),
+        0.0,
+        0,
+    )
     for row in rows:
         prefix, [solution] = stage(4).encode(row, tokenizer)
-        ids, labels = torch.tensor([prefix + solution]), torch.tensor([[-100] * len(prefix) + solution])
-        total, count = total + lm(ids, labels=labels).loss.item() * len(solution), count + len(solution)
+        ids, labels = (
+            torch.tensor([prefix + solution]),
+            torch.tensor([[-100] * len(prefix) + solution]),
+        )
+        total, count = (
+            total + lm(ids, labels=labels).loss.item() * len(solution),
+            count + len(solution),
+        )
     lines = read(tmp_path / "out" / "metrics.jsonl")
-    assert lines[0]["loss"] == pytest.approx(total / count, rel=1e-5) and lines[-1]["loss"] < lines[0]["loss"] / 2
+    assert (
+        lines[0]["loss"] == pytest.approx(total / count, rel=1e-5)
+        and lines[-1]["loss"] < lines[0]["loss"] / 2
+    )
 
 
 @pytest.mark.slow
 def test_the_maker_of_the_bundled_model_trains_by_04(tmp_path):
     """A very small one: the committed problems come out again, and the loss falls."""
-    arguments = ["--out", tmp_path / "a", "--work", tmp_path / "work-a", "--steps", 8, "--batch", 16, "--hidden", 32,
-                 "--layers", 1, "--log-steps", 1]  # fmt: skip
-    subprocess.run([sys.executable, TINY / "make.py", *map(str, arguments)], check=True, capture_output=True, cwd=ROOT)
+    arguments = [
+        "--out",
+        tmp_path / "a",
+        "--work",
+        tmp_path / "work-a",
+        "--steps",
+        8,
+        "--batch",
+        16,
+        "--hidden",
+        32,
+        "--layers",
+        1,
+        "--log-steps",
+        1,
+    ]
+    subprocess.run(
+        [sys.executable, TINY / "make.py", *map(str, arguments)],
+        check=True,
+        capture_output=True,
+        cwd=ROOT,
+    )
     AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "model")
-    assert all((tmp_path / "a" / f"{s}.jsonl").read_bytes() == (TINY / f"{s}.jsonl").read_bytes() for s in ("train", "test"))
+    assert all(
+        (tmp_path / "a" / f"{s}.jsonl").read_bytes() == (TINY / f"{s}.jsonl").read_bytes()
+        for s in ("train", "test")
+    )
     lines = read(tmp_path / "work-a" / "model" / "metrics.jsonl")
     assert len(lines) == 8 and lines[-1]["loss"] < lines[0]["loss"] - 0.05
-    learnt, test = ({row["problem"] for row in read(path)} for path in (tmp_path / "work-a/corpus.jsonl", TINY / "test.jsonl"))
+    learnt, test = (
+        {row["problem"] for row in read(path)}
+        for path in (tmp_path / "work-a/corpus.jsonl", TINY / "test.jsonl")
+    )
     assert 100 < len(learnt) <= 8 * 16 and not learnt & test
 
 
@@ -564,7 +945,12 @@ def test_the_loss_follows_its_formula():
     """Also by label smoothing: the pair is the wrong way round with this probability."""
     train = stage(4)
     for smoothing in (0.0, 0.1):
-        found = train.dpo_loss(LOGPS, two_pairs(train, [{}, {}]), [1, 2], train.Args(beta=0.5, label_smoothing=smoothing))
+        found = train.dpo_loss(
+            LOGPS,
+            two_pairs(train, [{}, {}]),
+            [1, 2],
+            train.Args(beta=0.5, label_smoothing=smoothing),
+        )
         right, wrong = (torch.log1p(torch.exp(sign * 0.5 * RATIO)) for sign in (-1, 1))
         torch.testing.assert_close(found["loss"], (1 - smoothing) * right + smoothing * wrong)
         torch.testing.assert_close(found["margin"], 0.5 * RATIO)
@@ -573,13 +959,22 @@ def test_the_loss_follows_its_formula():
         assert found["accuracy"].tolist() == [1, 0] and found["chosen_logp"].tolist() == [-1, -2]
 
 
-@pytest.mark.parametrize("number, expected", [
-    (0, (RATIO - 1 / (2 * 0.5)) ** 2),  # IPO, arXiv 2310.12036, Eq. 17
-    (1, torch.log1p(torch.exp(torch.tensor([0.2, 0.7]) - 0.5 * RATIO))),  # ODPO, arXiv 2402.10571, Eq. 8
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "number, expected",
+    [
+        (0, (RATIO - 1 / (2 * 0.5)) ** 2),  # IPO, arXiv 2310.12036, Eq. 17
+        (
+            1,
+            torch.log1p(torch.exp(torch.tensor([0.2, 0.7]) - 0.5 * RATIO)),
+        ),  # ODPO, arXiv 2402.10571, Eq. 8
+    ],
+)
 def test_the_losses_of_the_documents(tmp_path, monkeypatch, tokenizer, number, expected):
-    """docs/trainer.md's diffs apply, and are what it says they are; a row's number comes from prepare()."""
-    diff = re.findall(r"^```diff\n(.*?)^```", (ROOT / "docs" / "trainer.md").read_text(), re.M | re.S)[number]
+    """docs/trainer.md's diffs apply, and are what it says they are; a row's number comes from
+    prepare()."""
+    diff = re.findall(
+        r"^```diff\n(.*?)^```", (ROOT / "docs" / "trainer.md").read_text(), re.M | re.S
+    )[number]
     shutil.copy(ROOT / "04_train_stepdpo.py", tmp_path)
     subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=tmp_path, check=True)
     (tmp_path / "04_train_stepdpo.py").rename(tmp_path / f"edited_{number}.py")
@@ -593,11 +988,14 @@ def test_the_losses_of_the_documents(tmp_path, monkeypatch, tokenizer, number, e
 
 
 def test_what_enters_the_loss_makes_another_run():
-    """What a checkpoint is compared by knows beta, the numbers of the rows and, see test_an_edited_loss_is_named, the code."""
+    """What a checkpoint is compared by knows beta, the numbers of the rows and, see
+    test_an_edited_loss_is_named, the code."""
     train, tokenizer = stage(4), stage(4).load_tokenizer(str(TINY / "model"), None, "{}")
 
     def settings(margin: float, **options) -> dict:
-        return train.settings_of(train.Args(**options), tokenizer, "w", two_pairs(train, [{}, {"margin": margin}]), None)
+        return train.settings_of(
+            train.Args(**options), tokenizer, "w", two_pairs(train, [{}, {"margin": margin}]), None
+        )
 
     differ = lambda a, b: {name for name, value in a.items() if b[name] != value}
     base = settings(0.1)
@@ -607,7 +1005,8 @@ def test_what_enters_the_loss_makes_another_run():
 
 @pytest.mark.slow
 def test_a_finished_run_is_left_alone(tmp_path, small_model):
-    """--keep 0: no checkpoint tells. With another setting its model is not written over; at 1e-9 the loss does not move."""
+    """--keep 0: no checkpoint tells. With another setting its model is not written over; at 1e-9
+    the loss does not move."""
     write_pairs(tmp_path / "pairs.jsonl")
     arguments = [*common(tmp_path, small_model, "out"), "--keep", 0, "--lr", 1e-9]
     first = run(4, *arguments)
@@ -615,46 +1014,78 @@ def test_a_finished_run_is_left_alone(tmp_path, small_model):
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     assert "training.json" in before and "model.safetensors" in before
     again = run(4, *arguments)
-    assert f"{tmp_path / 'out'}: finished, nothing to do" in again.stderr and "training:" not in again.stderr
+    assert (
+        f"{tmp_path / 'out'}: finished, nothing to do" in again.stderr
+        and "training:" not in again.stderr
+    )
     assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     other = run(4, *arguments[:-1], 1e-3, check=False)
     assert other.returncode == 2 and "was made with lr = '1e-09', now it is '0.001'" in other.stderr
     run("plot_training", tmp_path / "out")
     assert (tmp_path / "out" / "training.png").stat().st_size > 20_000
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"base_model: {small_model}\n" in card and "| lr | 1e-09 |" in card and "![training](training.png)" in card
+    assert (
+        f"base_model: {small_model}\n" in card
+        and "| lr | 1e-09 |" in card
+        and "![training](training.png)" in card
+    )
     assert "Last step: step 8, epoch 2, loss 0.69" in card
-    assert "nothing to do" in run(4, *arguments).stderr, "picture and card are none of the training's business"
+    assert "nothing to do" in run(4, *arguments).stderr, (
+        "picture and card are none of the training's business"
+    )
 
 
 def test_pictures_of_trainings(tmp_path):
     """Of one that is not finished no card; of several one picture; what is no run is named."""
     for number, name in enumerate(("a", "b")):
         (tmp_path / name).mkdir()
-        rows = [{"step": step, "loss": 0.69 / (step + number), "chosen_logp": -step} for step in (1, 2, 3)]
+        rows = [
+            {"step": step, "loss": 0.69 / (step + number), "chosen_logp": -step}
+            for step in (1, 2, 3)
+        ]
         rows.append({"step": 3, "val_loss": 0.2, "val_accuracy": 1.0})
-        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / name / "metrics.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
     done = run("plot_training", tmp_path / "a")
-    assert "the training is not finished, no model card" in done.stderr and not (tmp_path / "a" / "README.md").exists()
+    assert (
+        "the training is not finished, no model card" in done.stderr
+        and not (tmp_path / "a" / "README.md").exists()
+    )
     assert (tmp_path / "a" / "training.png").read_bytes()[1:4] == b"PNG"
     run("plot_training", tmp_path / "a", tmp_path / "b")
-    assert (tmp_path / "training.png").read_bytes() != (tmp_path / "a" / "training.png").read_bytes()
+    assert (tmp_path / "training.png").read_bytes() != (
+        tmp_path / "a" / "training.png"
+    ).read_bytes()
     with open(tmp_path / "b" / "metrics.jsonl", "a") as file:
         file.write('{"step": "four"}\n')
-    for folder, said in (("b", "metrics.jsonl, line 5: no object"), ("c", "metrics.jsonl: cannot be read (FileNotFoundError)")):
+    for folder, said in (
+        ("b", "metrics.jsonl, line 5: no object"),
+        ("c", "metrics.jsonl: cannot be read (FileNotFoundError)"),
+    ):
         done = run("plot_training", tmp_path / folder, check=False)
         assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
 def test_an_edited_loss_is_named(tmp_path, small_model):
-    """A hinge instead of the logistic loss: its first value is no sign of a policy that differs from the reference."""
+    """A hinge instead of the logistic loss: its first value is no sign of a policy that differs
+    from the reference."""
     write_pairs(tmp_path / "pairs.jsonl", 6)
     text = (ROOT / "04_train_stepdpo.py").read_text()
-    edited = text.replace("-(1 - flipped) * F.logsigmoid(margin) - flipped * F.logsigmoid(-margin)", "F.relu(1 - margin)")
+    edited = text.replace(
+        "-(1 - flipped) * F.logsigmoid(margin) - flipped * F.logsigmoid(-margin)",
+        "F.relu(1 - margin)",
+    )
     assert edited != text
     (tmp_path / "04_edited.py").write_text(edited)
-    command = [sys.executable, tmp_path / "04_edited.py", *common(tmp_path, small_model, "out"), "--lr", 1e-3]
+    command = [
+        sys.executable,
+        tmp_path / "04_edited.py",
+        *common(tmp_path, small_model, "out"),
+        "--lr",
+        1e-3,
+    ]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     [said] = [line for line in done.stderr.splitlines() if "first loss" in line]
@@ -670,7 +1101,9 @@ def test_a_policy_that_is_not_its_reference_is_named(capsys):
     pairs.seal()
     pairs.reference = torch.tensor([[-1.0, -2.0]])
     train.check(1, found, pairs, [0], train.Args())
-    assert "first loss: 0.7500 and not 0.6931: policy and reference differ" in capsys.readouterr().err
+    assert (
+        "first loss: 0.7500 and not 0.6931: policy and reference differ" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow
@@ -679,11 +1112,19 @@ def test_threads_that_fight_are_named(tmp_path, small_model):
     write_pairs(tmp_path / "pairs.jsonl", 6)
     core = {min(os.sched_getaffinity(0))}
     alone = lambda: os.sched_setaffinity(0, core)
-    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"], preexec_fn=alone) for _ in range(3)]
+    others = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"], preexec_fn=alone)
+        for _ in range(3)
+    ]
     try:
         for threads in (2, 1):
             environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-            done = run(4, *common(tmp_path, small_model, f"out-{threads}"), env=environment, preexec_fn=alone)
+            done = run(
+                4,
+                *common(tmp_path, small_model, f"out-{threads}"),
+                env=environment,
+                preexec_fn=alone,
+            )
             assert done.stderr.count("other work has the cores") == (threads == 2), done.stderr
     finally:
         for process in others:
@@ -724,7 +1165,9 @@ def test_freed_memory_is_kept():
             torch.ones(1 << 24)
             faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         print(*faults)"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     faults = [int(number) for number in done.stdout.split()]
     assert faults[0] and sum(faults[10:]) < 16_000, faults
 
@@ -733,7 +1176,11 @@ def test_a_folder_that_cannot_be_written(tmp_path, small_model):
     write_pairs(tmp_path / "pairs.jsonl", 6)
     (tmp_path / "file").write_text("mine")
     done = run(4, *common(tmp_path, small_model, "file"), check=False, here=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and (tmp_path / "file").read_text() == "mine"
+    assert (
+        done.returncode == 2
+        and "Traceback" not in done.stderr
+        and (tmp_path / "file").read_text() == "mine"
+    )
     assert f"error: --out {tmp_path / 'file'}: File exists; give a folder" in done.stderr
     read_only = next(path for path in ("/proc/stepdpo", "/sys/stepdpo"))  # also for root
     assert stage(4).lock_out(type(tmp_path)(read_only)).startswith(f"--out {read_only}: ")
@@ -749,54 +1196,94 @@ def code_tokenizer(folder, eos: str):
 
 @pytest.mark.parametrize("eos", ["</s>", "<|endofmessage|>"])
 def test_a_finished_solution_with_code_closes_its_message(tmp_path, eos):
-    """Pairs of the SCDPO authors, of 03, and solutions: a block ends, the message ends, the text ends; a step ends nothing."""
+    """Pairs of the SCDPO authors, of 03, and solutions: a block ends, the message ends, the text
+    ends; a step ends nothing."""
     train, tokenizer = stage(4), code_tokenizer(tmp_path, eos)
     block = lambda kind, text: {"type": kind, "content": text}
     turn = lambda *blocks: {"role": "assistant", "content": list(blocks)}
     user = {"role": "user", "content": [block("text", "1 + 1?")]}
-    authors = {"chosen": [user, turn(block("code", "1 + 1"), block("execution", "2"), block("text", "2"))],
-               "rejected": [user, turn(block("text", "3"))]}  # fmt: skip
+    authors = {
+        "chosen": [user, turn(block("code", "1 + 1"), block("execution", "2"), block("text", "2"))],
+        "rejected": [user, turn(block("text", "3"))],
+    }
     wholes = ["<|text|>It is 2<|endofblock|>", "<|text|>It is 3<|endofblock|>"]
-    ours = {"prompt": "1 + 1?", "initial_reason_steps": "", "chosen": wholes[0], "rejected": wholes[1],
-            "full_chosen": wholes[0], "full_rejected": wholes[1] + wholes[0]}  # fmt: skip
+    ours = {
+        "prompt": "1 + 1?",
+        "initial_reason_steps": "",
+        "chosen": wholes[0],
+        "rejected": wholes[1],
+        "full_chosen": wholes[0],
+        "full_rejected": wholes[1] + wholes[0],
+    }
     ends = "<|endofblock|><|endofmessage|>" + eos * (eos != "<|endofmessage|>")
-    for row, finished in ((authors, (True, True)), (ours, (True, False)), ({"problem": "1?", "solution": wholes[0]}, (True,))):
+    for row, finished in (
+        (authors, (True, True)),
+        (ours, (True, False)),
+        ({"problem": "1?", "solution": wholes[0]}, (True,)),
+    ):
         prefix, suffixes = train.encode(row, tokenizer)
         assert tokenizer.decode(prefix).endswith("<|assistant|>")
         for ids, end in zip(suffixes, finished, strict=True):
             text = tokenizer.decode(ids)
-            assert text.endswith(ends if end else "3<|endofblock|>") and text.count("<|endofmessage|>") == end
+            assert (
+                text.endswith(ends if end else "3<|endofblock|>")
+                and text.count("<|endofmessage|>") == end
+            )
             assert train.Pairs((0, 1)).trained(np.array(ids[-3:])).all()
 
 
 def test_implicit_prompts_are_what_both_sides_begin_with(tmp_path, tokenizer):
-    """Of TRL: messages, and text, where the space before the first word that differs belongs to that word."""
+    """Of TRL: messages, and text, where the space before the first word that differs belongs to
+    that word."""
     train, path = stage(4), tmp_path / "rows.jsonl"
     turn = lambda role, text: {"role": role, "content": text}
     user = [turn("user", "3+4?")]
     sides = {"chosen": [turn("assistant", "It is 7.")], "rejected": [turn("assistant", "It is 8.")]}
     path.write_text(json.dumps({name: user + side for name, side in sides.items()}) + "\n")
     assert train.load_rows(str(path), "dpo") == [{"prompt": user} | sides]
-    path.write_text(json.dumps({"chosen": "Two apples are 2.", "rejected": "Two apples are 3."}) + "\n")
+    path.write_text(
+        json.dumps({"chosen": "Two apples are 2.", "rejected": "Two apples are 3."}) + "\n"
+    )
     [row] = train.load_rows(str(path), "dpo")
     assert row == {"prompt": "Two apples are", "chosen": " 2.", "rejected": " 3."}
     prefix, suffixes = train.encode(row, tokenizer)
-    assert tokenizer.decode(prefix) == "Two apples are" and tokenizer.decode(suffixes[0]) == " 2.<|im_end|>"
+    assert (
+        tokenizer.decode(prefix) == "Two apples are"
+        and tokenizer.decode(suffixes[0]) == " 2.<|im_end|>"
+    )
 
 
 MESSAGES = [{"role": "assistant", "content": "7"}], [{"role": "assistant", "content": "8"}]
 
 
-@pytest.mark.parametrize("row, said", [
-    ({"prompt": "3+4?", "chosen": MESSAGES[0], "rejected": MESSAGES[1]}, "row 1: TypeError: of prompt, chosen and rejected"),
-    ({"chosen": MESSAGES[0], "rejected": MESSAGES[1]}, "row 1: no 'prompt', and chosen and rejected do not begin alike"),
-    ({"prompt": "3\ud800?", "chosen": "7", "rejected": "8"}, "line 1: "),
-    ({"prompt": [{"role": "user", "content": "\udcff"}], "chosen": MESSAGES[0], "rejected": MESSAGES[1]}, "half a character"),
-    (pair(3) | {"initial_reason_steps": "Step \ud800 1:"}, "half a character"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        (
+            {"prompt": "3+4?", "chosen": MESSAGES[0], "rejected": MESSAGES[1]},
+            "row 1: TypeError: of prompt, chosen and rejected",
+        ),
+        (
+            {"chosen": MESSAGES[0], "rejected": MESSAGES[1]},
+            "row 1: no 'prompt', and chosen and rejected do not begin alike",
+        ),
+        ({"prompt": "3\ud800?", "chosen": "7", "rejected": "8"}, "line 1: "),
+        (
+            {
+                "prompt": [{"role": "user", "content": "\udcff"}],
+                "chosen": MESSAGES[0],
+                "rejected": MESSAGES[1],
+            },
+            "half a character",
+        ),
+        (pair(3) | {"initial_reason_steps": "Step \ud800 1:"}, "half a character"),
+    ],
+)
 def test_rows_that_cannot_be_read_are_named(tmp_path, small_model, capsys, row, said):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    args = stage(4).Args(data=(str(tmp_path / "rows.jsonl"),), model=str(small_model), validation_fraction=0.01)
+    args = stage(4).Args(
+        data=(str(tmp_path / "rows.jsonl"),), model=str(small_model), validation_fraction=0.01
+    )
     with pytest.raises(SystemExit) as stopped:
         stage(4).start(args)
     found = capsys.readouterr().err
@@ -804,15 +1291,20 @@ def test_rows_that_cannot_be_read_are_named(tmp_path, small_model, capsys, row, 
 
 
 def test_eos_of_a_tokenizer_does_not_stand_in_the_middle(tmp_path):
-    """One that puts marks around plain text, as with add_eos_token: the first stays, the last would end the prompt."""
+    """One that puts marks around plain text, as with add_eos_token: the first stays, the last would
+    end the prompt."""
     from tokenizers.processors import TemplateProcessing
 
     marked = AutoTokenizer.from_pretrained(TINY / "model")
     begin, eos = marked.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     special = [("<|im_start|>", begin), ("<|im_end|>", eos)]
-    marked.backend_tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A <|im_end|>", special_tokens=special)
+    marked.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", special_tokens=special
+    )
     assert marked("2")["input_ids"][-1] == eos
-    prefix, suffixes = stage(4).encode({"prompt": "Two apples", "chosen": " are 2.", "rejected": " are 3."}, marked)
+    prefix, suffixes = stage(4).encode(
+        {"prompt": "Two apples", "chosen": " are 2.", "rejected": " are 3."}, marked
+    )
     assert marked.decode(prefix) == "<|im_start|>Two apples"
     assert [marked.decode(ids) for ids in suffixes] == [" are 2.<|im_end|>", " are 3.<|im_end|>"]
 
@@ -821,10 +1313,22 @@ def test_eos_of_a_tokenizer_does_not_stand_in_the_middle(tmp_path):
 @pytest.mark.parametrize("save", ["merged", "adapter"])
 def test_lora_moves_only_adapters_and_saves_both_ways(save, tmp_path, small_model):
     write_pairs(tmp_path / "pairs.jsonl")
-    run(4, *common(tmp_path, small_model, "out"), "--lr", 1e-2, "--lora-rank", 4, "--lora-save", save)
+    run(
+        4,
+        *common(tmp_path, small_model, "out"),
+        "--lr",
+        1e-2,
+        "--lora-rank",
+        4,
+        "--lora-save",
+        save,
+    )
     lines = read(tmp_path / "out" / "metrics.jsonl")
     assert abs(lines[0]["val_loss"] - math.log(2)) < 1e-5 and lines[-1]["val_margin"] > 0.01
-    base, ids = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32), torch.arange(5, 60)[None]
+    base, ids = (
+        AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32),
+        torch.arange(5, 60)[None],
+    )
     if save == "adapter":
         from peft import PeftModel
 
@@ -832,8 +1336,11 @@ def test_lora_moves_only_adapters_and_saves_both_ways(save, tmp_path, small_mode
         tuned = PeftModel.from_pretrained(base, tmp_path / "out")
     else:
         tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-        same = [torch.equal(weights(tmp_path / "out")[name], tensor) for name, tensor in weights(small_model).items()
-                if "embed" in name or "norm" in name]  # fmt: skip
+        same = [
+            torch.equal(weights(tmp_path / "out")[name], tensor)
+            for name, tensor in weights(small_model).items()
+            if "embed" in name or "norm" in name
+        ]
         assert same and all(same)
     plain = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
     assert (tuned(ids).logits - plain(ids).logits).abs().max() > 1e-3
@@ -841,20 +1348,35 @@ def test_lora_moves_only_adapters_and_saves_both_ways(save, tmp_path, small_mode
 
 @pytest.mark.slow
 def test_kill_at_any_moment_and_go_on_bit_for_bit(tmp_path, small_model):
-    """kill -9 ten times, also while a checkpoint is being written; the weights are those of the run that was let be."""
+    """kill -9 ten times, also while a checkpoint is being written; the weights are those of the run
+    that was let be."""
     import random
     import time
 
     write_pairs(tmp_path / "pairs.jsonl", 60)
-    arguments = [*common(tmp_path, small_model, "whole"), "--lr", 1e-3, "--save-steps", 1, "--keep", 2]
+    arguments = [
+        *common(tmp_path, small_model, "whole"),
+        "--lr",
+        1e-3,
+        "--save-steps",
+        1,
+        "--keep",
+        2,
+    ]
     run(4, *arguments)
     arguments[arguments.index(tmp_path / "whole")] = out = tmp_path / "killed"
     moments, writing = random.Random(0), 0
     for number in range(10):
-        process = subprocess.Popen([sys.executable, "04_train_stepdpo.py", *map(str, arguments)], cwd=ROOT,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, "04_train_stepdpo.py", *map(str, arguments)],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         before = {path.name for path in out.glob("checkpoint-*")}
-        while process.poll() is None and not {path.name for path in out.glob("checkpoint-*")} - before:
+        while (
+            process.poll() is None and not {path.name for path in out.glob("checkpoint-*")} - before
+        ):
             time.sleep(0.005)
         if number % 2:
             time.sleep(moments.random() * 0.2)
@@ -871,22 +1393,45 @@ def test_kill_at_any_moment_and_go_on_bit_for_bit(tmp_path, small_model):
 
 
 QWEN2 = {"vocab_size": 152064, "num_key_value_heads": 4, "tie_word_embeddings": False}
-SIZES = {"7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28},
-         "72b": {"hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80, "num_attention_heads": 64,
-                 "num_key_value_heads": 8}}  # fmt: skip
+SIZES = {
+    "7b": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+    },
+    "72b": {
+        "hidden_size": 8192,
+        "intermediate_size": 29568,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+}
 
 
-SIZES["mistral"] = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-                    "num_key_value_heads": 8, "vocab_size": 32000}  # fmt: skip
+SIZES["mistral"] = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+}
 
 
 def training_command(recipe: str, folder) -> list[str]:
-    """What the recipe gives to accelerate: the shell puts it together, and stands in for the programs."""
+    """What the recipe gives to accelerate: the shell puts it together, and stands in for the
+    programs."""
     for name in ("python", "accelerate"):
-        (folder / name).write_text(f'#!/bin/sh\n[ {name} = python ] || printf "%s\\n" "$@" >{folder}/command\n')
+        (folder / name).write_text(
+            f'#!/bin/sh\n[ {name} = python ] || printf "%s\\n" "$@" >{folder}/command\n'
+        )
         (folder / name).chmod(0o755)
     environment = {"PATH": f"{folder}:{os.environ['PATH']}", "OUT": str(folder / "out")}
-    subprocess.run(["bash", f"recipes/{recipe}.sh"], cwd=ROOT, env=environment, check=True, capture_output=True)
+    subprocess.run(
+        ["bash", f"recipes/{recipe}.sh"], cwd=ROOT, env=environment, check=True, capture_output=True
+    )
     return (folder / "command").read_text().splitlines()
 
 
@@ -899,22 +1444,31 @@ def counted(command: list[str], size: str) -> tuple[float, float]:
     launch, args = command[1:place], tyro.cli(stage(4).Args, args=command[place + 1 :])
     given = dict(zip(launch[::2], launch[1::2], strict=True))
     processes = int(given["--num_processes"]) if "--num_processes" in given else None
-    strategy, offloaded, world, machines = estimate.read_launch(ROOT / given["--config_file"], processes)
+    strategy, offloaded, world, machines = estimate.read_launch(
+        ROOT / given["--config_file"], processes
+    )
     args.precision = "bf16"
-    found = stage(4).memory(Qwen2Config(**QWEN2 | SIZES[size]), args, strategy, world, machines, offloaded)
+    found = stage(4).memory(
+        Qwen2Config(**QWEN2 | SIZES[size]), args, strategy, world, machines, offloaded
+    )
     on_machine = sum(size for name, size in found.items() if name.startswith("machine"))
     return sum(found.values()) - on_machine, on_machine
 
 
-RECIPES = {"step_dpo_qwen2_7b": ("7b", 26.4e9, 31e9), "step_dpo_qwen2_72b": ("72b", 65.6e9, 945e9),
-           "sft_stage": ("7b", 26.4e9, 31e9), "scdpo_mistral_7b": ("mistral", 24.1e9, 29e9),
-           "scdpo_mistral_7b_code": ("mistral", 24.1e9, 29e9)}  # fmt: skip
+RECIPES = {
+    "step_dpo_qwen2_7b": ("7b", 26.4e9, 31e9),
+    "step_dpo_qwen2_72b": ("72b", 65.6e9, 945e9),
+    "sft_stage": ("7b", 26.4e9, 31e9),
+    "scdpo_mistral_7b": ("mistral", 24.1e9, 29e9),
+    "scdpo_mistral_7b_code": ("mistral", 24.1e9, 29e9),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_fit_by_count(tmp_path, recipe):
-    """The recipes' own command lines on 8 GPUs with 80 GB and 1 TB of main memory, with a fifth to spare."""
+    """The recipes' own command lines on 8 GPUs with 80 GB and 1 TB of main memory, with a fifth to
+    spare."""
     size, device, machine = RECIPES[recipe]
     command = training_command(recipe, tmp_path)
     assert command[0] == "launch"
@@ -927,9 +1481,15 @@ def test_recipes_fit_by_count(tmp_path, recipe):
 def test_commands_of_readme_and_docstring_fit_by_count():
     import re
 
-    for text in ((ROOT / "README.md").read_text(), (ROOT / "configs" / "fsdp2.yaml").read_text(), stage(4).__doc__):
+    for text in (
+        (ROOT / "README.md").read_text(),
+        (ROOT / "configs" / "fsdp2.yaml").read_text(),
+        stage(4).__doc__,
+    ):
         text = re.sub(r"\\\n#? +", "", text)
-        command = re.search(r"^(?:#? +)?accelerate (launch .*04_train_stepdpo.py[^#\n]*)", text, re.M)[1].split()
+        command = re.search(
+            r"^(?:#? +)?accelerate (launch .*04_train_stepdpo.py[^#\n]*)", text, re.M
+        )[1].split()
         assert counted(command, "7b")[0] < 0.82 * 80e9
 
 
@@ -939,39 +1499,75 @@ def test_activations_are_what_autograd_keeps(precision):
     from transformers import Qwen2Config
 
     train, kept = stage(4), {}
-    shape = {"hidden_size": 224, "intermediate_size": 1184, "num_attention_heads": 14, "num_key_value_heads": 2}
-    rows, width, autocast = 4, 160, torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
+    shape = {
+        "hidden_size": 224,
+        "intermediate_size": 1184,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+    }
+    rows, width, autocast = (
+        4,
+        160,
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"),
+    )
     for checkpointing in (False, True):
         for layers in (2, 4):
             config = Qwen2Config(**shape, num_hidden_layers=layers, vocab_size=64)
-            lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").train()
+            lm = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="sdpa"
+            ).train()
             if checkpointing:
                 lm.gradient_checkpointing_enable({"use_reentrant": False})
             tensors = []
             keep = lambda tensor, tensors=tensors: tensors.append(tensor) or tensor
             mask = torch.ones(rows, 1, width, width, dtype=torch.bool).tril()
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast:
-                lm.base_model(input_ids=torch.zeros(rows, width, dtype=torch.long), attention_mask=mask, use_cache=False)
+                lm.base_model(
+                    input_ids=torch.zeros(rows, width, dtype=torch.long),
+                    attention_mask=mask,
+                    use_cache=False,
+                )
             found = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors if rows * width in tensor.shape or
                      rows in tensor.shape[:1]}  # fmt: skip  # not weights, nor their copies in bf16
-            size = sum(tensor.untyped_storage().nbytes() for tensor in found.values() if tensor.shape[-2:] != (width, width))
-            args = train.Args(precision=precision, gradient_checkpointing=checkpointing, tokens_per_batch=rows * width)
-            kept[checkpointing, layers] = size, train.memory(config, args, "copies", 1)["activations"]
+            size = sum(
+                tensor.untyped_storage().nbytes()
+                for tensor in found.values()
+                if tensor.shape[-2:] != (width, width)
+            )
+            args = train.Args(
+                precision=precision,
+                gradient_checkpointing=checkpointing,
+                tokens_per_batch=rows * width,
+            )
+            kept[checkpointing, layers] = (
+                size,
+                train.memory(config, args, "copies", 1)["activations"],
+            )
     for checkpointing in (False, True):
         measured, count = (kept[checkpointing, 4][i] - kept[checkpointing, 2][i] for i in (0, 1))
         assert count == pytest.approx(measured, rel=0.05), checkpointing
 
 
-@pytest.mark.parametrize("tokens, passes, measured", [(2400, 1, 8.23), (600, 4, 7.53), (4800, 1, 10.17)])
+@pytest.mark.parametrize(
+    "tokens, passes, measured", [(2400, 1, 8.23), (600, 4, 7.53), (4800, 1, 10.17)]
+)
 def test_memory_with_a_real_vocabulary(tokens, passes, measured):
-    """Against peaks of whole runs of 04 on the CPU: docs/trainer.md, "A real vocabulary, measured"."""
+    """Against peaks of whole runs of 04 on the CPU: docs/trainer.md, "A real vocabulary,
+    measured"."""
     from transformers import Qwen2Config
 
-    shape = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
+    shape = {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+    }
     config = Qwen2Config(**shape, num_hidden_layers=4, vocab_size=151_936, tie_word_embeddings=True)
     args = stage(4).Args(precision="fp32", tokens_per_batch=tokens)
     found = stage(4).memory(config, args, "copies", 1, on_gpu=False, passes=passes)
-    assert sum(size for name, size in found.items() if not name.startswith("machine")) == pytest.approx(measured * 1e9, rel=0.1)
+    assert sum(
+        size for name, size in found.items() if not name.startswith("machine")
+    ) == pytest.approx(measured * 1e9, rel=0.1)
 
 
 def shaped_folder(folder, size: str):
@@ -985,7 +1581,8 @@ def shaped_folder(folder, size: str):
 
 @pytest.mark.slow
 def test_what_does_not_fit_is_not_loaded(tmp_path):
-    """On this machine: 72B needs 1.3 TB by count. The weights that are missing are not looked for."""
+    """On this machine: 72B needs 1.3 TB by count. The weights that are missing are not looked
+    for."""
     model = shaped_folder(tmp_path / "72b", "72b")
     write_pairs(tmp_path / "pairs.jsonl")
     arguments = ["--data", tmp_path / "pairs.jsonl", "--model", model, "--out", tmp_path / "out"]
@@ -997,13 +1594,21 @@ def test_what_does_not_fit_is_not_loaded(tmp_path):
     assert "warning: by count a device needs" in done.stderr and "cannot be loaded" in done.stderr
 
 
-@pytest.mark.parametrize("size, world, gpus, said", [
-    ("7b", 8, 8, "configs/fsdp2.yaml --num_processes 8 with --gradient-checkpointing --tokens-per-batch 8192 (a device"),
-    ("7b", 1, 8, "configs/fsdp2.yaml --num_processes 8 with --gradient-checkpointing"),
-    ("7b", 1, 1, "configs/zero3_offload.yaml --num_processes 1 with"),
-    ("72b", 8, 8, "configs/zero3_offload.yaml --num_processes 8 with"),
-    ("72b", 1, 1, "nothing in configs/ fits; take more devices"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "size, world, gpus, said",
+    [
+        (
+            "7b",
+            8,
+            8,
+            "configs/fsdp2.yaml --num_processes 8 with --gradient-checkpointing --tokens-per-batch 8192 (a device",
+        ),
+        ("7b", 1, 8, "configs/fsdp2.yaml --num_processes 8 with --gradient-checkpointing"),
+        ("7b", 1, 1, "configs/zero3_offload.yaml --num_processes 1 with"),
+        ("72b", 8, 8, "configs/zero3_offload.yaml --num_processes 8 with"),
+        ("72b", 1, 1, "nothing in configs/ fits; take more devices"),
+    ],
+)
 def test_the_launch_file_that_fits_is_named(monkeypatch, capsys, size, world, gpus, said):
     """GPUs with 80 GB and 1.1 TB of main memory, which are not here."""
     from transformers import Qwen2Config
@@ -1011,9 +1616,13 @@ def test_the_launch_file_that_fits_is_named(monkeypatch, capsys, size, world, gp
     train, config = stage(4), Qwen2Config(**QWEN2 | SIZES[size])
     sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": int(1.1e12 / 4096)}
     monkeypatch.setattr(train.os, "sysconf", sizes.get)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=85e9))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=85e9)
+    )
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    accelerator = SimpleNamespace(device=torch.device("cuda"), num_processes=world, distributed_type="MULTI_GPU")
+    accelerator = SimpleNamespace(
+        device=torch.device("cuda"), num_processes=world, distributed_type="MULTI_GPU"
+    )
     pairs = train.Pairs()
     pairs.add([1] * 300, [[2] * 200, [3] * 200])
     train.warn.cache_clear()
@@ -1026,7 +1635,9 @@ def test_the_launch_file_that_fits_is_named(monkeypatch, capsys, size, world, gp
         accelerator.num_processes = 8
         train.check_memory(config, saving, accelerator, pairs)
         assert not capsys.readouterr().err
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=26e9))
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=26e9)
+        )
         train.check_memory(config, saving, accelerator, pairs)
         assert "warning: by count a device needs" in capsys.readouterr().err
 
@@ -1035,32 +1646,76 @@ def test_the_launch_file_that_fits_is_named(monkeypatch, capsys, size, world, gp
 def test_estimate_counts_a_launch_file_without_its_gpus(tmp_path):
     model = shaped_folder(tmp_path / "7b", "7b")
     write_pairs(tmp_path / "pairs.jsonl")
-    given = ["--data", tmp_path / "pairs.jsonl", "--model", model, "--gradient-checkpointing", "--tokens-per-batch", 8192]
-    for config, count, device in (("fsdp2", 4, 38.75), ("zero3_offload", 8, 12.91), ("ddp", 8, 166.22)):
-        done = run("estimate", "--config_file", f"configs/{config}.yaml", "--num_processes", count, *given)
-        assert f"a device needs about {device}" in done.stderr and f"{count} H100" in done.stderr, done.stderr
+    given = [
+        "--data",
+        tmp_path / "pairs.jsonl",
+        "--model",
+        model,
+        "--gradient-checkpointing",
+        "--tokens-per-batch",
+        8192,
+    ]
+    for config, count, device in (
+        ("fsdp2", 4, 38.75),
+        ("zero3_offload", 8, 12.91),
+        ("ddp", 8, 166.22),
+    ):
+        done = run(
+            "estimate", "--config_file", f"configs/{config}.yaml", "--num_processes", count, *given
+        )
+        assert f"a device needs about {device}" in done.stderr and f"{count} H100" in done.stderr, (
+            done.stderr
+        )
     done = run("estimate", "--config_file", tmp_path / "pairs.jsonl", *given, check=False)
-    assert done.returncode == 2 and "no launch file" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2 and "no launch file" in done.stderr and "Traceback" not in done.stderr
+    )
 
 
 @pytest.mark.slow
 def test_many_pairs_in_little_memory(tmp_path, small_model):
-    """Through the estimate; 10,000 pairs may add a tenth of the 2 GB that are allowed for 100,000."""
+    """Through the estimate; 10,000 pairs may add a tenth of the 2 GB that are allowed for
+    100,000."""
     text = [json.dumps(pair(n)) + "\n" for n in range(10_000)]
-    arguments = ["--data", tmp_path / "pairs.jsonl", "--model", small_model, "--out", tmp_path / "out"]
+    arguments = [
+        "--data",
+        tmp_path / "pairs.jsonl",
+        "--model",
+        small_model,
+        "--out",
+        tmp_path / "out",
+    ]
     watch = "import resource, subprocess, sys; subprocess.run(sys.argv[1:]); "
     watch += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     peaks = []
     for count in (20, 10_000):
         (tmp_path / "pairs.jsonl").write_text("".join(text[:count]))
-        command = [sys.executable, "-c", watch, sys.executable, "analysis/estimate.py", *map(str, arguments)]
+        command = [
+            sys.executable,
+            "-c",
+            watch,
+            sys.executable,
+            "analysis/estimate.py",
+            *map(str, arguments),
+        ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         for text_of_it in (f"{count} pairs", "GiB for weights, gradients, AdamW", " h; at 40 %"):
             assert text_of_it in done.stderr
         peaks.append(int(done.stdout.splitlines()[-1]) / 2**20)
     assert not (tmp_path / "out").exists() and peaks[1] - peaks[0] < 0.2, peaks
-    (tmp_path / "pairs.jsonl").write_text("".join(text[:7]) + '{"prompt": "torn\n' + "".join(text[7:]))
-    done = run(4, "--data", tmp_path / "pairs.jsonl", "--model", small_model, "--out", tmp_path / "out", check=False)
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join(text[:7]) + '{"prompt": "torn\n' + "".join(text[7:])
+    )
+    done = run(
+        4,
+        "--data",
+        tmp_path / "pairs.jsonl",
+        "--model",
+        small_model,
+        "--out",
+        tmp_path / "out",
+        check=False,
+    )
     assert done.returncode == 2 and "pairs.jsonl, line 8: not JSON" in done.stderr
 
 
