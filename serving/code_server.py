@@ -214,7 +214,7 @@ async def complete(session: aiohttp.ClientSession, url: str, model: str, prompt:
 
 def checked(args: Args, body) -> tuple[dict, int, int]:
     """(what by_turns() takes, how many solutions, seed) of a request."""
-    heat, n = body.pop("heat", None), body.pop("n", None) or 1
+    heat, n = body.pop("heat", None), body.pop("n", 1)
     if body.pop("model", args.model) != args.model:
         raise Failed(404, f"the model is {args.model}")
     if not isinstance(body.get("prompt"), str) or body.pop("stream", None):
