@@ -279,7 +279,8 @@ async def serve(args: Args):
         stop(f"--port {args.port}: {error.strerror}; give another one")
     own_key = args.api_key or os.environ.get("OPENAI_API_KEY", "")
     key, totals = own_key or secrets.token_hex(16), Counter()
-    patient = {"timeout": aiohttp.ClientTimeout(total=None), "connector": aiohttp.TCPConnector(limit=0)}
+    # vLLM closes a connection that was idle for 5 s, as one is while code runs: a request sent at that moment would be lost
+    patient = {"timeout": aiohttp.ClientTimeout(total=None), "connector": aiohttp.TCPConnector(limit=0, keepalive_timeout=2)}
     async with (
         interpreter(args, totals) as run_code,
         vllm(args) as (url, vllm_key, process),
