@@ -205,12 +205,8 @@ async def vllm(args: Args):
         "--generation-config",
         "vllm",
     ]
-    command += [
-        "--disable-log-stats",
-        "--disable-uvicorn-access-log",
-        *SAMPLE.cpu_options(),
-        *shlex.split(args.engine_args),
-    ]
+    command += ["--disable-log-stats", "--uvicorn-log-level", "warning"]
+    command += [*SAMPLE.cpu_options(), *shlex.split(args.engine_args)]
     environment = (
         {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_LOGGING_LEVEL": "ERROR"}
         | os.environ
@@ -282,7 +278,7 @@ async def complete(
 
 def checked(args: Args, body) -> tuple[dict, int, int]:
     """(what by_turns() takes, how many solutions, seed) of a request."""
-    heat, n = body.pop("heat", None), body.pop("n", None) or 1
+    heat, n = body.pop("heat", None), body.pop("n", 1)
     if body.pop("model", args.model) != args.model:
         raise Failed(404, f"the model is {args.model}")
     if not isinstance(body.get("prompt"), str) or body.pop("stream", None):
@@ -377,9 +373,11 @@ async def serve(args: Args):
         stop(f"--port {args.port}: {error.strerror}; give another one")
     own_key = args.api_key or os.environ.get("OPENAI_API_KEY", "")
     key, totals = own_key or secrets.token_hex(16), Counter()
+    # vLLM closes a connection that was idle for 5 s, as one is while code runs: a request sent at
+    # that moment would be lost
     patient = {
         "timeout": aiohttp.ClientTimeout(total=None),
-        "connector": aiohttp.TCPConnector(limit=0),
+        "connector": aiohttp.TCPConnector(limit=0, keepalive_timeout=2),
     }
     async with (
         interpreter(args, totals) as run_code,
