@@ -16,8 +16,7 @@ MARK = re.compile(r"^# Copied from (0\d_\w+\.py)$")
 
 @functools.cache
 def blocks(path: Path) -> dict[str, tuple[int, int]]:
-    """Name of each top-level function, class or constant -> its lines (first, last + 1)."""
-    and comment above included."""
+    """Name of each top-level function, class or constant -> its lines (first, last + 1), with its comment."""
     found, lines = {}, path.read_text().splitlines()
     for node in ast.parse("\n".join(lines)).body:
         if isinstance(node, ast.Assign):
