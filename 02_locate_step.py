@@ -1,32 +1,38 @@
 """Find the first wrong step of wrong solutions (Step-DPO, arXiv 2406.18629, section 3.2): by
 rollouts, a judge, or the scores of a process reward model.
 
-    python 02_locate_step.py                                       # data/samples.jsonl -> data/located.jsonl, by rollouts
-    python 02_locate_step.py --samples runs/try.jsonl --model data/tiny/model --out runs/located.jsonl
-    python 02_locate_step.py --locator judge --judge-model gpt-4o --judge-base-url https://host/v1 --out data/judged.jsonl
-    python 02_locate_step.py --known data/judged.jsonl       # rollouts for the rows that the judge left open
-    python 02_locate_step.py --samples data/samples.scored.jsonl --locator scores      # after analysis/score_steps.py
+    python 02_locate_step.py     # by rollouts: data/samples.jsonl -> data/located.jsonl
+    python 02_locate_step.py --samples runs/try.jsonl --model data/tiny/model --out located.jsonl
+    python 02_locate_step.py --locator judge --judge-model gpt-4o --judge-base-url https://host/v1
+    python 02_locate_step.py --known data/judged.jsonl     # rollouts where the judge left rows open
+    python 02_locate_step.py --samples data/samples.scored.jsonl --locator scores
 
-Input, the output of 01_sample_errors.py (only the wrong samples are looked at; other fields are
+Input, the output of 01_sample_errors.py (only its wrong samples are located; other fields are
 carried through):
-    {"id": "q1", "problem": "...", "answer": "7", "sample": 0, "response": "...", "steps": ["...", "..."],
-     "correct": false, "finish_reason": "stop", ...}
+    {"id": "q1", "problem": "...", "answer": "7", "sample": 0, "response": "...",
+     "steps": ["...", "..."], "correct": false, "finish_reason": "stop", ...}
 
-Output, a line a wrong sample: the fields above and
-    {"error_step": 2, "locator": "rollout", "reason": null, "chance": 0.04, "rollout_values": {"1": [2, 2], "2": [0, 4]}}
-    {"error_step": 2, "locator": "judge", "reason": null, "judge": {"votes": {"2": 3}, "agreement": 1.0, "text": "..."}}
+Output, one line for each wrong sample: the fields above and
+    {"error_step": 2, "locator": "rollout", "reason": null, "chance": 0.04,
+     "rollout_values": {"1": [2, 2], "2": [0, 4]}}
+    {"error_step": 2, "locator": "judge", "reason": null,
+     "judge": {"votes": {"2": 3}, "agreement": 1.0, "text": "..."}}
     {"error_step": 2, "locator": "scores", "reason": null, "step_scores": [0.98, 0.03]}
 error_step is null, with a reason, where the locator cannot tell; 03 makes no pair of such a row.
 
 rollout: V(k) is the share of continuations of steps 1..k that reach the answer; rollout_values
 holds (right, tried) by k. The first wrong step is the one after the last k with V(k) > 0 (the hard
 estimate of Math-Shepherd, arXiv 2312.08935, takes the first k with V(k) = 0), found by bisection
-(OmegaPRM, arXiv 2406.06592): is_alive() and first_wrong_step() are the rule to edit. A prefix is
-alive with its first right continuation, and lost when its failures are evidence, see lost_after();
-`chance` is the probability that these are chance. Continuations are asked for in waves of 2, 2, 4,
-8 ... judge: a model reads problem, truth and steps and gives a verdict a step; --votes of them are
-counted. scores: `step_scores` of the input, a number a step; the first below --threshold is wrong.
-analysis/score_steps.py adds them. The same command run again goes on where it stopped."""
+(OmegaPRM, arXiv 2406.06592). is_alive() and first_wrong_step() are the rule to edit. A prefix is
+alive at its first right continuation, and lost when its failures are evidence, see lost_after();
+`chance` is the probability that these failures are chance. Continuations are sampled in waves of 2,
+2, 4, 8 ...
+judge: a model reads problem, truth and steps and gives a verdict for each step; --votes of these
+judgements are counted.
+scores: `step_scores` of the input has a number for each step (analysis/score_steps.py adds them);
+the first step below --threshold is wrong.
+
+The same command run again resumes."""
 
 from __future__ import annotations
 
@@ -70,8 +76,8 @@ STEP = "Step {number}:"  # how a step begins; the opening, the splitting and the
 # no space at the end: it would move the token boundary
 OPENING = "Let's think step by step.\n" + STEP.format(number=1)
 # first_error() reads the reply
-JUDGE_PROMPT = """Below are a maths problem, {truth_name}, and a solution in {count} numbered steps that somebody wrote. \
-Find out whether the solution goes wrong, and at which step first.
+JUDGE_PROMPT = """Below are a maths problem, {truth_name}, and a solution in {count} numbered \
+steps that somebody wrote. Find out whether the solution goes wrong, and at which step first.
 
 ## Problem
 {problem}
@@ -83,35 +89,30 @@ Find out whether the solution goes wrong, and at which step first.
 {steps}
 
 ## Your task
-First write a short analysis, 200 words at most: go through the steps in their order, work out again what each computes or \
-claims, and compare it with the problem and with what earlier steps have established. Another way than the reference's is \
-not a mistake. Then write the line "Verdicts:" and below it a line for each step, from step 1 on, in this form:
+First write a short analysis, 200 words at most: go through the steps in their order, work out \
+again what each computes or claims, and compare it with the problem and with what earlier steps \
+have established. Another way than the reference's is not a mistake. Then write the line \
+"Verdicts:" and below it a line for each step, from step 1 on, in this form:
 
 Step 1: correct
 
-The verdict is one word: "correct" where the step is right and follows from what stands before it, "neutral" where it \
-neither helps nor claims anything that could be wrong, "incorrect" where it has a mistake. The list ends with the first step \
-that is {stop}; if there is none, it ends with step {count}. Write nothing below the list."""
+The verdict is one word: "correct" where the step is right and follows from what stands before \
+it, "neutral" where it neither helps nor claims anything that could be wrong, "incorrect" where it \
+has a mistake. The list ends with the first step that is {stop}; if there is none, it ends with \
+step {count}. Write nothing below the list."""
+VERDICTS_HEAD = re.compile(r"^[\W_]*(?:verdicts?|判断|结论|判定)[\W_]*$", re.I | re.M)
 VERDICT_LINE = re.compile(
     r"[\W_]*(?:step|步骤|第)?\s*(\d+)\s*步?[\s*_`]*[:：.)\-–—|][\s*_`|]*(\w+)[\W_]*", re.I
 )
 VERDICTS = {
-    "correct": "correct",
-    "right": "correct",
-    "正确": "correct",
-    "neutral": "neutral",
-    "中立": "neutral",
-    "incorrect": "incorrect",
-    "wrong": "incorrect",
-    "错误": "incorrect",
-    "不正确": "incorrect",
+    **dict.fromkeys(("correct", "right", "正确"), "correct"),
+    **dict.fromkeys(("neutral", "中立"), "neutral"),
+    **dict.fromkeys(("incorrect", "wrong", "错误", "不正确"), "incorrect"),
 }
-VERDICTS_HEAD = re.compile(r"^[\W_]*(?:verdicts?|判断|结论|判定)[\W_]*$", re.I | re.M)
-THOUGHT = re.compile(
-    r"^.*</think>|<think>.*", re.S
-)  # the second: a thought that was cut and never closed
+# a reasoning model's thoughts; the second: thoughts that were cut and never closed
+THOUGHT = re.compile(r"^.*</think>|<think>.*", re.S)
 NO_ERROR = "no error found"
-# continuations of a prefix that are asked for first; then as many as there are: 2, 2, 4, 8 ...
+# continuations of a prefix that are sampled first; then as many as there are: 2, 2, 4, 8 ...
 WAVE = 2
 
 
@@ -123,120 +124,87 @@ class Args:
     samples: Path = Path("data/samples.jsonl")
     """output of 01_sample_errors.py"""
     out: Path = Path("data/located.jsonl")
-    """file to write; rows that it holds already are not made again"""
+    """file to write; rows that it holds are not made again"""
     model: str = "Qwen/Qwen2-7B-Instruct"
     """model that made the samples"""
     tokenizer: str = ""
     """folder or hub id of the tokenizer, where only a server knows --model"""
     base_url: str = ""
-    """OpenAI-compatible server, http://host:8000/v1; its key is OPENAI_API_KEY"""
+    """OpenAI-compatible server, http://host:8000/v1; key: OPENAI_API_KEY"""
     engine_args: str = ""
     """vLLM's own options: --engine-args="--data-parallel-size 8"; the = is needed"""
     chat_template: Path | None = None
-    """Jinja file to use instead of the model's own chat template"""
+    """Jinja file, instead of the model's own template"""
     chat_template_kwargs: str = "{}"
-    """switches of the chat template, as JSON; give what 01 was given"""
+    """switches of the template, as JSON, as for 01"""
     opening: str = OPENING
-    """how every response begins; give what 01 was given"""
+    """how responses begin, as for 01"""
     split: Literal["labels", "lines", "blank-lines", "sentences", "blocks"] = "labels"
-    """where a step ends; give what 01 was given"""
+    """where a step ends, as for 01"""
     locator: Literal["rollout", "judge", "scores"] = "rollout"
-    """continuations of the policy itself, a judge, or the rows' step_scores"""
+    """what finds the first wrong step"""
     known: Path | None = None
-    """located file: its rows with an error_step are copied, only the rest is looked at"""
+    """located file: its located rows are copied, only the others are located"""
     include_correct: bool = False
-    """look at samples with a right answer too; for a judge and scores `answer` may be missing"""
+    """locate in right solutions too; a judge and scores need no `answer` then"""
     rollouts: int = 16
-    """continuations of a prefix at most; with no right one among them it is lost"""
+    """continuations of a prefix at most; without a right one it is lost"""
     alpha: float = 0.05
-    """it is lost before, when its failures would be less likely than this by chance; 0: never"""
+    """it is lost earlier, once its failures are less likely by chance; 0: never"""
     give_up: int = 12
-    """failures of the whole problem, 01's samples counted, behind which its rows stay open"""
+    """failures of a problem, its samples included, after which its rows stay open"""
     linear: bool = False
-    """estimate every prefix instead of bisecting; shows the whole curve"""
+    """estimate every prefix instead of bisecting"""
     all_rollouts: bool = False
-    """go on behind the first right continuation of a prefix, for exact shares"""
+    """no early end at a right continuation: exact shares"""
     keep_rollouts: Path | None = None
-    """file to keep the continuations in, so that 03 need not sample them again"""
+    """file for the continuations, which 03 can reuse"""
     temperature: float = 0.8
-    """sampling temperature"""
+    """sampling temperature of the continuations"""
     top_p: float = 0.95
     """nucleus sampling"""
     max_tokens: int = 2048
-    """longest continuation, in tokens"""
+    """longest continuation"""
     threshold: float = 0.5
     """scores: a step with a lower one is wrong"""
     judge_model: str = ""
-    """name of the judge on its server, or folder or hub id for vLLM in this process"""
+    """name of the judge on its server, or folder or hub id for vLLM here"""
     judge_base_url: str = ""
-    """the judge's OpenAI-compatible server; its key is JUDGE_API_KEY"""
+    """the judge's server; key: JUDGE_API_KEY"""
     judge_temperature: float = 0.6
-    """sampling temperature of the judge; at 0 all votes would be the same"""
+    """sampling temperature; at 0 all votes would be the same"""
     judge_max_tokens: int = 2048
-    """longest judgement, thoughts included; reasoning models need 16384"""
+    """longest judgement; reasoning models need 16384"""
     judge_timeout: float = 600.0
-    """seconds of silence after which a judgement is asked for again"""
+    """seconds of silence before a judgement is asked for again"""
     neutral: Literal["error", "correct"] = "error"
-    """what a neutral step counts as (the paper's code: error)"""
+    """what a neutral step counts as; the paper's code: error"""
     missing_diagrams: bool = False
-    """judge problems whose diagram is missing too; the paper's code does not"""
+    """judge problems that lack their diagram too; the paper's code does not"""
     votes: int = 1
-    """judgements of a solution; most count, a tie leaves the row open"""
+    """judgements of a solution; a tie leaves the row open"""
     min_agreement: float = 0.5
-    """smallest share of the votes that the step must have"""
+    """smallest share of the votes for the step"""
     retries: int = 3
-    """how often a judgement that cannot be read is asked for again"""
+    """further tries of a judgement that cannot be read"""
     max_judge_tokens: int = 0
-    """ask the judge nothing more after so many tokens, prompts and earlier runs counted; 0: no
-    bound"""
+    """stop asking after so many tokens, earlier runs included; 0: no limit"""
     max_per_problem: int | None = None
-    """use the first so many wrong samples of a problem"""
+    """use so many wrong samples of a problem at most"""
     limit: int | None = None
     """use the first so many wrong samples, by id"""
     seed: int = 0
-    """every request gets its own seed from this and what it is about"""
+    """each request derives its own seed from it"""
     concurrency: int = 0
-    """wrong samples in flight; 0: as many as keep the engine busy"""
+    """wrong samples in flight; 0: what keeps the engine busy"""
     accept_edit: bool = False
-    """keep the rows that are there, and those of --samples, after an edit of this file or of 01"""
-
-
-ROW_CODE = {  # what makes a row, with all that it uses: rows made before an edit of it do not fit
-    "rollout": ("by_rollouts", "prompt_ids", "split_steps"),
-    "judge": ("by_judge", "split_steps"),
-    "scores": ("by_scores", "split_steps"),
-}
-SETTINGS = {  # the options that a row depends on
-    "rollout": (
-        "temperature",
-        "top_p",
-        "max_tokens",
-        "rollouts",
-        "alpha",
-        "give_up",
-        "linear",
-        "all_rollouts",
-        "opening",
-        "split",
-    ),
-    "judge": (
-        "judge_model",
-        "judge_temperature",
-        "judge_max_tokens",
-        "neutral",
-        "votes",
-        "min_agreement",
-        "retries",
-        "missing_diagrams",
-    ),
-    "scores": ("threshold",),
-}
+    """keep rows from before an edit of this file or of 01"""
 
 
 def is_alive(right: int, tried: int) -> bool:
-    """The threshold of V(k): whether steps 1..k are right, of which so many continuations reach the
-    answer. Where it is a share of `tried`, give --all-rollouts: else few continuations are asked
-    for."""
+    """The threshold of V(k): whether steps 1..k are right, given that `right` of `tried`
+    continuations reach the answer. A threshold on right / tried needs --all-rollouts: without it
+    the first right continuation ends the sampling."""
     return right > 0
 
 
@@ -247,8 +215,8 @@ async def first_wrong_step(n_steps: int, estimate, linear: bool) -> tuple[int | 
 
     V(0) is asked first: a problem that the model never solves would cost the most. V(n_steps) = 0
     is known: the solution is wrong. A right prefix may fail by chance, a wrong one hardly ever
-    succeeds: so a success counts for all prefixes before it. One after its result bisection does
-    not see, which --linear does."""
+    succeeds: so a success counts for all prefixes before it. Bisection does not see a success after
+    its result, --linear does."""
     right, tried = await estimate(0)
     if right == 0:
         return None, f"none of {tried} samples and continuations of the problem is right"
@@ -272,48 +240,57 @@ def by_chance(failures: int, right: int, wrong: int) -> float:
     return math.prod((wrong + 0.5 + i) / (right + wrong + 1 + i) for i in range(failures))
 
 
-def lost_after(right: int, wrong: int, alpha: float, most: int) -> int:
-    """After how many failures, and no success, a prefix is lost: so many as would be unlikely
-    (below `alpha`) had the rate of the prefixes before it still held, of which `right` and `wrong`
-    continuations were seen."""
-    return next((tries for tries in range(1, most) if by_chance(tries, right, wrong) < alpha), most)
+def lost_after(right: int, wrong: int, alpha: float, max_tries: int) -> int:
+    """The number of failures, without a success, after which a prefix is lost: so many as would be
+    unlikely (below `alpha`) if the rate of the prefixes before it still held, of which `right` and
+    `wrong` continuations were seen."""
+    for failures in range(1, max_tries):
+        if by_chance(failures, right, wrong) < alpha:
+            return failures
+    return max_tries
 
 
-async def search(args, n_steps: int, draw, seen: list[int]) -> dict:
+async def search(args, n_steps: int, draw, samples: list[int]) -> dict:
     """{"error_step", "reason", "chance", "rollout_values"} of a wrong solution. `await draw(k,
-    tried, size)` says of so many more continuations of its first k steps which are right; `seen`:
-    [right, tried] of the problem's samples."""
-    values = {}
+    tried, size)` says which of `size` more continuations of steps 1..k are right; `samples`:
+    [right, tried] of the problem's samples, which count for V(0)."""
+    values = {}  # [right, tried] by k
 
-    def before(k: int) -> tuple[int, int]:
+    def seen_before(k: int) -> tuple[int, int]:
         """Right and wrong ones of the samples and of the prefixes up to the last one before k that
         is alive."""
         last_alive = max((j for j in values if j < k and is_alive(*values[j])), default=-1)
-        counts = [seen, *(values[j] for j in values if j <= last_alive)]
-        right, tried = (sum(numbers) for numbers in zip(*counts, strict=True))
-        return right, tried - right
+        counts = [samples] + [values[j] for j in values if j <= last_alive]
+        right = sum(count[0] for count in counts)
+        return right, sum(count[1] for count in counts) - right
+
+    def max_tries(k: int) -> int:
+        if args.all_rollouts:
+            return args.rollouts
+        if k == 0:
+            return max(0, args.give_up - samples[1])
+        return lost_after(*seen_before(k), args.alpha, args.rollouts)
 
     async def estimate(k: int) -> tuple[int, int]:
-        if k == 0 and seen[0] > 0:
-            return seen[0], seen[1]
-        if args.all_rollouts:
-            most = args.rollouts
-        elif k == 0:
-            most = max(0, args.give_up - seen[1])
-        else:
-            most = lost_after(*before(k), args.alpha, args.rollouts)
+        if k == 0 and samples[0] > 0:
+            return samples[0], samples[1]
+        most = max_tries(k)
         right, tried = 0, 0
         while tried < most and (args.all_rollouts or right == 0):
             size = most if args.all_rollouts else min(max(WAVE, tried), most - tried)
             right += sum(await draw(k, tried, size))
             tried += size
         values[k] = [right, tried]
-        return (right, tried) if k else (right, tried + seen[1])
+        return right, tried + (samples[1] if k == 0 else 0)
 
     step, reason = await first_wrong_step(n_steps, estimate, args.linear)
-    chance = None
-    if step:  # of the last step it is certain: the whole solution is wrong
-        chance = round(by_chance(values[step][1], *before(step)), 4) if step in values else 0.0
+    if step is None:
+        chance = None
+    elif step in values:
+        failures = values[step][1]
+        chance = round(by_chance(failures, *seen_before(step)), 4)
+    else:  # the last step, where it is certain: the whole solution is wrong
+        chance = 0.0
     values = {str(k): values[k] for k in sorted(values)}
     return {"error_step": step, "reason": reason, "chance": chance, "rollout_values": values}
 
@@ -321,7 +298,7 @@ async def search(args, n_steps: int, draw, seen: list[int]) -> dict:
 def cut_label(
     step: str, number: int, split: str = "labels", opening: str = OPENING
 ) -> tuple[str, str]:
-    """Part step `number` behind its label: ("Step 2:", " 3 + 4 = 7.\\n"). The forced opening is the
+    """Part step `number` after its label: ("Step 2:", " 3 + 4 = 7.\\n"). The forced opening is the
     label of step 1."""
     if number == 1 and step.startswith(opening):
         return opening, step.removeprefix(opening)
@@ -330,97 +307,96 @@ def cut_label(
 
 
 async def by_rollouts(
-    args: Args, go_on, grader: Grader, seen: list[int], row: dict, spent: Counter
+    args: Args, continue_from, grader: Grader, samples: list[int], row: dict, spent: Counter
 ) -> tuple[dict, dict]:
     """({"error_step", "locator", "reason", "chance", "rollout_values"}, the continuations by number
     of steps before them).
 
-    `await go_on(row, prefix, seed, n)` gives n continuations of a solution's first steps by the
-    policy; see complete()."""
-    steps, texts = row["steps"], {}
+    `await continue_from(row, prefix, seed, n)` gives n continuations of a solution's first steps by
+    the policy; see complete()."""
+    steps, rollouts = row["steps"], {}
+
+    async def is_correct(prefix: str, completion: dict) -> bool:
+        if completion["finish_reason"] != "stop":
+            return False
+        answer = answer_of(prefix + completion["text"], args.split)
+        return await grader(row["answer"], answer, row["problem"])
 
     async def draw(k: int, tried: int, size: int) -> list[bool]:
         prefix = "".join(steps[:k]) + cut_label(steps[k], k + 1, args.split, args.opening)[0]
-        found = await go_on(
-            row, prefix, seed_of(args.seed, "locate", row["id"], row["sample"], k, tried), size
-        )
-        answers = [
-            answer_of(prefix + f["text"], args.split) if f["finish_reason"] == "stop" else None
-            for f in found
-        ]
-        verdicts = await asyncio.gather(
-            *(grader(row["answer"], answer, row["problem"]) for answer in answers)
-        )
-        texts[k] = texts.get(k, []) + [
-            {"text": f["text"], "finish_reason": f["finish_reason"], "correct": good}
-            for f, good in zip(found, verdicts, strict=True)
-        ]
-        spent.update(prompt=found[0]["prompt_tokens"], completion=found[0]["tokens"], rollouts=size)
+        seed = seed_of(args.seed, "locate", row["id"], row["sample"], k, tried)
+        completions = await continue_from(row, prefix, seed, size)
+        gradings = (is_correct(prefix, completion) for completion in completions)
+        verdicts = await asyncio.gather(*gradings)
+        for completion, correct in zip(completions, verdicts, strict=True):
+            rollout = {name: completion[name] for name in ("text", "finish_reason")}
+            rollouts.setdefault(k, []).append({**rollout, "correct": correct})
+        first = completions[0]  # it has the tokens of all
+        spent.update(prompt=first["prompt_tokens"], completion=first["tokens"], rollouts=size)
         return verdicts
 
-    found = {
-        "error_step": None,
-        "locator": "rollout",
-        "reason": "no response to look at",
-        "rollout_values": {},
-    }
-    if steps and row["correct"]:
-        found["reason"] = f"{NO_ERROR}: the answer is right"
-    elif steps:
-        found |= await search(args, len(steps), draw, seen)
-    return found, texts
+    located = {"error_step": None, "locator": "rollout"}
+    if not steps:
+        located.update(reason="no response to look at", rollout_values={})
+    elif row["correct"]:
+        located.update(reason=f"{NO_ERROR}: the answer is right", rollout_values={})
+    else:
+        located.update(await search(args, len(steps), draw, samples))
+    return located, rollouts
 
 
 def judge_prompt(row: dict, args) -> str:
     """What the judge reads; the steps without the labels that they brought along."""
-    bare = lambda step, k: cut_label(step, k, args.split, args.opening)[1].strip()
-    steps = "\n".join(f"Step {k}: {bare(step, k)}" for k, step in enumerate(row["steps"], 1))
-    known = [
-        ("a reference solution", "Reference solution", row.get("solution")),
-        ("the answer", "Answer", row.get("answer")),
-        ("no reference", "Answer", "It is not known."),
-    ]
-    name, title, truth = next(entry for entry in known if entry[2])
-    stop_at = "not correct" if args.neutral == "error" else "incorrect"
+    lines = []
+    for number, step in enumerate(row["steps"], 1):
+        text = cut_label(step, number, args.split, args.opening)[1]
+        lines.append(f"Step {number}: {text.strip()}")
+    if row.get("solution"):
+        truth = ("a reference solution", "Reference solution", row["solution"])
+    elif row.get("answer"):
+        truth = ("the answer", "Answer", row["answer"])
+    else:
+        truth = ("no reference", "Answer", "It is not known.")
     return JUDGE_PROMPT.format(
-        truth_name=name,
-        truth_title=title,
-        truth=truth,
+        truth_name=truth[0],
+        truth_title=truth[1],
+        truth=truth[2],
         problem=row["problem"],
-        steps=steps,
+        steps="\n".join(lines),
         count=len(row["steps"]),
-        stop=stop_at,
+        stop="not correct" if args.neutral == "error" else "incorrect",
     )
 
 
-def first_error(text: str, count: int, neutral: str) -> int:
-    """The first wrong step that a judgement of `count` steps names, 0 for none. ValueError says why
-    it cannot be read.
+def first_error(text: str, n_steps: int, neutral: str) -> int:
+    """The first wrong step that a judgement of `n_steps` steps names, 0 for none. ValueError says
+    why it cannot be read.
 
     Below the last "Verdicts:" (or anywhere, where no such line is) only whole lines such as "Step
     2: incorrect" count, in order and without gaps; what follows the first wrong step does not
     matter as long as it is in order too."""
     text = THOUGHT.sub("", text)
     heads = list(VERDICTS_HEAD.finditer(text))
-    lines = text[heads[-1].end() if heads else 0 :].splitlines()
-    found = [
-        match
-        for line in lines
-        if (match := VERDICT_LINE.fullmatch(line)) and match[2].lower() in VERDICTS
-    ]
-    if not found:
+    list_start = heads[-1].end() if heads else 0
+    verdicts = []
+    for line in text[list_start:].splitlines():
+        match = VERDICT_LINE.fullmatch(line)
+        if match and match[2].lower() in VERDICTS:
+            verdicts.append(VERDICTS[match[2].lower()])
+            if int(match[1]) != len(verdicts):
+                raise ValueError(f"verdict {len(verdicts)} of the list is on step {match[1]}")
+    if not verdicts:
         raise ValueError("no verdict")
-    for number, match in enumerate(found, 1):
-        if int(match[1]) != number:
-            raise ValueError(f"verdict {number} of the list is on step {match[1]}")
-    if len(found) > count:
-        raise ValueError(f"a verdict on step {len(found)}, past the last of {count}")
+    if len(verdicts) > n_steps:
+        raise ValueError(f"a verdict on step {len(verdicts)}, past the last of {n_steps}")
     wrong = ("neutral", "incorrect") if neutral == "error" else ("incorrect",)
-    for number, match in enumerate(found, 1):
-        if VERDICTS[match[2].lower()] in wrong:
+    for number, verdict in enumerate(verdicts, 1):
+        if verdict in wrong:
             return number
-    if len(found) < count:
-        raise ValueError(f"the verdicts end with step {len(found)} of {count}, and none is wrong")
+    if len(verdicts) < n_steps:
+        raise ValueError(
+            f"the verdicts end with step {len(verdicts)} of {n_steps}, and none is wrong"
+        )
     return 0
 
 
@@ -431,21 +407,19 @@ async def judge(args):
     sampling = {"temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens}
     if args.judge_base_url:
         client = connect(args.judge_base_url, args.judge_model, "JUDGE_API_KEY", args.judge_timeout)
-        yield (
-            (lambda messages, seed: complete(client, args.judge_model, messages, seed, **sampling)),
-            args.concurrency or 128,
-        )
+        ask = functools.partial(complete, client, args.judge_model, **sampling)
+        yield ask, args.concurrency or 128
         return
     tokenizer = load_tokenizer(args.judge_model, None, "{}")
-    async with engine(dataclasses.replace(args, base_url=""), args.judge_model, rows=0) as generate:
+    local = dataclasses.replace(args, base_url="")
+    async with engine(local, args.judge_model, rows=0) as generate:
 
         def ask(messages: list[dict], seed: int):
             text = tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
-            return generate(
-                tokenizer(text, add_special_tokens=False)["input_ids"], seed, **sampling
-            )
+            prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+            return generate(prompt, seed, **sampling)
 
         yield ask, in_flight(args, generate)
 
@@ -458,90 +432,86 @@ async def judge_once(
     messages = [{"role": "user", "content": judge_prompt(row, args)}]
     for attempt in range(args.retries + 1):
         seed = seed_of(args.seed, "judge", row["id"], row["sample"], number, attempt)
-        [found] = await ask(messages, seed)
-        spent.update(prompt=found["prompt_tokens"], completion=found["tokens"], judgements=1)
+        [reply] = await ask(messages, seed)
+        spent.update(prompt=reply["prompt_tokens"], completion=reply["tokens"], judgements=1)
         try:
-            if found["finish_reason"] != "stop":
+            if reply["finish_reason"] != "stop":
                 raise ValueError(
-                    f"it ended by {found['finish_reason']}; length: --judge-max-tokens, refused: long prompt"
+                    f"it ended by {reply['finish_reason']}; "
+                    "length: --judge-max-tokens, refused: long prompt"
                 )
-            return first_error(found["text"], len(row["steps"]), args.neutral), found["text"], ""
+            step = first_error(reply["text"], len(row["steps"]), args.neutral)
+            return step, reply["text"], ""
         except ValueError as error:
             why = str(error)
-            spent.update({"judgements not readable": 1})
-    return None, found["text"], why
+            spent["judgements not readable"] += 1
+    return None, reply["text"], why
 
 
 async def by_judge(args: Args, ask, row: dict, spent: Counter) -> dict:
     """{"error_step", "locator", "reason", "judge"}. `spent` counts tokens and retries."""
-    found = {"error_step": None, "locator": "judge"}
+    located = {"error_step": None, "locator": "judge"}
     if not row["steps"]:
-        return found | {"reason": "no response to look at"}
-    if no_diagram(args, row):
+        return {**located, "reason": "no response to look at"}
+    lacks_diagram = "diagram" in row["problem"] and "asy" not in row["problem"]
+    if lacks_diagram and not args.missing_diagrams:
         spent["problems with a diagram skipped"] += 1
-        return found | {"reason": "a diagram that is not there (--missing-diagrams)"}
-    own = Counter()
-    votes = await asyncio.gather(
-        *(judge_once(ask, row, number, args, own) for number in range(args.votes))
+        return {**located, "reason": "a diagram that is not there (--missing-diagrams)"}
+    row_cost = Counter()
+    replies = await asyncio.gather(
+        *(judge_once(ask, row, number, args, row_cost) for number in range(args.votes))
     )
-    spent.update(own)
-    count = Counter(step for step, _, _ in votes if step is not None)
-    (top, most), *others = count.most_common() or [(None, 0)]
-    agreement, text = most / args.votes, next(text for step, text, _ in votes if step == top)
-    if not count:
-        found["reason"] = f"the judge's answer cannot be read: {votes[0][2]}"
-    elif others and others[0][1] == most or agreement < args.min_agreement:
-        found["reason"] = f"the votes disagree: {agreement:.0%} for the first"
-    elif top == 0:
-        found["reason"] = f"{NO_ERROR} by the judge"
+    spent.update(row_cost)
+    votes = Counter(step for step, _, _ in replies if step is not None)
+    ranking = votes.most_common() or [(None, 0)]
+    top_step, top_votes = ranking[0]
+    tie = len(ranking) > 1 and ranking[1][1] == top_votes
+    agreement = top_votes / args.votes
+    if top_step is None:
+        located["reason"] = f"the judge's answer cannot be read: {replies[0][2]}"
+    elif tie or agreement < args.min_agreement:
+        located["reason"] = f"the votes disagree: {agreement:.0%} for the first"
+    elif top_step == 0:
+        located["reason"] = f"{NO_ERROR} by the judge"
     else:
-        found |= {"error_step": top, "reason": None}
-    names = {str(step) if step else "none": number for step, number in sorted(count.items())}
-    judge = {
+        located.update(error_step=top_step, reason=None)
+    located["judge"] = {
         "model": args.judge_model,
-        "votes": names,
+        "votes": {str(step or "none"): count for step, count in sorted(votes.items())},
         "agreement": round(agreement, 3),
-        "text": text,
-        "tokens": [own["prompt"], own["completion"]],
+        "text": next(text for step, text, _ in replies if step == top_step),
+        "tokens": [row_cost["prompt"], row_cost["completion"]],
     }
-    return found | {"judge": judge}
-
-
-def no_diagram(args: Args, row: dict) -> bool:
-    """Whether a problem speaks of a diagram that is not there, so that nobody can judge it."""
-    return not args.missing_diagrams and "diagram" in row["problem"] and "asy" not in row["problem"]
+    return located
 
 
 def check_scores(path: Path):
     """Stop where a row has not one of `step_scores` for each step, or null for all."""
     for number, row in enumerate(read_rows(path, ("steps",)), 1):
         scores = row.get("step_scores", "none")
-        numbers = isinstance(scores, list) and all(
-            type(score) in (int, float) and score == score for score in scores
-        )
-        if scores is not None and not (numbers and len(scores) == len(row["steps"])):
+        if scores is None:
+            continue
+        fits = isinstance(scores, list) and len(scores) == len(row["steps"])
+        if not fits or not all(type(s) in (int, float) and not math.isnan(s) for s in scores):
             stop(
-                f"{path}, row {number}: no 'step_scores' with a number for each step; analysis/score_steps.py makes them"
+                f"{path}, row {number}: no 'step_scores' with a number for each step; "
+                "analysis/score_steps.py makes them"
             )
 
 
 def by_scores(row: dict, threshold: float) -> dict:
     """{"error_step", "locator", "reason"}: the first step whose score is below the threshold is
     wrong."""
-    found, scores = {"error_step": None, "locator": "scores"}, row["step_scores"]
+    step, reason = None, f"{NO_ERROR} by the scores"
     if not row["steps"]:
-        return found | {"reason": "no response to look at"}
-    if scores is None:
-        return found | {"reason": f"not scored: {row.get('prm_reason')}"}
-    for number, score in enumerate(scores, 1):
-        if score < threshold:
-            return found | {"error_step": number, "reason": None}
-    return found | {"reason": f"{NO_ERROR} by the scores"}
-
-
-def verdict(found: dict) -> int | None:
-    """The first wrong step, 0 for no error, None for nothing said."""
-    return found["error_step"] or (0 if str(found.get("reason")).startswith(NO_ERROR) else None)
+        reason = "no response to look at"
+    elif row["step_scores"] is None:
+        reason = f"not scored: {row.get('prm_reason')}"
+    else:
+        low = [k for k, score in enumerate(row["step_scores"], 1) if score < threshold]
+        if low:
+            step, reason = low[0], None
+    return {"error_step": step, "locator": "scores", "reason": reason}
 
 
 def read_samples(path: Path, fields: tuple[str, ...], args) -> list[dict]:
@@ -550,7 +520,8 @@ def read_samples(path: Path, fields: tuple[str, ...], args) -> list[dict]:
     for number, row in enumerate(rows, 1):
         if split_steps("".join(row["steps"]), args.split, args.opening) != row["steps"]:
             stop(
-                f"{path}, row {number}: its steps are not those of --split {args.split}; give --split and --opening as 01 had"
+                f"{path}, row {number}: its steps are not those of --split {args.split}; "
+                "give --split and --opening as 01 had"
             )
     return rows
 
@@ -563,9 +534,10 @@ def check_input(path: Path, settings: dict, accept_edit: bool):
     if not meta.exists():
         return
     made = json.loads(meta.read_text(encoding="utf-8"))["settings"]
-    codes = [made.get("code", {}), settings["code"]]
+    theirs, ours = made.get("code", {}), settings["code"]
+    shared = theirs.keys() & ours
     edited = edited_names(
-        *({name: code[name] for name in codes[0].keys() & codes[1]} for code in codes)
+        {name: theirs[name] for name in shared}, {name: ours[name] for name in shared}
     )
     if edited and not accept_edit:
         stop(
@@ -573,11 +545,11 @@ def check_input(path: Path, settings: dict, accept_edit: bool):
             "make the same edit here, or add --accept-edit"
         )
     for name in ("opening", "split", "prompt"):  # another opening makes another prompt
-        both = name in made and name in settings
-        if both and made[name] != settings[name] and not (name == "prompt" and edited):
-            stop(
-                f"{path} was made with {difference(name, made[name], settings[name])}; give the options that made it"
-            )
+        if name not in made or name not in settings or (name == "prompt" and edited):
+            continue
+        if made[name] != settings[name]:
+            changed = difference(name, made[name], settings[name])
+            stop(f"{path} was made with {changed}; give the options that made it")
 
 
 def identity(row: dict) -> tuple:
@@ -585,26 +557,29 @@ def identity(row: dict) -> tuple:
 
 
 def load_samples(args: Args) -> tuple[list[dict], dict[str, list[int]]]:
-    """The rows to locate, and [right, tried] of each problem's samples, which estimate V(0)."""
+    """The rows to locate, and [right, tried] of each problem's samples, which estimate V(0).
+    Samples of another model than --model do not count for that."""
     needs_answer = args.locator == "rollout" or not args.include_correct  # ProcessBench has none
     fields = ("answer",) if needs_answer else ()
     samples = read_samples(args.samples, (*fields, "sample", "correct", "finish_reason"), args)
-    rows, counts, most = [], {}, args.max_per_problem or math.inf
-    for row in sorted(
-        samples, key=lambda row: (row["id"], row["sample"])
-    ):  # 01 writes them in the order they were ready in
+    samples.sort(key=identity)  # 01 writes them in the order they were ready in
+    rows, n_wrong, counts = [], Counter(), {}
+    for row in samples:
         count = counts.setdefault(row["id"], [0, 0])
-        count[row["correct"]] += 1  # [wrong, right]
-        wanted = args.include_correct if row["correct"] else count[0] <= most
+        if row.get("model", args.model) == args.model:
+            count[0] += row["correct"]
+            count[1] += 1
+        n_wrong[row["id"]] += not row["correct"]
+        within_bound = n_wrong[row["id"]] <= (args.max_per_problem or math.inf)
+        wanted = args.include_correct if row["correct"] else within_bound
         if wanted:
             rows.append(row)
     if not rows:
         stop(
-            f"{args.samples}: none of its {len(samples)} samples is wrong; sample more problems, or harder ones"
+            f"{args.samples}: none of its {len(samples)} samples is wrong; "
+            "sample more problems, or harder ones"
         )
-    return rows[: args.limit], {
-        name: [right, wrong + right] for name, (wrong, right) in counts.items()
-    }
+    return rows[: args.limit], counts
 
 
 def check_steps(args: Args, rows: list[dict], path: Path, old: list[dict]):
@@ -625,89 +600,101 @@ def read_located(path: Path) -> dict[tuple, dict]:
         step = row.get("error_step", "")
         if step is not None and not (type(step) is int and 1 <= step <= len(row["steps"])):
             stop(
-                f"{path}, row {number}: no 'error_step', the number of a step or null; give a file of 02 or annotate.py"
+                f"{path}, row {number}: no 'error_step', the number of a step or null; "
+                "give a file of 02 or annotate.py"
             )
     return {identity(row): row for row in rows}
 
 
 async def locate_all(
-    args: Args,
-    rows: list[dict],
-    samples: dict,
-    known: dict,
-    tokenizer,
-    output: Output,
-    keep: Output | None,
-    grader: Grader,
+    args: Args, rows, samples, known, tokenizer, output: Output, keep: Output | None, grader: Grader
 ) -> Counter:
-    """Copy what --known has located, and locate the other rows that are not done. Returns the
-    cost."""
-    spent, done = Counter(), {identity(row) for row in output.rows}
-    copies = {key: row for key, row in known.items() if row["error_step"]}
-    if args.locator == "judge":
-        judged = [
-            row["judge"] for row in output.rows if row.get("judge") and identity(row) not in copies
-        ]
-        spent["tokens of earlier runs"] = sum(
-            sum(judgement.get("tokens", ())) for judgement in judged
-        )
+    """Copy what --known has located, and locate the other rows that are not done. Returns the cost.
+    `samples` and `known`: see load_samples() and read_located()."""
+    done = {identity(row) for row in output.rows}
     todo = [row for row in rows if identity(row) not in done]
+    copies = {key: row for key, row in known.items() if row["error_step"]}
     output.write(*(copies[identity(row)] for row in todo if identity(row) in copies))
     todo = [row for row in todo if identity(row) not in copies]
-    kept = {identity(row) for row in keep.rows} if keep else set()
+    rollouts_done = {identity(row) for row in keep.rows} if keep else set()
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
-    places = 1
+    spent = Counter()
+    if args.locator == "judge":
+        judged = [row for row in output.rows if row.get("judge") and identity(row) not in copies]
+        tokens = [sum(row["judge"].get("tokens", ())) for row in judged]
+        spent["tokens of earlier runs"] = sum(tokens)
 
-    async def go_on(row: dict, prefix: str, seed: int, n: int) -> list[dict]:
-        return await generate(
-            prompt_ids(tokenizer, row["problem"], prefix, args.split), seed, n, **sampling
-        )
+    async def continue_from(row: dict, prefix: str, seed: int, n: int) -> list[dict]:
+        prompt = prompt_ids(tokenizer, row["problem"], prefix, args.split)
+        return await generate(prompt, seed, n, **sampling)
 
-    async def work(row: dict):
+    async def locate(row: dict):
         if args.locator == "rollout":
-            found, texts = await by_rollouts(
-                args, go_on, grader, samples.get(row["id"], [0, 0]), row, spent
+            located, rollouts = await by_rollouts(
+                args, continue_from, grader, samples[row["id"]], row, spent
             )
-            if keep and identity(row) not in kept:
-                keep.write({"id": row["id"], "sample": row["sample"], "rollouts": texts})
+            if keep and identity(row) not in rollouts_done:
+                keep.write({"id": row["id"], "sample": row["sample"], "rollouts": rollouts})
         elif args.locator == "judge":
             tokens = spent["tokens of earlier runs"] + spent["prompt"] + spent["completion"]
             if 0 < args.max_judge_tokens <= tokens:
                 spent["rows not asked for"] += 1
                 return
-            found = await by_judge(args, ask, row, spent)
+            located = await by_judge(args, ask, row, spent)
         else:
-            found = by_scores(row, args.threshold)
-        output.write(known.get(identity(row), {}) | row | found)
+            located = by_scores(row, args.threshold)
+        output.write({**known.get(identity(row), {}), **row, **located})
         if len(output.rows) % 100 == 0:
             cost = ", ".join(f"{what} {count}" for what, count in spent.items())
             tqdm.write(f"{len(output.rows)} rows; {cost}", file=sys.stderr)
 
     async with contextlib.AsyncExitStack() as stack:
+        places = 1  # rows to work on at a time
         if args.locator == "rollout" and todo:
             generate = await stack.enter_async_context(engine(args, args.model, len(done)))
             places = in_flight(args, generate)
         elif args.locator == "judge" and todo:
             ask, places = await stack.enter_async_context(judge(args))
         if todo:
-            await run_all(todo, work, places, f"by {args.locator}")
+            await run_all(todo, locate, places, f"by {args.locator}")
     if keep:
         keep.save_meta(finished=True)
     return spent
 
 
-def main(args: Args):
-    for name in ("rollouts", "give_up", "max_tokens", "votes", "max_per_problem", "limit"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            stop(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("retries", "concurrency", "max_judge_tokens"):
-        if getattr(args, name) < 0:
-            stop(f"--{name.replace('_', '-')} must be at least 0")
+ROW_CODE = {  # what makes a row, with all that it uses: rows made before an edit of it do not fit
+    "rollout": ("by_rollouts", "prompt_ids", "split_steps"),
+    "judge": ("by_judge", "split_steps"),
+    "scores": ("by_scores", "split_steps"),
+}
+SETTINGS = {  # the options that a row depends on
+    "rollout": (
+        "temperature top_p max_tokens rollouts alpha give_up linear all_rollouts opening split"
+    ),
+    "judge": (
+        "judge_model judge_temperature judge_max_tokens neutral votes min_agreement retries "
+        "missing_diagrams"
+    ),
+    "scores": "threshold",
+}
+
+
+def check_options(args: Args):
+    from_one = ("rollouts", "give_up", "max_tokens", "votes", "max_per_problem", "limit")
+    for names, least in ((from_one, 1), (("retries", "concurrency", "max_judge_tokens"), 0)):
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and value < least:
+                stop(f"--{name.replace('_', '-')} must be at least {least}")
     for name in ("min_agreement", "alpha"):
         if not 0 <= getattr(args, name) <= 1:
             stop(f"--{name.replace('_', '-')} must be between 0 and 1")
     if args.locator == "judge" and not args.judge_model:
         stop("the judge needs --judge-model and, unless vLLM is to run that here, --judge-base-url")
+
+
+def main(args: Args):
+    check_options(args)
     rows, samples = load_samples(args)
     known = {}
     if args.known:
@@ -721,72 +708,62 @@ def main(args: Args):
         "locator": args.locator,
         "known": args.known,
         "seed": args.seed,
-    }
-    settings |= {name: getattr(args, name) for name in SETTINGS[args.locator]} | {
-        "code": source_hashes(ROW_CODE[args.locator])
+        **{name: getattr(args, name) for name in SETTINGS[args.locator].split()},
+        "code": source_hashes(ROW_CODE[args.locator]),
     }
     tokenizer = None
     if args.locator == "rollout":
         tokenizer = load_tokenizer(
             args.tokenizer or args.model, args.chat_template, args.chat_template_kwargs
         )
-        settings |= NEUTRAL | {
-            "model": model_id(args.model),
-            "prompt": render_prompt(tokenizer, PROBE, args.opening),
-        }
+        prompt = render_prompt(tokenizer, PROBE, args.opening)
+        settings.update(NEUTRAL, model=model_id(args.model), prompt=prompt)
     elif args.locator == "scores":
         settings["prm"] = ", ".join(sorted({str(row.get("prm")) for row in rows}))
     check_input(args.samples, settings, args.accept_edit)
-    with contextlib.ExitStack() as opened:
-        output = opened.enter_context(
-            contextlib.closing(Output(args.out, settings, args.accept_edit))
-        )
+    with contextlib.ExitStack() as stack:
+
+        def opened(resource):
+            return stack.enter_context(contextlib.closing(resource))
+
+        output = opened(Output(args.out, settings, args.accept_edit))
         keep = None
         if args.keep_rollouts:
-            keep = opened.enter_context(
-                contextlib.closing(Output(args.keep_rollouts, settings, args.accept_edit))
-            )
+            keep = opened(Output(args.keep_rollouts, settings, args.accept_edit))
         check_steps(args, rows, output.path, output.rows)
-        grader = opened.enter_context(contextlib.closing(Grader()))
+        grader = opened(Grader())
         spent = asyncio.run(locate_all(args, rows, samples, known, tokenizer, output, keep, grader))
-        report(args, rows, known, output, spent, grader.kills, time.time() - began)
+        report(args, rows, known, output, spent, grader.kills, began)
 
 
-def report(
-    args: Args,
-    rows: list[dict],
-    known: dict,
-    output: Output,
-    spent: Counter,
-    kills: int,
-    seconds: float,
-):
+def report(args: Args, rows, known, output: Output, spent: Counter, kills: int, began: float):
     """Say what was located and what it has cost."""
-    asked = set(map(identity, rows))
-    located = [row["error_step"] for row in output.rows if identity(row) in asked]
-    found = Counter(step for step in located if step)
+    keys = {identity(row) for row in rows}
+    steps = [row["error_step"] for row in output.rows if identity(row) in keys]
+    by_step = Counter(step for step in steps if step)
     summary = {
-        "samples" if args.include_correct else "wrong samples": len(located),
-        "located": found.total(),
-        "not located": len(located) - found.total(),
-        "by step": " ".join(f"{k}:{found[k]}" for k in sorted(found)),
+        "samples" if args.include_correct else "wrong samples": len(steps),
+        "located": by_step.total(),
+        "not located": len(steps) - by_step.total(),
+        "by step": " ".join(f"{step}:{by_step[step]}" for step in sorted(by_step)),
         "gradings killed": kills,
     }
     if args.known:
-        summary["located in --known"] = sum(
-            bool(row["error_step"]) for key, row in known.items() if key in asked
-        )
+        copied = [row for key, row in known.items() if key in keys and row["error_step"]]
+        summary["located in --known"] = len(copied)
     for what, n in spent.items():
         if n or what != "tokens of earlier runs":
-            summary[f"{args.locator} {what}{' tokens' * (what in ('prompt', 'completion'))}"] = n
-    summary["seconds"] = round(seconds, 1)
-    left = spent["rows not asked for"]
+            unit = " tokens" if what in ("prompt", "completion") else ""
+            summary[f"{args.locator} {what}{unit}"] = n
+    summary["seconds"] = round(time.time() - began, 1)
+    is_finished = not spent["rows not asked for"]
     seeded = args.locator != "rollout" or bool(args.base_url) or seeds_requests(args.top_p)
-    output.save_meta(finished=not left, summary=summary, seeded_requests=seeded)
+    output.save_meta(finished=is_finished, summary=summary, seeded_requests=seeded)
     print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
-    if left:
+    if not is_finished:
         stop(
-            f"--max-judge-tokens {args.max_judge_tokens} are spent; the rows are kept, the same command with more resumes"
+            f"--max-judge-tokens {args.max_judge_tokens} are spent; the rows are kept, "
+            "the same command with more resumes"
         )
 
 

@@ -1876,7 +1876,7 @@ async def run_all(items: list, work, concurrency: int, label: str):
 def cut_label(
     step: str, number: int, split: str = "labels", opening: str = OPENING
 ) -> tuple[str, str]:
-    """Part step `number` behind its label: ("Step 2:", " 3 + 4 = 7.\\n"). The forced opening is the
+    """Part step `number` after its label: ("Step 2:", " 3 + 4 = 7.\\n"). The forced opening is the
     label of step 1."""
     if number == 1 and step.startswith(opening):
         return opening, step.removeprefix(opening)
@@ -1893,9 +1893,10 @@ def check_input(path: Path, settings: dict, accept_edit: bool):
     if not meta.exists():
         return
     made = json.loads(meta.read_text(encoding="utf-8"))["settings"]
-    codes = [made.get("code", {}), settings["code"]]
+    theirs, ours = made.get("code", {}), settings["code"]
+    shared = theirs.keys() & ours
     edited = edited_names(
-        *({name: code[name] for name in codes[0].keys() & codes[1]} for code in codes)
+        {name: theirs[name] for name in shared}, {name: ours[name] for name in shared}
     )
     if edited and not accept_edit:
         stop(
@@ -1903,11 +1904,11 @@ def check_input(path: Path, settings: dict, accept_edit: bool):
             "make the same edit here, or add --accept-edit"
         )
     for name in ("opening", "split", "prompt"):  # another opening makes another prompt
-        both = name in made and name in settings
-        if both and made[name] != settings[name] and not (name == "prompt" and edited):
-            stop(
-                f"{path} was made with {difference(name, made[name], settings[name])}; give the options that made it"
-            )
+        if name not in made or name not in settings or (name == "prompt" and edited):
+            continue
+        if made[name] != settings[name]:
+            changed = difference(name, made[name], settings[name])
+            stop(f"{path} was made with {changed}; give the options that made it")
 
 
 # Copied from 02_locate_step.py
@@ -1917,7 +1918,8 @@ def read_samples(path: Path, fields: tuple[str, ...], args) -> list[dict]:
     for number, row in enumerate(rows, 1):
         if split_steps("".join(row["steps"]), args.split, args.opening) != row["steps"]:
             stop(
-                f"{path}, row {number}: its steps are not those of --split {args.split}; give --split and --opening as 01 had"
+                f"{path}, row {number}: its steps are not those of --split {args.split}; "
+                "give --split and --opening as 01 had"
             )
     return rows
 
