@@ -150,7 +150,7 @@ class Args:
     rollouts: int = 16
     """continuations of a prefix at most; without a right one it is lost"""
     alpha: float = 0.05
-    """it is lost earlier, once its failures are less likely by chance; 0: never"""
+    """lost earlier, once its failures are less likely than this by chance; 0: never"""
     give_up: int = 12
     """failures of a problem, its samples included, after which its rows stay open"""
     linear: bool = False
@@ -557,8 +557,9 @@ def identity(row: dict) -> tuple:
 
 
 def load_samples(args: Args) -> tuple[list[dict], dict[str, list[int]]]:
-    """The rows to locate, and [right, tried] of each problem's samples, which estimate V(0).
-    Samples of another model than --model do not count for that."""
+    """The rows to locate, and [right, tried] of each problem's samples, which estimate V(0): only
+    those whose `model` is --model, since a labelled solution of another model says nothing of
+    V."""
     needs_answer = args.locator == "rollout" or not args.include_correct  # ProcessBench has none
     fields = ("answer",) if needs_answer else ()
     samples = read_samples(args.samples, (*fields, "sample", "correct", "finish_reason"), args)
@@ -566,7 +567,7 @@ def load_samples(args: Args) -> tuple[list[dict], dict[str, list[int]]]:
     rows, n_wrong, counts = [], Counter(), {}
     for row in samples:
         count = counts.setdefault(row["id"], [0, 0])
-        if row.get("model", args.model) == args.model:
+        if row.get("model") == args.model:
             count[0] += row["correct"]
             count[1] += 1
         n_wrong[row["id"]] += not row["correct"]

@@ -1,13 +1,14 @@
 """Keep the first wrong steps on which two locators agree: two located files -> one.
 
-    python analysis/consensus.py data/by_rollouts.jsonl data/by_scores.jsonl --within 1 --out data/located.jsonl
+    python analysis/consensus.py data/by_rollouts.jsonl data/by_scores.jsonl --within 1
 
 Input: two files that 02_locate_step.py or annotate.py wrote of the same samples. A row is known by
 `id` and `sample`:
-    {"id": "q1", "sample": 0, "steps": ["...", "..."], "error_step": 2, "locator": "rollout", "reason": null, ...}
+    {"id": "q1", "sample": 0, "steps": ["...", "..."], "error_step": 2, "locator": "rollout",
+     "reason": null, ...}
 
-Output: the rows of the first file, with the second one's evidence (`judge`, `rollout_values` ...)
-and
+Output, data/located.jsonl: the rows of the first file, with the second one's evidence (`judge`,
+`rollout_values` ...) and
     {"error_step": 2, "locator": "consensus", "reason": null, "said": [2, 3]}
 A row keeps the first one's step where the second one's is at most --within steps off. Else
 error_step is null and the reason says why: both found no error, the two disagree, or the second
@@ -39,6 +40,12 @@ class Args:
     """file to write"""
 
 
+def verdict(row: dict) -> int | None:
+    """The first wrong step of a located row, 0 for no error, None for a row left open."""
+    says_right = str(row.get("reason")).startswith(LOCATE.NO_ERROR)
+    return row["error_step"] or (0 if says_right else None)
+
+
 def agree(first: int | None, second: int | None, within: int) -> tuple[int | None, str | None]:
     """(error_step, reason) of two verdicts: a step, 0 for no error, None for nothing said."""
     if first == second == 0:
@@ -50,13 +57,19 @@ def agree(first: int | None, second: int | None, within: int) -> tuple[int | Non
 
 def combine(first: dict, second: dict | None, within: int) -> dict:
     """The row of the first file, with what both say."""
-    said = [LOCATE.verdict(first), LOCATE.verdict(second) if second else None]
-    step, reason = agree(*said, within) if second else (None, "not in the second file")
-    return (
-        (second or {})
-        | first
-        | {"error_step": step, "locator": "consensus", "reason": reason, "said": said}
-    )
+    if second is None:
+        said, step, reason = [verdict(first), None], None, "not in the second file"
+    else:
+        said = [verdict(first), verdict(second)]
+        step, reason = agree(*said, within)
+    return {
+        **(second or {}),
+        **first,
+        "error_step": step,
+        "locator": "consensus",
+        "reason": reason,
+        "said": said,
+    }
 
 
 def main(args: Args):
@@ -68,14 +81,15 @@ def main(args: Args):
     for key, row in first.items():
         if second.get(key, row)["steps"] != row["steps"]:
             LOCATE.stop(
-                f"{args.second} holds another sample {key[1]} of {key[0]} than {args.first}; locate the same samples"
+                f"{args.second} holds another sample {key[1]} of {key[0]} than {args.first}; "
+                "locate the same samples"
             )
     rows = [combine(row, second.get(key), args.within) for key, row in first.items()]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     LOCATE.save(args.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     located = sum(row["error_step"] is not None for row in rows)
     reasons = Counter(row["reason"] for row in rows if row["error_step"] is None)
-    summary = {"rows": len(rows), "located": located} | reasons
+    summary = {"rows": len(rows), "located": located, **reasons}
     print(f"{args.out}: " + ", ".join(f"{name} {number}" for name, number in summary.items()))
 
 

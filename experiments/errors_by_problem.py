@@ -7,7 +7,7 @@ each problem leaves.
 Prints the share of the problems with the most, the effective number of problems (the square of the
 sum of the counts over the sum of their squares: with equal counts it is the number itself), and
 both for a bound of 1, 2, 3 ... a problem. With the samples of 01: how likely by chance the failures
-behind each located error are (02's by_chance())."""
+are on which each located error rests (02's by_chance())."""
 
 import importlib
 import sys
@@ -34,43 +34,41 @@ def effective(counts: list[int]) -> float:
 
 
 def evidence(row: dict, samples: dict) -> str:
-    """How likely by chance the failures behind a located error are."""
-    step, values = row["error_step"], {int(k): value for k, value in row["rollout_values"].items()}
+    """How likely by chance the failures are on which a located error rests."""
+    step = row["error_step"]
     if step == len(row["steps"]):
         return "last step"
-    seen = [value for k, value in values.items() if k < step] + [samples[row["id"]]]
-    right, tried = map(sum, zip(*seen, strict=True))
+    values = {int(k): value for k, value in row["rollout_values"].items()}
+    counts = [value for k, value in values.items() if k < step] + [samples[row["id"]]]
+    right, tried = map(sum, zip(*counts, strict=True))
     chance = LOCATE.by_chance(values[step][1], right, tried - right)
-    return next(
-        (f"below {limit:g}" for limit in (0.05, 0.1, 0.2, 0.3) if chance < limit), "above 0.3"
-    )
+    for limit in (0.05, 0.1, 0.2, 0.3):
+        if chance < limit:
+            return f"below {limit:g}"
+    return "above 0.3"
 
 
 def main(args: Args):
-    rows = [
-        row
-        for row in LOCATE.read_rows(args.rows, ("id",))
-        if row.get("error_step") or "chosen" in row
-    ]
+    rows = LOCATE.read_rows(args.rows, ("id",))
+    rows = [row for row in rows if row.get("error_step") or "chosen" in row]
     counts = sorted(Counter(row["id"] for row in rows).values(), reverse=True)
-    print(
-        f"{args.rows}: {len(rows)} of {len(counts)} problems, in effect of {effective(counts):.1f}"
-    )
+    effective_all = f"in effect of {effective(counts):.1f}"
+    print(f"{args.rows}: {len(rows)} of {len(counts)} problems, {effective_all}")
     for first in (1, 3, 5, 10, 20):
         if first < len(counts):
             print(f"  {sum(counts[:first]) / len(rows):6.1%} from the {first} with the most")
     for bound in range(1, min(6, counts[0])):
-        left = [min(bound, count) for count in counts]
+        bounded = [min(bound, count) for count in counts]
         print(
-            f"  at most {bound} a problem: {sum(left)}, in effect of {effective(left):.1f} problems"
+            f"  at most {bound} a problem: {sum(bounded)}, "
+            f"in effect of {effective(bounded):.1f} problems"
         )
     if args.samples:
-        samples = LOCATE.load_samples(LOCATE.Args(samples=args.samples))[1]
-        found = Counter(evidence(row, samples) for row in rows)
-        print(
-            "  chance of the failures: "
-            + ", ".join(f"{name} {found[name]}" for name in sorted(found))
-        )
+        options = LOCATE.Args(samples=args.samples, model=rows[0].get("model", ""))
+        samples = LOCATE.load_samples(options)[1]
+        evidence_counts = Counter(evidence(row, samples) for row in rows)
+        listed = ", ".join(f"{name} {evidence_counts[name]}" for name in sorted(evidence_counts))
+        print(f"  chance of the failures: {listed}")
 
 
 if __name__ == "__main__":
