@@ -1,13 +1,14 @@
 """Find the first wrong step by hand, on a page in the browser.
 
-    python analysis/annotate.py --annotator ann          # data/samples.jsonl -> data/located.ann.jsonl
+    python analysis/annotate.py --annotator ann     # data/samples.jsonl -> data/located.ann.jsonl
 
 Input: the output of 01_sample_errors.py. Output: rows as 02_locate_step.py writes them, so that 03
 makes pairs of them and locator_scores.py compares them:
-    {"id": "q1", "sample": 0, "steps": ["...", "..."], "error_step": 2, "locator": "human", "reason": null, "annotator": "ann"}
+    {"id": "q1", "sample": 0, "steps": ["...", "..."], "error_step": 2, "locator": "human",
+     "reason": null, "annotator": "ann"}
 
 Click on the step or press its number; n: no error found, u: unsure, s: skip, b: back. Each click is
-saved at once, and the same command goes on where it was stopped."""
+saved at once, and the same command run again resumes."""
 
 import contextlib
 import importlib
@@ -27,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 LOCATE = importlib.import_module("02_locate_step")
 KEYS = """<script>
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.altKey || event.metaKey || event.target.matches("input, textarea")) return;
+  if (event.ctrlKey || event.altKey || event.metaKey) return;
+  if (event.target.matches("input, textarea")) return;
   const name = {n: "none", u: "unsure", s: "skip", b: "back"}[event.key];
   document.getElementById(name || "step-" + event.key)?.click();
 });
@@ -66,9 +68,8 @@ def math_safe(text: str) -> str:
     parts = re.split(formula, text, flags=re.S)
     for i, part in enumerate(parts):
         if i % 2 == 0:
-            part = re.sub(r"\\boxed\{[^{}]*\}", lambda box: f"\\({box[0]}\\)", part).replace(
-                "$", "&#36;"
-            )
+            part = re.sub(r"\\boxed\{[^{}]*\}", lambda box: f"\\({box[0]}\\)", part)
+            part = part.replace("$", "&#36;")
         parts[i] = f"\\({part[1:-1]}\\)" if re.match(r"\$[^$]", part) else part
     return "".join(parts)
 
@@ -81,18 +82,17 @@ class Verdicts:
         journal = out.with_suffix(".clicks.jsonl")
         if out.exists() and not journal.exists():
             LOCATE.stop(
-                f"{out} is there, but not {journal}, which would tell how to go on; give --annotator or another --out"
+                f"{out} is there, but not {journal}, from which the page would resume; "
+                "give --annotator or another --out"
             )
         self.rows, self.out, self.annotator = rows, out, annotator
-        self.clicks = LOCATE.Output(
-            journal, {"stage": "annotate", "locator": "human", "annotator": annotator}
-        )
-        known = set(map(LOCATE.identity, rows))
-        self.said = {
-            LOCATE.identity(click): click["said"]
-            for click in self.clicks.rows
-            if LOCATE.identity(click) in known
-        }
+        settings = {"stage": "annotate", "locator": "human", "annotator": annotator}
+        self.clicks = LOCATE.Output(journal, settings)
+        keys = {LOCATE.identity(row) for row in rows}
+        self.said = {}
+        for click in self.clicks.rows:
+            if LOCATE.identity(click) in keys:
+                self.said[LOCATE.identity(click)] = click["said"]
 
     def of(self, row: dict):
         return self.said.get(LOCATE.identity(row), "skip")
@@ -100,36 +100,37 @@ class Verdicts:
     def next_open(self, place: int) -> int:
         """The next row without a verdict, from `place` on and around; len(rows) when there is
         none."""
-        order = [*range(place, len(self.rows)), *range(place)]
-        return next(
-            (i for i in order if self.of(self.rows[i]) == "skip" and i != place - 1), len(self.rows)
-        )
+        for i in [*range(place, len(self.rows)), *range(place)]:
+            if i != place - 1 and self.of(self.rows[i]) == "skip":
+                return i
+        return len(self.rows)
 
     def click(self, what, place: int) -> int:
         """Take a click on the row at `place`; returns which row is shown next."""
         if what == "back":
             return max(0, place - 1)
         row = self.rows[place]
-        self.clicks.write(
-            {"id": row["id"], "sample": row["sample"], "said": what, "time": round(time.time())}
-        )
+        key = {"id": row["id"], "sample": row["sample"]}
+        self.clicks.write({**key, "said": what, "time": round(time.time())})
         self.said[LOCATE.identity(row)] = what
         self.write()
         return self.next_open(place + 1)
 
     def write(self):
-        reasons, lines = {"none": f"{LOCATE.NO_ERROR} by hand", "unsure": "unsure"}, []
+        reasons = {"none": f"{LOCATE.NO_ERROR} by hand", "unsure": "unsure"}
+        lines = []
         for row in self.rows:
-            if (what := self.of(row)) != "skip":
-                found = {
-                    "error_step": None if what in reasons else what,
-                    "locator": "human",
-                    "reason": reasons.get(what),
-                }
-                lines.append(
-                    json.dumps(row | found | {"annotator": self.annotator}, ensure_ascii=False)
-                    + "\n"
-                )
+            what = self.of(row)
+            if what == "skip":
+                continue
+            located = {
+                **row,
+                "error_step": None if what in reasons else what,
+                "locator": "human",
+                "reason": reasons.get(what),
+                "annotator": self.annotator,
+            }
+            lines.append(json.dumps(located, ensure_ascii=False) + "\n")
         temporary = self.out.with_suffix(".tmp")
         temporary.write_text("".join(lines), encoding="utf-8")
         temporary.replace(self.out)
@@ -137,18 +138,22 @@ class Verdicts:
 
 def make_page(gradio, verdicts: Verdicts):
     """The page, which shows one solution at a time."""
-    rows, who = verdicts.rows, f", {verdicts.annotator}" if verdicts.annotator else ""
+    rows = verdicts.rows
+    who = f", {verdicts.annotator}" if verdicts.annotator else ""
     latex = [
         {"left": left, "right": right, "display": left != "\\("}
         for left, right in (("$$", "$$"), ("\\(", "\\)"), ("\\[", "\\]"))
     ]
-    show = lambda text: gradio.Markdown(math_safe(text), latex_delimiters=latex)
+
+    def show(text: str):
+        gradio.Markdown(math_safe(text), latex_delimiters=latex)
 
     def show_row(row: dict, place):
         with gradio.Row():
             with gradio.Column(scale=2):
                 show(
-                    f"### Problem {row['id']}\n{row['problem']}\n\n**Answer:** {row.get('answer', 'not known')}\n\n"
+                    f"### Problem {row['id']}\n{row['problem']}\n\n"
+                    f"**Answer:** {row.get('answer', 'not known')}\n\n"
                     f"**This solution's answer:** {row.get('prediction')}"
                 )
                 if row.get("solution"):
@@ -177,14 +182,15 @@ def make_page(gradio, verdicts: Verdicts):
         def solution(at: int):
             done = sum(what != "skip" for what in verdicts.said.values())
             gradio.Markdown(
-                f"**{done} of {len(rows)}** done{who}. Which step is the first wrong one? Click its number or "
-                "press it.",
+                f"**{done} of {len(rows)}** done{who}. Which step is the first wrong one? "
+                "Click its number or press it.",
                 elem_id="progress",
             )
             if at < len(rows):
                 return show_row(rows[at], place)
             gradio.Markdown(
-                f"All solutions were shown. Reload to see skipped ones. The verdicts stand in `{verdicts.out}`.",
+                "All solutions were shown. Reload to see skipped ones. "
+                f"The verdicts stand in `{verdicts.out}`.",
                 elem_id="done",
             )
             gradio.Button("Back (b)", elem_id="back").click(lambda: len(rows) - 1, None, place)
@@ -200,18 +206,17 @@ def main(args: Args):
         opening=args.opening,
         split=args.split,
     )
-    rows, name = LOCATE.load_samples(where)[0], f".{args.annotator}" if args.annotator else ""
-    verdicts = Verdicts(
-        rows, args.out.with_name(f"{args.out.stem}{name}{args.out.suffix}"), args.annotator
-    )
+    rows, _ = LOCATE.load_samples(where)
+    name = f".{args.annotator}" if args.annotator else ""
+    out = args.out.with_name(f"{args.out.stem}{name}{args.out.suffix}")
+    verdicts = Verdicts(rows, out, args.annotator)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio
     except ImportError:
         LOCATE.stop("this page needs gradio: pip install gradio")
-    font = gradio.themes.Default(
-        font=["system-ui", "sans-serif"], font_mono=["monospace"]
-    )  # none from the network
+    # no font from the network
+    font = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     try:
         make_page(gradio, verdicts).launch(
             server_name=args.host,

@@ -3,7 +3,8 @@ the first low one for wrong.
 
     python analysis/score_steps.py data/samples.jsonl --prm Qwen/Qwen2.5-Math-PRM-7B --wrong-only
     python analysis/score_steps.py data/samples.jsonl --prm peiyi9979/math-shepherd-mistral-7b-prm
-    python analysis/score_steps.py data/samples.jsonl --prm RLHFlow/Llama3.1-8B-PRM-Mistral-Data --form rlhflow
+    python analysis/score_steps.py data/samples.jsonl --prm RLHFlow/Llama3.1-8B-PRM-Mistral-Data \
+        --form rlhflow
     python 02_locate_step.py --samples data/samples.scored.jsonl --locator scores --threshold 0.5
 
 Input: rows with `problem` and `steps`, as 01 and ProcessBench have them. Output: the same rows, in
@@ -12,12 +13,13 @@ their order, and
 A score is the chance, by the model, that the step is right. step_scores is null, with prm_reason,
 where a row is not scored.
 
-Three forms are read, all in this process by transformers, without code from the hub: qwen
-Qwen2ForProcessRewardModel (arXiv 2501.07301): a chat with <extra_0> after each step, two classes
-read there math-shepherd  a causal model (arXiv 2312.08935): plain text with " ки" after each step,
-"+" against "-" read there rlhflow        a causal model (RLHFlow's two): a turn a step, "+" against
-"-" as its answer Qwen's form also by a server, for models that do not fit one device; score_steps
-names the options that it needs:
+Three forms are read, all in this process by transformers, without code from the hub:
+    qwen           Qwen2ForProcessRewardModel (arXiv 2501.07301): a chat with <extra_0> after each
+                   step, two classes read there
+    math-shepherd  a causal model (arXiv 2312.08935): plain text with " ки" after each step, "+"
+                   against "-" read there
+    rlhflow        a causal model (RLHFlow's two): a turn a step, "+" against "-" as its answer
+Qwen's form is also read by a server, for models that do not fit one device:
     vllm serve MODEL --pooler-config '{"tok_pooling_type": "STEP", "step_tag_id": 151651}'
 Which public models work: docs/locators.md. The same command run again resumes.
 """
@@ -73,7 +75,8 @@ def process_reward_class():
     class Qwen2ForProcessRewardModel(transformers.Qwen2PreTrainedModel):
         def __init__(self, config):
             super().__init__(config)
-            self.model, width = transformers.Qwen2Model(config), config.hidden_size
+            self.model = transformers.Qwen2Model(config)
+            width = config.hidden_size
             self.score = torch.nn.Sequential(
                 torch.nn.Linear(width, width), torch.nn.ReLU(), torch.nn.Linear(width, 2)
             )
@@ -92,15 +95,13 @@ class Reader:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(prm)
         except (OSError, ValueError) as error:
             stop(f"--prm {prm}: {str(error).splitlines()[0]}")
-        kind, self.most = (
-            (config.architectures or ["none"])[0],
-            getattr(config, "max_position_embeddings", sys.maxsize),
-        )
+        kind = (config.architectures or ["none"])[0]
+        self.max_length = getattr(config, "max_position_embeddings", sys.maxsize)
         qwen = "ProcessReward" in kind and config.model_type == "qwen2"
         if not qwen and not kind.endswith("ForCausalLM"):
             stop(
-                f"--prm {prm}: its architecture is {kind}; read are Qwen2ForProcessRewardModel and causal models that answer "
-                "+ or -, see docs/locators.md"
+                f"--prm {prm}: its architecture is {kind}; read are Qwen2ForProcessRewardModel "
+                "and causal models that answer + or -, see docs/locators.md"
             )
         self.form = "qwen" if qwen else form
         self.mark = MARKS[self.form]
@@ -112,7 +113,8 @@ class Reader:
             reason = f"{error.__class__.__name__}: {str(error).partition(chr(10))[0]}"
         if reason:
             stop(
-                f"--prm {prm}, form {self.form}: {reason}; has it another form, or another tokenizer?"
+                f"--prm {prm}, form {self.form}: {reason}; "
+                "has it another form, or another tokenizer?"
             )
 
     def render(self, row: dict) -> str:
@@ -157,23 +159,17 @@ class Reader:
         """Token ids, the places where the scores are read, and why the row cannot be scored, or
         ""."""
         ids, marks = self.tokens(row, self.mark)
-        marked = (
-            [place for place, token in enumerate(ids) if token == self.tag]
-            if self.form == "qwen"
-            else marks
-        )
+        marked = marks
+        if self.form == "qwen":
+            marked = [place for place, token in enumerate(ids) if token == self.tag]
         if marked != marks or len(marks) != len(row["steps"]):
             return ids, [], f"marks: {len(marked)} {self.mark} for {len(row['steps'])} steps"
-        places = (
-            [place - 1 for place in marks] if self.form == "rlhflow" else marks
-        )  # its answer is predicted before it
-        return (
-            ids,
-            places,
-            f"too long: {len(ids)} tokens, where the model takes {self.most}"
-            if len(ids) > self.most
-            else "",
-        )
+        reason = ""
+        if len(ids) > self.max_length:
+            reason = f"too long: {len(ids)} tokens, where the model takes {self.max_length}"
+        # an answer is predicted at the token before it
+        places = [place - 1 for place in marks] if self.form == "rlhflow" else marks
+        return ids, places, reason
 
     def signs(self) -> list[int]:
         """The tokens of - and +, as they stand in the place of the last mark."""
@@ -188,16 +184,14 @@ def load_model(prm: str, kind):
         lm, report = kind.from_pretrained(prm, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         stop(f"--prm {prm}: cannot be loaded ({' '.join(str(error).split())[:300]})")
-    if missing := sorted(report["missing_keys"]):
-        stop(
-            f"--prm {prm}: its files lack {', '.join(missing[:4])}; random weights would stand there"
-        )
-    if unknown := [
-        name for name in sorted(report["unexpected_keys"]) if not name.startswith("lm_head.")
-    ]:
-        stop(
-            f"--prm {prm}: its files hold {', '.join(unknown[:4])}, so it has another head; see docs/locators.md"
-        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        names = ", ".join(missing[:4])
+        stop(f"--prm {prm}: its files lack {names}; random weights would stand there")
+    unknown = [key for key in sorted(report["unexpected_keys"]) if not key.startswith("lm_head.")]
+    if unknown:
+        names = ", ".join(unknown[:4])
+        stop(f"--prm {prm}: its files hold {names}, so it has another head; see docs/locators.md")
     return lm.to(device).eval()
 
 
@@ -205,26 +199,28 @@ def local_scorer(args: Args, reader: Reader):
     """score([(ids, places)]) -> for each its scores, by transformers in this process."""
     qwen = reader.form == "qwen"
     lm = load_model(args.prm, process_reward_class() if qwen else transformers.AutoModelForCausalLM)
-    classes, warned = [0, 1] if qwen else reader.signs(), []
+    classes = [0, 1] if qwen else reader.signs()
+    has_warned = False
 
     def warn(mass: float):
-        if not warned and mass < 0.5:
-            warned.append(
-                print(
-                    f"+ and - have {mass:.1%} of the probability at the marks: is {reader.form} the model's form?",
-                    file=sys.stderr,
-                )
+        nonlocal has_warned
+        if not has_warned and mass < 0.5:
+            has_warned = True
+            print(
+                f"+ and - have {mass:.1%} of the probability at the marks: "
+                f"is {reader.form} the model's form?",
+                file=sys.stderr,
             )
 
     @torch.inference_mode()
     def score_batch(batch: list[tuple]) -> list[list[float]]:
-        ids = torch.zeros(len(batch), max(len(own) for own, _ in batch), dtype=torch.long)
-        for line, (own, _) in zip(
-            ids, batch, strict=True
-        ):  # padded on the right, which no step sees
-            line[: len(own)] = torch.tensor(own)
-        hidden = lm.base_model(input_ids=ids.to(lm.device)).last_hidden_state
-        head, scores = lm.score if qwen else lm.get_output_embeddings(), []
+        # padded on the right, which no step sees
+        padded = torch.zeros(len(batch), max(len(ids) for ids, _ in batch), dtype=torch.long)
+        for line, (ids, _) in zip(padded, batch, strict=True):
+            line[: len(ids)] = torch.tensor(ids)
+        hidden = lm.base_model(input_ids=padded.to(lm.device)).last_hidden_state
+        head = lm.score if qwen else lm.get_output_embeddings()
+        scores = []
         for states, (_, places) in zip(hidden, batch, strict=True):
             logits = head(states[places]).float()
             warn(logits.softmax(-1)[:, classes].sum(-1).mean().item())
@@ -232,15 +228,14 @@ def local_scorer(args: Args, reader: Reader):
         return scores
 
     async def score(parts: list[tuple]) -> list[list[float]]:
-        scores, left = (
-            [None] * len(parts),
-            sorted(range(len(parts)), key=lambda i: len(parts[i][0])),
-        )
-        while left:
-            size = max(1, BATCH_TOKENS // len(parts[left[-1]][0]))
-            batch, left = left[-size:], left[:-size]
-            for i, own in zip(batch, score_batch([parts[i] for i in batch]), strict=True):
-                scores[i] = own
+        scores = [None] * len(parts)
+        order = sorted(range(len(parts)), key=lambda i: len(parts[i][0]))
+        while order:  # the longest first
+            size = max(1, BATCH_TOKENS // len(parts[order[-1]][0]))
+            batch, order = order[-size:], order[:-size]
+            batch_scores = score_batch([parts[i] for i in batch])
+            for i, row_scores in zip(batch, batch_scores, strict=True):
+                scores[i] = row_scores
         return scores
 
     return score
@@ -266,7 +261,8 @@ def server_scorer(args: Args, reader: Reader):
             return await asyncio.gather(*(score_one(ids) for ids, _ in parts))
         except openai.APIError as error:
             stop(
-                f"--base-url {args.base_url}: {url} does not answer ({str(error)[:300]}); run the same command to resume"
+                f"--base-url {args.base_url}: {url} does not answer ({str(error)[:300]}); "
+                "run the same command to resume"
             )
 
     return score
@@ -274,16 +270,17 @@ def server_scorer(args: Args, reader: Reader):
 
 def check_scores(args: Args, reader: Reader, scores: list[float], places: list[int]):
     """Stop unless there is one chance for each step."""
-    if len(scores) == len(places) and all(
-        type(score) in (int, float) and 0 <= score <= 1 for score in scores
-    ):
+    are_chances = all(type(score) in (int, float) and 0 <= score <= 1 for score in scores)
+    if are_chances and len(scores) == len(places):
         return
-    start = json.dumps({"tok_pooling_type": "STEP", "step_tag_id": reader.tag})
-    stop(
-        f"--prm {args.prm}: {len(scores)} scores for {len(places)} steps, where each needs one from 0 to 1"
-        + f"; start the server by vllm serve {args.prm} --pooler-config '{start}'"
-        * bool(args.base_url)
+    message = (
+        f"--prm {args.prm}: {len(scores)} scores for {len(places)} steps, "
+        "where each needs one from 0 to 1"
     )
+    if args.base_url:
+        pooler = json.dumps({"tok_pooling_type": "STEP", "step_tag_id": reader.tag})
+        message += f"; start the server by vllm serve {args.prm} --pooler-config '{pooler}'"
+    stop(message)
 
 
 def load_rows(path: Path) -> list[dict]:
@@ -297,11 +294,8 @@ def load_rows(path: Path) -> list[dict]:
 
 def bare(row: dict) -> dict:
     """A row without what this script adds."""
-    return {
-        name: value
-        for name, value in row.items()
-        if name not in ("step_scores", "prm", "prm_tokens", "prm_reason")
-    }
+    added = ("step_scores", "prm", "prm_tokens", "prm_reason")
+    return {name: value for name, value in row.items() if name not in added}
 
 
 def check_resumed(args: Args, path: Path, old: list[dict], rows: list[dict]):
@@ -309,19 +303,20 @@ def check_resumed(args: Args, path: Path, old: list[dict], rows: list[dict]):
     for number, row in enumerate(old):
         if number >= len(rows) or bare(row) != bare(rows[number]):
             stop(
-                f"{path}, row {number + 1}, is not row {number + 1} of {args.samples}; give another --out"
+                f"{path}, row {number + 1}, is not row {number + 1} of {args.samples}; "
+                "give another --out"
             )
 
 
 async def score_all(args: Args, reader: Reader, rows: list[dict], output) -> Counter:
     """Score and write the rows that are not there yet. Returns what became of them."""
-    score, count = (server_scorer if args.base_url else local_scorer)(args, reader), Counter()
+    make_scorer = server_scorer if args.base_url else local_scorer
+    score, count = make_scorer(args, reader), Counter()
     old = len(output.rows)
     bar = tqdm(total=len(rows), initial=old, desc="scoring", mininterval=1.0)
-    for at in range(
-        old - old % WINDOW, len(rows), WINDOW
-    ):  # a window that was torn is made again: the batches are the same
-        parts, new = [], []
+    # a window that was torn is made again: the batches are the same
+    for at in range(old - old % WINDOW, len(rows), WINDOW):
+        parts, scored_rows = [], []
         for row in rows[at : at + WINDOW]:
             ids, places, reason = [], [], ""
             if not row["steps"]:
@@ -330,29 +325,32 @@ async def score_all(args: Args, reader: Reader, rows: list[dict], output) -> Cou
                 reason = "a right solution"
             else:
                 ids, places, reason = reader.encode(row)
-            new.append(
-                bare(row)
-                | {"step_scores": None, "prm": output.settings["prm"], "prm_tokens": len(ids)}
-            )
+            scored = {
+                **bare(row),
+                "step_scores": None,
+                "prm": output.settings["prm"],
+                "prm_tokens": len(ids),
+            }
+            scored_rows.append(scored)
             if reason:
-                new[-1]["prm_reason"] = reason
+                scored["prm_reason"] = reason
                 count[f"not scored ({reason.partition(':')[0]})"] += 1
             else:
-                parts.append((new[-1], ids, places))
-        for (row, ids, places), scores in zip(
-            parts, await score([part[1:] for part in parts]), strict=True
-        ):
+                parts.append((scored, ids, places))
+        all_scores = await score([(ids, places) for _, ids, places in parts])
+        for (row, ids, places), scores in zip(parts, all_scores, strict=True):
             check_scores(args, reader, scores, places)
             row["step_scores"] = [round(score, 4) for score in scores]
             count.update({"scored": 1, "tokens": len(ids)})
-        output.write(*new[max(0, old - at) :])
+        output.write(*scored_rows[max(0, old - at) :])
         bar.update(len(output.rows) - bar.n)
     bar.close()
     return count
 
 
 def main(args: Args):
-    rows, path = load_rows(args.samples), args.out or args.samples.with_suffix(".scored.jsonl")
+    rows = load_rows(args.samples)
+    path = args.out or args.samples.with_suffix(".scored.jsonl")
     reader = Reader(args.prm, args.form)
     settings = {
         "stage": "analysis/score_steps",
@@ -362,16 +360,12 @@ def main(args: Args):
     }
     output = LOCATE.Output(path, settings)
     check_resumed(args, path, output.rows, rows)
-    count = (
-        asyncio.run(score_all(args, reader, rows, output))
-        if len(output.rows) < len(rows)
-        else Counter()
-    )
+    count = Counter()
+    if len(output.rows) < len(rows):
+        count = asyncio.run(score_all(args, reader, rows, output))
     output.save_meta(finished=True, summary=count)
-    print(
-        f"{path}: {len(rows)} rows, "
-        + ", ".join(f"{name} {number}" for name, number in count.items())
-    )
+    counts = ", ".join(f"{name} {number}" for name, number in count.items())
+    print(f"{path}: {len(rows)} rows, {counts}")
     if not any(row["step_scores"] for row in output.rows):
         stop(f"{path}: no row has scores; the first says: {output.rows[0]['prm_reason']}")
 

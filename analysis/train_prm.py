@@ -1,13 +1,14 @@
 """Train a process reward model in Qwen2.5-Math-PRM's form (arXiv 2501.07301) on solutions whose
 first wrong step is known.
 
-    python analysis/train_prm.py --data labelled.jsonl --model data/tiny/model --out runs/prm     # minutes on two cores
+    python analysis/train_prm.py --data labelled.jsonl --model data/tiny/model --out runs/prm
     python analysis/score_steps.py data/samples.jsonl --prm runs/prm
 
 Input, as for processbench.py: ProcessBench's rows, what annotate.py, true_errors.py or 02 wrote:
-    {"problem": "...", "steps": ["...", "..."], "error_step": 2}        or "label": 1, 0-based, -1 for no error
+    {"problem": "...", "steps": ["...", "..."], "error_step": 2}
+or "label": 1, 0-based, -1 for no error. On the bundled model it takes minutes on two cores.
 
-Steps before the first wrong one count as right, it as wrong, those behind it not at all. The model
+Steps before the first wrong one count as right, it as wrong, those after it not at all. The model
 must be of Qwen2's kind; all of its weights are trained, on one device. Output: a Hugging Face
 folder, as score_steps.py and vLLM read the real one."""
 
@@ -57,10 +58,8 @@ def start(args: Args):
     """The model with a new head, and the tokenizer with the mark."""
     torch.manual_seed(args.seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    lm, mark = (
-        score_steps.process_reward_class().from_pretrained(args.model, dtype=torch.float32),
-        score_steps.MARKS["qwen"],
-    )
+    model_class, mark = score_steps.process_reward_class(), score_steps.MARKS["qwen"]
+    lm = model_class.from_pretrained(args.model, dtype=torch.float32)
     if mark not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [mark]})
         lm.resize_token_embeddings(len(tokenizer), mean_resizing=True)
@@ -79,49 +78,50 @@ def save(lm, tokenizer, args: Args):
 
 def loss_of(lm, batch: list[tuple]) -> torch.Tensor:
     """Mean cross-entropy over the marks of a batch of (ids, places, label)."""
-    ids = torch.zeros(
-        len(batch), max(len(row[0]) for row in batch), dtype=torch.long, device=lm.device
-    )
-    rows, places, targets = [], [], []
-    for number, (own, at, label) in enumerate(batch):
-        ids[number, : len(own)] = torch.tensor(own)
-        known = at if label < 0 else at[: label + 1]
-        rows += [number] * len(known)
-        places += known
-        targets += [int(k != label) for k in range(len(known))]
-    hidden = lm.model(input_ids=ids).last_hidden_state[rows, places]
+    longest = max(len(ids) for ids, _, _ in batch)
+    input_ids = torch.zeros(len(batch), longest, dtype=torch.long, device=lm.device)
+    rows, marks, targets = [], [], []
+    for number, (ids, places, label) in enumerate(batch):
+        input_ids[number, : len(ids)] = torch.tensor(ids)
+        labelled = places if label < 0 else places[: label + 1]
+        rows += [number] * len(labelled)
+        marks += labelled
+        targets += [int(k != label) for k in range(len(labelled))]
+    hidden = lm.model(input_ids=input_ids).last_hidden_state[rows, marks]
     return F.cross_entropy(lm.score(hidden).float(), torch.tensor(targets, device=lm.device))
 
 
 def main(args: Args):
-    began, labelled = time.time(), processbench.sample_rows(args.data)
+    began = time.time()
+    labelled = processbench.sample_rows(args.data)
     lm, tokenizer = start(args)
     reader = score_steps.Reader(str(args.out))
     problems = sorted({row["problem"] for row in labelled})
     random.Random(args.seed).shuffle(problems)
-    held, train, test = set(problems[: args.held_out]), [], []
+    held_out = set(problems[: args.held_out])
+    train, test = [], []
     for row in tqdm(labelled, desc="encoding"):
         ids, places, reason = reader.encode(row)
         if places and not reason:
-            (test if row["problem"] in held else train).append((ids, places, row["label"]))
+            part = test if row["problem"] in held_out else train
+            part.append((ids, places, row["label"]))
     if not train:
         LOCATE.stop(
-            f"{args.data}: nothing is left to train on beside --held-out {args.held_out} problems"
+            f"{args.data}: nothing is left to train on without "
+            f"the {args.held_out} problems of --held-out"
         )
-    order, total = random.Random(args.seed), args.epochs * math.ceil(len(train) / args.batch_size)
+    order = random.Random(args.seed)
+    total = args.epochs * math.ceil(len(train) / args.batch_size)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     schedule = transformers.get_cosine_schedule_with_warmup(
         optimizer, math.ceil(0.05 * total), total
     )
-    bar, losses, low = (
-        tqdm(total=total, desc="training"),
-        [],
-        lm.device.type == "cuda" or LOCATE.processor_has_bf16(),
-    )
+    bf16 = lm.device.type == "cuda" or LOCATE.processor_has_bf16()
+    bar, losses = tqdm(total=total, desc="training"), []
     for _ in range(args.epochs):
         order.shuffle(train)
         for at in range(0, len(train), args.batch_size):
-            with torch.autocast(lm.device.type, torch.bfloat16, enabled=low):
+            with torch.autocast(lm.device.type, torch.bfloat16, enabled=bf16):
                 loss = loss_of(lm, train[at : at + args.batch_size])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
@@ -134,11 +134,8 @@ def main(args: Args):
     bar.close()
     with torch.inference_mode():
         batches = [test[at : at + args.batch_size] for at in range(0, len(test), args.batch_size)]
-        held_loss = (
-            sum(loss_of(lm, batch).item() for batch in batches) / len(batches)
-            if batches
-            else float("nan")
-        )
+        test_losses = [loss_of(lm, batch).item() for batch in batches]
+        held_out_loss = sum(test_losses) / len(batches) if batches else math.nan
     save(lm.to(torch.bfloat16), tokenizer, args)
     wrong = sum(label >= 0 for *_, label in train)
     figures = {
@@ -147,7 +144,7 @@ def main(args: Args):
         "steps": total,
         "first loss": round(losses[0], 4),
         "last loss": round(float(np.mean(losses[-5:])), 4),
-        "loss on held-out problems": round(held_loss, 4),
+        "loss on held-out problems": round(held_out_loss, 4),
         "seconds": round(time.time() - began, 1),
     }
     (args.out / "training.json").write_text(
