@@ -19,36 +19,28 @@ def true_error(row: dict) -> int | None:
     in the last line)."""
     for number, step in enumerate(row["steps"], 1):
         results = re.findall(r"=\s*(-?\d+)", step)
-        if (
-            number > len(row["values"])
-            or not results
-            or int(results[-1]) != row["values"][number - 1]
-        ):
+        if number > len(row["values"]) or not results:
+            return number
+        if int(results[-1]) != row["values"][number - 1]:
             return number
     return len(row["steps"]) + 1 if len(row["steps"]) < len(row["values"]) else None
 
 
 def main(path: str):
     rows = [json.loads(line) for line in open(path, encoding="utf-8")]
-    found = [
-        (row["error_step"], true_error(row))
-        for row in rows
-        if row["error_step"] and true_error(row)
-    ]
-    distance = Counter(max(-3, min(3, located - true)) for located, true in found)
-    total, hits = len(found), distance[0]
-    share, z = hits / total, 1.96
-    middle, half = (
-        share + z * z / (2 * total),
-        z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)),
-    )
+    pairs = [(row["error_step"], true_error(row)) for row in rows]
+    pairs = [(located, true) for located, true in pairs if located and true]
+    distance = Counter(max(-3, min(3, located - true)) for located, true in pairs)
+    total, z = len(pairs), 1.96
+    share = distance[0] / total
+    middle = share + z * z / (2 * total)
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     low, high = ((middle + sign * half) / (1 + z * z / total) for sign in (-1, 1))
     print(f"{path}: {len(rows)} wrong samples, {total} located and with a known truth")
     print(f"exact {share:.1%} (95 % interval {low:.1%} to {high:.1%})")
     for d in range(-3, 4):
-        name = {-3: "3 or more early", 3: "3 or more late", 0: "exact"}.get(
-            d, f"{abs(d)} {'early' if d < 0 else 'late'}"
-        )
+        direction = "early" if d < 0 else "late"
+        name = f"{'3 or more' if abs(d) == 3 else abs(d)} {direction}" if d else "exact"
         print(f"  {name:16} {distance[d]:5} {distance[d] / total:6.1%}")
 
 

@@ -1,15 +1,16 @@
 """When the tries of a prefix may end: fixed numbers of rollouts against 02's --alpha, on the same
 continuations.
 
-    python experiments/locator_rules.py --labels processbench/gsm8k.jsonl --model NAME --base-url http://127.0.0.1:8000/v1
-    python experiments/locator_rules.py --samples runs/quickstart/samples.jsonl --model data/tiny/model --max-tokens 400
+    python experiments/locator_rules.py --labels processbench/gsm8k.jsonl --model NAME \
+        --base-url http://127.0.0.1:8000/v1
+    python experiments/locator_rules.py --samples runs/quickstart/samples.jsonl \
+        --model data/tiny/model --max-tokens 400
 
 02_locate_step.py makes --rollouts continuations of every prefix of --rows solutions, drawn by the
-hash of their ids (--linear
---all-rollouts; where no continuation of the empty prefix is right, it makes no others: every rule stops there). Then
-its own search is run with these instead of a model, --repeats times with the continuations in
-another random order, by every rule. The same command run again makes only what is missing; with
-more --rows too.
+hash of their ids (--linear --all-rollouts; where no continuation of the empty prefix is right, it
+makes no others: every rule stops there). Then its own search is run with these instead of a model,
+--repeats times with the continuations in another random order, by every rule. The same command run
+again makes only what is missing; with more --rows too.
 
 Input: labelled solutions (ProcessBench, with `answer`), or samples of 01 on the bundled world,
 whose truth is arithmetic's. Output: for V(0) not known and for V(0) estimated by four samples (the
@@ -34,10 +35,8 @@ import tyro
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "analysis")]
-LOCATE, LABELLED = (
-    importlib.import_module("02_locate_step"),
-    importlib.import_module("processbench"),
-)
+LOCATE = importlib.import_module("02_locate_step")
+LABELLED = importlib.import_module("processbench")
 FIXED = (1, 2, 4, 6, 8, 12, 16, 24, 32)
 
 
@@ -52,7 +51,7 @@ class Args:
     rollouts: int = 32
     """continuations of every prefix"""
     model: str = "data/tiny/model"
-    """model that goes on from the prefixes"""
+    """model that continues the prefixes"""
     tokenizer: str = ""
     """folder or hub id of the tokenizer, where only a server knows --model"""
     base_url: str = ""
@@ -92,96 +91,70 @@ def chosen(args: Args) -> list[dict]:
     else:
         from locator_accuracy import true_error
 
-        rows = [
-            row
-            for row in LOCATE.read_rows(args.samples, ("id", "sample", "answer", "steps"))
-            if not row["correct"]
-        ]
-        rows = [
-            row | {"label": true - 1}
-            for row in rows
-            if (true := true_error(row)) and true <= len(row["steps"])
-        ]
+        rows = []
+        for row in LOCATE.read_rows(args.samples, ("id", "sample", "answer", "steps")):
+            step = None if row["correct"] else true_error(row)
+            if step and step <= len(row["steps"]):
+                rows.append({**row, "label": step - 1})
     rows.sort(key=lambda row: hashlib.sha256(repr(LOCATE.identity(row)).encode()).hexdigest())
     return rows[: args.rows]
 
 
 def continuations(args: Args) -> list[dict]:
-    """The solutions with `kept`: by number of steps, (right, tokens) of each continuation."""
+    """The solutions with `rollouts`: by number of steps, (right, tokens) of each continuation."""
     args.out.mkdir(parents=True, exist_ok=True)
     rows, wrong, kept = chosen(args), args.out / "wrong.jsonl", args.out / "kept.jsonl"
-    wrong.write_text(
-        "".join(json.dumps(row) + "\n" for row in rows if not row["correct"]), encoding="utf-8"
-    )
-    given = {
-        "model",
-        "tokenizer",
-        "base_url",
-        "engine_args",
-        "temperature",
-        "top_p",
-        "max_tokens",
-        "concurrency",
-        "rollouts",
-    }
-    options = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in sorted(given)]
-    command = [
-        sys.executable,
-        ROOT / "02_locate_step.py",
-        "--samples",
-        wrong,
-        "--split",
-        LABELLED.split_of(rows),
-        "--out",
-        args.out / "located.jsonl",
-        "--keep-rollouts",
-        kept,
-        "--linear",
-        "--all-rollouts",
-        "--alpha=0",
-        "--give-up=1",
-        *options,
-    ]
+    lines = [json.dumps(row) + "\n" for row in rows if not row["correct"]]
+    wrong.write_text("".join(lines), encoding="utf-8")
+    command = [sys.executable, ROOT / "02_locate_step.py", "--samples", wrong]
+    command += ["--split", LABELLED.split_of(rows), "--out", args.out / "located.jsonl"]
+    command += ["--keep-rollouts", kept, "--linear", "--all-rollouts", "--alpha=0", "--give-up=1"]
+    passed_on = "base_url concurrency engine_args max_tokens model rollouts temperature tokenizer"
+    for name in [*passed_on.split(), "top_p"]:
+        command.append(f"--{name.replace('_', '-')}={getattr(args, name)}")
     if subprocess.run(command, stdout=sys.stderr).returncode:
         sys.exit(2)
-    count, found = LOCATE.load_tokenizer(args.tokenizer or args.model, None, "{}"), {}
+    tokenizer = LOCATE.load_tokenizer(args.tokenizer or args.model, None, "{}")
+
+    def outcome(completion: dict) -> tuple[bool, int]:
+        end = completion["finish_reason"] == "stop"
+        return completion["correct"], len(tokenizer(completion["text"])["input_ids"]) + end
+
+    rollouts = {}
     for row in LOCATE.read_rows(kept, ("id", "rollouts")):
-        found[LOCATE.identity(row)] = {
-            int(k): [
-                (
-                    one["correct"],
-                    len(count(one["text"])["input_ids"]) + (one["finish_reason"] == "stop"),
-                )
-                for one in tries
-            ]
-            for k, tries in row["rollouts"].items()
+        rollouts[LOCATE.identity(row)] = {
+            int(k): [outcome(completion) for completion in completions]
+            for k, completions in row["rollouts"].items()
         }
-    return [row | {"kept": found.get(LOCATE.identity(row), {})} for row in rows]
+    return [{**row, "rollouts": rollouts.get(LOCATE.identity(row), {})} for row in rows]
 
 
 def shuffled(row: dict, order: random.Random) -> dict:
-    return {k: order.sample(tries, len(tries)) for k, tries in row["kept"].items()}
+    return {k: order.sample(outcomes, len(outcomes)) for k, outcomes in row["rollouts"].items()}
 
 
-def replay(row: dict, kept: dict, rule, samples: bool) -> tuple[int | None, int, int]:
+def replay(row: dict, rollouts: dict, rule, samples: bool) -> tuple[int | None, int, int]:
     """What 02 finds by one rule, the tokens and the number of the continuations that it asks
     for."""
-    spent, seen = [0, 0], [0, 0]
     if row["correct"]:
         return 0, 0, 0
+    seen, n_tokens, n_tries = [0, 0], 0, 0
     if samples:
-        used, rest = kept[0][:3], kept[0][3:]
-        kept, seen = kept | {0: rest + used}, [sum(right for right, _ in used), 4]
+        used, rest = rollouts[0][:3], rollouts[0][3:]
+        rollouts = {**rollouts, 0: rest + used}
+        seen = [sum(right for right, _ in used), 4]
 
     async def draw(k: int, tried: int, size: int) -> list[bool]:
-        wave = kept[k][tried : tried + size]
-        spent[:] = spent[0] + sum(tokens for _, tokens in wave), spent[1] + len(wave)
+        nonlocal n_tokens, n_tries
+        wave = rollouts[k][tried : tried + size]
+        n_tokens += sum(tokens for _, tokens in wave)
+        n_tries += len(wave)
         return [right for right, _ in wave]
 
     try:
         LOCATE.search(rule, len(row["steps"]), draw, seen).send(None)  # nothing in it waits
     except StopIteration as done:
-        return done.value["error_step"], *spent
+        return done.value["error_step"], n_tokens, n_tries
     raise RuntimeError("the search waits for something")
 
 
@@ -190,64 +163,61 @@ def measure(rows: list[dict], orders: list[list[dict]], rule, samples: bool) -> 
     right solution: in which no error is found), tokens, tries."""
     totals = np.zeros((len(rows), 4))
     for order in orders:
-        for i, (row, kept) in enumerate(zip(rows, order, strict=True)):
-            step, *spent = replay(row, kept, rule, samples)
+        for i, (row, rollouts) in enumerate(zip(rows, order, strict=True)):
+            step, *spent = replay(row, rollouts, rule, samples)
             totals[i] += [bool(step), step is not None and step == row["label"] + 1, *spent]
     return totals / len(orders)
 
 
-def figures(found: np.ndarray, wrong: np.ndarray) -> tuple[float, ...]:
+def figures(measured: np.ndarray, wrong: np.ndarray) -> tuple[float, ...]:
     """(located, exact of these, exact of all, F1, tokens, tries) of the wrong solutions."""
-    located, exact, tokens, tries = found[wrong].mean(0)
-    right = found[~wrong, 1].mean() if (~wrong).any() else np.nan
-    return (
-        located,
-        exact / max(located, 1e-9),
-        exact,
-        2 * exact * right / (exact + right + 1e-9),
-        tokens,
-        tries,
-    )
+    located, exact, tokens, tries = measured[wrong].mean(0)
+    right = measured[~wrong, 1].mean() if (~wrong).any() else np.nan
+    f1 = 2 * exact * right / (exact + right + 1e-9)
+    return located, exact / max(located, 1e-9), exact, f1, tokens, tries
+
+
+def gain(curve: np.ndarray, point: np.ndarray, column: int) -> float:
+    """How much more than fixed numbers of rollouts at equal tokens; `curve`: figures() of these."""
+    return point[column] - np.interp(point[4], curve[:, 4], curve[:, column])
 
 
 def table(args: Args, rows: list[dict], samples: bool):
     order, fixed = random.Random(0), [n for n in FIXED if n <= args.rollouts]
     orders = [[shuffled(row, order) for row in rows] for _ in range(args.repeats)]
-    of = lambda alpha, n, give_up: LOCATE.Args(alpha=alpha, rollouts=n, give_up=give_up)
-    rules = {f"{n} rollouts": of(0.0, n, n + 4 * samples) for n in fixed}
-    rules |= {
-        f"alpha {rule[0]:g}, at most {rule[1]}, give up {rule[2]}": of(*rule) for rule in args.rules
-    }
-    found = {name: measure(rows, orders, rule, samples) for name, rule in rules.items()}
+    rules = {}
+    for n in fixed:
+        rules[f"{n} rollouts"] = LOCATE.Args(alpha=0.0, rollouts=n, give_up=n + 4 * samples)
+    for alpha, n, give_up in args.rules:
+        name = f"alpha {alpha:g}, at most {n}, give up {give_up}"
+        rules[name] = LOCATE.Args(alpha=alpha, rollouts=n, give_up=give_up)
     wrong = np.array([row["label"] >= 0 for row in rows])
-    drawn = np.random.default_rng(0).integers(0, len(rows), (2000, len(rows)))
-    drawn = [draw for draw in drawn if wrong[draw].any()]
-    numbers = {
-        name: (figures(one, wrong), np.array([figures(one[draw], wrong[draw]) for draw in drawn]))
-        for name, one in found.items()
-    }
-    curve = [numbers[f"{n} rollouts"] for n in fixed]
+    resamples = np.random.default_rng(0).integers(0, len(rows), (2000, len(rows)))
+    resamples = [resample for resample in resamples if wrong[resample].any()]
+    points, draws_of = {}, {}
+    for name, rule in rules.items():
+        measured = measure(rows, orders, rule, samples)
+        points[name] = figures(measured, wrong)
+        draws_of[name] = np.array([figures(measured[i], wrong[i]) for i in resamples])
+    curve = np.array([points[f"{n} rollouts"] for n in fixed])
+    curve_draws = np.array([draws_of[f"{n} rollouts"] for n in fixed])
+    v0 = "estimated by four samples" if samples else "not known"
+    print(f"\n{len(rows)} solutions, {wrong.sum()} wrong; V(0) {v0}")
     print(
-        f"\n{len(rows)} solutions, {wrong.sum()} wrong; V(0) "
-        + ("estimated by four samples" if samples else "not known")
-    )
-    print(
-        "| rule | located | exact of these | F1 | tokens | tries | exact of these at equal tokens | exact of all likewise |"
+        "| rule | located | exact of these | F1 | tokens | tries "
+        "| exact of these at equal tokens | exact of all likewise |"
     )
     print("|---|---:|---|---|---:|---:|---|---|")
-    for name, (point, draws) in numbers.items():
+    for name, point in points.items():
+        draws = draws_of[name]
         low, high = np.percentile(draws, [2.5, 97.5], axis=0)
         line = f"| {name} | {point[0]:.1%} | {point[1]:.1%} ({low[1]:.1%} to {high[1]:.1%}) "
         f1 = "" if wrong.all() else f"{point[3]:.1%} ({low[3]:.1%} to {high[3]:.1%})"
         line += f"| {f1} | {point[4]:,.0f} | {point[5]:.1f} |"
-        for what in (1, 2):  # exact of these, exact of all
-            gain = lambda all_of, own: own[what] - np.interp(own[4], all_of[:, 4], all_of[:, what])  # noqa: B023
-            gains = [
-                gain(np.array([entry[1][i] for entry in curve]), draws[i])
-                for i in range(len(drawn))
-            ]
+        for column in (1, 2):  # exact of these, exact of all
+            gains = [gain(curve_draws[:, i], draw, column) for i, draw in enumerate(draws)]
             low, high = 100 * np.percentile(gains, [2.5, 97.5])
-            line += f" {100 * gain(np.array([entry[0] for entry in curve]), point):+.1f} ({low:+.1f} to {high:+.1f}) |"
+            line += f" {100 * gain(curve, point, column):+.1f} ({low:+.1f} to {high:+.1f}) |"
         print(line, flush=True)
 
 
