@@ -133,9 +133,12 @@ def draw(args: Args, metrics: dict[str, list[list[dict]]], results: dict[str, di
     test.legend(frameon=False, fontsize=9)
     for i, seeds in enumerate(metrics.values()):
         for axes, key, scale in ((left, "val_accuracy", 100), (right, "val_margin", 1)):
-            shown = lambda row, key=key: (
-                key in row and (row["step"] or key == "val_margin")
-            )  # untrained, no pair is told apart
+
+            def shown(row, key=key):
+                return key in row and (
+                    row["step"] or key == "val_margin"
+                )  # untrained, no pair is told apart
+
             curves = [
                 [(row["step"], row[key] * scale) for row in rows if shown(row)] for rows in seeds
             ]
@@ -176,8 +179,13 @@ def main(args: Args):
     credit = args.out / "credit" / "credit.json"  # only where steps are labelled
     credit = json.loads(credit.read_text()) if credit.exists() else {}
     sizes = (args.out / "logs" / "sizes.log").read_text()
-    percent = lambda f: f"{f['accuracy']:.1%} ({f['interval'][0]:.1%} to {f['interval'][1]:.1%})"
-    spread = lambda f: f"{100 * f['spread']:.1f}" if f["seeds"] > 1 else ""
+
+    def percent(f):
+        return f"{f['accuracy']:.1%} ({f['interval'][0]:.1%} to {f['interval'][1]:.1%})"
+
+    def spread(f):
+        return f"{100 * f['spread']:.1f}" if f["seeds"] > 1 else ""
+
     metrics, training = {}, []
     titles = {"greedy": "greedy", "temperature1": "temperature 1"}
     head = " | ".join(f"{titles[kind]} (95 % interval) | sd over seeds" for kind in results)
@@ -208,7 +216,10 @@ def main(args: Args):
         last = [
             next(row for row in reversed(rows) if "val_accuracy" in row) for rows in metrics[method]
         ]
-        mean = lambda rows, key: sum(row[key] for row in rows) / len(rows)
+
+        def mean(rows, key):
+            return sum(row[key] for row in rows) / len(rows)
+
         training.append(
             f"| {name_of(method)} | {mean(last, 'val_accuracy'):.1%} | {mean(last, 'val_margin'):.2f} "
             f"| {mean(first, 'val_chosen_logp'):.1f} to {mean(last, 'val_chosen_logp'):.1f} "

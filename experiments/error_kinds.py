@@ -40,10 +40,8 @@ def kind(pair: dict, split_steps, make) -> str:
 
 
 def main(paths: list[str]):
-    split_steps, make = (
-        importlib.import_module("01_sample_errors").split_steps,
-        importlib.import_module("make"),
-    )
+    split_steps = importlib.import_module("01_sample_errors").split_steps
+    make = importlib.import_module("make")
     print("| pairs of | pairs | " + " | ".join(KINDS) + " |\n|---|---:|" + "---:|" * len(KINDS))
     if missing := [path for path in paths if not Path(path).is_file()]:
         print(f"{missing[0]}: no such file; give pairs of 03_rectify.py", file=sys.stderr)

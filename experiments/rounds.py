@@ -104,11 +104,14 @@ def cut(args: Cut):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    count = lambda texts: (
-        [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        if texts
-        else []
-    )
+
+    def count(texts):
+        return (
+            [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+            if texts
+            else []
+        )
+
     tokens, kept, spent = sampled(args, count), [], 0
     order = list(
         dict.fromkeys(
@@ -197,12 +200,16 @@ def choose(args: Choose):
 
 def table(args: Table):
     summary, lines, points = json.loads((args.out / "results" / "summary.json").read_text()), [], {}
-    budget = lambda method, seed, turn: json.loads(
-        (args.out / method / str(seed) / str(turn) / "budget.json").read_text()
-    )
+
+    def budget(method, seed, turn):
+        return json.loads((args.out / method / str(seed) / str(turn) / "budget.json").read_text())
+
     for name, benchmark in summary["benchmarks"].items():
         base = benchmark["models"]["base"]
-        shown = lambda f: f"{f['accuracy']:.1%} ({f['interval'][0]:.1%} to {f['interval'][1]:.1%})"
+
+        def shown(f):
+            return f"{f['accuracy']:.1%} ({f['interval'][0]:.1%} to {f['interval'][1]:.1%})"
+
         lines += [
             f"{name}, {benchmark['problems']} problems, {len(args.seeds)} seeds; base {shown(base)}",
             "",

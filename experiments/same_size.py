@@ -78,13 +78,18 @@ def main(args: Args):
     for part in half:
         random.Random(1).shuffle(part)
     parts["scdpo"] = half
-    texts = lambda row: [row["response"]] if "response" in row else [row["chosen"], row["rejected"]]
-    tokens = lambda rows: sum(
-        len(tokenizer(text)["input_ids"]) for row in rows for text in texts(row)
-    )
-    write = lambda name, rows: (args.out / "pairs" / f"{name}.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in rows)
-    )
+
+    def texts(row):
+        return [row["response"]] if "response" in row else [row["chosen"], row["rejected"]]
+
+    def tokens(rows):
+        return sum(len(tokenizer(text)["input_ids"]) for row in rows for text in texts(row))
+
+    def write(name, rows):
+        return (args.out / "pairs" / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
+
     budget, said = tokens(parts["step-dpo"][0][:size]) if "step-dpo" in parts else 0, []
     for method, (train, held_out) in parts.items():
         sizes = {method: train[:size]}

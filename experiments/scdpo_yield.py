@@ -72,7 +72,10 @@ def main(args: Args):
         command += ["--limit", str(args.limit)] if args.limit else []
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         found = json.loads(Path(f"{out}.meta.json").read_text())["summary"]
-        share = lambda count, found=found: f"{count / found['attempts']:.1%}"
+
+        def share(count, found=found):
+            return f"{count / found['attempts']:.1%}"
+
         garbled = sum(value for kind, value in found.items() if kind.startswith("garbled: "))
         pairs = found.get("pairs", 0)
         lines.append(

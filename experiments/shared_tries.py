@@ -27,7 +27,10 @@ def main(args: TRAIN.Args):
         "data",
     )
     batches = TRAIN.batches(pairs, args, 0)
-    prefix = lambda i: len(pairs.prefixes[pairs.prefix[i]])
+
+    def prefix(i):
+        return len(pairs.prefixes[pairs.prefix[i]])
+
     separate = sum(
         prefix(i) + len(suffix) for i in range(len(pairs)) for suffix in pairs.suffixes[i]
     )

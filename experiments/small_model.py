@@ -181,10 +181,8 @@ def accuracies(args: Table) -> list[str]:
     if not path.exists():
         return []
     summary, rows, between = json.loads(path.read_text()), [], []
-    labels, benchmarks = (
-        [label for label in summary["groups"] if label != "base"],
-        summary["benchmarks"],
-    )
+    labels = [label for label in summary["groups"] if label != "base"]
+    benchmarks = summary["benchmarks"]
     against = holm(
         {
             (name, label): found["models"][label]["p"]
@@ -363,7 +361,10 @@ def stages(args: Table) -> list[str]:
 
 def steps(args: Table, samples: list[dict], located: list[dict]) -> str:
     """By number of the step, and by steps of a solution; 8 stands for 8 and more."""
-    number = lambda count: min(count, 8)
+
+    def number(count):
+        return min(count, 8)
+
     long, right = (
         Counter(number(len(row["steps"])) for row in samples if row["correct"] >= least)
         for least in (0, 1)
@@ -429,9 +430,12 @@ def sets(args: Table) -> str:
 def costs(args: Table) -> list[str]:
     """Tokens sampled and seconds of each method's data, tokens and seconds of its training."""
     tokenizer, out, rows = EVAL.load_tokenizer(args.model, None, "{}"), args.out, []
-    count = lambda texts: (
-        sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) if texts else 0
-    )
+
+    def count(texts):
+        return (
+            sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) if texts else 0
+        )
+
     seconds = {
         name: json.loads((out / f"{file}.jsonl.meta.json").read_text())["seconds"]
         for name, file in STAGES.items()
@@ -449,17 +453,13 @@ def costs(args: Table) -> list[str]:
         [row["response"].removeprefix(EVAL.OPENING) for row in rows_of(out / "samples.jsonl")]
     )
     for method in args.methods:
-        pairs, uses = (
-            rows_of(out / "pairs" / f"{method}.jsonl"),
-            USES[method.removesuffix("-tokens")],
-        )
+        pairs = rows_of(out / "pairs" / f"{method}.jsonl")
+        uses = USES[method.removesuffix("-tokens")]
         sides = ("response",) if method == "sft" else ("chosen", "rejected")
         runs = [path.parent for path in sorted((out / "models").glob("*/training.json"))]
         spent = [training(folder) for folder in runs if split_name(folder.name)[0] == method]
-        mean, peak = (
-            sum(found["seconds"] for found in spent),
-            max((found["peak"] for found in spent), default=0),
-        )
+        mean = sum(found["seconds"] for found in spent)
+        peak = max((found["peak"] for found in spent), default=0)
         rows.append(
             [
                 name_of(method),
@@ -503,7 +503,10 @@ def training(folder: Path) -> dict:
     pairs = json.loads((folder / "training.json").read_text())["pairs"]
     lines = [line for line in rows_of(folder / "metrics.jsonl") if "pairs_per_s" in line]
     per_epoch = -(-pairs // size)
-    of_step = lambda step: size if step % per_epoch else pairs - size * (per_epoch - 1)
+
+    def of_step(step):
+        return size if step % per_epoch else pairs - size * (per_epoch - 1)
+
     return {
         "seconds": sum(of_step(line["step"]) / line["pairs_per_s"] for line in lines),
         "peak": max((line.get("peak_gib", 0) for line in lines), default=0),

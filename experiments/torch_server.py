@@ -80,8 +80,13 @@ class Model:
             for path in Path(folder).glob("*.safetensors")
             for name, tensor in load_file(path).items()
         }
-        get = lambda name: weights[name].to(device, dtype)
-        join = lambda *names: torch.cat([get(name) for name in names])
+
+        def get(name):
+            return weights[name].to(device, dtype)
+
+        def join(*names):
+            return torch.cat([get(name) for name in names])
+
         self.heads, self.groups = config["num_attention_heads"], config["num_key_value_heads"]
         self.size = config.get("head_dim") or config["hidden_size"] // self.heads
         self.layers, self.epsilon = [], config["rms_norm_eps"]
@@ -120,9 +125,12 @@ class Model:
             self.cos[places].unsqueeze(-2),
             self.sin[places].unsqueeze(-2),
         )  # (..., tokens, 1, d)
-        turn = lambda t: (
-            t * cos + torch.cat((-t[..., self.size // 2 :], t[..., : self.size // 2]), -1) * sin
-        )
+
+        def turn(t):
+            return (
+                t * cos + torch.cat((-t[..., self.size // 2 :], t[..., : self.size // 2]), -1) * sin
+            )
+
         for number, layer in enumerate(self.layers):
             h = F.linear(
                 F.rms_norm(x, x.shape[-1:], layer["norm"], self.epsilon),
@@ -186,9 +194,10 @@ class Engine(threading.Thread):
         self.args, self.incoming, self.waiting = args, queue.SimpleQueue(), deque()
         self.models, self.model, self.rows, self.in_flight, self.graphs = {}, None, [], deque(), {}
         self.shape, self.device, self.dtype = None, args.device, getattr(torch, args.dtype)
-        zeros = lambda *shape, dtype=torch.float32: torch.zeros(
-            args.seats, *shape, dtype=dtype, device=self.device
-        )
+
+        def zeros(*shape, dtype=torch.float32):
+            return torch.zeros(args.seats, *shape, dtype=dtype, device=self.device)
+
         # of each row: its last token, how many tokens it has, temperature, top_p, a random number
         # for each place
         self.state = {
@@ -344,10 +353,8 @@ class Engine(threading.Thread):
         first = self.model.next_tokens(
             hidden, values["heat"], values["top_p"], chance, *self.kinds(rows)
         )
-        self.state["last"][target], self.state["length"][target] = (
-            first,
-            (length + 1).clamp(max=self.args.max_len - 1),
-        )
+        self.state["last"][target] = first
+        self.state["length"][target] = (length + 1).clamp(max=self.args.max_len - 1)
         self.send(rows, first[None])
 
     def kinds(self, rows: list[Row]) -> tuple[bool, bool]:
@@ -381,10 +388,8 @@ class Engine(threading.Thread):
             self.graphs[key] = None
             return self.step(*key)
         if not self.graphs[key]:
-            graph, pool = (
-                torch.cuda.CUDAGraph(),
-                next((entry[0].pool() for entry in self.graphs.values() if entry), None),
-            )
+            graph = torch.cuda.CUDAGraph()
+            pool = next((entry[0].pool() for entry in self.graphs.values() if entry), None)
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self.graphs[key] = graph, self.step(*key)
         graph, found = self.graphs[key]
@@ -453,9 +458,12 @@ class Engine(threading.Thread):
             ids = ids if end is None else ids[: end + 1]
         reason = "stop" if ids[-1] in ends else "length" if len(ids) >= row.limit else None
         shown = len(ids) - (ids[-1] in ends and not request.keep_stop)
-        text = lambda count: self.model.tokenizer.decode(
-            ids[:count], skip_special_tokens=request.skip_special
-        )
+
+        def text(count):
+            return self.model.tokenizer.decode(
+                ids[:count], skip_special_tokens=request.skip_special
+            )
+
         answer = text(shown) if reason or request.stop else ""
         if any(stop in answer for stop in request.stop):
             count = next(
@@ -524,7 +532,10 @@ class Server:
                 f"This model's maximum context length is {self.args.max_len} tokens. However, your prompt contains "
                 f"{len(prompt)} input tokens. Please reduce the length of the input prompt."
             )
-        known = lambda key, default: default if asked.get(key) is None else asked[key]
+
+        def known(key, default):
+            return default if asked.get(key) is None else asked[key]
+
         request = Request(
             name,
             prompt,

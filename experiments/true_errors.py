@@ -17,11 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 def main(path: str, out: str):
-    split_steps, kept, rows = (
-        importlib.import_module("01_sample_errors").split_steps,
-        [],
-        Path(path).read_text().split("\n"),
-    )
+    split_steps = importlib.import_module("01_sample_errors").split_steps
+    kept = []
+    rows = Path(path).read_text().split("\n")
     for row in (json.loads(line) for line in rows if line):
         row["steps"] = split_steps(row["response"])
         step = true_error(row)

@@ -125,7 +125,10 @@ def run_killed(number: int, *arguments, journal: Path, kills: int, seed: int, to
     """Start a stage and kill -9 it soon after its journal has grown, `kills` times; `torn` ends the
     journal then, as a kill within a write would, which a real one only rarely does."""
     moments = random.Random(seed)
-    size = lambda: journal.stat().st_size if journal.exists() else 0
+
+    def size():
+        return journal.stat().st_size if journal.exists() else 0
+
     for _ in range(kills):
         before = size()
         process = subprocess.Popen(

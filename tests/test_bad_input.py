@@ -250,7 +250,9 @@ def test_a_file_system_without_locks_gets_one_warning(tmp_path, monkeypatch, cap
 
 
 def test_an_output_is_locked_until_it_is_closed(tmp_path, capsys):
-    open_file = lambda: stage(1).Output(tmp_path / "out.jsonl", {"a": 1})
+    def open_file():
+        return stage(1).Output(tmp_path / "out.jsonl", {"a": 1})
+
     output = open_file()
     with pytest.raises(SystemExit):
         open_file()

@@ -296,9 +296,10 @@ def test_a_cancelled_request_ends_its_kernels(tmp_path):
         async with code_server.interpreter(
             code_server.Args(model="", unsafe_no_sandbox=not SANDBOX), Counter()
         ) as run_code:
-            model = lambda: Turns(
-                "<|code|>import time; time.sleep(1)<|endofblock|>", "<|endofmessage|>"
-            )
+
+            def model():
+                return Turns("<|code|>import time; time.sleep(1)<|endofblock|>", "<|endofmessage|>")
+
             work = [
                 asyncio.create_task(code_server.by_turns(model(), run_code, "", i, 8))
                 for i in range(8)
@@ -360,7 +361,10 @@ def test_completions_have_run_their_code(servers):
     with httpx.Client(
         base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60
     ) as client:
-        ask = lambda **body: client.post("/completions", json=good | body)
+
+        def ask(**body):
+            return client.post("/completions", json=good | body)
+
         reply = ask().raise_for_status().json()
         assert ask().json()["choices"] == reply["choices"], "the same seed, other texts"
         single = [
@@ -481,10 +485,8 @@ def blocks_model(tmp_path_factory):
 def test_added_tokens_are_the_mean_and_the_rest_is_unchanged(blocks_model):
     from safetensors.torch import load_file
 
-    old, new = (
-        load_file(TINY / "model" / "model.safetensors"),
-        load_file(blocks_model / "model.safetensors"),
-    )
+    old = load_file(TINY / "model" / "model.safetensors")
+    new = load_file(blocks_model / "model.safetensors")
     name = "model.embed_tokens.weight"
     size = len(old[name])
     assert all((new[key] == value).all() for key, value in old.items() if key != name)
@@ -555,10 +557,13 @@ def test_masked_targets_change_the_loss_alone(blocks_model):
 def test_the_published_pairs_load_as_they_are(blocks_model, tmp_path):
     """The form of MathGenie/SCDPO-Data-Mistral-Ours: turns of blocks, the shared part as
     "assistant_correct"."""
-    turn = lambda role, *texts: {
-        "role": role,
-        "content": [{"type": kind, "content": text} for kind, text in texts],
-    }
+
+    def turn(role, *texts):
+        return {
+            "role": role,
+            "content": [{"type": kind, "content": text} for kind, text in texts],
+        }
+
     start = [turn("system", ("text", "")), turn("user", ("text", "1 + 2?"))]
     shared = turn("assistant_correct", ("text", "Add."), ("code", "1 + 2"), ("execution", "3"))
     pair = {

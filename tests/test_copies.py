@@ -34,10 +34,8 @@ def blocks(path: Path) -> dict[str, tuple[int, int]]:
 
 def copies(path: Path) -> list[tuple[str, str, int, int]]:
     """(original file, name, first line, last line + 1) of each marked block."""
-    lines, starts = (
-        path.read_text().splitlines(),
-        {span[0]: (name, span[1]) for name, span in blocks(path).items()},
-    )
+    lines = path.read_text().splitlines()
+    starts = {span[0]: (name, span[1]) for name, span in blocks(path).items()}
     found = []
     for number, line in enumerate(lines):
         if match := MARK.match(line):

@@ -228,10 +228,8 @@ def make(folder, *names, given=None):
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmark files are not beside this checkout")
 def test_files_of_a_folder(tmp_path, capsys):
     make(tmp_path, *FILES, given=SHARED)
-    said, counts = (
-        capsys.readouterr().out,
-        {file: count for files in FILES.values() for file, count in files.items()},
-    )
+    said = capsys.readouterr().out
+    counts = {file: count for files in FILES.values() for file, count in files.items()}
     assert {path.stem for path in tmp_path.glob("*.jsonl")} == set(counts)
     for file, count in counts.items():
         about = json.loads((tmp_path / f"{file}.jsonl.meta.json").read_text())
@@ -909,7 +907,10 @@ def test_samples_survive_kills_and_give_the_same_rows(server, tmp_path):
         5, *arguments, "--out", tmp_path / "cut", "--concurrency", 6, journal=path, kills=5, seed=5
     )
     run(5, *arguments, "--out", tmp_path / "cut")
-    key = lambda row: (row["id"], row["sample"])
+
+    def key(row):
+        return (row["id"], row["sample"])
+
     assert (
         sorted(read(path), key=key) == sorted(read(whole), key=key)
         and len({key(row) for row in read(path)}) == 120

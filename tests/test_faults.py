@@ -280,11 +280,12 @@ def test_a_refusal_that_gives_no_number_names_the_option(scripted, tmp_path):
 
 
 def test_the_room_beside_a_chat_is_read_from_the_refusal():
-    chat, numbers = (
-        [{"role": "user", "content": "q"}],
-        {"context": 4096, "length": 96, "asked": 8192, "total": 8288},
-    )
-    fewer = lambda words: stage(1).fewer_tokens(chat, 8192, words.format(**numbers))
+    chat = [{"role": "user", "content": "q"}]
+    numbers = {"context": 4096, "length": 96, "asked": 8192, "total": 8288}
+
+    def fewer(words):
+        return stage(1).fewer_tokens(chat, 8192, words.format(**numbers))
+
     assert [fewer(words) for words, *_ in REFUSALS.values()] == [
         [4000, 3999, 1],
         [4000, 3999, 1],
@@ -306,9 +307,10 @@ def test_a_full_disk_leaves_whole_rows_and_the_same_command_resumes(scripted, tm
     """By a limit on the size of a file, at which a write takes a part, and the next fails as on a
     full disk."""
     scripted.script = lambda n, body: "good"
-    full = lambda size: {
-        "preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    }
+
+    def full(size):
+        return {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))}
+
     done = sample(scripted, tmp_path, check=False, **full(100))  # not even for OUT.meta.json
     [said] = [line for line in done.stderr.splitlines() if ": error: " in line]
     assert done.returncode == 2 and "File too large" in said and "Traceback" not in done.stderr
@@ -347,9 +349,12 @@ def test_a_full_disk_at_the_pictures_is_one_line(scripted, tmp_path):
         f"http://127.0.0.1:{scripted.server_address[1]}/v1",
     ]
     run(5, *arguments)
-    limit = lambda: resource.setrlimit(
-        resource.RLIMIT_FSIZE, (9000, 9000)
-    )  # report.md fits, accuracy.png does not
+
+    def limit():
+        return resource.setrlimit(
+            resource.RLIMIT_FSIZE, (9000, 9000)
+        )  # report.md fits, accuracy.png does not
+
     done = run("report", tmp_path / "results", check=False, timeout=120, preexec_fn=limit)
     [said] = [line for line in done.stderr.splitlines() if ": error: " in line]
     assert (
@@ -383,7 +388,10 @@ def test_stages_run_twice_in_one_process(scripted, tmp_path, capsys):
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
     data, file = (tmp_path / "in.jsonl",), tmp_path / "samples.jsonl"
     server = {"base_url": url, "tokenizer": str(TINY / "model")}
-    out = lambda number: tmp_path / str(number) / "out.jsonl"
+
+    def out(number):
+        return tmp_path / str(number) / "out.jsonl"
+
     settings = {
         1: {"data": data, "model": "m", "out": out(1), **server},
         2: {

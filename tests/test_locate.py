@@ -43,7 +43,10 @@ def test_few_failures_show_a_lost_prefix_where_the_model_is_strong():
         (1, 3),
         (0, 5),
     ):  # the mean of (1 - rate) ** tries over the beta distribution
-        log_beta = lambda a, b: math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+
+        def log_beta(a, b):
+            return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+
         mean = math.exp(log_beta(right + 0.5, wrong + 7.5) - log_beta(right + 0.5, wrong + 0.5))
         assert by_chance(7, right, wrong) == pytest.approx(mean) and by_chance(0, right, wrong) == 1
 
@@ -169,7 +172,10 @@ def test_an_interrupted_search_ends_with_the_same_rows(tmp_path):
     with pytest.raises(SystemExit):
         locate("parts.jsonl", alpha=0.2)
     locate("parts.jsonl")
-    keyed = lambda name: {(row["id"], row["sample"]): row for row in read(tmp_path / name)}
+
+    def keyed(name):
+        return {(row["id"], row["sample"]): row for row in read(tmp_path / name)}
+
     assert (
         keyed("parts.jsonl") == keyed("whole.jsonl") and len(read(tmp_path / "parts.jsonl")) == 36
     )
@@ -379,10 +385,8 @@ def test_judge_votes_agreement_retries_and_cost(judge, tmp_path):
     rows = wrong_samples(tmp_path / "in.jsonl", 5)
 
     def script(n, body):
-        step, with_votes = (
-            true_step(body),
-            judge.votes.setdefault(body["messages"][0]["content"], [0]),
-        )
+        step = true_step(body)
+        with_votes = judge.votes.setdefault(body["messages"][0]["content"], [0])
         with_votes[0] += 1
         turn = with_votes[0]
         if "1 + 1 =" in body["messages"][0]["content"]:  # q1: every vote another step
@@ -898,7 +902,10 @@ def test_the_page_in_a_browser(tmp_path):
     command = ["analysis/annotate.py", "--samples", tmp_path / "in.jsonl", "--annotator", "ann"]
     command += ["--out", tmp_path / "located.jsonl"]
     with sync_api.sync_playwright() as playwright:
-        shows = lambda page, i: page.wait_for_selector(f"text=Problem q{i}")
+
+        def shows(page, i):
+            return page.wait_for_selector(f"text=Problem q{i}")
+
         with page_of(playwright, command, "#step-1", kill=True) as page:
             shows(page, 0)
             page.wait_for_selector(".katex")  # LaTeX is rendered

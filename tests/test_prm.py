@@ -113,9 +113,12 @@ def test_scores_are_those_of_a_pass_of_its_own(form, tmp_path, small_model, monk
         tokenizer.encode(sign if form == "rlhflow" else f"a {sign}", add_special_tokens=False)[-1]
         for sign in "+-"
     )
-    chat = lambda turns: tokenizer.apply_chat_template(
-        [{"role": r, "content": c} for r, c in turns], tokenize=False
-    )
+
+    def chat(turns):
+        return tokenizer.apply_chat_template(
+            [{"role": r, "content": c} for r, c in turns], tokenize=False
+        )
+
     for row, (ids, places), scores in zip(rows, parts, found, strict=True):
         steps = [step.strip() for step in row["steps"]]
         bare = [
@@ -319,10 +322,8 @@ def test_a_servers_scores_are_counted(pooling, tmp_path, capsys):
         assert re.search(
             r"\d+ scores for \d steps.*--pooler-config '{.tok_pooling_type.: .STEP., ", said
         ), name
-    pooling.script, args.out = (
-        lambda ids: (400, {"error": {"message": "longer than 4096"}}),
-        tmp_path / "refused.jsonl",
-    )
+    pooling.script = lambda ids: (400, {"error": {"message": "longer than 4096"}})
+    args.out = tmp_path / "refused.jsonl"
     done = run(
         "score_steps", args.samples, "--prm", PRM, "--base-url", url, "--out", args.out, check=False
     )
@@ -596,9 +597,10 @@ def test_processbench_as_a_command(tmp_path):
         3
     ][0]
     found = read(tmp_path / "out" / "gsm8k.located.jsonl")
-    share = lambda part: (
-        sum(row["label"] == (row["error_step"] or 0) - 1 for row in part) / len(part)
-    )
+
+    def share(part):
+        return sum(row["label"] == (row["error_step"] or 0) - 1 for row in part) / len(part)
+
     wrong, right = (
         share([row for row in found if (row["label"] >= 0) == side]) for side in (True, False)
     )
@@ -609,9 +611,12 @@ def test_processbench_as_a_command(tmp_path):
     )
     assert (tmp_path / "out" / "table.md").read_text().strip() in done.stdout
     again = run("processbench", *arguments, "--prm", PRM)
-    rows_of = lambda text: [
-        line.rsplit("|", 2)[0] for line in text.split("\n") if line.startswith("| ")
-    ]  # without the seconds
+
+    def rows_of(text):
+        return [
+            line.rsplit("|", 2)[0] for line in text.split("\n") if line.startswith("| ")
+        ]  # without the seconds
+
     assert (
         rows_of(again.stdout) == rows_of(done.stdout)
         and again.stderr.count("40 rows are there already") == 4

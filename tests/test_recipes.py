@@ -164,7 +164,10 @@ def test_ablation(server, tmp_path):
         assert not {row["id"] for row in rows[name]} & {
             row["id"] for row in rows[f"{name}.validation"]
         }
-    length = lambda name: sum(len(row["chosen"]) + len(row["rejected"]) for row in rows[name])
+
+    def length(name):
+        return sum(len(row["chosen"]) + len(row["rejected"]) for row in rows[name])
+
     assert 0.5 < length("dpo-tokens") / length("step-dpo") < 1.3  # characters, for tokens
     table = (tmp_path / "table.md").read_text()
     found = json.loads((tmp_path / "greedy" / "summary.json").read_text())["benchmarks"]["test"][
@@ -255,11 +258,14 @@ def test_small_model_commands(tmp_path):
     again."""
     calls, done = small_model(tmp_path, SEEDS="0 1", MODEL="base-model")
     assert done.returncode == 0, done.stderr
-    of = lambda number: [
-        tyro.cli(stage(number).Args, args=call[1:])
-        for call in calls
-        if call[0].startswith(f"0{number}_")
-    ]
+
+    def of(number):
+        return [
+            tyro.cli(stage(number).Args, args=call[1:])
+            for call in calls
+            if call[0].startswith(f"0{number}_")
+        ]
+
     [samples], [located], pairs, trained, evaluated = map(of, range(1, 6))
     assert (samples.limit, samples.n, samples.temperature, samples.top_p, samples.max_tokens) == (
         750,

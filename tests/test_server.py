@@ -249,10 +249,8 @@ def test_every_stage_renders_the_same_prefix(server):
     template = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
     switches = json.dumps({"enable_thinking": False})
     qwen3 = stage(1).load_tokenizer(str(TINY / "model"), template, switches)
-    own, ours = (
-        AutoTokenizer.from_pretrained(TINY / "model"),
-        stage(1).load_tokenizer(str(TINY / "model"), None, "{}"),
-    )
+    own = AutoTokenizer.from_pretrained(TINY / "model")
+    ours = stage(1).load_tokenizer(str(TINY / "model"), None, "{}")
     for prefix in (
         stage(1).OPENING,
         stage(1).OPENING + " 3 + 4 = 7.\nStep 2: So it is 7.\nStep 3:",
@@ -325,10 +323,8 @@ def test_server_and_own_engine_give_the_same_rows(files, server, tmp_path):
 def test_linear_agrees_with_bisection_on_what_both_estimate(files, bundled, tmp_path):
     arguments = stage_arguments(bundled, files, tmp_path)[2]
     run(2, *arguments, "--linear")
-    linear, bisected = (
-        keyed(tmp_path / "located.jsonl", "id", "sample"),
-        keyed(files / "located.jsonl", "id", "sample"),
-    )
+    linear = keyed(tmp_path / "located.jsonl", "id", "sample")
+    bisected = keyed(files / "located.jsonl", "id", "sample")
     assert set(linear) == set(bisected)
     for key, row in linear.items():
         if row["error_step"]:

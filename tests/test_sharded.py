@@ -239,7 +239,9 @@ def test_one_of_two_machines_is_killed(world, tmp_path, started):
                 )
         return started[-2:]
 
-    said = lambda: "".join(log.read_text()[-3000:] for log in logs)
+    def said():
+        return "".join(log.read_text()[-3000:] for log in logs)
+
     (first, second), deadline = start(), time.time() + 120
     while not (out / "checkpoint-2").exists():
         assert time.time() < deadline and first.poll() is None and second.poll() is None, said()

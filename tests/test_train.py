@@ -24,10 +24,8 @@ OPENING = "Let's think step by step.\nStep 1:"
 def pair(number: int, last: bool = False) -> dict:
     """A pair on step 2 of a made-up solution; `last`: the step is the end of the solution."""
     prefix = f"{OPENING} Ava has {number} + 4 = {number + 4} apples.\nStep 2:"
-    chosen, rejected = (
-        f" Ava now has {number + 4} * 2 = {2 * number + 8} apples.",
-        f" Ava has {number + 4} / 2 = 3 apples now.",
-    )
+    chosen = f" Ava now has {number + 4} * 2 = {2 * number + 8} apples."
+    rejected = f" Ava has {number + 4} / 2 = 3 apples now."
     end = "\nThe answer is \\boxed{5}."
     if last:
         chosen, rejected, rest = chosen + end, rejected + end, ""
@@ -170,9 +168,12 @@ def test_trees_of_random_sequences():
     own path alone."""
     draw, pairs = np.random.default_rng(0), stage(4).Pairs()
     for _ in range(300):
-        word = lambda most: draw.integers(
-            1, 3, draw.integers(1, most)
-        ).tolist()  # two tokens: they share a lot
+
+        def word(most):
+            return draw.integers(
+                1, 3, draw.integers(1, most)
+            ).tolist()  # two tokens: they share a lot
+
         pairs.add([9, *word(6)], [word(7), word(7)], problem=str(draw.integers(40)))
     saved = 0
     for numbers in pairs.by_problem(range(300)):
@@ -261,7 +262,10 @@ def test_whole_responses_in_trl_form_and_sft_rows(tokenizer):
         " are 2.<|im_end|>",
         " are 3.<|im_end|>",
     ]
-    turn = lambda role, text: [{"role": role, "content": text}]
+
+    def turn(role, text):
+        return [{"role": role, "content": text}]
+
     row = {
         "prompt": turn("user", "How many?"),
         "chosen": turn("assistant", "2"),
@@ -490,15 +494,18 @@ def test_no_eos_on_request(tmp_path, small_model, tokenizer):
 @pytest.mark.slow
 def test_sft_on_samples_takes_right_responses_once(tmp_path, small_model):
     """01's file carries the reference solution along: it is not what the model said."""
-    sample = lambda problem, response, correct: {
-        "id": problem,
-        "problem": problem,
-        "answer": "3",
-        "solution": "REFERENCE",
-        "response": response,
-        "correct": correct,
-        "finish_reason": "stop",
-    }
+
+    def sample(problem, response, correct):
+        return {
+            "id": problem,
+            "problem": problem,
+            "answer": "3",
+            "solution": "REFERENCE",
+            "response": response,
+            "correct": correct,
+            "finish_reason": "stop",
+        }
+
     rows = [
         sample("a", "Step 1: 3.", True),
         sample("a", "Step 1: 3.", True),
@@ -800,7 +807,10 @@ def test_trl_computes_the_same_loss(tmp_path, small_model, tokenizer):
         }
         for n in range(6)
     ]
-    load = lambda: AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
+
     policy, other = load(), load()
     with torch.no_grad():
         for parameter in other.parameters():
@@ -865,21 +875,15 @@ def test_sft_loss_is_the_mean_over_the_solution_tokens(tmp_path, small_model, to
         "--lr",
         3e-3,
     )
-    lm, total, count = (
-        AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32),
-        0.0,
-        0,
-    )
+    lm = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
+    total = 0.0
+    count = 0
     for row in rows:
         prefix, [solution] = stage(4).encode(row, tokenizer)
-        ids, labels = (
-            torch.tensor([prefix + solution]),
-            torch.tensor([[-100] * len(prefix) + solution]),
-        )
-        total, count = (
-            total + lm(ids, labels=labels).loss.item() * len(solution),
-            count + len(solution),
-        )
+        ids = torch.tensor([prefix + solution])
+        labels = torch.tensor([[-100] * len(prefix) + solution])
+        total = total + lm(ids, labels=labels).loss.item() * len(solution)
+        count = count + len(solution)
     lines = read(tmp_path / "out" / "metrics.jsonl")
     assert (
         lines[0]["loss"] == pytest.approx(total / count, rel=1e-5)
@@ -997,7 +1001,9 @@ def test_what_enters_the_loss_makes_another_run():
             train.Args(**options), tokenizer, "w", two_pairs(train, [{}, {"margin": margin}]), None
         )
 
-    differ = lambda a, b: {name for name, value in a.items() if b[name] != value}
+    def differ(a, b):
+        return {name for name, value in a.items() if b[name] != value}
+
     base = settings(0.1)
     assert differ(base, settings(0.1)) == set() and differ(base, settings(0.2)) == {"pairs"}
     assert differ(base, settings(0.1, beta=0.3)) == {"beta"}
@@ -1111,7 +1117,10 @@ def test_threads_that_fight_are_named(tmp_path, small_model):
     """Two threads on a core that other work has too."""
     write_pairs(tmp_path / "pairs.jsonl", 6)
     core = {min(os.sched_getaffinity(0))}
-    alone = lambda: os.sched_setaffinity(0, core)
+
+    def alone():
+        return os.sched_setaffinity(0, core)
+
     others = [
         subprocess.Popen([sys.executable, "-c", "while True: pass"], preexec_fn=alone)
         for _ in range(3)
@@ -1199,8 +1208,13 @@ def test_a_finished_solution_with_code_closes_its_message(tmp_path, eos):
     """Pairs of the SCDPO authors, of 03, and solutions: a block ends, the message ends, the text
     ends; a step ends nothing."""
     train, tokenizer = stage(4), code_tokenizer(tmp_path, eos)
-    block = lambda kind, text: {"type": kind, "content": text}
-    turn = lambda *blocks: {"role": "assistant", "content": list(blocks)}
+
+    def block(kind, text):
+        return {"type": kind, "content": text}
+
+    def turn(*blocks):
+        return {"role": "assistant", "content": list(blocks)}
+
     user = {"role": "user", "content": [block("text", "1 + 1?")]}
     authors = {
         "chosen": [user, turn(block("code", "1 + 1"), block("execution", "2"), block("text", "2"))],
@@ -1236,7 +1250,10 @@ def test_implicit_prompts_are_what_both_sides_begin_with(tmp_path, tokenizer):
     """Of TRL: messages, and text, where the space before the first word that differs belongs to
     that word."""
     train, path = stage(4), tmp_path / "rows.jsonl"
-    turn = lambda role, text: {"role": role, "content": text}
+
+    def turn(role, text):
+        return {"role": role, "content": text}
+
     user = [turn("user", "3+4?")]
     sides = {"chosen": [turn("assistant", "It is 7.")], "rejected": [turn("assistant", "It is 8.")]}
     path.write_text(json.dumps({name: user + side for name, side in sides.items()}) + "\n")
@@ -1325,10 +1342,8 @@ def test_lora_moves_only_adapters_and_saves_both_ways(save, tmp_path, small_mode
     )
     lines = read(tmp_path / "out" / "metrics.jsonl")
     assert abs(lines[0]["val_loss"] - math.log(2)) < 1e-5 and lines[-1]["val_margin"] > 0.01
-    base, ids = (
-        AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32),
-        torch.arange(5, 60)[None],
-    )
+    base = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
+    ids = torch.arange(5, 60)[None]
     if save == "adapter":
         from peft import PeftModel
 
@@ -1505,11 +1520,9 @@ def test_activations_are_what_autograd_keeps(precision):
         "num_attention_heads": 14,
         "num_key_value_heads": 2,
     }
-    rows, width, autocast = (
-        4,
-        160,
-        torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"),
-    )
+    rows = 4
+    width = 160
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
     for checkpointing in (False, True):
         for layers in (2, 4):
             config = Qwen2Config(**shape, num_hidden_layers=layers, vocab_size=64)
@@ -1519,7 +1532,10 @@ def test_activations_are_what_autograd_keeps(precision):
             if checkpointing:
                 lm.gradient_checkpointing_enable({"use_reentrant": False})
             tensors = []
-            keep = lambda tensor, tensors=tensors: tensors.append(tensor) or tensor
+
+            def keep(tensor, tensors=tensors):
+                return tensors.append(tensor) or tensor
+
             mask = torch.ones(rows, 1, width, width, dtype=torch.bool).tril()
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast:
                 lm.base_model(
