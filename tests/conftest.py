@@ -27,14 +27,11 @@ from accelerate.state import AcceleratorState
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "data" / "tiny"
-sys.path[:0] = [
-    str(ROOT),
-    *(str(ROOT / folder) for folder in ("analysis", "experiments", "data", "serving")),
-]
+folders = (".", "analysis", "experiments", "data", "serving")
+sys.path[:0] = [str(ROOT / folder) for folder in folders]
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault(
-    "VLLM_CPU_KVCACHE_SPACE", "1"
-)  # GiB, zeroed at each start: 4 take 12 s where pages are slow to come
+# GiB, zeroed at each start: 4 take 12 s where pages are slow to come
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 STAGES = {
     1: "01_sample_errors",
     2: "02_locate_step",
@@ -96,9 +93,8 @@ def run_here(number: int, command: list[str]) -> subprocess.CompletedProcess:
         except SystemExit as end:
             status = end.code
         finally:
-            AcceleratorState._reset_state(
-                reset_partial_state=True
-            )  # 04 leaves one that no other may have
+            # 04 leaves one that no other may have
+            AcceleratorState._reset_state(reset_partial_state=True)
     return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
 
 

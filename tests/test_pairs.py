@@ -47,10 +47,9 @@ WRONG = [" 3 + 4 = 8.\nThe answer is \\boxed{8}.", " 3 * 4 = 12.\nThe answer is 
 def test_dpo_pairs_use_every_solution_once_before_any_twice(tmp_path):
     rows = [solution("a", i, text, True) for i, text in enumerate(RIGHT)]
     rows += [solution("a", 4 + i, text, False) for i, text in enumerate(WRONG)]
-    rows += [
-        solution("a", 6, " and so on", False),
-        solution("a", 7, " 3 + 4 =", False, "length"),
-    ]  # no answer; unfinished
+    no_answer = solution("a", 6, " and so on", False)
+    unfinished = solution("a", 7, " 3 + 4 =", False, "length")
+    rows += [no_answer, unfinished]
     rows += [solution("b", 0, RIGHT[0], True), solution("c", 0, WRONG[0], False)]
     write(tmp_path / "s.jsonl", rows)
     for most, expected in ((1, 1), (2, 2), (0, 4)):
@@ -73,10 +72,8 @@ def test_dpo_pairs_use_every_solution_once_before_any_twice(tmp_path):
         )
         for pair in pairs:
             assert pair["initial_reason_steps"] == OPENING and pair["method"] == "dpo"
-            assert (
-                OPENING + pair["chosen"] == pair["full_chosen"]
-                and OPENING + pair["rejected"] == pair["full_rejected"]
-            )
+            assert OPENING + pair["chosen"] == pair["full_chosen"]
+            assert OPENING + pair["rejected"] == pair["full_rejected"]
             assert pair["chosen"] in RIGHT[:2] and pair["rejected"] in WRONG
     assert (
         len({pair["chosen"] for pair in read(tmp_path / "2.jsonl")})
@@ -128,10 +125,8 @@ def test_bad_combinations_are_refused(tmp_path):
     done = run(3, *scdpo, "--first-k", -1, check=False)
     assert done.returncode == 2 and "--first-k" in done.stderr and "at least 0" in done.stderr
     done = run(3, "--pairs-per-problem", 1, check=False)
-    assert (
-        done.returncode == 2
-        and "--pairs-per-problem has no effect with --method step-dpo" in done.stderr
-    )
+    assert done.returncode == 2
+    assert "--pairs-per-problem has no effect with --method step-dpo" in done.stderr
 
 
 # -------------------------------------------------------------------------------------------------
@@ -160,9 +155,9 @@ def test_scdpo_pairs_survive_kills_and_follow_their_form(samples, server, tmp_pa
     grader = stage(1).Grader()
     for pair in pairs:
         row, k = solutions[pair["id"], pair["sample"]], pair["error_step"] - 1
-        assert (
-            row["correct"] and 1 <= k < len(row["steps"]) and pair["full_chosen"] == row["response"]
-        )
+        assert row["correct"]
+        assert 1 <= k < len(row["steps"])
+        assert pair["full_chosen"] == row["response"]
         assert pair["initial_reason_steps"] == "".join(row["steps"][:k]) + f"Step {k + 1}:"
         assert pair["initial_reason_steps"] + pair["chosen"] == pair["full_chosen"]
         assert pair["initial_reason_steps"] + pair["rejected"] == pair["full_rejected"]
@@ -189,16 +184,12 @@ def test_scdpo_pairs_survive_kills_and_follow_their_form(samples, server, tmp_pa
         ] == "stop" else None
     summary = json.loads((tmp_path / "every.jsonl.meta.json").read_text())["summary"]
     steps = sum(len(row["steps"]) for row in first.values())  # from the opening on
-    assert (
-        summary["steps tried"] == summary["attempts"] == steps > len(first)
-        and "garbled" in every.stdout
-    )
+    assert summary["steps tried"] == summary["attempts"] == steps > len(first)
+    assert "garbled" in every.stdout
     kept = Counter(pair["id"] for pair in read(tmp_path / "every.jsonl"))
-    assert (
-        sum(kept.values()) == summary["pairs"] > 5
-        and max(kept.values()) == 2
-        and summary["over --pairs-per-problem"] > 0
-    )
+    assert sum(kept.values()) == summary["pairs"] > 5
+    assert max(kept.values()) == 2
+    assert summary["over --pairs-per-problem"] > 0
 
 
 @pytest.mark.slow
@@ -332,21 +323,16 @@ def test_heat_follows_the_split():
         "lines", "a = 1\nThe answer is: 9", ["b = 3\n", "\n", "c = 4\n", "The answer is: 7"]
     )
     assert [heat for _, heat in asked] == [1.0, 1.1, 1.1, 1.2]
-    assert (
-        asked[2][0] == "a = 1\nb = 3\n\n" and pair["rejected"] == "b = 3\n\nc = 4\nThe answer is: 7"
-    )
-    assert (
-        pair["initial_reason_steps"] == "a = 1\n"
-        and pair["chosen"] == "The answer is: 9"
-        and pair["error_step"] == 2
-    )
+    assert asked[2][0] == "a = 1\nb = 3\n\n"
+    assert pair["rejected"] == "b = 3\n\nc = 4\nThe answer is: 7"
+    assert pair["initial_reason_steps"] == "a = 1\n"
+    assert pair["chosen"] == "The answer is: 9"
+    assert pair["error_step"] == 2
     [pair], asked = astray(
         "sentences", "It is 1. The answer is: 9", [" So 3. ", " The answer is: 7"]
     )
-    assert (
-        asked == [("It is 1.", 1.0), ("It is 1. So 3.", 1.1)]
-        and pair["rejected"] == " So 3. The answer is: 7"
-    )
+    assert asked == [("It is 1.", 1.0), ("It is 1. So 3.", 1.1)]
+    assert pair["rejected"] == " So 3. The answer is: 7"
 
 
 THREE = "a = 1\nb = 2\nThe answer is: 9"
@@ -388,9 +374,8 @@ def test_pairs_per_problem_keeps_what_went_wrong_first():
 def test_a_code_integrated_solution_has_22_blocks_at_most():
     """The authors count 24 with the turns of system and user."""
     blocks = [{"type": "text", "content": "x" * 3000}] * 22
-    assert not stage(3).too_long(blocks) and stage(3).too_long(
-        [*blocks, {"type": "text", "content": ""}]
-    )
+    assert not stage(3).too_long(blocks)
+    assert stage(3).too_long([*blocks, {"type": "text", "content": ""}])
     assert stage(3).too_long([{"type": "text", "content": "x" * 3001}])
 
 

@@ -76,12 +76,10 @@ def test_rows_follow_the_contracts(files):
     samples = keyed(files / "samples.jsonl", "id", "sample")
     assert len(samples) == 120
     for row in samples.values():
-        assert "".join(row["steps"]) == row["response"] and row["response"].startswith(
-            "Let's think step by step.\nStep 1:"
-        )
-        assert (
-            row["correct"] == (row["prediction"] == row["answer"]) and row["level"]
-        )  # fields are carried through
+        assert "".join(row["steps"]) == row["response"]
+        assert row["response"].startswith("Let's think step by step.\nStep 1:")
+        assert row["correct"] == (row["prediction"] == row["answer"])
+        assert row["level"], "fields are carried through"
     located = keyed(files / "located.jsonl", "id", "sample")
     assert set(located) == {key for key, row in samples.items() if not row["correct"]}
     for row in located.values():
@@ -94,9 +92,8 @@ def test_rows_follow_the_contracts(files):
         assert pair["full_rejected"] == row["response"]
         assert pair["initial_reason_steps"].endswith(f"Step {row['error_step']}:")
         assert pair["full_chosen"].startswith(pair["initial_reason_steps"] + pair["chosen"])
-        assert pair["chosen"].split() != pair["rejected"].split() and pair["full_chosen"].endswith(
-            f"{{{pair['answer']}}}."
-        )
+        assert pair["chosen"].split() != pair["rejected"].split()
+        assert pair["full_chosen"].endswith(f"{{{pair['answer']}}}.")
     meta = json.loads((files / "samples.jsonl.meta.json").read_text())
     assert meta["finished"] and meta["summary"]["samples"] == 120 and meta["versions"]["torch"]
 
@@ -150,9 +147,8 @@ def test_until_both_goes_on_as_long_as_needed(bundled, tmp_path):
         assert sorted(verdicts) == list(range(count)) and (count in (2, 4, 6, 7))
         both = len(set(verdicts.values())) == 2
         assert both or count == 7
-        assert (
-            count == 2 or len({verdicts[i] for i in range(count - (2 if count < 7 else 1))}) == 1
-        )  # no wave too many
+        before_last_wave = range(count - (2 if count < 7 else 1))
+        assert count == 2 or len({verdicts[i] for i in before_last_wave}) == 1, "a wave too many"
 
 
 def test_unfinished_samples_are_not_the_wrong_one(bundled, tmp_path):
@@ -174,9 +170,8 @@ def test_unfinished_samples_are_not_the_wrong_one(bundled, tmp_path):
     for row in read(tmp_path / "a.jsonl"):
         by_problem.setdefault(row["id"], []).append(row)
     stopped = [rows for rows in by_problem.values() if len(rows) < 6]
-    assert stopped and any(
-        row["finish_reason"] == "length" for rows in by_problem.values() for row in rows
-    )
+    assert stopped
+    assert any(row["finish_reason"] == "length" for rows in by_problem.values() for row in rows)
     for rows in stopped:
         assert {row["correct"] for row in rows if row["prediction"] is not None} == {True, False}
     both = sum(
@@ -304,9 +299,8 @@ def test_every_stage_renders_the_same_prefix(server):
         stage(4).encode({"problem": "p", "solution": "s"}, tokenizer)[0]
         for tokenizer in (qwen3, thinking)
     )
-    assert qwen3.decode(closed).endswith(
-        "<think>\n\n</think>\n\n"
-    ) and "<think>" not in qwen3.decode(opened)
+    assert qwen3.decode(closed).endswith("<think>\n\n</think>\n\n")
+    assert "<think>" not in qwen3.decode(opened)
 
 
 def test_server_and_own_engine_give_the_same_rows(files, server, tmp_path):
@@ -390,10 +384,8 @@ def test_real_benchmarks_run_through(bundled, tmp_path, name):
         pytest.skip("the benchmark files are not beside this checkout")
     arguments = ["--data", SHARED / f"{name}.jsonl", "--limit", 12, "--n", 1, "--max-tokens", 200]
     done = run(1, *arguments, "--out", tmp_path / "s.jsonl", *bundled)
-    assert (
-        "problems 12, samples 12" in done.stdout
-        and len(keyed(tmp_path / "s.jsonl", "id", "sample")) == 12
-    )
+    assert "problems 12, samples 12" in done.stdout
+    assert len(keyed(tmp_path / "s.jsonl", "id", "sample")) == 12
 
 
 def test_saved_models_decode_alike_in_vllm_and_transformers(files, tmp_path):

@@ -128,9 +128,8 @@ def same(ours: Path, theirs: Path, base: Path):
     if not list(ours.glob("adapter_config.json")):
         assert max((a[name] - start[name]).abs().max() for name in a) > 2e-4
         loaded = AutoModelForCausalLM.from_pretrained(ours)
-        assert len(a) == len(list(loaded.named_parameters())) and torch.equal(
-            loaded.model.norm.weight, a["model.norm.weight"]
-        )
+        assert len(a) == len(list(loaded.named_parameters()))
+        assert torch.equal(loaded.model.norm.weight, a["model.norm.weight"])
 
 
 CASES = [
@@ -170,9 +169,8 @@ def test_bf16_keeps_fp32_log_probabilities(world, tmp_path, config):
     ours, theirs = (
         np.load(next(path.glob("reference-*.npy"))) for path in (tmp_path / "out", expected)
     )
-    assert ours.dtype == np.float32 and not np.array_equal(
-        ours, torch.from_numpy(ours).bfloat16().float().numpy()
-    )
+    assert ours.dtype == np.float32
+    assert not np.array_equal(ours, torch.from_numpy(ours).bfloat16().float().numpy())
     np.testing.assert_allclose(ours, theirs, rtol=0.02)
     first, last = (read(tmp_path / "out" / "metrics.jsonl")[place] for place in (0, -1))
     assert first["loss"] == pytest.approx(0.6931, abs=0.02) and last["loss"] < first["loss"]

@@ -143,9 +143,8 @@ def test_shared_prefix_equals_separate_rows(kind, budget, tokenizer, monkeypatch
     calls, head, position = [], scorer.token_logps, 4 * scorer.lm.config.vocab_size
     monkeypatch.setattr(scorer, "token_logps", lambda *given: calls.append(given) or head(*given))
     ours = scorer(**inputs, most=most)[inputs["picks"]]
-    assert len(calls) == math.ceil(most * position / budget) and (len(calls) > 4) == (
-        budget < 1 << 28
-    )
+    assert len(calls) == math.ceil(most * position / budget)
+    assert (len(calls) > 4) == (budget < 1 << 28)
     assert all(position * (len(hidden) - 1) < budget for hidden, _ in calls)
     assert ours.shape == (6, 2)
     plain = torch.stack(
@@ -241,13 +240,12 @@ def test_a_step_never_ends_in_eos_and_a_finished_solution_does(tokenizer):
     assert eos not in step[0] + step[1]
     assert end[0][-1] == eos and end[1][-1] == eos
     assert end[0].count(eos) == 1
-    published = pair(7, last=True) | {
-        "full_chosen": pair(7, last=True)["chosen"]
-    }  # full text without the prefix
+    # full text without the prefix
+    published = {**pair(7, last=True), "full_chosen": pair(7, last=True)["chosen"]}
     assert train.encode(published, tokenizer)[1][0][-1] == eos
-    mixed = pair(7) | {
-        "full_chosen": pair(7)["initial_reason_steps"] + pair(7)["chosen"]
-    }  # only chosen ends here
+    # only chosen ends here
+    full_chosen = pair(7)["initial_reason_steps"] + pair(7)["chosen"]
+    mixed = {**pair(7), "full_chosen": full_chosen}
     assert [suffix[-1] == eos for suffix in train.encode(mixed, tokenizer)[1]] == [True, False]
 
 
@@ -258,7 +256,8 @@ def test_whole_responses_in_trl_form_and_sft_rows(tokenizer):
     prefix, suffixes = train.encode(
         {"prompt": "Two apples", "chosen": " are 2.", "rejected": " are 3."}, tokenizer
     )
-    assert tokenizer.decode(prefix) == "Two apples" and [tokenizer.decode(s) for s in suffixes] == [
+    assert tokenizer.decode(prefix) == "Two apples"
+    assert [tokenizer.decode(s) for s in suffixes] == [
         " are 2.<|im_end|>",
         " are 3.<|im_end|>",
     ]
@@ -307,10 +306,8 @@ def test_full_sides_are_whole_answers_behind_the_forced_opening(tokenizer, publi
         f"{whole}<|im_end|>" for whole in wholes
     ]
     prefix, suffixes = train.encode(row, tokenizer)
-    assert (
-        tokenizer.decode(prefix).endswith(given)
-        and tokenizer.decode(suffixes[1]) == row["rejected"]
-    )
+    assert tokenizer.decode(prefix).endswith(given)
+    assert tokenizer.decode(suffixes[1]) == row["rejected"]
 
 
 # forms of the published rows: chosen, rejected, full_chosen, full_rejected; which sides end in EOS,
@@ -435,17 +432,12 @@ def test_real_published_rows(tokenizer):
         found["step"] += [(number, name) for name, end in zip(names, ends, strict=True) if end]
         texts, ends = sides_of(made, tokenizer, "full")
         for text, name, full in zip(texts, names, full_names, strict=True):
-            assert f"{OPENING}{text}".startswith(
-                made["initial_reason_steps"] + row[name][:2]
-            ) and text.endswith(row[full])
+            assert f"{OPENING}{text}".startswith(made["initial_reason_steps"] + row[name][:2])
+            assert text.endswith(row[full])
         found["full"] += [(number, name) for name, end in zip(names, ends, strict=True) if not end]
     assert len(rows) == 9 and found["full"] == [(2, "rejected")]  # stops in \frac{\
-    assert found["step"] == [
-        (3, "chosen"),
-        (3, "rejected"),
-        (6, "chosen"),
-        (8, "chosen"),
-    ]  # they have the answer
+    # they have the answer
+    assert found["step"] == [(3, "chosen"), (3, "rejected"), (6, "chosen"), (8, "chosen")]
 
 
 @pytest.mark.slow
@@ -532,10 +524,8 @@ def test_sft_on_samples_takes_right_responses_once(tmp_path, small_model):
         "--out",
         tmp_path / "tuned",
     )
-    assert (
-        "training on the field 'response'" in done.stderr
-        and "5 samples, 4 right, 3 of these distinct" in done.stderr
-    )
+    assert "training on the field 'response'" in done.stderr
+    assert "5 samples, 4 right, 3 of these distinct" in done.stderr
     assert "first row" in done.stderr and "REFERENCE" not in done.stderr
 
 
@@ -598,12 +588,8 @@ def test_plan_covers_each_pair_once_within_the_budget(world):
     few = [train.plan(pairs, [3], 200, rank, world) for rank in range(world)]
     assert sorted(few, reverse=True) == [[([[3]], 4, 1)], *[[([[3]], 4, 0)]] * (world - 1)]
     long = train.Pairs()
-    for length in (
-        2500,
-        5,
-        5,
-        5,
-    ):  # every process makes as many chunks of logits as the one with most suffix positions
+    # every process makes as many chunks of logits as the one with most suffix positions
+    for length in (2500, 5, 5, 5):
         long.add([length], [list(range(length)), [1]])
     counts = [
         [most for _, most, _ in train.plan(long, range(4), 3000, rank, 2)] for rank in range(2)
@@ -614,16 +600,12 @@ def test_plan_covers_each_pair_once_within_the_budget(world):
 def test_schedule_warms_up_and_ends_at_zero():
     train, args = stage(4), SimpleNamespace(lr=1.0, warmup=0.1, schedule="cosine")
     rates = [train.learning_rate(step, 100, args) for step in range(100)]
-    assert (
-        rates[0] == pytest.approx(0.1)
-        and rates[9] == pytest.approx(1.0)
-        and max(rates) == pytest.approx(1.0)
-    )
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == pytest.approx(1.0)
+    assert max(rates) == pytest.approx(1.0)
     assert rates[55] == pytest.approx(0.5) and rates[99] < 1e-3
-    assert (
-        all(a <= b for a, b in zip(rates[:10], rates[1:10], strict=False))
-        and sorted(rates[10:], reverse=True) == rates[10:]
-    )
+    assert all(a <= b for a, b in zip(rates[:10], rates[1:10], strict=False))
+    assert sorted(rates[10:], reverse=True) == rates[10:]
     args.schedule = "linear"
     assert [train.learning_rate(step, 100, args) for step in (10, 55, 100)] == pytest.approx(
         [1.0, 0.5, 0.0]
@@ -670,16 +652,12 @@ def test_training_starts_at_ln_2_moves_weights_and_resumes_exactly(tmp_path, sma
     run(4, *common(tmp_path, small_model, "whole"), "--lr", 1e-3)
     lines = read(tmp_path / "whole" / "metrics.jsonl")
     first, zero = next(line for line in lines if "loss" in line), lines[0]
-    assert (
-        zero["step"] == 0
-        and abs(zero["val_margin"]) < 1e-4
-        and abs(zero["val_loss"] - math.log(2)) < 1e-5
-    )
+    assert zero["step"] == 0
+    assert abs(zero["val_margin"]) < 1e-4
+    assert abs(zero["val_loss"] - math.log(2)) < 1e-5
     assert abs(first["loss"] - math.log(2)) < 1e-5 and abs(first["margin"]) < 1e-4
-    assert (
-        lines[-1]["step"] == max(line["step"] for line in lines)
-        and lines[-1]["val_accuracy"] == 1.0
-    )
+    assert lines[-1]["step"] == max(line["step"] for line in lines)
+    assert lines[-1]["val_accuracy"] == 1.0
     # stop after step 4 (a kill right after its checkpoint), go on: the same numbers and the same
     # weights
     arguments = [
@@ -696,9 +674,8 @@ def test_training_starts_at_ln_2_moves_weights_and_resumes_exactly(tmp_path, sma
     (out / "model.safetensors").unlink()
     for path in out.glob("checkpoint-*"):
         if path.name != "checkpoint-4":
-            path.rename(
-                out / f"writing-{path.name}"
-            )  # as if the kill had come while it was written
+            # as if the kill had come while it was written
+            path.rename(out / f"writing-{path.name}")
     assert "resuming from" in run(4, *arguments).stderr
     same = [
         {k: v for k, v in line.items() if not k.endswith("_per_s")}
@@ -780,10 +757,8 @@ def test_model_loads_and_long_pairs_are_left_out(tmp_path, small_model, tokenize
     left_out = sum(length > longest[15] for length in longest)
     assert left_out and f"left out: {left_out} above --max-length" in done.stderr
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert (
-        model.dtype == torch.float32
-        and AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
-    )
+    assert model.dtype == torch.float32
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
     with safetensors.safe_open(
         tmp_path / "out" / "model.safetensors", "pt"
     ) as file:  # the tied head is stored once
@@ -885,10 +860,8 @@ def test_sft_loss_is_the_mean_over_the_solution_tokens(tmp_path, small_model, to
         total = total + lm(ids, labels=labels).loss.item() * len(solution)
         count = count + len(solution)
     lines = read(tmp_path / "out" / "metrics.jsonl")
-    assert (
-        lines[0]["loss"] == pytest.approx(total / count, rel=1e-5)
-        and lines[-1]["loss"] < lines[0]["loss"] / 2
-    )
+    assert lines[0]["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert lines[-1]["loss"] < lines[0]["loss"] / 2
 
 
 @pytest.mark.slow
@@ -967,10 +940,8 @@ def test_the_loss_follows_its_formula():
     "number, expected",
     [
         (0, (RATIO - 1 / (2 * 0.5)) ** 2),  # IPO, arXiv 2310.12036, Eq. 17
-        (
-            1,
-            torch.log1p(torch.exp(torch.tensor([0.2, 0.7]) - 0.5 * RATIO)),
-        ),  # ODPO, arXiv 2402.10571, Eq. 8
+        # ODPO, arXiv 2402.10571, Eq. 8
+        (1, torch.log1p(torch.exp(torch.tensor([0.2, 0.7]) - 0.5 * RATIO))),
     ],
 )
 def test_the_losses_of_the_documents(tmp_path, monkeypatch, tokenizer, number, expected):
@@ -1020,21 +991,17 @@ def test_a_finished_run_is_left_alone(tmp_path, small_model):
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     assert "training.json" in before and "model.safetensors" in before
     again = run(4, *arguments)
-    assert (
-        f"{tmp_path / 'out'}: finished, nothing to do" in again.stderr
-        and "training:" not in again.stderr
-    )
+    assert f"{tmp_path / 'out'}: finished, nothing to do" in again.stderr
+    assert "training:" not in again.stderr
     assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     other = run(4, *arguments[:-1], 1e-3, check=False)
     assert other.returncode == 2 and "was made with lr = '1e-09', now it is '0.001'" in other.stderr
     run("plot_training", tmp_path / "out")
     assert (tmp_path / "out" / "training.png").stat().st_size > 20_000
     card = (tmp_path / "out" / "README.md").read_text()
-    assert (
-        f"base_model: {small_model}\n" in card
-        and "| lr | 1e-09 |" in card
-        and "![training](training.png)" in card
-    )
+    assert f"base_model: {small_model}\n" in card
+    assert "| lr | 1e-09 |" in card
+    assert "![training](training.png)" in card
     assert "Last step: step 8, epoch 2, loss 0.69" in card
     assert "nothing to do" in run(4, *arguments).stderr, (
         "picture and card are none of the training's business"
@@ -1054,10 +1021,8 @@ def test_pictures_of_trainings(tmp_path):
             "".join(json.dumps(row) + "\n" for row in rows)
         )
     done = run("plot_training", tmp_path / "a")
-    assert (
-        "the training is not finished, no model card" in done.stderr
-        and not (tmp_path / "a" / "README.md").exists()
-    )
+    assert "the training is not finished, no model card" in done.stderr
+    assert not (tmp_path / "a" / "README.md").exists()
     assert (tmp_path / "a" / "training.png").read_bytes()[1:4] == b"PNG"
     run("plot_training", tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "training.png").read_bytes() != (
@@ -1185,11 +1150,9 @@ def test_a_folder_that_cannot_be_written(tmp_path, small_model):
     write_pairs(tmp_path / "pairs.jsonl", 6)
     (tmp_path / "file").write_text("mine")
     done = run(4, *common(tmp_path, small_model, "file"), check=False, here=True)
-    assert (
-        done.returncode == 2
-        and "Traceback" not in done.stderr
-        and (tmp_path / "file").read_text() == "mine"
-    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "file").read_text() == "mine"
     assert f"error: --out {tmp_path / 'file'}: File exists; give a folder" in done.stderr
     read_only = next(path for path in ("/proc/stepdpo", "/sys/stepdpo"))  # also for root
     assert stage(4).lock_out(type(tmp_path)(read_only)).startswith(f"--out {read_only}: ")
@@ -1239,10 +1202,8 @@ def test_a_finished_solution_with_code_closes_its_message(tmp_path, eos):
         assert tokenizer.decode(prefix).endswith("<|assistant|>")
         for ids, end in zip(suffixes, finished, strict=True):
             text = tokenizer.decode(ids)
-            assert (
-                text.endswith(ends if end else "3<|endofblock|>")
-                and text.count("<|endofmessage|>") == end
-            )
+            assert text.endswith(ends if end else "3<|endofblock|>")
+            assert text.count("<|endofmessage|>") == end
             assert train.Pairs((0, 1)).trained(np.array(ids[-3:])).all()
 
 
@@ -1264,10 +1225,8 @@ def test_implicit_prompts_are_what_both_sides_begin_with(tmp_path, tokenizer):
     [row] = train.load_rows(str(path), "dpo")
     assert row == {"prompt": "Two apples are", "chosen": " 2.", "rejected": " 3."}
     prefix, suffixes = train.encode(row, tokenizer)
-    assert (
-        tokenizer.decode(prefix) == "Two apples are"
-        and tokenizer.decode(suffixes[0]) == " 2.<|im_end|>"
-    )
+    assert tokenizer.decode(prefix) == "Two apples are"
+    assert tokenizer.decode(suffixes[0]) == " 2.<|im_end|>"
 
 
 MESSAGES = [{"role": "assistant", "content": "7"}], [{"role": "assistant", "content": "8"}]
@@ -1543,11 +1502,14 @@ def test_activations_are_what_autograd_keeps(precision):
                     attention_mask=mask,
                     use_cache=False,
                 )
-            found = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors if rows * width in tensor.shape or
-                     rows in tensor.shape[:1]}  # fmt: skip  # not weights, nor their copies in bf16
+            storages = {}
+            for tensor in tensors:
+                # not weights, nor their copies in bf16
+                if rows * width in tensor.shape or rows in tensor.shape[:1]:
+                    storages[tensor.untyped_storage().data_ptr()] = tensor
             size = sum(
                 tensor.untyped_storage().nbytes()
-                for tensor in found.values()
+                for tensor in storages.values()
                 if tensor.shape[-2:] != (width, width)
             )
             args = train.Args(
@@ -1617,7 +1579,8 @@ def test_what_does_not_fit_is_not_loaded(tmp_path):
             "7b",
             8,
             8,
-            "configs/fsdp2.yaml --num_processes 8 with --gradient-checkpointing --tokens-per-batch 8192 (a device",
+            "configs/fsdp2.yaml --num_processes 8 with "
+            "--gradient-checkpointing --tokens-per-batch 8192 (a device",
         ),
         ("7b", 1, 8, "configs/fsdp2.yaml --num_processes 8 with --gradient-checkpointing"),
         ("7b", 1, 1, "configs/zero3_offload.yaml --num_processes 1 with"),
@@ -1683,9 +1646,9 @@ def test_estimate_counts_a_launch_file_without_its_gpus(tmp_path):
             done.stderr
         )
     done = run("estimate", "--config_file", tmp_path / "pairs.jsonl", *given, check=False)
-    assert (
-        done.returncode == 2 and "no launch file" in done.stderr and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 2
+    assert "no launch file" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
