@@ -53,13 +53,7 @@ def test_blocks_are_steps_and_the_answer_is_the_last_texts():
     one = stage(1)
     steps = one.split_steps(SOLUTION, "blocks", "")
     assert "".join(steps) == SOLUTION
-    assert [len(one.blocks_of(step)) for step in steps] == [
-        1,
-        2,
-        1,
-        2,
-        1,
-    ]
+    assert [len(one.blocks_of(step)) for step in steps] == [1, 2, 1, 2, 1]
     assert [block["type"] for block in one.blocks_of(SOLUTION)].count("execution") == 2
     assert one.answer_of(SOLUTION, "blocks") == "3.5"
     assert (
@@ -555,10 +549,7 @@ def test_the_published_pairs_load_as_they_are(blocks_model, tmp_path):
     "assistant_correct"."""
 
     def turn(role, *texts):
-        return {
-            "role": role,
-            "content": [{"type": kind, "content": text} for kind, text in texts],
-        }
+        return {"role": role, "content": [{"type": kind, "content": text} for kind, text in texts]}
 
     start = [turn("system", ("text", "")), turn("user", ("text", "1 + 2?"))]
     shared = turn("assistant_correct", ("text", "Add."), ("code", "1 + 2"), ("execution", "3"))

@@ -265,11 +265,7 @@ def test_a_file_that_is_there_is_not_made_again(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "names, said",
-    [
-        (["gsm9k"], "gsm9k: no such set"),
-        ([], "no set is named"),
-        (["aime24"], "aime24.jsonl"),
-    ],
+    [(["gsm9k"], "gsm9k: no such set"), ([], "no set is named"), (["aime24"], "aime24.jsonl")],
 )
 def test_sets_that_cannot_be_made(names, said, tmp_path):
     command = [

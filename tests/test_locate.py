@@ -103,10 +103,7 @@ def test_the_threshold_of_v_is_one_function():
             for linear in (False, True)
         ]
     assert [one["error_step"] for one in found] == [3, 3]
-    assert found[0]["rollout_values"]["0"] == [
-        1,
-        8,
-    ]
+    assert found[0]["rollout_values"]["0"] == [1, 8]
     assert searched(of, 4, [0, 1], rollouts=8, all_rollouts=True)["error_step"] == 4
 
 
@@ -549,10 +546,7 @@ def test_open_rows_go_to_the_rollouts(judge, bundled, tmp_path):
         "rollout",
         "rollout",
     ]
-    assert [found[problem]["error_step"] for problem in known] == [
-        2,
-        2,
-    ]
+    assert [found[problem]["error_step"] for problem in known] == [2, 2]
     assert "located in --known 2" in done.stdout
     assert all(found[row["problem"]]["judge"]["text"] == "no idea" for row in rows[2:])
     again = run(2, *command, "--known", tmp_path / "judged.jsonl", "--out", tmp_path / "out.jsonl")

@@ -168,10 +168,8 @@ def test_trees_of_random_sequences():
     draw, pairs = np.random.default_rng(0), stage(4).Pairs()
     for _ in range(300):
 
-        def word(most):
-            return draw.integers(
-                1, 3, draw.integers(1, most)
-            ).tolist()  # two tokens: they share a lot
+        def word(most):  # of two tokens: they share a lot
+            return draw.integers(1, 3, draw.integers(1, most)).tolist()
 
         pairs.add([9, *word(6)], [word(7), word(7)], problem=str(draw.integers(40)))
     saved = 0
@@ -257,10 +255,7 @@ def test_whole_responses_in_trl_form_and_sft_rows(tokenizer):
         {"prompt": "Two apples", "chosen": " are 2.", "rejected": " are 3."}, tokenizer
     )
     assert tokenizer.decode(prefix) == "Two apples"
-    assert [tokenizer.decode(s) for s in suffixes] == [
-        " are 2.<|im_end|>",
-        " are 3.<|im_end|>",
-    ]
+    assert [tokenizer.decode(s) for s in suffixes] == [" are 2.<|im_end|>", " are 3.<|im_end|>"]
 
     def turn(role, text):
         return [{"role": role, "content": text}]
@@ -759,9 +754,8 @@ def test_model_loads_and_long_pairs_are_left_out(tmp_path, small_model, tokenize
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.float32
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
-    with safetensors.safe_open(
-        tmp_path / "out" / "model.safetensors", "pt"
-    ) as file:  # the tied head is stored once
+    # the tied head is stored once
+    with safetensors.safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         names = set(file.keys())
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
 
@@ -857,8 +851,8 @@ def test_sft_loss_is_the_mean_over_the_solution_tokens(tmp_path, small_model, to
         prefix, [solution] = stage(4).encode(row, tokenizer)
         ids = torch.tensor([prefix + solution])
         labels = torch.tensor([[-100] * len(prefix) + solution])
-        total = total + lm(ids, labels=labels).loss.item() * len(solution)
-        count = count + len(solution)
+        total += lm(ids, labels=labels).loss.item() * len(solution)
+        count += len(solution)
     lines = read(tmp_path / "out" / "metrics.jsonl")
     assert lines[0]["loss"] == pytest.approx(total / count, rel=1e-5)
     assert lines[-1]["loss"] < lines[0]["loss"] / 2
