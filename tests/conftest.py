@@ -208,15 +208,8 @@ def serving(model, log: Path, *options: str):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        str(model),
-        "--host",
-        "127.0.0.1",
-    ]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--host", "127.0.0.1"]
     command += [
         "--port",
         str(port),
@@ -253,15 +246,8 @@ def serving(model, log: Path, *options: str):
 @contextlib.contextmanager
 def serving_code(model, log: Path, *options: str):
     """serving/code_server.py as a user starts it: yields its address, its key and its process."""
-    command = [
-        sys.executable,
-        str(ROOT / "serving" / "code_server.py"),
-        "--model",
-        str(model),
-        "--port",
-        "0",
-        *options,
-    ]
+    command = [sys.executable, str(ROOT / "serving" / "code_server.py"), "--model", str(model)]
+    command += ["--port", "0", *options]
     environment = os.environ | {"OPENAI_API_KEY": (key := secrets.token_hex(16))}
     with open(log, "w") as file:
         process = subprocess.Popen(

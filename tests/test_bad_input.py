@@ -360,12 +360,7 @@ def test_templates_that_are_not_there_or_fail(tmp_path):
 )
 def test_engine_that_does_not_start(option, word, tmp_path):
     (tmp_path / "in.jsonl").write_text(json.dumps(GOOD) + "\n")
-    arguments = [
-        "--data",
-        tmp_path / "in.jsonl",
-        "--model",
-        TINY / "model",
-        f"--engine-args={option}",
-    ]
+    arguments = ["--data", tmp_path / "in.jsonl", "--model", TINY / "model"]
+    arguments += [f"--engine-args={option}"]
     said = message(refused(1, tmp_path, *arguments))
     assert word in said

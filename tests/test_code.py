@@ -393,21 +393,8 @@ def test_completions_have_run_their_code(servers):
 @pytest.mark.slow
 def test_blocks_need_the_server_that_runs_them(servers, tmp_path, monkeypatch):
     plain, url, plain_key, key = servers
-    options = [
-        "--data",
-        TINY / "test.jsonl",
-        "--limit",
-        4,
-        "--model",
-        TINY / "code",
-        "--opening=",
-        "--max-tokens",
-        64,
-        "--split",
-        "blocks",
-        "--out",
-        tmp_path / "s.jsonl",
-    ]
+    options = ["--data", TINY / "test.jsonl", "--limit", 4, "--model", TINY / "code", "--opening="]
+    options += ["--max-tokens", 64, "--split", "blocks", "--out", tmp_path / "s.jsonl"]
     monkeypatch.setenv("OPENAI_API_KEY", plain_key)
     for where in ([], ["--base-url", plain]):
         done = run(1, *options, *where, check=False)
@@ -424,15 +411,8 @@ def test_blocks_need_the_server_that_runs_them(servers, tmp_path, monkeypatch):
 @pytest.mark.parametrize("moment", ["starting", "ready"])
 def test_a_killed_server_takes_everything_along(moment, started, tmp_path):
     """kill -9: vLLM, of which it is the parent, interpreter and kernels."""
-    command = [
-        sys.executable,
-        ROOT / "serving" / "code_server.py",
-        "--model",
-        TINY / "code",
-        "--port",
-        "0",
-        *SAFE,
-    ]
+    command = [sys.executable, ROOT / "serving" / "code_server.py", "--model", TINY / "code"]
+    command += ["--port", "0", *SAFE]
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(
             [*command, "--api-key", "k"], stdout=subprocess.PIPE, stderr=log, text=True
@@ -462,13 +442,8 @@ def test_a_killed_server_takes_everything_along(moment, started, tmp_path):
 
 @pytest.fixture(scope="module")
 def blocks_model(tmp_path_factory):
-    run(
-        "add_block_tokens",
-        "--model",
-        TINY / "model",
-        "--out",
-        folder := tmp_path_factory.mktemp("blocks"),
-    )
+    options = ["--model", TINY / "model", "--out", folder := tmp_path_factory.mktemp("blocks")]
+    run("add_block_tokens", *options)
     return folder
 
 
@@ -574,32 +549,16 @@ def test_the_published_pairs_load_as_they_are(blocks_model, tmp_path):
     prefix, suffixes = four.encode(rows[1], tokenizer)
     assert tokenizer.decode(prefix).endswith("<|assistant|>")
     assert tokenizer.decode(suffixes[0]).startswith("<|text|>chosen")
-    done = run(
-        4,
-        "--data",
-        tmp_path / "pairs.jsonl",
-        "--model",
-        blocks_model,
-        "--out",
-        tmp_path / "out",
-        "--epochs",
-        1,
-    )
+    options = ["--data", tmp_path / "pairs.jsonl", "--model", blocks_model]
+    options += ["--out", tmp_path / "out", "--epochs", 1]
+    done = run(4, *options)
     assert "2 pairs" in done.stdout + done.stderr
 
 
 def test_blocks_that_are_no_tokens_are_refused(tmp_path):
     (tmp_path / "s.jsonl").write_text(json.dumps({"problem": "1?", "solution": SOLUTION}) + "\n")
-    options = [
-        "--objective",
-        "sft",
-        "--data",
-        tmp_path / "s.jsonl",
-        "--model",
-        TINY / "model",
-        "--out",
-        tmp_path / "o",
-    ]
+    options = ["--objective", "sft", "--data", tmp_path / "s.jsonl", "--model", TINY / "model"]
+    options += ["--out", tmp_path / "o"]
     done = run(4, *options, check=False)
     assert done.returncode == 2 and "add_block_tokens.py" in done.stderr
 

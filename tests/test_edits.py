@@ -101,17 +101,8 @@ def test_a_stage_with_another_prompt_than_its_input(samples, bundled, tmp_path):
         done.returncode == 2
         and f"{located} was made with another USER_TURN than 03_rectify.py" in done.stderr
     ), done.stderr
-    done = run(
-        2,
-        "--samples",
-        path,
-        *bundled,
-        "--out",
-        tmp_path / "x.jsonl",
-        "--opening",
-        "Step 1:",
-        check=False,
-    )
+    options = ["--samples", path, *bundled, "--out", tmp_path / "x.jsonl", "--opening", "Step 1:"]
+    done = run(2, *options, check=False)
     assert done.returncode == 2 and "opening" in done.stderr and not (tmp_path / "x.jsonl").exists()
 
 

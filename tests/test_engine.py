@@ -70,19 +70,8 @@ def test_an_error_in_a_step_ends_the_run_in_one_line(vllm, tmp_path, monkeypatch
 
     monkeypatch.setattr(vllm.vllm, "step", failing)
     data, out = write(tmp_path / "in.jsonl", SUMS), tmp_path / "out.jsonl"
-    arguments = [
-        "--data",
-        data,
-        "--model",
-        TINY / "model",
-        *SHORT,
-        "--n",
-        4,
-        "--concurrency",
-        2,
-        "--out",
-        out,
-    ]
+    arguments = ["--data", data, "--model", TINY / "model", *SHORT, "--n", 4, "--concurrency", 2]
+    arguments += ["--out", out]
     done = run(1, *arguments, check=False)
     lines = [line for line in done.stderr.splitlines() if "error:" in line]
     assert done.returncode == 2
@@ -135,23 +124,9 @@ def test_samples_of_an_engine_that_alone_is_seeded_do_not_repeat_after_kills(tmp
     data = write(tmp_path / "in.jsonl", SUMS[:1])
     code = "import importlib, tyro; one = importlib.import_module('01_sample_errors'); "
     code += "one.seeds_requests = lambda _: False; one.main(tyro.cli(one.Args))"
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        "--data",
-        data,
-        "--model",
-        TINY / "model",
-        "--out",
-        tmp_path / "out.jsonl",
-        "--n",
-        1,
-        "--temperature",
-        2.0,
-        "--engine-args=--max-num-seqs 8 --max-model-len 1024",
-        *SHORT,
-    ]
+    command = [sys.executable, "-c", code, "--data", data, "--model", TINY / "model"]
+    command += ["--out", tmp_path / "out.jsonl", "--n", 1, "--temperature", 2.0]
+    command += ["--engine-args=--max-num-seqs 8 --max-model-len 1024", *SHORT]
     texts = []
     for most in (1, 2):  # --until-both is no setting: the next run continues, as after a kill
         subprocess.run(
@@ -168,16 +143,8 @@ def test_samples_of_an_engine_that_alone_is_seeded_do_not_repeat_after_kills(tmp
 def test_two_models_in_one_process_and_in_two(tmp_path):
     """05 on the CPU has both models in its process, on a GPU each has its own: the same rows."""
     shutil.copytree(TINY / "model", tmp_path / "other")
-    common = [
-        "--data",
-        TINY / "validation.jsonl",
-        "--limit",
-        8,
-        *SHORT,
-        "--models",
-        TINY / "model",
-        f"tuned={tmp_path}/other",
-    ]
+    common = ["--data", TINY / "validation.jsonl", "--limit", 8, *SHORT]
+    common += ["--models", TINY / "model", f"tuned={tmp_path}/other"]
     common += ["--engine-args=--max-num-seqs 8 --max-model-len 1024"]
     run(5, *common, "--out", tmp_path / "one")
     done = run(5, *common, "--out", tmp_path / "two", "--own-process", env=os.environ)

@@ -268,15 +268,8 @@ def test_a_file_that_is_there_is_not_made_again(tmp_path, capsys):
     [(["gsm9k"], "gsm9k: no such set"), ([], "no set is named"), (["aime24"], "aime24.jsonl")],
 )
 def test_sets_that_cannot_be_made(names, said, tmp_path):
-    command = [
-        sys.executable,
-        "data/download.py",
-        *names,
-        "--from",
-        str(tmp_path),
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    command = [sys.executable, "data/download.py", *names, "--from", str(tmp_path)]
+    command += ["--out", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, (
         done.stderr
@@ -526,14 +519,9 @@ def test_regrade_writes_the_whole_report(tmp_path):
         json.dumps({key: row[key] for key in ("id", "problem", "answer")}) for row in rows["base"]
     ]
     (tmp_path / "sums.jsonl").write_text("\n".join(problems) + "\n")
-    run(
-        "contamination",
-        tmp_path / "train.jsonl",
-        "--data",
-        tmp_path / "sums.jsonl",
-        "--out",
-        tmp_path / "found.json",
-    )
+    options = [tmp_path / "train.jsonl", "--data", tmp_path / "sums.jsonl"]
+    options += ["--out", tmp_path / "found.json"]
+    run("contamination", *options)
     overlap = json.loads((tmp_path / "found.json").read_text())
     assert overlap["same"]["sums"] == ["q17"] and len(overlap["found"]["sums"]) == 1
     levels = summary["benchmarks"]["sums"]["models"]["tuned"]["by"]["level"]
@@ -773,34 +761,13 @@ def test_credit_of_a_trained_model(tmp_path, small_model):
         "correct": True,
     }
     (tmp_path / "located.jsonl").write_text(json.dumps(located) + "\n" + json.dumps(right) + "\n")
-    run(
-        4,
-        "--data",
-        tmp_path / "pairs.jsonl",
-        "--model",
-        small_model,
-        "--out",
-        tmp_path / "tuned",
-        "--lr",
-        1e-3,
-        "--epochs",
-        6,
-        "--batch-size",
-        1,
-        "--precision",
-        "fp32",
-    )
-    done = run(
-        "credit",
-        tmp_path / "located.jsonl",
-        "--models",
-        small_model,
-        tmp_path / "tuned",
-        "--out",
-        tmp_path / "r",
-        "--beta",
-        0.5,
-    )
+    options = ["--data", tmp_path / "pairs.jsonl", "--model", small_model]
+    options += ["--out", tmp_path / "tuned", "--lr", 1e-3, "--epochs", 6, "--batch-size", 1]
+    options += ["--precision", "fp32"]
+    run(4, *options)
+    options = [tmp_path / "located.jsonl", "--models", small_model, tmp_path / "tuned"]
+    options += ["--out", tmp_path / "r", "--beta", 0.5]
+    done = run("credit", *options)
     assert "lowest step is the labelled one" in done.stdout
     [found] = json.loads((tmp_path / "r" / "credit.json").read_text()).values()
     assert found["lowest_is_error"] == found["solutions"] == 1
@@ -851,18 +818,8 @@ def test_samples_survive_kills_and_give_the_same_rows(server, tmp_path):
     """kill -9 at five moments, then the rows of an uninterrupted run, each once; k samples differ
     from each other."""
     options = [option.replace("--model", "--models") for option in server]
-    arguments = [
-        "--data",
-        TINY / "validation.jsonl",
-        "--limit",
-        30,
-        "--samples",
-        4,
-        "--temperature",
-        0.8,
-        "--max-tokens",
-        300,
-    ]
+    arguments = ["--data", TINY / "validation.jsonl", "--limit", 30, "--samples", 4]
+    arguments += ["--temperature", 0.8, "--max-tokens", 300]
     arguments += options
     run(5, *arguments, "--out", tmp_path / "whole")
     [whole] = (tmp_path / "whole" / "validation").glob("*.jsonl")
@@ -924,17 +881,8 @@ def test_the_authors_prompt_reaches_the_model_as_it_is(
     """No forced "Step 1:" in the evaluation; what the prompt gave of the response stands in the
     row's opening."""
     options = [option.replace("--model", "--models") for option in bundled]
-    arguments = [
-        "--data",
-        TINY / "validation.jsonl",
-        "--limit",
-        8,
-        "--max-tokens",
-        200,
-        *options,
-        "--out",
-        tmp_path,
-    ]
+    arguments = ["--data", TINY / "validation.jsonl", "--limit", 8, "--max-tokens", 200, *options]
+    arguments += ["--out", tmp_path]
     arguments += [
         "--chat-template",
         ROOT / "data" / "templates" / f"{template}.jinja",

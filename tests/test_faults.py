@@ -321,18 +321,9 @@ def test_a_full_disk_at_the_pictures_is_one_line(scripted, tmp_path):
     (tmp_path / "in.jsonl").write_text(
         json.dumps({"id": "a", "problem": "1 + 1?", "answer": "2"}) + "\n"
     )
-    arguments = [
-        "--data",
-        tmp_path / "in.jsonl",
-        "--models",
-        "m",
-        "--tokenizer",
-        TINY / "model",
-        "--out",
-        tmp_path / "results",
-        "--base-url",
-        f"http://127.0.0.1:{scripted.server_address[1]}/v1",
-    ]
+    arguments = ["--data", tmp_path / "in.jsonl", "--models", "m", "--tokenizer", TINY / "model"]
+    arguments += ["--out", tmp_path / "results"]
+    arguments += ["--base-url", f"http://127.0.0.1:{scripted.server_address[1]}/v1"]
     run(5, *arguments)
 
     def limit():  # report.md fits, accuracy.png does not

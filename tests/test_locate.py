@@ -407,16 +407,9 @@ def test_the_judge_is_not_asked_about_a_diagram_that_is_not_there(judge, tmp_pat
     rows[0]["problem"] += " in the diagram?"
     rows[1]["problem"] += " in the diagram? [asy] draw((0,0)--(1,1)); [/asy]"
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = [
-        "--samples",
-        tmp_path / "samples.jsonl",
-        "--locator",
-        "judge",
-        "--judge-model",
-        "judge",
-        "--judge-base-url",
-        f"http://127.0.0.1:{judge.server_port}/v1",
-    ]
+    arguments = ["--samples", tmp_path / "samples.jsonl", "--locator", "judge"]
+    arguments += ["--judge-model", "judge"]
+    arguments += ["--judge-base-url", f"http://127.0.0.1:{judge.server_port}/v1"]
     done = run(2, *arguments, "--out", tmp_path / "a.jsonl")
     found = {row["id"]: row for row in read(tmp_path / "a.jsonl")}
     assert found["q0"]["error_step"] is None and "--missing-diagrams" in found["q0"]["reason"]
@@ -463,24 +456,10 @@ def test_a_thousand_rows_with_faults_and_kills(judge, tmp_path):
         draw.choice(faults) if draw.random() < 0.2 else verdicts(true_step(body))
     )
     url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
-    command = [
-        sys.executable,
-        f"{STAGES[2]}.py",
-        "--samples",
-        str(tmp_path / "in.jsonl"),
-        "--out",
-        str(tmp_path / "out.jsonl"),
-        "--locator",
-        "judge",
-        "--judge-model",
-        "judge",
-        "--judge-base-url",
-        url,
-        "--judge-timeout",
-        "2",
-        "--retries",
-        "9",
-    ]
+    command = [sys.executable, f"{STAGES[2]}.py", "--samples", str(tmp_path / "in.jsonl")]
+    command += ["--out", str(tmp_path / "out.jsonl"), "--locator", "judge"]
+    command += ["--judge-model", "judge", "--judge-base-url", url, "--judge-timeout", "2"]
+    command += ["--retries", "9"]
     for _ in range(3):
         process = subprocess.Popen(
             command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
@@ -522,21 +501,9 @@ def test_open_rows_go_to_the_rollouts(judge, bundled, tmp_path):
         verdicts(2) if any(p in body["messages"][0]["content"] for p in known) else "no idea"
     )
     url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
-    run(
-        2,
-        "--samples",
-        tmp_path / "in.jsonl",
-        "--locator",
-        "judge",
-        "--judge-base-url",
-        url,
-        "--judge-model",
-        "judge",
-        "--retries",
-        0,
-        "--out",
-        tmp_path / "judged.jsonl",
-    )
+    options = ["--samples", tmp_path / "in.jsonl", "--locator", "judge", "--judge-base-url", url]
+    options += ["--judge-model", "judge", "--retries", 0, "--out", tmp_path / "judged.jsonl"]
+    run(2, *options)
     command = ["--samples", tmp_path / "in.jsonl", *bundled, "--max-tokens", 300, "--rollouts", 4]
     done = run(2, *command, "--known", tmp_path / "judged.jsonl", "--out", tmp_path / "out.jsonl")
     found = {row["problem"]: row for row in read(tmp_path / "out.jsonl")}
@@ -606,24 +573,11 @@ def test_the_order_of_the_samples_does_not_count(tmp_path):
 @pytest.mark.slow
 def test_kept_rollouts_are_used_by_03(bundled, tmp_path):
     common = [*bundled, "--max-tokens", 300]
-    run(
-        1,
-        "--data",
-        TINY / "train.jsonl",
-        "--limit",
-        40,
-        "--out",
-        tmp_path / "samples.jsonl",
-        *common,
-    )
-    located = [
-        "--samples",
-        tmp_path / "samples.jsonl",
-        "--out",
-        tmp_path / "located.jsonl",
-        "--rollouts",
-        4,
-    ]
+    options = ["--data", TINY / "train.jsonl", "--limit", 40, "--out", tmp_path / "samples.jsonl"]
+    options += [*common]
+    run(1, *options)
+    located = ["--samples", tmp_path / "samples.jsonl", "--out", tmp_path / "located.jsonl"]
+    located += ["--rollouts", 4]
     run(2, *located, "--keep-rollouts", tmp_path / "rollouts.jsonl", *common)
     rows = {(row["id"], row["sample"]): row for row in read(tmp_path / "located.jsonl")}
     kept = {
@@ -649,14 +603,8 @@ def test_kept_rollouts_are_used_by_03(bundled, tmp_path):
     for pair in read(tmp_path / "pairs.jsonl"):
         assert pair["full_chosen"].startswith(pair["initial_reason_steps"] + pair["chosen"])
         assert pair["full_chosen"].endswith(f"{{{pair['answer']}}}.")
-    other = [
-        "--out",
-        tmp_path / "x.jsonl",
-        "--rollouts",
-        tmp_path / "rollouts.jsonl",
-        "--top-p",
-        0.9,
-    ]
+    other = ["--out", tmp_path / "x.jsonl", "--rollouts", tmp_path / "rollouts.jsonl"]
+    other += ["--top-p", 0.9]
     done = run(3, *arguments, *other, check=False)
     assert done.returncode == 2 and "was made with top_p = 0.95" in done.stderr
 
@@ -781,14 +729,8 @@ def test_sample_rows_are_those_that_02_splits(tmp_path):
 def test_a_page_does_not_write_over_a_file_that_is_not_its_own(tmp_path):
     wrong_samples(tmp_path / "in.jsonl", 2)
     (tmp_path / "located.jsonl").write_text("{}\n")
-    done = run(
-        "annotate",
-        "--samples",
-        tmp_path / "in.jsonl",
-        "--out",
-        tmp_path / "located.jsonl",
-        check=False,
-    )
+    options = ["--samples", tmp_path / "in.jsonl", "--out", tmp_path / "located.jsonl"]
+    done = run("annotate", *options, check=False)
     assert done.returncode == 2
     assert "--annotator" in done.stderr
     assert (tmp_path / "located.jsonl").read_text() == "{}\n"
@@ -902,14 +844,8 @@ def test_the_demo_in_a_browser(tmp_path):
         )
     tuned.save_pretrained(tmp_path / "tuned")
     row = read(TINY / "test.jsonl")[0]
-    command = [
-        "analysis/demo.py",
-        "--models",
-        TINY / "model",
-        tmp_path / "tuned",
-        "--examples",
-        TINY / "test.jsonl",
-    ]
+    command = ["analysis/demo.py", "--models", TINY / "model", tmp_path / "tuned"]
+    command += ["--examples", TINY / "test.jsonl"]
     with (
         sync_api.sync_playwright() as playwright,
         page_of(playwright, command, "#problem textarea") as page,

@@ -54,17 +54,9 @@ def test_dpo_pairs_use_every_solution_once_before_any_twice(tmp_path):
     write(tmp_path / "s.jsonl", rows)
     for most, expected in ((1, 1), (2, 2), (0, 4)):
         out = tmp_path / f"{most}.jsonl"
-        done = run(
-            3,
-            "--method",
-            "dpo",
-            "--samples",
-            tmp_path / "s.jsonl",
-            "--pairs-per-problem",
-            most,
-            "--out",
-            out,
-        )
+        options = ["--method", "dpo", "--samples", tmp_path / "s.jsonl"]
+        options += ["--pairs-per-problem", most, "--out", out]
+        done = run(3, *options)
         pairs = read(out)
         assert len(pairs) == expected
         assert (
@@ -81,17 +73,9 @@ def test_dpo_pairs_use_every_solution_once_before_any_twice(tmp_path):
         == len({p["rejected"] for p in read(tmp_path / "2.jsonl")})
     )
     before = (tmp_path / "0.jsonl").read_bytes()
-    run(
-        3,
-        "--method",
-        "dpo",
-        "--samples",
-        tmp_path / "s.jsonl",
-        "--pairs-per-problem",
-        0,
-        "--out",
-        tmp_path / "0.jsonl",
-    )
+    options = ["--method", "dpo", "--samples", tmp_path / "s.jsonl", "--pairs-per-problem", 0]
+    options += ["--out", tmp_path / "0.jsonl"]
+    run(3, *options)
     assert (tmp_path / "0.jsonl").read_bytes() == before
 
 
@@ -165,17 +149,8 @@ def test_scdpo_pairs_survive_kills_and_follow_their_form(samples, server, tmp_pa
         assert answer is not None and not asyncio.run(grader(pair["answer"], answer))
     grader.close()
     assert len({pair["error_step"] for pair in pairs}) > 1, "k is drawn"
-    theirs = [
-        "--every-step",
-        "--first-k",
-        0,
-        "--tries",
-        1,
-        "--solutions-per-problem",
-        1,
-        "--pairs-per-problem",
-        2,
-    ]
+    theirs = ["--every-step", "--first-k", 0, "--tries", 1, "--solutions-per-problem", 1]
+    theirs += ["--pairs-per-problem", 2]
     every = run(3, *arguments, *theirs, "--out", tmp_path / "every.jsonl")
     first = {}
     for row in sorted(read(samples), key=lambda row: row["sample"]):
@@ -235,19 +210,9 @@ def test_heat_rises_step_by_step(samples, server, tmp_path, monkeypatch):
 def test_rectifier_and_judge(samples, bundled, judge, tmp_path):  # noqa: F811
     """Chosen steps by another model under its name; then the judge drops every pair whose problem
     it finds wrong."""
-    run(
-        2,
-        "--samples",
-        samples,
-        "--rollouts",
-        4,
-        "--limit",
-        30,
-        "--out",
-        tmp_path / "l.jsonl",
-        *SHORT,
-        *bundled,
-    )
+    options = ["--samples", samples, "--rollouts", 4, "--limit", 30, "--out", tmp_path / "l.jsonl"]
+    options += [*SHORT, *bundled]
+    run(2, *options)
     arguments = ["--located", tmp_path / "l.jsonl", "--n", 4, *SHORT]
     run(3, *arguments, "--rectifier", bundled[1], "--out", tmp_path / "p.jsonl")
     pairs = read(tmp_path / "p.jsonl")
@@ -267,15 +232,8 @@ def test_rectifier_and_judge(samples, bundled, judge, tmp_path):  # noqa: F811
 
     judge.script = lambda number, body: answer(body)
     url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
-    command = [
-        tmp_path / "p.jsonl",
-        "--out",
-        tmp_path / "kept.jsonl",
-        "--judge-model",
-        "judge",
-        "--judge-base-url",
-        url,
-    ]
+    command = [tmp_path / "p.jsonl", "--out", tmp_path / "kept.jsonl", "--judge-model", "judge"]
+    command += ["--judge-base-url", url]
     done = run("check_chosen", *command)
     kept = read(tmp_path / "kept.jsonl")
     assert kept == [pair for pair in pairs if pair["id"] not in dropped]
@@ -383,28 +341,12 @@ def test_a_code_integrated_solution_has_22_blocks_at_most():
 def test_training_on_a_mix(samples, bundled, tmp_path):
     """04 on naive and step-controlled pairs together: both suffixes end their solution, so both end
     in EOS."""
-    run(
-        3,
-        "--method",
-        "dpo",
-        "--samples",
-        samples,
-        "--pairs-per-problem",
-        2,
-        "--out",
-        tmp_path / "naive.jsonl",
-    )
-    run(
-        3,
-        "--method",
-        "scdpo",
-        "--samples",
-        samples,
-        "--out",
-        tmp_path / "sc.jsonl",
-        *SHORT,
-        *bundled,
-    )
+    options = ["--method", "dpo", "--samples", samples, "--pairs-per-problem", 2]
+    options += ["--out", tmp_path / "naive.jsonl"]
+    run(3, *options)
+    options = ["--method", "scdpo", "--samples", samples, "--out", tmp_path / "sc.jsonl", *SHORT]
+    options += [*bundled]
+    run(3, *options)
     both = read(tmp_path / "naive.jsonl") + read(tmp_path / "sc.jsonl")
     from transformers import AutoTokenizer
 
@@ -415,22 +357,9 @@ def test_training_on_a_mix(samples, bundled, tmp_path):
             ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[:-1]
             for ids in suffixes
         )
-    done = run(
-        4,
-        "--data",
-        tmp_path / "naive.jsonl",
-        tmp_path / "sc.jsonl",
-        "--model",
-        TINY / "model",
-        "--out",
-        tmp_path / "tuned",
-        "--epochs",
-        1,
-        "--batch-size",
-        8,
-        "--lr",
-        1e-5,
-    )
+    options = ["--data", tmp_path / "naive.jsonl", tmp_path / "sc.jsonl", "--model", TINY / "model"]
+    options += ["--out", tmp_path / "tuned", "--epochs", 1, "--batch-size", 8, "--lr", 1e-5]
+    done = run(4, *options)
     assert f"{len(both)} pairs" in done.stdout + done.stderr
 
 

@@ -176,15 +176,8 @@ def test_the_bundled_prm_finds_most_first_errors(tmp_path, capsys):
     labelled(tmp_path / "labels.jsonl")
     score = [tmp_path / "labels.jsonl", "--prm", PRM]
     run("score_steps", *score)
-    arguments = [
-        "--samples",
-        tmp_path / "labels.scored.jsonl",
-        "--include-correct",
-        "--locator",
-        "scores",
-        "--out",
-        tmp_path / "out.jsonl",
-    ]
+    arguments = ["--samples", tmp_path / "labels.scored.jsonl", "--include-correct"]
+    arguments += ["--locator", "scores", "--out", tmp_path / "out.jsonl"]
     done = run(2, *arguments)
     rows = read(tmp_path / "out.jsonl")
     said = [(row["label"], (row["error_step"] or 0) - 1) for row in rows]
@@ -379,16 +372,9 @@ def test_rows_that_cannot_be_scored_stay_open(tmp_path, capsys):
     )
     scored = read(tmp_path / "in.scored.jsonl")
     assert [row["step_scores"] is None for row in scored] == [False, True, True, True, True, False]
-    run(
-        2,
-        "--samples",
-        tmp_path / "in.scored.jsonl",
-        "--include-correct",
-        "--locator",
-        "scores",
-        "--out",
-        tmp_path / "out.jsonl",
-    )
+    options = ["--samples", tmp_path / "in.scored.jsonl", "--include-correct"]
+    options += ["--locator", "scores", "--out", tmp_path / "out.jsonl"]
+    run(2, *options)
     found = {row["id"]: row for row in read(tmp_path / "out.jsonl")}
     reasons = [str(found[row["id"]]["reason"]) for row in rows]
     assert "marks: " in reasons[1]
@@ -448,17 +434,8 @@ def test_consensus_keeps_what_both_say(judge, tmp_path):  # noqa: F811
     url = f"http://127.0.0.1:{judge.server_port}/v1"
     run("score_steps", tmp_path / "labels.jsonl", "--prm", PRM)
     samples = ["--samples", tmp_path / "labels.scored.jsonl", "--include-correct"]
-    judged = [
-        *samples,
-        "--locator",
-        "judge",
-        "--judge-model",
-        "judge",
-        "--judge-base-url",
-        url,
-        "--out",
-        tmp_path / "judged.jsonl",
-    ]
+    judged = [*samples, "--locator", "judge", "--judge-model", "judge", "--judge-base-url", url]
+    judged += ["--out", tmp_path / "judged.jsonl"]
     run(2, *samples, "--locator", "scores", "--out", tmp_path / "scores.jsonl")
     run(2, *judged, "--limit", 10)
     asked = judge.count
@@ -559,17 +536,8 @@ def test_processbench_as_a_command(tmp_path):
     (tmp_path / "pb" / "math.json").write_text(
         json.dumps([row | {"steps": [s.strip() for s in row["steps"]]} for row in rows])
     )
-    arguments = [
-        "--data-dir",
-        tmp_path / "pb",
-        "--files",
-        "gsm8k",
-        "math",
-        "--out",
-        tmp_path / "out",
-        "--limit",
-        40,
-    ]
+    arguments = ["--data-dir", tmp_path / "pb", "--files", "gsm8k", "math"]
+    arguments += ["--out", tmp_path / "out", "--limit", 40]
     done = run("processbench", *arguments, "--prm", PRM)
     table = [
         [c.strip() for c in line.split("|")[1:-1]]
@@ -661,23 +629,8 @@ def test_a_critic_by_the_papers_protocol(votes, judge, tmp_path):  # noqa: F811
 
     judge.script = script
     url = f"http://127.0.0.1:{judge.server_port}/v1"
-    command = [
-        "--data-dir",
-        tmp_path / "pb",
-        "--files",
-        "gsm8k",
-        "--out",
-        tmp_path / "out",
-        "--votes",
-        votes,
-        "--price",
-        1e4,
-        1e4,
-        "--model",
-        "judge",
-        "--base-url",
-        url,
-    ]
+    command = ["--data-dir", tmp_path / "pb", "--files", "gsm8k", "--out", tmp_path / "out"]
+    command += ["--votes", votes, "--price", 1e4, 1e4, "--model", "judge", "--base-url", url]
     done = run("processbench", *command)
     assert judge.count == 5 * votes
     sampling = {"temperature": 0.0} if votes == 1 else {"temperature": 1.0, "top_p": 0.9}
@@ -699,17 +652,9 @@ def test_a_critic_by_the_papers_protocol(votes, judge, tmp_path):  # noqa: F811
 def test_training_a_prm(tmp_path):
     """A short training on 100 solutions: the loss falls."""
     labelled(tmp_path / "labels.jsonl", 120)
-    run(
-        "train_prm",
-        "--data",
-        tmp_path / "labels.jsonl",
-        "--out",
-        tmp_path / "prm",
-        "--held-out",
-        20,
-        "--epochs",
-        4,
-    )
+    options = ["--data", tmp_path / "labels.jsonl", "--out", tmp_path / "prm", "--held-out", 20]
+    options += ["--epochs", 4]
+    run("train_prm", *options)
     figures = json.loads((tmp_path / "prm" / "training.json").read_text())
     assert figures["solutions"] == 100 and 0 < figures["last loss"] < 0.8 * figures["first loss"]
     run("score_steps", tmp_path / "labels.jsonl", "--prm", tmp_path / "prm")

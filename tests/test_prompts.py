@@ -309,22 +309,9 @@ def test_training_goes_on_by_the_prompt(small_model, tmp_path):
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "dated.jinja").write_text(DATED)
-    arguments = [
-        "--data",
-        tmp_path / "pairs.jsonl",
-        "--model",
-        small_model,
-        "--out",
-        tmp_path / "out",
-        "--batch-size",
-        2,
-        "--epochs",
-        2,
-        "--save-steps",
-        2,
-        "--chat-template",
-        tmp_path / "dated.jinja",
-    ]
+    arguments = ["--data", tmp_path / "pairs.jsonl", "--model", small_model]
+    arguments += ["--out", tmp_path / "out", "--batch-size", 2, "--epochs", 2, "--save-steps", 2]
+    arguments += ["--chat-template", tmp_path / "dated.jinja"]
     run(4, *arguments)
     (tmp_path / "dated.jinja").write_text(DATED.replace("25 Nov", "26 Nov"))
     refused(4, *arguments)

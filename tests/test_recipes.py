@@ -94,18 +94,9 @@ def code_to_report(url: str, tmp_path: Path):
                 assert output == {"type": "execution", "content": str(value)}
                 ran += 1
     assert ran > 100 and sum(row["correct"] for row in rows) > 20
-    run(
-        3,
-        "--method",
-        "scdpo",
-        "--samples",
-        tmp_path / "s.jsonl",
-        "--model",
-        model,
-        "--out",
-        tmp_path / "p.jsonl",
-        *manner,
-    )
+    options = ["--method", "scdpo", "--samples", tmp_path / "s.jsonl", "--model", model]
+    options += ["--out", tmp_path / "p.jsonl", *manner]
+    run(3, *options)
     pairs = read(tmp_path / "p.jsonl")
     for pair in pairs:
         prefix = pair["initial_reason_steps"]
@@ -115,18 +106,9 @@ def code_to_report(url: str, tmp_path: Path):
         assert prefix + pair["rejected"] == pair["full_rejected"]
         assert len(stage(1).blocks_of(pair["chosen"])) >= 2
     assert pairs
-    run(
-        5,
-        "--data",
-        TINY / "test.jsonl",
-        "--limit",
-        10,
-        "--models",
-        model,
-        "--out",
-        tmp_path / "results",
-        *manner,
-    )
+    options = ["--data", TINY / "test.jsonl", "--limit", 10, "--models", model]
+    options += ["--out", tmp_path / "results", *manner]
+    run(5, *options)
     assert "| rounds | executions | failures |" in (tmp_path / "results" / "report.md").read_text()
 
 

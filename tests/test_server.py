@@ -154,17 +154,8 @@ def test_until_both_goes_on_as_long_as_needed(bundled, tmp_path):
 def test_unfinished_samples_are_not_the_wrong_one(bundled, tmp_path):
     """--until-both goes on until an answer is right and another, finished and parsed, is wrong:
     then 03 finds a pair."""
-    arguments = [
-        "--data",
-        TINY / "train.jsonl",
-        "--limit",
-        40,
-        "--until-both",
-        6,
-        "--max-tokens",
-        70,
-        *bundled,
-    ]
+    arguments = ["--data", TINY / "train.jsonl", "--limit", 40, "--until-both", 6]
+    arguments += ["--max-tokens", 70, *bundled]
     run(1, *arguments, "--out", tmp_path / "a.jsonl")
     by_problem = {}
     for row in read(tmp_path / "a.jsonl"):
@@ -208,17 +199,9 @@ def test_the_models_generation_config_does_not_sample(bundled, tmp_path):
     run(5, *arguments, "--models", penalized, "--out", tmp_path / "own")
     with serving(penalized, tmp_path / "server.log", "--generation-config", "auto") as (url, key):
         environment = os.environ | {"OPENAI_API_KEY": key}
-        run(
-            5,
-            *arguments,
-            "--models",
-            penalized,
-            "--base-url",
-            url,
-            "--out",
-            tmp_path / "running",
-            env=environment,
-        )
+        options = [*arguments, "--models", penalized, "--base-url", url]
+        options += ["--out", tmp_path / "running"]
+        run(5, *options, env=environment)
     texts = {}
     for path in tmp_path.glob("*/validation/*.jsonl"):
         texts[path.parent.parent.name] = {row["id"]: row["response"] for row in read(path)}
@@ -334,47 +317,23 @@ def test_a_prompt_too_long_for_the_model_goes_through(bundled, tmp_path):
     (tmp_path / "in.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in [long, read(TINY / "train.jsonl")[0]])
     )
-    run(
-        1,
-        "--data",
-        tmp_path / "in.jsonl",
-        "--n",
-        8,
-        "--out",
-        tmp_path / "s.jsonl",
-        *SHORT,
-        *bundled,
-    )
+    options = ["--data", tmp_path / "in.jsonl", "--n", 8, "--out", tmp_path / "s.jsonl", *SHORT]
+    options += [*bundled]
+    run(1, *options)
     assert {row["finish_reason"] for row in read(tmp_path / "s.jsonl") if row["id"] == "long"} == {
         "refused"
     }
-    run(
-        2,
-        "--samples",
-        tmp_path / "s.jsonl",
-        "--rollouts",
-        2,
-        "--out",
-        tmp_path / "l.jsonl",
-        *SHORT,
-        *bundled,
-    )
+    options = ["--samples", tmp_path / "s.jsonl", "--rollouts", 2, "--out", tmp_path / "l.jsonl"]
+    options += [*SHORT, *bundled]
+    run(2, *options)
     reasons = [row["reason"] for row in read(tmp_path / "l.jsonl") if row["id"] == "long"]
     assert reasons == 8 * ["no response to look at"]
     (tmp_path / "l.jsonl").write_text(
         json.dumps(SOLVED) + "\n" + (tmp_path / "l.jsonl").read_text()
     )
-    done = run(
-        3,
-        "--located",
-        tmp_path / "l.jsonl",
-        "--n",
-        2,
-        "--out",
-        tmp_path / "p.jsonl",
-        *SHORT,
-        *bundled,
-    )
+    options = ["--located", tmp_path / "l.jsonl", "--n", 2, "--out", tmp_path / "p.jsonl", *SHORT]
+    options += [*bundled]
+    done = run(3, *options)
     assert "errors not located" in done.stdout
 
 
@@ -394,33 +353,12 @@ def test_saved_models_decode_alike_in_vllm_and_transformers(files, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    run(
-        4,
-        "--data",
-        files / "pairs.jsonl",
-        "--model",
-        TINY / "model",
-        "--out",
-        tmp_path / "tuned",
-        "--lora-rank",
-        4,
-        "--lr",
-        1e-3,
-        "--epochs",
-        2,
-        "--batch-size",
-        4,
-    )
-    arguments = [
-        "--data",
-        TINY / "validation.jsonl",
-        "--limit",
-        16,
-        "--max-tokens",
-        120,
-        "--models",
-        tmp_path / "tuned",
-    ]
+    options = ["--data", files / "pairs.jsonl", "--model", TINY / "model"]
+    options += ["--out", tmp_path / "tuned", "--lora-rank", 4, "--lr", 1e-3, "--epochs", 2]
+    options += ["--batch-size", 4]
+    run(4, *options)
+    arguments = ["--data", TINY / "validation.jsonl", "--limit", 16, "--max-tokens", 120]
+    arguments += ["--models", tmp_path / "tuned"]
     run(5, *arguments, "--out", tmp_path / "results", "--engine-args=--dtype float32")
     [responses] = (tmp_path / "results" / "validation").glob("*tuned.jsonl")
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", dtype=torch.float32)

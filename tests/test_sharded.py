@@ -91,14 +91,8 @@ def arguments(folder: Path, model: str, out: Path) -> list:
 
 def launch(config: str, *given, machine: tuple = ()) -> list[str]:
     """`machine`: options of accelerate that tell one of several which it is."""
-    accelerate = [
-        "accelerate.commands.launch",
-        "--config_file",
-        f"configs/{config}.yaml",
-        "--num_processes",
-        "2",
-        *machine,
-    ]
+    accelerate = ["accelerate.commands.launch", "--config_file", f"configs/{config}.yaml"]
+    accelerate += ["--num_processes", "2", *machine]
     more = ["--mixed_precision", "no", "tests/sharded_cpu.py", *given]
     return [sys.executable, "-m", *map(str, [*accelerate, *more])]
 

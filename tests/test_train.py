@@ -441,21 +441,9 @@ def test_rows_with_an_empty_side_are_left_out_counted_and_named(tmp_path, small_
     rows[2]["rejected"], rows[4]["full_rejected"], rows[6]["chosen"] = None, "", " "
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for sides, count, named in (("step", 6, "row 3, 7"), ("full", 7, "row 5")):
-        done = run(
-            4,
-            "--data",
-            tmp_path / "pairs.jsonl",
-            "--model",
-            small_model,
-            "--sides",
-            sides,
-            "--epochs",
-            1,
-            "--batch-size",
-            4,
-            "--out",
-            tmp_path / sides,
-        )
+        options = ["--data", tmp_path / "pairs.jsonl", "--model", small_model, "--sides", sides]
+        options += ["--epochs", 1, "--batch-size", 4, "--out", tmp_path / sides]
+        done = run(4, *options)
         assert f"{count} pairs" in done.stderr and f"{8 - count} with an empty side" in done.stderr
         assert f"an empty side in {named}\n" in done.stderr
         assert read(tmp_path / sides / "metrics.jsonl")[0]["loss"] == pytest.approx(
@@ -506,19 +494,9 @@ def test_sft_on_samples_takes_right_responses_once(tmp_path, small_model):
         {"problem": problem, "solution": text}
         for problem, text in (("a", "Step 1: 3."), ("a", "Step 1: three."), ("b", "Step 1: 3."))
     ]
-    done = run(
-        4,
-        "--objective",
-        "sft",
-        "--data",
-        tmp_path / "samples.jsonl",
-        "--model",
-        small_model,
-        "--epochs",
-        1,
-        "--out",
-        tmp_path / "tuned",
-    )
+    options = ["--objective", "sft", "--data", tmp_path / "samples.jsonl", "--model", small_model]
+    options += ["--epochs", 1, "--out", tmp_path / "tuned"]
+    done = run(4, *options)
     assert "training on the field 'response'" in done.stderr
     assert "5 samples, 4 right, 3 of these distinct" in done.stderr
     assert "first row" in done.stderr and "REFERENCE" not in done.stderr
@@ -655,15 +633,8 @@ def test_training_starts_at_ln_2_moves_weights_and_resumes_exactly(tmp_path, sma
     assert lines[-1]["val_accuracy"] == 1.0
     # stop after step 4 (a kill right after its checkpoint), go on: the same numbers and the same
     # weights
-    arguments = [
-        *common(tmp_path, small_model, "parts"),
-        "--lr",
-        1e-3,
-        "--save-steps",
-        4,
-        "--keep",
-        9,
-    ]
+    arguments = [*common(tmp_path, small_model, "parts"), "--lr", 1e-3, "--save-steps", 4]
+    arguments += ["--keep", 9]
     run(4, *arguments)
     out = tmp_path / "parts"
     (out / "model.safetensors").unlink()
@@ -705,20 +676,8 @@ def test_micro_batches_and_processes_do_not_change_the_step(tmp_path, small_mode
     """One optimizer step over 7 pairs: packed as one batch, as many, and over two processes, the
     weights are the same."""
     write_pairs(tmp_path / "pairs.jsonl", 7)
-    base = [
-        "--data",
-        tmp_path / "pairs.jsonl",
-        "--model",
-        small_model,
-        "--precision",
-        "fp32",
-        "--epochs",
-        1,
-        "--batch-size",
-        7,
-        "--lr",
-        1e-4,
-    ]
+    base = ["--data", tmp_path / "pairs.jsonl", "--model", small_model, "--precision", "fp32"]
+    base += ["--epochs", 1, "--batch-size", 7, "--lr", 1e-4]
     run(4, *base, "--out", tmp_path / "one")
     run(4, *base, "--out", tmp_path / "many", "--tokens-per-batch", 150)
     launch = [
@@ -823,27 +782,10 @@ def test_sft_loss_is_the_mean_over_the_solution_tokens(tmp_path, small_model, to
     micro-batches."""
     rows = [row for row in read(TINY / "validation.jsonl")[:6]]
     (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run(
-        4,
-        "--objective",
-        "sft",
-        "--data",
-        tmp_path / "sft.jsonl",
-        "--model",
-        small_model,
-        "--out",
-        tmp_path / "out",
-        "--precision",
-        "fp32",
-        "--batch-size",
-        6,
-        "--tokens-per-batch",
-        300,
-        "--epochs",
-        30,
-        "--lr",
-        3e-3,
-    )
+    options = ["--objective", "sft", "--data", tmp_path / "sft.jsonl", "--model", small_model]
+    options += ["--out", tmp_path / "out", "--precision", "fp32", "--batch-size", 6]
+    options += ["--tokens-per-batch", 300, "--epochs", 30, "--lr", 3e-3]
+    run(4, *options)
     lm = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
     total = 0.0
     count = 0
@@ -861,22 +803,8 @@ def test_sft_loss_is_the_mean_over_the_solution_tokens(tmp_path, small_model, to
 @pytest.mark.slow
 def test_the_maker_of_the_bundled_model_trains_by_04(tmp_path):
     """A very small one: the committed problems come out again, and the loss falls."""
-    arguments = [
-        "--out",
-        tmp_path / "a",
-        "--work",
-        tmp_path / "work-a",
-        "--steps",
-        8,
-        "--batch",
-        16,
-        "--hidden",
-        32,
-        "--layers",
-        1,
-        "--log-steps",
-        1,
-    ]
+    arguments = ["--out", tmp_path / "a", "--work", tmp_path / "work-a", "--steps", 8]
+    arguments += ["--batch", 16, "--hidden", 32, "--layers", 1, "--log-steps", 1]
     subprocess.run(
         [sys.executable, TINY / "make.py", *map(str, arguments)],
         check=True,
@@ -1283,16 +1211,9 @@ def test_eos_of_a_tokenizer_does_not_stand_in_the_middle(tmp_path):
 @pytest.mark.parametrize("save", ["merged", "adapter"])
 def test_lora_moves_only_adapters_and_saves_both_ways(save, tmp_path, small_model):
     write_pairs(tmp_path / "pairs.jsonl")
-    run(
-        4,
-        *common(tmp_path, small_model, "out"),
-        "--lr",
-        1e-2,
-        "--lora-rank",
-        4,
-        "--lora-save",
-        save,
-    )
+    options = [*common(tmp_path, small_model, "out"), "--lr", 1e-2, "--lora-rank", 4]
+    options += ["--lora-save", save]
+    run(4, *options)
     lines = read(tmp_path / "out" / "metrics.jsonl")
     assert abs(lines[0]["val_loss"] - math.log(2)) < 1e-5 and lines[-1]["val_margin"] > 0.01
     base = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
@@ -1322,15 +1243,8 @@ def test_kill_at_any_moment_and_go_on_bit_for_bit(tmp_path, small_model):
     import time
 
     write_pairs(tmp_path / "pairs.jsonl", 60)
-    arguments = [
-        *common(tmp_path, small_model, "whole"),
-        "--lr",
-        1e-3,
-        "--save-steps",
-        1,
-        "--keep",
-        2,
-    ]
+    arguments = [*common(tmp_path, small_model, "whole"), "--lr", 1e-3, "--save-steps", 1]
+    arguments += ["--keep", 2]
     run(4, *arguments)
     arguments[arguments.index(tmp_path / "whole")] = out = tmp_path / "killed"
     moments, writing = random.Random(0), 0
@@ -1619,15 +1533,8 @@ def test_the_launch_file_that_fits_is_named(monkeypatch, capsys, size, world, gp
 def test_estimate_counts_a_launch_file_without_its_gpus(tmp_path):
     model = shaped_folder(tmp_path / "7b", "7b")
     write_pairs(tmp_path / "pairs.jsonl")
-    given = [
-        "--data",
-        tmp_path / "pairs.jsonl",
-        "--model",
-        model,
-        "--gradient-checkpointing",
-        "--tokens-per-batch",
-        8192,
-    ]
+    given = ["--data", tmp_path / "pairs.jsonl", "--model", model, "--gradient-checkpointing"]
+    given += ["--tokens-per-batch", 8192]
     for config, count, device in (
         ("fsdp2", 4, 38.75),
         ("zero3_offload", 8, 12.91),
@@ -1650,14 +1557,8 @@ def test_many_pairs_in_little_memory(tmp_path, small_model):
     """Through the estimate; 10,000 pairs may add a tenth of the 2 GB that are allowed for
     100,000."""
     text = [json.dumps(pair(n)) + "\n" for n in range(10_000)]
-    arguments = [
-        "--data",
-        tmp_path / "pairs.jsonl",
-        "--model",
-        small_model,
-        "--out",
-        tmp_path / "out",
-    ]
+    arguments = ["--data", tmp_path / "pairs.jsonl", "--model", small_model]
+    arguments += ["--out", tmp_path / "out"]
     watch = "import resource, subprocess, sys; subprocess.run(sys.argv[1:]); "
     watch += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     peaks = []
@@ -1679,16 +1580,9 @@ def test_many_pairs_in_little_memory(tmp_path, small_model):
     (tmp_path / "pairs.jsonl").write_text(
         "".join(text[:7]) + '{"prompt": "torn\n' + "".join(text[7:])
     )
-    done = run(
-        4,
-        "--data",
-        tmp_path / "pairs.jsonl",
-        "--model",
-        small_model,
-        "--out",
-        tmp_path / "out",
-        check=False,
-    )
+    options = ["--data", tmp_path / "pairs.jsonl", "--model", small_model]
+    options += ["--out", tmp_path / "out"]
+    done = run(4, *options, check=False)
     assert done.returncode == 2 and "pairs.jsonl, line 8: not JSON" in done.stderr
 
 
