@@ -179,15 +179,7 @@ class Args:
 
 
 # What makes a step, with all that it uses: a run does not resume after an edit of it.
-STEP_CODE = (
-    "train_step",
-    "make_optimizer",
-    "learning_rate",
-    "batches",
-    "encode",
-    "split_sides",
-    "SuffixScorer",
-)
+STEP_CODE = ("train_step", "make_optimizer", "learning_rate", "batches", "encode", "SuffixScorer")
 
 
 def main(args: Args):
@@ -367,10 +359,7 @@ def validate(scorer, pairs: Pairs, args: Args, accelerator: Accelerator) -> dict
     metrics = dpo_loss(logps, pairs, list(range(len(pairs))), args)
     del metrics["chosen_reward"], metrics["rejected_reward"]
     if metrics["accuracy"].mean() == 1.0 and len(pairs) >= 20:
-        warn(
-            "validation accuracy 1.0: the pairs are too easy, or validation pairs stand in the "
-            "training data"
-        )
+        warn("validation accuracy 1.0: the pairs are too easy, or are in the training data too")
     return {f"val_{name}": values.mean().item() for name, values in metrics.items()}
 
 
@@ -541,20 +530,18 @@ def load_rows(name: str, objective: str) -> list[dict]:
     is_file = name.endswith(".jsonl") or Path(name).exists()
     rows = read_rows(Path(name), ()) if is_file else load_hub(name)
     if objective == "sft":
-        response = "response" if "response" in rows[0] else "solution"
-        fields = ("problem", response, *["correct"] * (response == "response"))
-        print_main(f"{name}: training on the field {response!r}")
+        of_01 = "response" in rows[0]
+        fields = ("problem", "response", "correct") if of_01 else ("problem", "solution")
+        print_main(f"{name}: training on the field {fields[1]!r}")
     elif "initial_reason_steps" in rows[0]:
         fields = STEP_FIELDS
     else:
         fields = PAIR_FIELDS if "prompt" in rows[0] else ("chosen", "rejected")
     for number, row in enumerate(rows, 1):
-        missing = [field for field in fields if field not in row]
-        if missing:
-            stop(
-                f"--data {name}, row {number}: no {missing[0]!r}; every row needs "
-                f"{', '.join(fields)}"
-            )
+        for field in fields:
+            if field not in row:
+                needed = ", ".join(fields)
+                stop(f"--data {name}, row {number}: no {field!r}; every row needs {needed}")
     if fields == ("chosen", "rejected"):
         places = [f"--data {name}, row {number}" for number in range(1, len(rows) + 1)]
         return list(map(explicit_prompt, rows, places))
@@ -597,10 +584,7 @@ def explicit_prompt(row: dict, place: str) -> dict:
     if isinstance(chosen, str) and chosen[:shared].endswith(" "):
         shared -= 1  # a space belongs to the token after it
     if chosen and rejected and not shared:
-        stop(
-            f"{place}: no 'prompt', and chosen and rejected do not begin alike; every row needs a "
-            "prompt"
-        )
+        stop(f"{place}: no 'prompt', and chosen and rejected do not begin alike; give a prompt")
     return {
         **row,
         "prompt": chosen[:shared],
@@ -676,10 +660,7 @@ def encode(row: dict, tokenizer, sides: str = "step") -> tuple[list[int], list[l
         text, texts = render_blocks(row)
         is_plain = True
     elif len({isinstance(row[field], str) for field in PAIR_FIELDS}) > 1:
-        raise TypeError(
-            "of prompt, chosen and rejected some are texts and some are messages; give all in one "
-            "form"
-        )
+        raise TypeError("of prompt, chosen and rejected some are texts and some messages")
     elif isinstance(row["prompt"], str):
         text, texts = row["prompt"], [row["chosen"], row["rejected"]]
         is_plain = True
@@ -726,9 +707,7 @@ def render_messages(row: dict, tokenizer) -> tuple[str, list[str]]:
     text = render(row["prompt"], add_generation_prompt=True)
     wholes = [render(row["prompt"] + row[side]) for side in ("chosen", "rejected")]
     if not all(whole.startswith(text) for whole in wholes):
-        raise ValueError(
-            f"the chat template renders the prompt alone in another way, as {text[-60:]!r}"
-        )
+        raise ValueError(f"it renders the prompt alone in another way, as {text[-60:]!r}")
     return text, [whole[len(text) :] for whole in wholes]
 
 
@@ -864,25 +843,16 @@ def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
         try:
             prefix, suffixes = encode(row, tokenizer, args.sides)
         except (TypeError, KeyError, AttributeError, IndexError) as error:
-            stop(
-                f"{name}, row {number}: {error.__class__.__name__}: {error}; see the formats in "
-                f"{Path(__file__).name}"
-            )
+            reason = f"{error.__class__.__name__}: {error}"
+            stop(f"{name}, row {number}: {reason}; see the formats in {Path(__file__).name}")
         except (ValueError, jinja2.TemplateError) as error:
-            stop(
-                f"--model {args.model}: its chat template fails ({error}); give another by "
-                "--chat-template"
-            )
+            stop(f"--model {args.model}: its chat template fails ({error}); give --chat-template")
         if not has_blocks and "<|endofblock|>" in str(row):
-            stop(
-                f"{name}, row {number}: its blocks are no tokens of {args.model}; see "
-                "analysis/add_block_tokens.py"
-            )
+            needed = f"its blocks are no tokens of {args.model}; see analysis/add_block_tokens.py"
+            stop(f"{name}, row {number}: {needed}")
         if not args.eos:
-            suffixes = [
-                suffix[:-1] if suffix[-1:] == [tokenizer.eos_token_id] else suffix
-                for suffix in suffixes
-            ]
+            eos = tokenizer.eos_token_id
+            suffixes = [ids[:-1] if ids[-1:] == [eos] else ids for ids in suffixes]
         if len(prefix) + max(map(len, suffixes)) > args.max_length:
             left_out["above --max-length"] += 1
         elif not all(suffixes) or len(suffixes) == 2 and suffixes[0] == suffixes[1]:
@@ -911,7 +881,7 @@ def has_empty_side(row: dict, sides: str) -> bool:
     elif "initial_reason_steps" in row and sides == "full":
         fields = ["prompt", "full_chosen", "full_rejected"]
     else:
-        fields = ["chosen", "rejected", *["prompt"] * ("prompt" in row)]
+        fields = [field for field in PAIR_FIELDS if field in row]
     return not all(str(row[field] or "").strip() for field in fields)
 
 
