@@ -348,7 +348,7 @@ def batches(pairs: Pairs, args: Args, epoch: int) -> list[list[int]]:
     places = np.random.default_rng([args.seed, epoch]).permutation(len(pairs.problems))
     order = np.argsort(places[np.array(pairs.group)], kind="stable").tolist()
     size = args.batch_size
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    return [order[first : first + size] for first in range(0, len(order), size)]
 
 
 def validate(scorer, pairs: Pairs, args: Args, accelerator: Accelerator) -> dict[str, float]:
