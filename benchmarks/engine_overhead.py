@@ -1,6 +1,8 @@
-"""What 01 adds to vLLM's own time: 01_sample_errors.py beside LLM.generate on the same requests.
+"""What 01 adds to vLLM's own time: 01_sample_errors.py compared with LLM.generate on the
+same requests.
 
-    python benchmarks/engine_overhead.py                 # the bundled model, 1,000 problems, twice each; 4 minutes on two cores
+    # the bundled model, 1,000 problems, twice each; 4 minutes on two cores
+    python benchmarks/engine_overhead.py
 
 In turns, each a process with the engine in it: LLM.generate on the prompts' token ids, two samples
 of each with 01's seeds, nothing done to the answers; and 01, which grades and writes them too.
@@ -53,22 +55,22 @@ def alone(args: Args):
     one = importlib.import_module("01_sample_errors")
     problems = one.load_problems(args.data)[: args.limit]
     tokenizer = one.load_tokenizer(args.model, None, "{}")
-    prompts, wanted = [], []
+    prompts, sampling_params = [], []
+    sampling = {**one.NEUTRAL, "temperature": 0.8, "top_p": 0.95, "max_tokens": args.max_tokens}
     for problem in problems:
+        prompt_ids = one.prompt_ids(tokenizer, problem["problem"], one.OPENING)
         for sample in range(2):
-            prompts.append(
-                {"prompt_token_ids": one.prompt_ids(tokenizer, problem["problem"], one.OPENING)}
-            )
             seed = one.seed_of(0, "sample", problem["id"], sample)
-            sampling = {"temperature": 0.8, "top_p": 0.95, "max_tokens": args.max_tokens}
-            wanted.append(SamplingParams(seed=seed, **one.NEUTRAL, **sampling))
+            prompts.append({"prompt_token_ids": prompt_ids})
+            sampling_params.append(SamplingParams(seed=seed, **sampling))
     given = ["--model", args.model, "--generation-config", "vllm", *one.cpu_options()]
     given += shlex.split(args.engine_args)
     parsed = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(given)
     llm = LLM.from_engine_args(EngineArgs.from_cli_args(parsed))
     began = time.time()
-    found = llm.generate(prompts, wanted, use_tqdm=False)
-    seconds, tokens = time.time() - began, sum(len(reply.outputs[0].token_ids) for reply in found)
+    completions = llm.generate(prompts, sampling_params, use_tqdm=False)
+    seconds = time.time() - began
+    tokens = sum(len(completion.outputs[0].token_ids) for completion in completions)
     print(json.dumps({"tokens": tokens, "rate": tokens / seconds}))
 
 
@@ -76,60 +78,31 @@ def main(args: Args):
     if args.child:
         return alone(args)
     # as 01 has them; vLLM's own share of a machine may not be free
-    os.environ |= {
-        "VLLM_CPU_KVCACHE_SPACE": "4",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    } | os.environ
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    common = [f"--data={args.data}", f"--model={args.model}", f"--limit={args.limit}"]
+    common += [f"--max-tokens={args.max_tokens}", f"--engine-args={args.engine_args}"]
     rates = {"LLM.generate": [], "01": []}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(args.repeats):
-            common = [
-                "--data",
-                args.data,
-                "--model",
-                args.model,
-                "--limit",
-                args.limit,
-                "--max-tokens",
-                args.max_tokens,
-            ]
-            command = [
-                sys.executable,
-                __file__,
-                "--child",
-                *common,
-                f"--engine-args={args.engine_args}",
-            ]
-            done = subprocess.run(
-                list(map(str, command)), check=True, capture_output=True, text=True
-            )
-            [line] = [
-                line for line in done.stdout.splitlines() if line.startswith('{"tokens"')
-            ]  # vLLM prints there too
+            command = [sys.executable, __file__, "--child", *common]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            # vLLM prints there too
+            [line] = [line for line in done.stdout.splitlines() if line.startswith('{"tokens"')]
             theirs = json.loads(line)
             out = Path(folder, f"{turn}.jsonl")
-            command = [
-                sys.executable,
-                ROOT / "01_sample_errors.py",
-                *common,
-                f"--engine-args={args.engine_args}",
-                "--out",
-                out,
-            ]
-            subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+            command = [sys.executable, str(ROOT / "01_sample_errors.py"), *common, f"--out={out}"]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             ours = json.loads(Path(f"{out}.meta.json").read_text())["summary"]
             rates["LLM.generate"].append(theirs["rate"])
             rates["01"].append(ours["tokens/s"])
             print(
-                f"turn {turn}: LLM.generate {theirs['rate']:.0f} tokens/s of {theirs['tokens']}, 01 {ours['tokens/s']} of "
-                f"{ours['tokens']}",
+                f"turn {turn}: LLM.generate {theirs['rate']:.0f} tokens/s of {theirs['tokens']}, "
+                f"01 {ours['tokens/s']} of {ours['tokens']}",
                 file=sys.stderr,
             )
-    medians = {name: statistics.median(found) for name, found in rates.items()}
-    print(
-        ", ".join(f"{name} {value:.0f} tokens/s" for name, value in medians.items())
-        + f": ratio {medians['01'] / medians['LLM.generate']:.2f}"
-    )
+    theirs, ours = statistics.median(rates["LLM.generate"]), statistics.median(rates["01"])
+    print(f"LLM.generate {theirs:.0f} tokens/s, 01 {ours:.0f} tokens/s: ratio {ours / theirs:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Attention over rows [prefix | suffix | suffix]: SDPA with a dense mask, as 04 has it, beside
-FlexAttention with a block mask.
+"""Attention over rows [prefix | suffix | suffix]: SDPA with a dense mask, as 04 has it, compared
+with FlexAttention with a block mask.
 
-    python benchmarks/flex_attention.py                                                   # a GPU, Qwen2-7B's heads, bf16
-    python benchmarks/flex_attention.py --device cpu --lengths 256 512 --forward-only     # tried here; seconds
+    # a GPU, Qwen2-7B's heads, bf16
+    python benchmarks/flex_attention.py
+    # tried here; seconds
+    python benchmarks/flex_attention.py --device cpu --lengths 256 512 --forward-only
 
 A line a length: milliseconds of a forward and backward pass (median of --repeats), making of the
 masks included, the ratio, and the largest difference of the outputs over the largest output. Others
@@ -56,11 +58,10 @@ def compare(length: int, flex, make_mask, args: Args) -> str:
         for n in (heads, groups, groups, heads)
     )
     at = torch.arange(length, device=args.device)
-    last = torch.where(
-        at < prefix, length, torch.where(at < prefix + suffix, prefix + suffix, length)
-    ).expand(rows, -1)
+    is_chosen = (at >= prefix) & (at < prefix + suffix)
+    last = torch.where(is_chosen, prefix + suffix, length).expand(rows, -1)
 
-    def backward(out):
+    def with_backward(out):
         if not args.forward_only:
             out.backward(grad)
         for tensor in (q, k, v):
@@ -69,31 +70,29 @@ def compare(length: int, flex, make_mask, args: Args) -> str:
 
     def dense():
         sees = (at[:, None] >= at) & (at[:, None] < last[:, None, :])
-        return backward(
-            torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, sees[:, None], enable_gqa=True
-            )
-        )
+        attention = torch.nn.functional.scaled_dot_product_attention
+        return with_backward(attention(q, k, v, sees[:, None], enable_gqa=True))
 
     def block():
-        sees = lambda row, head, i, j: (i >= j) & (i < last[row, j])
+        def sees(row, head, i, j):
+            return (i >= j) & (i < last[row, j])
+
         mask = make_mask(sees, rows, None, length, length, device=args.device)
-        return backward(flex(q, k, v, block_mask=mask, enable_gqa=True))
+        return with_backward(flex(q, k, v, block_mask=mask, enable_gqa=True))
 
     for tensor in (q, k, v):
         tensor.requires_grad_(not args.forward_only)
-    (sdpa, expected), (other, found) = timed(dense, args), timed(block, args)
-    difference = (expected.float() - found.float()).abs().max() / expected.float().abs().max()
-    return (
-        f"| {length} | {rows} | {sdpa:.1f} | {other:.1f} | {sdpa / other:.2f} | {difference:.1e} |"
-    )
+    dense_ms, expected = timed(dense, args)
+    block_ms, output = timed(block, args)
+    difference = (expected.float() - output.float()).abs().max() / expected.float().abs().max()
+    cells = f"{dense_ms:.1f} | {block_ms:.1f} | {dense_ms / block_ms:.2f} | {difference:.1e}"
+    return f"| {length} | {rows} | {cells} |"
 
 
 def main(args: Args):
     flex, make_mask = torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask)
-    print(
-        "| tokens | rows | SDPA, ms | FlexAttention, ms | ratio | difference |\n|---:|---:|---:|---:|---:|---:|"
-    )
+    print("| tokens | rows | SDPA, ms | FlexAttention, ms | ratio | difference |")
+    print("|---:|---:|---:|---:|---:|---:|")
     for length in args.lengths:
         print(compare(length, flex, make_mask, args), flush=True)
 

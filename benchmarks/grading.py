@@ -1,10 +1,11 @@
-"""The grader beside plain math-verify, on labelled finals and on the gold answers of real
-benchmarks.
+"""The grader compared with plain math-verify, on labelled finals and on the gold answers of
+real benchmarks.
 
-    python benchmarks/grading.py ../shared/data/processbench/*.jsonl ../shared/data/*.jsonl     # minutes on two cores
+    # minutes on two cores
+    python benchmarks/grading.py ../shared/data/processbench/*.jsonl ../shared/data/*.jsonl
 
 A file with `steps` and `final_answer_correct` (ProcessBench, with the gold as `answer`): the label
-is the right verdict. Any other file of problems: the gold in a box and behind "The answer is" is
+is the right verdict. Any other file of problems: the gold in a box and after "The answer is" is
 right, and wrong with another first digit, another option letter, or one more. Plain math-verify
 gets the same answers: verify(parse("\\boxed{gold}"), parse("\\boxed{answer}"))."""
 
@@ -24,9 +25,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 def plain(gold: str, answer: str) -> bool:
     import math_verify
 
-    logging.getLogger("math_verify").setLevel(
-        logging.ERROR
-    )  # else it says at every call that its time limit is off
+    # else it says at every call that its time limit is off
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
     parsed = [
         math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (gold, answer)
     ]
@@ -40,63 +40,53 @@ def answers_of(rows: list[dict], stage) -> list[tuple[str, str, str | None, bool
     """id, gold, answer and right verdict of each answer to a file's problems."""
     from test_answers import changed
 
-    found = []
+    extract = stage.extract_answer
+    answers = []
     for row in rows:
-        gold, extract = str(row["answer"]), stage.extract_answer
+        key, gold = row["id"], str(row["answer"])
         if "final_answer_correct" in row:
-            found.append(
-                (row["id"], gold, extract("\n\n".join(row["steps"])), row["final_answer_correct"])
-            )
+            answer = extract("\n\n".join(row["steps"]))
+            answers.append((key, gold, answer, row["final_answer_correct"]))
             continue
-        found.append((f"{row['id']} boxed", gold, extract(f"So \\boxed{{{gold}}}."), True))
-        found.append(
-            (f"{row['id']} sentence", gold, extract(f"So it is. The answer is {gold}."), True)
-        )
-        found.append((f"{row['id']} changed", gold, changed(gold), False))
-    return found
+        boxed, sentence = f"So \\boxed{{{gold}}}.", f"So it is. The answer is {gold}."
+        answers.append((f"{key} boxed", gold, extract(boxed), True))
+        answers.append((f"{key} sentence", gold, extract(sentence), True))
+        answers.append((f"{key} changed", gold, changed(gold), False))
+    return answers
 
 
 async def verdicts(answers: list[tuple], grader, rules) -> list[bool]:
-    more = {"rules": rules} if rules else {}
-    return await asyncio.gather(*(grader(gold, answer, **more) for _, gold, answer, _ in answers))
+    options = {"rules": rules} if rules else {}
+    gradings = [grader(gold, answer, **options) for _, gold, answer, _ in answers]
+    return await asyncio.gather(*gradings)
 
 
 def main(paths: list[Path]):
     stage = importlib.import_module("05_eval")
     print("right / false credit / refused though right\n")
-    print(
-        "| file | answers | ours | math-verify | ours, answers/s | math-verify, answers/s | exceptions of ours |"
-    )
+    rate_columns = " | ".join(f"{name}, answers/s" for name in RULES)
+    print(f"| file | answers | ours | math-verify | {rate_columns} | exceptions of ours |")
     print("|---|---:|---:|---:|---:|---:|---|")
     for path in paths:
-        answers, cells, rates, wrong = (
-            answers_of(stage.read_rows(path, ("id", "answer")), stage),
-            [],
-            [],
-            [],
-        )
+        answers = answers_of(stage.read_rows(path, ("id", "answer")), stage)
+        labels = [label for *_, label in answers]
+        cells, rates, wrong = [], [], []
         for name, rules in RULES.items():
             grader, began = stage.Grader(), time.time()
-            found = asyncio.run(verdicts(answers, grader, rules))
+            is_correct = asyncio.run(verdicts(answers, grader, rules))
             rates.append(f"{len(answers) / (time.time() - began):,.0f}")
             grader.close()
-            count = Counter(
-                (verdict, right) for verdict, (*_, right) in zip(found, answers, strict=True)
-            )
-            cells.append(
-                f"{count[True, True] + count[False, False]} / {count[True, False]} / {count[False, True]}"
-            )
+            table = Counter(zip(is_correct, labels, strict=True))
+            right = table[True, True] + table[False, False]
+            cells.append(f"{right} / {table[True, False]} / {table[False, True]}")
             if name == "ours":
-                graded = zip(answers, found, strict=True)
                 wrong = [
-                    identity
-                    for (identity, _, answer, right), said in graded
-                    if said != right and answer is not None
+                    key
+                    for (key, _, answer, label), verdict in zip(answers, is_correct, strict=True)
+                    if verdict != label and answer is not None
                 ]
-        print(
-            f"| {path.stem} | {len(answers)} | {' | '.join(cells + rates)} | {', '.join(wrong)} |",
-            flush=True,
-        )
+        columns = [path.stem, str(len(answers)), *cells, *rates, ", ".join(wrong)]
+        print(f"| {' | '.join(columns)} |", flush=True)
 
 
 if __name__ == "__main__":

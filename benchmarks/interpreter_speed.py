@@ -1,10 +1,10 @@
 """Blocks a second of serving/interpreter.py: many solutions of one block, which each start a
 kernel, and one of many.
 
-    python benchmarks/interpreter_speed.py                # half a minute; add --unsafe-no-sandbox where bubblewrap is missing
+    # half a minute; add --unsafe-no-sandbox where bubblewrap is missing
+    python benchmarks/interpreter_speed.py
 
-The block is one addition, so that what is timed is the interpreter.
-"""
+The block is one addition, so that what is timed is the interpreter."""
 
 import json
 import subprocess
@@ -29,20 +29,19 @@ class Args:
 def rate(args: Args, ids: list[str]) -> float:
     """Blocks a second from the first request to the last answer; an id's kernel ends when its last
     answer is there."""
-    command = [
-        sys.executable,
-        str(PROGRAM),
-        *(["--unsafe-no-sandbox"] if args.unsafe_no_sandbox else []),
-    ]
+    command = [sys.executable, str(PROGRAM)]
+    if args.unsafe_no_sandbox:
+        command.append("--unsafe-no-sandbox")
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     process.stdout.readline()
-    began, one = time.time(), len(set(ids)) == 1
+    one_kernel = len(set(ids)) == 1
+    began = time.time()
     for key in ids:
         process.stdin.write(json.dumps({"id": key, "code": "1 + 1"}) + "\n")
         process.stdin.flush()
-        if one:  # as a solution's blocks come: each behind the answer to the one before
+        if one_kernel:  # as a solution's blocks come: each after the answer to the one before
             process.stdout.readline()
-    for _ in ids if not one else ():
+    for _ in [] if one_kernel else ids:
         key = json.loads(process.stdout.readline())["id"]
         process.stdin.write(json.dumps({"id": key, "code": None}) + "\n")
         process.stdin.flush()
@@ -53,10 +52,8 @@ def rate(args: Args, ids: list[str]) -> float:
 
 
 def main(args: Args):
-    many, one = (
-        rate(args, [str(i) if apart else "0" for i in range(args.blocks)])
-        for apart in (True, False)
-    )
+    many = rate(args, [str(i) for i in range(args.blocks)])
+    one = rate(args, ["0"] * args.blocks)
     print(f"{many:.0f} blocks a second with a kernel each, {one:.0f} in one kernel")
 
 

@@ -2,14 +2,16 @@
 responses made from gold answers.
 
     git clone https://github.com/dvlab-research/Step-DPO; python -m venv theirs
-    theirs/bin/pip install sympy==1.12 antlr4-python3-runtime==4.11.0 regex numpy     # another antlr than math-verify's
+    # another antlr than math-verify's
+    theirs/bin/pip install sympy==1.12 antlr4-python3-runtime==4.11.0 regex numpy
     python benchmarks/paper_verdict.py --authors Step-DPO --python theirs/bin/python \\
-        --data ../shared/data/math_test.jsonl ../shared/data/gsm8k_test.jsonl ../shared/data/odyssey_math.jsonl
+        --data ../shared/data/math_test.jsonl ../shared/data/gsm8k_test.jsonl \\
+        ../shared/data/odyssey_math.jsonl
 
 Of each file up to --limit problems, drawn with seed 0, in seven forms by turns: in a box, in a
 sentence, another answer in a box, in a sentence, after "x =" without a box, within "x = ..." in a
 box of a text that breaks off, after an earlier box and with a unit; then the reference solutions.
-Prints the table of verdicts and the responses on which they differ. """
+Prints the table of verdicts and the responses on which they differ."""
 
 import asyncio
 import importlib
@@ -40,9 +42,10 @@ for line in open(sys.argv[2]):
     case = json.loads(line)
     signal.alarm(5)
     try:
-        found = extract_math_answer(case["problem"], case["response"], task="cot")
-        gold = extract_math_answer(case["problem"], "\\\\boxed{" + case["gold"] + "}", task="cot")  # their files hold it so
-        right = bool(found) and bool(eval_math({"prediction": found, "answer": gold}))
+        answers = extract_math_answer(case["problem"], case["response"], task="cot")
+        boxed = "\\\\boxed{" + case["gold"] + "}"  # as their files have it
+        gold = extract_math_answer(case["problem"], boxed, task="cot")
+        right = bool(answers) and bool(eval_math({"prediction": answers, "answer": gold}))
     except Exception:
         right = False
     signal.alarm(0)
@@ -67,7 +70,7 @@ class Args:
 def cases(args: Args) -> list[dict]:
     from test_answers import changed
 
-    found, rng = [], random.Random(0)
+    made, rng = [], random.Random(0)
     for path in args.data:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         for number, row in enumerate(rng.sample(rows, min(len(rows), args.limit))):
@@ -81,18 +84,21 @@ def cases(args: Args) -> list[dict]:
                 f"Thus $\\boxed{{x={gold}}}$ and now",
                 f"\\boxed{{3}}, then \\boxed{{{gold} \\text{{ cm}}}}",
             ]
-            texts = [forms[number % 7], *([row["solution"]] if row.get("solution") else [])]
-            found += [{"problem": row["problem"], "response": text, "gold": gold} for text in texts]
-    return found
+            texts = [forms[number % 7]]
+            if row.get("solution"):
+                texts.append(row["solution"])
+            made += [{"problem": row["problem"], "response": text, "gold": gold} for text in texts]
+    return made
 
 
 async def ours(rows: list[dict]) -> list[bool]:
     grader = regrade.EVAL.Grader(5.0)
     try:
-        one = lambda row: grader(
-            row["gold"], regrade.paper_answers(row["problem"], row["response"]), rules=regrade.PAPER
-        )
-        return await asyncio.gather(*map(one, rows))
+        gradings = []
+        for row in rows:
+            answers = regrade.paper_answers(row["problem"], row["response"])
+            gradings.append(grader(row["gold"], answers, rules=regrade.PAPER))
+        return await asyncio.gather(*gradings)
     finally:
         grader.close()
 
@@ -104,16 +110,17 @@ def main(args: Args):
         file.flush()
         command = [args.python, "-c", THEIRS, str(args.authors), file.name]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-    theirs, here = [json.loads(line) for line in done.stdout.splitlines()], asyncio.run(ours(rows))
+    theirs = [json.loads(line) for line in done.stdout.splitlines()]
+    here = asyncio.run(ours(rows))
     table = Counter(zip(theirs, here, strict=True))
-    for row, a, b in [case for case in zip(rows, theirs, here, strict=True) if case[1] != case[2]][
-        : args.show
-    ]:
+    differ = [case for case in zip(rows, theirs, here, strict=True) if case[1] != case[2]]
+    for row, a, b in differ[: args.show]:
         print(f"theirs {a}, here {b}: gold {row['gold']!r}, response {row['response'][-80:]!r}")
     agree = table[True, True] + table[False, False]
     print(
-        f"{agree} of {len(rows)} alike ({agree / len(rows):.2%}): right in both {table[True, True]}, wrong in both "
-        f"{table[False, False]}, right here only {table[False, True]}, right there only {table[True, False]}"
+        f"{agree} of {len(rows)} alike ({agree / len(rows):.2%}): right in both "
+        f"{table[True, True]}, wrong in both {table[False, False]}, right here only "
+        f"{table[False, True]}, right there only {table[True, False]}"
     )
 
 

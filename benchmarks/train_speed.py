@@ -1,9 +1,10 @@
-"""Speed and memory of 04_train_stepdpo.py beside TRL's DPOTrainer on the same pairs, model and
-arithmetic.
+"""Speed and memory of 04_train_stepdpo.py compared with TRL's DPOTrainer on the same pairs, model
+and arithmetic.
 
     pip install trl
-    python benchmarks/train_speed.py --model Qwen/Qwen2.5-0.5B-Instruct --pairs-file runs/pairs.jsonl
-    python benchmarks/train_speed.py --model FOLDER --pairs-file runs/pairs.jsonl --sides full --pairs 64 --trl-pairs 8
+    python benchmarks/train_speed.py --pairs-file runs/pairs.jsonl
+    python benchmarks/train_speed.py --pairs-file runs/pairs.jsonl --model FOLDER --sides full \\
+        --pairs 64 --trl-pairs 8
 
 Without weights in FOLDER they are random: speed and memory are those of the shape. fp32 weights,
 AdamW, bf16 autocast where 04 would take it; on the CPU all keep freed memory, as 04 does. Each
@@ -11,7 +12,8 @@ trainer runs in a process of its own:
     ours           this trainer
     ours-separate  this trainer with a row for each suffix, as others have it
     trl            DPOTrainer with its defaults (reference model in memory, gradient checkpointing)
-    trl-best       DPOTrainer with reference log-probabilities computed before, no gradient checkpointing
+    trl-best       DPOTrainer with reference log-probabilities computed before, without gradient
+                   checkpointing
 Output: a table (seconds a step: median and range over steps; pairs/s; tokens/s of the distinct
 tokens; peak memory of the process, or of the GPU; share of the bound; ratios to trl-best), and OUT
 with the raw figures. The bound: 3 forward passes over the distinct tokens, in FLOPs, at the rate
@@ -69,12 +71,12 @@ def make_model(args: Args):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    how = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+    options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
     if not Path(args.model).exists() or any(Path(args.model).glob("*.safetensors")):
-        return AutoModelForCausalLM.from_pretrained(args.model, **how)
+        return AutoModelForCausalLM.from_pretrained(args.model, **options)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model), **how)
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model), **options)
 
 
 def time_ours(args: Args, train, pairs, steps: list[list[int]], separate: bool) -> list[float]:
@@ -106,12 +108,10 @@ def separate_rows(train):
         import torch
 
         apart = train.Pairs()
-        for row in rows:
-            for i in row:
-                for suffix in pairs.suffixes[i]:
-                    apart.add(
-                        pairs.prefixes[pairs.prefix[i]], [suffix], problem=f"{i} {len(apart)}"
-                    )
+        for i in sum(rows, []):
+            prefix = pairs.prefixes[pairs.prefix[i]]
+            for suffix in pairs.suffixes[i]:
+                apart.add(prefix, [suffix], problem=f"{i} {len(apart)}")
         batch = shared(apart, [[i] for i in range(len(apart))], device)
         return batch | {"picks": torch.arange(len(apart), device=device).view(-1, 2)}
 
@@ -119,7 +119,7 @@ def separate_rows(train):
 
 
 def time_trl(args: Args, tokenizer, pairs, steps: list[list[int]], best: bool) -> list[float]:
-    """Seconds of each step. TRL takes texts, and puts EOS behind each."""
+    """Seconds of each step. TRL takes texts, and puts EOS after each."""
     import datasets
     import torch
     from transformers import TrainerCallback
@@ -136,16 +136,14 @@ def time_trl(args: Args, tokenizer, pairs, steps: list[list[int]], best: bool) -
             torch.cuda.synchronize() if torch.cuda.is_available() else None
             self.seconds.append(time.perf_counter() - self.began)
 
-    rows = [[pairs.prefixes[pairs.prefix[i]], *pairs.suffixes[i]] for step in steps for i in step]
-    texts = [
-        [tokenizer.decode(ids).removesuffix(tokenizer.eos_token) for ids in row] for row in rows
-    ]
-    dataset = datasets.Dataset.from_list(
-        [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in texts]
-    )
+    rows = []
+    for i in sum(steps, []):
+        sides = [pairs.prefixes[pairs.prefix[i]], *pairs.suffixes[i]]
+        texts = [tokenizer.decode(ids).removesuffix(tokenizer.eos_token) for ids in sides]
+        rows.append(dict(zip(("prompt", "chosen", "rejected"), texts, strict=True)))
     clock, at_once = Clock(), args.trl_pairs or args.pairs
+    best_options = {"precompute_ref_log_probs": True, "gradient_checkpointing": False}
     with tempfile.TemporaryDirectory() as folder:
-        more = {"precompute_ref_log_probs": True, "gradient_checkpointing": False} if best else {}
         config = DPOConfig(
             folder,
             per_device_train_batch_size=at_once,
@@ -162,13 +160,13 @@ def time_trl(args: Args, tokenizer, pairs, steps: list[list[int]], best: bool) -
             train_sampling_strategy="sequential",
             dataloader_pin_memory=False,
             disable_tqdm=True,
-            **more,
+            **(best_options if best else {}),
         )
         trainer = DPOTrainer(
             make_model(args),
             None if best else make_model(args),
             args=config,
-            train_dataset=dataset,
+            train_dataset=datasets.Dataset.from_list(rows),
             processing_class=tokenizer,
             callbacks=[clock],
         )
@@ -182,16 +180,13 @@ def child(args: Args):
     from transformers import AutoConfig, AutoTokenizer
 
     train, cuda = importlib.import_module("04_train_stepdpo"), torch.cuda.is_available()
-    train.keep_memory() if not cuda else None
+    if not cuda:
+        train.keep_memory()
     if args.precision == "auto":
         args.precision = "bf16" if cuda or train.processor_has_bf16() else "fp32"
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    pairs = train.prepare(
-        train.load_rows(str(args.pairs_file), "dpo"),
-        tokenizer,
-        train.Args(sides=args.sides),
-        "pairs",
-    )
+    rows = train.load_rows(str(args.pairs_file), "dpo")
+    pairs = train.prepare(rows, tokenizer, train.Args(sides=args.sides), "pairs")
     if args.pairs > len(pairs):
         train.stop(f"--pairs {args.pairs}: {args.pairs_file} has {len(pairs)}")
     steps = [
@@ -202,46 +197,36 @@ def child(args: Args):
         seconds = time_ours(args, train, pairs, steps, args.child == "ours-separate")
     else:
         seconds = time_trl(args, tokenizer, pairs, steps, args.child == "trl-best")
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if cuda
-        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    )
-    config, device = AutoConfig.from_pretrained(args.model), torch.device("cuda" if cuda else "cpu")
-    sizes, rate = (
-        train.count_weights(config),
-        importlib.import_module("estimate").matrix_rate(device, args.precision),
-    )
-    work = sum(train.flops(pairs, step, config, sizes) for step in steps[1:]) / args.steps
-    tokens = (
-        sum(map(pairs.length, (row for step in steps[1:] for row in pairs.by_problem(step))))
-        / args.steps
-    )
-    found = {
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if cuda:
+        peak = torch.cuda.max_memory_allocated()
+    config = AutoConfig.from_pretrained(args.model)
+    device = torch.device("cuda" if cuda else "cpu")
+    sizes = train.count_weights(config)
+    rate = importlib.import_module("estimate").matrix_rate(device, args.precision)
+    timed = steps[1:]
+    operations = sum(train.flops(pairs, step, config, sizes) for step in timed) / args.steps
+    tokens = sum(pairs.length(row) for step in timed for row in pairs.by_problem(step)) / args.steps
+    figures = {
         "trainer": args.child,
         "seconds": seconds[1:],
-        "bound": 3 * work / rate,
+        "bound": 3 * operations / rate,
         "peak_gib": peak / 2**30,
+        "pairs": args.pairs,
+        "tokens": tokens,
+        "device": str(device),
+        "precision": args.precision,
     }
-    print(
-        json.dumps(
-            found
-            | {
-                "pairs": args.pairs,
-                "tokens": tokens,
-                "device": str(device),
-                "precision": args.precision,
-            }
-        )
-    )
+    print(json.dumps(figures))
 
 
 def main(args: Args):
     rows, environment = [], os.environ | {"TOKENIZERS_PARALLELISM": "false"}
-    given = {
-        name: value for name, value in asdict(args).items() if name not in ("trainers", "child")
-    }
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    options = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in asdict(args).items()
+        if name not in ("trainers", "child")
+    ]
     print("trainer         s/step           range  pairs/s  tokens/s    GiB of bound")
     for trainer in args.trainers:
         command = [sys.executable, __file__, *options, f"--child={trainer}"]
@@ -249,14 +234,13 @@ def main(args: Args):
         if done.returncode:
             print(f"{trainer} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
             continue
-        rows.append(row := json.loads(done.stdout.splitlines()[-1]))
-        seconds, spread = (
-            np.median(row["seconds"]),
-            f"{min(row['seconds']):.2f} to {max(row['seconds']):.2f}",
-        )
+        row = json.loads(done.stdout.splitlines()[-1])
+        rows.append(row)
+        seconds = np.median(row["seconds"])
+        spread = f"{min(row['seconds']):.2f} to {max(row['seconds']):.2f}"
         print(
-            f"{trainer:14} {seconds:7.2f} {spread:>15} {row['pairs'] / seconds:8.2f} {row['tokens'] / seconds:9.0f} "
-            f"{row['peak_gib']:6.1f} {row['bound'] / seconds:8.0%}",
+            f"{trainer:14} {seconds:7.2f} {spread:>15} {row['pairs'] / seconds:8.2f} "
+            f"{row['tokens'] / seconds:9.0f} {row['peak_gib']:6.1f} {row['bound'] / seconds:8.0%}",
             flush=True,
         )
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -265,12 +249,10 @@ def main(args: Args):
         )
     for best in (row for row in rows if row["trainer"] == "trl-best"):
         for row in rows:
-            faster, memory = (
-                np.median(best["seconds"]) / np.median(row["seconds"]),
-                row["peak_gib"] / best["peak_gib"],
-            )
+            speed = np.median(best["seconds"]) / np.median(row["seconds"])
+            memory = row["peak_gib"] / best["peak_gib"]
             print(
-                f"{row['trainer']}: {faster:.2f} times trl-best's speed, {memory:.2f} of its memory"
+                f"{row['trainer']}: {speed:.2f} times trl-best's speed, {memory:.2f} of its memory"
             )
 
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from conftest import ROOT, STAGES, TINY, read, run
+from test_train import write_pairs
 
 EDITS = {  # of 01: what is edited, and what the message names
     "the prompt": ("Please reason", "Reason", "USER_TURN"),
@@ -82,7 +83,7 @@ def test_an_edit_that_changes_no_row(samples, tmp_path):
 
 @pytest.mark.slow
 def test_a_stage_with_another_prompt_than_its_input(samples, bundled, tmp_path):
-    """02 and 03 compare prompt, opening and steps with what made their input."""
+    """02 and 03 compare prompt, opening and steps with what made their input, 04 the prompt."""
     path, _ = samples
     located, pairs = tmp_path / "located.jsonl", tmp_path / "pairs.jsonl"
     arguments = {
@@ -101,9 +102,45 @@ def test_a_stage_with_another_prompt_than_its_input(samples, bundled, tmp_path):
         done.returncode == 2
         and f"{located} was made with another USER_TURN than 03_rectify.py" in done.stderr
     ), done.stderr
+    run(3, *arguments[3])
+    trained = ["--data", pairs, "--model", TINY / "model", "--out", tmp_path / "tuned"]
+    done = run_edited(tmp_path, 4, *edit, *trained)
+    assert done.returncode == 2 and f"{pairs} was made with prompt = ..." in done.stderr
+    assert "now it is ..." in done.stderr and not (tmp_path / "tuned").exists()
     options = ["--samples", path, *bundled, "--out", tmp_path / "x.jsonl", "--opening", "Step 1:"]
     done = run(2, *options, check=False)
     assert done.returncode == 2 and "opening" in done.stderr and not (tmp_path / "x.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_training_from_before_an_edit(tmp_path):
+    """04 stopped after 2 of 4 steps: with another loss it names the edit and leaves the checkpoint
+    as it is; with --accept-edit it resumes there and notes both codes."""
+    data = write_pairs(tmp_path / "pairs.jsonl", 20)
+    out = tmp_path / "out"
+    arguments = ["--data", data, "--model", TINY / "model", "--out", out, "--precision", "fp32"]
+    arguments += ["--epochs", 1, "--batch-size", 5, "--save-steps", 2, "--lr", 1e-5]
+    run(4, *arguments)
+    for name in ("model.safetensors", "training.json"):
+        (out / name).unlink()  # as after a kill in step 3
+    state = out / "checkpoint-2" / "state.json"
+    first = json.loads(state.read_text())["settings"]
+    before = {path: path.read_bytes() for path in state.parent.rglob("*") if path.is_file()}
+
+    edit = ("F.logsigmoid(margin)", "F.logsigmoid(margin - 0.5)")
+    done = run_edited(tmp_path, 4, *edit, *arguments)
+    said = f"{state.parent} was made before an edit of dpo_loss; undo it, give another --out"
+    assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not (out / "model.safetensors").exists()
+    assert before == {path: path.read_bytes() for path in before}
+
+    done = run_edited(tmp_path, 4, *edit, *arguments, "--accept-edit")
+    assert done.returncode == 0 and f"resuming from {state.parent}" in done.stderr, done.stderr
+    settings = json.loads((out / "training.json").read_text())["settings"]
+    assert settings["edits"] == [{"steps": 2, "code": first["code"], "prompt": first["prompt"]}]
+    changed = {name for name, code in settings["code"].items() if first["code"][name] != code}
+    assert changed == {"dpo_loss"}
+    assert [line["step"] for line in read(out / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
