@@ -10,7 +10,7 @@ from conftest import ROOT, STAGES, TINY, read, run
 
 EDITS = {  # of 01: what is edited, and what the message names
     "the prompt": ("Please reason", "Reason", "USER_TURN"),
-    "the step format": ("Step {number}(", "Part {number}(", "STEP_LABEL"),
+    "the step format": ("Step {number}:", "Part {number}:", "STEP"),
     "the verdict": (
         'if finish_reason == "stop" else None',
         'if finish_reason != "refused" else None',
