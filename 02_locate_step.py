@@ -1661,8 +1661,9 @@ class Engine:
         return completions
 
     async def of_replicas(self, prompt: dict, sampling_params, identity: str):
-        async for reply in self.vllm.generate(prompt, sampling_params, identity):
-            return reply
+        replies = self.vllm.generate(prompt, sampling_params, identity)
+        [reply] = [reply async for reply in replies]
+        return reply
 
     async def of_this_process(self, prompt: dict, sampling_params, identity: str):
         loop = asyncio.get_running_loop()
