@@ -78,8 +78,7 @@ class Args:
     base_url: str = ""
     """OpenAI-compatible server, http://host:8000/v1; its key is OPENAI_API_KEY"""
     engine_args: str = ""
-    """vLLM's own options, with the =: --engine-args="--data-parallel-size 8 --max-model-len 4096"
-    """
+    """vLLM's own options: --engine-args="--data-parallel-size 8"; the = is needed"""
     chat_template: Path | None = None
     """Jinja file to use instead of the model's own chat template"""
     chat_template_kwargs: str = "{}"
