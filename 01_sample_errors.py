@@ -701,6 +701,7 @@ SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads
     (r"_\{(\w)\}", r"_\1"),
     (r"(?<![\da-zA-Z]) | (?![\da-zA-Z])", ""),
 )
+COMPILED = [(re.compile(pattern), new) for pattern, new in SPELLINGS]
 # math-verify takes Evelyn for a product, 2516_8 for 2516_9 and 4:30 for 2/15.
 IS_TEXT = re.compile(
     r"[^\d\\^_+*/=<>{}|]*([^\W\d_]{3}|^no$)[^\d\\^_+*/=<>{}|]*"
@@ -719,8 +720,8 @@ def spelled(answer: str) -> str:
     """An answer in LaTeX, without what does not change its meaning: dollars, spacing, thousands
     separators, degrees, units."""
     answer = " ".join(answer.split())  # a long run of spaces takes the patterns long
-    for pattern, new in SPELLINGS:
-        answer = re.sub(pattern, new, answer)
+    for pattern, new in COMPILED:
+        answer = pattern.sub(new, answer)
     return answer
 
 
