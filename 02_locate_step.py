@@ -1199,8 +1199,6 @@ def answer_of(response: str, split: str) -> str | None:
 
 # Copied from 01_sample_errors.py
 LATEX_SIGNS = r"≤\le ≥\ge ≠\ne ∞\infty π\pi ±\pm √\sqrt ×\times ·\cdot ÷/ ∪\cup ∩\cap ∈\in −- –- —-"
-
-
 # Copied from 01_sample_errors.py
 SIGNS = dict(re.findall(r"(\S)(\S+)", LATEX_SIGNS))
 # Copied from 01_sample_errors.py
@@ -1218,8 +1216,6 @@ UNITS = (
     r"|(?:k?m/|\s[A-Za-z]{3,}|(?:[cdkm]m|[km]g|m[lL]|ft|in|yd|mi|hr|oz|lb|sq|cu)\b)"
     r"[A-Za-z\s./]*(?:\^\{?\d\}?)?)\.?$"
 )
-
-
 # Copied from 01_sample_errors.py
 SCALES = {"percent": "%", "halves": "/2", "thirds": "/3"}
 
@@ -1267,8 +1263,6 @@ SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads
 )
 # Copied from 01_sample_errors.py
 COMPILED = [(re.compile(pattern), new) for pattern, new in SPELLINGS]
-
-
 # Copied from 01_sample_errors.py
 # math-verify takes Evelyn for a product, 2516_8 for 2516_9 and 4:30 for 2/15.
 IS_TEXT = re.compile(
