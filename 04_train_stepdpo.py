@@ -84,7 +84,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
 # Copied from 01_sample_errors.py
-STEP = "Step {number}:"  # how a step begins; the opening, the splitting and the stop strings follow
+# How a step begins. The opening, the splitting and the stop strings follow from it.
+STEP = "Step {number}:"
 # Copied from 01_sample_errors.py
 USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 # Copied from 01_sample_errors.py
@@ -1587,25 +1588,24 @@ def stop(message: str) -> NoReturn:
 
 # Copied from 01_sample_errors.py
 def text_of(value) -> str:
-    """A text or a finite number as text, "" for anything else. 1e-07 becomes 0.0000001, which
-    graders take for a number."""
-    if isinstance(value, float) and math.isfinite(value):
-        return format(Decimal(repr(value)), "f")
-    return str(value) if type(value) in (str, int) else ""
+    """A text that is not blank, or a finite number, as text; "" for anything else. 1e-07 becomes
+    0.0000001, which graders take for a number."""
+    if isinstance(value, float):
+        return format(Decimal(repr(value)), "f") if math.isfinite(value) else ""
+    return str(value) if type(value) in (str, int) and str(value).strip() else ""
+
+
+# Copied from 01_sample_errors.py
+def are_texts(value) -> bool:
+    return isinstance(value, list) and all(isinstance(step, str) for step in value)
 
 
 # Copied from 01_sample_errors.py
 KINDS = {  # what a field that a stage asks for must be
-    "id": ("a text that is not blank, or a finite number", lambda value: text_of(value).strip()),
+    "id": ("a text that is not blank, or a finite number", text_of),
     "problem": ("a text that is not blank", lambda value: isinstance(value, str) and value.strip()),
-    "answer": (
-        "a text that is not blank, or a finite number",
-        lambda value: text_of(value).strip(),
-    ),
-    "steps": (
-        "a list of texts",
-        lambda value: isinstance(value, list) and all(isinstance(step, str) for step in value),
-    ),
+    "answer": ("a text that is not blank, or a finite number", text_of),
+    "steps": ("a list of texts", are_texts),
     "sample": ("a whole number", lambda value: type(value) is int),
     "correct": ("true or false", lambda value: type(value) is bool),
 }
@@ -1614,74 +1614,62 @@ KINDS = {  # what a field that a stage asks for must be
 # Copied from 01_sample_errors.py
 def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
     """Rows of a JSON Lines file. Stops, naming file and line, where one is no object, holds half a
-    character, or has not what it must in one of `fields`. Where `id` and `answer` are among these,
-    numbers there become text."""
+    character, or lacks one of `fields`. Of these, `id` and `answer` become text."""
     try:
-        lines = (
-            Path(path).read_text(encoding="utf-8").split("\n")
-        )  # splitlines() would part rows at U+2028 too
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        stop(
-            f"{path}: cannot be read ({error.__class__.__name__}: {error}); give a JSON Lines file in UTF-8"
-        )
+        stop(f"{path}: cannot be read ({error}); give a JSON Lines file in UTF-8")
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would part at U+2028 too
         if not line.strip():
             continue
+        place = f"{path}, line {number}"
         try:
             row = json.loads(line)
             if "\\u" in line:
                 json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:  # a lone surrogate: no tokenizer and no file takes it
-            stop(
-                f"{path}, line {number}: {error.object[error.start]!a} is half a character; write it whole or leave it out"
-            )
+            stop(f"{place}: {error.object[error.start]!a} is half a character; write it whole")
         except (ValueError, RecursionError) as error:
-            stop(f"{path}, line {number}: not JSON ({error}); every line must be one object")
+            stop(f"{place}: not JSON ({error}); every line must be one object")
         if not isinstance(row, dict):
-            stop(
-                f"{path}, line {number}: {type(row).__name__} instead of an object such as {{...}}"
-            )
-        if missing := [field for field in fields if row.get(field) in (None, "")]:
-            stop(
-                f"{path}, line {number}: no {' and no '.join(map(repr, missing))}; every row needs {', '.join(fields)}"
-            )
-        for field in filter(KINDS.get, fields):
-            kind, fits = KINDS[field]
-            if not fits(row[field]):
-                stop(
-                    f"{path}, line {number}: {field!r} is {json.dumps(row[field])[:50]}; it must be {kind}"
-                )
-        rows.append(
-            row | {field: text_of(row[field]) for field in ("id", "answer") if field in fields}
-        )
+            stop(f"{place}: {type(row).__name__} instead of an object such as {{...}}")
+        for field in fields:
+            value = row.get(field)
+            if value in (None, ""):
+                stop(f"{place}: no {field!r}; every row needs {', '.join(fields)}")
+            if field in KINDS and not KINDS[field][1](value):
+                kind = KINDS[field][0]
+                stop(f"{place}: {field!r} is {json.dumps(value)[:50]}; it must be {kind}")
+            if field in ("id", "answer"):
+                row[field] = text_of(value)
+        rows.append(row)
     return rows or stop(f"{path}: no rows; it is empty")
 
 
 # Copied from 01_sample_errors.py
 def source_hashes(roots: tuple[str, ...]) -> dict[str, str]:
     """A hash of the source of these functions and constants of this file, and of all in it that
-    they use. Comments, docstrings and layout do not count: an edit of them does not make a run
-    start again."""
-    sources, hashes, names = {}, {}, list(roots)
-    for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
+    they use. Comments, docstrings and layout do not count."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    for _ in range(2):  # SystemError: CPython 3.11, now and then, while another thread parses
+        with contextlib.suppress(SystemError):
+            tree = ast.parse(source)
+    nodes, hashes, names = {}, {}, list(roots)
+    for node in tree.body:
         target = node.targets[0] if isinstance(node, ast.Assign) else node
-        sources[getattr(target, "id", getattr(target, "name", ""))] = node
+        nodes[getattr(target, "id", getattr(target, "name", ""))] = node
+    del nodes["Args"]  # the settings have the options' values
     while names:
         name = names.pop()
-        if (
-            name in hashes or name not in sources or name == "Args"
-        ):  # the options stand in the settings by their values
+        if name in hashes or name not in nodes:
             continue
-        for part in ast.walk(sources[name]):
-            if (
-                isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
-                and ast.get_docstring(part) is not None
-            ):
-                part.body[0] = ast.Pass()
-            elif isinstance(part, ast.Name):
+        for part in ast.walk(nodes[name]):
+            if isinstance(part, ast.Name):
                 names.append(part.id)
-        hashes[name] = hashlib.sha256(ast.unparse(sources[name]).encode()).hexdigest()[:8]
+            elif isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant):
+                part.value = ast.Constant(None)  # a docstring
+        hashes[name] = hashlib.sha256(ast.unparse(nodes[name]).encode()).hexdigest()[:8]
     return dict(sorted(hashes.items()))
 
 
@@ -1698,23 +1686,18 @@ def difference(name: str, old, new) -> str:
         return f"{name} = {old!r}, now it is {new!r}"
     start = max(0, len(os.path.commonprefix([str(old), new])) - 40)
     old, new = (repr(text[start : start + 80]) for text in (str(old), new))
-    return (
-        f"prompt = ...{old}..., now it is ...{new}... (a date in it can be set where the template takes one: "
-        '--chat-template-kwargs \'{"date_string": "26 Jul 2024"}\')'
-    )
+    hint = 'a date: --chat-template-kwargs \'{"date_string": "26 Jul 2024"}\''
+    return f"prompt = ...{old}..., now it is ...{new}... (where the template takes {hint})"
 
 
 # Copied from 01_sample_errors.py
 def load_tokenizer(model: str, template: Path | None, switches: str):
-    """The tokenizer of a folder or hub id, with the chat template and the template's switches
-    (JSON) that will be used."""
+    """A tokenizer with the chat template, and its switches (JSON), that will be used."""
     import transformers
 
-    hub_id = re.fullmatch(r"\w[^/]*/[^/]+", model) and not Path(model).exists()
-    if not hub_id and not (Path(model) / "config.json").is_file():
-        stop(
-            f"--model {model}: neither a folder with a config.json nor a hub id of the form owner/name"
-        )
+    is_hub_id = re.fullmatch(r"\w[^/]*/[^/]+", model) and not Path(model).exists()
+    if not is_hub_id and not (Path(model) / "config.json").is_file():
+        stop(f"--model {model}: neither a folder with a config.json nor a hub id, owner/name")
     try:
         # tokenizer.json as it is; AutoTokenizer takes three seconds to import torch, and builds its
         # own for some models
@@ -1727,16 +1710,12 @@ def load_tokenizer(model: str, template: Path | None, switches: str):
         tokenizer.switches = json.loads(switches)
         prompt, bos = render_prompt(tokenizer, PROBE, "Step 1:"), tokenizer.bos_token
     except (OSError, ValueError) as error:
-        given = f", --chat-template {template}" * bool(
-            template
-        ) + f", --chat-template-kwargs {switches}" * (switches != "{}")
-        stop(f"--model {model}{given}: {str(error).splitlines()[0]}")
+        given = f"--chat-template {template}, --chat-template-kwargs {switches}"
+        stop(f"--model {model}, {given}: {str(error).splitlines()[0]}")
     if bos and bos not in prompt and tokenizer(PROBE)["input_ids"][0] == tokenizer.bos_token_id:
-        print(
-            f"{model}: its chat template renders no {bos}, which its tokenizer puts before plain text; if it was trained "
-            "with one, give a --chat-template that begins with {{ bos_token }}",
-            file=sys.stderr,
-        )
+        message = f"{model}: its chat template renders no {bos}, which its tokenizer puts first"
+        todo = "if it was trained with one, give a --chat-template that begins with {{ bos_token }}"
+        print(f"{message}; {todo}", file=sys.stderr)
     return tokenizer
 
 
@@ -1755,13 +1734,11 @@ def render_prompt(tokenizer, problem: str, opening: str) -> str:
     except Exception as error:  # a template raises what it likes
         raise ValueError(f"the chat template fails: {error}") from error
     if not mark:
-        raise ValueError(
-            "the chat template leaves out or changes the final message, which is the assistant's"
-        )
-    # the model wrote this itself after `prompt`: its thoughts, or the space that Mistral's
-    # templates put before a turn
-    thought = (
-        opening.startswith("<think>") or "</think>" in opening and prompt.endswith("<think>\n")
+        raise ValueError("the chat template leaves out or changes the assistant's final message")
+    # What the model wrote itself after `prompt`: its thoughts, or the space that Mistral's
+    # templates put before a turn.
+    thought = opening.startswith("<think>") or (
+        "</think>" in opening and prompt.endswith("<think>\n")
     )
     spaced = opening.startswith(" ") and turn == prompt + " "
     return (prompt if thought or spaced or not opening else turn) + opening
@@ -1772,9 +1749,8 @@ def processor_has_bf16() -> bool:
     """Whether bf16 is arithmetic here. On AVX2 and AVX-512 alone it is emulated: fp32 samples 2.3
     times as fast there."""
     path = Path("/proc/cpuinfo")
-    return bool(
-        re.search(r"\b(?:avx512_bf16|amx_bf16|bf16)\b", path.read_text() if path.is_file() else "")
-    )
+    flags = path.read_text() if path.is_file() else ""
+    return bool(re.search(r"\b(?:avx512_bf16|amx_bf16|bf16)\b", flags))
 
 
 if __name__ == "__main__":

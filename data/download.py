@@ -1,15 +1,16 @@
 """Write data sets as JSON Lines files that the stages read, from the hub or from a folder.
 
-    python data/download.py gsm8k math                 # data/gsm8k_train.jsonl and gsm8k_test.jsonl, the same of MATH
-    python data/download.py aime24 odyssey-math        # data/aime24.jsonl, data/odyssey_math.jsonl, which have a test part only
-    python data/download.py gsm8k --from FOLDER        # the same file names from a folder
+    python data/download.py gsm8k math            # data/gsm8k_train.jsonl, gsm8k_test.jsonl ...
+    python data/download.py aime24 odyssey-math   # data/aime24.jsonl, data/odyssey_math.jsonl
+    python data/download.py gsm8k --from FOLDER   # the same file names from a folder
 
 Output, a line a problem; `solution`, `level` and `subject` where the set has them:
-    {"id": "gsm8k-test-main-0", "dataset": "gsm8k", "problem": "Ava has 3 apples ...", "answer": "7", "solution": "..."}
+    {"id": "gsm8k-test-main-0", "dataset": "gsm8k", "problem": "Ava has 3 apples ...",
+     "answer": "7", "solution": "..."}
 
-FOLDER holds files in these fields. FILE.meta.json holds source, licence, number of problems and
-content hash. A file that is there is not made again. HF_HUB_OFFLINE=1 takes the sets from the local
-cache of the hub."""
+A set for tests alone has one file. FOLDER holds files in these fields. FILE.meta.json holds source,
+licence, number of problems and content hash. A file that is there is not made again.
+HF_HUB_OFFLINE=1 takes the sets from the local cache of the hub."""
 
 from __future__ import annotations
 
@@ -34,130 +35,110 @@ class Source:
 
     hub: str
     """hub id, or the address of a file"""
-    parts: str
-    """configurations on the hub; "": it has one"""
-    train: str
-    """split to train on; "": none, the set is for tests"""
     test: str
     """split to test on"""
-    fields: str
+    train: str = ""
+    """split to train on; "": none, the set is for tests"""
+    licence: str = "see its card"
+    fields: str = "problem=problem answer=answer"
     """our fields and theirs"""
-    licence: str
+    parts: str = ""
+    """configurations on the hub; "": it has one"""
 
 
 SOURCES = {
     "gsm8k": Source(
         "openai/gsm8k",
-        "main",
-        "train",
-        "test",
-        "problem=question answer=answer solution=answer",
-        "MIT",
+        test="test",
+        train="train",
+        licence="MIT",
+        fields="problem=question answer=answer solution=answer",
+        parts="main",
     ),
     "gsm-plus": Source(
         "qintongli/GSM-Plus",
-        "",
-        "",
-        "test",
-        "problem=question answer=answer subject=perturbation_type",
-        "see its card",
+        test="test",
+        fields="problem=question answer=answer subject=perturbation_type",
     ),
     "math": Source(
         "EleutherAI/hendrycks_math",
-        "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus",
-        "train",
-        "test",
-        "problem=problem answer=solution solution=solution level=level subject=type",
-        "MIT",
+        test="test",
+        train="train",
+        licence="MIT",
+        fields="problem=problem answer=solution solution=solution level=level subject=type",
+        parts="algebra counting_and_probability geometry intermediate_algebra number_theory "
+        "prealgebra precalculus",
     ),
     "math500": Source(
         "HuggingFaceH4/MATH-500",
-        "",
-        "",
-        "test",
-        "problem=problem answer=answer level=level subject=subject",
-        "MIT",
+        test="test",
+        licence="MIT",
+        fields="problem=problem answer=answer level=level subject=subject",
     ),
     "aqua": Source(
         "deepmind/aqua_rat",
-        "raw",
-        "train",
-        "test",
-        "problem=question answer=correct solution=rationale",
-        "Apache-2.0",
+        test="test",
+        train="train",
+        licence="Apache-2.0",
+        fields="problem=question answer=correct solution=rationale",
+        parts="raw",
     ),
     "amc23": Source(
-        "math-ai/amc23", "", "", "test", "problem=question answer=answer", "problems (c) MAA"
+        "math-ai/amc23",
+        test="test",
+        licence="problems (c) MAA",
+        fields="problem=question answer=answer",
     ),
     "aime24": Source(
         "HuggingFaceH4/aime_2024",
-        "",
-        "",
-        "train",
-        "problem=problem answer=answer solution=solution",
-        "problems (c) MAA",
+        test="train",
+        licence="problems (c) MAA",
+        fields="problem=problem answer=answer solution=solution",
     ),
-    "aime25": Source(
-        "MathArena/aime_2025", "", "", "train", "problem=problem answer=answer", "problems (c) MAA"
-    ),
-    "aime26": Source(
-        "MathArena/aime_2026", "", "", "train", "problem=problem answer=answer", "problems (c) MAA"
-    ),
-    "hmmt-feb-2026": Source(
-        "MathArena/hmmt_feb_2026",
-        "",
-        "",
-        "train",
-        "problem=problem answer=answer",
-        "problems (c) HMMT",
-    ),
+    "aime25": Source("MathArena/aime_2025", test="train", licence="problems (c) MAA"),
+    "aime26": Source("MathArena/aime_2026", test="train", licence="problems (c) MAA"),
+    "hmmt-feb-2026": Source("MathArena/hmmt_feb_2026", test="train", licence="problems (c) HMMT"),
     "odyssey-math": Source(
-        "https://raw.githubusercontent.com/protagolabs/odyssey-math/main/final-odyssey-math-with-levels.jsonl",
-        "",
-        "",
-        "test",
-        "problem=question answer=answer level=level subject=label",
-        "CC BY-SA 4.0, for tests only",
+        "https://raw.githubusercontent.com/protagolabs/odyssey-math/main/"
+        "final-odyssey-math-with-levels.jsonl",
+        test="test",
+        licence="CC BY-SA 4.0, for tests only",
+        fields="problem=question answer=answer level=level subject=label",
     ),
     "olympiadbench": Source(
         "Hothan/OlympiadBench",
-        "OE_TO_maths_en_COMP",
-        "",
-        "train",
-        "problem=question answer=final_answer",
-        "see its card",
+        test="train",
+        fields="problem=question answer=final_answer",
+        parts="OE_TO_maths_en_COMP",
     ),
-    "minerva": Source(
-        "math-ai/minervamath", "", "", "test", "problem=question answer=answer", "see its card"
-    ),
+    "minerva": Source("math-ai/minervamath", test="test", fields="problem=question answer=answer"),
     "cmath": Source(
         "weitianwen/cmath",
-        "",
-        "",
-        "test",
-        "problem=question answer=golden level=grade",
-        "CC BY 4.0",
+        test="test",
+        licence="CC BY 4.0",
+        fields="problem=question answer=golden level=grade",
     ),
     # the authors' own file: on the hub a script makes it
     "mgsm-zh": Source(
         "https://raw.githubusercontent.com/google-research/url-nlp/main/mgsm/mgsm_zh.tsv",
-        "",
-        "",
-        "test",
-        "problem=question answer=answer_number",
-        "CC BY 4.0",
+        test="test",
+        licence="CC BY 4.0",
+        fields="problem=question answer=answer_number",
     ),
     "ape210k": Source(
         "MU-NLPC/Calc-ape210k",
-        "original-splits",
-        "train",
-        "test",
-        "problem=question_chinese answer=result",
-        "not stated",
+        test="test",
+        train="train",
+        licence="not stated",
+        fields="problem=question_chinese answer=result",
+        parts="original-splits",
     ),
 }
 OTHER_NAMES = {"aqua": "aqua_dev", "ape210k": "ape500_test"}  # of test files in a folder
-LATEX_DEBRIS = r"(?:\s|\\\\|\\noindent|\\newpage|\\end\{problem\}|\\vspace\*?\{[^}]*\}|\\section\*?(?:\{[^}]*\})?)+$"
+LATEX_DEBRIS = (
+    r"(?:\s|\\\\|\\noindent|\\newpage|\\end\{problem\}|\\vspace\*?\{[^}]*\}"
+    r"|\\section\*?(?:\{[^}]*\})?)+$"
+)
 ASKS_FOR_ALL = re.compile(
     r"separated by comma|[Ff]ind all|all (?:possible|real|the) (?:values|solutions)|angles of"
 )
@@ -188,42 +169,28 @@ def download(name: str, folder: Path | None, out: Path):
     """Write a set's files: a training part and a test part, or the one file of a set that is for
     tests."""
     source, stem = SOURCES[name], name.replace("-", "_")
-    test = f"{stem}_test" if source.train else stem
-    splits = (
-        {f"{stem}_train": source.train, test: source.test} if source.train else {test: source.test}
-    )
-    given = {
-        f"{stem}_train": [f"{stem}_train"],
-        test: [f"{stem}_test", OTHER_NAMES.get(name, stem), stem],
-    }
-    found = False
+    train, test = f"{stem}_train", f"{stem}_test" if source.train else stem
+    splits = {train: source.train, test: source.test} if source.train else {test: source.test}
+    names_in_folder = {train: [train], test: [f"{stem}_test", OTHER_NAMES.get(name, stem), stem]}
+    nothing = True
     for file, split in splits.items():
         path = out / f"{file}.jsonl"
         if path.is_file():
             print(f"{path}: there already")
-            found = True
-            continue
-        if folder:
-            originals = [
-                folder / f"{other}.jsonl"
-                for other in given[file]
-                if (folder / f"{other}.jsonl").is_file()
-            ]
-            if not originals:
+        elif not folder:
+            write(path, name, load_hub(name, split), source.hub)
+        else:
+            originals = [folder / f"{other}.jsonl" for other in names_in_folder[file]]
+            original = next(filter(Path.is_file, originals), None)
+            if not original:
                 print(f"{folder}: no {file}.jsonl there")
                 continue
-            rows = [
-                {"dataset": name} | row
-                for row in SAMPLE.read_rows(originals[0], ("id", "problem", "answer"))
-            ]
-            write(path, name, rows, str(originals[0]))
-        else:
-            write(path, name, load_hub(name, split), source.hub)
-        found = True
-    if not found:
-        SAMPLE.stop(
-            f"--from {folder}: no file of {name}; give a folder with {' or '.join(splits)}.jsonl"
-        )
+            rows = SAMPLE.read_rows(original, ("id", "problem", "answer"))
+            write(path, name, [{"dataset": name} | row for row in rows], str(original))
+        nothing = False
+    if nothing:
+        files = " or ".join(f"{file}.jsonl" for file in splits)
+        SAMPLE.stop(f"--from {folder}: no file of {name}; give a folder with {files}")
 
 
 def write(path: Path, name: str, rows: list[dict], source: str):
@@ -234,18 +201,12 @@ def write(path: Path, name: str, rows: list[dict], source: str):
     for row in rows:
         if name == "math" and ASKS_FOR_ALL.search(row["problem"]):
             row["answer"] = ", ".join(all_boxes(row.get("solution", ""))) or row["answer"]
-    about = {
-        "source": source,
-        "licence": SOURCES[name].licence,
-        "problems": len(rows),
-        "hash": SAMPLE.content_hash(rows),
-    }
+    licence, content = SOURCES[name].licence, SAMPLE.content_hash(rows)
+    about = {"source": source, "licence": licence, "problems": len(rows), "hash": content}
     path.parent.mkdir(parents=True, exist_ok=True)
     SAMPLE.save(Path(f"{path}.meta.json"), json.dumps(about, indent=1) + "\n")
     SAMPLE.save(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    print(
-        f"{path}: {len(rows)} problems from {source}, licence: {about['licence']}, content hash {about['hash']}"
-    )
+    print(f"{path}: {len(rows)} problems from {source}, licence: {licence}, content hash {content}")
 
 
 def load_hub(name: str, split: str) -> list[dict]:
@@ -263,10 +224,11 @@ def load_hub(name: str, split: str) -> list[dict]:
                 part: datasets.load_dataset(source.hub, part or None, split=split) for part in parts
             }
     except Exception as error:  # the library raises many kinds: no network, no such set, gated ...
-        said, todo = (str(error) or repr(error)).splitlines()[0], "check the network, or"
-        if "scripts are no longer supported" in said:
+        reason, todo = (str(error) or repr(error)).splitlines()[0], "check the network, or"
+        if "scripts are no longer supported" in reason:
             todo = "a script makes this set, and datasets 4 and later run none:"
-        SAMPLE.stop(f"{name}: {source.hub} cannot be loaded ({said}); {todo} give files by --from")
+        message = f"{name}: {source.hub} cannot be loaded ({reason})"
+        SAMPLE.stop(f"{message}; {todo} give files by --from")
     for part, its_rows in data.items():
         for number, row in enumerate(its_rows):
             identity = "-".join(filter(None, (name, split, part, str(number))))
@@ -275,25 +237,20 @@ def load_hub(name: str, split: str) -> list[dict]:
 
 
 def load_file(address: str) -> list[dict]:
-    """Rows of a set that is a file elsewhere: tab-separated, or lines such as {"Problem_7":
-    {...}}."""
+    """Rows of a set that is a file: tab-separated, or lines such as {"Problem_7": {...}}."""
     text = httpx.get(address, follow_redirects=True, timeout=60).raise_for_status().text
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if address.endswith(".tsv"):
-        return [
-            dict(zip(("question", "answer_number"), line.split("\t"), strict=True))
-            for line in lines
-        ]
+        names = ("question", "answer_number")
+        return [dict(zip(names, line.split("\t"), strict=True)) for line in lines]
     return [next(iter(json.loads(line).values())) for line in lines]
 
 
 def our_fields(name: str, row: dict) -> dict:
     """A row of a hub's set in our fields; an empty answer where there is none to give."""
-    found = {
-        ours: row[theirs]
-        for ours, theirs in (pair.split("=") for pair in SOURCES[name].fields.split())
-    }
-    answer = found["answer"]
+    pairs = [pair.split("=") for pair in SOURCES[name].fields.split()]
+    ours = {field: row[theirs] for field, theirs in pairs}
+    answer = ours["answer"]
     if name == "gsm8k":
         answer = answer.split("####")[-1].replace(",", "").strip()
     elif name == "math":
@@ -301,7 +258,7 @@ def our_fields(name: str, row: dict) -> dict:
     elif name == "gsm-plus" and row["perturbation_type"] == "critical thinking":
         answer = ""
     elif name == "aqua":
-        found["problem"] += "\nOptions:\n" + "\n".join(row["options"])
+        ours["problem"] += "\nOptions:\n" + "\n".join(row["options"])
     elif name == "aime24":
         answer = int(answer)  # "025"
     elif name == "amc23":
@@ -309,25 +266,25 @@ def our_fields(name: str, row: dict) -> dict:
     elif name == "olympiadbench":
         answer = answer[0].replace("$", "")
     elif name == "odyssey-math":
-        found["problem"] = re.sub(LATEX_DEBRIS, "", found["problem"])
+        ours["problem"] = re.sub(LATEX_DEBRIS, "", ours["problem"])
         answer = re.sub(r"^\$([^$]*)\$$", r"\1", re.sub(LATEX_DEBRIS, "", answer).rstrip(". "))
     elif name == "math500":
-        found["level"] = f"Level {found['level']}"
+        ours["level"] = f"Level {ours['level']}"
     elif name == "cmath":
-        found["level"] = f"grade {found['level']}"
+        ours["level"] = f"grade {ours['level']}"
     elif name == "mgsm-zh":
         answer = answer.replace(",", "")
-    return found | {"answer": str(answer)}
+    return ours | {"answer": str(answer)}
 
 
 def all_boxes(solution: str) -> list[str]:
     r"""What stands in the \boxed{} of a solution, each different answer once, in their order."""
-    found = []
+    answers = []
     while (start := solution.rfind("\\boxed")) >= 0:
         answer, solution = SAMPLE.extract_answer(solution[start:]), solution[:start]
-        if answer and not any(SAMPLE.quick_verdict(answer, other) for other in found):
-            found.insert(0, answer)
-    return found
+        if answer and not any(SAMPLE.quick_verdict(answer, other) for other in answers):
+            answers.insert(0, answer)
+    return answers
 
 
 if __name__ == "__main__":

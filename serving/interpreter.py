@@ -1,7 +1,8 @@
 """Run the code blocks of code-integrated solutions: a kernel of its own for each solution, in a
 sandbox (bubblewrap).
 
-    echo '{"id": "q1", "code": "a = 3 + 4\\na"}' | python serving/interpreter.py     # code_server.py starts it
+    # code_server.py starts it; by hand:
+    echo '{"id": "q1", "code": "a = 3 + 4\\na"}' | python serving/interpreter.py
 
 Input, a line a block; names are kept from block to block of one id, until a line with "code": null
 ends its kernel:
@@ -28,18 +29,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import tyro
 
 SECONDS = 6  # for one block
-KEPT = 10_000  # characters of its output
-LIMITS = {
-    "AS": 2 << 30,
-    "FSIZE": 32 << 20,
-    "NPROC": 32,
-    "CPU": 240,
-    "CORE": 0,
-}  # bytes, bytes, processes, seconds
+LONGEST = 10_000  # characters of its output
+# bytes, bytes, processes, seconds, bytes
+LIMITS = {"AS": 2 << 30, "FSIZE": 32 << 20, "NPROC": 32, "CPU": 240, "CORE": 0}
 ENVIRONMENT = {
     "PATH": os.environ.get("PATH", ""),
     "HOME": "/tmp",
@@ -64,7 +61,9 @@ for line in orders:
     (code, mark), failed = eval(line), False
     try:
         tree = compile(code, "<block>", "exec", 1024)  # ast.PyCF_ONLY_AST
-        last = _ast.Expression(tree.body.pop().value) if tree.body and isinstance(tree.body[-1], _ast.Expr) else None
+        last = None
+        if tree.body and isinstance(tree.body[-1], _ast.Expr):
+            last = _ast.Expression(tree.body.pop().value)
         exec(compile(tree, "<block>", "exec"), names)
         if last and (value := eval(compile(last, "<block>", "eval"), names)) is not None:
             print(repr(value))
@@ -88,54 +87,26 @@ class Args:
 def sandbox() -> list[str]:
     """bubblewrap's command line, before that of the program."""
     inside = []
-    for path in sorted(
-        {sys.prefix, *(str(Path(path).resolve()) for path in (sys.prefix, sys.base_prefix))}
-    ):
+    prefixes = {str(Path(path).resolve()) for path in (sys.prefix, sys.base_prefix)}
+    for path in sorted({sys.prefix, *prefixes}):
         if not path.startswith("/usr"):
-            above = [
-                word
-                for folder in reversed(Path(path).parents)
-                for word in ("--perms", "755", "--dir", str(folder))
-            ]
-            inside += [*above, "--ro-bind", path, path]
+            for folder in reversed(Path(path).parents):
+                inside += ["--perms", "755", "--dir", str(folder)]
+            inside += ["--ro-bind", path, path]
     for path in ("/lib", "/lib64", "/bin"):
-        inside += (
-            ["--symlink", os.readlink(path), path]
-            if os.path.islink(path)
-            else ["--ro-bind-try", path, path]
-        )
-    apart = ["--unshare-all", "--cap-drop", "ALL"]
-    if (
-        os.getuid() == 0
-    ):  # without user ids of its own, so that KERNEL can take one to which the limits apply
-        apart = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
-        apart += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-    return [
-        "bwrap",
-        *apart,
-        "--die-with-parent",
-        "--new-session",
-        "--ro-bind",
-        "/usr",
-        "/usr",
-        "--proc",
-        "/proc",
-        "--dev",
-        "/dev",
-        "--remount-ro",
-        "/dev",
-        "--perms",
-        "1777",
-        "--size",
-        str(64 << 20),
-        "--tmpfs",
-        "/tmp",
-        *inside,
-        "--remount-ro",
-        "/",
-        "--chdir",
-        "/tmp",
-    ]
+        if os.path.islink(path):
+            inside += ["--symlink", os.readlink(path), path]
+        else:
+            inside += ["--ro-bind-try", path, path]
+    apart = "--unshare-all --cap-drop ALL"
+    if os.getuid() == 0:
+        # without user ids of its own, so that KERNEL can take one to which the limits apply
+        apart = "--unshare-ipc --unshare-pid --unshare-net --unshare-uts"
+        apart += " --cap-add CAP_SETUID --cap-add CAP_SETGID"
+    system = "--ro-bind /usr /usr --proc /proc --dev /dev --remount-ro /dev"
+    own = f"--perms 1777 --size {64 << 20} --tmpfs /tmp"
+    command = f"bwrap {apart} --die-with-parent --new-session {system} {own}".split()
+    return [*command, *inside, "--remount-ro", "/", "--chdir", "/tmp"]
 
 
 class Kernel:
@@ -152,66 +123,65 @@ class Kernel:
             folders = {*Path(os.__file__).parents, *Path(tyro.__file__).parents}
             apart = bool(self.wrapper) or all(folder.stat().st_mode & 1 for folder in folders)
             command = [*self.wrapper, sys.executable, "-I", "-c", KERNEL, ascii(LIMITS), str(apart)]
-            how = {
-                "stdin": subprocess.PIPE,
-                "stdout": subprocess.PIPE,
-                "stderr": subprocess.STDOUT,
-                "env": ENVIRONMENT,
-            }
             self.process = await asyncio.create_subprocess_exec(
-                *command, **how, start_new_session=True
+                *command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=ENVIRONMENT,
+                start_new_session=True,
             )
-        mark, output, why = secrets.token_hex(16), b"", ""
+        mark, output, failure = secrets.token_hex(16), b"", ""
         try:
             self.process.stdin.write(f"{(code, mark)!a}\n".encode())
             async with asyncio.timeout(SECONDS):
                 while not re.search(mark.encode() + b"[!.]", output):
-                    more = await self.process.stdout.read(1 << 16)
-                    output += more
-                    if not more or len(output) > 100 * KEPT:
-                        why = "the process has ended" if not more else "too much output"
+                    data = await self.process.stdout.read(1 << 16)
+                    output += data
+                    if not data or len(output) > 100 * LONGEST:
+                        failure = "the process has ended" if not data else "too much output"
                         break
         except TimeoutError:
-            why = f"no end after {SECONDS} seconds"
+            failure = f"no end after {SECONDS} seconds"
         except OSError:
-            why = "the process has ended"
-        if why:
-            await self.close()
+            failure = "the process has ended"
         text, _, verdict = output.decode(errors="replace").partition(mark)
-        text = text[:KEPT].replace("<|", "< |").strip()  # it forges no block
-        text = f"{text}\nKernelError: {why}".strip() if why else text
-        return text or "<empty_execution>", bool(why) or verdict.startswith("!")
+        text = text[:LONGEST].replace("<|", "< |").strip()  # it forges no block
+        if failure:
+            await self.close()
+            text = f"{text}\nKernelError: {failure}".strip()
+        return text or "<empty_execution>", bool(failure) or verdict.startswith("!")
 
     async def close(self):
         if process := self.process:
             self.process = None
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            with contextlib.suppress(
-                TimeoutError
-            ):  # of what a child that got away without a sandbox keeps open
-                await asyncio.wait_for(
-                    process.communicate(), 2
-                )  # wait() alone waits for ever for output that nobody reads
+            # A child that got away without a sandbox keeps the output open; wait() alone would wait
+            # for ever for output that nobody reads.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.communicate(), 2)
+
+
+def stop(message: str) -> NoReturn:
+    """End with one line on stderr and exit status 2."""
+    print(f"interpreter.py: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 async def serve(wrapper: list[str]):
     """Answer the lines of the standard input until it ends."""
     kernels, tasks = {}, set()
-    processors = asyncio.Semaphore(
-        os.cpu_count() or 1
-    )  # a block's seconds must not go by in a queue
+    # a block's seconds must not go by in a queue
+    processors = asyncio.Semaphore(os.cpu_count() or 1)
 
     async def answer(key: str, code: str):
         async with processors:
             began = time.time()
             output, failed = await kernels.setdefault(key, Kernel(wrapper)).run(code)
-        print(
-            json.dumps(
-                {"id": key, "output": output, "failed": failed, "seconds": time.time() - began}
-            ),
-            flush=True,
-        )
+        seconds = time.time() - began
+        row = {"id": key, "output": output, "failed": failed, "seconds": seconds}
+        print(json.dumps(row), flush=True)
 
     print(json.dumps({"ready": True}), flush=True)
     number = 0
@@ -221,11 +191,7 @@ async def serve(wrapper: list[str]):
             row = json.loads(line)
             row["id"], row["code"]
         except (ValueError, TypeError, KeyError) as error:
-            print(
-                f"interpreter.py: error: standard input, line {number}: {error!r}; every line is an object with id and code",
-                file=sys.stderr,
-            )
-            raise SystemExit(2) from None
+            stop(f"standard input, line {number}: {error!r}; a line is an object with id and code")
         if row["code"] is not None:
             work = answer(row["id"], row["code"])
         elif row["id"] in kernels:
@@ -242,16 +208,12 @@ async def serve(wrapper: list[str]):
 def main(args: Args):
     wrapper = [] if args.unsafe_no_sandbox else sandbox()
     try:
-        how = {"env": ENVIRONMENT, "capture_output": True, "text": True, "check": True}
-        subprocess.run([*wrapper, sys.executable, "-c", ""], **how)
+        command = [*wrapper, sys.executable, "-c", ""]
+        subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        why = str(getattr(error, "stderr", None) or error).strip()
-        print(
-            f"interpreter.py: error: bubblewrap, which keeps the model's code in, does not start ({why}); install it (apt "
-            "install bubblewrap), or give --unsafe-no-sandbox",
-            file=sys.stderr,
-        )
-        raise SystemExit(2) from None
+        reason = str(getattr(error, "stderr", None) or error).strip()
+        todo = "install it (apt install bubblewrap), or give --unsafe-no-sandbox"
+        stop(f"bubblewrap, which keeps the model's code in, does not start ({reason}); {todo}")
     asyncio.run(serve(wrapper))
 
 

@@ -11,7 +11,7 @@ from test_train import write_pairs
 
 EDITS = {  # of 01: what is edited, and what the message names
     "the prompt": ("Please reason", "Reason", "USER_TURN"),
-    "the step format": ("Step {number}(", "Part {number}(", "STEP_LABEL"),
+    "the step format": ("Step {number}:", "Part {number}:", "STEP"),
     "the verdict": (
         'if finish_reason == "stop" else None',
         'if finish_reason != "refused" else None',

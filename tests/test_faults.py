@@ -144,7 +144,7 @@ def test_a_server_that_dies_keeps_what_is_written(scripted, tmp_path):
     done = sample(scripted, tmp_path, check=False)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert "run the same command to go on" in done.stderr
+    assert "run the same command to resume" in done.stderr
     assert sum(": error: " in line for line in done.stderr.splitlines()) == 1
     assert len(read(tmp_path / "out.jsonl")) == 9
     scripted.script = lambda n, body: "good"
