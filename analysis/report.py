@@ -47,7 +47,8 @@ menclose { border: 1px solid; padding: 1px 3px }
 {% for title, head, rows, note in tables %}
 {% if title %}<h2>{{ title }}</h2>{% endif %}<p>{{ note }}</p>
 <table><tr>{% for cell in head %}<th>{{ cell }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}
+</table>
 {% if loop.first %}{% for name, data in pictures %}
 <img alt="{{ name }}" src="data:image/png;base64,{{ data }}">{% endfor %}{% endif %}
 {% endfor %}
