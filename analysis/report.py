@@ -150,12 +150,14 @@ def draw_pictures(summary: dict, out: Path) -> list[Path]:
             bars(axes, leveled[name])
             axes.set_title(f"{name} by level", fontsize=11, loc="left")
         save(figure, "levels.png")
-    sampled = [name for name, found in summary["benchmarks"].items() if found["samples"] > 1]
+    benchmarks = summary["benchmarks"]
+    sampled = [name for name in benchmarks if benchmarks[name]["samples"] > 1]
     if sampled:
         size = (max(6, 4 * len(sampled)), 4)
         figure, grid = plt.subplots(1, len(sampled), figsize=size, squeeze=False)
         for name, axes in zip(sampled, grid[0], strict=True):
-            draw_curves(axes, {label: found["curves"] for label, found in models[name].items()})
+            curves = {label: figures["curves"] for label, figures in models[name].items()}
+            draw_curves(axes, curves)
             axes.set_title(name)
         save(figure, "curves.png")
     return files
