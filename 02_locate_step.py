@@ -43,6 +43,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -918,12 +919,9 @@ def save(path: Path, text: str):
 def source_hashes(roots: tuple[str, ...]) -> dict[str, str]:
     """A hash of the source of these functions and constants of this file, and of all in it that
     they use. Comments, docstrings and layout do not count."""
-    source = Path(__file__).read_text(encoding="utf-8")
-    for _ in range(2):  # SystemError: CPython 3.11, now and then, while another thread parses
-        with contextlib.suppress(SystemError):
-            tree = ast.parse(source)
+    gc.collect()  # CPython 3.11: ast.parse() fails when a finalizer parses in the middle of it
     nodes, hashes, names = {}, {}, list(roots)
-    for node in tree.body:
+    for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else node
         nodes[getattr(target, "id", getattr(target, "name", ""))] = node
     del nodes["Args"]  # the settings have the options' values

@@ -1,29 +1,30 @@
 """Make preference pairs: one better step (Step-DPO), a solution led astray (Step-Controlled DPO),
 or whole solutions (DPO).
 
-    python 03_rectify.py                                           # Step-DPO: data/located.jsonl -> data/pairs.jsonl
-    python 03_rectify.py --located runs/located.jsonl --model data/tiny/model --n 8 --out runs/pairs.jsonl
+    python 03_rectify.py                          # Step-DPO: data/located.jsonl -> data/pairs.jsonl
+    python 03_rectify.py --located runs/located.jsonl --model data/tiny/model --out runs/pairs.jsonl
     python 03_rectify.py --method scdpo --samples data/samples.jsonl --out data/scdpo.jsonl
-    python 03_rectify.py --method dpo --samples data/samples.jsonl --out data/naive.jsonl       # no model needed
-    python 03_rectify.py --rectifier Qwen/Qwen2.5-72B-Instruct     # chosen steps from another model (out of distribution)
+    python 03_rectify.py --method dpo --samples data/samples.jsonl --out data/naive.jsonl # no model
+    python 03_rectify.py --rectifier Qwen/Qwen2.5-72B-Instruct    # chosen steps from another model
 
 Input: for Step-DPO the output of 02_locate_step.py, else that of 01_sample_errors.py:
-    {"id": "q1", "problem": "...", "answer": "7", "sample": 0, "response": "...", "steps": ["...", "..."],
-     "finish_reason": "stop", "error_step": 2, ...}
+    {"id": "q1", "problem": "...", "answer": "7", "sample": 0, "response": "...",
+     "steps": ["...", "..."], "finish_reason": "stop", "error_step": 2, ...}
 
 Output, a line a pair, in the schema of the published xinlai/Math-Step-DPO-10K and four fields more:
-    {"dataset": "gsm8k", "prompt": "Ava has ...", "initial_reason_steps": "Let's think step by step.\nStep 1: ...\nStep 2:",
-     "chosen": " 3 + 4 = 7.\n", "rejected": " 3 + 4 = 8.\n", "full_chosen": "...", "full_rejected": "...",
+    {"dataset": "gsm8k", "prompt": "Ava has ...", "chosen": " 3 + 4 = 7.\n",
+     "initial_reason_steps": "Let's think step by step.\nStep 1: ...\nStep 2:",
+     "rejected": " 3 + 4 = 8.\n", "full_chosen": "...", "full_rejected": "...",
      "answer": "7", "id": "q1", "method": "step-dpo", "error_step": 2, "sample": 0}
 
-Step-DPO (arXiv 2406.18629, section 3.2): from steps 1..k-1 and the label of step k the model goes
-on n times. Of the continuations that reach the answer, the first step is a chosen step, once each;
-the rejected step is the located one. SCDPO (arXiv 2407.00782, section 3): from steps 1..k of a
-right solution, k drawn at random, the model goes on step by step, ever hotter, until it ends at a
-wrong answer; chosen is the rest of the right solution. DPO: whole right and wrong solutions. SCDPO
-trains on naive (DPO's) and step-controlled pairs: 04_train_stepdpo.py --data data/scdpo.jsonl
-data/naive.jsonl. OUT.tries.jsonl keeps what became of every problem; the same command run again
-goes on where it stopped."""
+Step-DPO (arXiv 2406.18629, section 3.2): the model continues n times from steps 1..k-1 and the
+label of step k. Of the continuations that reach the answer, the first step is a chosen step, each
+text once; the rejected step is the located one. SCDPO (arXiv 2407.00782, section 3): the model
+continues from steps 1..k of a right solution, k drawn at random, step by step at a rising
+temperature, until it ends at a wrong answer; chosen is the rest of the right solution. DPO: whole
+right and wrong solutions. SCDPO trains on naive (DPO's) and step-controlled pairs:
+04_train_stepdpo.py --data data/scdpo.jsonl data/naive.jsonl. OUT.tries.jsonl keeps what became of
+every problem; the same command run again resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -33,6 +34,7 @@ import atexit
 import contextlib
 import fcntl
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -67,19 +69,6 @@ STEP = "Step {number}:"
 # Copied from 01_sample_errors.py
 # no space at the end: it would move the token boundary
 OPENING = "Let's think step by step.\n" + STEP.format(number=1)
-STOPS = {
-    "lines": ["\n"],
-    "blank-lines": ["\n\n"],
-    "sentences": [". ", "! ", "? ", "\n"],
-}  # where --heat rises
-MOST_BLOCKS = (
-    22  # of a code-integrated solution; the authors' 24 count the turns of system and user
-)
-MOST_CHARACTERS = 3000  # of a block
-# A right solution that corrects itself on the way (SCDPO)
-SECOND_THOUGHTS = re.compile(
-    r"\b\w*errors?\b|\bapolog\w+|抱歉", re.I
-)  # NameError, too, which code prints
 
 
 @dataclass
@@ -98,7 +87,7 @@ class Args:
     rollouts: Path | None = None
     """what 02 --keep-rollouts kept: not sampled again; counts towards --n"""
     model: str = "Qwen/Qwen2-7B-Instruct"
-    """the model to go on with, in the papers the one that made the samples"""
+    """the model that continues; in the papers the one that made the samples"""
     rectifier: str = ""
     """another model for Step-DPO's chosen steps: out of distribution, worse in the paper"""
     tokenizer: str = ""
@@ -124,7 +113,7 @@ class Args:
     solutions_per_problem: int = 0
     """scdpo: right solutions of one problem at most; 0: all that differ"""
     every_step: bool = False
-    """scdpo: go astray behind every step from --first-k on, not behind one at random"""
+    """scdpo: go astray after every step from --first-k on, not after one at random"""
     first_k: int = 1
     """scdpo: fewest right steps that are given; 0: the opening alone too"""
     tries: int = 8
@@ -148,51 +137,28 @@ class Args:
     or 02"""
 
 
-ROW_CODE = {  # what makes a pair, with all that it uses: pairs made before an edit of it do not fit
-    "step-dpo": ("rectify", "prompt_ids", "split_steps"),
-    "scdpo": ("lead_astray", "prompt_ids", "split_steps"),
-    "dpo": ("pair_up", "split_steps"),
-}
-METHODS = {  # of each its input, and the options that it alone heeds
-    "step-dpo": ("located", "rollouts", "rectifier", "n", "max_pairs_per_error", "temperature"),
-    "scdpo": (
-        "samples",
-        "solutions_per_problem",
-        "pairs_per_problem",
-        "every_step",
-        "first_k",
-        "tries",
-        "heat",
-    ),
-    "dpo": ("samples", "pairs_per_problem"),
-}
-INPUTS = (
-    "located",
-    "samples",
-    "rollouts",
-)  # files: of these each problem's rows are compared, see check_tries()
+# -------------------------------------------------------------------------------------------------
+# the pair
 
 
-def pair_of(
+def preference_pair(
     row: dict,
     method: str,
     step: int,
     prefix: str,
     chosen: str,
     rejected: str,
-    full_chosen: str,
-    full_rejected: str,
-):
-    """The pair that is made: behind `prefix`, which ends in the label of `step`, a better text and
-    a worse one. `step` is the wrong one; of SCDPO the first that may go astray, of DPO 1."""
+) -> dict:
+    """What 04 trains on: after `prefix`, which ends in the label of `step`, a better text and a
+    worse one. `step` is the wrong one; of SCDPO the first that may go astray, of DPO 1."""
     return {
         "dataset": row.get("dataset", ""),
         "prompt": row["problem"],
         "initial_reason_steps": prefix,
         "chosen": chosen,
         "rejected": rejected,
-        "full_chosen": full_chosen,
-        "full_rejected": full_rejected,
+        "full_chosen": prefix + chosen,
+        "full_rejected": prefix + rejected,
         "answer": row["answer"],
         "id": row["id"],
         "method": method,
@@ -202,275 +168,317 @@ def pair_of(
 
 
 def prefix_and_step(args: Args, row: dict, step: int) -> tuple[str, str]:
-    """(the steps before `step` and its label, the step behind its label)."""
+    """(the steps before `step` and its label, the step after its label)."""
     label, text = cut_label(row["steps"][step - 1], step, args.split, args.opening)
     return "".join(row["steps"][: step - 1]) + label, text
 
 
-def make_pairs(
-    args: Args, row: dict, found: list[dict], right: list[bool], seen: set[str], count: Counter
-) -> list[dict]:
-    """Pairs of one located error from its continuations; `count` gets what became of each.
-
-    `seen` holds the chosen steps used so far for this prefix and rejected step, white space
-    squeezed."""
-    pairs, step, most = [], row["error_step"], args.max_pairs_per_error
-    prefix, rejected = prefix_and_step(args, row, step)
-    squeezed = lambda text: " ".join(text.split())
-
-    def first_step(text: str) -> str:
-        steps = split_steps(prefix + text, args.split, args.opening)
-        return (
-            cut_label(steps[step - 1], step, args.split, args.opening)[1]
-            if len(steps) >= step
-            else ""
-        )
-
-    for continuation, is_right in zip(found, right, strict=True):
-        chosen = first_step(continuation["text"])
-        words = squeezed(chosen)
-        if not is_right:
-            count["wrong"] += 1
-        elif not words or not rejected.strip():
-            count["blank step"] += 1
-        elif words == squeezed(rejected):
-            count["restates the rejected step"] += 1
-        elif words in seen:
-            count["repeats a chosen step"] += 1
-        elif most and len(pairs) == most:
-            count["over --max-pairs-per-error"] += 1
-        else:
-            count["pairs"] += 1
-            seen.add(words)
-            full = prefix + continuation["text"]
-            pairs.append(
-                pair_of(row, "step-dpo", step, prefix, chosen, rejected, full, row["response"])
-            )
-    return pairs
+# -------------------------------------------------------------------------------------------------
+# Step-DPO
 
 
 async def rectify(
-    args: Args, go_on, grader: Grader, rollouts: dict, rows: list[dict]
+    args: Args, continue_solution, grader: Grader, rollouts: dict, rows: list[dict]
 ) -> tuple[list[dict], Counter]:
-    """Step-DPO's pairs of one problem, and what became of its errors. See make_all() for
-    `go_on`."""
-    count, seen, pairs = Counter(), {}, []
-
-    async def continuations(row: dict) -> tuple[list[dict], list[bool]]:
-        prefix, _ = prefix_and_step(args, row, row["error_step"])
-        kept = rollouts.get((row["id"], row["sample"], row["error_step"] - 1), [])[: args.n]
-        count["continuations reused"] += len(kept)
-        right = [continuation["correct"] for continuation in kept]
-        if len(kept) == args.n:
-            return kept, right
-        seed = seed_of(args.seed, "rectify", row["id"], row["sample"])
-        found = await go_on(
-            row,
-            prefix,
-            seed,
-            args.n - len(kept),
-            temperature=args.temperature,
-            max_tokens=args.max_tokens,
-        )
-        count["tokens"] += found[0]["tokens"]
-        answers = [
-            answer_of(prefix + f["text"], args.split) if f["finish_reason"] == "stop" else None
-            for f in found
-        ]
-        graded = (grader(row["answer"], answer, row["problem"]) for answer in answers)
-        return kept + found, right + await asyncio.gather(*graded)
-
+    """Step-DPO's pairs of one problem, and counts of what became of its errors. See make_all() for
+    `continue_solution`."""
+    counts = Counter()
     located = [row for row in rows if row["error_step"]]
-    # an error that max_tokens cut in two would teach to stop half-way
-    whole = [
+    # an error that max_tokens cut in two would teach the model to stop half-way
+    errors = [
         row
         for row in located
         if row["finish_reason"] == "stop" or row["error_step"] < len(row["steps"])
     ]
-    count["errors not located"], count["errors cut short by max_tokens"] = (
-        len(rows) - len(located),
-        len(located) - len(whole),
+    counts["errors not located"] = len(rows) - len(located)
+    counts["errors cut short by max_tokens"] = len(located) - len(errors)
+    sampled = await asyncio.gather(
+        *(
+            sample_continuations(args, continue_solution, grader, rollouts, row, counts)
+            for row in errors
+        )
     )
-    made = await asyncio.gather(*map(continuations, whole))
-    for row, (found, right) in zip(whole, made, strict=True):
-        known = seen.setdefault(prefix_and_step(args, row, row["error_step"]), set())
-        new = make_pairs(args, row, found, right, known, count)
-        count.update({"errors tried": 1, "errors with a pair": bool(new)})
-        pairs += new
-    return pairs, count
+    pairs, used = [], {}
+    for row, (completions, is_correct) in zip(errors, sampled, strict=True):
+        used_steps = used.setdefault(prefix_and_step(args, row, row["error_step"]), set())
+        error_pairs = make_pairs(args, row, completions, is_correct, used_steps, counts)
+        counts["errors tried"] += 1
+        counts["errors with a pair"] += bool(error_pairs)
+        pairs += error_pairs
+    return pairs, counts
 
 
-def distinct(rows: list[dict], count: Counter) -> list[dict]:
-    """Solutions without second thoughts (as the paper has it by words, so "percent error" counts
-    too), near-duplicates once: nine tenths of their three-word runs shared."""
-    kept, grams = [], []
-    for row in rows:
-        words = row["response"].split()
-        runs = set(zip(words, words[1:], words[2:], strict=False))
-        if SECOND_THOUGHTS.search(row["response"]):
-            count["right solutions with second thoughts"] += 1
-        elif any(len(runs & other) >= 0.9 * len(runs | other) for other in grams):
-            count["right solutions like another"] += 1
+async def sample_continuations(
+    args: Args, continue_solution, grader: Grader, rollouts: dict, row: dict, counts: Counter
+) -> tuple[list[dict], list[bool]]:
+    """--n completions of the correct steps before an error, and for each whether its answer is
+    right."""
+    step = row["error_step"]
+    prefix, _ = prefix_and_step(args, row, step)
+    completions = rollouts.get((row["id"], row["sample"], step - 1), [])[: args.n]
+    is_correct = [completion["correct"] for completion in completions]
+    counts["continuations reused"] += len(completions)
+    if len(completions) == args.n:
+        return completions, is_correct
+    sampled = await continue_solution(
+        row,
+        prefix,
+        seed_of(args.seed, "rectify", row["id"], row["sample"]),
+        args.n - len(completions),
+        temperature=args.temperature,
+        max_tokens=args.max_tokens,
+    )
+    counts["tokens"] += sampled[0]["tokens"]
+    verdicts = []
+    for completion in sampled:
+        finished = completion["finish_reason"] == "stop"
+        prediction = answer_of(prefix + completion["text"], args.split) if finished else None
+        verdicts.append(grader(row["answer"], prediction, row["problem"]))
+    return completions + sampled, is_correct + await asyncio.gather(*verdicts)
+
+
+def make_pairs(
+    args: Args,
+    row: dict,
+    completions: list[dict],
+    is_correct: list[bool],
+    used_steps: set[str],
+    counts: Counter,
+) -> list[dict]:
+    """Pairs of one located error; `counts` gets what became of each completion. `used_steps` holds
+    the chosen steps so far for this prefix and rejected step, white space squeezed."""
+    pairs = []
+    step = row["error_step"]
+    prefix, rejected = prefix_and_step(args, row, step)
+    for completion, correct in zip(completions, is_correct, strict=True):
+        solution = prefix + completion["text"]
+        chosen = ""
+        steps = split_steps(solution, args.split, args.opening)
+        if len(steps) >= step:
+            _, chosen = cut_label(steps[step - 1], step, args.split, args.opening)
+        squeezed = " ".join(chosen.split())
+        if not correct:
+            counts["wrong"] += 1
+        elif not squeezed or not rejected.strip():
+            counts["blank step"] += 1
+        elif squeezed == " ".join(rejected.split()):
+            counts["restates the rejected step"] += 1
+        elif squeezed in used_steps:
+            counts["repeats a chosen step"] += 1
+        elif args.max_pairs_per_error and len(pairs) == args.max_pairs_per_error:
+            counts["over --max-pairs-per-error"] += 1
         else:
-            kept.append(row)
-            grams.append(runs)
-    return kept
+            counts["pairs"] += 1
+            used_steps.add(squeezed)
+            pair = preference_pair(row, "step-dpo", step, prefix, chosen, rejected)
+            pair.update(full_chosen=solution, full_rejected=row["response"])
+            pairs.append(pair)
+    return pairs
+
+
+# -------------------------------------------------------------------------------------------------
+# SCDPO
+
+STOPS = {  # where the temperature rises; of --split labels the next label
+    "lines": ["\n"],
+    "blank-lines": ["\n\n"],
+    "sentences": [". ", "! ", "? ", "\n"],
+}
+# of a code-integrated solution; the authors' 24 count the turns of system and user
+MOST_BLOCKS = 22
+MOST_CHARACTERS = 3000  # of a block
+
+
+async def lead_astray(
+    args: Args, continue_solution, grader: Grader, rows: list[dict]
+) -> tuple[list[dict], Counter]:
+    """SCDPO's pairs of one problem: continue a right solution from step k on, step by step at a
+    rising temperature, until the answer is wrong. See make_all() for `continue_solution`."""
+    counts = Counter()
+    right = [row for row in rows if row["correct"] and row["finish_reason"] == "stop"]
+    right = distinct(right, counts)
+    starts = []
+    for row in right[: args.solutions_per_problem or None]:
+        last = len(row["steps"])
+        # at least two blocks are left to go astray in, as in the authors' code
+        if args.split == "blocks" and len(blocks_of(row["steps"][-1])) < 2:
+            last -= 1
+        ks = range(args.first_k, last)
+        if ks and not args.every_step:
+            ks = [ks[seed_of(args.seed, "scdpo", row["id"], row["sample"]) % len(ks)]]
+        starts += [(row, k) for k in ks]
+        counts["right solutions of too few steps"] += not ks
+    results = await asyncio.gather(
+        *(astray_pair(args, continue_solution, grader, row, k, counts) for row, k in starts)
+    )
+    astray = [result for result in results if result]
+    # what went wrong in the fewest attempts first, as in the authors' limited set
+    astray.sort(key=lambda result: result[0])
+    pairs = [pair for _, pair in astray[: args.pairs_per_problem or None]]
+    counts["pairs"] += len(pairs)
+    counts["over --pairs-per-problem"] += len(astray) - len(pairs)
+    return pairs, counts
+
+
+async def astray_pair(
+    args: Args, continue_solution, grader: Grader, row: dict, k: int, counts: Counter
+) -> tuple[int, dict] | None:
+    """How many attempts failed, and the pair; None where --tries attempts did."""
+    prefix, chosen = prefix_and_step(args, row, k + 1)
+    chosen += "".join(row["steps"][k + 1 :])
+    counts["steps tried"] += 1
+    for attempt in range(args.tries):
+        completion = await heated_completion(args, continue_solution, row, prefix, k, attempt)
+        text, solution = completion["text"], prefix + completion["text"]
+        counts["tokens"] += completion["tokens"]
+        counts["attempts"] += 1
+        prediction = answer_of(solution, args.split)
+        why = garbled(text, completion["finish_reason"], row["problem"] + row["response"])
+        why = why or too_long(blocks_of(solution))
+        if not why and (prediction is None or not text.strip()):
+            why = "no answer"
+        if why:
+            counts[f"garbled: {why}"] += 1
+        elif await grader(row["answer"], prediction, row["problem"]):
+            counts["still right"] += 1
+        else:
+            return attempt, preference_pair(row, "scdpo", k + 1, prefix, chosen, text)
+    return None
+
+
+async def heated_completion(
+    args: Args, continue_solution, row: dict, prefix: str, k: int, attempt: int
+) -> dict:
+    """A completion of `prefix`, which ends in the label of step k + 1, a request for each step."""
+    about = ("scdpo", row["id"], row["sample"], k, attempt)
+    if args.split == "blocks":  # serving/code_server.py raises the temperature itself
+        heat = {"heat": args.heat}
+        seed = seed_of(args.seed, *about)
+        [completion] = await continue_solution(
+            row, prefix, seed, max_tokens=args.max_tokens, extra_body=heat
+        )
+        return completion
+    first, rise, highest = args.heat
+    text, tokens, step = "", 0, k + 1
+    for turn in count_up(step):
+        # the text ends with the stop string, and the next request continues after it
+        stops = STOPS.get(args.split, [STEP.format(number=step + 1)])
+        [completion] = await continue_solution(
+            row,
+            prefix + text,
+            seed_of(args.seed, *about, turn),
+            temperature=min(first + rise * (step - k - 1), highest),
+            max_tokens=args.max_tokens - tokens,
+            stop=stops,
+        )
+        text += completion["text"]
+        tokens += completion["tokens"]
+        finish_reason = completion["finish_reason"]
+        if finish_reason != "stop" or not text.endswith(tuple(stops)):
+            return {"text": text, "finish_reason": finish_reason, "tokens": tokens}
+        if tokens >= args.max_tokens:
+            return {"text": text, "finish_reason": "length", "tokens": tokens}
+        text = text.rstrip(" ")  # a space belongs to the token after it
+        step += bool(completion["text"].strip())
 
 
 def garbled(text: str, finish_reason: str, like: str) -> str:
     """Why a continuation is no solution, "" if it is one: not finished; a run of eight words three
     times; or more than 2 % of characters that are neither ASCII nor in `like` (problem and right
     solution) nor, where that is Chinese, Chinese."""
-    words, chinese = text.split(), re.search("[一-鿿]", like)
-    runs = Counter(tuple(words[i : i + 8]) for i in range(len(words) - 7))
-    odd = sum(not (c.isascii() or c in like or chinese and "一" <= c <= "鿿") for c in text)
     if finish_reason != "stop":
         return "not finished"
-    return (
-        "repeats itself"
-        if max(runs.values(), default=0) > 2
-        else "odd characters"
-        if odd > 0.02 * len(text)
-        else ""
-    )
+    words = text.split()
+    runs = Counter(tuple(words[i : i + 8]) for i in range(len(words) - 7))
+    if max(runs.values(), default=0) > 2:
+        return "repeats itself"
+    chinese = re.search("[一-鿿]", like)
+    odd = sum(not (c.isascii() or c in like or chinese and "一" <= c <= "鿿") for c in text)
+    return "odd characters" if odd > 0.02 * len(text) else ""
 
 
 def too_long(blocks: list[dict]) -> str:
     """Why a code-integrated solution is left out, "" if it is not."""
     longest = max((len(block["content"]) for block in blocks), default=0)
-    return (
-        "too many or too long blocks"
-        if len(blocks) > MOST_BLOCKS or longest > MOST_CHARACTERS
-        else ""
-    )
+    if len(blocks) > MOST_BLOCKS or longest > MOST_CHARACTERS:
+        return "too many or too long blocks"
+    return ""
 
 
-async def lead_astray(
-    args: Args, go_on, grader: Grader, rows: list[dict]
-) -> tuple[list[dict], Counter]:
-    """SCDPO's pairs of one problem: from a right solution's steps 1..k on, step by step, at a
-    rising temperature, until the answer is wrong. See make_all() for `go_on`."""
-    count, (start, rise, most) = Counter(), args.heat
-
-    async def attempt(row: dict, prefix: str, k: int, number: int) -> tuple[str, str]:
-        """The text behind `prefix`, which ends in the label of step k + 1, and how it ended."""
-        text, left, step = "", args.max_tokens, k + 1
-        if args.split == "blocks":
-            seed = seed_of(args.seed, "scdpo", row["id"], row["sample"], k, number)
-            [found] = await go_on(
-                row, prefix, seed, max_tokens=left, extra_body={"heat": args.heat}
-            )
-            count["tokens"] += found["tokens"]
-            return found["text"], found["finish_reason"]
-        for turn in count_up(step):
-            stops = STOPS.get(
-                args.split, [STEP.format(number=step + 1)]
-            )  # the text ends with it, and the next one goes on behind it
-            heat = min(start + rise * (step - k - 1), most)
-            seed = seed_of(args.seed, "scdpo", row["id"], row["sample"], k, number, turn)
-            [found] = await go_on(
-                row, prefix + text, seed, temperature=heat, max_tokens=left, stop=stops
-            )
-            count["tokens"] += found["tokens"]
-            text, left = text + found["text"], left - found["tokens"]
-            if found["finish_reason"] != "stop" or not text.endswith(tuple(stops)):
-                return text, found["finish_reason"]
-            if left <= 0:
-                return text, "length"
-            text = text.rstrip(" ")  # a space belongs to the token behind it
-            step += bool(found["text"].strip())
-
-    async def astray(row: dict, k: int) -> list[tuple[int, dict]]:
-        """A pair and how many attempts failed before it, or nothing."""
-        prefix, chosen = prefix_and_step(args, row, k + 1)
-        chosen += "".join(row["steps"][k + 1 :])
-        count["steps tried"] += 1
-        for number in range(args.tries):
-            text, finish_reason = await attempt(row, prefix, k, number)
-            answer = answer_of(prefix + text, args.split)
-            why = garbled(text, finish_reason, row["problem"] + row["response"]) or too_long(
-                blocks_of(prefix + text)
-            )
-            why = why or ("no answer" if answer is None or not text.strip() else "")
-            count["attempts"] += 1
-            if why:
-                count[f"garbled: {why}"] += 1
-            elif await grader(row["answer"], answer, row["problem"]):
-                count["still right"] += 1
-            else:
-                return [
-                    (
-                        number,
-                        pair_of(
-                            row,
-                            "scdpo",
-                            k + 1,
-                            prefix,
-                            chosen,
-                            text,
-                            row["response"],
-                            prefix + text,
-                        ),
-                    )
-                ]
-        return []
-
-    todo = []
-    right = distinct(
-        [row for row in rows if row["correct"] and row["finish_reason"] == "stop"], count
-    )
-    for row in right[: args.solutions_per_problem or None]:
-        n = len(row["steps"])
-        if (
-            args.split == "blocks"
-        ):  # at least two blocks are left to go astray in, as in the authors' code
-            n -= len(blocks_of(row["steps"][-1])) < 2
-        ks = range(args.first_k, n)
-        if ks and not args.every_step:
-            ks = [ks[seed_of(args.seed, "scdpo", row["id"], row["sample"]) % len(ks)]]
-        todo += [(row, k) for k in ks]
-        count["right solutions of too few steps"] += not ks
-    found = sum(await asyncio.gather(*(astray(row, k) for row, k in todo)), [])
-    found.sort(
-        key=lambda one: one[0]
-    )  # what went wrong in the fewest attempts first, as in the authors' limited set
-    pairs = [pair for _, pair in found[: args.pairs_per_problem or None]]
-    count.update({"pairs": len(pairs), "over --pairs-per-problem": len(found) - len(pairs)})
-    return pairs, count
+# -------------------------------------------------------------------------------------------------
+# DPO
 
 
 def pair_up(args: Args, rows: list[dict]) -> tuple[list[dict], Counter]:
     """DPO's pairs of one problem: right and wrong solutions at random, each once before any comes
     twice."""
-    count, used, pairs = Counter(), Counter(), []
-    parsed = [
+    counts, uses, pairs = Counter(), Counter(), []
+    answered = [
         row for row in rows if row["finish_reason"] == "stop" and row["prediction"] is not None
     ]
-    forced = [row for row in parsed if row["response"].startswith(args.opening)]
-    count["unfinished or without an answer"] = len(rows) - len(parsed)
-    count["without the forced opening"] = len(parsed) - len(forced)
-    right = distinct([row for row in forced if row["correct"]], count)
+    forced = [row for row in answered if row["response"].startswith(args.opening)]
+    counts["unfinished or without an answer"] = len(rows) - len(answered)
+    counts["without the forced opening"] = len(answered) - len(forced)
+    right = distinct([row for row in forced if row["correct"]], counts)
     wrong = [row for row in forced if not row["correct"]]
 
-    def order(two: tuple[dict, dict]) -> tuple[int, int]:
-        numbers = [row["sample"] for row in two]
-        return sum(used[number] for number in numbers), seed_of(
-            args.seed, "dpo", two[0]["id"], *numbers
-        )
+    def order(candidate: tuple[dict, dict]) -> tuple[int, int]:
+        samples = [row["sample"] for row in candidate]
+        drawn = seed_of(args.seed, "dpo", candidate[0]["id"], *samples)
+        return sum(uses[sample] for sample in samples), drawn
 
-    both = list(product(right, wrong))
-    while both and (not args.pairs_per_problem or len(pairs) < args.pairs_per_problem):
-        good, bad = two = min(both, key=order)
-        both.remove(two)
-        used.update((good["sample"], bad["sample"]))
-        chosen, rejected = (row["response"].removeprefix(args.opening) for row in two)
-        pairs.append(
-            pair_of(
-                good, "dpo", 1, args.opening, chosen, rejected, good["response"], bad["response"]
-            )
-        )
-    count.update({"pairs": len(pairs), "problems with right and wrong": bool(right and wrong)})
-    return pairs, count
+    candidates = list(product(right, wrong))
+    while candidates and (not args.pairs_per_problem or len(pairs) < args.pairs_per_problem):
+        best = min(candidates, key=order)
+        candidates.remove(best)
+        uses.update(row["sample"] for row in best)
+        chosen, rejected = (row["response"].removeprefix(args.opening) for row in best)
+        pairs.append(preference_pair(best[0], "dpo", 1, args.opening, chosen, rejected))
+    counts["pairs"] += len(pairs)
+    counts["problems with right and wrong"] += bool(right and wrong)
+    return pairs, counts
+
+
+# A right solution that corrects itself on the way; NameError, too, which code prints
+SECOND_THOUGHTS = re.compile(r"\b\w*errors?\b|\bapolog\w+|抱歉", re.I)
+
+
+def distinct(rows: list[dict], counts: Counter) -> list[dict]:
+    """Right solutions without second thoughts (the paper finds these by words, so "percent error"
+    counts too), and of near-duplicates the first: they share nine tenths of their three-word
+    runs."""
+    solutions, runs_of_each = [], []
+    for row in rows:
+        words = row["response"].split()
+        runs = set(zip(words, words[1:], words[2:], strict=False))
+        if SECOND_THOUGHTS.search(row["response"]):
+            counts["right solutions with second thoughts"] += 1
+        elif any(len(runs & other) >= 0.9 * len(runs | other) for other in runs_of_each):
+            counts["right solutions like another"] += 1
+        else:
+            solutions.append(row)
+            runs_of_each.append(runs)
+    return solutions
+
+
+# -------------------------------------------------------------------------------------------------
+# input, resuming, output
+
+# what makes a pair, with all that it uses: pairs made before an edit of it do not fit
+ROW_CODE = {
+    "step-dpo": ("rectify", "prompt_ids", "split_steps"),
+    "scdpo": ("lead_astray", "prompt_ids", "split_steps"),
+    "dpo": ("pair_up", "split_steps"),
+}
+STEP_DPO = ("rollouts", "rectifier", "n", "max_pairs_per_error", "temperature")
+SCDPO = ("solutions_per_problem", "pairs_per_problem", "every_step", "first_k", "tries", "heat")
+METHODS = {  # of each its input, and the options that it alone heeds
+    "step-dpo": ("located", *STEP_DPO),
+    "scdpo": ("samples", *SCDPO),
+    "dpo": ("samples", "pairs_per_problem"),
+}
+# files: of these each problem's rows are compared, see check_tries()
+INPUTS = ("located", "samples", "rollouts")
 
 
 async def make_all(
@@ -483,112 +491,90 @@ async def make_all(
 ):
     """Make the pairs of the problems that are not done yet; `tries` gets a row a problem.
 
-    `await go_on(row, prefix, seed, n, **sampling)` gives n continuations of a solution's first
-    steps; see complete()."""
-    done, model = {row["id"] for row in tries.rows}, args.rectifier or args.model
-    todo, places = [rows for identity, rows in problems.items() if identity not in done], 1
+    `await continue_solution(row, prefix, seed, n, **sampling_params)` gives n completions of a
+    solution's first steps; see complete()."""
+    done = {row["id"] for row in tries.rows}
+    todo = [rows for identity, rows in problems.items() if identity not in done]
+    concurrency = 1
     async with contextlib.AsyncExitStack() as stack:
         if args.method != "dpo" and todo:
+            model = args.rectifier or args.model
             generate = await stack.enter_async_context(engine(args, model, len(done)))
-            places = in_flight(args, generate, args.n if args.method == "step-dpo" else 1)
+            concurrency = in_flight(args, generate, args.n if args.method == "step-dpo" else 1)
 
-        def go_on(row: dict, prefix: str, seed: int, n: int = 1, **sampling):
-            return generate(
-                prompt_ids(tokenizer, row["problem"], prefix, args.split),
-                seed,
-                n,
-                top_p=args.top_p,
-                **sampling,
-            )
+        def continue_solution(row: dict, prefix: str, seed: int, n: int = 1, **sampling_params):
+            prompt = prompt_ids(tokenizer, row["problem"], prefix, args.split)
+            return generate(prompt, seed, n, top_p=args.top_p, **sampling_params)
 
         async def work(rows: list[dict]):
             if args.method == "dpo":
-                pairs, count = pair_up(args, rows)
+                pairs, counts = pair_up(args, rows)
             elif args.method == "scdpo":
-                pairs, count = await lead_astray(args, go_on, grader, rows)
+                pairs, counts = await lead_astray(args, continue_solution, grader, rows)
             else:
-                pairs, count = await rectify(args, go_on, grader, rollouts, rows)
-            tries.write(
-                {
-                    "id": rows[0]["id"],
-                    "input": input_hash(rows, rollouts),
-                    "count": dict(count),
-                    "pairs": pairs,
-                }
-            )
+                pairs, counts = await rectify(args, continue_solution, grader, rollouts, rows)
+            row = {"id": rows[0]["id"], "input": input_hash(rows, rollouts)}
+            tries.write({**row, "count": dict(counts), "pairs": pairs})
 
-        await run_all(todo, work, places, args.method)
+        await run_all(todo, work, concurrency, args.method)
 
 
 def load_input(args: Args) -> dict[str, list[dict]]:
     """Rows by problem, in an order that does not depend on the file's."""
-    path = getattr(args, METHODS[args.method][0])
-    field, maker, none = (
-        ("error_step", "02_locate_step.py", "rows has an error_step; see their reason fields")
-        if args.method == "step-dpo"
-        else (
-            "correct",
-            "01_sample_errors.py",
-            "solutions is right; sample easier problems, or more",
-        )
-    )
+    if args.method == "step-dpo":
+        path, field, stage = args.located, "error_step", "02_locate_step.py"
+        nothing = "rows has an error_step; see their reason fields"
+    else:
+        path, field, stage = args.samples, "correct", "01_sample_errors.py"
+        nothing = "solutions is right; sample easier problems, or more"
     rows = read_samples(path, ("answer", "sample", "finish_reason"), args)
     for number, row in enumerate(rows, 1):
         if field not in row or "response" not in row:
-            stop(f"{path}, row {number}: no {field!r} or no 'response'; give the output of {maker}")
-    rows, problems = sorted(rows, key=lambda row: (row["id"], row["sample"]))[: args.limit], {}
+            stop(f"{path}, row {number}: no {field!r} or no 'response'; give the output of {stage}")
+    rows = sorted(rows, key=lambda row: (row["id"], row["sample"]))[: args.limit]
     if not any(row[field] for row in rows):
-        stop(f"{path}: none of its {len(rows)} {none}")
+        stop(f"{path}: none of its {len(rows)} {nothing}")
+    problems = {}
     for row in rows:
         problems.setdefault(row["id"], []).append(row)
     return problems
 
 
 def load_rollouts(args: Args, settings: dict) -> dict[tuple, list[dict]]:
-    """Kept continuations by (id, sample, steps before them); they must come from the same model and
+    """Kept completions by (id, sample, steps before them). They must come from the same model and
     sampling."""
     meta = Path(f"{args.rollouts}.meta.json")
     rows = read_rows(args.rollouts, ("id", "rollouts"))
-    made = (
-        json.loads(meta.read_text())["settings"]
-        if meta.exists()
-        else stop(f"{meta} is missing; see 02 --keep-rollouts")
-    )
-    for name in (
-        "model",
-        "temperature",
-        "top_p",
-        "max_tokens",
-        "opening",
-        "prompt",
-        "split",
-        *NEUTRAL,
-    ):
+    if not meta.exists():
+        stop(f"{meta} is missing; see 02 --keep-rollouts")
+    made = json.loads(meta.read_text())["settings"]
+    sampling = ("model", "temperature", "top_p", "max_tokens", "opening", "prompt", "split")
+    for name in (*sampling, *NEUTRAL):
         if made.get(name) != settings[name]:
-            stop(
-                f"{args.rollouts} was made with {difference(name, made.get(name), settings[name])}"
-            )
+            changed = difference(name, made.get(name), settings[name])
+            stop(f"{args.rollouts} was made with {changed}")
     return {
-        (row["id"], row["sample"], int(k)): found
+        (row["id"], row["sample"], int(k)): completions
         for row in rows
-        for k, found in row["rollouts"].items()
+        for k, completions in row["rollouts"].items()
     }
 
 
 def input_hash(rows: list[dict], rollouts: dict) -> str:
     """Of what the pairs of a problem are made of."""
-    keys = {(row["id"], row["sample"]) for row in rows}
-    kept = sorted((key[1:], texts) for key, texts in rollouts.items() if key[:2] in keys)
-    return hashlib.sha256(json.dumps([rows, kept]).encode()).hexdigest()[:8]
+    samples = {(row["id"], row["sample"]) for row in rows}
+    reused = sorted((key[1:], texts) for key, texts in rollouts.items() if key[:2] in samples)
+    return hashlib.sha256(json.dumps([rows, reused]).encode()).hexdigest()[:8]
 
 
-def check_tries(args: Args, tries: Output, problems: dict[str, list[dict]], rollouts: dict):
+def check_tries(tries: Output, problems: dict[str, list[dict]], rollouts: dict):
     """Stop where a problem's pairs were made of other rows. New problems are welcome: their pairs
     are made."""
     for row in tries.rows:
         if row["id"] in problems and row["input"] != input_hash(problems[row["id"]], rollouts):
             stop(
-                f"{tries.path}: the pairs of {row['id']} were made of other rows than the input has now; give another --out"
+                f"{tries.path}: the pairs of {row['id']} were made of other rows than the input "
+                "has now; give another --out"
             )
 
 
@@ -596,78 +582,72 @@ def write_pairs(args: Args, problems: dict, tries: Output, kills: int, tokens: i
     """Write the pairs in an order that does not depend on which problem was ready first, and say
     what became of all. `tokens` and `seconds` are this run's."""
     rows = sorted((row for row in tries.rows if row["id"] in problems), key=lambda row: row["id"])
-    more = {"rectifier": args.rectifier} if args.rectifier else {}
-    pairs = [pair | more for row in rows for pair in row["pairs"]]
+    rectifier = {"rectifier": args.rectifier} if args.rectifier else {}
+    pairs = [pair | rectifier for row in rows for pair in row["pairs"]]
     save(args.out, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
     total = sum((Counter(row["count"]) for row in rows), Counter())
     summary = {"problems": len(problems), **total, "gradings killed": kills}
     if args.method == "scdpo" and total["attempts"]:
         broken = sum(number for name, number in total.items() if name.startswith("garbled"))
-        summary |= {
-            "yield": f"{total['pairs'] / total['attempts']:.1%}",
-            "garbled": f"{broken / total['attempts']:.1%}",
-        }
-    summary |= {"seconds": round(seconds, 1)} | (
-        {"tokens/s": round(tokens / seconds)} if tokens else {}
-    )
+        summary["yield"] = f"{total['pairs'] / total['attempts']:.1%}"
+        summary["garbled"] = f"{broken / total['attempts']:.1%}"
+    summary["seconds"] = round(seconds, 1)
+    if tokens:
+        summary["tokens/s"] = round(tokens / seconds)
     seeded = bool(args.base_url) or seeds_requests(args.top_p)
     tries.save_meta(finished=True, summary=summary, seeded_requests=seeded)
     save(Path(f"{args.out}.meta.json"), tries.meta_path.read_text(encoding="utf-8"))
-    print(
-        f"{args.out}: {len(pairs)} pairs; "
-        + ", ".join(f"{name} {value}" for name, value in summary.items())
-    )
+    told = ", ".join(f"{name} {value}" for name, value in summary.items())
+    print(f"{args.out}: {len(pairs)} pairs; {told}")
+
+
+def check_options(args: Args):
+    """Stop at options that do not go together; fill in the defaults that depend on --method."""
+    for name in sum(METHODS.values(), ()):
+        if name not in METHODS[args.method] and getattr(args, name) != getattr(Args(), name):
+            option = name.replace("_", "-")
+            stop(f"--{option} has no effect with --method {args.method}; leave it out")
+    args.top_p = args.top_p or (1.0 if args.method == "scdpo" else 0.95)
+    if args.pairs_per_problem is None:
+        args.pairs_per_problem = int(args.method == "dpo")
+    for least, names in (
+        (1, ("n", "max_tokens", "tries", "limit")),
+        (0, ("max_pairs_per_error", "pairs_per_problem", "solutions_per_problem")),
+        (0, ("first_k", "concurrency")),
+    ):
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and value < least:
+                stop(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    if args.rectifier and args.rollouts:
+        stop("--rectifier goes without --rollouts, which are the policy's")
 
 
 def main(args: Args):
-    own = METHODS[args.method]
-    for name in sum(METHODS.values(), ()):
-        if name not in own and getattr(args, name) != getattr(Args(), name):
-            stop(
-                f"--{name.replace('_', '-')} has no effect with --method {args.method}; leave it out"
-            )
-    args.top_p = args.top_p or (1.0 if args.method == "scdpo" else 0.95)
-    args.pairs_per_problem = (
-        int(args.method == "dpo") if args.pairs_per_problem is None else args.pairs_per_problem
-    )
-    least = (args.n, args.max_tokens, args.tries, 1 if args.limit is None else args.limit)
-    zero = (
-        args.max_pairs_per_error,
-        args.pairs_per_problem,
-        args.solutions_per_problem,
-        args.first_k,
-        args.concurrency,
-    )
-    if min(least) < 1 or min(zero) < 0:
-        stop(
-            "--n, --max-tokens, --tries and --limit are at least 1, --max-pairs-per-error, --pairs-per-problem, "
-            "--solutions-per-problem, --first-k and --concurrency at least 0"
-        )
-    if args.rectifier and args.rollouts:
-        stop("--rectifier goes without --rollouts, which are the policy's")
+    check_options(args)
     tries_path = args.out.with_suffix(".tries.jsonl")
     if args.out.exists() and args.out.stat().st_size and not tries_path.exists():
         stop(
-            f"{args.out} is there, but not {tries_path}, which would tell how to go on; give another --out"
+            f"{args.out} is there, but not {tries_path}, which would tell how to resume; "
+            "give another --out"
         )
     began, problems = time.time(), load_input(args)
-    names = ("method", "seed", "opening", "split", *(name for name in own if name not in INPUTS))
+    options = [name for name in METHODS[args.method] if name not in INPUTS]
     settings = {"stage": "03_rectify", "code": source_hashes(ROW_CODE[args.method])}
-    settings |= {name: getattr(args, name) for name in names}
+    for name in ("method", "seed", "opening", "split", *options):
+        settings[name] = getattr(args, name)
     tokenizer, model = None, args.rectifier or args.model
     if args.method != "dpo":
         tokenizer = load_tokenizer(
             args.tokenizer or model, args.chat_template, args.chat_template_kwargs
         )
-        settings |= {"top_p": args.top_p, "max_tokens": args.max_tokens} | NEUTRAL
-        settings |= {
-            "model": model_id(model),
-            "prompt": render_prompt(tokenizer, PROBE, args.opening),
-        }
+        settings.update(top_p=args.top_p, max_tokens=args.max_tokens, **NEUTRAL)
+        settings["model"] = model_id(model)
+        settings["prompt"] = render_prompt(tokenizer, PROBE, args.opening)
     rollouts = load_rollouts(args, settings) if args.rollouts else {}
-    check_input(getattr(args, own[0]), settings, args.accept_edit)
+    check_input(getattr(args, METHODS[args.method][0]), settings, args.accept_edit)
     tries, grader = Output(tries_path, settings, args.accept_edit), Grader()
-    check_tries(args, tries, problems, rollouts)
+    check_tries(tries, problems, rollouts)
     before = len(tries.rows)
     try:
         asyncio.run(make_all(args, problems, rollouts, tokenizer, tries, grader))
@@ -827,12 +807,9 @@ def save(path: Path, text: str):
 def source_hashes(roots: tuple[str, ...]) -> dict[str, str]:
     """A hash of the source of these functions and constants of this file, and of all in it that
     they use. Comments, docstrings and layout do not count."""
-    source = Path(__file__).read_text(encoding="utf-8")
-    for _ in range(2):  # SystemError: CPython 3.11, now and then, while another thread parses
-        with contextlib.suppress(SystemError):
-            tree = ast.parse(source)
+    gc.collect()  # CPython 3.11: ast.parse() fails when a finalizer parses in the middle of it
     nodes, hashes, names = {}, {}, list(roots)
-    for node in tree.body:
+    for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else node
         nodes[getattr(target, "id", getattr(target, "name", ""))] = node
     del nodes["Args"]  # the settings have the options' values

@@ -1,16 +1,16 @@
 """Score models on benchmarks and compare them, problem by problem, with the first one.
 
-    python data/download.py gsm8k math                             # data/gsm8k_test.jsonl, data/math_test.jsonl ...
-    python 05_eval.py                                              # Qwen2-7B-Instruct against runs/stepdpo on these
-    python 05_eval.py --data data/tiny/test.jsonl --models data/tiny/model tuned=runs/tuned-0,runs/tuned-1 --out results/tiny
-    python 05_eval.py --data data/aime24.jsonl --samples 16 --temperature 0.7      # avg@16, maj@16, pass@1 to pass@16
+    python data/download.py gsm8k math        # data/gsm8k_test.jsonl, data/math_test.jsonl ...
+    python 05_eval.py                         # Qwen2-7B-Instruct against runs/stepdpo on these
+    python 05_eval.py --data data/tiny/test.jsonl --models data/tiny/model tuned=runs/a,runs/b
+    python 05_eval.py --data data/aime24.jsonl --samples 16 --temperature 0.7     # pass@k, maj@k
 
 Input: problems as in 01_sample_errors.py, a file for each benchmark:
-    {"id": "q1", "problem": "Ava has 3 apples and buys 4 more. How many has she now?", "answer": "7"}
+    {"id": "q1", "problem": "Ava has 3 apples and buys 4 more. How many ...?", "answer": "7"}
 
 Output in OUT: report.md, summary.json; and a line a response in BENCHMARK/MODEL.jsonl:
-    {"id": "q1", "problem": "...", "answer": "7", "sample": 0, "response": "...", "prediction": "7", "correct": true,
-     "finish_reason": "stop", "tokens": 41, "model": "runs/tuned"}
+    {"id": "q1", "problem": "...", "answer": "7", "sample": 0, "response": "...", "prediction": "7",
+     "correct": true, "finish_reason": "stop", "tokens": 41, "model": "runs/tuned"}
 
 Responses that are there are not made again. analysis/report.py makes pictures and a page of OUT.
 `correct` is the strict verdict of 01; analysis/regrade.py adds those of the papers' own code.
@@ -26,6 +26,7 @@ import contextlib
 import ctypes
 import fcntl
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -58,25 +59,11 @@ from tqdm import tqdm
 # Copied from 01_sample_errors.py
 USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 # Copied from 01_sample_errors.py
-# Sent with every request to a policy: what a request leaves out, vLLM's server takes from the
-# model's generation_config.json, which for Qwen2-Instruct means repetition_penalty 1.05 and top_k
-# 20. The papers' code samples with neither.
-NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-# Copied from 01_sample_errors.py
-PROBE = "1 + 1 = ?"  # the problem of the prompt that stands in the settings
-# Copied from 01_sample_errors.py
-# the assistant's text while a template is rendered: many trim it, some take thoughts out of it
-MARK = "@@Steps so far@@"
-# Copied from 01_sample_errors.py
 # How a step begins. The opening, the splitting and the stop strings follow from it.
 STEP = "Step {number}:"
 # Copied from 01_sample_errors.py
 # no space at the end: it would move the token boundary
 OPENING = "Let's think step by step.\n" + STEP.format(number=1)
-ROW_CODE = (
-    "answer",
-)  # what makes a row, with all that it uses: rows made before an edit of it do not fit
-CODE_COLUMNS = ("rounds", "executions", "failures")  # of a code-integrated response
 
 
 @dataclass
@@ -126,39 +113,466 @@ class Args:
     many"""
 
 
-def main(args: Args):
-    began = time.time()
-    if (
-        min(args.max_tokens, 1 if args.limit is None else args.limit, args.samples) < 1
-        or args.concurrency < 0
-    ):
-        stop("--max-tokens, --limit and --samples are at least 1")
-    if args.samples > 1 and not args.temperature:
-        stop("--samples above 1 needs --temperature above 0: greedy responses are all the same")
-    if len({path.stem for path in args.data}) < len(args.data):
-        stop("--data: the same name twice")
-    groups = model_groups(args.models)
-    tables, runs = evaluate(args, groups)
-    summary = summary_of(groups, tables, vars(args), args.seed) | {"runs": runs}
-    print(write_report(summary, args.out))
-    problems = sum(found["problems"] for found in summary["benchmarks"].values())
-    print(
-        f"{args.out / 'report.md'}: {sum(map(len, groups.values()))} models, {problems} problems each, "
-        f"{time.time() - began:.1f} s; {runs}"
-    )
+# -------------------------------------------------------------------------------------------------
+# a response
+
+# what makes a row, with all that it uses: rows made before an edit of it do not fit
+ROW_CODE = ("answer",)
+CODE_COLUMNS = ("rounds", "executions", "failures")  # of a code-integrated response
+
+
+async def answer(
+    args: Args, model: str, problem: dict, sample: int, tokenizer, generate, grader: Grader
+) -> dict:
+    """A model's response to a problem, graded, as a row."""
+    prompt = prompt_ids(tokenizer, problem["problem"], args.opening, args.split)
+    seed = seed_of(args.seed, "eval", problem["id"], *([sample] if sample else []))
+    sampling_params = {
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "max_tokens": args.max_tokens,
+    }
+    [completion] = await generate(prompt, seed, **sampling_params)
+    refused = completion["finish_reason"] == "refused"
+    row = {
+        **problem,
+        "sample": sample,
+        "opening": args.opening,
+        "response": "" if refused else args.opening + completion["text"],
+        "finish_reason": completion["finish_reason"],
+        "tokens": completion["tokens"],
+        "model": model,
+    }
+    if args.split == "blocks":
+        row |= {"blocks": blocks_of(row["response"]), **completion["counts"]}
+    return await grade(row, grader)
+
+
+async def grade(row: dict, grader: Grader) -> dict:
+    """The row with `prediction` and `correct`, the strict verdict: an unfinished response has no
+    answer."""
+    prediction = None
+    if row.get("finish_reason", "stop") == "stop":
+        prediction = answer_of(row["response"], "blocks" if "blocks" in row else "labels")
+    correct = await grader(str(row["answer"]), prediction, row.get("problem", ""))
+    return row | {"prediction": prediction, "correct": correct}
 
 
 # -------------------------------------------------------------------------------------------------
-# responses
+# statistics
+
+# z of a two-sided 5 % (1.9600) and of a power of 80 % (0.8416)
+Z_DETECTABLE = 2.8016
+
+
+def paired(rates: np.ndarray, base: np.ndarray, seed: int) -> dict:
+    """Difference of two models' rates, each (seeds, problems), paired by problem: its interval, p,
+    and the smallest difference that such a comparison would find four times out of five (power
+    80 %, two-sided 5 %).
+
+    With several seeds p is the bootstrap's, twice the share of draws beyond 0: a permutation of
+    problems would hold for these seeds only, and call a seed's luck a method's gain."""
+    differences = rates.mean(0) - base.mean(0)
+    means = bootstrap(rates, base, seed)
+    if len(rates) > 1 or len(base) > 1:
+        test = "bootstrap"
+        beyond = int(min((means <= 0).sum(), (means >= 0).sum()))
+        p = min(1.0, 2 * (1 + beyond) / (1 + len(means)))
+    elif set(np.unique(differences)) <= {-1.0, 0.0, 1.0}:
+        test = "McNemar, exact"
+        p = mcnemar(int((differences > 0).sum()), int((differences < 0).sum()))
+    else:
+        test = "permutation"
+        p = permutation(differences, seed)
+    return {
+        "difference": float(differences.mean()),
+        "difference_interval": percentiles(means),
+        "p": p,
+        "test": test,
+        "detectable": Z_DETECTABLE * float(differences.std()) / math.sqrt(len(differences)),
+    }
+
+
+def mcnemar(wins: int, losses: int) -> float:
+    """Two-sided exact p of wins against losses being a fair coin (McNemar 1947, in its binomial
+    form)."""
+    total = wins + losses
+    tail = sum(math.comb(total, i) for i in range(min(wins, losses) + 1))
+    return min(1.0, 2 * tail / 2**total)
+
+
+def permutation(differences: np.ndarray, seed: int, draws: int = 10_000) -> float:
+    """Two-sided p of a mean difference, (problems,), when each problem's sign is a coin (Fisher's
+    randomization test, 1935)."""
+    rng = np.random.default_rng(seed)
+    moving = differences[differences != 0]
+    as_large = 0
+    for _ in range(100):  # a hundredth of the draws at a time: all signs would take much memory
+        signs = rng.integers(0, 2, (draws // 100, len(moving)), dtype=np.int8) * 2 - 1
+        as_large += int((abs(signs @ moving) >= abs(moving.sum()) - 1e-9).sum())
+    return (1 + as_large) / (1 + draws)
+
+
+def bootstrap(rates: np.ndarray, base: np.ndarray, seed: int, draws: int = 4000) -> np.ndarray:
+    """The mean of `rates` (seeds, problems), less that of `base` on the same problems, in each of
+    `draws` draws (Efron 1979).
+
+    Problems are drawn again, the same for both, and seeds too, for each side on its own."""
+    rng, problems = np.random.default_rng(seed), rates.shape[1]
+
+    def mean_of_drawn_seeds(side: np.ndarray) -> np.ndarray:
+        return side[rng.integers(len(side), size=len(side))].mean(0)
+
+    means = []
+    for _ in range(draws):
+        differences = mean_of_drawn_seeds(rates) - mean_of_drawn_seeds(base)
+        means.append(differences[rng.integers(problems, size=problems)].mean())
+    return np.array(means)
+
+
+def percentiles(means: np.ndarray) -> tuple[float, float]:
+    """95 % percentile interval."""
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927). It stays within 0 and 1 and has a width at 0 and at
+    1 too."""
+    share, spread = correct / total, z * z / total
+    middle = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def interval(rates: np.ndarray, k: int, seed: int) -> tuple[float, float]:
+    """Of the mean of rates (seeds, problems): Wilson's where they are single verdicts, else the
+    bootstrap's."""
+    if k == len(rates) == 1:
+        return wilson(round(rates.sum()), rates.size)
+    return percentiles(bootstrap(rates, np.zeros_like(rates[:1]), seed))
+
+
+def classes(rows: list[dict]) -> list[int]:
+    """For each response to one problem the place of the first with an equal answer; -1 where it has
+    no answer."""
+
+    def same(a: dict, b: dict) -> bool:
+        if a["correct"] or b["correct"]:
+            return a["correct"] == b["correct"]
+        return bool(quick_verdict(a["prediction"], b["prediction"]))
+
+    places = []
+    for i, row in enumerate(rows):
+        if row["prediction"] is None and not row["correct"]:
+            places.append(-1)
+        else:
+            equal = (j for j in range(i) if places[j] == j and same(rows[j], row))
+            places.append(next(equal, i))
+    return places
+
+
+def majority(votes: list[int]) -> int:
+    """The commonest class of answers; of several, the one that came first. -1 stands for no answer
+    and has no vote."""
+    counts = Counter(vote for vote in votes if vote >= 0)
+    # most_common keeps the order in which they came
+    return counts.most_common(1)[0][0] if counts else -1
+
+
+def curves(table: list[list[dict]], seed: int) -> dict:
+    """pass@j, unbiased (Chen et al. 2021, arXiv 2107.03374), and maj@j for j = 1, 2, 4 ... k; maj@j
+    below k is the mean over 50 draws of j of the k responses. `final` says for each problem whether
+    maj@k is right."""
+    k, rng = len(table[0]), np.random.default_rng(seed)
+    sizes = sorted({2**i for i in range(k.bit_length())} | {k})
+    right = [sum(row["correct"] for row in rows) for rows in table]
+    votes = [classes(rows) for rows in table]
+
+    def pass_at(j: int) -> float:
+        return float(np.mean([1 - math.comb(k - c, j) / math.comb(k, j) for c in right]))
+
+    def voted(order) -> list[bool]:
+        """Whether the majority of the responses in these places is right, for each problem."""
+        winners = [majority([places[i] for i in order]) for places in votes]
+        return [i >= 0 and rows[i]["correct"] for i, rows in zip(winners, table, strict=True)]
+
+    def maj_at(j: int) -> float:
+        orders = [rng.permutation(k)[:j] for _ in range(50)] if j < k else [range(k)]
+        return float(np.mean([voted(order) for order in orders]))
+
+    return {
+        "k": sizes,
+        "pass": [pass_at(j) for j in sizes],
+        "maj": [maj_at(j) for j in sizes],
+        "final": voted(range(k)),
+    }
+
+
+# -------------------------------------------------------------------------------------------------
+# comparison
+
+
+def summary_of(groups: dict, tables: dict, settings: dict, seed: int) -> dict:
+    """What summary.json holds. `settings` are those of the responses."""
+    decoding = "greedy"
+    if settings.get("temperature"):
+        decoding = f"temperature {settings['temperature']}, top-p {settings['top_p']}"
+    decoding += f", at most {settings.get('max_tokens', '?')} tokens"
+    return {
+        "decoding": decoding,
+        "opening": settings.get("opening", OPENING),
+        "rule": "strict equality",
+        "groups": groups,
+        "benchmarks": {name: compare(groups, table, seed) for name, table in tables.items()},
+    }
+
+
+def compare(groups: dict[str, list[str]], by_model: dict[str, list], seed: int) -> dict:
+    """All figures of a benchmark: of each model, and of each seed where it has several, and its
+    difference from the base."""
+    base = next(iter(groups))
+    labels = {}
+    for label, models in groups.items():
+        if len(models) > 1:
+            labels.update({model: [model] for model in models})
+        labels[label] = models
+    # an order of the problems that does not depend on that of the rows, on which the bootstrap's
+    # draws would
+    by_model = {
+        model: sorted(table, key=lambda rows: str(rows[0]["id"]))
+        for model, table in by_model.items()
+    }
+    figures, rates, solved = {}, {}, {}
+    for label, models in labels.items():
+        tables = [by_model[model] for model in models]
+        figures[label], rates[label], solved[label] = score(tables, seed)
+    problems = [rows[0] for rows in by_model[groups[base][0]]]
+    ids = [str(row["id"]) for row in problems]
+    for label in labels:
+        if label != base and label not in groups[base]:
+            won = np.flatnonzero(solved[label] & ~solved[base])
+            lost = np.flatnonzero(solved[base] & ~solved[label])
+            figures[label].update(paired(rates[label], rates[base], seed))
+            figures[label]["won"] = [ids[i] for i in won]
+            figures[label]["lost"] = [ids[i] for i in lost]
+    pairs = combinations([label for label in groups if label != base], 2)
+    return {
+        "problems": len(ids),
+        "samples": len(by_model[groups[base][0]][0]),
+        "hash": content_hash([{"problem": "", **row} for row in problems]),
+        "models": figures,
+        "pairwise": {f"{b}\n{a}": paired(rates[b], rates[a], seed) for a, b in pairs},
+    }
+
+
+def score(tables: list[list[list[dict]]], seed: int) -> tuple[dict, np.ndarray, np.ndarray]:
+    """Figures of a model on a benchmark; its rates (seeds, problems); and for each problem whether
+    it is solved, which is what most of a problem's responses and seeds say. `tables` holds for each
+    seed and problem the rows."""
+    k = len(tables[0][0])
+    rows = [row for table in tables for responses in table for row in responses]
+    verdicts = [[[row["correct"] for row in responses] for responses in table] for table in tables]
+    rates = np.array(verdicts).mean(2)
+    solved, curve = rates, None
+    if k > 1:
+        by_seed = [curves(table, seed) for table in tables]
+        solved = np.array([seed_curves["final"] for seed_curves in by_seed])
+        curve = {"k": by_seed[0]["k"]}
+        for kind in ("pass", "maj"):
+            curve[kind] = np.mean([seed_curves[kind] for seed_curves in by_seed], 0).tolist()
+    ends = Counter(row["finish_reason"] for row in rows)
+    no_answer = [row["finish_reason"] for row in rows if row["prediction"] is None]
+    figures = {
+        "seeds": len(tables),
+        "accuracy": float(rates.mean()),
+        "interval": interval(rates, k, seed),
+        "spread": float(rates.mean(1).std(ddof=1)) if len(tables) > 1 else 0.0,
+        "unfinished": ends["length"] + ends["rounds"] + ends["execution"],
+        "unparsable": no_answer.count("stop"),
+        "too_long_a_prompt": ends["refused"],
+        "mean_tokens": sum(row.get("tokens", 0) for row in rows) / len(rows),
+        "code": {
+            name: sum(row[name] for row in rows) / len(rows)
+            for name in CODE_COLUMNS
+            if name in rows[0]
+        },
+        "by": breakdown([responses[0] for responses in tables[0]], rates, k, seed),
+        "curves": curve,
+    }
+    return figures, rates, solved.mean(0) > 0.5
+
+
+def breakdown(problems: list[dict], rates: np.ndarray, k: int, seed: int) -> dict:
+    """Accuracy by level and by subject, where the problems have them, of rates (seeds,
+    problems)."""
+    parts = {}
+    for name, fields in (("level", ("level", "grade")), ("subject", ("subject", "type"))):
+        values = []
+        for row in problems:
+            values.append(next((str(row[field]) for field in fields if row.get(field)), ""))
+        kinds = sorted(set(values) - {""})
+        if len(kinds) < 2:
+            continue
+        parts[name] = {}
+        for kind in kinds:
+            part = rates[:, [value == kind for value in values]]
+            parts[name][kind] = {
+                "problems": part.shape[1],
+                "accuracy": float(part.mean()),
+                "interval": interval(part, k, seed),
+            }
+    return parts
+
+
+# -------------------------------------------------------------------------------------------------
+# the report: each table is (title, head, rows, note); the first two columns of cells are text
+
+
+def percent(share: float, interval=None) -> str:
+    if interval is None:
+        return f"{share:.1%}"
+    low, high = interval
+    return f"{share:.1%} ({low:.1%} to {high:.1%})"
+
+
+def difference_cells(figures: dict) -> list[str]:
+    low, high = figures["difference_interval"]
+    points = f"{100 * figures['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    return [points, f"{figures['p']:.2g}"]
+
+
+def accuracy_row(label: str, figures: dict, k: int, code_columns: list[str]) -> list[str]:
+    if figures["seeds"] > 1:
+        label += f", {figures['seeds']} seeds, standard deviation {100 * figures['spread']:.1f}"
+    cells = [label, percent(figures["accuracy"], figures["interval"])]
+    if k > 1:
+        cells += [percent(figures["curves"][kind][-1]) for kind in ("maj", "pass")]
+    if "p" in figures:
+        won_lost = f"{len(figures['won'])} / {len(figures['lost'])}"
+        cells += [*difference_cells(figures), won_lost]
+    else:
+        cells += ["base", "", ""]
+    no_answer = figures["unparsable"] + figures["too_long_a_prompt"]
+    cells += [str(figures["unfinished"]), str(no_answer), f"{figures['mean_tokens']:.0f}"]
+    return cells + [f"{figures['code'].get(name, 0):.2f}" for name in code_columns]
+
+
+def power_note(name: str, benchmark: dict) -> str:
+    """Which difference the comparisons of a benchmark would find. Where there is nothing to compare
+    with: two models that disagree on a tenth of the problems."""
+    detectable = [figures.get("detectable", 0) for figures in benchmark["models"].values()]
+    points = max(detectable) or Z_DETECTABLE * math.sqrt(0.1 / benchmark["problems"])
+    return (
+        f"On {name} a true difference below {100 * points:.1f} points would be missed more than "
+        "once in five such comparisons (power 80 %, two-sided 5 %)."
+    )
+
+
+def accuracy_table(benchmarks: dict, k: int) -> tuple[str, list[str], list[list[str]], str]:
+    """The main table of the benchmarks with k responses to each problem."""
+    models = sum((list(benchmark["models"].values()) for benchmark in benchmarks.values()), [])
+    code_columns = [
+        name for name in CODE_COLUMNS if any(name in figures["code"] for figures in models)
+    ]
+    rows = []
+    for name, benchmark in benchmarks.items():
+        for label, figures in benchmark["models"].items():
+            cells = accuracy_row(label, figures, k, code_columns)
+            rows.append([f"{name} ({benchmark['problems']})", *cells])
+    note = " ".join(power_note(name, benchmark) for name, benchmark in benchmarks.items())
+    if k == 1:
+        title = "Accuracy"
+        head = ["benchmark", "model", "accuracy (95 % interval)"]
+        head += ["against the base, points", "p", "won / lost"]
+    else:
+        title = f"Accuracy of {k} responses to each problem"
+        head = ["benchmark", "model", f"avg@{k} (95 % interval)", f"maj@{k}", f"pass@{k}"]
+        head += ["against the base, points", "p", "won / lost by majority"]
+    head += ["unfinished", "no answer", "tokens", *code_columns]
+    return title, head, rows, note
+
+
+def tables_of(summary: dict) -> list[tuple[str, list[str], list[list[str]], str]]:
+    """(title, head, rows, note) of each table of the report."""
+    benchmarks, labels = summary["benchmarks"], list(summary["groups"])
+    tables = []
+    for k in sorted({benchmark["samples"] for benchmark in benchmarks.values()}):
+        same_k = {name: each for name, each in benchmarks.items() if each["samples"] == k}
+        tables.append(accuracy_table(same_k, k))
+    rows = []
+    for name, benchmark in benchmarks.items():
+        for pair, figures in benchmark["pairwise"].items():
+            rows.append([name, pair.replace("\n", " − "), *difference_cells(figures)])
+    if rows:
+        head = ["benchmark", "models", "points (95 % interval)", "p"]
+        note = "These p are not corrected for the number of comparisons."
+        tables.append(("Models against each other", head, rows, note))
+    for by in ("level", "subject"):
+        for name, benchmark in benchmarks.items():
+            parts = [benchmark["models"][label]["by"].get(by, {}) for label in labels]
+            rows = []
+            for kind, first in parts[0].items():
+                shares = [percent(part[kind]["accuracy"], part[kind]["interval"]) for part in parts]
+                rows.append([kind, str(first["problems"]), *shares])
+            if rows:
+                tables.append((f"{name} by {by}", [by, "problems", *labels], rows, ""))
+    return tables + summary.get("more_tables", [])
+
+
+def about(summary: dict) -> str:
+    """What the figures are, in a paragraph."""
+    benchmarks = summary["benchmarks"]
+    sources = "; ".join(
+        f"{benchmark['problems']} of {name}, content hash {benchmark['hash']}"
+        for name, benchmark in benchmarks.items()
+    )
+    text = (
+        f"Decoding: {summary['decoding']}, after the opening {summary['opening']!r}. Problems: "
+        f"{sources}. The column accuracy is by {summary['rule']}; intervals are Wilson's for one "
+        "response a problem, else bootstrap over problems; differences are paired by problem, p is "
+        "McNemar's exact one, of a permutation, or with several seeds of the bootstrap, which "
+        "draws seeds too; a problem is won or lost by most of the seeds."
+    )
+    if any(benchmark["samples"] > 1 for benchmark in benchmarks.values()):
+        text += (
+            " maj@k takes the commonest answer, of equally common ones that which came first; won "
+            "and lost are by it."
+        )
+    return text
+
+
+def write_report(summary: dict, out: Path, pictures: tuple[Path, ...] = ()) -> str:
+    """report.md and summary.json. Returns the first table, in Markdown. `pictures` are those of
+    analysis/report.py."""
+    parts = []
+    for title, head, rows, note in tables_of(summary):
+        ruler = ["---", "---", *["---:"] * (len(head) - 2)]
+        lines = []
+        for row in (head, ruler, *rows):
+            cells = [cell.replace("|", "\\|").replace("\n", " ") for cell in row]
+            lines.append(f"| {' | '.join(cells)} |")
+        table = "\n".join(lines)
+        parts.append(f"## {title}\n\n{table}\n\n{note}".rstrip())
+    shown = [f"![{path.stem}]({path.name})" for path in pictures]
+    shown = shown or [f"Pictures, and a page with responses: `python analysis/report.py {out}`."]
+    text = "\n\n".join(["# Evaluation", about(summary), parts[0], *shown, *parts[1:]])
+    save(out / "report.md", text + "\n")
+    save(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    return parts[0]
+
+
+# -------------------------------------------------------------------------------------------------
+# responses of all models
 
 
 def model_groups(names: tuple[str, ...]) -> dict[str, list[str]]:
     """Label -> models. NAME=A,B gives its own label; a plain folder or hub id is its own."""
     groups = {}
     for name in names:
-        label, models = (
-            name.split("=", 1) if "=" in name and not Path(name).exists() else (name, name)
-        )
+        label, models = name, name
+        if "=" in name and not Path(name).exists():
+            label, models = name.split("=", 1)
         if label in groups:
             stop(f"--models: {label} comes twice")
         groups[label] = models.split(",")
@@ -167,15 +581,21 @@ def model_groups(names: tuple[str, ...]) -> dict[str, list[str]]:
         stop(
             f"--models: {', '.join(models)}: the same model (or file name) twice, or an empty name"
         )
-    if both := [label for label, group in groups.items() if len(group) > 1 and label in models]:
-        stop(
-            f"--models: {both[0]} is the name of several seeds and of one of the models; give another name"
-        )
+    for label, group in groups.items():
+        if len(group) > 1 and label in models:
+            stop(
+                f"--models: {label} is the name of several seeds and of one of the models; "
+                "give another name"
+            )
     return groups
 
 
 def file_name(model: str) -> str:
     return re.sub(r"[^\w.-]+", "-", model).strip("-.")
+
+
+def path_of(args: Args, benchmark: str, model: str) -> Path:
+    return args.out / benchmark / f"{file_name(model)}.jsonl"
 
 
 def evaluate(args: Args, groups: dict[str, list[str]]) -> tuple[dict, dict]:
@@ -188,15 +608,14 @@ def evaluate(args: Args, groups: dict[str, list[str]]) -> tuple[dict, dict]:
         check_model(args, model, benchmarks)
     tables, runs = {name: {} for name in benchmarks}, {}
     for number, (model, label) in enumerate(labels.items()):
-        answer = functools.partial(
-            answer_model, args, model, benchmarks, {"number": number, "label": label}
-        )
-        if counts := in_own_process(answer) if apart else answer():
+        place = {"number": number, "label": label}
+        answer_this = functools.partial(answer_model, args, model, benchmarks, place)
+        if counts := in_own_process(answer_this) if apart else answer_this():
             runs[model] = counts
         for name, problems in benchmarks.items():
-            rows = {
-                (row["id"], row["sample"]): row for row in read_rows(path_of(args, name, model), ())
-            }
+            rows = {}
+            for row in read_rows(path_of(args, name, model), ()):
+                rows[row["id"], row["sample"]] = row
             tables[name][model] = [
                 [rows[problem["id"], i] for i in range(args.samples)] for problem in problems
             ]
@@ -205,10 +624,9 @@ def evaluate(args: Args, groups: dict[str, list[str]]) -> tuple[dict, dict]:
 
 def check_model(args: Args, model: str, benchmarks: dict[str, list[dict]]):
     """Stop where a model with rows to make is not there: hours may go by before its turn comes."""
-    paths = [path for name in benchmarks if (path := path_of(args, name, model)).is_file()]
-    if sum(path.read_bytes().count(b"\n") for path in paths) >= args.samples * sum(
-        map(len, benchmarks.values())
-    ):
+    paths = [path_of(args, name, model) for name in benchmarks]
+    done = sum(path.read_bytes().count(b"\n") for path in paths if path.is_file())
+    if done >= args.samples * sum(map(len, benchmarks.values())):
         return
     load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs)
     weights = any(file.suffix in (".safetensors", ".bin") for file in Path(model).glob("*"))
@@ -216,54 +634,11 @@ def check_model(args: Args, model: str, benchmarks: dict[str, list[dict]]):
         stop(f"--models {model}: a folder without weights; has its training ended?")
 
 
-def path_of(args: Args, benchmark: str, model: str) -> Path:
-    return args.out / benchmark / f"{file_name(model)}.jsonl"
-
-
-def answer_model(args: Args, model: str, benchmarks: dict[str, list[dict]], place: dict) -> dict:
-    """Answer what a model has not answered yet; returns counts. `place` of the model in the report
-    goes into the meta files."""
-    fixed = ("opening", "split", "temperature", "top_p", "max_tokens", "seed")
-    tokenizer = load_tokenizer(
-        args.tokenizer or model, args.chat_template, args.chat_template_kwargs
-    )
-    prompt = render_prompt(tokenizer, PROBE, args.opening)
-    settings = (
-        {name: getattr(args, name) for name in fixed}
-        | NEUTRAL
-        | {"prompt": prompt, "model": model_id(model)}
-    )
-    settings["code"] = source_hashes(ROW_CODE)
-    todo = []
-    with contextlib.ExitStack() as opened:
-        files = {
-            name: Output(path_of(args, name, model), settings, args.accept_edit)
-            for name in benchmarks
-        }
-        for name, output in files.items():
-            check_problems(output, benchmarks[name])
-            opened.enter_context(contextlib.closing(output))
-            output.save_meta(finished=False, **place)
-            todo += missing(benchmarks[name], args.samples, output)
-        counts = asyncio.run(answer_all(args, model, tokenizer, todo)) if todo else {}
-        for output in files.values():
-            output.save_meta(
-                finished=True,
-                seeded_requests=bool(args.base_url) or seeds_requests(args.top_p),
-                **place,
-            )
-    return counts
-
-
 def in_own_process(work):
     """work() in a process of its own: on CUDA vLLM does not give all of a GPU's memory back before
     its process ends (vllm#21073), and the next model would not fit."""
-    start = {
-        "max_workers": 1,
-        "mp_context": multiprocessing.get_context("spawn"),
-        "initializer": end_with_parent,
-    }
-    with concurrent.futures.ProcessPoolExecutor(**start) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, spawn, end_with_parent) as pool:
         return pool.submit(work).result()
 
 
@@ -272,38 +647,50 @@ def end_with_parent():
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def missing(problems: list[dict], samples: int, output: Output) -> list[tuple[dict, int, Output]]:
-    """(problem, sample, file to write to) of each response that is not in the file."""
-    done = {(row["id"], row["sample"]) for row in output.rows}
-    asked = [(problem, sample, output) for problem in problems for sample in range(samples)]
-    return [item for item in asked if (item[0]["id"], item[1]) not in done]
-
-
-async def answer(
-    args: Args, model: str, problem: dict, sample: int, tokenizer, generate, grader: Grader
-) -> dict:
-    """A model's response to a problem, graded, as a row."""
-    sampling_params = {
+def answer_model(args: Args, model: str, benchmarks: dict[str, list[dict]], place: dict) -> dict:
+    """Answer what a model has not answered yet; returns counts. `place` of the model in the report
+    goes into the meta files."""
+    tokenizer = load_tokenizer(
+        args.tokenizer or model, args.chat_template, args.chat_template_kwargs
+    )
+    settings = {
+        "opening": args.opening,
+        "split": args.split,
         "temperature": args.temperature,
         "top_p": args.top_p,
         "max_tokens": args.max_tokens,
+        "seed": args.seed,
+        **NEUTRAL,
+        "prompt": render_prompt(tokenizer, PROBE, args.opening),
+        "model": model_id(model),
+        "code": source_hashes(ROW_CODE),
     }
-    seed = seed_of(args.seed, "eval", problem["id"], *([sample] if sample else []))
-    prompt = prompt_ids(tokenizer, problem["problem"], args.opening, args.split)
-    [completion] = await generate(prompt, seed, **sampling_params)
-    row = problem | {
-        "sample": sample,
-        "opening": args.opening,
-        "response": args.opening + completion["text"]
-        if completion["finish_reason"] != "refused"
-        else "",
-        "finish_reason": completion["finish_reason"],
-        "tokens": completion["tokens"],
-        "model": model,
-    }
-    if args.split == "blocks":
-        row |= {"blocks": blocks_of(row["response"]), **completion["counts"]}
-    return await grade(row, grader)
+    todo = []
+    with contextlib.ExitStack() as stack:
+        outputs = {}
+        for name in benchmarks:
+            outputs[name] = Output(path_of(args, name, model), settings, args.accept_edit)
+        for name, output in outputs.items():
+            check_problems(output, benchmarks[name])
+            stack.enter_context(contextlib.closing(output))
+            output.save_meta(finished=False, **place)
+            todo += missing(benchmarks[name], args.samples, output)
+        counts = asyncio.run(answer_all(args, model, tokenizer, todo)) if todo else {}
+        seeded = bool(args.base_url) or seeds_requests(args.top_p)
+        for output in outputs.values():
+            output.save_meta(finished=True, seeded_requests=seeded, **place)
+    return counts
+
+
+def missing(problems: list[dict], samples: int, output: Output) -> list[tuple[dict, int, Output]]:
+    """(problem, sample, file to write to) of each response that is not in the file."""
+    done = {(row["id"], row["sample"]) for row in output.rows}
+    return [
+        (problem, sample, output)
+        for problem in problems
+        for sample in range(samples)
+        if (problem["id"], sample) not in done
+    ]
 
 
 async def answer_all(
@@ -327,434 +714,49 @@ async def answer_all(
             seconds = time.time() - began
     finally:
         grader.close()
-    rate = round(tokens / seconds)
     return {
         "gradings killed": grader.kills,
         "tokens": tokens,
-        "tokens/s": rate,
+        "tokens/s": round(tokens / seconds),
         "seconds": round(seconds, 1),
     }
 
 
-async def grade(row: dict, grader: Grader) -> dict:
-    """The row with `prediction` and `correct`, the strict verdict: an unfinished response has no
-    answer."""
-    finished = row.get("finish_reason", "stop") == "stop"
-    prediction = (
-        answer_of(row["response"], "blocks" if "blocks" in row else "labels") if finished else None
+def main(args: Args):
+    began = time.time()
+    limit = 1 if args.limit is None else args.limit
+    if min(args.max_tokens, limit, args.samples) < 1 or args.concurrency < 0:
+        stop("--max-tokens, --limit and --samples are at least 1, --concurrency at least 0")
+    if args.samples > 1 and not args.temperature:
+        stop("--samples above 1 needs --temperature above 0: greedy responses are all the same")
+    if len({path.stem for path in args.data}) < len(args.data):
+        stop("--data: the same name twice")
+    groups = model_groups(args.models)
+    tables, runs = evaluate(args, groups)
+    summary = {**summary_of(groups, tables, vars(args), args.seed), "runs": runs}
+    print(write_report(summary, args.out))
+    models = sum(map(len, groups.values()))
+    problems = sum(benchmark["problems"] for benchmark in summary["benchmarks"].values())
+    print(
+        f"{args.out / 'report.md'}: {models} models, {problems} problems each, "
+        f"{time.time() - began:.1f} s; {runs}"
     )
-    correct = await grader(str(row["answer"]), prediction, row.get("problem", ""))
-    return row | {"prediction": prediction, "correct": correct}
-
-
-# -------------------------------------------------------------------------------------------------
-# statistics
-
-
-def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927); stays within 0 and 1 and has a width at 0 and at 1
-    too."""
-    share, spread = correct / total, z * z / total
-    middle = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def mcnemar(wins: int, losses: int) -> float:
-    """Two-sided exact p of wins against losses being a fair coin (McNemar's test in its binomial
-    form)."""
-    total = wins + losses
-    return min(1.0, 2 * sum(math.comb(total, i) for i in range(min(wins, losses) + 1)) / 2**total)
-
-
-def permutation(differences: np.ndarray, seed: int, draws: int = 10_000) -> float:
-    """Two-sided p of a mean difference, (problems,), when each problem's sign is a coin (Fisher's
-    randomization test)."""
-    rng, moving = np.random.default_rng(seed), differences[differences != 0]
-    signs = (
-        rng.integers(0, 2, (draws // 100, len(moving)), dtype=np.int8) * 2 - 1 for _ in range(100)
-    )
-    larger = sum(int((abs(sign @ moving) >= abs(moving.sum()) - 1e-9).sum()) for sign in signs)
-    return (1 + larger) / (1 + draws)
-
-
-def bootstrap(rates: np.ndarray, base: np.ndarray, seed: int, draws: int = 4000) -> np.ndarray:
-    """The mean of `rates` (seeds, problems), less that of `base` on the same problems, in each of
-    `draws` draws.
-
-    Problems are drawn again, the same for both, and seeds too, for each side on its own."""
-    rng, problems = np.random.default_rng(seed), rates.shape[1]
-    pick = lambda side: side[rng.integers(len(side), size=len(side))].mean(0)
-    return np.array(
-        [
-            (pick(rates) - pick(base))[rng.integers(problems, size=problems)].mean()
-            for _ in range(draws)
-        ]
-    )
-
-
-def percentiles(means: np.ndarray) -> tuple[float, float]:
-    """95 % percentile interval."""
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def interval(rates: np.ndarray, k: int, seed: int) -> tuple[float, float]:
-    """Of the mean of rates (seeds, problems): Wilson's where they are single verdicts, else the
-    bootstrap's."""
-    if k == len(rates) == 1:
-        return wilson(round(rates.sum()), rates.size)
-    return percentiles(bootstrap(rates, np.zeros_like(rates[:1]), seed))
-
-
-def paired(rates: np.ndarray, base: np.ndarray, seed: int) -> dict:
-    """Difference of two models' rates, each (seeds, problems), paired by problem: its interval, p,
-    and the smallest difference that such a comparison would find four times out of five (power 80
-    %, two-sided 5 %).
-
-    With several seeds p is the bootstrap's, twice the share of draws beyond 0: a permutation of
-    problems would hold for these seeds only, and call a seed's luck a method's gain."""
-    differences, means = rates.mean(0) - base.mean(0), bootstrap(rates, base, seed)
-    if len(rates) > 1 or len(base) > 1:
-        test, beyond = "bootstrap", min((means <= 0).sum(), (means >= 0).sum())
-        p = min(1.0, 2 * (1 + int(beyond)) / (1 + len(means)))
-    elif set(np.unique(differences)) <= {-1.0, 0.0, 1.0}:
-        test, p = (
-            "McNemar, exact",
-            mcnemar(int((differences > 0).sum()), int((differences < 0).sum())),
-        )
-    else:
-        test, p = "permutation", permutation(differences, seed)
-    return {
-        "difference": float(differences.mean()),
-        "difference_interval": percentiles(means),
-        "p": p,
-        "test": test,
-        "detectable": 2.8016 * float(differences.std()) / math.sqrt(len(differences)),
-    }
-
-
-def classes(rows: list[dict]) -> list[int]:
-    """For each response to one problem the place of the first with an equal answer; -1 where it has
-    no answer."""
-
-    def same(a: dict, b: dict) -> bool:
-        if a["correct"] or b["correct"]:
-            return a["correct"] == b["correct"]
-        return bool(quick_verdict(a["prediction"], b["prediction"]))
-
-    found = []
-    for i, row in enumerate(rows):
-        if row["prediction"] is None and not row["correct"]:
-            found.append(-1)
-        else:
-            found.append(next((j for j in range(i) if found[j] == j and same(rows[j], row)), i))
-    return found
-
-
-def majority(votes: list[int]) -> int:
-    """The commonest class of answers; of several, the one that came first. -1 stands for no answer
-    and has no vote."""
-    counts = Counter(vote for vote in votes if vote >= 0)
-    return (
-        counts.most_common(1)[0][0] if counts else -1
-    )  # most_common keeps the order in which they came
-
-
-def curves(table: list[list[dict]], seed: int) -> dict:
-    """pass@j, unbiased (Chen et al. 2021, arXiv 2107.03374), and maj@j for j = 1, 2, 4 ... k; maj@j
-    below k is the mean over 50 draws of j of the k responses. `final` says for each problem whether
-    maj@k is right."""
-    k, rng = len(table[0]), np.random.default_rng(seed)
-    sizes = sorted({2**i for i in range(k.bit_length()) if 2**i <= k} | {k})
-    right = [sum(row["correct"] for row in rows) for rows in table]
-    votes = [classes(rows) for rows in table]
-
-    def voted(order) -> list[bool]:
-        places = [majority([found[i] for i in order]) for found in votes]
-        return [
-            place >= 0 and rows[place]["correct"] for place, rows in zip(places, table, strict=True)
-        ]
-
-    draws = {j: [rng.permutation(k)[:j] for _ in range(50)] if j < k else [range(k)] for j in sizes}
-    return {
-        "k": sizes,
-        "pass": [
-            float(np.mean([1 - math.comb(k - c, j) / math.comb(k, j) for c in right]))
-            for j in sizes
-        ],
-        "maj": [float(np.mean([voted(order) for order in draws[j]])) for j in sizes],
-        "final": voted(range(k)),
-    }
-
-
-# -------------------------------------------------------------------------------------------------
-# comparison
-
-
-def summary_of(groups: dict, tables: dict, settings: dict, seed: int) -> dict:
-    """What summary.json holds. `settings` are those of the responses."""
-    decoding = "greedy"
-    if settings.get("temperature"):
-        decoding = f"temperature {settings['temperature']}, top-p {settings['top_p']}"
-    decoding += f", at most {settings.get('max_tokens', '?')} tokens"
-    return {
-        "decoding": decoding,
-        "opening": settings.get("opening", OPENING),
-        "rule": "strict equality",
-        "groups": groups,
-        "benchmarks": compare(groups, tables, seed),
-    }
-
-
-def compare(groups: dict[str, list[str]], tables: dict[str, dict], seed: int) -> dict:
-    """All figures by benchmark: of each model, and of each seed where it has several, and its
-    difference from the base."""
-    found, base, each = {}, next(iter(groups)), {}
-    for label, group in groups.items():
-        each |= {model: [model] for model in group if len(group) > 1} | {label: group}
-    for name, by_model in tables.items():
-        figures, rates, solved = {}, {}, {}
-        # an order of the problems that does not depend on that of the rows, on which the
-        # bootstrap's draws would
-        by_model = {
-            model: sorted(table, key=lambda rows: str(rows[0]["id"]))
-            for model, table in by_model.items()
-        }
-        for label, group in each.items():
-            seeds = [by_model[model] for model in group]
-            figures[label], rates[label], solved[label] = score(seeds, seed)
-        first = [rows[0] for rows in by_model[groups[base][0]]]
-        ids = [str(row["id"]) for row in first]
-        for label in each:
-            if label != base and label not in groups[base]:
-                won, lost = solved[label] & ~solved[base], solved[base] & ~solved[label]
-                figures[label] |= paired(rates[label], rates[base], seed)
-                figures[label] |= {"won": [ids[i] for i in np.flatnonzero(won)]}
-                figures[label] |= {"lost": [ids[i] for i in np.flatnonzero(lost)]}
-        pairs = combinations([label for label in groups if label != base], 2)
-        found[name] = {
-            "problems": len(ids),
-            "samples": len(by_model[groups[base][0]][0]),
-            "hash": content_hash([{"problem": ""} | row for row in first]),
-            "models": figures,
-            "pairwise": {f"{b}\n{a}": paired(rates[b], rates[a], seed) for a, b in pairs},
-        }
-    return found
-
-
-def score(seeds: list, seed: int) -> tuple[dict, np.ndarray, np.ndarray]:
-    """Figures of a model on a benchmark; its rates (seeds, problems); and for each problem whether
-    it is solved, which is what most of a problem's responses and seeds say. `seeds` holds a table
-    of each seed."""
-    k, rows = len(seeds[0][0]), [row for table in seeds for found in table for row in found]
-    rates = np.array(
-        [[np.mean([row["correct"] for row in found]) for found in table] for table in seeds]
-    )
-    solved, parts = rates, [curves(table, seed) for table in seeds if k > 1]
-    if parts:
-        solved = np.array([part["final"] for part in parts])
-        parts = {"k": parts[0]["k"]} | {
-            key: np.mean([p[key] for p in parts], 0).tolist() for key in ("pass", "maj")
-        }
-    figures = {
-        "seeds": len(seeds),
-        "accuracy": float(rates.mean()),
-        "interval": interval(rates, k, seed),
-        "spread": float(rates.mean(1).std(ddof=1)) if len(seeds) > 1 else 0.0,
-        "unfinished": sum(
-            row["finish_reason"] in ("length", "rounds", "execution") for row in rows
-        ),
-        "unparsable": sum(
-            row["finish_reason"] == "stop" and row["prediction"] is None for row in rows
-        ),
-        "too_long_a_prompt": sum(row["finish_reason"] == "refused" for row in rows),
-        "mean_tokens": sum(row.get("tokens", 0) for row in rows) / len(rows),
-        "code": {
-            name: sum(row[name] for row in rows) / len(rows)
-            for name in CODE_COLUMNS
-            if name in rows[0]
-        },
-        "by": breakdown([found[0] for found in seeds[0]], rates, k, seed),
-        "curves": parts or None,
-    }
-    return figures, rates, solved.mean(0) > 0.5
-
-
-def breakdown(problems: list[dict], rates: np.ndarray, k: int, seed: int) -> dict:
-    """Accuracy by level and by subject, where the problems have them, of rates (seeds,
-    problems)."""
-    found = {}
-    for name, fields in (("level", ("level", "grade")), ("subject", ("subject", "type"))):
-        values = np.array(
-            [next((str(row[key]) for key in fields if row.get(key)), "") for row in problems]
-        )
-        kinds = sorted(set(values.tolist()) - {""})
-        if len(kinds) > 1:
-            parts = {kind: rates[:, values == kind] for kind in kinds}
-            found[name] = {
-                kind: {
-                    "problems": part.shape[1],
-                    "accuracy": float(part.mean()),
-                    "interval": interval(part, k, seed),
-                }
-                for kind, part in parts.items()
-            }
-    return found
-
-
-# -------------------------------------------------------------------------------------------------
-# the report
-
-
-def percent(share: float, interval=None) -> str:
-    return (
-        f"{share:.1%}" if interval is None else "{:.1%} ({:.1%} to {:.1%})".format(share, *interval)
-    )
-
-
-def difference_cells(found: dict) -> list[str]:
-    low, high = found["difference_interval"]
-    return [
-        f"{100 * found['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
-        f"{found['p']:.2g}",
-    ]
-
-
-def accuracy_table(benchmarks: dict, k: int) -> tuple[str, list[str], list[list[str]], str]:
-    """The main table of the benchmarks with k responses to each problem."""
-    rows, notes = [], []
-    code = [
-        name
-        for name in CODE_COLUMNS
-        if any(name in f["code"] for b in benchmarks.values() for f in b["models"].values())
-    ]
-    for name, benchmark in benchmarks.items():
-        for label, f in benchmark["models"].items():
-            seeds = (
-                f", {f['seeds']} seeds, standard deviation {100 * f['spread']:.1f}"
-                if f["seeds"] > 1
-                else ""
-            )
-            cells = [
-                f"{name} ({benchmark['problems']})",
-                label + seeds,
-                percent(f["accuracy"], f["interval"]),
-            ]
-            cells += (
-                [percent(f["curves"]["maj"][-1]), percent(f["curves"]["pass"][-1])] if k > 1 else []
-            )
-            versus = (
-                [*difference_cells(f), f"{len(f['won'])} / {len(f['lost'])}"]
-                if "p" in f
-                else ["base", "", ""]
-            )
-            cells += [
-                *versus,
-                str(f["unfinished"]),
-                str(f["unparsable"] + f["too_long_a_prompt"]),
-                f"{f['mean_tokens']:.0f}",
-            ]
-            cells += [f"{f['code'].get(name, 0):.2f}" for name in code]
-            rows.append(cells)
-        # where there is nothing to compare with: two models that disagree on a tenth of the
-        # problems
-        least = [f["detectable"] for f in benchmark["models"].values() if f.get("detectable")]
-        least = max(least, default=2.8016 * math.sqrt(0.1 / benchmark["problems"]))
-        notes.append(
-            f"On {name} a true difference below {100 * least:.1f} points would be missed more than once in five "
-            "such comparisons (power 80 %, two-sided 5 %)."
-        )
-    head = ["benchmark", "model", f"{'accuracy' if k == 1 else f'avg@{k}'} (95 % interval)"]
-    head += [f"maj@{k}", f"pass@{k}"] if k > 1 else []
-    won = "won / lost" if k == 1 else "won / lost by majority"
-    head += ["against the base, points", "p", won, "unfinished", "no answer", "tokens", *code]
-    return (
-        "Accuracy" if k == 1 else f"Accuracy of {k} responses to each problem",
-        head,
-        rows,
-        " ".join(notes),
-    )
-
-
-def tables_of(summary: dict) -> list[tuple[str, list[str], list[list[str]], str]]:
-    """(title, head, rows, note) of each table of the report; the first two columns of cells are
-    text."""
-    benchmarks, labels, found = summary["benchmarks"], list(summary["groups"]), []
-    for k in sorted({benchmark["samples"] for benchmark in benchmarks.values()}):
-        found.append(
-            accuracy_table({name: b for name, b in benchmarks.items() if b["samples"] == k}, k)
-        )
-    rows = []
-    for name, benchmark in benchmarks.items():
-        for pair, f in benchmark["pairwise"].items():
-            rows.append([name, pair.replace("\n", " − "), *difference_cells(f)])
-    if rows:
-        head = ["benchmark", "models", "points (95 % interval)", "p"]
-        found.append(
-            (
-                "Models against each other",
-                head,
-                rows,
-                "These p are not corrected for the number of comparisons.",
-            )
-        )
-    for by in ("level", "subject"):
-        for name, benchmark in benchmarks.items():
-            parts = {label: benchmark["models"][label]["by"].get(by, {}) for label in labels}
-            rows = []
-            for kind, f in parts[labels[0]].items():
-                cells = [
-                    percent(part[kind]["accuracy"], part[kind]["interval"])
-                    for part in parts.values()
-                ]
-                rows.append([kind, str(f["problems"]), *cells])
-            if rows:
-                found.append((f"{name} by {by}", [by, "problems", *labels], rows, ""))
-    return found + summary.get("more_tables", [])
-
-
-def about(summary: dict) -> str:
-    """What the figures are, in a paragraph."""
-    sources = "; ".join(
-        f"{found['problems']} of {name}, content hash {found['hash']}"
-        for name, found in summary["benchmarks"].items()
-    )
-    text = (
-        f"Decoding: {summary['decoding']}, after the opening {summary['opening']!r}. Problems: {sources}. The column "
-        f"accuracy is by {summary['rule']}; intervals are Wilson's for one response a problem, else bootstrap over "
-        "problems; differences are paired by problem, p is McNemar's exact one, of a permutation, or with several seeds of "
-        "the bootstrap, which draws seeds too; a problem is won or lost by most of the seeds."
-    )
-    if any(found["samples"] > 1 for found in summary["benchmarks"].values()):
-        text += " maj@k takes the commonest answer, of equally common ones that which came first; won and lost are by it."
-    return text
-
-
-def write_report(summary: dict, out: Path, pictures: tuple[Path, ...] = ()) -> str:
-    """report.md and summary.json. Returns the first table, in Markdown. `pictures` are those of
-    analysis/report.py."""
-    parts = []
-    for title, head, rows, note in tables_of(summary):
-        right = ["---", "---", *["---:"] * (len(head) - 2)]
-        cells = [
-            [cell.replace("|", "\\|").replace("\n", " ") for cell in row]
-            for row in [head, right, *rows]
-        ]
-        table = "\n".join(f"| {' | '.join(row)} |" for row in cells)
-        parts.append(f"## {title}\n\n{table}\n\n{note}".rstrip())
-    shown = [f"![{path.stem}]({path.name})" for path in pictures]
-    shown = shown or [f"Pictures, and a page with responses: `python analysis/report.py {out}`."]
-    text = "\n\n".join(["# Evaluation", about(summary), parts[0], *shown, *parts[1:]])
-    save(out / "report.md", text + "\n")
-    save(out / "summary.json", json.dumps(summary, indent=1) + "\n")
-    return parts[0]
 
 
 # -------------------------------------------------------------------------------------------------
 # copies of what another stage owns; read each there once
 
 
+# Copied from 01_sample_errors.py
+# Sent with every request to a policy: what a request leaves out, vLLM's server takes from the
+# model's generation_config.json, which for Qwen2-Instruct means repetition_penalty 1.05 and top_k
+# 20. The papers' code samples with neither.
+NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+# Copied from 01_sample_errors.py
+PROBE = "1 + 1 = ?"  # the problem of the prompt that stands in the settings
+# Copied from 01_sample_errors.py
+# the assistant's text while a template is rendered: many trim it, some take thoughts out of it
+MARK = "@@Steps so far@@"
 # Copied from 01_sample_errors.py
 BLOCK = re.compile(r"<\|(text|code|execution)\|>(.*?)<\|endofblock\|>", re.S)
 # Copied from 01_sample_errors.py
@@ -892,12 +894,9 @@ def difference(name: str, old, new) -> str:
 def source_hashes(roots: tuple[str, ...]) -> dict[str, str]:
     """A hash of the source of these functions and constants of this file, and of all in it that
     they use. Comments, docstrings and layout do not count."""
-    source = Path(__file__).read_text(encoding="utf-8")
-    for _ in range(2):  # SystemError: CPython 3.11, now and then, while another thread parses
-        with contextlib.suppress(SystemError):
-            tree = ast.parse(source)
+    gc.collect()  # CPython 3.11: ast.parse() fails when a finalizer parses in the middle of it
     nodes, hashes, names = {}, {}, list(roots)
-    for node in tree.body:
+    for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else node
         nodes[getattr(target, "id", getattr(target, "name", ""))] = node
     del nodes["Args"]  # the settings have the options' values

@@ -1,12 +1,13 @@
 """Drop pairs whose chosen steps a judge finds wrong (the Step-DPO paper's filter, which it did not
 release).
 
-    python analysis/check_chosen.py data/pairs.jsonl --judge-model gpt-4o --judge-base-url https://host/v1
-    python analysis/check_chosen.py data/pairs.jsonl --judge-model Qwen/Qwen2.5-72B-Instruct --out data/checked.jsonl
+    python analysis/check_chosen.py data/pairs.jsonl --judge-model Qwen/Qwen2.5-72B-Instruct
+    python analysis/check_chosen.py data/pairs.jsonl --judge-model gpt-4o \\
+        --judge-base-url https://host/v1 --out data/checked.jsonl
 
 Input and output: pairs of 03_rectify.py. The judge reads the steps before the chosen one and the
-chosen one, with 02's prompt. OUT.verdicts.jsonl keeps what it said; the same command run again goes
-on where it stopped."""
+chosen one, with 02's prompt. OUT.verdicts.jsonl keeps what it said; the same command run again
+resumes where it stopped."""
 
 import asyncio
 import contextlib
@@ -21,10 +22,8 @@ from typing import Literal
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-SAMPLE, LOCATE = (
-    importlib.import_module("01_sample_errors"),
-    importlib.import_module("02_locate_step"),
-)
+SAMPLE = importlib.import_module("01_sample_errors")
+LOCATE = importlib.import_module("02_locate_step")
 
 
 @dataclass
@@ -60,38 +59,37 @@ class Args:
     """judgements in flight; 0: 128 of a server, or as many as keep the engine busy"""
 
 
-def name_of(pair: dict) -> int:
+def pair_id(pair: dict) -> int:
     return LOCATE.seed_of(pair["id"], pair["initial_reason_steps"], pair["chosen"])
 
 
 async def check_all(
     args: Args, pairs: list[dict], verdicts: dict[int, int], checked, spent: Counter
 ):
-    """Ask for what `verdicts` lacks: by name of the pair the first wrong step, 0 for none, -1 for
-    no readable judgement."""
-    todo = list({name_of(pair): pair for pair in pairs if name_of(pair) not in verdicts}.values())
+    """Ask for what `verdicts` lacks: by pair_id() the first wrong step, 0 for none, -1 for no
+    readable judgement."""
+    by_id = {pair_id(pair): pair for pair in pairs}
+    todo = [pair for identity, pair in by_id.items() if identity not in verdicts]
     if not todo:
         return
 
     async def work(pair: dict):
-        text = (
-            pair["full_chosen"]
-            if pair["method"] != "step-dpo"
-            else pair["initial_reason_steps"] + pair["chosen"]
-        )
+        identity = pair_id(pair)
+        solution = pair["full_chosen"]
+        if pair["method"] == "step-dpo":
+            solution = pair["initial_reason_steps"] + pair["chosen"]
         row = {
             "id": pair["id"],
             "problem": pair["prompt"],
             "answer": pair["answer"],
-            "sample": name_of(pair),
+            "sample": identity,
+            "steps": SAMPLE.split_steps(solution, args.split, args.opening),
         }
-        row["steps"] = SAMPLE.split_steps(text, args.split, args.opening)
-        step, said, why = await LOCATE.judge_once(ask, row, 0, args, spent)
+        step, judgement, why = await LOCATE.judge_once(ask, row, 0, args, spent)
         step = -1 if step is None else step
-        checked.write(
-            {"pair": name_of(pair), "id": pair["id"], "step": step, "text": said, "why": why}
-        )
-        verdicts[name_of(pair)] = step
+        verdict = {"pair": identity, "id": pair["id"], "step": step, "text": judgement, "why": why}
+        checked.write(verdict)
+        verdicts[identity] = step
 
     async with LOCATE.judge(args) as (ask, places):
         await LOCATE.run_all(todo, work, places, "checking")
@@ -102,31 +100,28 @@ def main(args: Args):
         LOCATE.stop("give --judge-model and, unless vLLM is to run it here, --judge-base-url")
     pairs = LOCATE.read_rows(args.pairs, ("id", "prompt", "chosen", "answer", "method"))
     names = ("judge_model", "judge_temperature", "judge_max_tokens", "neutral", "retries", "seed")
-    settings = {"stage": "check_chosen"} | {name: getattr(args, name) for name in names}
+    settings = {"stage": "check_chosen", **{name: getattr(args, name) for name in names}}
     spent = Counter()
-    with contextlib.closing(
-        LOCATE.Output(args.out.with_suffix(".verdicts.jsonl"), settings)
-    ) as checked:
+    verdicts_path = args.out.with_suffix(".verdicts.jsonl")
+    with contextlib.closing(LOCATE.Output(verdicts_path, settings)) as checked:
         verdicts = {row["pair"]: row["step"] for row in checked.rows}
         asyncio.run(check_all(args, pairs, verdicts, checked, spent))
-        write_kept(args, pairs, verdicts, checked, spent)
+        write_passed(args, pairs, verdicts, checked, spent)
 
 
-def write_kept(args: Args, pairs: list[dict], verdicts: dict[int, int], checked, spent: Counter):
+def write_passed(args: Args, pairs: list[dict], verdicts: dict[int, int], checked, spent: Counter):
     """Write the pairs whose every step is right, and say what became of the others."""
-    kept = [pair for pair in pairs if verdicts[name_of(pair)] == 0]
-    LOCATE.save(args.out, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in kept))
-    outcome = Counter(verdicts[name_of(pair)] for pair in pairs)
-    unread = outcome[-1]
+    passed = [pair for pair in pairs if verdicts[pair_id(pair)] == 0]
+    LOCATE.save(args.out, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in passed))
+    unread = sum(verdicts[pair_id(pair)] == -1 for pair in pairs)
     summary = {
-        "pairs": len(kept),
-        "judged wrong": len(pairs) - len(kept) - unread,
+        "pairs": len(passed),
+        "judged wrong": len(pairs) - len(passed) - unread,
         "without a readable judgement": unread,
+        **spent,
     }
-    checked.save_meta(finished=True, summary=summary | spent)
-    print(
-        f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in (summary | spent).items())
-    )
+    checked.save_meta(finished=True, summary=summary)
+    print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
 
 
 if __name__ == "__main__":

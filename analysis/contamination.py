@@ -1,11 +1,12 @@
 """Which test problems share 13 words in a row with a training file.
 
     python analysis/contamination.py runs/quickstart/pairs.jsonl --data data/tiny/test.jsonl
-    python analysis/contamination.py data/pairs.jsonl --data data/gsm8k_test.jsonl --out contamination.json
+    python analysis/contamination.py data/pairs.jsonl --data data/gsm8k_test.jsonl --out hits.json
 
 Input: training rows with `prompt` or `problem`, and test sets as 05_eval.py takes them. Prints
 counts and first hits; OUT gets
-    {"file": "...", "rows": 369, "same": {"test": ["id", ...]}, "found": {"test": [{"id": "...", "line": 7, "words": "..."}]}}
+    {"file": "...", "rows": 369, "same": {"test": ["id", ...]},
+     "found": {"test": [{"id": "...", "line": 7, "words": "..."}]}}
 """
 
 import importlib
@@ -33,53 +34,62 @@ class Args:
     """hits to print"""
 
 
+def words_of(text: str) -> list[str]:
+    return re.findall(r"[一-鿿]|\w+", text.lower())
+
+
+def grams_of(text: str) -> set[tuple[str, ...]]:
+    words = words_of(text)
+    return {tuple(words[i : i + 13]) for i in range(max(1, len(words) - 12))}
+
+
 def contamination(path: Path, benchmarks: dict[str, list[dict]]) -> dict:
     """Test problems that share 13 words in a row (Chinese: characters) with a training problem;
     shorter ones if it is all of them. Only the test sets' n-grams are kept in memory, not those of
     the training file."""
-    words = lambda text: re.findall(r"[一-鿿]|\w+", text.lower())
-    grams = lambda text: {tuple(text[i : i + 13]) for i in range(max(1, len(text) - 12))}
-    index, found, whole = {}, {name: {} for name in benchmarks}, set()
+    index = {}
     for name, problems in benchmarks.items():
         for problem in problems:
-            for gram in grams(words(problem["problem"])):
+            for gram in grams_of(problem["problem"]):
                 index.setdefault(gram, []).append((name, problem["id"]))
     rows = EVAL.read_rows(path, ())
+    hits, whole_texts = {name: {} for name in benchmarks}, set()
     for line, row in enumerate(rows, 1):
         text = row.get("problem", row.get("prompt"))
         if not isinstance(text, str):
             EVAL.stop(f"{path}, line {line}: no text in 'problem' or 'prompt'; every row needs one")
-        whole.add(tuple(words(text)))
-        for gram in grams(words(text)):
-            for name, key in index.get(gram, ()):
-                found[name].setdefault(key, {"id": key, "line": line, "words": " ".join(gram)})
-    same = {
-        name: [problem["id"] for problem in problems if tuple(words(problem["problem"])) in whole]
-        for name, problems in benchmarks.items()
-    }
-    found = {
-        name: sorted(hits.values(), key=lambda hit: hit["id"] not in same[name])
-        for name, hits in found.items()
-    }
-    return {"file": str(path), "rows": len(rows), "same": same, "found": found}
+        whole_texts.add(tuple(words_of(text)))
+        for gram in grams_of(text):
+            for name, identity in index.get(gram, ()):
+                hit = {"id": identity, "line": line, "words": " ".join(gram)}
+                hits[name].setdefault(identity, hit)
+    same, first_same = {}, {}
+    for name, problems in benchmarks.items():
+        same[name] = [
+            problem["id"]
+            for problem in problems
+            if tuple(words_of(problem["problem"])) in whole_texts
+        ]
+        first_same[name] = sorted(hits[name].values(), key=lambda hit: hit["id"] not in same[name])
+    return {"file": str(path), "rows": len(rows), "same": same, "found": first_same}
 
 
 def main(args: Args):
     if not args.file.is_file():
         EVAL.stop(f"{args.file}: no such file; give the training pairs or problems")
     benchmarks = {path.stem: EVAL.load_problems(path) for path in args.data}
-    found = contamination(args.file, benchmarks)
-    for name, hits in found["found"].items():
+    overlap = contamination(args.file, benchmarks)
+    for name, hits in overlap["found"].items():
         print(
-            f"{name}: {len(hits)} of {len(benchmarks[name])} problems share 13 words in a row with one of the "
-            f"{found['rows']} rows of {args.file}, {len(found['same'][name])} word for word"
+            f"{name}: {len(hits)} of {len(benchmarks[name])} problems share 13 words in a row with "
+            f"one of the {overlap['rows']} rows of {args.file}, "
+            f"{len(overlap['same'][name])} word for word"
         )
         for hit in hits[: args.show]:
             print(f"  {hit['id']}, line {hit['line']}: {hit['words']}")
     if args.out:
-        args.out.write_text(
-            json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(overlap, indent=1, ensure_ascii=False)
+        args.out.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """A page that shows base and tuned model side by side on a problem that you type.
 
     python analysis/demo.py --models Qwen/Qwen2-7B-Instruct runs/stepdpo
-    python analysis/demo.py --models data/tiny/model runs/quickstart/model-0 --examples data/tiny/test.jsonl   # no GPU
+    python analysis/demo.py --models data/tiny/model runs/quickstart/model-0 \\
+        --examples data/tiny/test.jsonl                                        # needs no GPU
 
 The steps stand there as they come, the answer is marked, and right or wrong where you give the true
 one. "Token rewards" colours each token of both answers by beta (log pi - log pi_ref), as credit.py
@@ -25,7 +26,8 @@ from transformers import TextIteratorStreamer
 SAMPLE = credit.SAMPLE
 SHOWN = """
 .step { border-left: 3px solid #88a; padding: .1em .7em; margin: .4em 0; white-space: pre-wrap; }
-.answer { font-weight: bold; padding: .3em .7em; background: #8882; border-radius: 4px; display: inline-block; }
+.answer { font-weight: bold; padding: .3em .7em; background: #8882; border-radius: 4px;
+  display: inline-block; }
 .answer.right { background: #2a72; } .answer.wrong { background: #c332; }
 .two { display: flex; gap: 1em; } .two > div { white-space: pre-wrap; font-family: monospace; }"""
 
@@ -63,13 +65,8 @@ class Answer:
         self.text, self.done, self.error, self.args = "", False, "", args
         ids = SAMPLE.prompt_ids(tokenizer, problem, args.opening)
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        how = (
-            {"do_sample": True, "temperature": args.temperature}
-            if args.temperature
-            else {"do_sample": False}
-        )
         inputs = credit.torch.tensor([ids], device=lm.device)
-        how |= {
+        options = {
             "inputs": inputs,
             "attention_mask": inputs.new_ones(inputs.shape),
             "max_new_tokens": args.max_tokens,
@@ -77,17 +74,20 @@ class Answer:
             "top_k": None,
             "top_p": None,
             "repetition_penalty": 1.0,
+            "do_sample": bool(args.temperature),
         }
+        if args.temperature:
+            options["temperature"] = args.temperature
         threading.Thread(target=self.read, args=(streamer,), daemon=True).start()
-        threading.Thread(target=self.write, args=(lm, how), daemon=True).start()
+        threading.Thread(target=self.write, args=(lm, options), daemon=True).start()
 
-    def write(self, lm, how: dict):
+    def write(self, lm, options: dict):
         try:
-            lm.generate(**how)
+            lm.generate(**options)
         except Exception as error:  # no memory, too long a problem ...
             self.error = f"{error.__class__.__name__}: {error}"
         finally:  # else the reader would wait for good
-            how["streamer"].end()
+            options["streamer"].end()
 
     def read(self, streamer):
         for piece in streamer:
@@ -99,7 +99,7 @@ class Answer:
         return SAMPLE.split_steps(self.args.opening + self.text, self.args.split, self.args.opening)
 
     @property
-    def found(self) -> str | None:
+    def prediction(self) -> str | None:
         return SAMPLE.answer_of(self.args.opening + self.text, self.args.split)
 
     def html(self, gold: str) -> str:
@@ -108,33 +108,25 @@ class Answer:
         if self.error:
             parts.append(f'<span class="answer wrong">{escape(self.error)}</span>')
         elif self.done:
-            verdict = (
-                ""
-                if not gold or self.found is None
-                else "right"
-                if same(gold, self.found)
-                else "wrong"
-            )
-            parts.append(
-                f'<span class="answer {verdict}">{escape(self.found or "no answer found")} {verdict}</span>'
-            )
+            prediction, verdict = self.prediction, ""
+            if gold and prediction is not None:
+                verdict = "right" if same(gold, prediction) else "wrong"
+            shown = escape(prediction or "no answer found")
+            parts.append(f'<span class="answer {verdict}">{shown} {verdict}</span>')
         return "".join(parts)
 
 
-def same(gold: str, found: str) -> bool:
-    quick = SAMPLE.quick_verdict(gold, found)
-    return SAMPLE.algebra_verdict(gold, found) if quick is None else quick
+def same(gold: str, prediction: str) -> bool:
+    quick = SAMPLE.quick_verdict(gold, prediction)
+    return SAMPLE.algebra_verdict(gold, prediction) if quick is None else quick
 
 
 class Demo:
     """Both models, and what they answered last."""
 
     def __init__(self, args: Args):
-        self.args, self.models, self.last = (
-            args,
-            [credit.load_model(name) for name in args.models],
-            ("", []),
-        )
+        self.args, self.last = args, ("", [])
+        self.models = [credit.load_model(name) for name in args.models]
         self.tokenizer = SAMPLE.load_tokenizer(
             args.models[0], args.chat_template, args.chat_template_kwargs
         )
@@ -164,36 +156,24 @@ class Demo:
                     "problem": problem,
                     "steps": answer.steps,
                     "opening": self.args.opening,
-                    "answer": answer.found,
+                    "answer": answer.prediction,
                     "id": f"By {name}",
                 }
                 for name, answer in zip(self.args.models, answers, strict=True)
             ]
             encoded = [credit.encode_solution(row, self.tokenizer) for row in rows]
             old, new = (credit.log_probabilities(lm, encoded) for lm in self.models)
-        values = [self.args.beta * (b - a) for a, b in zip(old, new, strict=True)]
-        seen = [
-            v
-            for own, (_, places, _) in zip(values, encoded, strict=True)
-            for v, p in zip(own, places, strict=True)
-            if p
-        ]
-        scale = float(credit.np.percentile(abs(credit.np.array(seen)), 98)) or 1.0
-        maps = [
-            credit.heat_map(row, words, places, {"β(log π − log π_ref)": own}, scale)
-            for row, (_, places, words), own in zip(rows, encoded, values, strict=True)
-        ]
-        return (
-            f"<p>Full red is −{scale:.3g} or less, full blue +{scale:.3g} or more.</p>"
-            + "".join(maps)
-        )
+        rewards = [self.args.beta * (b - a) for a, b in zip(old, new, strict=True)]
+        scale = credit.scale_of(rewards, encoded)
+        parts = [f"<p>Full red is −{scale:.3g} or less, full blue +{scale:.3g} or more.</p>"]
+        for row, (_, places, texts), values in zip(rows, encoded, rewards, strict=True):
+            by_name = {"β(log π − log π_ref)": values}
+            parts.append(credit.heat_map(row, texts, places, by_name, scale))
+        return "".join(parts)
 
 
 def make_page(gradio, demo: Demo, examples: list[dict]):
-    names = [
-        f"**{kind}** `{name}`"
-        for kind, name in zip(("Base", "Tuned"), demo.args.models, strict=True)
-    ]
+    base, tuned = demo.args.models
     with gradio.Blocks(title="Base and tuned", analytics_enabled=False) as page:
         problem = gradio.Textbox(label="Problem", lines=4, elem_id="problem")
         gold = gradio.Textbox(label="True answer, if you know it", elem_id="gold")
@@ -206,10 +186,10 @@ def make_page(gradio, demo: Demo, examples: list[dict]):
             )
         shown = []
         with gradio.Row():
-            for name, place in zip(names, ("base", "tuned"), strict=True):
+            for kind, model in (("Base", base), ("Tuned", tuned)):
                 with gradio.Column():
-                    gradio.Markdown(name)
-                    shown.append(gradio.HTML(elem_id=place))
+                    gradio.Markdown(f"**{kind}** `{model}`")
+                    shown.append(gradio.HTML(elem_id=kind.lower()))
         maps = gradio.HTML(elem_id="maps")
         go.click(demo.solve, [problem, gold], shown)
         problem.submit(demo.solve, [problem, gold], shown)
@@ -225,15 +205,14 @@ def main(args: Args):
         SAMPLE.stop("this page needs gradio: pip install gradio")
     examples = SAMPLE.read_rows(args.examples, ("problem", "answer"))[:5] if args.examples else []
     page = make_page(gradio, Demo(args), examples)
-    font = gradio.themes.Default(
-        font=["system-ui", "sans-serif"], font_mono=["monospace"]
-    )  # none from the network
+    # no font from the network
+    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     try:
         page.launch(
             server_name=args.host,
             server_port=args.port,
             quiet=True,
-            theme=font,
+            theme=theme,
             css=SHOWN,
             show_error=True,
             prevent_thread_lock=True,

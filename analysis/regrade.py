@@ -1,11 +1,11 @@
 """Grade stored responses again, also by the verdicts of the papers' own code, and write the report
 anew. Needs no model.
 
-    python analysis/regrade.py results/tiny                     # a folder of 05_eval.py's: rows, report.md, summary.json
-    python analysis/regrade.py results/tiny --verdict paper --base tuned       # all figures by this verdict, against this model
-    python analysis/regrade.py data/samples.jsonl               # any file of rows with id, answer, response: rows and shares
+    python analysis/regrade.py results/tiny           # 05's rows, report.md and summary.json anew
+    python analysis/regrade.py results/tiny --verdict paper --base tuned   # figures by this verdict
+    python analysis/regrade.py data/samples.jsonl     # any rows with id, answer, response
 
-Each row gets, beside `prediction` and `correct` by 01's grader of today:
+Each row gets, with `prediction` and `correct` by 01's grader of today:
     {"correct_paper": true, "correct_scdpo": true}
 
 `correct_paper` is the verdict of the Step-DPO authors' code, which grades unfinished text too,
@@ -23,7 +23,6 @@ import math
 import re
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -33,11 +32,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 EVAL = importlib.import_module("05_eval")
-VERDICTS = {
-    "strict": "correct",
-    "paper": "correct_paper",
-    "scdpo": "correct_scdpo",
-}  # fields of a row
+# fields of a row
+VERDICTS = {"strict": "correct", "paper": "correct_paper", "scdpo": "correct_scdpo"}
 NAMES = {"correct": "strict", "correct_paper": "Step-DPO's", "correct_scdpo": "SCDPO's"}
 RULES = {
     "correct": "strict equality",
@@ -72,7 +68,7 @@ PAPER_STRIP = [  # what the Step-DPO authors take off or rewrite in an answer, i
     (r"^(-?\d+)/(-?\d+)$", r"\\frac{\1}{\2}"),
     (r"[\\,.]+$", ""),
 ]
-SCDPO_STRIP = [  # and those of SCDPO, which look at what stands behind the last "="
+SCDPO_STRIP = [  # and those of SCDPO, which look at what follows the last "="
     (r"^.*(?:=|\\approx)", ""),
     (r"\\,|\s|\\text|\\mbox|\\left|\\right|\\!|\^(?:\{\\circ\}|\\circ)|\\?\$|\\?%", ""),
     ("∞", r"\\infty"),
@@ -115,30 +111,37 @@ def paper_answers(problem: str, completion: str) -> tuple[str, ...]:
     """All closed boxes of a completion, finished or not; without any, what follows the last "he
     answer is"; then the last number. A list in one box is parted where the problem asks for one."""
     if "boxed" in completion:
-        found = []
+        answers = []
         for piece in completion.split("boxed{")[1:]:
             depths = accumulate([1] + [(c == "{") - (c == "}") for c in piece])
             end = next((place for place, depth in enumerate(depths) if depth == 0), None)
-            found += [piece[: end - 1]] if end is not None else []
+            if end is not None:
+                answers.append(piece[: end - 1])
     elif "he answer is" in completion:
-        found = [completion.rsplit("he answer is", 1)[1]]
+        answers = [completion.rsplit("he answer is", 1)[1]]
     else:
-        found = re.findall(r"-?\d*\.?\d+", completion.replace(",", ""))[-1:]
-    found = [paper_strip(answer.strip().lstrip(":").rstrip(".").rstrip("/")) for answer in found]
-    if "separated by commas" in problem:
-        found = [
-            part
-            for answer in found
-            for part in (answer.split(",") if not re.search(r"[()\[\]]", answer) else [answer])
-        ]
-    return tuple(part for answer in found for part in re.split(r"\\text\{and\}", answer))
+        answers = re.findall(r"-?\d*\.?\d+", completion.replace(",", ""))[-1:]
+    parts = []
+    for answer in answers:
+        answer = paper_strip(answer.strip().lstrip(":").rstrip(".").rstrip("/"))
+        is_list = "separated by commas" in problem and not re.search(r"[()\[\]]", answer)
+        for part in answer.split(",") if is_list else [answer]:
+            parts += re.split(r"\\text\{and\}", part)
+    return tuple(parts)
 
 
 def paper_number(text: str) -> float | None:
-    found = re.fullmatch(
-        r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(\\?%)?", text.replace(",", "")
-    )
-    return float(found[1]) / (100 if found[2] else 1) if found else None
+    number = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(\\?%)?"
+    match = re.fullmatch(number, text.replace(",", ""))
+    return float(match[1]) / (100 if match[2] else 1) if match else None
+
+
+def cells_of(side: str) -> list[list[str]]:
+    """Rows of a matrix, or the one of a tuple or interval; of anything else none."""
+    matrix = re.fullmatch(r"\\begin\{[pb]matrix\}(.*)\\end\{[pb]matrix\}", side)
+    if matrix:
+        return [row.split("&") for row in matrix[1].split("\\\\") if row]
+    return [side[1:-1].split(",")] if re.fullmatch(r"[(\[].+[)\]]", side) else []
 
 
 def paper_equal(gold: str, answer: str, symbolic) -> bool | None:
@@ -150,28 +153,19 @@ def paper_equal(gold: str, answer: str, symbolic) -> bool | None:
     a, b = paper_number(gold), paper_number(answer)
     if a is not None and b is not None:
         return any(math.isclose(target, b, abs_tol=1e-3) for target in (a / 100, a, 100 * a))
-    parts = []
-    for side in (gold, answer):
-        rows = re.fullmatch(r"\\begin\{[pb]matrix\}(.*)\\end\{[pb]matrix\}", side)
-        parts.append(
-            [row.split("&") for row in rows[1].split("\\\\") if row]
-            if rows
-            else [side[1:-1].split(",")]
-            if re.fullmatch(r"[(\[].+[)\]]", side)
-            else []
-        )
-    if parts[0] and [len(row) for row in parts[0]] == [len(row) for row in parts[1]]:
-        cells = [
-            paper_equal(a, b, symbolic)
-            for a, b in zip(sum(parts[0], []), sum(parts[1], []), strict=True)
-        ]
-        if False not in cells:
-            return None if None in cells else True
+    rows, other_rows = cells_of(gold), cells_of(answer)
+    if rows and [len(row) for row in rows] == [len(row) for row in other_rows]:
+        cells = zip(sum(rows, []), sum(other_rows, []), strict=True)
+        verdicts = [paper_equal(a, b, symbolic) for a, b in cells]
+        if False not in verdicts:
+            return None if None in verdicts else True
     sides = [side.split("=") for side in (gold, answer)]
     if len(sides[0]) == len(sides[1]) == 2:
         a, b = (f"{left}-({right})" for left, right in sides)
-        found = [symbolic(a, b), symbolic(f"-({a})", b)]
-        return True if True in found else None if None in found else False
+        verdicts = [symbolic(a, b), symbolic(f"-({a})", b)]
+        if True in verdicts:
+            return True
+        return None if None in verdicts else False
     for i in (0, 1):
         if len(sides[i]) == 2 and len(sides[i][0]) <= 2 and len(sides[1 - i]) == 1:
             return paper_equal(sides[0][-1], sides[1][-1], symbolic)
@@ -211,12 +205,12 @@ def paper_verdict(gold: str, answers: tuple[str, ...], symbolic) -> bool | None:
 
 
 def quick_paper(gold: str, answers: tuple[str, ...]) -> bool | None:
-    words = re.compile(
-        r"[A-Za-z]*"
-    )  # different words are different, whatever product of letters a parser would read
-    return paper_verdict(
-        gold, answers, lambda a, b: False if words.fullmatch(a) and words.fullmatch(b) else None
-    )
+    def symbolic(a: str, b: str) -> bool | None:
+        # different words are different, whatever product of letters a parser would read
+        words = re.fullmatch(r"[A-Za-z]*", a) and re.fullmatch(r"[A-Za-z]*", b)
+        return False if words else None
+
+    return paper_verdict(gold, answers, symbolic)
 
 
 def values_of(*texts: str) -> list | None:
@@ -225,21 +219,14 @@ def values_of(*texts: str) -> list | None:
     import math_verify
     import sympy
 
-    logging.getLogger("math_verify").setLevel(
-        logging.ERROR
-    )  # else it says at every call that its time limit is off
+    # else it says at every call that its time limit is off
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
     config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
-    found = [
-        math_verify.parse(
-            f"\\boxed{{{text}}}", config, fallback_mode="no_fallback", parsing_timeout=None
-        )
-        for text in texts
-    ]
-    return (
-        [value[0] for value in found]
-        if all(value and isinstance(value[0], sympy.Expr) for value in found)
-        else None
-    )
+    options = {"fallback_mode": "no_fallback", "parsing_timeout": None}
+    parsed = [math_verify.parse(f"\\boxed{{{text}}}", config, **options) for text in texts]
+    if all(values and isinstance(values[0], sympy.Expr) for values in parsed):
+        return [values[0] for values in parsed]
+    return None
 
 
 def slow_paper(gold: str, answers: tuple[str, ...]) -> bool:
@@ -247,15 +234,14 @@ def slow_paper(gold: str, answers: tuple[str, ...]) -> bool:
     import sympy
 
     def symbolic(*texts: str) -> bool:
-        found = values_of(
-            *(re.sub(r"(\d)\\frac", r"\1\\cdot\\frac", text) for text in texts)
-        )  # 3\frac{1}{2} is 3/2 to theirs
-        if found is None:
+        # 3\frac{1}{2} is 3/2 to theirs
+        texts = [re.sub(r"(\d)\\frac", r"\1\\cdot\\frac", text) for text in texts]
+        values = values_of(*texts)
+        if values is None:
             return False
-        a, b = (
-            value.subs({sympy.pi: sympy.Symbol("pi"), sympy.E: sympy.Symbol("e")})
-            for value in found
-        )  # letters too
+        # pi and e are letters to theirs
+        letters = {sympy.pi: sympy.Symbol("pi"), sympy.E: sympy.Symbol("e")}
+        a, b = (value.subs(letters) for value in values)
         close = not (a - b).free_symbols and math.isclose(abs(sympy.N(a - b)), 0, abs_tol=1e-3)
         return close or sympy.simplify(a - b) == 0
 
@@ -276,8 +262,10 @@ def scdpo_verdict(gold: str, answer: str, rounded) -> bool | None:
     ]
     if len(tuples[0]) != len(tuples[1]):
         return False
-    found = [a == b or rounded(a, b) for a, b in zip(*tuples, strict=True)]
-    return False if False in found else None if None in found else True
+    verdicts = [a == b or rounded(a, b) for a, b in zip(*tuples, strict=True)]
+    if False in verdicts:
+        return False
+    return None if None in verdicts else True
 
 
 def quick_scdpo(gold: str, answer: str) -> bool | None:
@@ -291,11 +279,9 @@ def quick_scdpo(gold: str, answer: str) -> bool | None:
 def slow_scdpo(gold: str, answer: str) -> bool:
     def rounded(a: str, b: str) -> bool:
         values = values_of(a, b)
-        return (
-            bool(values)
-            and not any(v.free_symbols for v in values)
-            and len({round(float(v), 2) for v in values}) == 1
-        )
+        if not values or any(value.free_symbols for value in values):
+            return False
+        return len({round(float(value), 2) for value in values}) == 1
 
     return bool(scdpo_verdict(gold, answer, rounded))
 
@@ -336,7 +322,8 @@ def read_responses(path: Path) -> list[dict]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("response"), str):
             EVAL.stop(
-                f"{path}, line {number}: no text in 'response'; every row needs id, answer, response"
+                f"{path}, line {number}: no text in 'response'; every row needs id, answer, "
+                "response"
             )
     return rows
 
@@ -344,25 +331,28 @@ def read_responses(path: Path) -> list[dict]:
 async def regrade(path: Path) -> list[dict]:
     """Grade the rows of one file again, in place, and say what changed."""
     rows, grader, began = read_responses(path), EVAL.Grader(), time.time()
-    new = [None] * len(rows)
+    graded = [None] * len(rows)
 
     async def work(i: int):
-        new[i] = await grade(rows[i], grader)
+        graded[i] = await grade(rows[i], grader)
 
     try:
         await EVAL.run_all(list(range(len(rows))), work, 64, f"grading {path.name}"[-30:])
     finally:
         grader.close()
-    EVAL.save(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new))
-    changed = sum(row["correct"] != old.get("correct") for row, old in zip(new, rows, strict=True))
+    EVAL.save(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in graded))
+    changed = sum(
+        row["correct"] != old.get("correct") for row, old in zip(graded, rows, strict=True)
+    )
     right = ", ".join(
-        f"{name} {sum(row[field] for row in new) / len(new):.1%}" for field, name in NAMES.items()
+        f"{name} {sum(row[field] for row in graded) / len(graded):.1%}"
+        for field, name in NAMES.items()
     )
     print(
         f"{path}: {len(rows)} responses, {changed} verdicts changed; right: {right}; "
         f"{len(rows) / (time.time() - began):.0f} a second, {grader.kills} gradings killed"
     )
-    return new
+    return graded
 
 
 def regrade_folder(folder: Path, base: str) -> tuple[dict, dict, dict]:
@@ -371,48 +361,55 @@ def regrade_folder(folder: Path, base: str) -> tuple[dict, dict, dict]:
     paths = sorted(folder.glob("*/*.jsonl"))
     if not paths:
         EVAL.stop(f"{folder}: no BENCHMARK/MODEL.jsonl there; give the --out of 05_eval.py")
-    groups, rows, settings, order = {}, {}, {}, {}
+    benchmarks, settings, places = {}, {}, {}
     for path in paths:
-        found, meta = asyncio.run(regrade(path)), Path(f"{path}.meta.json")
-        meta = json.loads(meta.read_text()) if meta.is_file() else {}
-        model, settings = str(found[0].get("model", path.stem)), meta.get("settings", settings)
-        order[model] = (meta.get("number", 0), meta.get("label", model))
-        rows.setdefault(path.parent.name, {})[model] = found
-    labels = {label for _, label in order.values()}
+        rows = asyncio.run(regrade(path))
+        meta_path = Path(f"{path}.meta.json")
+        meta = json.loads(meta_path.read_text()) if meta_path.is_file() else {}
+        settings = meta.get("settings", settings)
+        model = str(rows[0].get("model", path.stem))
+        label = meta.get("label", model)
+        places[model] = (label != base, meta.get("number", 0), label)
+        benchmarks.setdefault(path.parent.name, {})[model] = rows
+    labels = {label for *_, label in places.values()}
     if base and base not in labels:
         EVAL.stop(f"--base {base}: give a label that is there: {', '.join(sorted(labels))}")
-    for model, (_, label) in sorted(
-        order.items(), key=lambda item: (item[1][1] != base, item[1][0])
-    ):
+    groups = {}
+    for model in sorted(places, key=lambda model: places[model][:2]):
+        *_, label = places[model]
         groups.setdefault(label, []).append(model)
-    for name, by_model in rows.items():
-        if missing := set(order) - set(by_model):
+    for name, by_model in benchmarks.items():
+        missing = set(places) - set(by_model)
+        if missing:
             EVAL.stop(
-                f"{folder}: {name} lacks responses of {', '.join(missing)}; every model needs every benchmark"
+                f"{folder}: {name} lacks responses of {', '.join(sorted(missing))}; "
+                "every model needs every benchmark"
             )
-    return groups, rows, settings
+    return groups, benchmarks, settings
 
 
 def table_of(name: str, by_model: dict[str, list[dict]]) -> dict[str, list[list[dict]]]:
     """By model, for each problem that all have answered its rows in the order of the samples."""
-    found = {}
+    by_id = {}
     for model, rows in by_model.items():
-        by_id = found.setdefault(model, {})
+        by_id[model] = {}
         for row in sorted(rows, key=lambda row: row.get("sample", 0)):
-            by_id.setdefault(str(row["id"]), []).append({"finish_reason": "stop"} | row)
-    ids = [
-        key for key in next(iter(found.values())) if all(key in by_id for by_id in found.values())
-    ]
+            responses = by_id[model].setdefault(str(row["id"]), [])
+            responses.append({"finish_reason": "stop", **row})
+    first, *others = by_id.values()
+    ids = [identity for identity in first if all(identity in other for other in others)]
     if not ids:
         EVAL.stop(
             f"{name}: no problem is answered by all models; run the evaluation to its end first"
         )
-    sizes = Counter(len(by_id[key]) for by_id in found.values() for key in ids)
+    tables = {model: [problems[identity] for identity in ids] for model, problems in by_id.items()}
+    sizes = {len(responses) for table in tables.values() for responses in table}
     if len(sizes) > 1:
         EVAL.stop(
-            f"{name}: {min(sizes)} responses to some problems and {max(sizes)} to others; run the evaluation to its end"
+            f"{name}: {min(sizes)} responses to some problems and {max(sizes)} to others; "
+            "run the evaluation to its end"
         )
-    return {model: [by_id[key] for key in ids] for model, by_id in found.items()}
+    return tables
 
 
 def verdict_table(
@@ -423,11 +420,11 @@ def verdict_table(
     lines = []
     for name, by_model in tables.items():
         for label, models in groups.items():
-            rows = [row for model in models for found in by_model[model] for row in found]
+            tables_of_seeds = [by_model[model] for model in models]
+            rows = [row for table in tables_of_seeds for responses in table for row in responses]
             shares = [sum(row[field] for row in rows) / len(rows) for field in NAMES]
-            lines.append(
-                [f"{name} ({len(by_model[models[0]])})", label, *map(EVAL.percent, shares)]
-            )
+            problems = len(tables_of_seeds[0])
+            lines.append([f"{name} ({problems})", label, *map(EVAL.percent, shares)])
     return "Right by each verdict", ["benchmark", "model", *NAMES.values()], lines, ""
 
 
@@ -438,17 +435,15 @@ def main(args: Args):
     groups, rows, settings = regrade_folder(args.results, args.base)
     tables = {name: table_of(name, by_model) for name, by_model in rows.items()}
     field = VERDICTS[args.verdict]
-    judged = {
-        name: {
-            model: [[row | {"correct": row[field]} for row in found] for found in table]
-            for model, table in by_model.items()
-        }
-        for name, by_model in tables.items()
-    }
-    summary = EVAL.summary_of(groups, judged, settings, args.seed) | {
-        "rule": RULES[field],
-        "verdict": field,
-    }
+    judged = {}
+    for name, by_model in tables.items():
+        judged[name] = {}
+        for model, table in by_model.items():
+            judged[name][model] = [
+                [{**row, "correct": row[field]} for row in responses] for responses in table
+            ]
+    summary = EVAL.summary_of(groups, judged, settings, args.seed)
+    summary |= {"rule": RULES[field], "verdict": field}
     summary["more_tables"] = [verdict_table(groups, tables)]
     print(EVAL.write_report(summary, args.results))
     print(f"{args.results / 'report.md'}: written anew, by the {NAMES[field]} verdict")
