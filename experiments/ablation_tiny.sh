@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# DPO, SCDPO, Step-DPO and Step-DPO with another model's steps compared on the bundled world (docs/comparison.md): with equal
-# numbers of pairs, and with equal numbers of trained tokens. Settings are chosen from the same grid on
-# validation.jsonl.
+# DPO, SCDPO, Step-DPO and Step-DPO with another model's steps, compared on the bundled world
+# (docs/comparison.md): with equal numbers of pairs, and with equal numbers of trained tokens.
+# Settings are chosen from the same grid on validation.jsonl.
 #   bash experiments/ablation_tiny.sh              # five seeds; under two hours on two cores
 #   bash experiments/ablation_tiny.sh --quick      # one seed, fewer problems, no grid; under 20 minutes
 #   SEEDS="0 1" bash experiments/ablation_tiny.sh  # fewer seeds
