@@ -2,7 +2,8 @@
 2407.00782), before its SFT stage.
 
     python analysis/add_block_tokens.py --model mistralai/Mistral-7B-v0.1 --out runs/mistral_blocks
-    accelerate launch 04_train_stepdpo.py --objective sft --model runs/mistral_blocks --data code_solutions.jsonl ...
+    accelerate launch 04_train_stepdpo.py --objective sft --model runs/mistral_blocks \\
+        --data code_solutions.jsonl ...
 
 Input: a folder or hub id. Output: a folder with the tokens <|system|> <|user|> <|assistant|>
 <|text|> <|code|> <|execution|> <|endofblock|> <|endofmessage|>, whose embeddings are the mean of
@@ -21,19 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 SAMPLE = importlib.import_module("01_sample_errors")
-TOKENS = [
-    f"<|{name}|>"
-    for name in (
-        "system",
-        "user",
-        "assistant",
-        "text",
-        "code",
-        "execution",
-        "endofblock",
-        "endofmessage",
-    )
-]
+TURNS = ["<|system|>", "<|user|>", "<|assistant|>"]
+BLOCKS = ["<|text|>", "<|code|>", "<|execution|>", "<|endofblock|>"]
+TOKENS = [*TURNS, *BLOCKS, "<|endofmessage|>"]
 
 
 @dataclass
@@ -51,22 +42,17 @@ def main(args: Args):
     except (OSError, ValueError) as error:
         SAMPLE.stop(f"--model {args.model}: cannot be loaded ({str(error).splitlines()[0]})")
     before = len(tokenizer)
-    added = tokenizer.add_special_tokens(
-        {"additional_special_tokens": TOKENS}, replace_extra_special_tokens=False
-    )
-    tokenizer.eos_token, tokenizer.chat_template = (
-        TOKENS[-1],
-        (ROOT / "data" / "templates" / "code.jinja").read_text(),
-    )
+    special = {"additional_special_tokens": TOKENS}
+    added = tokenizer.add_special_tokens(special, replace_extra_special_tokens=False)
+    tokenizer.eos_token = TOKENS[-1]
+    tokenizer.chat_template = (ROOT / "data" / "templates" / "code.jinja").read_text()
     if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
         lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    # one weight where they are tied
+    weights = {lm.get_input_embeddings().weight, lm.get_output_embeddings().weight}
     with torch.no_grad():
-        for layer in {
-            id(layer): layer for layer in (lm.get_input_embeddings(), lm.get_output_embeddings())
-        }.values():
-            layer.weight[before : len(tokenizer)] = (
-                layer.weight[:before].float().mean(0).to(layer.weight.dtype)
-            )
+        for weight in weights:
+            weight[before : len(tokenizer)] = weight[:before].float().mean(0).to(weight.dtype)
     lm.config.eos_token_id = lm.generation_config.eos_token_id = tokenizer.eos_token_id
     lm.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)

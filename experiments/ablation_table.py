@@ -1,7 +1,10 @@
 """The table and the figure of experiments/ablation_tiny.sh.
 
-    python experiments/ablation_table.py runs/ablation --methods dpo scdpo step-dpo step-dpo-ood --grid 1e-5:1 3e-5:1
-    python experiments/ablation_table.py runs/ablation --choose ...     # before: the best setting of each method by validation
+First the best setting of each method by validation, then, after the trainings, the table:
+    python experiments/ablation_table.py runs/ablation --choose --methods dpo scdpo step-dpo \\
+        --grid 1e-5:1 3e-5:1
+    python experiments/ablation_table.py runs/ablation --methods dpo scdpo step-dpo \\
+        --grid 1e-5:1 3e-5:1
 
 Accuracies: mean over seeds; 95 % intervals draw seeds and problems again; differences are paired by
 problem (05_eval.py)."""
@@ -48,46 +51,37 @@ def rows_of(path: Path) -> list[dict]:
 
 
 def choose(args: Args):
-    lines = [
-        "| method | " + " | ".join(f"lr {s.replace(':', ', β ')}" for s in args.grid) + " |",
-        "|---|" + "---:|" * len(args.grid),
-    ]
+    grid = args.out / "grid"
+    titles = [f"lr {setting.replace(':', ', β ')}" for setting in args.grid]
+    lines = [f"| method | {' | '.join(titles)} |", "|---|" + "---:|" * len(args.grid)]
     for method in args.methods:
-        found = {}
+        accuracy = {}
         for setting in args.grid:
-            path = (
-                args.out
-                / "grid"
-                / "results"
-                / f"{method}_{setting.replace(':', '_')}"
-                / "summary.json"
-            )
+            name = f"{method}_{setting.replace(':', '_')}"
+            path = grid / "results" / name / "summary.json"
             if path.exists():
-                [model] = json.loads(path.read_text())["benchmarks"]["validation"][
-                    "models"
-                ].values()
-                found[setting] = model["accuracy"]
-        if len(args.grid) > 1 and len(found) < len(args.grid):
-            sys.exit(
-                f"{args.out / 'grid'}: no result of {method} with {', '.join(sorted(set(args.grid) - set(found)))}"
-            )
-        best = max(found, key=found.get, default=args.grid[0])
+                benchmarks = json.loads(path.read_text())["benchmarks"]
+                [model] = benchmarks["validation"]["models"].values()
+                accuracy[setting] = model["accuracy"]
+        missing = sorted(set(args.grid) - set(accuracy))
+        if len(args.grid) > 1 and missing:
+            sys.exit(f"{grid}: no result of {method} with {', '.join(missing)}")
+        best = max(accuracy, key=accuracy.get, default=args.grid[0])
         rates = [float(setting.split(":")[0]) for setting in args.grid]
         if len(rates) > 1 and float(best.split(":")[0]) in (min(rates), max(rates)):
             print(
-                f"{name_of(method)} is best at {best}, at the end of the grid: its optimum may lie beyond",
+                f"{name_of(method)} is best at {best}, at the end of the grid: "
+                "its optimum may lie beyond",
                 file=sys.stderr,
             )
-        (args.out / "grid" / f"{method}.chosen").write_text(best.replace(":", " ") + "\n")
-        cells = [
-            f"{'**' if s == best else ''}{found[s]:.1%}{'**' if s == best else ''}"
-            if s in found
-            else ""
-            for s in args.grid
-        ]
+        (grid / f"{method}.chosen").write_text(best.replace(":", " ") + "\n")
+        cells = [f"{accuracy[s]:.1%}" if s in accuracy else "" for s in args.grid]
+        if best in accuracy:
+            cells[args.grid.index(best)] = f"**{accuracy[best]:.1%}**"
         lines.append(f"| {name_of(method)} | {' | '.join(cells)} |")
-    (args.out / "grid.md").write_text("\n".join(lines) + "\n")
-    print((args.out / "grid.md").read_text())
+    table = "\n".join(lines) + "\n"
+    (args.out / "grid.md").write_text(table)
+    print(table)
 
 
 def draw(args: Args, metrics: dict[str, list[list[dict]]], results: dict[str, dict]):
@@ -109,51 +103,54 @@ def draw(args: Args, metrics: dict[str, list[list[dict]]], results: dict[str, di
         if kind not in results:
             continue
         for y, method in enumerate(names):
-            found = results[kind]["models"][method]
+            figures = results[kind]["models"][method]
             color = f"C{y - 1}" if y else "black"
+            fill = "white" if shift > 0 else color
             at = y + shift * apart
-            test.plot([100 * x for x in found["interval"]], [at] * 2, color=color, lw=2)
-            test.plot(
-                100 * found["accuracy"],
-                at,
-                marker,
-                color=color,
-                mfc="white" if shift > 0 else color,
-                ms=6,
-            )
-        test.plot(
-            [], [], marker, color="gray", mfc="white" if shift > 0 else "gray", label=label, ls=""
-        )
-    test.set(
-        yticks=range(len(names)),
-        yticklabels=[name_of(name).replace(", another", ",\nanother") for name in names],
-    )
+            test.plot([100 * x for x in figures["interval"]], [at] * 2, color=color, lw=2)
+            test.plot(100 * figures["accuracy"], at, marker, color=color, mfc=fill, ms=6)
+        fill = "white" if shift > 0 else "gray"
+        test.plot([], [], marker, color="gray", mfc=fill, label=label, ls="")
+    labels = [name_of(name).replace(", another", ",\nanother") for name in names]
+    test.set(yticks=range(len(names)), yticklabels=labels)
     test.set(xlabel="test problems right, %, with 95 % interval")
     test.invert_yaxis()
     test.legend(frameon=False, fontsize=9)
     for i, seeds in enumerate(metrics.values()):
         for axes, key, scale in ((left, "val_accuracy", 100), (right, "val_margin", 1)):
-            shown = lambda row, key=key: (
-                key in row and (row["step"] or key == "val_margin")
-            )  # untrained, no pair is told apart
+            # an untrained model tells no pair apart
             curves = [
-                [(row["step"], row[key] * scale) for row in rows if shown(row)] for rows in seeds
+                [row for row in rows if key in row and (row["step"] or key == "val_margin")]
+                for rows in seeds
             ]
-            values = np.array([[value for _, value in curve] for curve in curves])
-            steps = np.array([step for step, _ in curves[0]]) / max(step for step, _ in curves[0])
+            values = np.array([[row[key] * scale for row in curve] for curve in curves])
+            steps = np.array([row["step"] for row in curves[0]])
+            steps = steps / steps.max()
             axes.plot(steps, values.mean(0), "o-", ms=3, color=f"C{i}")
             axes.fill_between(steps, values.min(0), values.max(0), color=f"C{i}", alpha=0.15, lw=0)
     left.set(xlabel="share of the training", ylabel="held-out pairs told apart, %")
     right.set(xlabel="share of the training", ylabel="reward margin of held-out pairs")
     if right.get_ylim()[1] > 2:
-        right.set_yscale(
-            "symlog", linthresh=1
-        )  # other models' steps start so unlikely that their margin dwarfs the rest
+        # other models' steps start so unlikely that their margin dwarfs the rest
+        right.set_yscale("symlog", linthresh=1)
     right.set_ylim(bottom=min(0, right.get_ylim()[0]))
     for axes in (test, left, right):
         axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(args.out / "ablation.png", dpi=150)
+
+
+def mean(rows: list[dict], key: str) -> float:
+    return sum(row[key] for row in rows) / len(rows)
+
+
+def percent(share: float, interval: list[float]) -> str:
+    return f"{share:.1%} ({interval[0]:.1%} to {interval[1]:.1%})"
+
+
+def points(test: dict) -> str:
+    low, high = (100 * end for end in test["difference_interval"])
+    return f"{100 * test['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def holm(p: dict[str, float]) -> dict[str, float]:
@@ -173,11 +170,9 @@ def main(args: Args):
         kind: json.loads(path.read_text()) for kind, path in paths.items() if path.exists()
     }
     results = {kind: summary["benchmarks"]["test"] for kind, summary in summaries.items()}
-    credit = args.out / "credit" / "credit.json"  # only where steps are labelled
-    credit = json.loads(credit.read_text()) if credit.exists() else {}
+    path = args.out / "credit" / "credit.json"  # only where steps are labelled
+    credit = json.loads(path.read_text()) if path.exists() else {}
     sizes = (args.out / "logs" / "sizes.log").read_text()
-    percent = lambda f: f"{f['accuracy']:.1%} ({f['interval'][0]:.1%} to {f['interval'][1]:.1%})"
-    spread = lambda f: f"{100 * f['spread']:.1f}" if f["seeds"] > 1 else ""
     metrics, training = {}, []
     titles = {"greedy": "greedy", "temperature1": "temperature 1"}
     head = " | ".join(f"{titles[kind]} (95 % interval) | sd over seeds" for kind in results)
@@ -186,46 +181,40 @@ def main(args: Args):
         "|---|" + "---:|" * (4 + 2 * len(results)),
     ]
     for method in ("base", *args.methods):
-        of_kinds = [found["models"][method] for found in results.values()]
-        shown = " | ".join(f"{percent(found)} | {spread(found)}" for found in of_kinds)
+        cells = []
+        for benchmark in results.values():
+            figures = benchmark["models"][method]
+            cells.append(percent(figures["accuracy"], figures["interval"]))
+            cells.append(f"{100 * figures['spread']:.1f}" if figures["seeds"] > 1 else "")
+        accuracies = " | ".join(cells)
         if method == "base":
-            lines.append(f"| base | | | | {shown} | |")
+            lines.append(f"| base | | | | {accuracies} | |")
             continue
         folders = [Path(folder) for folder in summaries["greedy"]["groups"][method]]
-        seconds = [
-            json.loads((folder / "training.json").read_text())["seconds"] for folder in folders
-        ]
-        pairs, tokens = re.search(
-            rf"(?:^|; |\n){re.escape(method)} (\d+) pairs, (\d+) tokens", sizes
-        ).groups()
+        about = [json.loads((folder / "training.json").read_text()) for folder in folders]
+        size = re.search(rf"(?:^|; |\n){re.escape(method)} (\d+) pairs, (\d+) tokens", sizes)
         lr, beta = (args.out / "grid" / f"{method}.chosen").read_text().split()
         lines.append(
-            f"| {name_of(method)} | {pairs} | {int(tokens):,} | {lr}, {beta} | {shown} "
-            f"| {sum(seconds) / len(seconds):.0f} |"
+            f"| {name_of(method)} | {size[1]} | {int(size[2]):,} | {lr}, {beta} | {accuracies} "
+            f"| {mean(about, 'seconds'):.0f} |"
         )
         metrics[method] = [rows_of(folder / "metrics.jsonl") for folder in folders]
-        first = [next(row for row in rows if "val_accuracy" in row) for rows in metrics[method]]
-        last = [
-            next(row for row in reversed(rows) if "val_accuracy" in row) for rows in metrics[method]
-        ]
-        mean = lambda rows, key: sum(row[key] for row in rows) / len(rows)
-        training.append(
-            f"| {name_of(method)} | {mean(last, 'val_accuracy'):.1%} | {mean(last, 'val_margin'):.2f} "
-            f"| {mean(first, 'val_chosen_logp'):.1f} to {mean(last, 'val_chosen_logp'):.1f} "
-            f"| {mean(first, 'val_rejected_logp'):.1f} to {mean(last, 'val_rejected_logp'):.1f} |"
-        )
-        found = next(
-            (f for model, f in credit.items() if Path(model).name == folders[0].name), None
-        )
-        training[-1] += (
-            f" {percent(found | {'accuracy': found['share']})} | {found['auc']:.3f} |"
-            if found
-            else " | |"
-        )
+        validated = [[row for row in rows if "val_accuracy" in row] for rows in metrics[method]]
+        first, last = [rows[0] for rows in validated], [rows[-1] for rows in validated]
+        cells = [name_of(method), f"{mean(last, 'val_accuracy'):.1%}"]
+        cells.append(f"{mean(last, 'val_margin'):.2f}")
+        for key in ("val_chosen_logp", "val_rejected_logp"):
+            cells.append(f"{mean(first, key):.1f} to {mean(last, key):.1f}")
+        rewards = {Path(model).name: figures for model, figures in credit.items()}
+        if figures := rewards.get(folders[0].name):
+            lowest = percent(figures["share"], figures["interval"])
+            training.append(f"| {' | '.join(cells)} | {lowest} | {figures['auc']:.3f} |")
+        else:
+            training.append(f"| {' | '.join(cells)} | | |")
     lines += [
         "",
-        "| method | held-out pairs told apart | margin | log π of chosen, before to after | log π of rejected "
-        "| lowest step is the error, first seed | AUC |",
+        "| method | held-out pairs told apart | margin | log π of chosen, before to after "
+        "| log π of rejected | lowest step is the error, first seed | AUC |",
         "|---|" + "---:|" * 6,
         *training,
     ]
@@ -236,21 +225,18 @@ def main(args: Args):
         "|---|" + "---:|" * 2 * len(results),
     ]
     adjusted = {
-        kind: holm({key: f["p"] for key, f in found["pairwise"].items()})
-        for kind, found in results.items()
+        kind: holm({key: test["p"] for key, test in benchmark["pairwise"].items()})
+        for kind, benchmark in results.items()
     }
     for key in results["greedy"]["pairwise"]:
         cells = [" − ".join(name_of(name) for name in key.split("\n"))]
-        for kind, found in results.items():
-            f = found["pairwise"][key]
-            low, high = f["difference_interval"]
-            cells += [
-                f"{100 * f['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
-                f"{adjusted[kind][key]:.2g}",
-            ]
+        for kind, benchmark in results.items():
+            test = benchmark["pairwise"][key]
+            cells += [points(test), f"{adjusted[kind][key]:.2g}"]
         lines.append(f"| {' | '.join(cells)} |")
-    (args.out / "table.md").write_text("\n".join(lines) + "\n")
-    print((args.out / "table.md").read_text())
+    table = "\n".join(lines) + "\n"
+    (args.out / "table.md").write_text(table)
+    print(table)
     draw(args, metrics, results)
 
 

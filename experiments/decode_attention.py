@@ -32,7 +32,7 @@ def kernel(
     start_of_row = row.to(tl.int64) * kv_row + group * kv_group
     best = tl.full([PADDED], float("-inf"), tl.float32)
     total = tl.zeros([PADDED], tl.float32)
-    found = tl.zeros([PADDED, SIZE], tl.float32)
+    weighted = tl.zeros([PADDED, SIZE], tl.float32)
     for start in range(0, count, BLOCK):
         inside = start + t < count
         at = start_of_row + (start + t)[:, None] * SIZE + d[None, :]
@@ -42,12 +42,13 @@ def kernel(
         higher = tl.maximum(best, tl.max(scores, 1))
         p, shrink = tl.exp(scores - higher[:, None]), tl.exp(best - higher)
         values = tl.load(v + at, mask=inside[:, None], other=0.0)
-        found = found * shrink[:, None] + tl.dot(p.to(values.dtype), values, input_precision="ieee")
-        total, best = total * shrink + tl.sum(p, 1), higher
-    place = (
-        out + (row * tl.num_programs(1) * HEADS + (group * HEADS + h)[:, None]) * SIZE + d[None, :]
-    )
-    tl.store(place, (found / total[:, None]).to(out.dtype.element_ty), mask=real)
+        added = tl.dot(p.to(values.dtype), values, input_precision="ieee")
+        weighted = weighted * shrink[:, None] + added
+        total = total * shrink + tl.sum(p, 1)
+        best = higher
+    head = row * tl.num_programs(1) * HEADS + (group * HEADS + h)[:, None]
+    mean = (weighted / total[:, None]).to(out.dtype.element_ty)
+    tl.store(out + head * SIZE + d[None, :], mean, mask=real)
 
 
 def decode_attention(q, keys, values, length):

@@ -1,6 +1,6 @@
 """What goes wrong first in the rejected side of pairs from the bundled world, by method.
 
-    python experiments/error_kinds.py runs/ablation/all-dpo.jsonl runs/ablation/all-scdpo.jsonl runs/ablation/all-step-dpo.jsonl
+    python experiments/error_kinds.py runs/ablation/all-{dpo,scdpo,step-dpo}.jsonl
 
 The first wrong step is the first whose result is not that of the same step of the right solution;
 it is a forgotten borrow (what the bundled model has learned to do wrong), another miscalculation,
@@ -10,7 +10,6 @@ import importlib
 import json
 import re
 import sys
-from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +18,7 @@ KINDS = (
     "forgotten borrow",
     "other miscalculation",
     "wrong numbers or step",
-    "behind the last step",
+    "after the last step",
 )
 
 
@@ -30,34 +29,29 @@ def kind(pair: dict, split_steps, make) -> str:
         results = re.findall(r"=\s*(-?\d+)", step)
         if number < len(right) and results[-1:] == right[number][-1:]:
             continue
-        if not (found := re.search(r"(\d+) ([-+*/]) (\d+) = (-?\d+)", step)):
+        equation = re.search(r"(\d+) ([-+*/]) (\d+) = (-?\d+)", step)
+        if not equation:
             return KINDS[2]
-        a, b, c = (int(found[i]) for i in (1, 3, 4))
-        if found[2] == "/" and not b or make.EXACT[found[2]](a, b) == c:
+        sign = equation[2]
+        a, b, c = (int(equation[group]) for group in (1, 3, 4))
+        if sign == "/" and b == 0 or make.EXACT[sign](a, b) == c:
             return KINDS[2]
-        return KINDS[0] if found[2] == "-" and a > b and make.buggy(a, b) == c else KINDS[1]
+        return KINDS[0] if sign == "-" and a > b and make.buggy(a, b) == c else KINDS[1]
     return KINDS[3]
 
 
 def main(paths: list[str]):
-    split_steps, make = (
-        importlib.import_module("01_sample_errors").split_steps,
-        importlib.import_module("make"),
-    )
+    split_steps = importlib.import_module("01_sample_errors").split_steps
+    make = importlib.import_module("make")
     print("| pairs of | pairs | " + " | ".join(KINDS) + " |\n|---|---:|" + "---:|" * len(KINDS))
     if missing := [path for path in paths if not Path(path).is_file()]:
         print(f"{missing[0]}: no such file; give pairs of 03_rectify.py", file=sys.stderr)
         raise SystemExit(2)
     for path in paths:
-        rows = [
-            json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line
-        ]
-        count = Counter(kind(row, split_steps, make) for row in rows)
-        print(
-            f"| {path} | {len(rows)} | "
-            + " | ".join(f"{count[name] / len(rows):.1%}" for name in KINDS)
-            + " |"
-        )
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        kinds = [kind(json.loads(line), split_steps, make) for line in lines if line]
+        shares = [f"{kinds.count(name) / len(kinds):.1%}" for name in KINDS]
+        print(f"| {path} | {len(kinds)} | {' | '.join(shares)} |")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python experiments/foreign_solutions.py data/tiny/train.jsonl runs/foreign.jsonl
 
 "Step 2: Lena now has 13 - 6 = 7 shells." becomes "Step 2: Since 13 - 6 is 7, that makes 7 shells."
-The steps before a random one keep their words (seed 0), so that a model taught with these goes on
+The steps before a random one keep their words (seed 0), so that a model taught with these continues
 from the policy's own steps."""
 
 import json
@@ -18,8 +18,7 @@ def main(path: str, out: str):
     r = random.Random(0)
     for row in rows:
         steps = re.split(r"(?=Step \d+:)", row["solution"])  # the opening, then the steps
-        kept = r.randrange(1, len(steps))
-        for k in range(kept, len(steps)):
+        for k in range(r.randrange(1, len(steps)), len(steps)):
             steps[k], changed = re.subn(
                 r"(Step \d+:) .*?(\d+ [-+*/] \d+) = (\d+) (\w+)\.",
                 r"\1 Since \2 is \3, that makes \3 \4.",

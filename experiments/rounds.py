@@ -1,9 +1,11 @@
-"""What experiments/iterate.sh needs beside the stages: equal budgets, the choice of the learning
-rate, table and figure.
+"""What experiments/iterate.sh needs in addition to the stages: equal budgets, the choice of the
+learning rate, table and figure.
 
-python experiments/rounds.py cut runs/iterate/dpo/0/1 --method dpo --budget 100000 --trained 20000 # -> train.jsonl, epochs
-python experiments/rounds.py choose runs/iterate --method dpo --rates 1e-5 3e-5 1e-4               # -> lr/dpo
-python experiments/rounds.py table runs/iterate --methods dpo sft --rounds 3 --seeds 0 1 2         # -> table.md, rounds.png
+They write train.jsonl and epochs; lr/dpo; table.md and rounds.png:
+    python experiments/rounds.py cut runs/iterate/dpo/0/1 --method dpo --budget 100000 \\
+        --trained 20000
+    python experiments/rounds.py choose runs/iterate --method dpo --rates 1e-5 3e-5 1e-4
+    python experiments/rounds.py table runs/iterate --methods dpo sft --rounds 3 --seeds 0 1 2
 """
 
 import json
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from ablation_table import holm
+from ablation_table import holm, mean, percent, points
 
 NAMES = {
     "dpo": "DPO, verifier alone",
@@ -81,20 +83,15 @@ def rows_of(path: Path) -> list[dict]:
 def sampled(args: Cut, count) -> Counter:
     """Tokens that were sampled for each problem, by all stages. `count` counts the tokens of
     texts."""
-    tokens, by = Counter(), args.folder
-    samples = rows_of(by / "samples.jsonl")
-    for row, n in zip(samples, count([row["response"] for row in samples]), strict=True):
-        tokens[row["id"]] += n
-    if (by / "rollouts.jsonl").exists():
-        texts = [
-            (row["id"], one["text"])
-            for row in rows_of(by / "rollouts.jsonl")
-            for found in row["rollouts"].values()
-            for one in found
-        ]
-        for (identity, _), n in zip(texts, count([text for _, text in texts]), strict=True):
-            tokens[identity] += n
-    for path in by.glob("*.tries.jsonl"):
+    texts = [(row["id"], row["response"]) for row in rows_of(args.folder / "samples.jsonl")]
+    rollouts = args.folder / "rollouts.jsonl"
+    for row in rows_of(rollouts) if rollouts.exists() else []:
+        for of_prefix in row["rollouts"].values():
+            texts += [(row["id"], rollout["text"]) for rollout in of_prefix]
+    tokens = Counter()
+    for (problem, _), n in zip(texts, count([text for _, text in texts]), strict=True):
+        tokens[problem] += n
+    for path in args.folder.glob("*.tries.jsonl"):
         for row in rows_of(path):
             tokens[row["id"]] += row["count"].get("tokens", 0)
     return tokens
@@ -104,49 +101,41 @@ def cut(args: Cut):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    count = lambda texts: (
-        [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        if texts
-        else []
-    )
-    tokens, kept, spent = sampled(args, count), [], 0
-    order = list(
-        dict.fromkeys(
-            row["id"] for row in sorted(rows_of(args.folder / "samples.jsonl"), key=place)
-        )
-    )
-    for identity in order:
-        if args.budget and spent + tokens[identity] > args.budget:
+
+    def count(texts: list[str]) -> list[int]:
+        if not texts:
+            return []
+        return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+    tokens = sampled(args, count)
+    samples = rows_of(args.folder / "samples.jsonl")
+    problems, spent = set(), 0
+    for problem in dict.fromkeys(row["id"] for row in sorted(samples, key=place)):
+        if args.budget and spent + tokens[problem] > args.budget:
             break
-        kept.append(identity)
-        spent += tokens[identity]
+        problems.add(problem)
+        spent += tokens[problem]
     else:
         if args.budget and spent < 0.95 * args.budget:
             print(
-                f"{args.folder}: {spent} tokens are sampled of a budget of {args.budget}; it takes more problems"
+                f"{args.folder}: {spent} tokens are sampled of a budget of {args.budget}; "
+                "it takes more problems"
             )
             return
-    kept, sides = set(kept), ("chosen", "rejected")
     if args.method == "sft":
-        ready = sorted(
-            rows_of(args.folder / "samples.jsonl"), key=lambda row: (row["id"], row["sample"])
-        )
-        right = {(row["problem"], row["response"]): row for row in ready if row["correct"]}
-        found, sides = [[row for row in right.values() if row["id"] in kept]], ("response",)
+        samples.sort(key=lambda row: (row["id"], row["sample"]))
+        right = {(row["problem"], row["response"]): row for row in samples if row["correct"]}
+        sets, sides = [list(right.values())], ("response",)
     else:
-        names = (
-            ("scdpo", "dpo") if args.method == "scdpo" else (args.method,)
-        )  # SCDPO's mix is half and half
-        found = [
-            [row for row in rows_of(args.folder / f"{name}.jsonl") if row["id"] in kept]
-            for name in names
-        ]
-    for rows in found:
+        # SCDPO's mix is half and half
+        names = ("scdpo", "dpo") if args.method == "scdpo" else (args.method,)
+        sets = [rows_of(args.folder / f"{name}.jsonl") for name in names]
+        sides = ("chosen", "rejected")
+    sets = [[row for row in rows if row["id"] in problems] for rows in sets]
+    for rows in sets:
         random.Random(args.seed).shuffle(rows)
-    least = min(map(len, found))
-    rows = [
-        row for together in zip(*(rows[:least] for rows in found), strict=True) for row in together
-    ]
+    # one of each set in turn, as long as all have some
+    rows = [row for of_each in zip(*sets, strict=False) for row in of_each]
     sizes = [sum(count([row[side] for side in sides])) for row in rows]
     epochs, most = args.epochs, math.inf
     if args.trained:
@@ -160,7 +149,7 @@ def cut(args: Cut):
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in chosen]
     (args.folder / "train.jsonl").write_text("".join(lines), encoding="utf-8")
     figures = {
-        "problems": len(kept),
+        "problems": len(problems),
         "sampled": spent,
         "rows": len(chosen),
         "epochs": epochs,
@@ -182,73 +171,66 @@ def place(row: dict) -> tuple:
 def choose(args: Choose):
     accuracy = {}
     for rate in args.rates if len(args.rates) > 1 else ():
-        summary = json.loads(
-            (args.out / "lr" / f"{args.method}-{rate}" / "summary.json").read_text()
-        )
-        [benchmark] = summary["benchmarks"].values()
+        path = args.out / "lr" / f"{args.method}-{rate}" / "summary.json"
+        [benchmark] = json.loads(path.read_text())["benchmarks"].values()
         [model] = benchmark["models"].values()
         accuracy[rate] = model["accuracy"]
     best = max(accuracy, key=accuracy.get, default=args.rates[0])
     (args.out / "lr" / args.method).write_text(best + "\n")
     (args.out / "lr" / f"{args.method}.json").write_text(json.dumps(accuracy) + "\n")
-    said = ", ".join(f"{rate} {value:.1%}" for rate, value in accuracy.items())
-    print(f"{args.method}: learning rate {best}{f' of {said}' if said else ''}")
+    accuracies = ", ".join(f"{rate} {value:.1%}" for rate, value in accuracy.items())
+    print(f"{args.method}: learning rate {best}{f' of {accuracies}' if accuracies else ''}")
 
 
 def table(args: Table):
-    summary, lines, points = json.loads((args.out / "results" / "summary.json").read_text()), [], {}
-    budget = lambda method, seed, turn: json.loads(
-        (args.out / method / str(seed) / str(turn) / "budget.json").read_text()
-    )
+    summary = json.loads((args.out / "results" / "summary.json").read_text())
+    lines, curves = [], {}
     for name, benchmark in summary["benchmarks"].items():
         base = benchmark["models"]["base"]
-        shown = lambda f: f"{f['accuracy']:.1%} ({f['interval'][0]:.1%} to {f['interval'][1]:.1%})"
         lines += [
-            f"{name}, {benchmark['problems']} problems, {len(args.seeds)} seeds; base {shown(base)}",
+            f"{name}, {benchmark['problems']} problems, {len(args.seeds)} seeds; "
+            f"base {percent(base['accuracy'], base['interval'])}",
             "",
-            "| method | lr | round | problems | sampled tokens, all rounds | rows | passes | trained tokens | accuracy "
-            "(95 % interval) | sd over seeds |",
+            "| method | lr | round | problems | sampled tokens, all rounds | rows | passes "
+            "| trained tokens | accuracy (95 % interval) | sd over seeds |",
             "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
         ]
         for method in args.methods:
             rate, total = (args.out / "lr" / method).read_text().strip(), 0.0
-            points[name, method] = [(0.0, base["accuracy"], base["interval"])]
+            curves[name, method] = [(0.0, base["accuracy"], base["interval"])]
             for turn in range(1, args.rounds + 1):
-                made = [budget(method, seed, turn) for seed in args.seeds]
-                mean = {key: sum(one[key] for one in made) / len(made) for key in made[0]}
-                found, total = benchmark["models"][f"{method}-{turn}"], total + mean["sampled"]
-                points[name, method].append((total, found["accuracy"], found["interval"]))
-                spread = f"{100 * found['spread']:.1f}" if len(args.seeds) > 1 else ""
-                counts = f"{mean['rows']:.0f} | {mean['epochs']:.0f} | {mean['trained']:,.0f}"
-                lines.append(
-                    f"| {NAMES[method]} | {rate} | {turn} | {mean['problems']:.0f} | {total:,.0f} | {counts} "
-                    f"| {shown(found)} | {spread} |"
-                )
+                folders = [args.out / method / str(seed) / str(turn) for seed in args.seeds]
+                budgets = [json.loads((path / "budget.json").read_text()) for path in folders]
+                total += mean(budgets, "sampled")
+                model = benchmark["models"][f"{method}-{turn}"]
+                curves[name, method].append((total, model["accuracy"], model["interval"]))
+                cells = [NAMES[method], rate, str(turn), f"{mean(budgets, 'problems'):.0f}"]
+                cells += [f"{total:,.0f}", f"{mean(budgets, 'rows'):.0f}"]
+                cells += [f"{mean(budgets, 'epochs'):.0f}", f"{mean(budgets, 'trained'):,.0f}"]
+                cells += [percent(model["accuracy"], model["interval"])]
+                cells += [f"{100 * model['spread']:.1f}" if len(args.seeds) > 1 else ""]
+                lines.append(f"| {' | '.join(cells)} |")
         lines += [
             "",
             "| last round, paired by problem | points (95 % interval) | p, Holm |",
             "|---|---:|---:|",
         ]
-        last = {
-            key: found
-            for key, found in benchmark.get("pairwise", {}).items()
-            if all(part.endswith(f"-{args.rounds}") for part in key.split("\n"))
+        tests = {
+            key: test
+            for key, test in benchmark.get("pairwise", {}).items()
+            if all(model.endswith(f"-{args.rounds}") for model in key.split("\n"))
         }
-        adjusted = holm({key: found["p"] for key, found in last.items()})
-        for key, found in last.items():
-            low, high = found["difference_interval"]
-            names = " − ".join(NAMES[part.rpartition("-")[0]] for part in key.split("\n"))
-            lines.append(
-                f"| {names} | {100 * found['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}) "
-                f"| {adjusted[key]:.2g} |"
-            )
+        adjusted = holm({key: test["p"] for key, test in tests.items()})
+        for key, test in tests.items():
+            names = " − ".join(NAMES[model.rpartition("-")[0]] for model in key.split("\n"))
+            lines.append(f"| {names} | {points(test)} | {adjusted[key]:.2g} |")
         lines.append("")
     (args.out / "table.md").write_text("\n".join(lines))
     print("\n".join(lines))
-    draw(args, points)
+    draw(args, curves)
 
 
-def draw(args: Table, points: dict):
+def draw(args: Table, curves: dict):
     """Accuracy against the tokens that were sampled, the bars 95 % intervals."""
     import matplotlib
 
@@ -256,27 +238,18 @@ def draw(args: Table, points: dict):
     import matplotlib.pyplot as plt
 
     plt.rcParams |= {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    names = list(dict.fromkeys(name for name, _ in points))
+    names = list(dict.fromkeys(name for name, _ in curves))
     figure, axes = plt.subplots(1, len(names), figsize=(6.4 * len(names), 4), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         for number, method in enumerate(args.methods):
-            x, y, intervals = zip(*points[name, method], strict=True)
-            shift = (number - (len(args.methods) - 1) / 2) * 0.006 * x[-1]
-            errors = [
-                [100 * (v - low) for v, (low, _) in zip(y, intervals, strict=True)],
-                [100 * (high - v) for v, (_, high) in zip(y, intervals, strict=True)],
-            ]
-            axis.errorbar(
-                [(value + shift) / 1000 for value in x],
-                [100 * v for v in y],
-                errors,
-                marker="o",
-                ms=4,
-                capsize=2,
-                lw=1.4,
-                elinewidth=0.8,
-                label=NAMES[method],
-            )
+            tokens, accuracies, intervals = zip(*curves[name, method], strict=True)
+            shift = (number - (len(args.methods) - 1) / 2) * 0.006 * tokens[-1]
+            x = [(value + shift) / 1000 for value in tokens]
+            y = [100 * value for value in accuracies]
+            below = [value - 100 * low for value, (low, _) in zip(y, intervals, strict=True)]
+            above = [100 * high - value for value, (_, high) in zip(y, intervals, strict=True)]
+            style = {"marker": "o", "ms": 4, "capsize": 2, "lw": 1.4, "elinewidth": 0.8}
+            axis.errorbar(x, y, [below, above], **style, label=NAMES[method])
         axis.set(xlabel="sampled tokens, thousands", ylabel=f"{name}: right, %, with 95 % interval")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=9)

@@ -2,7 +2,8 @@
 of trained tokens.
 
     python experiments/same_size.py runs/ablation --pairs 400
-    python experiments/same_size.py runs/small_model --pairs 400 --model Qwen/Qwen2.5-0.5B-Instruct --sft
+    python experiments/same_size.py runs/small_model --pairs 400 \\
+        --model Qwen/Qwen2.5-0.5B-Instruct --sft
 
 Reads OUT/all-METHOD.jsonl, for SFT the right solutions in OUT/samples.jsonl, once each; writes
 OUT/pairs/METHOD.jsonl (the same number of pairs each; SCDPO: half naive, half step-controlled),
@@ -12,6 +13,7 @@ METHOD.validation.jsonl (a tenth as many pairs, of other problems). Shuffled wit
 import json
 import random
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated
 
@@ -37,67 +39,57 @@ def rows_of(path: Path) -> list[dict]:
 
 def right_solutions(path: Path) -> list[dict]:
     """Of 01's samples the right ones, a text once, by problem and sample."""
-    rows = sorted(
-        (row for row in rows_of(path) if row["correct"]), key=lambda row: (row["id"], row["sample"])
-    )
-    return list({(row["id"], row["response"]): row for row in reversed(rows)}.values())
+    rows = [row for row in rows_of(path) if row["correct"]]
+    rows.sort(key=lambda row: (row["id"], row["sample"]), reverse=True)
+    return list({(row["id"], row["response"]): row for row in rows}.values())
 
 
 def main(args: Args):
-    tokenizer, found = AutoTokenizer.from_pretrained(args.model), {}
-    for method in ("dpo", "scdpo", "step-dpo", "step-dpo-ood", *["sft"] * args.sft):
-        if "step" in method and not (args.out / f"all-{method}.jsonl").exists():
-            continue  # METHODS without it
-        rows = (
-            right_solutions(args.out / "samples.jsonl")
-            if method == "sft"
-            else rows_of(args.out / f"all-{method}.jsonl")
-        )
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    pairs = {}
+    for method in ("dpo", "scdpo", "step-dpo", "step-dpo-ood"):
+        path = args.out / f"all-{method}.jsonl"
+        if path.exists() or "step" not in method:  # METHODS may be without the step-wise ones
+            pairs[method] = rows_of(path)
+    if args.sft:
+        pairs["sft"] = right_solutions(args.out / "samples.jsonl")
+    for rows in pairs.values():
         random.Random(0).shuffle(rows)
-        found[method] = rows
-    naive = {row["id"] for row in found["dpo"]}
+    naive = {row["id"] for row in pairs["dpo"]}
     held = set(sorted(naive)[::10])  # problems of the validation pairs
-    parts = {
-        method: (
-            [row for row in rows if row["id"] not in held],
-            [row for row in rows if row["id"] in held],
-        )
-        for method, rows in found.items()
-    }
-    size = min(
-        args.pairs,
-        *(
-            len(train) if method != "scdpo" else 2 * len(train)
-            for method, (train, _) in parts.items()
-        ),
-    )
-    half = [
-        parts["scdpo"][0][: size // 2] + parts["dpo"][0][: size - size // 2],
-        parts["scdpo"][1] + parts["dpo"][1],
-    ]
-    for part in half:
-        random.Random(1).shuffle(part)
-    parts["scdpo"] = half
-    texts = lambda row: [row["response"]] if "response" in row else [row["chosen"], row["rejected"]]
-    tokens = lambda rows: sum(
-        len(tokenizer(text)["input_ids"]) for row in rows for text in texts(row)
-    )
-    write = lambda name, rows: (args.out / "pairs" / f"{name}.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in rows)
-    )
-    budget, said = tokens(parts["step-dpo"][0][:size]) if "step-dpo" in parts else 0, []
-    for method, (train, held_out) in parts.items():
-        sizes = {method: train[:size]}
+    train, held_out = {}, {}
+    for method, rows in pairs.items():
+        train[method] = [row for row in rows if row["id"] not in held]
+        held_out[method] = [row for row in rows if row["id"] in held]
+    # half of SCDPO's pairs are naive ones
+    sizes = [len(rows) * (2 if method == "scdpo" else 1) for method, rows in train.items()]
+    size = min(args.pairs, *sizes)
+    train["scdpo"] = train["scdpo"][: size // 2] + train["dpo"][: size - size // 2]
+    held_out["scdpo"] = held_out["scdpo"] + held_out["dpo"]
+    for part in (train, held_out):
+        random.Random(1).shuffle(part["scdpo"])
+
+    def n_tokens(rows: list[dict]) -> int:
+        fields = ("response", "chosen", "rejected")
+        texts = [row[field] for row in rows for field in fields if field in row]
+        return sum(len(tokenizer(text)["input_ids"]) for text in texts)
+
+    def write(name: str, rows: list[dict]):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (args.out / "pairs" / f"{name}.jsonl").write_text(text)
+
+    budget = n_tokens(train["step-dpo"][:size]) if "step-dpo" in train else 0
+    summary = []
+    for method, rows in train.items():
+        sets = {method: rows[:size]}
         if budget and method in ("dpo", "scdpo"):
-            count = (
-                next((i for i in range(1, size + 1) if tokens(train[:i]) > budget), size + 1) - 1
-            )
-            sizes[f"{method}-tokens"] = train[:count]
-        for name, rows in sizes.items():
-            write(name, rows)
-            write(f"{name}.validation", held_out[: max(20, size // 10)])
-            said.append(f"{name} {len(rows)} pairs, {tokens(rows)} tokens")
-    print("; ".join(said))
+            totals = accumulate(n_tokens([row]) for row in rows[:size])
+            sets[f"{method}-tokens"] = rows[: sum(total <= budget for total in totals)]
+        for name, training_rows in sets.items():
+            write(name, training_rows)
+            write(f"{name}.validation", held_out[method][: max(20, size // 10)])
+            summary.append(f"{name} {len(training_rows)} pairs, {n_tokens(training_rows)} tokens")
+    print("; ".join(summary))
 
 
 if __name__ == "__main__":

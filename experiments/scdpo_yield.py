@@ -1,10 +1,10 @@
 """Share of SCDPO's attempts that end wrong and parsable, and of garbled ones, by temperature
 schedule.
 
-    python experiments/scdpo_yield.py --samples runs/ablation/samples.jsonl --limit 800      # 5 minutes on two cores
+    python experiments/scdpo_yield.py --samples runs/ablation/samples.jsonl --limit 800
 
-Runs 03_rectify.py --method scdpo once for each schedule on the same right solutions and steps.
-"""
+Runs 03_rectify.py --method scdpo once for each schedule on the same right solutions and steps; 5
+minutes on two cores."""
 
 import json
 import subprocess
@@ -40,46 +40,24 @@ class Args:
 
 
 def main(args: Args):
-    lines = [
-        "| temperature | attempts | wrong and parsable | still right | garbled | steps with a pair | tokens a pair |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    head = "temperature | attempts | wrong and parsable | still right | garbled "
+    head += "| steps with a pair | tokens a pair"
+    lines = [f"| {head} |", "|---|---:|---:|---:|---:|---:|---:|"]
     for name, heat in HEATS.items():
         out = args.out / f"{heat.replace(' ', '-')}.jsonl"
-        command = [
-            sys.executable,
-            "03_rectify.py",
-            "--method",
-            "scdpo",
-            "--samples",
-            str(args.samples.resolve()),
-        ]
-        command += [
-            "--model",
-            args.model,
-            "--heat",
-            *heat.split(),
-            "--tries",
-            str(args.tries),
-            "--max-tokens",
-            "400",
-        ]
-        command += [
-            "--engine-args=--max-num-seqs 512 --max-model-len 1024",
-            "--out",
-            str(out.resolve()),
-        ]
+        command = [sys.executable, "03_rectify.py", "--method", "scdpo", "--model", args.model]
+        command += ["--samples", str(args.samples.resolve()), "--out", str(out.resolve())]
+        command += ["--heat", *heat.split(), "--tries", str(args.tries), "--max-tokens", "400"]
+        command += ["--engine-args=--max-num-seqs 512 --max-model-len 1024"]
         command += ["--limit", str(args.limit)] if args.limit else []
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        found = json.loads(Path(f"{out}.meta.json").read_text())["summary"]
-        share = lambda count, found=found: f"{count / found['attempts']:.1%}"
-        garbled = sum(value for kind, value in found.items() if kind.startswith("garbled: "))
-        pairs = found.get("pairs", 0)
-        lines.append(
-            f"| {name} | {found['attempts']} | {share(pairs)} | {share(found.get('still right', 0))} "
-            f"| {share(garbled)} | {pairs / found['steps tried']:.1%} "
-            f"| {found['tokens'] / max(1, pairs):.0f} |"
-        )
+        counts = json.loads(Path(f"{out}.meta.json").read_text())["summary"]
+        attempts, pairs = counts["attempts"], counts.get("pairs", 0)
+        garbled = sum(value for kind, value in counts.items() if kind.startswith("garbled: "))
+        kinds = (pairs, counts.get("still right", 0), garbled)
+        shares = " | ".join(f"{number / attempts:.1%}" for number in kinds)
+        steps, tokens = pairs / counts["steps tried"], counts["tokens"] / max(1, pairs)
+        lines.append(f"| {name} | {attempts} | {shares} | {steps:.1%} | {tokens:.0f} |")
         print(lines[-1], file=sys.stderr)
     print("\n".join(lines))
 

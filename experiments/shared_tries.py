@@ -1,9 +1,9 @@
-"""How many tokens 04's trees save against rows of one sequence each, and against rows shared by the
-pairs of one prefix.
+"""How many tokens 04's trees save compared with rows of one sequence each, and with rows shared by
+the pairs of one prefix. The options are those of 04.
 
-    python experiments/shared_tries.py --data runs/quickstart/pairs.jsonl --model data/tiny/model       # options of 04
+    python experiments/shared_tries.py --data runs/quickstart/pairs.jsonl --model data/tiny/model
 
-A tree holds each token once that several sequences of a problem begin with: prompts, nested
+In a tree each token stands once that several sequences of a problem begin with: prompts, nested
 prefixes, the common beginning of chosen and rejected. Counted in the batches that 04 makes, without
 padding."""
 
@@ -20,31 +20,25 @@ TRAIN = importlib.import_module("04_train_stepdpo")
 def main(args: TRAIN.Args):
     args.precision = "fp32"
     rows = [row for name in args.data for row in TRAIN.load_rows(name, args.objective)]
-    pairs = TRAIN.prepare(
-        rows,
-        TRAIN.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs),
-        args,
-        "data",
-    )
-    batches = TRAIN.batches(pairs, args, 0)
-    prefix = lambda i: len(pairs.prefixes[pairs.prefix[i]])
-    separate = sum(
-        prefix(i) + len(suffix) for i in range(len(pairs)) for suffix in pairs.suffixes[i]
-    )
-    shared = 0
-    for batch in batches:
-        of = {}
+    tokenizer = TRAIN.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
+    pairs = TRAIN.prepare(rows, tokenizer, args, "data")
+    separate = shared = trees = 0
+    for batch in TRAIN.batches(pairs, args, 0):
+        suffixes = {}  # number of a prefix -> its different suffixes
         for i in batch:
-            of.setdefault(pairs.prefix[i], {}).update(
-                {suffix.tobytes(): len(suffix) for suffix in pairs.suffixes[i]}
+            number = pairs.prefix[i]
+            texts = {suffix.tobytes(): len(suffix) for suffix in pairs.suffixes[i]}
+            suffixes.setdefault(number, {}).update(texts)
+            separate += sum(
+                len(pairs.prefixes[number]) + len(suffix) for suffix in pairs.suffixes[i]
             )
-        shared += sum(
-            len(pairs.prefixes[number]) + sum(found.values()) for number, found in of.items()
-        )
-    trees = sum(pairs.length(row) for batch in batches for row in pairs.by_problem(batch))
+        for number, lengths in suffixes.items():
+            shared += len(pairs.prefixes[number]) + sum(lengths.values())
+        trees += sum(pairs.length(row) for row in pairs.by_problem(batch))
     print(
-        f"{len(pairs)} pairs of {len(pairs.problems)} problems, {len(pairs.prefixes)} prefixes; a row a sequence: {separate} "
-        f"tokens; a row a prefix: {shared}; a tree a problem: {trees}, {1 - trees / shared:.1%} less than a row a prefix, "
+        f"{len(pairs)} pairs of {len(pairs.problems)} problems, {len(pairs.prefixes)} prefixes; "
+        f"a row a sequence: {separate} tokens; a row a prefix: {shared}; "
+        f"a tree a problem: {trees}, {1 - trees / shared:.1%} less than a row a prefix, "
         f"{1 - trees / separate:.1%} less than a row a sequence"
     )
 

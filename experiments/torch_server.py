@@ -1,13 +1,14 @@
 """Completions of Qwen2 models behind an OpenAI-compatible server, on a machine that has torch but
 no vLLM.
 
-    python experiments/torch_server.py --models FOLDER [FOLDER ...] --port 8000 --seats 2048 --max-len 1024
-    python 01_sample_errors.py --base-url http://127.0.0.1:8000/v1 --model FOLDER --concurrency 2048 ...
+    python experiments/torch_server.py --models FOLDER [FOLDER ...] --port 8000 --seats 2048
+    python 01_sample_errors.py --base-url http://127.0.0.1:8000/v1 --model FOLDER \\
+        --concurrency 2048 ...
 
 A folder is read at its first request; until then it need not exist. Requests of one model are
 computed together, each with a slot of the key-value cache; another model's wait until these are
 done. One token of all running rows is a step; the ids of BURST steps come back together, while the
-next steps run already, so that a row may run on for some steps behind its end."""
+next steps run already, so that a row may run for some steps after its end."""
 
 from __future__ import annotations
 
@@ -69,7 +70,7 @@ class Row:
 
 
 class Model:
-    """Weights of a Qwen2 model with what its forward pass needs beside them."""
+    """Weights of a Qwen2 model, and what its forward pass needs besides."""
 
     def __init__(self, folder: str, device: str, dtype: torch.dtype, max_len: int):
         config = json.loads((Path(folder) / "config.json").read_text())
@@ -80,8 +81,13 @@ class Model:
             for path in Path(folder).glob("*.safetensors")
             for name, tensor in load_file(path).items()
         }
-        get = lambda name: weights[name].to(device, dtype)
-        join = lambda *names: torch.cat([get(name) for name in names])
+
+        def get(name):
+            return weights[name].to(device, dtype)
+
+        def join(*names):
+            return torch.cat([get(name) for name in names])
+
         self.heads, self.groups = config["num_attention_heads"], config["num_key_value_heads"]
         self.size = config.get("head_dim") or config["hidden_size"] // self.heads
         self.layers, self.epsilon = [], config["rms_norm_eps"]
@@ -102,9 +108,8 @@ class Model:
         self.embedding, self.norm = get("model.embed_tokens.weight"), get("model.norm.weight")
         self.head = get("lm_head.weight") if "lm_head.weight" in weights else self.embedding
         theta = config.get("rope_theta") or config["rope_parameters"]["rope_theta"]
-        angles = torch.outer(
-            torch.arange(max_len), theta ** -(torch.arange(0, self.size, 2) / self.size)
-        ).repeat(1, 2)
+        frequencies = theta ** -(torch.arange(0, self.size, 2) / self.size)
+        angles = torch.outer(torch.arange(max_len), frequencies).repeat(1, 2)
         self.cos, self.sin = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
         path = Path(folder) / "generation_config.json"
         ends = (json.loads(path.read_text()) if path.exists() else config).get("eos_token_id")
@@ -116,22 +121,20 @@ class Model:
         """Last hidden states of ids (..., tokens) at these places. `attend(layer, q, k, v)` with q
         (..., tokens, heads, d)."""
         x = F.embedding(ids, self.embedding)
-        cos, sin = (
-            self.cos[places].unsqueeze(-2),
-            self.sin[places].unsqueeze(-2),
-        )  # (..., tokens, 1, d)
-        turn = lambda t: (
-            t * cos + torch.cat((-t[..., self.size // 2 :], t[..., : self.size // 2]), -1) * sin
-        )
+        # (..., tokens, 1, d)
+        cos = self.cos[places].unsqueeze(-2)
+        sin = self.sin[places].unsqueeze(-2)
+
+        def rotate(t):
+            first, second = t.chunk(2, -1)
+            return t * cos + torch.cat((-second, first), -1) * sin
+
         for number, layer in enumerate(self.layers):
-            h = F.linear(
-                F.rms_norm(x, x.shape[-1:], layer["norm"], self.epsilon),
-                layer["qkv"],
-                layer["bias"],
-            )
+            h = F.rms_norm(x, x.shape[-1:], layer["norm"], self.epsilon)
+            h = F.linear(h, layer["qkv"], layer["bias"])
             h = h.unflatten(-1, (-1, self.size))
             v = h[..., self.heads + self.groups :, :]
-            qk = turn(h[..., : self.heads + self.groups, :])
+            qk = rotate(h[..., : self.heads + self.groups, :])
             h = attend(number, qk[..., : self.heads, :], qk[..., self.heads :, :], v)
             x = x + F.linear(h.flatten(-2), layer["out"])
             h = F.linear(F.rms_norm(x, x.shape[-1:], layer["mlp_norm"], self.epsilon), layer["up"])
@@ -141,33 +144,34 @@ class Model:
 
     def next_tokens(self, hidden, heat, top_p, chance, greedy: bool, nucleus: bool):
         """A token for each row. `greedy`: all rows are; `nucleus`: some have top_p below 1."""
-        found = []
+        tokens = []
         for start in range(0, len(hidden), HEAD_ROWS):
             rows = slice(start, start + HEAD_ROWS)
             logits = F.linear(hidden[rows], self.head)
             best = logits.argmax(-1)
             if not greedy:
                 p = (logits.float() / heat[rows, None].clamp(min=1e-5)).softmax(-1)
-                drawn = (
-                    draw_nucleus(p, top_p[rows], chance[rows]) if nucleus else draw(p, chance[rows])
-                )
+                if nucleus:
+                    drawn = draw_nucleus(p, top_p[rows], chance[rows])
+                else:
+                    drawn = draw(p, chance[rows])
                 best = torch.where(heat[rows] < 1e-5, best, drawn)
-            found.append(best)
-        return torch.cat(found)
+            tokens.append(best)
+        return torch.cat(tokens)
 
 
 def draw(p, chance):
     """Inverse of the distribution function at `chance`: first the block of 128 tokens, then the
     token in it."""
-    blocks = (F.pad(p, (0, -p.shape[1] % 128)) if p.shape[1] % 128 else p).unflatten(-1, (-1, 128))
+    missing = -p.shape[1] % 128
+    blocks = (F.pad(p, (0, missing)) if missing else p).unflatten(-1, (-1, 128))
     until = blocks.sum(-1).cumsum(-1)
     target = chance[:, None] * until[:, -1:]
     block = torch.searchsorted(until, target, right=True).clamp(max=until.shape[1] - 1)
     inside = blocks.gather(1, block[..., None].expand(-1, 1, 128)).squeeze(1).cumsum(-1)
     rest = target - F.pad(until, (1, 0)).gather(1, block)
-    token = torch.searchsorted(inside, rest.minimum(inside[:, -1:] * (1 - 1e-6)), right=True).clamp(
-        max=127
-    )
+    rest = rest.minimum(inside[:, -1:] * (1 - 1e-6))
+    token = torch.searchsorted(inside, rest, right=True).clamp(max=127)
     return (block * 128 + token).squeeze(1)
 
 
@@ -186,9 +190,10 @@ class Engine(threading.Thread):
         self.args, self.incoming, self.waiting = args, queue.SimpleQueue(), deque()
         self.models, self.model, self.rows, self.in_flight, self.graphs = {}, None, [], deque(), {}
         self.shape, self.device, self.dtype = None, args.device, getattr(torch, args.dtype)
-        zeros = lambda *shape, dtype=torch.float32: torch.zeros(
-            args.seats, *shape, dtype=dtype, device=self.device
-        )
+
+        def zeros(*shape, dtype=torch.float32):
+            return torch.zeros(args.seats, *shape, dtype=dtype, device=self.device)
+
         # of each row: its last token, how many tokens it has, temperature, top_p, a random number
         # for each place
         self.state = {
@@ -198,9 +203,8 @@ class Engine(threading.Thread):
             "top_p": zeros() + 1,
             "chance": zeros(args.max_len),
         }
-        self.index, self.places = (
-            torch.arange(size, device=self.device) for size in (args.seats, args.max_len)
-        )
+        self.index = torch.arange(args.seats, device=self.device)
+        self.places = torch.arange(args.max_len, device=self.device)
         self.tokens, self.steps, self.decode_attention = 0, 0, None
         if args.triton:
             from decode_attention import decode_attention
@@ -238,28 +242,26 @@ class Engine(threading.Thread):
     def up(self, values, dtype):
         """To the device without waiting for it."""
         tensor = torch.as_tensor(values, dtype=dtype)
-        return (
-            tensor.pin_memory().to(self.device, non_blocking=True)
-            if self.device == "cuda"
-            else tensor
-        )
+        if self.device != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def seat(self):
         """Rows that are done leave, requests that fit are seated, and the rows stay without
         gaps."""
-        kept = [
+        running = [
             slot for slot, row in enumerate(self.rows) if not row.done and row.launched < row.limit
         ]
-        if self.waiting and not kept and self.model is not self.models[self.waiting[0].model]:
+        if self.waiting and not running and self.model is not self.models[self.waiting[0].model]:
             self.change_model(self.models[self.waiting[0].model])
-        new, live = [], len(kept)
+        new, live = [], len(running)
         while self.waiting and self.models[self.waiting[0].model] is self.model:
             if live + self.waiting[0].n > self.args.seats:
                 break
             new.append(self.waiting.popleft())
             live += new[-1].n
-        free = sorted({*range(live)} - {*kept})
-        late = [slot for slot in kept if slot >= live]
+        free = sorted({*range(live)} - {*running})
+        late = [slot for slot in running if slot >= live]
         if late:
             self.move(late, free[: len(late)])
         self.rows = self.rows[:live] + [None] * (live - len(self.rows))
@@ -324,11 +326,9 @@ class Engine(threading.Thread):
         values = {
             "heat": [row.request.temperature for row in rows],
             "top_p": [row.request.top_p for row in rows],
+            "chance": chance,
         }
-        values = {
-            name: self.up(numbers, torch.float32)
-            for name, numbers in (values | {"chance": chance}).items()
-        }
+        values = {name: self.up(numbers, torch.float32) for name, numbers in values.items()}
         for name, numbers in values.items():
             self.state[name][target] = numbers
 
@@ -341,84 +341,75 @@ class Engine(threading.Thread):
 
         hidden = self.model.forward(ids, self.places[:longest], attend)[source, length - 1]
         chance = values["chance"].gather(1, length[:, None]).squeeze(1)
-        first = self.model.next_tokens(
-            hidden, values["heat"], values["top_p"], chance, *self.kinds(rows)
-        )
-        self.state["last"][target], self.state["length"][target] = (
-            first,
-            (length + 1).clamp(max=self.args.max_len - 1),
-        )
+        heat, top_p = values["heat"], values["top_p"]
+        first = self.model.next_tokens(hidden, heat, top_p, chance, *self.kinds(rows))
+        self.state["last"][target] = first
+        self.state["length"][target] = (length + 1).clamp(max=self.args.max_len - 1)
         self.send(rows, first[None])
 
     def kinds(self, rows: list[Row]) -> tuple[bool, bool]:
-        return all(row.request.temperature < 1e-5 for row in rows), any(
-            row.request.top_p < 1 for row in rows
-        )
+        """Whether all are greedy; whether some have top_p below 1."""
+        greedy = all(row.request.temperature < 1e-5 for row in rows)
+        return greedy, any(row.request.top_p < 1 for row in rows)
 
     def burst(self):
-        kinds, live, found = self.kinds(self.rows), len(self.rows), []
+        kinds, live, tokens = self.kinds(self.rows), len(self.rows), []
         longest = max(map(self.length_of, self.rows))
         steps = min(BURST, max(row.limit - row.launched for row in self.rows))
         for i in range(steps):
             until = min(-(-(longest + i) // STEP_OF_LENGTH) * STEP_OF_LENGTH, self.args.max_len)
-            until = (
-                self.args.max_len if self.decode_attention else until
-            )  # the kernel stops at each row's end
+            if self.decode_attention:  # the kernel stops at each row's end
+                until = self.args.max_len
             size = next(size for size in (*SIZES, self.args.seats) if size >= live)
             graphs = self.args.graphs and not kinds[1]  # top-p sorts
             key = (min(size, self.args.seats) if graphs else live, until, *kinds)
-            found.append((self.replay(key) if graphs else self.step(*key))[:live])
+            tokens.append((self.replay(key) if graphs else self.step(*key))[:live])
         for row in self.rows:
             row.launched += steps
         self.steps += steps
-        if found:
-            self.send(list(self.rows), torch.stack(found))
+        if tokens:
+            self.send(list(self.rows), torch.stack(tokens))
 
     def replay(self, key: tuple):
-        """step() as a CUDA graph, from the second time on; rows behind the live ones compute what
-        is thrown away."""
+        """step() as a CUDA graph, from the second time on; rows after the live ones compute what is
+        thrown away."""
         if key not in self.graphs:
             self.graphs[key] = None
             return self.step(*key)
         if not self.graphs[key]:
-            graph, pool = (
-                torch.cuda.CUDAGraph(),
-                next((entry[0].pool() for entry in self.graphs.values() if entry), None),
-            )
+            graph = torch.cuda.CUDAGraph()
+            pool = next((entry[0].pool() for entry in self.graphs.values() if entry), None)
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self.graphs[key] = graph, self.step(*key)
-        graph, found = self.graphs[key]
+        graph, tokens = self.graphs[key]
         graph.replay()
-        return found.clone()
+        return tokens.clone()
 
     def step(self, rows: int, longest: int, greedy: bool, nucleus: bool):
         """One token for each of the first rows, whose state moves on in place."""
         last, length, heat, top_p, chance = (tensor[:rows] for tensor in self.state.values())
         index, place = self.index[:rows], length - 1
         seen = (self.places[:longest] <= place[:, None])[:, None, None, :]  # (rows, 1, 1, places)
-        mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(
-            ~seen, -torch.inf
-        )
+        mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
+        mask.masked_fill_(~seen, -torch.inf)
         model = self.model
 
         def attend(number, q, k, v):
             keys, values = self.cache[2 * number], self.cache[2 * number + 1]
-            keys[index, :, place], values[index, :, place] = k, v
+            keys[index, :, place] = k
+            values[index, :, place] = v
             if self.decode_attention:
                 return self.decode_attention(q, keys, values, length)
             q = q.unflatten(1, (model.groups, -1))  # (rows, key heads, query heads of each, d)
-            found = F.scaled_dot_product_attention(
-                q, keys[:rows, :, :longest], values[:rows, :, :longest], attn_mask=mask
-            )
-            return found.flatten(1, 2)
+            keys, values = keys[:rows, :, :longest], values[:rows, :, :longest]
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).flatten(1, 2)
 
         hidden = model.forward(last, place, attend)
-        found = model.next_tokens(
-            hidden, heat, top_p, chance.gather(1, length[:, None]).squeeze(1), greedy, nucleus
-        )
-        last.copy_(found)
+        chance = chance.gather(1, length[:, None]).squeeze(1)
+        tokens = model.next_tokens(hidden, heat, top_p, chance, greedy, nucleus)
+        last.copy_(tokens)
         length.copy_((length + 1).clamp(max=self.args.max_len - 1))
-        return found
+        return tokens
 
     def send(self, rows: list[Row], ids):
         """Starts the way back of ids (steps, rows)."""
@@ -434,15 +425,12 @@ class Engine(threading.Thread):
             event.synchronize()
         ended = torch.isin(ids, torch.tensor(self.model.ends)).any(0).tolist()
         for row, new, end in zip(rows, ids.T.tolist(), ended, strict=True):
-            if not row.done:
-                row.ids += new
-                if (
-                    end
-                    or len(row.ids) >= row.limit
-                    or row.request.stop
-                    and len(row.ids) - row.looked_at >= 8
-                ):
-                    self.look_at(row, end)
+            if row.done:
+                continue
+            row.ids += new
+            may_have_stop = row.request.stop and len(row.ids) - row.looked_at >= 8
+            if end or len(row.ids) >= row.limit or may_have_stop:
+                self.look_at(row, end)
 
     def look_at(self, row: Row, end: bool):
         """Whether a row is done: by a stop string, the end of the text or its limit, whichever
@@ -453,16 +441,17 @@ class Engine(threading.Thread):
             ids = ids if end is None else ids[: end + 1]
         reason = "stop" if ids[-1] in ends else "length" if len(ids) >= row.limit else None
         shown = len(ids) - (ids[-1] in ends and not request.keep_stop)
-        text = lambda count: self.model.tokenizer.decode(
-            ids[:count], skip_special_tokens=request.skip_special
-        )
+
+        def text(count):
+            return self.model.tokenizer.decode(
+                ids[:count], skip_special_tokens=request.skip_special
+            )
+
         answer = text(shown) if reason or request.stop else ""
         if any(stop in answer for stop in request.stop):
-            count = next(
-                c
-                for c in range(row.looked_at + 1, shown + 1)
-                if any(stop in text(c) for stop in request.stop)
-            )
+            count = row.looked_at + 1
+            while not any(stop in text(count) for stop in request.stop):
+                count += 1
             answer, reason, ids = text(count), "stop", ids[:count]
             stop = next(stop for stop in request.stop if stop in answer)
             answer = answer[: answer.index(stop) + len(stop) * request.keep_stop]
@@ -490,9 +479,8 @@ class Engine(threading.Thread):
 
 
 def refuse(message: str, status: int = 400):
-    return web.json_response(
-        {"error": {"message": message, "type": "BadRequestError", "code": status}}, status=status
-    )
+    error = {"message": message, "type": "BadRequestError", "code": status}
+    return web.json_response({"error": error}, status=status)
 
 
 class Server:
@@ -503,12 +491,8 @@ class Server:
         self.task = asyncio.create_task(self.report())
 
     async def models(self, _):
-        return web.json_response(
-            {
-                "object": "list",
-                "data": [{"id": name, "object": "model"} for name in self.args.models],
-            }
-        )
+        models = [{"id": name, "object": "model"} for name in self.args.models]
+        return web.json_response({"object": "list", "data": models})
 
     async def completions(self, http: web.Request):
         asked = await http.json()
@@ -521,43 +505,48 @@ class Server:
             prompt = self.encoders[name].encode(prompt).ids
         if len(prompt) >= self.args.max_len:
             return refuse(
-                f"This model's maximum context length is {self.args.max_len} tokens. However, your prompt contains "
-                f"{len(prompt)} input tokens. Please reduce the length of the input prompt."
+                f"This model's maximum context length is {self.args.max_len} tokens. However, your "
+                f"prompt contains {len(prompt)} input tokens. "
+                "Please reduce the length of the input prompt."
             )
-        known = lambda key, default: default if asked.get(key) is None else asked[key]
+
+        def get(key, default):
+            return default if asked.get(key) is None else asked[key]
+
         request = Request(
             name,
             prompt,
-            known("n", 1),
-            known("seed", int.from_bytes(os.urandom(4))),
-            known("temperature", 1.0),
-            known("top_p", 1.0),
-            known("max_tokens", 16),
+            get("n", 1),
+            get("seed", int.from_bytes(os.urandom(4))),
+            get("temperature", 1.0),
+            get("top_p", 1.0),
+            get("max_tokens", 16),
             [stop] if isinstance(stop, str) else stop,
-            known("include_stop_str_in_output", False),
-            known("skip_special_tokens", True),
+            get("include_stop_str_in_output", False),
+            get("skip_special_tokens", True),
             asyncio.get_running_loop().create_future(),
         )
         if not prompt or not 1 <= request.n <= self.args.seats or request.max_tokens < 1:
             return refuse("an empty prompt, n or max_tokens that cannot be")
         self.engine.incoming.put(request)
-        found = await request.answer
-        if isinstance(found, Exception):
-            return refuse(f"{name} cannot be loaded: {found}", 404)
-        tokens = sum(choice.pop("tokens") for choice in found)
+        choices = await request.answer
+        if isinstance(choices, Exception):
+            return refuse(f"{name} cannot be loaded: {choices}", 404)
+        tokens = sum(choice.pop("tokens") for choice in choices)
         usage = {
             "prompt_tokens": len(prompt),
             "completion_tokens": tokens,
             "total_tokens": len(prompt) + tokens,
         }
-        choices = sorted(found, key=lambda choice: choice["index"])
-        head = {
+        completion = {
             "id": f"cmpl-{id(request)}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": name,
+            "choices": sorted(choices, key=lambda choice: choice["index"]),
+            "usage": usage,
         }
-        return web.json_response(head | {"choices": choices, "usage": usage})
+        return web.json_response(completion)
 
     async def report(self):
         engine = self.engine
@@ -565,8 +554,9 @@ class Server:
             tokens, steps = engine.tokens, engine.steps
             await asyncio.sleep(5)
             if engine.steps > steps:
+                speed = (engine.tokens - tokens) / 5
                 print(
-                    f"{len(engine.rows)} rows, {len(engine.waiting)} wait, {(engine.tokens - tokens) / 5:.0f} tokens/s of "
+                    f"{len(engine.rows)} rows, {len(engine.waiting)} wait, {speed:.0f} tokens/s of "
                     f"finished rows, {(engine.steps - steps) / 5:.1f} steps/s",
                     file=sys.stderr,
                     flush=True,
@@ -594,9 +584,8 @@ def main():
         help="attention of a step by the kernel of decode_attention.py",
     )
     args = parser.parse_args()
-    sys.setswitchinterval(
-        2e-5
-    )  # each launch of a kernel gives the interpreter lock away, and would wait 5 ms for it
+    # each launch of a kernel gives the interpreter lock away, and would wait 5 ms for it
+    sys.setswitchinterval(2e-5)
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     if args.device == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every new shape

@@ -17,25 +17,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 def main(path: str, out: str):
-    split_steps, kept, rows = (
-        importlib.import_module("01_sample_errors").split_steps,
-        [],
-        Path(path).read_text().split("\n"),
-    )
-    for row in (json.loads(line) for line in rows if line):
+    split_steps = importlib.import_module("01_sample_errors").split_steps
+    rows = [json.loads(line) for line in Path(path).read_text().split("\n") if line]
+    labelled = []
+    for row in rows:
         row["steps"] = split_steps(row["response"])
-        step = true_error(row)
-        if row["correct"] == (step is None) and (step or 0) <= len(
-            row["steps"]
-        ):  # else: an odd response, no clear label
-            kept.append(row | {"error_step": step})
-    Path(out).write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8"
-    )
-    wrong = sum(row["error_step"] is not None for row in kept)
-    print(
-        f"{out}: {wrong} wrong and {len(kept) - wrong} right responses labelled, {len(rows) - 1 - len(kept)} left out"
-    )
+        row["error_step"] = step = true_error(row)
+        # else an odd response without a clear label
+        if row["correct"] == (step is None) and (step or 0) <= len(row["steps"]):
+            labelled.append(row)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in labelled)
+    Path(out).write_text(text, encoding="utf-8")
+    wrong = sum(row["error_step"] is not None for row in labelled)
+    right, left_out = len(labelled) - wrong, len(rows) - len(labelled)
+    print(f"{out}: {wrong} wrong and {right} right responses labelled, {left_out} left out")
 
 
 if __name__ == "__main__":

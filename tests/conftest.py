@@ -27,14 +27,11 @@ from accelerate.state import AcceleratorState
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "data" / "tiny"
-sys.path[:0] = [
-    str(ROOT),
-    *(str(ROOT / folder) for folder in ("analysis", "experiments", "data", "serving")),
-]
+folders = (".", "analysis", "experiments", "data", "serving")
+sys.path[:0] = [str(ROOT / folder) for folder in folders]
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault(
-    "VLLM_CPU_KVCACHE_SPACE", "1"
-)  # GiB, zeroed at each start: 4 take 12 s where pages are slow to come
+# GiB, zeroed at each start: 4 take 12 s where pages are slow to come
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 STAGES = {
     1: "01_sample_errors",
     2: "02_locate_step",
@@ -96,9 +93,8 @@ def run_here(number: int, command: list[str]) -> subprocess.CompletedProcess:
         except SystemExit as end:
             status = end.code
         finally:
-            AcceleratorState._reset_state(
-                reset_partial_state=True
-            )  # 04 leaves one that no other may have
+            # 04 leaves one that no other may have
+            AcceleratorState._reset_state(reset_partial_state=True)
     return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
 
 
@@ -125,7 +121,10 @@ def run_killed(number: int, *arguments, journal: Path, kills: int, seed: int, to
     """Start a stage and kill -9 it soon after its journal has grown, `kills` times; `torn` ends the
     journal then, as a kill within a write would, which a real one only rarely does."""
     moments = random.Random(seed)
-    size = lambda: journal.stat().st_size if journal.exists() else 0
+
+    def size():
+        return journal.stat().st_size if journal.exists() else 0
+
     for _ in range(kills):
         before = size()
         process = subprocess.Popen(
@@ -209,15 +208,8 @@ def serving(model, log: Path, *options: str):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        str(model),
-        "--host",
-        "127.0.0.1",
-    ]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--host", "127.0.0.1"]
     command += [
         "--port",
         str(port),
@@ -254,15 +246,8 @@ def serving(model, log: Path, *options: str):
 @contextlib.contextmanager
 def serving_code(model, log: Path, *options: str):
     """serving/code_server.py as a user starts it: yields its address, its key and its process."""
-    command = [
-        sys.executable,
-        str(ROOT / "serving" / "code_server.py"),
-        "--model",
-        str(model),
-        "--port",
-        "0",
-        *options,
-    ]
+    command = [sys.executable, str(ROOT / "serving" / "code_server.py"), "--model", str(model)]
+    command += ["--port", "0", *options]
     environment = os.environ | {"OPENAI_API_KEY": (key := secrets.token_hex(16))}
     with open(log, "w") as file:
         process = subprocess.Popen(

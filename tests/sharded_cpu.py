@@ -1,6 +1,7 @@
 """Runs 04_train_stepdpo.py under accelerate's FSDP or DeepSpeed without a GPU.
 
-    accelerate launch --config_file configs/fsdp2.yaml --num_processes 2 --mixed_precision no tests/sharded_cpu.py OPTIONS
+    accelerate launch --config_file configs/fsdp2.yaml --num_processes 2 --mixed_precision no \\
+        tests/sharded_cpu.py OPTIONS
 
 accelerate 1.15 gives these up where it finds no GPU. Here it is told that processes of gloo are
 several GPUs, device "cpu"."""

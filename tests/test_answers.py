@@ -53,9 +53,8 @@ def test_every_split_is_lossless(split):
     for text in texts:
         steps = stage(1).split_steps("Let's think. " + text, split, "Let's think.")
         assert "".join(steps) == "Let's think. " + text and all(step.strip() for step in steps)
-        assert steps[0].strip() != "Let's think." and (
-            split != "blank-lines" or "\n\n" not in steps[-1].strip()
-        )
+        assert steps[0].strip() != "Let's think."
+        assert split != "blank-lines" or "\n\n" not in steps[-1].strip()
         parted += len(steps) > 1
     assert parted > (0.1 if split == "blank-lines" and len(texts) > 100 else 0) * len(texts)
 
@@ -173,8 +172,9 @@ def test_the_value_of_the_right_option_counts_and_of_another_never():
         ("D", "8", False),
         ("E", "none", True),
         ("D", None, False),
+        # B and C are worth the same: the value alone does not tell
         ("B", "0.5", False),
-    ]  # B and C are worth the same: the value alone does not tell
+    ]
 
     async def verdicts():
         grader = stage(1).Grader()

@@ -131,12 +131,10 @@ def test_values_of_the_wrong_kind_name_file_and_line(field, value, tmp_path, cap
     with pytest.raises(SystemExit) as end:
         stage(1).load_problems(tmp_path / "in.jsonl")
     said = message(capsys.readouterr().err)
-    assert (
-        end.value.code == 2
-        and "in.jsonl, line 3" in said
-        and repr(field) in said
-        and "must be" in said
-    )
+    assert end.value.code == 2
+    assert "in.jsonl, line 3" in said
+    assert repr(field) in said
+    assert "must be" in said
 
 
 @pytest.mark.parametrize(
@@ -195,9 +193,8 @@ def test_numbers_become_text_that_is_graded_as_the_number(tmp_path):
         "".join(line(id=i, answer=f"={text}") + "\n" for i, text in enumerate(numbers))
     )
     rows = stage(1).load_problems(tmp_path / "in.jsonl")
-    assert [row["answer"] for row in rows] == list(numbers.values()) and [
-        row["id"] for row in rows
-    ] == list("012345")
+    assert [row["answer"] for row in rows] == list(numbers.values())
+    assert [row["id"] for row in rows] == list("012345")
     grader = stage(1).Grader(60)
 
     async def grade():
@@ -224,11 +221,9 @@ def test_out_that_is_no_file(tmp_path):
         done = run(
             1, "--data", tmp_path / "in.jsonl", "--model", TINY / "model", "--out", out, check=False
         )
-        assert (
-            done.returncode == 2
-            and "not a file" in message(done.stderr)
-            and "Traceback" not in done.stderr
-        )
+        assert done.returncode == 2
+        assert "not a file" in message(done.stderr)
+        assert "Traceback" not in done.stderr
 
 
 def test_a_file_system_without_locks_gets_one_warning(tmp_path, monkeypatch, capsys):
@@ -250,7 +245,9 @@ def test_a_file_system_without_locks_gets_one_warning(tmp_path, monkeypatch, cap
 
 
 def test_an_output_is_locked_until_it_is_closed(tmp_path, capsys):
-    open_file = lambda: stage(1).Output(tmp_path / "out.jsonl", {"a": 1})
+    def open_file():
+        return stage(1).Output(tmp_path / "out.jsonl", {"a": 1})
+
     output = open_file()
     with pytest.raises(SystemExit):
         open_file()
@@ -296,11 +293,9 @@ def test_all_models_are_looked_at_before_the_first_starts(tmp_path):
         stderr = refused(
             5, tmp_path, "--data", tmp_path / "in.jsonl", "--models", TINY / "model", f"b={second}"
         )
-        assert (
-            str(second) in message(stderr)
-            and "ready" not in stderr
-            and "first prompt" not in stderr
-        )
+        assert str(second) in message(stderr)
+        assert "ready" not in stderr
+        assert "first prompt" not in stderr
 
 
 def test_duplicate_ids(tmp_path):
@@ -365,12 +360,7 @@ def test_templates_that_are_not_there_or_fail(tmp_path):
 )
 def test_engine_that_does_not_start(option, word, tmp_path):
     (tmp_path / "in.jsonl").write_text(json.dumps(GOOD) + "\n")
-    arguments = [
-        "--data",
-        tmp_path / "in.jsonl",
-        "--model",
-        TINY / "model",
-        f"--engine-args={option}",
-    ]
+    arguments = ["--data", tmp_path / "in.jsonl", "--model", TINY / "model"]
+    arguments += [f"--engine-args={option}"]
     said = message(refused(1, tmp_path, *arguments))
     assert word in said

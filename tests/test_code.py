@@ -29,7 +29,8 @@ SANDBOX = (
 SAFE = [] if SANDBOX else ["--unsafe-no-sandbox"]
 needs_sandbox = pytest.mark.skipif(not SANDBOX, reason="no bubblewrap that works here")
 SOLUTION = (
-    "<|text|>Ava now has:<|endofblock|><|code|>a = 3 + 4\na<|endofblock|><|execution|>7<|endofblock|>"
+    "<|text|>Ava now has:<|endofblock|>"
+    "<|code|>a = 3 + 4\na<|endofblock|><|execution|>7<|endofblock|>"
     "<|text|>Half of it:<|endofblock|><|code|>a / 2<|endofblock|><|execution|>3.5<|endofblock|>"
     "<|text|>The answer is \\boxed{3.5}.<|endofblock|>"
 )
@@ -51,13 +52,8 @@ def outputs(*codes: str, sandboxed: bool = bool(SANDBOX)) -> list[tuple[str, boo
 def test_blocks_are_steps_and_the_answer_is_the_last_texts():
     one = stage(1)
     steps = one.split_steps(SOLUTION, "blocks", "")
-    assert "".join(steps) == SOLUTION and [len(one.blocks_of(step)) for step in steps] == [
-        1,
-        2,
-        1,
-        2,
-        1,
-    ]
+    assert "".join(steps) == SOLUTION
+    assert [len(one.blocks_of(step)) for step in steps] == [1, 2, 1, 2, 1]
     assert [block["type"] for block in one.blocks_of(SOLUTION)].count("execution") == 2
     assert one.answer_of(SOLUTION, "blocks") == "3.5"
     assert (
@@ -75,9 +71,8 @@ def test_output_is_a_notebooks():
         strict=True,
     )
     assert texts[:2] == ("3\n7", "3") and texts[4] == "<empty_execution>"
-    assert texts[2].startswith("Traceback") and texts[2].endswith(
-        "NameError: name 'b' is not defined"
-    )
+    assert texts[2].startswith("Traceback")
+    assert texts[2].endswith("NameError: name 'b' is not defined")
     assert "SyntaxError" in texts[3]
     assert "<|" not in texts[5] and "EOFError" in texts[6]
     assert failed == (False, False, True, True, False, False, True)
@@ -102,7 +97,8 @@ HOSTILE = {  # what a program does: the program, and what must or must not stand
         "ConnectionRefusedError",
     ),
     "writing outside": (
-        "import os\nfor p in ({file!r}, '/x', '/usr/x', '/dev/shm/x', '/etc/x'):\n    try: open(p, 'w')\n"
+        "import os\nfor p in ({file!r}, '/x', '/usr/x', '/dev/shm/x', '/etc/x'):\n"
+        "    try: open(p, 'w')\n"
         "    except OSError as e: print('refused')",
         "refused\nrefused\nrefused\nrefused\nrefused",
     ),
@@ -118,7 +114,8 @@ HOSTILE = {  # what a program does: the program, and what must or must not stand
     ),
     "zip bomb": (
         "import zlib\nd = zlib.compress(b'0' * 10**8)\nd = zlib.compress(d * 1000)\n"
-        "x = zlib.decompress(d)\nx = [zlib.decompress(zlib.compress(b'0' * 10**9)) for _ in range(9)]",
+        "x = zlib.decompress(d)\n"
+        "x = [zlib.decompress(zlib.compress(b'0' * 10**9)) for _ in range(9)]",
         "Error",
     ),
     "full disk": (
@@ -189,11 +186,9 @@ def test_interpreter_as_a_program(tmp_path):
     ready, *found = map(json.loads, done.stdout.splitlines())
     outputs = {row["id"]: row["output"] for row in found}
     assert ready == {"ready": True} and len(found) == 22
-    assert (
-        outputs["a"] == "<empty_execution>"
-        and "NameError" in outputs["b"]
-        and outputs["c7"] == "49"
-    )
+    assert outputs["a"] == "<empty_execution>"
+    assert "NameError" in outputs["b"]
+    assert outputs["c7"] == "49"
 
 
 def test_a_kill_takes_interpreter_and_kernels_along():
@@ -296,9 +291,10 @@ def test_a_cancelled_request_ends_its_kernels(tmp_path):
         async with code_server.interpreter(
             code_server.Args(model="", unsafe_no_sandbox=not SANDBOX), Counter()
         ) as run_code:
-            model = lambda: Turns(
-                "<|code|>import time; time.sleep(1)<|endofblock|>", "<|endofmessage|>"
-            )
+
+            def model():
+                return Turns("<|code|>import time; time.sleep(1)<|endofblock|>", "<|endofmessage|>")
+
             work = [
                 asyncio.create_task(code_server.by_turns(model(), run_code, "", i, 8))
                 for i in range(8)
@@ -309,9 +305,8 @@ def test_a_cancelled_request_ends_its_kernels(tmp_path):
             await asyncio.wait(work)
             deadline, [process] = time.time() + 20, psutil.Process().children()
             while True:
-                ran = await asyncio.wait_for(
-                    run_code("last", "1"), 20
-                )  # all that came before have their turn first
+                # all that came before have their turn first
+                ran = await asyncio.wait_for(run_code("last", "1"), 20)
                 await run_code("last", None)
                 await asyncio.sleep(0.3)
                 if not process.children():
@@ -360,7 +355,10 @@ def test_completions_have_run_their_code(servers):
     with httpx.Client(
         base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60
     ) as client:
-        ask = lambda **body: client.post("/completions", json=good | body)
+
+        def ask(**body):
+            return client.post("/completions", json=good | body)
+
         reply = ask().raise_for_status().json()
         assert ask().json()["choices"] == reply["choices"], "the same seed, other texts"
         single = [
@@ -372,10 +370,8 @@ def test_completions_have_run_their_code(servers):
             kinds = [block["type"] for block in stage(1).blocks_of(choice["text"])]
             counts = choice["counts"]
             assert counts["executions"] == kinds.count("execution") == kinds.count("code") > 0
-            assert (
-                counts["rounds"] >= len(kinds) - counts["executions"]
-                and choice["finish_reason"] == "stop"
-            )
+            assert counts["rounds"] >= len(kinds) - counts["executions"]
+            assert choice["finish_reason"] == "stop"
         assert len({choice["text"] for choice in reply["choices"]}) > 1
         assert ask(heat=[0.0, 0.0, 0.0]).json()["choices"] != reply["choices"]
         assert ask(prompt=prompt * 30).json()["choices"][2]["finish_reason"] == "refused"
@@ -397,30 +393,15 @@ def test_completions_have_run_their_code(servers):
 @pytest.mark.slow
 def test_blocks_need_the_server_that_runs_them(servers, tmp_path, monkeypatch):
     plain, url, plain_key, key = servers
-    options = [
-        "--data",
-        TINY / "test.jsonl",
-        "--limit",
-        4,
-        "--model",
-        TINY / "code",
-        "--opening=",
-        "--max-tokens",
-        64,
-        "--split",
-        "blocks",
-        "--out",
-        tmp_path / "s.jsonl",
-    ]
+    options = ["--data", TINY / "test.jsonl", "--limit", 4, "--model", TINY / "code", "--opening="]
+    options += ["--max-tokens", 64, "--split", "blocks", "--out", tmp_path / "s.jsonl"]
     monkeypatch.setenv("OPENAI_API_KEY", plain_key)
     for where in ([], ["--base-url", plain]):
         done = run(1, *options, *where, check=False)
         [line] = [line for line in done.stderr.splitlines() if "error:" in line]
-        assert (
-            done.returncode == 2
-            and "serving/code_server.py" in line
-            and not (tmp_path / "s.jsonl").exists()
-        )
+        assert done.returncode == 2
+        assert "serving/code_server.py" in line
+        assert not (tmp_path / "s.jsonl").exists()
     monkeypatch.setenv("OPENAI_API_KEY", key)
     run(1, *options, "--base-url", url)
     assert all(row["executions"] for row in keyed(tmp_path / "s.jsonl", "id", "sample").values())
@@ -430,15 +411,8 @@ def test_blocks_need_the_server_that_runs_them(servers, tmp_path, monkeypatch):
 @pytest.mark.parametrize("moment", ["starting", "ready"])
 def test_a_killed_server_takes_everything_along(moment, started, tmp_path):
     """kill -9: vLLM, of which it is the parent, interpreter and kernels."""
-    command = [
-        sys.executable,
-        ROOT / "serving" / "code_server.py",
-        "--model",
-        TINY / "code",
-        "--port",
-        "0",
-        *SAFE,
-    ]
+    command = [sys.executable, ROOT / "serving" / "code_server.py", "--model", TINY / "code"]
+    command += ["--port", "0", *SAFE]
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(
             [*command, "--api-key", "k"], stdout=subprocess.PIPE, stderr=log, text=True
@@ -456,9 +430,9 @@ def test_a_killed_server_takes_everything_along(moment, started, tmp_path):
             )
     family = psutil.Process(process.pid).children(recursive=True)
     deadline = time.time() + 60
-    while len(family) < (
-        3 if moment == "starting" else 5
-    ):  # supervisor, vLLM, interpreter; vLLM's engine, a kernel
+    # supervisor, vLLM, interpreter; then also vLLM's engine and a kernel
+    processes = 3 if moment == "starting" else 5
+    while len(family) < processes:
         assert time.time() < deadline
         family = psutil.Process(process.pid).children(recursive=True)
     process.kill()
@@ -468,23 +442,16 @@ def test_a_killed_server_takes_everything_along(moment, started, tmp_path):
 
 @pytest.fixture(scope="module")
 def blocks_model(tmp_path_factory):
-    run(
-        "add_block_tokens",
-        "--model",
-        TINY / "model",
-        "--out",
-        folder := tmp_path_factory.mktemp("blocks"),
-    )
+    options = ["--model", TINY / "model", "--out", folder := tmp_path_factory.mktemp("blocks")]
+    run("add_block_tokens", *options)
     return folder
 
 
 def test_added_tokens_are_the_mean_and_the_rest_is_unchanged(blocks_model):
     from safetensors.torch import load_file
 
-    old, new = (
-        load_file(TINY / "model" / "model.safetensors"),
-        load_file(blocks_model / "model.safetensors"),
-    )
+    old = load_file(TINY / "model" / "model.safetensors")
+    new = load_file(blocks_model / "model.safetensors")
     name = "model.embed_tokens.weight"
     size = len(old[name])
     assert all((new[key] == value).all() for key, value in old.items() if key != name)
@@ -555,10 +522,10 @@ def test_masked_targets_change_the_loss_alone(blocks_model):
 def test_the_published_pairs_load_as_they_are(blocks_model, tmp_path):
     """The form of MathGenie/SCDPO-Data-Mistral-Ours: turns of blocks, the shared part as
     "assistant_correct"."""
-    turn = lambda role, *texts: {
-        "role": role,
-        "content": [{"type": kind, "content": text} for kind, text in texts],
-    }
+
+    def turn(role, *texts):
+        return {"role": role, "content": [{"type": kind, "content": text} for kind, text in texts]}
+
     start = [turn("system", ("text", "")), turn("user", ("text", "1 + 2?"))]
     shared = turn("assistant_correct", ("text", "Add."), ("code", "1 + 2"), ("execution", "3"))
     pair = {
@@ -574,40 +541,24 @@ def test_the_published_pairs_load_as_they_are(blocks_model, tmp_path):
     rows = four.load_rows(str(tmp_path / "pairs.jsonl"), "dpo")
     prefix, suffixes = four.encode(rows[0], tokenizer)
     assert tokenizer.decode(prefix) == (
-        "<|system|><|text|><|endofblock|><|endofmessage|><|user|><|text|>1 + 2?<|endofblock|><|endofmessage|><|assistant|>"
+        "<|system|><|text|><|endofblock|><|endofmessage|>"
+        "<|user|><|text|>1 + 2?<|endofblock|><|endofmessage|><|assistant|>"
         "<|text|>Add.<|endofblock|><|code|>1 + 2<|endofblock|><|execution|>3<|endofblock|>"
     )
     assert tokenizer.decode(suffixes[1]) == "<|text|>\\boxed{4}<|endofblock|><|endofmessage|>"
     prefix, suffixes = four.encode(rows[1], tokenizer)
-    assert tokenizer.decode(prefix).endswith("<|assistant|>") and tokenizer.decode(
-        suffixes[0]
-    ).startswith("<|text|>chosen")
-    done = run(
-        4,
-        "--data",
-        tmp_path / "pairs.jsonl",
-        "--model",
-        blocks_model,
-        "--out",
-        tmp_path / "out",
-        "--epochs",
-        1,
-    )
+    assert tokenizer.decode(prefix).endswith("<|assistant|>")
+    assert tokenizer.decode(suffixes[0]).startswith("<|text|>chosen")
+    options = ["--data", tmp_path / "pairs.jsonl", "--model", blocks_model]
+    options += ["--out", tmp_path / "out", "--epochs", 1]
+    done = run(4, *options)
     assert "2 pairs" in done.stdout + done.stderr
 
 
 def test_blocks_that_are_no_tokens_are_refused(tmp_path):
     (tmp_path / "s.jsonl").write_text(json.dumps({"problem": "1?", "solution": SOLUTION}) + "\n")
-    options = [
-        "--objective",
-        "sft",
-        "--data",
-        tmp_path / "s.jsonl",
-        "--model",
-        TINY / "model",
-        "--out",
-        tmp_path / "o",
-    ]
+    options = ["--objective", "sft", "--data", tmp_path / "s.jsonl", "--model", TINY / "model"]
+    options += ["--out", tmp_path / "o"]
     done = run(4, *options, check=False)
     assert done.returncode == 2 and "add_block_tokens.py" in done.stderr
 
@@ -615,7 +566,8 @@ def test_blocks_that_are_no_tokens_are_refused(tmp_path):
 def test_the_template_is_the_authors_prompt(blocks_model):
     one = stage(1)
     tokenizer = one.load_tokenizer(str(blocks_model), None, "{}")
-    head = "<|system|><|text|><|endofblock|><|endofmessage|><|user|><|text|>1 + 1?<|endofblock|><|endofmessage|><|assistant|>"
+    head = "<|system|><|text|><|endofblock|><|endofmessage|>"
+    head += "<|user|><|text|>1 + 1?<|endofblock|><|endofmessage|><|assistant|>"
     assert one.render_prompt(tokenizer, "1 + 1?", "") == head
     assert one.render_prompt(tokenizer, "1 + 1?", SOLUTION) == head + SOLUTION
     assert read(TINY / "test.jsonl")[0]["problem"] in one.render_prompt(

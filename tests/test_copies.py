@@ -16,7 +16,8 @@ MARK = re.compile(r"^# Copied from (0\d_\w+\.py)$")
 
 @functools.cache
 def blocks(path: Path) -> dict[str, tuple[int, int]]:
-    """Name of each top-level function, class or constant -> its lines (first, last + 1), with its comment."""
+    """Name of each top-level function, class or constant -> its lines (first, last + 1), with its
+    comment."""
     found, lines = {}, path.read_text().splitlines()
     for node in ast.parse("\n".join(lines)).body:
         if isinstance(node, ast.Assign):
@@ -34,10 +35,8 @@ def blocks(path: Path) -> dict[str, tuple[int, int]]:
 
 def copies(path: Path) -> list[tuple[str, str, int, int]]:
     """(original file, name, first line, last line + 1) of each marked block."""
-    lines, starts = (
-        path.read_text().splitlines(),
-        {span[0]: (name, span[1]) for name, span in blocks(path).items()},
-    )
+    lines = path.read_text().splitlines()
+    starts = {span[0]: (name, span[1]) for name, span in blocks(path).items()}
     found = []
     for number, line in enumerate(lines):
         if match := MARK.match(line):
@@ -62,7 +61,8 @@ def test_copies_equal_their_original():
         lines = path.read_text().splitlines()
         for file, name, first, last in copies(path):
             assert lines[first:last] == original(file, name), (
-                f"{path.name}: {name} has drifted from {file}; run python tests/test_copies.py --write"
+                f"{path.name}: {name} has drifted from {file}; "
+                "run python tests/test_copies.py --write"
             )
 
 

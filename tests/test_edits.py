@@ -54,9 +54,9 @@ def test_rows_from_before_an_edit(samples, tmp_path, edit):
     before = meta.read_text()
     done = run_edited(tmp_path, 1, old, new, *arguments)
     assert done.returncode == 2 and f"was made before an edit of {name}" in done.stderr, done.stderr
-    assert (
-        "Traceback" not in done.stderr and path.read_bytes() == rows and meta.read_text() == before
-    )
+    assert "Traceback" not in done.stderr
+    assert path.read_bytes() == rows
+    assert meta.read_text() == before
 
     done = run_edited(tmp_path, 1, old, new, *arguments, "--accept-edit")
     assert done.returncode == 0 and path.read_bytes() == rows, done.stderr
@@ -101,17 +101,8 @@ def test_a_stage_with_another_prompt_than_its_input(samples, bundled, tmp_path):
         done.returncode == 2
         and f"{located} was made with another USER_TURN than 03_rectify.py" in done.stderr
     ), done.stderr
-    done = run(
-        2,
-        "--samples",
-        path,
-        *bundled,
-        "--out",
-        tmp_path / "x.jsonl",
-        "--opening",
-        "Step 1:",
-        check=False,
-    )
+    options = ["--samples", path, *bundled, "--out", tmp_path / "x.jsonl", "--opening", "Step 1:"]
+    done = run(2, *options, check=False)
     assert done.returncode == 2 and "opening" in done.stderr and not (tmp_path / "x.jsonl").exists()
 
 
@@ -135,9 +126,8 @@ def test_grown_input(samples, tmp_path):
         part.write_text("".join(json.dumps(row) + "\n" for row in some))
         run(*command)
     tries = {row["id"]: row for row in read(tmp_path / "dpo.tries.jsonl")}
-    assert set(tries) == {row["id"] for row in rows} and len(tries) > len(
-        {row["id"] for row in half}
-    )
+    assert set(tries) == {row["id"] for row in rows}
+    assert len(tries) > len({row["id"] for row in half})
 
     part.write_text(
         "".join(json.dumps(row | {"response": row["response"] + " "}) + "\n" for row in rows)

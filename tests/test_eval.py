@@ -228,27 +228,22 @@ def make(folder, *names, given=None):
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmark files are not beside this checkout")
 def test_files_of_a_folder(tmp_path, capsys):
     make(tmp_path, *FILES, given=SHARED)
-    said, counts = (
-        capsys.readouterr().out,
-        {file: count for files in FILES.values() for file, count in files.items()},
-    )
+    said = capsys.readouterr().out
+    counts = {file: count for files in FILES.values() for file, count in files.items()}
     assert {path.stem for path in tmp_path.glob("*.jsonl")} == set(counts)
     for file, count in counts.items():
         about = json.loads((tmp_path / f"{file}.jsonl.meta.json").read_text())
         assert len(stage(5).load_problems(tmp_path / f"{file}.jsonl")) == count == about["problems"]
-        assert (
-            f"content hash {about['hash']}" in capsys.readouterr().err and about["licence"] in said
-        )
+        assert f"content hash {about['hash']}" in capsys.readouterr().err
+        assert about["licence"] in said
     by_id = {
         row["id"]: row["answer"] for row in stage(1).load_problems(tmp_path / "math_test.jsonl")
     }
     assert by_id["test/precalculus/1227.json"] == "-1, 2", (
         "asked for all values, which the solution boxes one by one"
     )
-    assert (
-        by_id["test/prealgebra/224.json"] == "-34 + 12x"
-        and by_id["test/intermediate_algebra/702.json"].count(",") == 1
-    )
+    assert by_id["test/prealgebra/224.json"] == "-34 + 12x"
+    assert by_id["test/intermediate_algebra/702.json"].count(",") == 1
     assert {row["dataset"] for row in read(tmp_path / "math_test.jsonl")} == {"math"}
 
 
@@ -260,36 +255,21 @@ def test_a_file_that_is_there_is_not_made_again(tmp_path, capsys):
     make(tmp_path, "gsm8k", given=tmp_path / "given")
     text = (tmp_path / "gsm8k_test.jsonl").read_text()
     assert json.loads(text) == {"dataset": "gsm8k", "id": "1", "problem": "p", "answer": "2"}
-    assert (
-        "no gsm8k_train.jsonl there" in capsys.readouterr().out
-        and not (tmp_path / "gsm8k_train.jsonl").exists()
-    )
+    assert "no gsm8k_train.jsonl there" in capsys.readouterr().out
+    assert not (tmp_path / "gsm8k_train.jsonl").exists()
     (tmp_path / "given" / "gsm8k.jsonl").write_text("{")
     make(tmp_path, "gsm8k", given=tmp_path / "given")
-    assert (
-        "gsm8k_test.jsonl: there already" in capsys.readouterr().out
-        and (tmp_path / "gsm8k_test.jsonl").read_text() == text
-    )
+    assert "gsm8k_test.jsonl: there already" in capsys.readouterr().out
+    assert (tmp_path / "gsm8k_test.jsonl").read_text() == text
 
 
 @pytest.mark.parametrize(
     "names, said",
-    [
-        (["gsm9k"], "gsm9k: no such set"),
-        ([], "no set is named"),
-        (["aime24"], "aime24.jsonl"),
-    ],
+    [(["gsm9k"], "gsm9k: no such set"), ([], "no set is named"), (["aime24"], "aime24.jsonl")],
 )
 def test_sets_that_cannot_be_made(names, said, tmp_path):
-    command = [
-        sys.executable,
-        "data/download.py",
-        *names,
-        "--from",
-        str(tmp_path),
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    command = [sys.executable, "data/download.py", *names, "--from", str(tmp_path)]
+    command += ["--out", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, (
         done.stderr
@@ -302,10 +282,8 @@ def test_sets_that_cannot_be_made(names, said, tmp_path):
 def test_a_missing_file_names_the_command_that_makes_it(number, file, name, tmp_path):
     path = tmp_path / "data" / f"{file}.jsonl"
     done = run(number, "--data", path, "--out", tmp_path / "out", check=False)
-    assert (
-        done.returncode == 2
-        and f"{path}: not there; python data/download.py {name} makes it\n" in done.stderr
-    )
+    assert done.returncode == 2
+    assert f"{path}: not there; python data/download.py {name} makes it\n" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -519,17 +497,12 @@ def test_regrade_writes_the_whole_report(tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     f = summary["benchmarks"]["sums"]["models"]["tuned"]
     right = {model: {row["id"] for row in found if row["correct"]} for model, found in rows.items()}
-    assert f["accuracy"] == len(right["tuned-0"]) / 60 and f["interval"] == list(
-        stage(5).wilson(len(right["tuned-0"]), 60)
-    )
-    assert (
-        set(f["won"]) == right["tuned-0"] - right["base"]
-        and set(f["lost"]) == right["base"] - right["tuned-0"]
-    )
-    assert (
-        f["p"] == stage(5).mcnemar(len(f["won"]), len(f["lost"]))
-        and f["unfinished"] == 1 == f["too_long_a_prompt"]
-    )
+    assert f["accuracy"] == len(right["tuned-0"]) / 60
+    assert f["interval"] == list(stage(5).wilson(len(right["tuned-0"]), 60))
+    assert set(f["won"]) == right["tuned-0"] - right["base"]
+    assert set(f["lost"]) == right["base"] - right["tuned-0"]
+    assert f["p"] == stage(5).mcnemar(len(f["won"]), len(f["lost"]))
+    assert f["unfinished"] == 1 == f["too_long_a_prompt"]
     shares = [
         sum(row[field] for row in rows["tuned-0"]) / 60
         for field in ("correct", "correct_paper", "correct_scdpo")
@@ -546,14 +519,9 @@ def test_regrade_writes_the_whole_report(tmp_path):
         json.dumps({key: row[key] for key in ("id", "problem", "answer")}) for row in rows["base"]
     ]
     (tmp_path / "sums.jsonl").write_text("\n".join(problems) + "\n")
-    run(
-        "contamination",
-        tmp_path / "train.jsonl",
-        "--data",
-        tmp_path / "sums.jsonl",
-        "--out",
-        tmp_path / "found.json",
-    )
+    options = [tmp_path / "train.jsonl", "--data", tmp_path / "sums.jsonl"]
+    options += ["--out", tmp_path / "found.json"]
+    run("contamination", *options)
     overlap = json.loads((tmp_path / "found.json").read_text())
     assert overlap["same"]["sums"] == ["q17"] and len(overlap["found"]["sums"]) == 1
     levels = summary["benchmarks"]["sums"]["models"]["tuned"]["by"]["level"]
@@ -561,21 +529,17 @@ def test_regrade_writes_the_whole_report(tmp_path):
         60 * f["accuracy"]
     )
     text = (tmp_path / "report.md").read_text()
-    assert (
-        "sums by level" in text
-        and "power 80 %" in text
-        and f"`python analysis/report.py {tmp_path}`" in text
-    )
+    assert "sums by level" in text
+    assert "power 80 %" in text
+    assert f"`python analysis/report.py {tmp_path}`" in text
     said = run("report", tmp_path).stdout
     assert (tmp_path / "levels.png").stat().st_size > 5000
     pictures = "![accuracy](accuracy.png)\n\n![levels](levels.png)"
     assert (tmp_path / "report.md").read_text() == re.sub(
         "Pictures, and a page .*", lambda _: pictures, text
     )
-    assert (
-        "2 pictures" in said
-        and f"{min(10, len(f['won'])) + min(10, len(f['lost']))} problems side by side" in said
-    )
+    assert "2 pictures" in said
+    assert f"{min(10, len(f['won'])) + min(10, len(f['lost']))} problems side by side" in said
     tags = Tags((tmp_path / "report.html").read_text()).found
     kinds = {tag for tag, _ in tags}
     assert "script" not in kinds and {"math", "mn", "table", "img"} <= kinds
@@ -593,9 +557,9 @@ def test_regrade_writes_the_whole_report(tmp_path):
     assert done.returncode == 2 and "a label that is there: base, tuned" in done.stderr
     for script in ("contamination", "report"):
         done = run(script, tmp_path / "none.jsonl", check=False)
-        assert (
-            done.returncode == 2 and "none.jsonl" in done.stderr and "Traceback" not in done.stderr
-        )
+        assert done.returncode == 2
+        assert "none.jsonl" in done.stderr
+        assert "Traceback" not in done.stderr
     run("regrade", tmp_path, "--base", "tuned")
     models = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["sums"]["models"]
     assert list(models) == ["tuned", "base"] and "p" in models["base"], (
@@ -619,28 +583,23 @@ def test_seeds_and_samples_in_the_report(tmp_path):
     group = models["tuned"]
     accuracies = [models[f"tuned-{i}"]["accuracy"] for i in range(3)]
     assert group["seeds"] == 3 and group["accuracy"] == pytest.approx(np.mean(accuracies))
-    assert (
-        group["spread"] == pytest.approx(np.std(accuracies, ddof=1))
-        and group["test"] == "bootstrap"
-    )
+    assert group["spread"] == pytest.approx(np.std(accuracies, ddof=1))
+    assert group["test"] == "bootstrap"
     assert group["difference"] == pytest.approx(np.mean(accuracies) - models["base"]["accuracy"])
     curves = models["base"]["curves"]
-    assert curves["k"] == [1, 2, 4] and curves["pass"][0] == pytest.approx(
-        models["base"]["accuracy"]
-    )
+    assert curves["k"] == [1, 2, 4]
+    assert curves["pass"][0] == pytest.approx(models["base"]["accuracy"])
     assert curves["pass"][0] < curves["pass"][1] < curves["pass"][2]
     text = (tmp_path / "report.md").read_text()
-    for path in (tmp_path / "sums").glob(
-        "*.jsonl"
-    ):  # the order in which the responses came does not matter
+    # the order in which the responses came does not matter
+    for path in (tmp_path / "sums").glob("*.jsonl"):
         path.write_text("".join(json.dumps(row) + "\n" for row in reversed(read(path))))
     run("regrade", tmp_path)
     assert (tmp_path / "report.md").read_text() == text and "maj@4" in text
     run("report", tmp_path)
     assert (tmp_path / "curves.png").stat().st_size > 5000
-    for path in (tmp_path / "sums").glob(
-        "*.jsonl"
-    ):  # another benchmark with one response a problem, in the same folder
+    # another benchmark with one response a problem, in the same folder
+    for path in (tmp_path / "sums").glob("*.jsonl"):
         (tmp_path / "ones").mkdir(exist_ok=True)
         (tmp_path / "ones" / path.name).write_text(
             "".join(json.dumps(row) + "\n" for row in read(path) if row["sample"] == 0)
@@ -667,11 +626,9 @@ def test_a_base_of_several_seeds_side_by_side(tmp_path):
         path.write_text(json.dumps(meta | {"label": "two" if meta["number"] else "one"}))
     run("regrade", tmp_path, "--base", "two")
     models = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["sums"]["models"]
-    assert (
-        models["two"]["seeds"] == 2
-        and models["one"]["test"] == "bootstrap"
-        and len(models["one"]["won"]) > 5
-    )
+    assert models["two"]["seeds"] == 2
+    assert models["one"]["test"] == "bootstrap"
+    assert len(models["one"]["won"]) > 5
     shown = int(re.search(r"(\d+) problems side by side", run("report", tmp_path).stdout)[1])
     kinds = [
         attributes.get("class")
@@ -682,19 +639,17 @@ def test_a_base_of_several_seeds_side_by_side(tmp_path):
 
 def test_regrade_of_a_wrong_folder_is_refused(tmp_path):
     done = run("regrade", tmp_path, check=False)
-    assert (
-        done.returncode == 2
-        and "BENCHMARK/MODEL.jsonl" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 2
+    assert "BENCHMARK/MODEL.jsonl" in done.stderr
+    assert "Traceback" not in done.stderr
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "m.jsonl").write_text(
         '{"id": "a", "answer": "1", "response": "x"}\n{"id": "b", "answer": "1"}\n'
     )
     done = run("regrade", tmp_path, check=False)
-    assert (
-        done.returncode == 2 and "m.jsonl, line 2" in done.stderr and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 2
+    assert "m.jsonl, line 2" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 HOSTILE = [
@@ -738,9 +693,8 @@ def test_model_text_becomes_no_markup():
             for name in found
         ), text
         assert time.time() - start < 5
-    assert "<mfrac>" in report.to_html("so $\\frac{1}{2}$") and "$5 and $6" in report.to_html(
-        "It costs $5 and $6."
-    )
+    assert "<mfrac>" in report.to_html("so $\\frac{1}{2}$")
+    assert "$5 and $6" in report.to_html("It costs $5 and $6.")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -807,41 +761,18 @@ def test_credit_of_a_trained_model(tmp_path, small_model):
         "correct": True,
     }
     (tmp_path / "located.jsonl").write_text(json.dumps(located) + "\n" + json.dumps(right) + "\n")
-    run(
-        4,
-        "--data",
-        tmp_path / "pairs.jsonl",
-        "--model",
-        small_model,
-        "--out",
-        tmp_path / "tuned",
-        "--lr",
-        1e-3,
-        "--epochs",
-        6,
-        "--batch-size",
-        1,
-        "--precision",
-        "fp32",
-    )
-    done = run(
-        "credit",
-        tmp_path / "located.jsonl",
-        "--models",
-        small_model,
-        tmp_path / "tuned",
-        "--out",
-        tmp_path / "r",
-        "--beta",
-        0.5,
-    )
+    options = ["--data", tmp_path / "pairs.jsonl", "--model", small_model]
+    options += ["--out", tmp_path / "tuned", "--lr", 1e-3, "--epochs", 6, "--batch-size", 1]
+    options += ["--precision", "fp32"]
+    run(4, *options)
+    options = [tmp_path / "located.jsonl", "--models", small_model, tmp_path / "tuned"]
+    options += ["--out", tmp_path / "r", "--beta", 0.5]
+    done = run("credit", *options)
     assert "lowest step is the labelled one" in done.stdout
     [found] = json.loads((tmp_path / "r" / "credit.json").read_text()).values()
-    assert (
-        found["lowest_is_error"] == found["solutions"] == 1
-        and found["auc"] == 1.0
-        and found["chance"] == pytest.approx(1 / 3)
-    )
+    assert found["lowest_is_error"] == found["solutions"] == 1
+    assert found["auc"] == 1.0
+    assert found["chance"] == pytest.approx(1 / 3)
     page = (tmp_path / "r" / "credit.html").read_text()
     tags = Tags(page).found
     values = [
@@ -849,10 +780,8 @@ def test_credit_of_a_trained_model(tmp_path, small_model):
         for tag, a in tags
         if tag == "span" and a["title"].endswith("step 2")
     ]
-    assert (
-        "b" not in {tag for tag, a in tags if a}
-        and "class" in [a for t, a in tags if t == "span" and a["title"].endswith("step 2")][0]
-    )
+    assert "b" not in {tag for tag, a in tags if a}
+    assert "class" in [a for t, a in tags if t == "span" and a["title"].endswith("step 2")][0]
     tokenizer = AutoTokenizer.from_pretrained(small_model)
     ids, places, _ = credit.encode_solution(located, tokenizer)
     logps = []
@@ -873,9 +802,9 @@ def test_credit_refuses_bad_rows(tmp_path):
     done = run(
         "credit", tmp_path / "a.jsonl", "--models", TINY / "model", TINY / "model", check=False
     )
-    assert (
-        done.returncode == 2 and "a.jsonl, line 1" in done.stderr and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 2
+    assert "a.jsonl, line 1" in done.stderr
+    assert "Traceback" not in done.stderr
     done = run("credit", tmp_path / "a.jsonl", "--models", TINY / "model", check=False)
     assert done.returncode == 2 and "REFERENCE" in done.stderr
 
@@ -889,18 +818,8 @@ def test_samples_survive_kills_and_give_the_same_rows(server, tmp_path):
     """kill -9 at five moments, then the rows of an uninterrupted run, each once; k samples differ
     from each other."""
     options = [option.replace("--model", "--models") for option in server]
-    arguments = [
-        "--data",
-        TINY / "validation.jsonl",
-        "--limit",
-        30,
-        "--samples",
-        4,
-        "--temperature",
-        0.8,
-        "--max-tokens",
-        300,
-    ]
+    arguments = ["--data", TINY / "validation.jsonl", "--limit", 30, "--samples", 4]
+    arguments += ["--temperature", 0.8, "--max-tokens", 300]
     arguments += options
     run(5, *arguments, "--out", tmp_path / "whole")
     [whole] = (tmp_path / "whole" / "validation").glob("*.jsonl")
@@ -909,11 +828,12 @@ def test_samples_survive_kills_and_give_the_same_rows(server, tmp_path):
         5, *arguments, "--out", tmp_path / "cut", "--concurrency", 6, journal=path, kills=5, seed=5
     )
     run(5, *arguments, "--out", tmp_path / "cut")
-    key = lambda row: (row["id"], row["sample"])
-    assert (
-        sorted(read(path), key=key) == sorted(read(whole), key=key)
-        and len({key(row) for row in read(path)}) == 120
-    )
+
+    def key(row):
+        return (row["id"], row["sample"])
+
+    assert sorted(read(path), key=key) == sorted(read(whole), key=key)
+    assert len({key(row) for row in read(path)}) == 120
     assert any(
         len({row["response"] for row in read(path) if row["id"] == name}) > 1
         for name in {row["id"] for row in read(path)}
@@ -961,17 +881,8 @@ def test_the_authors_prompt_reaches_the_model_as_it_is(
     """No forced "Step 1:" in the evaluation; what the prompt gave of the response stands in the
     row's opening."""
     options = [option.replace("--model", "--models") for option in bundled]
-    arguments = [
-        "--data",
-        TINY / "validation.jsonl",
-        "--limit",
-        8,
-        "--max-tokens",
-        200,
-        *options,
-        "--out",
-        tmp_path,
-    ]
+    arguments = ["--data", TINY / "validation.jsonl", "--limit", 8, "--max-tokens", 200, *options]
+    arguments += ["--out", tmp_path]
     arguments += [
         "--chat-template",
         ROOT / "data" / "templates" / f"{template}.jinja",
@@ -979,19 +890,14 @@ def test_the_authors_prompt_reaches_the_model_as_it_is(
         opening,
     ]
     done = run(5, *arguments)
-    [prompt] = [
-        line.split("first prompt: ")[1][1:-1]
-        for line in done.stderr.splitlines()
-        if "first prompt:" in line
-    ]
-    assert prompt.startswith(start) and prompt.endswith(end), (
-        prompt
-    )  # the progress bar may stand before it
+    # the progress bar may stand before it
+    [line] = [line for line in done.stderr.splitlines() if "first prompt:" in line]
+    prompt = line.split("first prompt: ")[1][1:-1]
+    assert prompt.startswith(start) and prompt.endswith(end), prompt
     [path] = (tmp_path / "validation").glob("*.jsonl")
     rows = read(path)
-    assert len(rows) == 8 and all(
-        row["opening"] == opening and row["response"].startswith(opening) for row in rows
-    )
+    assert len(rows) == 8
+    assert all(row["opening"] == opening and row["response"].startswith(opening) for row in rows)
     assert not any(row["response"].startswith(stage(1).OPENING + " ") for row in rows if opening)
     text = (tmp_path / "report.md").read_text()
     assert "accuracy is by strict equality;" in text and f"after the opening {opening!r}." in text

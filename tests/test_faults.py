@@ -77,9 +77,8 @@ class Scripted(BaseHTTPRequestHandler):
 @pytest.fixture()
 def scripted():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
-    server.handle_error = lambda *_: (
-        None
-    )  # a client that ends has left its connections; the stage's stderr is looked at
+    # a client that ends has left its connections; the stage's stderr is looked at
+    server.handle_error = lambda *_: None
     server.lock, server.count = threading.Lock(), 0
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -143,29 +142,24 @@ def test_every_fault_is_survived_and_nothing_comes_twice(scripted, tmp_path):
 def test_a_server_that_dies_keeps_what_is_written(scripted, tmp_path):
     scripted.script = lambda n, body: "good" if n <= 9 else (500, "oops")
     done = sample(scripted, tmp_path, check=False)
-    assert (
-        done.returncode == 2
-        and "Traceback" not in done.stderr
-        and "run the same command to go on" in done.stderr
-    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "run the same command to go on" in done.stderr
     assert sum(": error: " in line for line in done.stderr.splitlines()) == 1
     assert len(read(tmp_path / "out.jsonl")) == 9
     scripted.script = lambda n, body: "good"
     before = scripted.count
     sample(scripted, tmp_path)
-    assert (
-        len(read(tmp_path / "out.jsonl")) == 24 and scripted.count - before == 15
-    )  # only what was missing
+    assert len(read(tmp_path / "out.jsonl")) == 24
+    assert scripted.count - before == 15, "more than what was missing"
 
 
 def test_a_server_of_garbage_ends_the_run(scripted, tmp_path):
     scripted.script = lambda n, body: "json"
     done = sample(scripted, tmp_path, check=False)
-    assert (
-        done.returncode == 2
-        and "answer with completions" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 2
+    assert "answer with completions" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_prompt_that_is_too_long_is_a_row_and_a_wrong_key_is_an_end(scripted, tmp_path):
@@ -176,18 +170,15 @@ def test_a_prompt_that_is_too_long_is_a_row_and_a_wrong_key_is_an_end(scripted, 
     scripted.script = lambda n, body: refusal if "user\n3: 1 + 1" in decoded(body) else "good"
     done = sample(scripted, tmp_path)
     refused = [row for row in read(tmp_path / "out.jsonl") if row["finish_reason"] == "refused"]
-    assert [row["id"] for row in refused] == ["3", "3"] and all(
-        row["steps"] == [] for row in refused
-    )
+    assert [row["id"] for row in refused] == ["3", "3"]
+    assert all(row["steps"] == [] for row in refused)
     assert "too long a prompt 8.3%" in done.stdout
     (tmp_path / "out.jsonl").unlink()
     scripted.script = lambda n, body: (401, "wrong key")
     done = sample(scripted, tmp_path, check=False)
-    assert (
-        done.returncode == 2
-        and "AuthenticationError" in done.stderr
-        and not (tmp_path / "out.jsonl").exists()
-    )
+    assert done.returncode == 2
+    assert "AuthenticationError" in done.stderr
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 CONTEXT = "This model's maximum context length is {context} tokens"
@@ -201,7 +192,8 @@ REFUSALS = {  # in the words of servers, and how many tokens of its context a se
     ),
     "vllm 0.4": (
         CONTEXT
-        + ". However, you requested {total} tokens ({length} in the messages, {asked} in the completion).",
+        + ". However, you requested {total} tokens "
+        + "({length} in the messages, {asked} in the completion).",
         0,
     ),
     "vllm 0.32": (
@@ -209,8 +201,9 @@ REFUSALS = {  # in the words of servers, and how many tokens of its context a se
         0,
     ),
     "sglang": (
-        "Requested token count exceeds the model's maximum context length of {context} tokens. You requested a total of "
-        "{total} tokens: {length} tokens from the input messages and {asked} tokens for the completion.",
+        "Requested token count exceeds the model's maximum context length of {context} tokens. "
+        "You requested a total of {total} tokens: {length} tokens from the input messages and "
+        "{asked} tokens for the completion.",
         1,
     ),
 }
@@ -241,11 +234,9 @@ def test_more_tokens_than_a_server_has_room_for_are_cut_and_the_prompt_is_not_to
     taken = small(scripted, words, kept)
     done = sample(scripted, tmp_path, 4, arguments=("--max-tokens", 4000))
     rows = read(tmp_path / "out.jsonl")
-    assert (
-        len(rows) == 8
-        and all(row["correct"] for row in rows)
-        and "too long a prompt 0.0%" in done.stdout
-    )
+    assert len(rows) == 8
+    assert all(row["correct"] for row in rows)
+    assert "too long a prompt 0.0%" in done.stdout
     assert taken and all(length + asked == 100 - kept for length, asked in taken), (
         "all the room that is left"
     )
@@ -264,27 +255,24 @@ def test_a_refusal_that_gives_no_number_names_the_option(scripted, tmp_path):
     )
     done = sample(scripted, tmp_path, 2, check=False, arguments=("--max-tokens", 4000))
     [said] = [line for line in done.stderr.splitlines() if ": error: " in line]
-    assert (
-        done.returncode == 2
-        and "--max-tokens" in said
-        and "is too large" in said
-        and not (tmp_path / "out.jsonl").exists()
-    )
+    assert done.returncode == 2
+    assert "--max-tokens" in said
+    assert "is too large" in said
+    assert not (tmp_path / "out.jsonl").exists()
     scripted.script = lambda n, body: (400, "logit_bias is not supported")
     done = sample(scripted, tmp_path, 2, check=False)
-    assert (
-        done.returncode == 2
-        and "refuses a request" in done.stderr
-        and "--max-tokens" not in done.stderr
-    )
+    assert done.returncode == 2
+    assert "refuses a request" in done.stderr
+    assert "--max-tokens" not in done.stderr
 
 
 def test_the_room_beside_a_chat_is_read_from_the_refusal():
-    chat, numbers = (
-        [{"role": "user", "content": "q"}],
-        {"context": 4096, "length": 96, "asked": 8192, "total": 8288},
-    )
-    fewer = lambda words: stage(1).fewer_tokens(chat, 8192, words.format(**numbers))
+    chat = [{"role": "user", "content": "q"}]
+    numbers = {"context": 4096, "length": 96, "asked": 8192, "total": 8288}
+
+    def fewer(words):
+        return stage(1).fewer_tokens(chat, 8192, words.format(**numbers))
+
     assert [fewer(words) for words, *_ in REFUSALS.values()] == [
         [4000, 3999, 1],
         [4000, 3999, 1],
@@ -306,9 +294,10 @@ def test_a_full_disk_leaves_whole_rows_and_the_same_command_resumes(scripted, tm
     """By a limit on the size of a file, at which a write takes a part, and the next fails as on a
     full disk."""
     scripted.script = lambda n, body: "good"
-    full = lambda size: {
-        "preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    }
+
+    def full(size):
+        return {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))}
+
     done = sample(scripted, tmp_path, check=False, **full(100))  # not even for OUT.meta.json
     [said] = [line for line in done.stderr.splitlines() if ": error: " in line]
     assert done.returncode == 2 and "File too large" in said and "Traceback" not in done.stderr
@@ -316,11 +305,9 @@ def test_a_full_disk_leaves_whole_rows_and_the_same_command_resumes(scripted, tm
     for size in (3500, 6000):
         done = sample(scripted, tmp_path, check=False, **full(size))
         [said] = [line for line in done.stderr.splitlines() if ": error: " in line]
-        assert (
-            done.returncode == 2
-            and "out.jsonl: File too large" in said
-            and "Traceback" not in done.stderr
-        )
+        assert done.returncode == 2
+        assert "out.jsonl: File too large" in said
+        assert "Traceback" not in done.stderr
         kept = (tmp_path / "out.jsonl").read_bytes()
         assert size - 500 < len(kept) <= size and kept.endswith(b"\n")
     sample(scripted, tmp_path)
@@ -334,29 +321,19 @@ def test_a_full_disk_at_the_pictures_is_one_line(scripted, tmp_path):
     (tmp_path / "in.jsonl").write_text(
         json.dumps({"id": "a", "problem": "1 + 1?", "answer": "2"}) + "\n"
     )
-    arguments = [
-        "--data",
-        tmp_path / "in.jsonl",
-        "--models",
-        "m",
-        "--tokenizer",
-        TINY / "model",
-        "--out",
-        tmp_path / "results",
-        "--base-url",
-        f"http://127.0.0.1:{scripted.server_address[1]}/v1",
-    ]
+    arguments = ["--data", tmp_path / "in.jsonl", "--models", "m", "--tokenizer", TINY / "model"]
+    arguments += ["--out", tmp_path / "results"]
+    arguments += ["--base-url", f"http://127.0.0.1:{scripted.server_address[1]}/v1"]
     run(5, *arguments)
-    limit = lambda: resource.setrlimit(
-        resource.RLIMIT_FSIZE, (9000, 9000)
-    )  # report.md fits, accuracy.png does not
+
+    def limit():  # report.md fits, accuracy.png does not
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+
     done = run("report", tmp_path / "results", check=False, timeout=120, preexec_fn=limit)
     [said] = [line for line in done.stderr.splitlines() if ": error: " in line]
-    assert (
-        done.returncode == 2
-        and "pictures cannot be written" in said
-        and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 2
+    assert "pictures cannot be written" in said
+    assert "Traceback" not in done.stderr
     run("report", tmp_path / "results")
     assert "accuracy.png" in (tmp_path / "results" / "report.md").read_text()
     run(5, *arguments)
@@ -383,7 +360,10 @@ def test_stages_run_twice_in_one_process(scripted, tmp_path, capsys):
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
     data, file = (tmp_path / "in.jsonl",), tmp_path / "samples.jsonl"
     server = {"base_url": url, "tokenizer": str(TINY / "model")}
-    out = lambda number: tmp_path / str(number) / "out.jsonl"
+
+    def out(number):
+        return tmp_path / str(number) / "out.jsonl"
+
     settings = {
         1: {"data": data, "model": "m", "out": out(1), **server},
         2: {
@@ -422,8 +402,5 @@ def test_each_request_has_its_own_stable_seed(scripted, tmp_path):
     assert set(seen) == first and len(seen) == count
     body = next(iter(seen.values()))
     assert decoded(body).endswith("<|im_start|>assistant\nLet's think step by step.\nStep 1:")
-    assert (body["top_k"], body["min_p"], body["repetition_penalty"]) == (
-        -1,
-        0.0,
-        1.0,
-    )  # whatever the server's defaults are
+    # whatever the server's defaults are
+    assert (body["top_k"], body["min_p"], body["repetition_penalty"]) == (-1, 0.0, 1.0)

@@ -38,12 +38,12 @@ def test_few_failures_show_a_lost_prefix_where_the_model_is_strong():
     ]
     assert lost_after(4, 4, 0.01, 100) > lost_after(4, 4, 0.05, 100) > lost_after(4, 4, 0.2, 100)
     assert lost_after(1, 7, 0.05, 16) == lost_after(8, 0, 0.0, 16) == 16, "the most is kept"
-    for right, wrong in (
-        (3, 1),
-        (1, 3),
-        (0, 5),
-    ):  # the mean of (1 - rate) ** tries over the beta distribution
-        log_beta = lambda a, b: math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+    # the mean of (1 - rate) ** tries over the beta distribution
+    for right, wrong in ((3, 1), (1, 3), (0, 5)):
+
+        def log_beta(a, b):
+            return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+
         mean = math.exp(log_beta(right + 0.5, wrong + 7.5) - log_beta(right + 0.5, wrong + 0.5))
         assert by_chance(7, right, wrong) == pytest.approx(mean) and by_chance(0, right, wrong) == 1
 
@@ -67,19 +67,14 @@ def test_tries_follow_the_rate_of_the_prefix_before():
         "rollout_values": {"2": [2, 2], "3": [0, 2]},
     }
     weak = searched({1: [3], 2: [5]}, 4, [3, 8])  # one success ends the tries of its wave
-    assert (
-        weak["error_step"] == 3
-        and weak["rollout_values"] == {"2": [1, 8], "3": [0, 14]}
-        and weak["chance"] < 0.05
-    )
-    weaker = searched(
-        {1: [3], 2: [15]}, 4, [1, 8]
-    )  # here the most is no evidence, and the row says so
-    assert (
-        weaker["error_step"] == 3
-        and weaker["rollout_values"] == {"2": [1, 16], "3": [0, 16]}
-        and weaker["chance"] > 0.2
-    )
+    assert weak["error_step"] == 3
+    assert weak["rollout_values"] == {"2": [1, 8], "3": [0, 14]}
+    assert weak["chance"] < 0.05
+    # here the most is no evidence, and the row says so
+    weaker = searched({1: [3], 2: [15]}, 4, [1, 8])
+    assert weaker["error_step"] == 3
+    assert weaker["rollout_values"] == {"2": [1, 16], "3": [0, 16]}
+    assert weaker["chance"] > 0.2
     assert searched({2: [0], 3: [15]}, 4, [1, 8])["chance"] == 0.0, (
         "that the whole solution is wrong is known"
     )
@@ -87,13 +82,10 @@ def test_tries_follow_the_rate_of_the_prefix_before():
 
 def test_a_problem_is_given_up():
     found = searched({}, 4, [0, 4])
-    assert (
-        found["error_step"] is found["chance"] is None
-        and "none of 12 samples and continuations" in found["reason"]
-    )
-    assert found["rollout_values"] == {"0": [0, 8]} and searched({}, 4, [0, 20])[
-        "rollout_values"
-    ] == {"0": [0, 0]}
+    assert found["error_step"] is found["chance"] is None
+    assert "none of 12 samples and continuations" in found["reason"]
+    assert found["rollout_values"] == {"0": [0, 8]}
+    assert searched({}, 4, [0, 20])["rollout_values"] == {"0": [0, 0]}
     assert searched({0: [4], 1: range(9)}, 3, [0, 0])["rollout_values"] == {
         "0": [1, 8],
         "1": [2, 2],
@@ -110,10 +102,8 @@ def test_the_threshold_of_v_is_one_function():
             searched(of, 4, [0, 1], rollouts=8, all_rollouts=True, linear=linear)
             for linear in (False, True)
         ]
-    assert [one["error_step"] for one in found] == [3, 3] and found[0]["rollout_values"]["0"] == [
-        1,
-        8,
-    ]
+    assert [one["error_step"] for one in found] == [3, 3]
+    assert found[0]["rollout_values"]["0"] == [1, 8]
     assert searched(of, 4, [0, 1], rollouts=8, all_rollouts=True)["error_step"] == 4
 
 
@@ -169,10 +159,12 @@ def test_an_interrupted_search_ends_with_the_same_rows(tmp_path):
     with pytest.raises(SystemExit):
         locate("parts.jsonl", alpha=0.2)
     locate("parts.jsonl")
-    keyed = lambda name: {(row["id"], row["sample"]): row for row in read(tmp_path / name)}
-    assert (
-        keyed("parts.jsonl") == keyed("whole.jsonl") and len(read(tmp_path / "parts.jsonl")) == 36
-    )
+
+    def keyed(name):
+        return {(row["id"], row["sample"]): row for row in read(tmp_path / name)}
+
+    assert keyed("parts.jsonl") == keyed("whole.jsonl")
+    assert len(read(tmp_path / "parts.jsonl")) == 36
     assert {bool(row["error_step"]) for row in keyed("whole.jsonl").values()} == {True, False}
 
 
@@ -187,13 +179,16 @@ READABLE = [
     ("第1步：正确\n第2步：不正确", 2),
     ("Step 1: right\nStep 2: wrong\nStep 3: correct", 2),  # it went on behind the first error
     (
-        "<think>Step 1: incorrect? no.\nVerdicts:\nStep 1: incorrect</think>Step 1: correct\nStep 2: incorrect",
+        "<think>Step 1: incorrect? no.\nVerdicts:\nStep 1: incorrect</think>"
+        "Step 1: correct\nStep 2: incorrect",
         2,
     ),
+    # the last list
     (
-        "Verdicts:\nStep 1: incorrect\n\nI looked again.\n\nVerdicts:\nStep 1: correct\nStep 2: incorrect",
+        "Verdicts:\nStep 1: incorrect\n\nI looked again.\n\n"
+        "Verdicts:\nStep 1: correct\nStep 2: incorrect",
         2,
-    ),  # the last list
+    ),
     ("Step 1: incorrect\n\nThis is because 3 + 4 = 7.", 1),
 ]
 UNREADABLE = [
@@ -227,13 +222,10 @@ def test_unreadable_judgements(text, why):
 
 def test_neutral_is_an_error_or_not():
     text = "Step 1: neutral\nStep 2: incorrect\nStep 3: correct"
-    assert (stage(2).first_error(text, 3, "error"), stage(2).first_error(text, 3, "correct")) == (
-        1,
-        2,
-    )
-    with pytest.raises(
-        ValueError, match="end with step 1"
-    ):  # a list that stops at a neutral step says too little then
+    assert stage(2).first_error(text, 3, "error") == 1
+    assert stage(2).first_error(text, 3, "correct") == 2
+    # where neutral is right, a list that stops at a neutral step says too little
+    with pytest.raises(ValueError, match="end with step 1"):
         stage(2).first_error("Step 1: neutral", 3, "correct")
 
 
@@ -244,11 +236,9 @@ def test_the_judge_sees_problem_truth_and_numbered_steps():
         "steps": ["Let's think step by step.\nStep 1: 2 * 3 = 6.\n", "Step 2: 8."],
     }
     text = stage(2).judge_prompt(row, stage(2).Args())
-    assert (
-        "## Answer\n7\n" in text
-        and "Step 1: 2 * 3 = 6.\nStep 2: 8.\n" in text
-        and "2 numbered steps" in text
-    )
+    assert "## Answer\n7\n" in text
+    assert "Step 1: 2 * 3 = 6.\nStep 2: 8.\n" in text
+    assert "2 numbered steps" in text
     assert "Let's think" not in text and "first step that is not correct;" in text
     text = stage(2).judge_prompt(row | {"solution": "1 + 6 = 7"}, stage(2).Args(neutral="correct"))
     assert "## Reference solution\n1 + 6 = 7\n" in text and "first step that is incorrect;" in text
@@ -379,49 +369,34 @@ def test_judge_votes_agreement_retries_and_cost(judge, tmp_path):
     rows = wrong_samples(tmp_path / "in.jsonl", 5)
 
     def script(n, body):
-        step, with_votes = (
-            true_step(body),
-            judge.votes.setdefault(body["messages"][0]["content"], [0]),
-        )
+        step = true_step(body)
+        with_votes = judge.votes.setdefault(body["messages"][0]["content"], [0])
         with_votes[0] += 1
         turn = with_votes[0]
         if "1 + 1 =" in body["messages"][0]["content"]:  # q1: every vote another step
             return verdicts(turn)
         if "1 + 2 =" in body["messages"][0]["content"]:  # q2: never readable
             return "Who knows?"
-        if (
-            "1 + 4 =" in body["messages"][0]["content"]
-        ):  # q4: two against one, the first attempt is not readable
+        # q4: two against one, the first attempt is not readable
+        if "1 + 4 =" in body["messages"][0]["content"]:
             return "hm" if turn == 1 else verdicts(step if turn in (2, 3) else 4)
-        return {
-            "role": "assistant",
-            "content": None,
-            "reasoning_content": verdicts(step),
-        }  # all of it taken for thought
+        # all of it taken for thought
+        return {"role": "assistant", "content": None, "reasoning_content": verdicts(step)}
 
     judge.votes, judge.script = {}, script
     done = judged(judge, tmp_path, "--votes", 3, "--retries", 2, "--concurrency", 1)
     found = {row["id"]: row for row in read(tmp_path / "out.jsonl")}
     assert [found[row["id"]]["error_step"] for row in rows] == [1, None, None, 4, 1]
-    assert (
-        found["q4"]["judge"]["votes"] == {"1": 2, "4": 1}
-        and found["q4"]["judge"]["agreement"] == 0.667
-    )
-    assert (
-        "disagree" in found["q1"]["reason"]
-        and "cannot be read: no verdict" in found["q2"]["reason"]
-    )
+    assert found["q4"]["judge"]["votes"] == {"1": 2, "4": 1}
+    assert found["q4"]["judge"]["agreement"] == 0.667
+    assert "disagree" in found["q1"]["reason"]
+    assert "cannot be read: no verdict" in found["q2"]["reason"]
     assert found["q0"]["judge"]["text"] == verdicts(1) and found["q0"]["locator"] == "judge"
     calls = 3 + 3 + 9 + 3 + 4
-    assert (
-        judge.count == calls
-        and f"judge prompt tokens {100 * calls}, judge completion tokens {10 * calls}"
-        in done.stdout
-    )
-    assert (
-        judge.seen[0]["key"] == "Bearer secret"
-        and len({body["seed"] for body in judge.seen}) == calls
-    )
+    assert judge.count == calls
+    assert f"judge prompt tokens {100 * calls}, judge completion tokens {10 * calls}" in done.stdout
+    assert judge.seen[0]["key"] == "Bearer secret"
+    assert len({body["seed"] for body in judge.seen}) == calls
 
 
 def test_the_judge_is_not_asked_about_a_diagram_that_is_not_there(judge, tmp_path):
@@ -432,26 +407,16 @@ def test_the_judge_is_not_asked_about_a_diagram_that_is_not_there(judge, tmp_pat
     rows[0]["problem"] += " in the diagram?"
     rows[1]["problem"] += " in the diagram? [asy] draw((0,0)--(1,1)); [/asy]"
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = [
-        "--samples",
-        tmp_path / "samples.jsonl",
-        "--locator",
-        "judge",
-        "--judge-model",
-        "judge",
-        "--judge-base-url",
-        f"http://127.0.0.1:{judge.server_port}/v1",
-    ]
+    arguments = ["--samples", tmp_path / "samples.jsonl", "--locator", "judge"]
+    arguments += ["--judge-model", "judge"]
+    arguments += ["--judge-base-url", f"http://127.0.0.1:{judge.server_port}/v1"]
     done = run(2, *arguments, "--out", tmp_path / "a.jsonl")
     found = {row["id"]: row for row in read(tmp_path / "a.jsonl")}
     assert found["q0"]["error_step"] is None and "--missing-diagrams" in found["q0"]["reason"]
-    assert (
-        all(found[f"q{i}"]["error_step"] for i in range(1, 6))
-        and "problems with a diagram skipped 1" in done.stdout
-    )
-    assert judge.count == 5 and not any(
-        set(body) & {"top_k", "min_p", "repetition_penalty"} for body in judge.seen
-    )
+    assert all(found[f"q{i}"]["error_step"] for i in range(1, 6))
+    assert "problems with a diagram skipped 1" in done.stdout
+    assert judge.count == 5
+    assert not any(set(body) & {"top_k", "min_p", "repetition_penalty"} for body in judge.seen)
     run(2, *arguments, "--missing-diagrams", "--out", tmp_path / "b.jsonl")
     assert all(row["error_step"] for row in read(tmp_path / "b.jsonl"))
 
@@ -461,11 +426,9 @@ def test_low_agreement_and_a_judge_that_finds_nothing_make_no_pair(judge, tmp_pa
     judge.script = lambda n, body: verdicts(1 if n % 3 else 2)
     judged(judge, tmp_path, "--votes", 3, "--min-agreement", 0.7, "--limit", 1, "--concurrency", 1)
     [row] = read(tmp_path / "out.jsonl")
-    assert (
-        row["error_step"] is None
-        and "disagree" in row["reason"]
-        and row["judge"]["votes"] == {"1": 2, "2": 1}
-    )
+    assert row["error_step"] is None
+    assert "disagree" in row["reason"]
+    assert row["judge"]["votes"] == {"1": 2, "2": 1}
     judge.script = lambda n, body: "\n".join(f"Step {k}: correct" for k in range(1, 5))
     (tmp_path / "out.jsonl").unlink()
     judged(judge, tmp_path)
@@ -493,24 +456,10 @@ def test_a_thousand_rows_with_faults_and_kills(judge, tmp_path):
         draw.choice(faults) if draw.random() < 0.2 else verdicts(true_step(body))
     )
     url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
-    command = [
-        sys.executable,
-        f"{STAGES[2]}.py",
-        "--samples",
-        str(tmp_path / "in.jsonl"),
-        "--out",
-        str(tmp_path / "out.jsonl"),
-        "--locator",
-        "judge",
-        "--judge-model",
-        "judge",
-        "--judge-base-url",
-        url,
-        "--judge-timeout",
-        "2",
-        "--retries",
-        "9",
-    ]
+    command = [sys.executable, f"{STAGES[2]}.py", "--samples", str(tmp_path / "in.jsonl")]
+    command += ["--out", str(tmp_path / "out.jsonl"), "--locator", "judge"]
+    command += ["--judge-model", "judge", "--judge-base-url", url, "--judge-timeout", "2"]
+    command += ["--retries", "9"]
     for _ in range(3):
         process = subprocess.Popen(
             command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
@@ -525,9 +474,8 @@ def test_a_thousand_rows_with_faults_and_kills(judge, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     found = {row["id"]: row["error_step"] for row in read(tmp_path / "out.jsonl")}
-    assert len(read(tmp_path / "out.jsonl")) == 1000 and found == {
-        row["id"]: i % 4 + 1 for i, row in enumerate(rows)
-    }
+    assert len(read(tmp_path / "out.jsonl")) == 1000
+    assert found == {row["id"]: i % 4 + 1 for i, row in enumerate(rows)}
 
 
 @pytest.mark.slow
@@ -553,21 +501,9 @@ def test_open_rows_go_to_the_rollouts(judge, bundled, tmp_path):
         verdicts(2) if any(p in body["messages"][0]["content"] for p in known) else "no idea"
     )
     url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
-    run(
-        2,
-        "--samples",
-        tmp_path / "in.jsonl",
-        "--locator",
-        "judge",
-        "--judge-base-url",
-        url,
-        "--judge-model",
-        "judge",
-        "--retries",
-        0,
-        "--out",
-        tmp_path / "judged.jsonl",
-    )
+    options = ["--samples", tmp_path / "in.jsonl", "--locator", "judge", "--judge-base-url", url]
+    options += ["--judge-model", "judge", "--retries", 0, "--out", tmp_path / "judged.jsonl"]
+    run(2, *options)
     command = ["--samples", tmp_path / "in.jsonl", *bundled, "--max-tokens", 300, "--rollouts", 4]
     done = run(2, *command, "--known", tmp_path / "judged.jsonl", "--out", tmp_path / "out.jsonl")
     found = {row["problem"]: row for row in read(tmp_path / "out.jsonl")}
@@ -577,10 +513,8 @@ def test_open_rows_go_to_the_rollouts(judge, bundled, tmp_path):
         "rollout",
         "rollout",
     ]
-    assert [found[problem]["error_step"] for problem in known] == [
-        2,
-        2,
-    ] and "located in --known 2" in done.stdout
+    assert [found[problem]["error_step"] for problem in known] == [2, 2]
+    assert "located in --known 2" in done.stdout
     assert all(found[row["problem"]]["judge"]["text"] == "no idea" for row in rows[2:])
     again = run(2, *command, "--known", tmp_path / "judged.jsonl", "--out", tmp_path / "out.jsonl")
     assert "4 rows are there already" in again.stderr and len(read(tmp_path / "out.jsonl")) == 4
@@ -596,9 +530,8 @@ def test_known_rows_must_be_located_and_of_the_same_samples(judge, tmp_path):
     )
     judged(judge, tmp_path, "--known", tmp_path / "known.jsonl")
     found = {row["id"]: (row["error_step"], row["locator"]) for row in read(tmp_path / "out.jsonl")}
-    assert (
-        found == {"q0": (1, "judge"), "q1": (4, "human"), "q2": (3, "judge")} and judge.count == 2
-    )
+    assert found == {"q0": (1, "judge"), "q1": (4, "human"), "q2": (3, "judge")}
+    assert judge.count == 2
     (tmp_path / "other.jsonl").write_text(
         json.dumps(rows[1] | {"error_step": 1, "steps": ["x"]}) + "\n"
     )
@@ -632,34 +565,19 @@ def test_the_order_of_the_samples_does_not_count(tmp_path):
             stage(3).Args(method="dpo", samples=tmp_path / "in.jsonl", limit=7)
         )
         found.append((two, three, list(three)))
-    assert (
-        found[0] == found[1] == found[2]
-        and len(found[0][0]) == 5
-        and sum(map(len, found[0][1].values())) == 7
-    )
+    assert found[0] == found[1] == found[2]
+    assert len(found[0][0]) == 5
+    assert sum(map(len, found[0][1].values())) == 7
 
 
 @pytest.mark.slow
 def test_kept_rollouts_are_used_by_03(bundled, tmp_path):
     common = [*bundled, "--max-tokens", 300]
-    run(
-        1,
-        "--data",
-        TINY / "train.jsonl",
-        "--limit",
-        40,
-        "--out",
-        tmp_path / "samples.jsonl",
-        *common,
-    )
-    located = [
-        "--samples",
-        tmp_path / "samples.jsonl",
-        "--out",
-        tmp_path / "located.jsonl",
-        "--rollouts",
-        4,
-    ]
+    options = ["--data", TINY / "train.jsonl", "--limit", 40, "--out", tmp_path / "samples.jsonl"]
+    options += [*common]
+    run(1, *options)
+    located = ["--samples", tmp_path / "samples.jsonl", "--out", tmp_path / "located.jsonl"]
+    located += ["--rollouts", 4]
     run(2, *located, "--keep-rollouts", tmp_path / "rollouts.jsonl", *common)
     rows = {(row["id"], row["sample"]): row for row in read(tmp_path / "located.jsonl")}
     kept = {
@@ -685,14 +603,8 @@ def test_kept_rollouts_are_used_by_03(bundled, tmp_path):
     for pair in read(tmp_path / "pairs.jsonl"):
         assert pair["full_chosen"].startswith(pair["initial_reason_steps"] + pair["chosen"])
         assert pair["full_chosen"].endswith(f"{{{pair['answer']}}}.")
-    other = [
-        "--out",
-        tmp_path / "x.jsonl",
-        "--rollouts",
-        tmp_path / "rollouts.jsonl",
-        "--top-p",
-        0.9,
-    ]
+    other = ["--out", tmp_path / "x.jsonl", "--rollouts", tmp_path / "rollouts.jsonl"]
+    other += ["--top-p", 0.9]
     done = run(3, *arguments, *other, check=False)
     assert done.returncode == 2 and "was made with top_p = 0.95" in done.stderr
 
@@ -702,11 +614,9 @@ def test_scores_follow_their_formulas(tmp_path, capsys):
 
     result = locate.print_scores([1, 2, 3, 4, 0, 0, 0, 0], [1, 3, 1, None, 0, 0, 2, None], "x")
     out = capsys.readouterr().out
-    assert (
-        result["wrong"] == 0.25
-        and result["right"] == 0.5
-        and result["F1"] == pytest.approx(2 * 0.25 * 0.5 / 0.75)
-    )
+    assert result["wrong"] == 0.25
+    assert result["right"] == 0.5
+    assert result["F1"] == pytest.approx(2 * 0.25 * 0.5 / 0.75)
     assert result["located"] == pytest.approx(1 / 3)
     for line in (
         "exact                      1  25.0%",
@@ -797,10 +707,8 @@ def test_sample_rows_are_those_that_02_splits(tmp_path):
     }
     (tmp_path / "l.jsonl").write_text(json.dumps(row) + "\n")
     rows = processbench.sample_rows(tmp_path / "l.jsonl")
-    assert (
-        rows[0]["steps"] == ["Step 1: x\n y\n\n", "z\n\n", "Step 3\n\n"]
-        and rows[0]["answer"] == "0"
-    )
+    assert rows[0]["steps"] == ["Step 1: x\n y\n\n", "z\n\n", "Step 3\n\n"]
+    assert rows[0]["answer"] == "0"
     assert (
         stage(2).split_steps(rows[0]["response"], processbench.split_of(rows)) == rows[0]["steps"]
     )
@@ -814,27 +722,18 @@ def test_sample_rows_are_those_that_02_splits(tmp_path):
         "".join(json.dumps(row | {"error_step": 2, "reason": None}) + "\n" for row in clicked)
     )
     rows = processbench.sample_rows(tmp_path / "l.jsonl")
-    assert [row["steps"] for row in rows] == [
-        row["steps"] for row in clicked
-    ] and processbench.split_of(rows) == "labels"
+    assert [row["steps"] for row in rows] == [row["steps"] for row in clicked]
+    assert processbench.split_of(rows) == "labels"
 
 
 def test_a_page_does_not_write_over_a_file_that_is_not_its_own(tmp_path):
     wrong_samples(tmp_path / "in.jsonl", 2)
     (tmp_path / "located.jsonl").write_text("{}\n")
-    done = run(
-        "annotate",
-        "--samples",
-        tmp_path / "in.jsonl",
-        "--out",
-        tmp_path / "located.jsonl",
-        check=False,
-    )
-    assert (
-        done.returncode == 2
-        and "--annotator" in done.stderr
-        and (tmp_path / "located.jsonl").read_text() == "{}\n"
-    )
+    options = ["--samples", tmp_path / "in.jsonl", "--out", tmp_path / "located.jsonl"]
+    done = run("annotate", *options, check=False)
+    assert done.returncode == 2
+    assert "--annotator" in done.stderr
+    assert (tmp_path / "located.jsonl").read_text() == "{}\n"
 
 
 def test_money_is_not_taken_for_a_formula():
@@ -842,10 +741,8 @@ def test_money_is_not_taken_for_a_formula():
 
     assert safe("He pays $5 - $3 = $2.") == "He pays &#36;5 - &#36;3 = &#36;2."
     assert safe("So $x = 5$, since $2x=10$.") == "So \\(x = 5\\), since \\(2x=10\\)."
-    assert (
-        safe("The answer is \\boxed{7}.") == "The answer is \\(\\boxed{7}\\)."
-        and safe("$\\boxed{7}$") == "\\(\\boxed{7}\\)"
-    )
+    assert safe("The answer is \\boxed{7}.") == "The answer is \\(\\boxed{7}\\)."
+    assert safe("$\\boxed{7}$") == "\\(\\boxed{7}\\)"
     assert safe("It costs $3 and $x$ is 4") == "It costs &#36;3 and \\(x\\) is 4"
 
 
@@ -861,9 +758,8 @@ def page_of(playwright, command: list, ready: str, kill: bool = False):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    heed = partial(
-        signal.signal, signal.SIGINT, signal.default_int_handler
-    )  # a background job's children ignore Ctrl-C
+    # a background job's children ignore Ctrl-C
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, *map(str, command), "--port", str(port)],
         cwd=ROOT,
@@ -898,7 +794,10 @@ def test_the_page_in_a_browser(tmp_path):
     command = ["analysis/annotate.py", "--samples", tmp_path / "in.jsonl", "--annotator", "ann"]
     command += ["--out", tmp_path / "located.jsonl"]
     with sync_api.sync_playwright() as playwright:
-        shows = lambda page, i: page.wait_for_selector(f"text=Problem q{i}")
+
+        def shows(page, i):
+            return page.wait_for_selector(f"text=Problem q{i}")
+
         with page_of(playwright, command, "#step-1", kill=True) as page:
             shows(page, 0)
             page.wait_for_selector(".katex")  # LaTeX is rendered
@@ -945,14 +844,8 @@ def test_the_demo_in_a_browser(tmp_path):
         )
     tuned.save_pretrained(tmp_path / "tuned")
     row = read(TINY / "test.jsonl")[0]
-    command = [
-        "analysis/demo.py",
-        "--models",
-        TINY / "model",
-        tmp_path / "tuned",
-        "--examples",
-        TINY / "test.jsonl",
-    ]
+    command = ["analysis/demo.py", "--models", TINY / "model", tmp_path / "tuned"]
+    command += ["--examples", TINY / "test.jsonl"]
     with (
         sync_api.sync_playwright() as playwright,
         page_of(playwright, command, "#problem textarea") as page,

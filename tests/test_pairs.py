@@ -47,25 +47,16 @@ WRONG = [" 3 + 4 = 8.\nThe answer is \\boxed{8}.", " 3 * 4 = 12.\nThe answer is 
 def test_dpo_pairs_use_every_solution_once_before_any_twice(tmp_path):
     rows = [solution("a", i, text, True) for i, text in enumerate(RIGHT)]
     rows += [solution("a", 4 + i, text, False) for i, text in enumerate(WRONG)]
-    rows += [
-        solution("a", 6, " and so on", False),
-        solution("a", 7, " 3 + 4 =", False, "length"),
-    ]  # no answer; unfinished
+    no_answer = solution("a", 6, " and so on", False)
+    unfinished = solution("a", 7, " 3 + 4 =", False, "length")
+    rows += [no_answer, unfinished]
     rows += [solution("b", 0, RIGHT[0], True), solution("c", 0, WRONG[0], False)]
     write(tmp_path / "s.jsonl", rows)
     for most, expected in ((1, 1), (2, 2), (0, 4)):
         out = tmp_path / f"{most}.jsonl"
-        done = run(
-            3,
-            "--method",
-            "dpo",
-            "--samples",
-            tmp_path / "s.jsonl",
-            "--pairs-per-problem",
-            most,
-            "--out",
-            out,
-        )
+        options = ["--method", "dpo", "--samples", tmp_path / "s.jsonl"]
+        options += ["--pairs-per-problem", most, "--out", out]
+        done = run(3, *options)
         pairs = read(out)
         assert len(pairs) == expected
         assert (
@@ -73,10 +64,8 @@ def test_dpo_pairs_use_every_solution_once_before_any_twice(tmp_path):
         )
         for pair in pairs:
             assert pair["initial_reason_steps"] == OPENING and pair["method"] == "dpo"
-            assert (
-                OPENING + pair["chosen"] == pair["full_chosen"]
-                and OPENING + pair["rejected"] == pair["full_rejected"]
-            )
+            assert OPENING + pair["chosen"] == pair["full_chosen"]
+            assert OPENING + pair["rejected"] == pair["full_rejected"]
             assert pair["chosen"] in RIGHT[:2] and pair["rejected"] in WRONG
     assert (
         len({pair["chosen"] for pair in read(tmp_path / "2.jsonl")})
@@ -84,17 +73,9 @@ def test_dpo_pairs_use_every_solution_once_before_any_twice(tmp_path):
         == len({p["rejected"] for p in read(tmp_path / "2.jsonl")})
     )
     before = (tmp_path / "0.jsonl").read_bytes()
-    run(
-        3,
-        "--method",
-        "dpo",
-        "--samples",
-        tmp_path / "s.jsonl",
-        "--pairs-per-problem",
-        0,
-        "--out",
-        tmp_path / "0.jsonl",
-    )
+    options = ["--method", "dpo", "--samples", tmp_path / "s.jsonl", "--pairs-per-problem", 0]
+    options += ["--out", tmp_path / "0.jsonl"]
+    run(3, *options)
     assert (tmp_path / "0.jsonl").read_bytes() == before
 
 
@@ -128,10 +109,8 @@ def test_bad_combinations_are_refused(tmp_path):
     done = run(3, *scdpo, "--first-k", -1, check=False)
     assert done.returncode == 2 and "--first-k" in done.stderr and "at least 0" in done.stderr
     done = run(3, "--pairs-per-problem", 1, check=False)
-    assert (
-        done.returncode == 2
-        and "--pairs-per-problem has no effect with --method step-dpo" in done.stderr
-    )
+    assert done.returncode == 2
+    assert "--pairs-per-problem has no effect with --method step-dpo" in done.stderr
 
 
 # -------------------------------------------------------------------------------------------------
@@ -160,9 +139,9 @@ def test_scdpo_pairs_survive_kills_and_follow_their_form(samples, server, tmp_pa
     grader = stage(1).Grader()
     for pair in pairs:
         row, k = solutions[pair["id"], pair["sample"]], pair["error_step"] - 1
-        assert (
-            row["correct"] and 1 <= k < len(row["steps"]) and pair["full_chosen"] == row["response"]
-        )
+        assert row["correct"]
+        assert 1 <= k < len(row["steps"])
+        assert pair["full_chosen"] == row["response"]
         assert pair["initial_reason_steps"] == "".join(row["steps"][:k]) + f"Step {k + 1}:"
         assert pair["initial_reason_steps"] + pair["chosen"] == pair["full_chosen"]
         assert pair["initial_reason_steps"] + pair["rejected"] == pair["full_rejected"]
@@ -170,17 +149,8 @@ def test_scdpo_pairs_survive_kills_and_follow_their_form(samples, server, tmp_pa
         assert answer is not None and not asyncio.run(grader(pair["answer"], answer))
     grader.close()
     assert len({pair["error_step"] for pair in pairs}) > 1, "k is drawn"
-    theirs = [
-        "--every-step",
-        "--first-k",
-        0,
-        "--tries",
-        1,
-        "--solutions-per-problem",
-        1,
-        "--pairs-per-problem",
-        2,
-    ]
+    theirs = ["--every-step", "--first-k", 0, "--tries", 1, "--solutions-per-problem", 1]
+    theirs += ["--pairs-per-problem", 2]
     every = run(3, *arguments, *theirs, "--out", tmp_path / "every.jsonl")
     first = {}
     for row in sorted(read(samples), key=lambda row: row["sample"]):
@@ -189,16 +159,12 @@ def test_scdpo_pairs_survive_kills_and_follow_their_form(samples, server, tmp_pa
         ] == "stop" else None
     summary = json.loads((tmp_path / "every.jsonl.meta.json").read_text())["summary"]
     steps = sum(len(row["steps"]) for row in first.values())  # from the opening on
-    assert (
-        summary["steps tried"] == summary["attempts"] == steps > len(first)
-        and "garbled" in every.stdout
-    )
+    assert summary["steps tried"] == summary["attempts"] == steps > len(first)
+    assert "garbled" in every.stdout
     kept = Counter(pair["id"] for pair in read(tmp_path / "every.jsonl"))
-    assert (
-        sum(kept.values()) == summary["pairs"] > 5
-        and max(kept.values()) == 2
-        and summary["over --pairs-per-problem"] > 0
-    )
+    assert sum(kept.values()) == summary["pairs"] > 5
+    assert max(kept.values()) == 2
+    assert summary["over --pairs-per-problem"] > 0
 
 
 @pytest.mark.slow
@@ -244,19 +210,9 @@ def test_heat_rises_step_by_step(samples, server, tmp_path, monkeypatch):
 def test_rectifier_and_judge(samples, bundled, judge, tmp_path):  # noqa: F811
     """Chosen steps by another model under its name; then the judge drops every pair whose problem
     it finds wrong."""
-    run(
-        2,
-        "--samples",
-        samples,
-        "--rollouts",
-        4,
-        "--limit",
-        30,
-        "--out",
-        tmp_path / "l.jsonl",
-        *SHORT,
-        *bundled,
-    )
+    options = ["--samples", samples, "--rollouts", 4, "--limit", 30, "--out", tmp_path / "l.jsonl"]
+    options += [*SHORT, *bundled]
+    run(2, *options)
     arguments = ["--located", tmp_path / "l.jsonl", "--n", 4, *SHORT]
     run(3, *arguments, "--rectifier", bundled[1], "--out", tmp_path / "p.jsonl")
     pairs = read(tmp_path / "p.jsonl")
@@ -276,15 +232,8 @@ def test_rectifier_and_judge(samples, bundled, judge, tmp_path):  # noqa: F811
 
     judge.script = lambda number, body: answer(body)
     url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
-    command = [
-        tmp_path / "p.jsonl",
-        "--out",
-        tmp_path / "kept.jsonl",
-        "--judge-model",
-        "judge",
-        "--judge-base-url",
-        url,
-    ]
+    command = [tmp_path / "p.jsonl", "--out", tmp_path / "kept.jsonl", "--judge-model", "judge"]
+    command += ["--judge-base-url", url]
     done = run("check_chosen", *command)
     kept = read(tmp_path / "kept.jsonl")
     assert kept == [pair for pair in pairs if pair["id"] not in dropped]
@@ -332,21 +281,16 @@ def test_heat_follows_the_split():
         "lines", "a = 1\nThe answer is: 9", ["b = 3\n", "\n", "c = 4\n", "The answer is: 7"]
     )
     assert [heat for _, heat in asked] == [1.0, 1.1, 1.1, 1.2]
-    assert (
-        asked[2][0] == "a = 1\nb = 3\n\n" and pair["rejected"] == "b = 3\n\nc = 4\nThe answer is: 7"
-    )
-    assert (
-        pair["initial_reason_steps"] == "a = 1\n"
-        and pair["chosen"] == "The answer is: 9"
-        and pair["error_step"] == 2
-    )
+    assert asked[2][0] == "a = 1\nb = 3\n\n"
+    assert pair["rejected"] == "b = 3\n\nc = 4\nThe answer is: 7"
+    assert pair["initial_reason_steps"] == "a = 1\n"
+    assert pair["chosen"] == "The answer is: 9"
+    assert pair["error_step"] == 2
     [pair], asked = astray(
         "sentences", "It is 1. The answer is: 9", [" So 3. ", " The answer is: 7"]
     )
-    assert (
-        asked == [("It is 1.", 1.0), ("It is 1. So 3.", 1.1)]
-        and pair["rejected"] == " So 3. The answer is: 7"
-    )
+    assert asked == [("It is 1.", 1.0), ("It is 1. So 3.", 1.1)]
+    assert pair["rejected"] == " So 3. The answer is: 7"
 
 
 THREE = "a = 1\nb = 2\nThe answer is: 9"
@@ -388,9 +332,8 @@ def test_pairs_per_problem_keeps_what_went_wrong_first():
 def test_a_code_integrated_solution_has_22_blocks_at_most():
     """The authors count 24 with the turns of system and user."""
     blocks = [{"type": "text", "content": "x" * 3000}] * 22
-    assert not stage(3).too_long(blocks) and stage(3).too_long(
-        [*blocks, {"type": "text", "content": ""}]
-    )
+    assert not stage(3).too_long(blocks)
+    assert stage(3).too_long([*blocks, {"type": "text", "content": ""}])
     assert stage(3).too_long([{"type": "text", "content": "x" * 3001}])
 
 
@@ -398,28 +341,12 @@ def test_a_code_integrated_solution_has_22_blocks_at_most():
 def test_training_on_a_mix(samples, bundled, tmp_path):
     """04 on naive and step-controlled pairs together: both suffixes end their solution, so both end
     in EOS."""
-    run(
-        3,
-        "--method",
-        "dpo",
-        "--samples",
-        samples,
-        "--pairs-per-problem",
-        2,
-        "--out",
-        tmp_path / "naive.jsonl",
-    )
-    run(
-        3,
-        "--method",
-        "scdpo",
-        "--samples",
-        samples,
-        "--out",
-        tmp_path / "sc.jsonl",
-        *SHORT,
-        *bundled,
-    )
+    options = ["--method", "dpo", "--samples", samples, "--pairs-per-problem", 2]
+    options += ["--out", tmp_path / "naive.jsonl"]
+    run(3, *options)
+    options = ["--method", "scdpo", "--samples", samples, "--out", tmp_path / "sc.jsonl", *SHORT]
+    options += [*bundled]
+    run(3, *options)
     both = read(tmp_path / "naive.jsonl") + read(tmp_path / "sc.jsonl")
     from transformers import AutoTokenizer
 
@@ -430,22 +357,9 @@ def test_training_on_a_mix(samples, bundled, tmp_path):
             ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[:-1]
             for ids in suffixes
         )
-    done = run(
-        4,
-        "--data",
-        tmp_path / "naive.jsonl",
-        tmp_path / "sc.jsonl",
-        "--model",
-        TINY / "model",
-        "--out",
-        tmp_path / "tuned",
-        "--epochs",
-        1,
-        "--batch-size",
-        8,
-        "--lr",
-        1e-5,
-    )
+    options = ["--data", tmp_path / "naive.jsonl", tmp_path / "sc.jsonl", "--model", TINY / "model"]
+    options += ["--out", tmp_path / "tuned", "--epochs", 1, "--batch-size", 8, "--lr", 1e-5]
+    done = run(4, *options)
     assert f"{len(both)} pairs" in done.stdout + done.stderr
 
 

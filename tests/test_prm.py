@@ -113,9 +113,12 @@ def test_scores_are_those_of_a_pass_of_its_own(form, tmp_path, small_model, monk
         tokenizer.encode(sign if form == "rlhflow" else f"a {sign}", add_special_tokens=False)[-1]
         for sign in "+-"
     )
-    chat = lambda turns: tokenizer.apply_chat_template(
-        [{"role": r, "content": c} for r, c in turns], tokenize=False
-    )
+
+    def chat(turns):
+        return tokenizer.apply_chat_template(
+            [{"role": r, "content": c} for r, c in turns], tokenize=False
+        )
+
     for row, (ids, places), scores in zip(rows, parts, found, strict=True):
         steps = [step.strip() for step in row["steps"]]
         bare = [
@@ -173,15 +176,8 @@ def test_the_bundled_prm_finds_most_first_errors(tmp_path, capsys):
     labelled(tmp_path / "labels.jsonl")
     score = [tmp_path / "labels.jsonl", "--prm", PRM]
     run("score_steps", *score)
-    arguments = [
-        "--samples",
-        tmp_path / "labels.scored.jsonl",
-        "--include-correct",
-        "--locator",
-        "scores",
-        "--out",
-        tmp_path / "out.jsonl",
-    ]
+    arguments = ["--samples", tmp_path / "labels.scored.jsonl", "--include-correct"]
+    arguments += ["--locator", "scores", "--out", tmp_path / "out.jsonl"]
     done = run(2, *arguments)
     rows = read(tmp_path / "out.jsonl")
     said = [(row["label"], (row["error_step"] or 0) - 1) for row in rows]
@@ -200,9 +196,8 @@ def test_the_bundled_prm_finds_most_first_errors(tmp_path, capsys):
     whole = (tmp_path / "labels.scored.jsonl").read_bytes()
     (tmp_path / "labels.scored.jsonl").write_bytes(whole[: len(whole) // 3])
     done = run("score_steps", *score)
-    assert (
-        tmp_path / "labels.scored.jsonl"
-    ).read_bytes() == whole and "rows are there already" in done.stderr
+    assert (tmp_path / "labels.scored.jsonl").read_bytes() == whole
+    assert "rows are there already" in done.stderr
     args = score_steps.Args(
         write(tmp_path / "labels.jsonl", read(tmp_path / "labels.jsonl")[1:]), str(PRM)
     )
@@ -319,18 +314,14 @@ def test_a_servers_scores_are_counted(pooling, tmp_path, capsys):
         assert re.search(
             r"\d+ scores for \d steps.*--pooler-config '{.tok_pooling_type.: .STEP., ", said
         ), name
-    pooling.script, args.out = (
-        lambda ids: (400, {"error": {"message": "longer than 4096"}}),
-        tmp_path / "refused.jsonl",
-    )
+    pooling.script = lambda ids: (400, {"error": {"message": "longer than 4096"}})
+    args.out = tmp_path / "refused.jsonl"
     done = run(
         "score_steps", args.samples, "--prm", PRM, "--base-url", url, "--out", args.out, check=False
     )
-    assert (
-        done.returncode == 2
-        and "longer than 4096" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 2
+    assert "longer than 4096" in done.stderr
+    assert "Traceback" not in done.stderr
     assert "score_steps.py: error: --base-url" in done.stderr
 
 
@@ -359,11 +350,9 @@ def test_vllm_pools_the_same_scores(tmp_path):
                 tmp_path / f"{name}.jsonl",
                 check=name == "there",
             )
-    assert (
-        done.returncode == 2
-        and f"--pooler-config '{json.dumps(right)}'" in done.stderr
-        and "0 scores" in done.stderr
-    )
+    assert done.returncode == 2
+    assert f"--pooler-config '{json.dumps(right)}'" in done.stderr
+    assert "0 scores" in done.stderr
     here, there = (read(tmp_path / f"{name}.jsonl") for name in ("here", "there"))
     assert len(here) == len(there) == 20
     for ours, theirs in zip(here, there, strict=True):
@@ -383,26 +372,16 @@ def test_rows_that_cannot_be_scored_stay_open(tmp_path, capsys):
     )
     scored = read(tmp_path / "in.scored.jsonl")
     assert [row["step_scores"] is None for row in scored] == [False, True, True, True, True, False]
-    run(
-        2,
-        "--samples",
-        tmp_path / "in.scored.jsonl",
-        "--include-correct",
-        "--locator",
-        "scores",
-        "--out",
-        tmp_path / "out.jsonl",
-    )
+    options = ["--samples", tmp_path / "in.scored.jsonl", "--include-correct"]
+    options += ["--locator", "scores", "--out", tmp_path / "out.jsonl"]
+    run(2, *options)
     found = {row["id"]: row for row in read(tmp_path / "out.jsonl")}
     reasons = [str(found[row["id"]]["reason"]) for row in rows]
-    assert (
-        "marks: " in reasons[1]
-        and "where the model takes 4096" in reasons[2]
-        and "a right solution" in reasons[4]
-    )
-    assert reasons[3] == "no response to look at" and all(
-        "not scored" not in reasons[k] for k in (0, 5)
-    )
+    assert "marks: " in reasons[1]
+    assert "where the model takes 4096" in reasons[2]
+    assert "a right solution" in reasons[4]
+    assert reasons[3] == "no response to look at"
+    assert all("not scored" not in reasons[k] for k in (0, 5))
     bad = [
         ({"steps": "abc"}, "bad.jsonl, line 2: "),
         ({"steps": ["a", None]}, "line 2: "),
@@ -430,11 +409,9 @@ def test_02_takes_a_number_for_each_step(scores, tmp_path):
     done = run(
         2, "--samples", path, "--locator", "scores", "--out", tmp_path / "out.jsonl", check=False
     )
-    assert (
-        done.returncode == 2
-        and f"{path}, row 2: no 'step_scores'" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 2
+    assert f"{path}, row 2: no 'step_scores'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
@@ -457,17 +434,8 @@ def test_consensus_keeps_what_both_say(judge, tmp_path):  # noqa: F811
     url = f"http://127.0.0.1:{judge.server_port}/v1"
     run("score_steps", tmp_path / "labels.jsonl", "--prm", PRM)
     samples = ["--samples", tmp_path / "labels.scored.jsonl", "--include-correct"]
-    judged = [
-        *samples,
-        "--locator",
-        "judge",
-        "--judge-model",
-        "judge",
-        "--judge-base-url",
-        url,
-        "--out",
-        tmp_path / "judged.jsonl",
-    ]
+    judged = [*samples, "--locator", "judge", "--judge-model", "judge", "--judge-base-url", url]
+    judged += ["--out", tmp_path / "judged.jsonl"]
     run(2, *samples, "--locator", "scores", "--out", tmp_path / "scores.jsonl")
     run(2, *judged, "--limit", 10)
     asked = judge.count
@@ -481,11 +449,9 @@ def test_consensus_keeps_what_both_say(judge, tmp_path):  # noqa: F811
     for row in rows:
         got = found[row["problem"]]
         first, second = got["said"]
-        assert (
-            len(got["step_scores"]) == len(row["steps"])
-            and got["judge"]["votes"]
-            and got["locator"] == "consensus"
-        )
+        assert len(got["step_scores"]) == len(row["steps"])
+        assert got["judge"]["votes"]
+        assert got["locator"] == "consensus"
         if first == second == 0:
             assert got["error_step"] is None and got["reason"] == "no error found by both"
         elif first and second and abs(first - second) <= 1:
@@ -494,10 +460,8 @@ def test_consensus_keeps_what_both_say(judge, tmp_path):  # noqa: F811
         else:
             assert got["error_step"] is None and got["reason"] == "the two disagree"
     assert 10 < kept < 28
-    assert (
-        done.stdout.startswith(f"{out}: rows {len(rows)}, located {kept}, ")
-        and len(done.stdout.splitlines()) == 1
-    )
+    assert done.stdout.startswith(f"{out}: rows {len(rows)}, located {kept}, ")
+    assert len(done.stdout.splitlines()) == 1
     run("consensus", *files, "--within", 0, "--out", tmp_path / "exact.jsonl")
     exact = [row["error_step"] for row in read(tmp_path / "exact.jsonl")]
     assert exact == [a if a and a == b else None for a, b in (row["said"] for row in read(out))]
@@ -547,11 +511,9 @@ def test_the_judge_stops_at_its_tokens_and_resumes(judge, tmp_path):  # noqa: F8
     judge.script = lambda n, body: verdicts(true_step(body))
     bound = ["--concurrency", 2, "--max-judge-tokens"]
     done = judged(judge, tmp_path, *bound, 400, check=False)
-    assert (
-        done.returncode == 2
-        and "--max-judge-tokens 400 are spent" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 2
+    assert "--max-judge-tokens 400 are spent" in done.stderr
+    assert "Traceback" not in done.stderr
     first = judge.count
     assert first == len(read(tmp_path / "out.jsonl")) in (4, 5)
     assert f"judge prompt tokens {100 * first}, judge completion tokens {10 * first}" in done.stdout
@@ -559,9 +521,8 @@ def test_the_judge_stops_at_its_tokens_and_resumes(judge, tmp_path):  # noqa: F8
     assert done.returncode == 2 and judge.count in (8, 9), "what earlier runs took counts"
     assert f"judge tokens of earlier runs {110 * first}" in done.stdout
     done = judged(judge, tmp_path, *bound, 0)
-    assert judge.count == 12 and {row["id"] for row in read(tmp_path / "out.jsonl")} == {
-        row["id"] for row in rows
-    }
+    assert judge.count == 12
+    assert {row["id"] for row in read(tmp_path / "out.jsonl")} == {row["id"] for row in rows}
     done = judged(judge, tmp_path, *bound, -1, check=False)
     assert done.returncode == 2 and "--max-judge-tokens must be at least 0" in done.stderr
 
@@ -575,55 +536,42 @@ def test_processbench_as_a_command(tmp_path):
     (tmp_path / "pb" / "math.json").write_text(
         json.dumps([row | {"steps": [s.strip() for s in row["steps"]]} for row in rows])
     )
-    arguments = [
-        "--data-dir",
-        tmp_path / "pb",
-        "--files",
-        "gsm8k",
-        "math",
-        "--out",
-        tmp_path / "out",
-        "--limit",
-        40,
-    ]
+    arguments = ["--data-dir", tmp_path / "pb", "--files", "gsm8k", "math"]
+    arguments += ["--out", tmp_path / "out", "--limit", 40]
     done = run("processbench", *arguments, "--prm", PRM)
     table = [
         [c.strip() for c in line.split("|")[1:-1]]
         for line in done.stdout.split("\n")
         if line.startswith("| scores")
     ]
-    assert [row[1] for row in table] == ["gsm8k", "math", "mean"] * 2 and "threshold 0." in table[
-        3
-    ][0]
+    assert [row[1] for row in table] == ["gsm8k", "math", "mean"] * 2
+    assert "threshold 0." in table[3][0]
     found = read(tmp_path / "out" / "gsm8k.located.jsonl")
-    share = lambda part: (
-        sum(row["label"] == (row["error_step"] or 0) - 1 for row in part) / len(part)
-    )
+
+    def share(part):
+        return sum(row["label"] == (row["error_step"] or 0) - 1 for row in part) / len(part)
+
     wrong, right = (
         share([row for row in found if (row["label"] >= 0) == side]) for side in (True, False)
     )
     assert len(found) == 40 and table[0][2:5] == ["40", f"{wrong:.1%}", f"{right:.1%}"]
-    assert (
-        table[0][5].startswith(f"{2 * wrong * right / (wrong + right):.1%} (")
-        and float(table[0][6]) > 50
-    )
+    assert table[0][5].startswith(f"{2 * wrong * right / (wrong + right):.1%} (")
+    assert float(table[0][6]) > 50
     assert (tmp_path / "out" / "table.md").read_text().strip() in done.stdout
     again = run("processbench", *arguments, "--prm", PRM)
-    rows_of = lambda text: [
-        line.rsplit("|", 2)[0] for line in text.split("\n") if line.startswith("| ")
-    ]  # without the seconds
-    assert (
-        rows_of(again.stdout) == rows_of(done.stdout)
-        and again.stderr.count("40 rows are there already") == 4
-    )
+
+    def rows_of(text):  # without the seconds
+        return [line.rsplit("|", 2)[0] for line in text.split("\n") if line.startswith("| ")]
+
+    assert rows_of(again.stdout) == rows_of(done.stdout)
+    assert again.stderr.count("40 rows are there already") == 4
     done = run(
         "processbench", "--data-dir", tmp_path, "--out", tmp_path / "x", "--prm", PRM, check=False
     )
     assert done.returncode == 2 and "no gsm8k.json" in done.stderr
     done = run("processbench", "--data-dir", tmp_path / "pb", "--out", tmp_path / "x", check=False)
-    assert (
-        done.returncode == 2 and "give one of --model with --base-url, --prm, or --" in done.stderr
-    )
+    assert done.returncode == 2
+    assert "give one of --model with --base-url, --prm, or --" in done.stderr
 
 
 CRITICS = [  # what answers say of three paragraphs, the first wrong step, the reason
@@ -674,32 +622,15 @@ def test_a_critic_by_the_papers_protocol(votes, judge, tmp_path):  # noqa: F811
             "<paragraph_0>\nFirst.\n</paragraph_0>\n\n<paragraph_1>\nThen {y}.\n</paragraph_1>"
             in message["content"]
         )
-        assert (
-            "\\boxed{}" in message["content"]
-            and "index of the first paragraph" in message["content"]
-        )
+        assert "\\boxed{}" in message["content"]
+        assert "index of the first paragraph" in message["content"]
         known = re.search(r"shows (\d)", message["content"])
         return f"I think \\boxed{{{int(known[1]) - 1}}}" if known else "neutral"
 
     judge.script = script
     url = f"http://127.0.0.1:{judge.server_port}/v1"
-    command = [
-        "--data-dir",
-        tmp_path / "pb",
-        "--files",
-        "gsm8k",
-        "--out",
-        tmp_path / "out",
-        "--votes",
-        votes,
-        "--price",
-        1e4,
-        1e4,
-        "--model",
-        "judge",
-        "--base-url",
-        url,
-    ]
+    command = ["--data-dir", tmp_path / "pb", "--files", "gsm8k", "--out", tmp_path / "out"]
+    command += ["--votes", votes, "--price", 1e4, 1e4, "--model", "judge", "--base-url", url]
     done = run("processbench", *command)
     assert judge.count == 5 * votes
     sampling = {"temperature": 0.0} if votes == 1 else {"temperature": 1.0, "top_p": 0.9}
@@ -721,17 +652,9 @@ def test_a_critic_by_the_papers_protocol(votes, judge, tmp_path):  # noqa: F811
 def test_training_a_prm(tmp_path):
     """A short training on 100 solutions: the loss falls."""
     labelled(tmp_path / "labels.jsonl", 120)
-    run(
-        "train_prm",
-        "--data",
-        tmp_path / "labels.jsonl",
-        "--out",
-        tmp_path / "prm",
-        "--held-out",
-        20,
-        "--epochs",
-        4,
-    )
+    options = ["--data", tmp_path / "labels.jsonl", "--out", tmp_path / "prm", "--held-out", 20]
+    options += ["--epochs", 4]
+    run("train_prm", *options)
     figures = json.loads((tmp_path / "prm" / "training.json").read_text())
     assert figures["solutions"] == 100 and 0 < figures["last loss"] < 0.8 * figures["first loss"]
     run("score_steps", tmp_path / "labels.jsonl", "--prm", tmp_path / "prm")

@@ -14,13 +14,15 @@ CHATML = (TINY / "model" / "chat_template.jinja").read_text()
 # of Qwen3's and R1's thoughts
 LLAMA = """{{- bos_token }}
 {%- for m in messages %}
-    {{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}
+    {{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}
+    {{- m['content'] | trim + '<|eot_id|>' }}
 {%- endfor %}
-{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"""
+{%- if add_generation_prompt -%}
+{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"""
 GEMMA = """{{- bos_token -}}
 {%- for m in messages -%}
-{{- '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + m['content'] | trim -}}
-{{- '<end_of_turn>\n' -}}
+{{- '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' -}}
+{{- m['content'] | trim + '<end_of_turn>\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<start_of_turn>model\n' -}}{%- endif -%}"""
 MISTRAL = """{{- bos_token -}}
@@ -30,11 +32,14 @@ MISTRAL = """{{- bos_token -}}
 {%- endfor -%}"""
 QWEN3 = """{%- for m in messages -%}
 {%- set said = m['content'].split('</think>')[-1].lstrip('\n') -%}
-{{- '<|im_start|>' + m['role'] + '\n' + '<think>\n\n</think>\n\n' * (m['role'] == 'assistant') + said + '<|im_end|>\n' -}}
+{{- '<|im_start|>' + m['role'] + '\n' -}}
+{{- '<think>\n\n</think>\n\n' * (m['role'] == 'assistant') + said + '<|im_end|>\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
 R1 = """{{- bos_token -}}
-{%- for m in messages -%}{{- '<' + m['role'] + '>' + m['content'].split('</think>')[-1] -}}{%- endfor -%}
+{%- for m in messages -%}
+{{- '<' + m['role'] + '>' + m['content'].split('</think>')[-1] -}}
+{%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<assistant><think>\n' -}}{%- endif -%}"""
 ENDS = {
     LLAMA: "<|start_header_id|>assistant<|end_header_id|>\n\n",
@@ -97,14 +102,14 @@ def test_one_bos_stands_first_in_every_stage_and_no_eos_within(template, eos, tm
         assert found[0] == tokenizer.bos_token_id and found.count(tokenizer.bos_token_id) == 1, name
         assert tokenizer.eos_token_id not in found, name
     qwen = stage(1).load_tokenizer(str(TINY / "model"), template, "{}")  # has no BOS
-    assert qwen.bos_token is None and qwen.decode(
-        stage(1).prompt_ids(qwen, "1 + 1?", "")
-    ) in tokenizer.decode(ids[STAGES[1]])
+    assert qwen.bos_token is None
+    assert qwen.decode(stage(1).prompt_ids(qwen, "1 + 1?", "")) in tokenizer.decode(ids[STAGES[1]])
 
 
 ASK = "1 + 1?\nPlease reason step by step, and put your final answer within \\boxed{}."
 ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request."
     "\n\n### Instruction:\n1 + 1?\n\n### Response: Let's think step by step."
 )
 # template and opening of docs/evaluation.md, and the raw prompt of the authors' evaluation
@@ -158,9 +163,8 @@ def test_bos_stands_before_rows_that_no_template_renders(eos, tmp_path):
     ):
         prefix, suffixes = stage(4).encode(row, tokenizer)
         assert prefix[0] == tokenizer.bos_token_id and prefix.count(tokenizer.bos_token_id) == 1
-        assert tokenizer.eos_token_id not in prefix and all(
-            ids[-1] == tokenizer.eos_token_id for ids in suffixes
-        )
+        assert tokenizer.eos_token_id not in prefix
+        assert all(ids[-1] == tokenizer.eos_token_id for ids in suffixes)
 
 
 def test_a_template_without_bos_gets_one_line(tmp_path, capfd):
@@ -214,9 +218,9 @@ def test_templates_take_the_bare_problem_also_where_the_sentence_was_edited(monk
             tokenizer = stage(number).load_tokenizer(str(TINY / "model"), template, "{}")
             text = stage(number).render_prompt(tokenizer, "1 + 1?", "")
             bare = "problem'" in template.read_text()  # message['problem']
-            assert (
-                "1 + 1?" in text and ("hard" in text) != bare and "hard" in stage(number).USER_TURN
-            )
+            assert "1 + 1?" in text
+            assert ("hard" in text) != bare
+            assert "hard" in stage(number).USER_TURN
     own = stage(1).load_tokenizer(str(TINY / "model"), None, "{}")
     assert "1 + 1?\nThink hard" in stage(1).render_prompt(own, "1 + 1?", "")
 
@@ -227,7 +231,8 @@ def test_scdpos_evaluation_of_code_has_its_own_prompt(tmp_path):
         model(tmp_path), ROOT / "data/templates/code_evaluation.jinja", "{}"
     )
     assert one.render_prompt(tokenizer, "1 + 1?", "") == (
-        "<s><|system|><|text|>Below is a math problem. Please solve it step by step.<|endofblock|><|endofmessage|>"
+        "<s><|system|><|text|>Below is a math problem. Please solve it step by step."
+        "<|endofblock|><|endofmessage|>"
         "<|user|><|text|>1 + 1?<|endofblock|><|endofmessage|><|assistant|>"
     )
 
@@ -237,11 +242,9 @@ def refused(number: int, *arguments):
     done = run(number, *arguments, check=False)
     [line] = [line for line in done.stderr.splitlines() if ": error: " in line]
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert (
-        "25 Nov 2025" in line
-        and "26 Nov 2025" in line
-        and '--chat-template-kwargs \'{"date_string":' in line
-    )
+    assert "25 Nov 2025" in line
+    assert "26 Nov 2025" in line
+    assert '--chat-template-kwargs \'{"date_string":' in line
 
 
 def test_rows_of_another_prompt_are_not_mixed(scripted, tmp_path):  # noqa: F811
@@ -306,22 +309,9 @@ def test_training_goes_on_by_the_prompt(small_model, tmp_path):
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "dated.jinja").write_text(DATED)
-    arguments = [
-        "--data",
-        tmp_path / "pairs.jsonl",
-        "--model",
-        small_model,
-        "--out",
-        tmp_path / "out",
-        "--batch-size",
-        2,
-        "--epochs",
-        2,
-        "--save-steps",
-        2,
-        "--chat-template",
-        tmp_path / "dated.jinja",
-    ]
+    arguments = ["--data", tmp_path / "pairs.jsonl", "--model", small_model]
+    arguments += ["--out", tmp_path / "out", "--batch-size", 2, "--epochs", 2, "--save-steps", 2]
+    arguments += ["--chat-template", tmp_path / "dated.jinja"]
     run(4, *arguments)
     (tmp_path / "dated.jinja").write_text(DATED.replace("25 Nov", "26 Nov"))
     refused(4, *arguments)

@@ -40,11 +40,9 @@ def test_quickstart_recipe_end_to_end(tmp_path):
     base, tuned = summary["models"].values()
     assert summary["problems"] == 60 and "p" in tuned and 0.3 < base["accuracy"] < 0.95
     text = (tmp_path / "results" / "report.md").read_text()
-    assert (
-        "| test (60) |" in text
-        and "![accuracy](accuracy.png)" in text
-        and (tmp_path / "results" / "report.html").exists()
-    )
+    assert "| test (60) |" in text
+    assert "![accuracy](accuracy.png)" in text
+    assert (tmp_path / "results" / "report.html").exists()
     assert "Where the time went" in done.stdout
     assert read(tmp_path / "model-0" / "metrics.jsonl")[-1]["step"] >= 2
     assert (tmp_path / "model-0" / "model.safetensors").exists()
@@ -96,42 +94,21 @@ def code_to_report(url: str, tmp_path: Path):
                 assert output == {"type": "execution", "content": str(value)}
                 ran += 1
     assert ran > 100 and sum(row["correct"] for row in rows) > 20
-    run(
-        3,
-        "--method",
-        "scdpo",
-        "--samples",
-        tmp_path / "s.jsonl",
-        "--model",
-        model,
-        "--out",
-        tmp_path / "p.jsonl",
-        *manner,
-    )
+    options = ["--method", "scdpo", "--samples", tmp_path / "s.jsonl", "--model", model]
+    options += ["--out", tmp_path / "p.jsonl", *manner]
+    run(3, *options)
     pairs = read(tmp_path / "p.jsonl")
     for pair in pairs:
         prefix = pair["initial_reason_steps"]
-        assert prefix.endswith("<|endofblock|>") and not re.search(
-            r"<\|code\|>[^|]*<\|endofblock\|>$", prefix
-        )
-        assert (
-            prefix + pair["chosen"] == pair["full_chosen"]
-            and prefix + pair["rejected"] == pair["full_rejected"]
-        )
+        assert prefix.endswith("<|endofblock|>")
+        assert not re.search(r"<\|code\|>[^|]*<\|endofblock\|>$", prefix)
+        assert prefix + pair["chosen"] == pair["full_chosen"]
+        assert prefix + pair["rejected"] == pair["full_rejected"]
         assert len(stage(1).blocks_of(pair["chosen"])) >= 2
     assert pairs
-    run(
-        5,
-        "--data",
-        TINY / "test.jsonl",
-        "--limit",
-        10,
-        "--models",
-        model,
-        "--out",
-        tmp_path / "results",
-        *manner,
-    )
+    options = ["--data", TINY / "test.jsonl", "--limit", 10, "--models", model]
+    options += ["--out", tmp_path / "results", *manner]
+    run(5, *options)
     assert "| rounds | executions | failures |" in (tmp_path / "results" / "report.md").read_text()
 
 
@@ -164,7 +141,10 @@ def test_ablation(server, tmp_path):
         assert not {row["id"] for row in rows[name]} & {
             row["id"] for row in rows[f"{name}.validation"]
         }
-    length = lambda name: sum(len(row["chosen"]) + len(row["rejected"]) for row in rows[name])
+
+    def length(name):
+        return sum(len(row["chosen"]) + len(row["rejected"]) for row in rows[name])
+
     assert 0.5 < length("dpo-tokens") / length("step-dpo") < 1.3  # characters, for tokens
     table = (tmp_path / "table.md").read_text()
     found = json.loads((tmp_path / "greedy" / "summary.json").read_text())["benchmarks"]["test"][
@@ -174,9 +154,8 @@ def test_ablation(server, tmp_path):
     [line] = [
         line for line in table.split("\n") if line.startswith("| Step-DPO | ") and "1e-4, 1" in line
     ]
-    assert (
-        f" {found['step-dpo']['accuracy']:.1%} (" in line and f"| {len(rows['step-dpo'])} |" in line
-    )
+    assert f" {found['step-dpo']['accuracy']:.1%} (" in line
+    assert f"| {len(rows['step-dpo'])} |" in line
     assert (tmp_path / "ablation.png").stat().st_size > 10_000
     made = (tmp_path / "models" / "step-dpo_1e-4_1-0" / "model.safetensors").stat().st_mtime_ns
     again = recipe(**sizes, PAIRS="40")
@@ -228,7 +207,8 @@ if words[0].startswith("05"):
     after("--out").mkdir(parents=True, exist_ok=True)
     (after("--out") / "summary.json").touch()
 if "choose" in words:
-    (pathlib.Path(words[2]) / f"{after('--method')}.rate").write_text(words[words.index("--rates") + 2] + "\\n")
+    rate = words[words.index("--rates") + 2]
+    (pathlib.Path(words[2]) / f"{after('--method')}.rate").write_text(rate + "\\n")
 """
 
 
@@ -244,7 +224,8 @@ def small_model(tmp_path, *arguments, **settings):
     (tmp_path / "python").chmod(0o755)
     calls = tmp_path / "calls"
     calls.write_text("")
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": "out"} | settings
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OUT": "out", **settings}
     command = ["bash", str(tmp_path / "recipes" / "small_model.sh"), *arguments]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     return [shlex.split(line) for line in calls.read_text().splitlines()], done
@@ -255,11 +236,14 @@ def test_small_model_commands(tmp_path):
     again."""
     calls, done = small_model(tmp_path, SEEDS="0 1", MODEL="base-model")
     assert done.returncode == 0, done.stderr
-    of = lambda number: [
-        tyro.cli(stage(number).Args, args=call[1:])
-        for call in calls
-        if call[0].startswith(f"0{number}_")
-    ]
+
+    def of(number):
+        return [
+            tyro.cli(stage(number).Args, args=call[1:])
+            for call in calls
+            if call[0].startswith(f"0{number}_")
+        ]
+
     [samples], [located], pairs, trained, evaluated = map(of, range(1, 6))
     assert (samples.limit, samples.n, samples.temperature, samples.top_p, samples.max_tokens) == (
         750,
@@ -275,9 +259,8 @@ def test_small_model_commands(tmp_path):
         512,
     )
     assert [args.method for args in pairs] == ["step-dpo", "dpo", "scdpo"] and pairs[0].n == 8
-    assert pairs[0].rollouts == located.keep_rollouts and {args.model for args in trained} == {
-        "base-model"
-    }
+    assert pairs[0].rollouts == located.keep_rollouts
+    assert {args.model for args in trained} == {"base-model"}
     methods = ["step-dpo", "dpo", "sft", "scdpo"]
     assert [args.out.name.rsplit("-", 3)[0] for args in trained[::4]] == methods
     assert [(args.lr, args.seed) for args in trained[:4]] == [
@@ -293,9 +276,9 @@ def test_small_model_commands(tmp_path):
     assert [name.split("=")[0] for name in tests[-1].models] == ["base", *methods]
     assert tests[-1].models[2] == "dpo=out/models/dpo-3e-6-0,out/models/dpo-3e-6-1"
     calls, done = small_model(tmp_path, SEEDS="0 1", MODEL="base-model")
-    assert (
-        done.returncode == 0 and {call[0][:2] for call in calls} == {"05", "an", "ex"} and not of(4)
-    )
+    assert done.returncode == 0
+    assert {call[0][:2] for call in calls} == {"05", "an", "ex"}
+    assert not of(4)
     assert all(args.out.name == "test" for args in of(5))
 
 
@@ -304,18 +287,15 @@ def test_small_model_parts(tmp_path):
     server = {"BASE_URL": "http://host/v1", "CONCURRENCY": "200", "METHODS": "step_dpo"}
     calls, _ = small_model(tmp_path, "data", **server)
     asks = [call for call in calls if call[0][:2] in ("01", "02", "03") and "dpo" not in call]
-    assert len(asks) == 4 and all(
-        call[call.index("--base-url") + 1] == "http://host/v1" for call in asks
-    )
+    assert len(asks) == 4
+    assert all(call[call.index("--base-url") + 1] == "http://host/v1" for call in asks)
     assert all(call[call.index("--concurrency") + 1] == "200" for call in asks)
     assert small_model(tmp_path, "data", **server)[0] == []
     [call, picture], _ = small_model(tmp_path, "train", "step_dpo", "1e-6", "2", **server)
     assert picture == ["analysis/plot_training.py", "out/models/step-dpo-1e-6-2"]
-    assert (
-        call[0].startswith("04")
-        and call[-1] == "out/models/step-dpo-1e-6-2"
-        and "--base-url" not in call
-    )
+    assert call[0].startswith("04")
+    assert call[-1] == "out/models/step-dpo-1e-6-2"
+    assert "--base-url" not in call
     [call], _ = small_model(tmp_path, "validate", "step_dpo", "1e-6", "2", **server)
     assert "step-dpo-1e-6-2=out/models/step-dpo-1e-6-2" in call and "--base-url" in call
     [call, page], _ = small_model(tmp_path, "test", **server)
@@ -372,16 +352,14 @@ def test_small_model(server, tmp_path):
     sets = {
         name: read(out / "pairs" / f"{name}.jsonl") for name in ("step-dpo", "dpo", "sft", "scdpo")
     }
-    assert (
-        not problems["validation"] & problems["gsm8k_train"] and len(problems["validation"]) == 30
-    )
+    assert not problems["validation"] & problems["gsm8k_train"]
+    assert len(problems["validation"]) == 30
     assert {len(rows) for rows in sets.values()} == {24}
     assert {row["id"] for rows in sets.values() for row in rows} <= {
         row["id"] for row in read(out / "samples.jsonl")
     }
-    assert all(row["correct"] for row in sets["sft"]) and {
-        row["method"] for row in sets["scdpo"]
-    } == {"dpo", "scdpo"}
+    assert all(row["correct"] for row in sets["sft"])
+    assert {row["method"] for row in sets["scdpo"]} == {"dpo", "scdpo"}
     part("validate", "base")
     for method in ("step_dpo", "sft"):
         part("train", method, "3e-5", "0")
@@ -389,10 +367,8 @@ def test_small_model(server, tmp_path):
     table = (out / "table.md").read_text()
     samples = read(out / "samples.jsonl")
     right = sum(row["correct"] for row in samples)
-    assert (
-        f"| samples | {len(samples)} |" in table
-        and f"| right | {right} ({right / len(samples):.1%}) |" in table
-    )
-    assert (
-        "| base |" in table and "### Step-DPO: tiny-train-" in table and "## Accuracy" not in table
-    )
+    assert f"| samples | {len(samples)} |" in table
+    assert f"| right | {right} ({right / len(samples):.1%}) |" in table
+    assert "| base |" in table
+    assert "### Step-DPO: tiny-train-" in table
+    assert "## Accuracy" not in table

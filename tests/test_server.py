@@ -76,12 +76,10 @@ def test_rows_follow_the_contracts(files):
     samples = keyed(files / "samples.jsonl", "id", "sample")
     assert len(samples) == 120
     for row in samples.values():
-        assert "".join(row["steps"]) == row["response"] and row["response"].startswith(
-            "Let's think step by step.\nStep 1:"
-        )
-        assert (
-            row["correct"] == (row["prediction"] == row["answer"]) and row["level"]
-        )  # fields are carried through
+        assert "".join(row["steps"]) == row["response"]
+        assert row["response"].startswith("Let's think step by step.\nStep 1:")
+        assert row["correct"] == (row["prediction"] == row["answer"])
+        assert row["level"], "fields are carried through"
     located = keyed(files / "located.jsonl", "id", "sample")
     assert set(located) == {key for key, row in samples.items() if not row["correct"]}
     for row in located.values():
@@ -94,9 +92,8 @@ def test_rows_follow_the_contracts(files):
         assert pair["full_rejected"] == row["response"]
         assert pair["initial_reason_steps"].endswith(f"Step {row['error_step']}:")
         assert pair["full_chosen"].startswith(pair["initial_reason_steps"] + pair["chosen"])
-        assert pair["chosen"].split() != pair["rejected"].split() and pair["full_chosen"].endswith(
-            f"{{{pair['answer']}}}."
-        )
+        assert pair["chosen"].split() != pair["rejected"].split()
+        assert pair["full_chosen"].endswith(f"{{{pair['answer']}}}.")
     meta = json.loads((files / "samples.jsonl.meta.json").read_text())
     assert meta["finished"] and meta["summary"]["samples"] == 120 and meta["versions"]["torch"]
 
@@ -150,33 +147,22 @@ def test_until_both_goes_on_as_long_as_needed(bundled, tmp_path):
         assert sorted(verdicts) == list(range(count)) and (count in (2, 4, 6, 7))
         both = len(set(verdicts.values())) == 2
         assert both or count == 7
-        assert (
-            count == 2 or len({verdicts[i] for i in range(count - (2 if count < 7 else 1))}) == 1
-        )  # no wave too many
+        before_last_wave = range(count - (2 if count < 7 else 1))
+        assert count == 2 or len({verdicts[i] for i in before_last_wave}) == 1, "a wave too many"
 
 
 def test_unfinished_samples_are_not_the_wrong_one(bundled, tmp_path):
     """--until-both goes on until an answer is right and another, finished and parsed, is wrong:
     then 03 finds a pair."""
-    arguments = [
-        "--data",
-        TINY / "train.jsonl",
-        "--limit",
-        40,
-        "--until-both",
-        6,
-        "--max-tokens",
-        70,
-        *bundled,
-    ]
+    arguments = ["--data", TINY / "train.jsonl", "--limit", 40, "--until-both", 6]
+    arguments += ["--max-tokens", 70, *bundled]
     run(1, *arguments, "--out", tmp_path / "a.jsonl")
     by_problem = {}
     for row in read(tmp_path / "a.jsonl"):
         by_problem.setdefault(row["id"], []).append(row)
     stopped = [rows for rows in by_problem.values() if len(rows) < 6]
-    assert stopped and any(
-        row["finish_reason"] == "length" for rows in by_problem.values() for row in rows
-    )
+    assert stopped
+    assert any(row["finish_reason"] == "length" for rows in by_problem.values() for row in rows)
     for rows in stopped:
         assert {row["correct"] for row in rows if row["prediction"] is not None} == {True, False}
     both = sum(
@@ -213,17 +199,9 @@ def test_the_models_generation_config_does_not_sample(bundled, tmp_path):
     run(5, *arguments, "--models", penalized, "--out", tmp_path / "own")
     with serving(penalized, tmp_path / "server.log", "--generation-config", "auto") as (url, key):
         environment = os.environ | {"OPENAI_API_KEY": key}
-        run(
-            5,
-            *arguments,
-            "--models",
-            penalized,
-            "--base-url",
-            url,
-            "--out",
-            tmp_path / "running",
-            env=environment,
-        )
+        options = [*arguments, "--models", penalized, "--base-url", url]
+        options += ["--out", tmp_path / "running"]
+        run(5, *options, env=environment)
     texts = {}
     for path in tmp_path.glob("*/validation/*.jsonl"):
         texts[path.parent.parent.name] = {row["id"]: row["response"] for row in read(path)}
@@ -249,10 +227,8 @@ def test_every_stage_renders_the_same_prefix(server):
     template = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
     switches = json.dumps({"enable_thinking": False})
     qwen3 = stage(1).load_tokenizer(str(TINY / "model"), template, switches)
-    own, ours = (
-        AutoTokenizer.from_pretrained(TINY / "model"),
-        stage(1).load_tokenizer(str(TINY / "model"), None, "{}"),
-    )
+    own = AutoTokenizer.from_pretrained(TINY / "model")
+    ours = stage(1).load_tokenizer(str(TINY / "model"), None, "{}")
     for prefix in (
         stage(1).OPENING,
         stage(1).OPENING + " 3 + 4 = 7.\nStep 2: So it is 7.\nStep 3:",
@@ -306,9 +282,8 @@ def test_every_stage_renders_the_same_prefix(server):
         stage(4).encode({"problem": "p", "solution": "s"}, tokenizer)[0]
         for tokenizer in (qwen3, thinking)
     )
-    assert qwen3.decode(closed).endswith(
-        "<think>\n\n</think>\n\n"
-    ) and "<think>" not in qwen3.decode(opened)
+    assert qwen3.decode(closed).endswith("<think>\n\n</think>\n\n")
+    assert "<think>" not in qwen3.decode(opened)
 
 
 def test_server_and_own_engine_give_the_same_rows(files, server, tmp_path):
@@ -325,10 +300,8 @@ def test_server_and_own_engine_give_the_same_rows(files, server, tmp_path):
 def test_linear_agrees_with_bisection_on_what_both_estimate(files, bundled, tmp_path):
     arguments = stage_arguments(bundled, files, tmp_path)[2]
     run(2, *arguments, "--linear")
-    linear, bisected = (
-        keyed(tmp_path / "located.jsonl", "id", "sample"),
-        keyed(files / "located.jsonl", "id", "sample"),
-    )
+    linear = keyed(tmp_path / "located.jsonl", "id", "sample")
+    bisected = keyed(files / "located.jsonl", "id", "sample")
     assert set(linear) == set(bisected)
     for key, row in linear.items():
         if row["error_step"]:
@@ -344,47 +317,23 @@ def test_a_prompt_too_long_for_the_model_goes_through(bundled, tmp_path):
     (tmp_path / "in.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in [long, read(TINY / "train.jsonl")[0]])
     )
-    run(
-        1,
-        "--data",
-        tmp_path / "in.jsonl",
-        "--n",
-        8,
-        "--out",
-        tmp_path / "s.jsonl",
-        *SHORT,
-        *bundled,
-    )
+    options = ["--data", tmp_path / "in.jsonl", "--n", 8, "--out", tmp_path / "s.jsonl", *SHORT]
+    options += [*bundled]
+    run(1, *options)
     assert {row["finish_reason"] for row in read(tmp_path / "s.jsonl") if row["id"] == "long"} == {
         "refused"
     }
-    run(
-        2,
-        "--samples",
-        tmp_path / "s.jsonl",
-        "--rollouts",
-        2,
-        "--out",
-        tmp_path / "l.jsonl",
-        *SHORT,
-        *bundled,
-    )
+    options = ["--samples", tmp_path / "s.jsonl", "--rollouts", 2, "--out", tmp_path / "l.jsonl"]
+    options += [*SHORT, *bundled]
+    run(2, *options)
     reasons = [row["reason"] for row in read(tmp_path / "l.jsonl") if row["id"] == "long"]
     assert reasons == 8 * ["no response to look at"]
     (tmp_path / "l.jsonl").write_text(
         json.dumps(SOLVED) + "\n" + (tmp_path / "l.jsonl").read_text()
     )
-    done = run(
-        3,
-        "--located",
-        tmp_path / "l.jsonl",
-        "--n",
-        2,
-        "--out",
-        tmp_path / "p.jsonl",
-        *SHORT,
-        *bundled,
-    )
+    options = ["--located", tmp_path / "l.jsonl", "--n", 2, "--out", tmp_path / "p.jsonl", *SHORT]
+    options += [*bundled]
+    done = run(3, *options)
     assert "errors not located" in done.stdout
 
 
@@ -394,10 +343,8 @@ def test_real_benchmarks_run_through(bundled, tmp_path, name):
         pytest.skip("the benchmark files are not beside this checkout")
     arguments = ["--data", SHARED / f"{name}.jsonl", "--limit", 12, "--n", 1, "--max-tokens", 200]
     done = run(1, *arguments, "--out", tmp_path / "s.jsonl", *bundled)
-    assert (
-        "problems 12, samples 12" in done.stdout
-        and len(keyed(tmp_path / "s.jsonl", "id", "sample")) == 12
-    )
+    assert "problems 12, samples 12" in done.stdout
+    assert len(keyed(tmp_path / "s.jsonl", "id", "sample")) == 12
 
 
 def test_saved_models_decode_alike_in_vllm_and_transformers(files, tmp_path):
@@ -406,33 +353,12 @@ def test_saved_models_decode_alike_in_vllm_and_transformers(files, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    run(
-        4,
-        "--data",
-        files / "pairs.jsonl",
-        "--model",
-        TINY / "model",
-        "--out",
-        tmp_path / "tuned",
-        "--lora-rank",
-        4,
-        "--lr",
-        1e-3,
-        "--epochs",
-        2,
-        "--batch-size",
-        4,
-    )
-    arguments = [
-        "--data",
-        TINY / "validation.jsonl",
-        "--limit",
-        16,
-        "--max-tokens",
-        120,
-        "--models",
-        tmp_path / "tuned",
-    ]
+    options = ["--data", files / "pairs.jsonl", "--model", TINY / "model"]
+    options += ["--out", tmp_path / "tuned", "--lora-rank", 4, "--lr", 1e-3, "--epochs", 2]
+    options += ["--batch-size", 4]
+    run(4, *options)
+    arguments = ["--data", TINY / "validation.jsonl", "--limit", 16, "--max-tokens", 120]
+    arguments += ["--models", tmp_path / "tuned"]
     run(5, *arguments, "--out", tmp_path / "results", "--engine-args=--dtype float32")
     [responses] = (tmp_path / "results" / "validation").glob("*tuned.jsonl")
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", dtype=torch.float32)

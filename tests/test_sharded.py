@@ -91,14 +91,8 @@ def arguments(folder: Path, model: str, out: Path) -> list:
 
 def launch(config: str, *given, machine: tuple = ()) -> list[str]:
     """`machine`: options of accelerate that tell one of several which it is."""
-    accelerate = [
-        "accelerate.commands.launch",
-        "--config_file",
-        f"configs/{config}.yaml",
-        "--num_processes",
-        "2",
-        *machine,
-    ]
+    accelerate = ["accelerate.commands.launch", "--config_file", f"configs/{config}.yaml"]
+    accelerate += ["--num_processes", "2", *machine]
     more = ["--mixed_precision", "no", "tests/sharded_cpu.py", *given]
     return [sys.executable, "-m", *map(str, [*accelerate, *more])]
 
@@ -128,9 +122,8 @@ def same(ours: Path, theirs: Path, base: Path):
     if not list(ours.glob("adapter_config.json")):
         assert max((a[name] - start[name]).abs().max() for name in a) > 2e-4
         loaded = AutoModelForCausalLM.from_pretrained(ours)
-        assert len(a) == len(list(loaded.named_parameters())) and torch.equal(
-            loaded.model.norm.weight, a["model.norm.weight"]
-        )
+        assert len(a) == len(list(loaded.named_parameters()))
+        assert torch.equal(loaded.model.norm.weight, a["model.norm.weight"])
 
 
 CASES = [
@@ -170,9 +163,8 @@ def test_bf16_keeps_fp32_log_probabilities(world, tmp_path, config):
     ours, theirs = (
         np.load(next(path.glob("reference-*.npy"))) for path in (tmp_path / "out", expected)
     )
-    assert ours.dtype == np.float32 and not np.array_equal(
-        ours, torch.from_numpy(ours).bfloat16().float().numpy()
-    )
+    assert ours.dtype == np.float32
+    assert not np.array_equal(ours, torch.from_numpy(ours).bfloat16().float().numpy())
     np.testing.assert_allclose(ours, theirs, rtol=0.02)
     first, last = (read(tmp_path / "out" / "metrics.jsonl")[place] for place in (0, -1))
     assert first["loss"] == pytest.approx(0.6931, abs=0.02) and last["loss"] < first["loss"]
@@ -239,7 +231,9 @@ def test_one_of_two_machines_is_killed(world, tmp_path, started):
                 )
         return started[-2:]
 
-    said = lambda: "".join(log.read_text()[-3000:] for log in logs)
+    def said():
+        return "".join(log.read_text()[-3000:] for log in logs)
+
     (first, second), deadline = start(), time.time() + 120
     while not (out / "checkpoint-2").exists():
         assert time.time() < deadline and first.poll() is None and second.poll() is None, said()

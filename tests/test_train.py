@@ -24,10 +24,8 @@ OPENING = "Let's think step by step.\nStep 1:"
 def pair(number: int, last: bool = False) -> dict:
     """A pair on step 2 of a made-up solution; `last`: the step is the end of the solution."""
     prefix = f"{OPENING} Ava has {number} + 4 = {number + 4} apples.\nStep 2:"
-    chosen, rejected = (
-        f" Ava now has {number + 4} * 2 = {2 * number + 8} apples.",
-        f" Ava has {number + 4} / 2 = 3 apples now.",
-    )
+    chosen = f" Ava now has {number + 4} * 2 = {2 * number + 8} apples."
+    rejected = f" Ava has {number + 4} / 2 = 3 apples now."
     end = "\nThe answer is \\boxed{5}."
     if last:
         chosen, rejected, rest = chosen + end, rejected + end, ""
@@ -145,9 +143,8 @@ def test_shared_prefix_equals_separate_rows(kind, budget, tokenizer, monkeypatch
     calls, head, position = [], scorer.token_logps, 4 * scorer.lm.config.vocab_size
     monkeypatch.setattr(scorer, "token_logps", lambda *given: calls.append(given) or head(*given))
     ours = scorer(**inputs, most=most)[inputs["picks"]]
-    assert len(calls) == math.ceil(most * position / budget) and (len(calls) > 4) == (
-        budget < 1 << 28
-    )
+    assert len(calls) == math.ceil(most * position / budget)
+    assert (len(calls) > 4) == (budget < 1 << 28)
     assert all(position * (len(hidden) - 1) < budget for hidden, _ in calls)
     assert ours.shape == (6, 2)
     plain = torch.stack(
@@ -170,9 +167,10 @@ def test_trees_of_random_sequences():
     own path alone."""
     draw, pairs = np.random.default_rng(0), stage(4).Pairs()
     for _ in range(300):
-        word = lambda most: draw.integers(
-            1, 3, draw.integers(1, most)
-        ).tolist()  # two tokens: they share a lot
+
+        def word(most):  # of two tokens: they share a lot
+            return draw.integers(1, 3, draw.integers(1, most)).tolist()
+
         pairs.add([9, *word(6)], [word(7), word(7)], problem=str(draw.integers(40)))
     saved = 0
     for numbers in pairs.by_problem(range(300)):
@@ -240,13 +238,12 @@ def test_a_step_never_ends_in_eos_and_a_finished_solution_does(tokenizer):
     assert eos not in step[0] + step[1]
     assert end[0][-1] == eos and end[1][-1] == eos
     assert end[0].count(eos) == 1
-    published = pair(7, last=True) | {
-        "full_chosen": pair(7, last=True)["chosen"]
-    }  # full text without the prefix
+    # full text without the prefix
+    published = {**pair(7, last=True), "full_chosen": pair(7, last=True)["chosen"]}
     assert train.encode(published, tokenizer)[1][0][-1] == eos
-    mixed = pair(7) | {
-        "full_chosen": pair(7)["initial_reason_steps"] + pair(7)["chosen"]
-    }  # only chosen ends here
+    # only chosen ends here
+    full_chosen = pair(7)["initial_reason_steps"] + pair(7)["chosen"]
+    mixed = {**pair(7), "full_chosen": full_chosen}
     assert [suffix[-1] == eos for suffix in train.encode(mixed, tokenizer)[1]] == [True, False]
 
 
@@ -257,11 +254,12 @@ def test_whole_responses_in_trl_form_and_sft_rows(tokenizer):
     prefix, suffixes = train.encode(
         {"prompt": "Two apples", "chosen": " are 2.", "rejected": " are 3."}, tokenizer
     )
-    assert tokenizer.decode(prefix) == "Two apples" and [tokenizer.decode(s) for s in suffixes] == [
-        " are 2.<|im_end|>",
-        " are 3.<|im_end|>",
-    ]
-    turn = lambda role, text: [{"role": role, "content": text}]
+    assert tokenizer.decode(prefix) == "Two apples"
+    assert [tokenizer.decode(s) for s in suffixes] == [" are 2.<|im_end|>", " are 3.<|im_end|>"]
+
+    def turn(role, text):
+        return [{"role": role, "content": text}]
+
     row = {
         "prompt": turn("user", "How many?"),
         "chosen": turn("assistant", "2"),
@@ -303,10 +301,8 @@ def test_full_sides_are_whole_answers_behind_the_forced_opening(tokenizer, publi
         f"{whole}<|im_end|>" for whole in wholes
     ]
     prefix, suffixes = train.encode(row, tokenizer)
-    assert (
-        tokenizer.decode(prefix).endswith(given)
-        and tokenizer.decode(suffixes[1]) == row["rejected"]
-    )
+    assert tokenizer.decode(prefix).endswith(given)
+    assert tokenizer.decode(suffixes[1]) == row["rejected"]
 
 
 # forms of the published rows: chosen, rejected, full_chosen, full_rejected; which sides end in EOS,
@@ -431,17 +427,12 @@ def test_real_published_rows(tokenizer):
         found["step"] += [(number, name) for name, end in zip(names, ends, strict=True) if end]
         texts, ends = sides_of(made, tokenizer, "full")
         for text, name, full in zip(texts, names, full_names, strict=True):
-            assert f"{OPENING}{text}".startswith(
-                made["initial_reason_steps"] + row[name][:2]
-            ) and text.endswith(row[full])
+            assert f"{OPENING}{text}".startswith(made["initial_reason_steps"] + row[name][:2])
+            assert text.endswith(row[full])
         found["full"] += [(number, name) for name, end in zip(names, ends, strict=True) if not end]
     assert len(rows) == 9 and found["full"] == [(2, "rejected")]  # stops in \frac{\
-    assert found["step"] == [
-        (3, "chosen"),
-        (3, "rejected"),
-        (6, "chosen"),
-        (8, "chosen"),
-    ]  # they have the answer
+    # they have the answer
+    assert found["step"] == [(3, "chosen"), (3, "rejected"), (6, "chosen"), (8, "chosen")]
 
 
 @pytest.mark.slow
@@ -450,21 +441,9 @@ def test_rows_with_an_empty_side_are_left_out_counted_and_named(tmp_path, small_
     rows[2]["rejected"], rows[4]["full_rejected"], rows[6]["chosen"] = None, "", " "
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for sides, count, named in (("step", 6, "row 3, 7"), ("full", 7, "row 5")):
-        done = run(
-            4,
-            "--data",
-            tmp_path / "pairs.jsonl",
-            "--model",
-            small_model,
-            "--sides",
-            sides,
-            "--epochs",
-            1,
-            "--batch-size",
-            4,
-            "--out",
-            tmp_path / sides,
-        )
+        options = ["--data", tmp_path / "pairs.jsonl", "--model", small_model, "--sides", sides]
+        options += ["--epochs", 1, "--batch-size", 4, "--out", tmp_path / sides]
+        done = run(4, *options)
         assert f"{count} pairs" in done.stderr and f"{8 - count} with an empty side" in done.stderr
         assert f"an empty side in {named}\n" in done.stderr
         assert read(tmp_path / sides / "metrics.jsonl")[0]["loss"] == pytest.approx(
@@ -490,15 +469,18 @@ def test_no_eos_on_request(tmp_path, small_model, tokenizer):
 @pytest.mark.slow
 def test_sft_on_samples_takes_right_responses_once(tmp_path, small_model):
     """01's file carries the reference solution along: it is not what the model said."""
-    sample = lambda problem, response, correct: {
-        "id": problem,
-        "problem": problem,
-        "answer": "3",
-        "solution": "REFERENCE",
-        "response": response,
-        "correct": correct,
-        "finish_reason": "stop",
-    }
+
+    def sample(problem, response, correct):
+        return {
+            "id": problem,
+            "problem": problem,
+            "answer": "3",
+            "solution": "REFERENCE",
+            "response": response,
+            "correct": correct,
+            "finish_reason": "stop",
+        }
+
     rows = [
         sample("a", "Step 1: 3.", True),
         sample("a", "Step 1: 3.", True),
@@ -512,23 +494,11 @@ def test_sft_on_samples_takes_right_responses_once(tmp_path, small_model):
         {"problem": problem, "solution": text}
         for problem, text in (("a", "Step 1: 3."), ("a", "Step 1: three."), ("b", "Step 1: 3."))
     ]
-    done = run(
-        4,
-        "--objective",
-        "sft",
-        "--data",
-        tmp_path / "samples.jsonl",
-        "--model",
-        small_model,
-        "--epochs",
-        1,
-        "--out",
-        tmp_path / "tuned",
-    )
-    assert (
-        "training on the field 'response'" in done.stderr
-        and "5 samples, 4 right, 3 of these distinct" in done.stderr
-    )
+    options = ["--objective", "sft", "--data", tmp_path / "samples.jsonl", "--model", small_model]
+    options += ["--epochs", 1, "--out", tmp_path / "tuned"]
+    done = run(4, *options)
+    assert "training on the field 'response'" in done.stderr
+    assert "5 samples, 4 right, 3 of these distinct" in done.stderr
     assert "first row" in done.stderr and "REFERENCE" not in done.stderr
 
 
@@ -591,12 +561,8 @@ def test_plan_covers_each_pair_once_within_the_budget(world):
     few = [train.plan(pairs, [3], 200, rank, world) for rank in range(world)]
     assert sorted(few, reverse=True) == [[([[3]], 4, 1)], *[[([[3]], 4, 0)]] * (world - 1)]
     long = train.Pairs()
-    for length in (
-        2500,
-        5,
-        5,
-        5,
-    ):  # every process makes as many chunks of logits as the one with most suffix positions
+    # every process makes as many chunks of logits as the one with most suffix positions
+    for length in (2500, 5, 5, 5):
         long.add([length], [list(range(length)), [1]])
     counts = [
         [most for _, most, _ in train.plan(long, range(4), 3000, rank, 2)] for rank in range(2)
@@ -607,16 +573,12 @@ def test_plan_covers_each_pair_once_within_the_budget(world):
 def test_schedule_warms_up_and_ends_at_zero():
     train, args = stage(4), SimpleNamespace(lr=1.0, warmup=0.1, schedule="cosine")
     rates = [train.learning_rate(step, 100, args) for step in range(100)]
-    assert (
-        rates[0] == pytest.approx(0.1)
-        and rates[9] == pytest.approx(1.0)
-        and max(rates) == pytest.approx(1.0)
-    )
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == pytest.approx(1.0)
+    assert max(rates) == pytest.approx(1.0)
     assert rates[55] == pytest.approx(0.5) and rates[99] < 1e-3
-    assert (
-        all(a <= b for a, b in zip(rates[:10], rates[1:10], strict=False))
-        and sorted(rates[10:], reverse=True) == rates[10:]
-    )
+    assert all(a <= b for a, b in zip(rates[:10], rates[1:10], strict=False))
+    assert sorted(rates[10:], reverse=True) == rates[10:]
     args.schedule = "linear"
     assert [train.learning_rate(step, 100, args) for step in (10, 55, 100)] == pytest.approx(
         [1.0, 0.5, 0.0]
@@ -663,35 +625,23 @@ def test_training_starts_at_ln_2_moves_weights_and_resumes_exactly(tmp_path, sma
     run(4, *common(tmp_path, small_model, "whole"), "--lr", 1e-3)
     lines = read(tmp_path / "whole" / "metrics.jsonl")
     first, zero = next(line for line in lines if "loss" in line), lines[0]
-    assert (
-        zero["step"] == 0
-        and abs(zero["val_margin"]) < 1e-4
-        and abs(zero["val_loss"] - math.log(2)) < 1e-5
-    )
+    assert zero["step"] == 0
+    assert abs(zero["val_margin"]) < 1e-4
+    assert abs(zero["val_loss"] - math.log(2)) < 1e-5
     assert abs(first["loss"] - math.log(2)) < 1e-5 and abs(first["margin"]) < 1e-4
-    assert (
-        lines[-1]["step"] == max(line["step"] for line in lines)
-        and lines[-1]["val_accuracy"] == 1.0
-    )
+    assert lines[-1]["step"] == max(line["step"] for line in lines)
+    assert lines[-1]["val_accuracy"] == 1.0
     # stop after step 4 (a kill right after its checkpoint), go on: the same numbers and the same
     # weights
-    arguments = [
-        *common(tmp_path, small_model, "parts"),
-        "--lr",
-        1e-3,
-        "--save-steps",
-        4,
-        "--keep",
-        9,
-    ]
+    arguments = [*common(tmp_path, small_model, "parts"), "--lr", 1e-3, "--save-steps", 4]
+    arguments += ["--keep", 9]
     run(4, *arguments)
     out = tmp_path / "parts"
     (out / "model.safetensors").unlink()
     for path in out.glob("checkpoint-*"):
         if path.name != "checkpoint-4":
-            path.rename(
-                out / f"writing-{path.name}"
-            )  # as if the kill had come while it was written
+            # as if the kill had come while it was written
+            path.rename(out / f"writing-{path.name}")
     assert "resuming from" in run(4, *arguments).stderr
     same = [
         {k: v for k, v in line.items() if not k.endswith("_per_s")}
@@ -726,20 +676,8 @@ def test_micro_batches_and_processes_do_not_change_the_step(tmp_path, small_mode
     """One optimizer step over 7 pairs: packed as one batch, as many, and over two processes, the
     weights are the same."""
     write_pairs(tmp_path / "pairs.jsonl", 7)
-    base = [
-        "--data",
-        tmp_path / "pairs.jsonl",
-        "--model",
-        small_model,
-        "--precision",
-        "fp32",
-        "--epochs",
-        1,
-        "--batch-size",
-        7,
-        "--lr",
-        1e-4,
-    ]
+    base = ["--data", tmp_path / "pairs.jsonl", "--model", small_model, "--precision", "fp32"]
+    base += ["--epochs", 1, "--batch-size", 7, "--lr", 1e-4]
     run(4, *base, "--out", tmp_path / "one")
     run(4, *base, "--out", tmp_path / "many", "--tokens-per-batch", 150)
     launch = [
@@ -773,13 +711,10 @@ def test_model_loads_and_long_pairs_are_left_out(tmp_path, small_model, tokenize
     left_out = sum(length > longest[15] for length in longest)
     assert left_out and f"left out: {left_out} above --max-length" in done.stderr
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert (
-        model.dtype == torch.float32
-        and AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
-    )
-    with safetensors.safe_open(
-        tmp_path / "out" / "model.safetensors", "pt"
-    ) as file:  # the tied head is stored once
+    assert model.dtype == torch.float32
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    # the tied head is stored once
+    with safetensors.safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         names = set(file.keys())
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
 
@@ -800,7 +735,10 @@ def test_trl_computes_the_same_loss(tmp_path, small_model, tokenizer):
         }
         for n in range(6)
     ]
-    load = lambda: AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
+
     policy, other = load(), load()
     with torch.no_grad():
         for parameter in other.parameters():
@@ -844,68 +782,29 @@ def test_sft_loss_is_the_mean_over_the_solution_tokens(tmp_path, small_model, to
     micro-batches."""
     rows = [row for row in read(TINY / "validation.jsonl")[:6]]
     (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run(
-        4,
-        "--objective",
-        "sft",
-        "--data",
-        tmp_path / "sft.jsonl",
-        "--model",
-        small_model,
-        "--out",
-        tmp_path / "out",
-        "--precision",
-        "fp32",
-        "--batch-size",
-        6,
-        "--tokens-per-batch",
-        300,
-        "--epochs",
-        30,
-        "--lr",
-        3e-3,
-    )
-    lm, total, count = (
-        AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32),
-        0.0,
-        0,
-    )
+    options = ["--objective", "sft", "--data", tmp_path / "sft.jsonl", "--model", small_model]
+    options += ["--out", tmp_path / "out", "--precision", "fp32", "--batch-size", 6]
+    options += ["--tokens-per-batch", 300, "--epochs", 30, "--lr", 3e-3]
+    run(4, *options)
+    lm = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
+    total = 0.0
+    count = 0
     for row in rows:
         prefix, [solution] = stage(4).encode(row, tokenizer)
-        ids, labels = (
-            torch.tensor([prefix + solution]),
-            torch.tensor([[-100] * len(prefix) + solution]),
-        )
-        total, count = (
-            total + lm(ids, labels=labels).loss.item() * len(solution),
-            count + len(solution),
-        )
+        ids = torch.tensor([prefix + solution])
+        labels = torch.tensor([[-100] * len(prefix) + solution])
+        total += lm(ids, labels=labels).loss.item() * len(solution)
+        count += len(solution)
     lines = read(tmp_path / "out" / "metrics.jsonl")
-    assert (
-        lines[0]["loss"] == pytest.approx(total / count, rel=1e-5)
-        and lines[-1]["loss"] < lines[0]["loss"] / 2
-    )
+    assert lines[0]["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert lines[-1]["loss"] < lines[0]["loss"] / 2
 
 
 @pytest.mark.slow
 def test_the_maker_of_the_bundled_model_trains_by_04(tmp_path):
     """A very small one: the committed problems come out again, and the loss falls."""
-    arguments = [
-        "--out",
-        tmp_path / "a",
-        "--work",
-        tmp_path / "work-a",
-        "--steps",
-        8,
-        "--batch",
-        16,
-        "--hidden",
-        32,
-        "--layers",
-        1,
-        "--log-steps",
-        1,
-    ]
+    arguments = ["--out", tmp_path / "a", "--work", tmp_path / "work-a", "--steps", 8]
+    arguments += ["--batch", 16, "--hidden", 32, "--layers", 1, "--log-steps", 1]
     subprocess.run(
         [sys.executable, TINY / "make.py", *map(str, arguments)],
         check=True,
@@ -963,10 +862,8 @@ def test_the_loss_follows_its_formula():
     "number, expected",
     [
         (0, (RATIO - 1 / (2 * 0.5)) ** 2),  # IPO, arXiv 2310.12036, Eq. 17
-        (
-            1,
-            torch.log1p(torch.exp(torch.tensor([0.2, 0.7]) - 0.5 * RATIO)),
-        ),  # ODPO, arXiv 2402.10571, Eq. 8
+        # ODPO, arXiv 2402.10571, Eq. 8
+        (1, torch.log1p(torch.exp(torch.tensor([0.2, 0.7]) - 0.5 * RATIO))),
     ],
 )
 def test_the_losses_of_the_documents(tmp_path, monkeypatch, tokenizer, number, expected):
@@ -997,7 +894,9 @@ def test_what_enters_the_loss_makes_another_run():
             train.Args(**options), tokenizer, "w", two_pairs(train, [{}, {"margin": margin}]), None
         )
 
-    differ = lambda a, b: {name for name, value in a.items() if b[name] != value}
+    def differ(a, b):
+        return {name for name, value in a.items() if b[name] != value}
+
     base = settings(0.1)
     assert differ(base, settings(0.1)) == set() and differ(base, settings(0.2)) == {"pairs"}
     assert differ(base, settings(0.1, beta=0.3)) == {"beta"}
@@ -1014,21 +913,17 @@ def test_a_finished_run_is_left_alone(tmp_path, small_model):
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     assert "training.json" in before and "model.safetensors" in before
     again = run(4, *arguments)
-    assert (
-        f"{tmp_path / 'out'}: finished, nothing to do" in again.stderr
-        and "training:" not in again.stderr
-    )
+    assert f"{tmp_path / 'out'}: finished, nothing to do" in again.stderr
+    assert "training:" not in again.stderr
     assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     other = run(4, *arguments[:-1], 1e-3, check=False)
     assert other.returncode == 2 and "was made with lr = '1e-09', now it is '0.001'" in other.stderr
     run("plot_training", tmp_path / "out")
     assert (tmp_path / "out" / "training.png").stat().st_size > 20_000
     card = (tmp_path / "out" / "README.md").read_text()
-    assert (
-        f"base_model: {small_model}\n" in card
-        and "| lr | 1e-09 |" in card
-        and "![training](training.png)" in card
-    )
+    assert f"base_model: {small_model}\n" in card
+    assert "| lr | 1e-09 |" in card
+    assert "![training](training.png)" in card
     assert "Last step: step 8, epoch 2, loss 0.69" in card
     assert "nothing to do" in run(4, *arguments).stderr, (
         "picture and card are none of the training's business"
@@ -1048,10 +943,8 @@ def test_pictures_of_trainings(tmp_path):
             "".join(json.dumps(row) + "\n" for row in rows)
         )
     done = run("plot_training", tmp_path / "a")
-    assert (
-        "the training is not finished, no model card" in done.stderr
-        and not (tmp_path / "a" / "README.md").exists()
-    )
+    assert "the training is not finished, no model card" in done.stderr
+    assert not (tmp_path / "a" / "README.md").exists()
     assert (tmp_path / "a" / "training.png").read_bytes()[1:4] == b"PNG"
     run("plot_training", tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "training.png").read_bytes() != (
@@ -1111,7 +1004,10 @@ def test_threads_that_fight_are_named(tmp_path, small_model):
     """Two threads on a core that other work has too."""
     write_pairs(tmp_path / "pairs.jsonl", 6)
     core = {min(os.sched_getaffinity(0))}
-    alone = lambda: os.sched_setaffinity(0, core)
+
+    def alone():
+        return os.sched_setaffinity(0, core)
+
     others = [
         subprocess.Popen([sys.executable, "-c", "while True: pass"], preexec_fn=alone)
         for _ in range(3)
@@ -1176,11 +1072,9 @@ def test_a_folder_that_cannot_be_written(tmp_path, small_model):
     write_pairs(tmp_path / "pairs.jsonl", 6)
     (tmp_path / "file").write_text("mine")
     done = run(4, *common(tmp_path, small_model, "file"), check=False, here=True)
-    assert (
-        done.returncode == 2
-        and "Traceback" not in done.stderr
-        and (tmp_path / "file").read_text() == "mine"
-    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "file").read_text() == "mine"
     assert f"error: --out {tmp_path / 'file'}: File exists; give a folder" in done.stderr
     read_only = next(path for path in ("/proc/stepdpo", "/sys/stepdpo"))  # also for root
     assert stage(4).lock_out(type(tmp_path)(read_only)).startswith(f"--out {read_only}: ")
@@ -1199,8 +1093,13 @@ def test_a_finished_solution_with_code_closes_its_message(tmp_path, eos):
     """Pairs of the SCDPO authors, of 03, and solutions: a block ends, the message ends, the text
     ends; a step ends nothing."""
     train, tokenizer = stage(4), code_tokenizer(tmp_path, eos)
-    block = lambda kind, text: {"type": kind, "content": text}
-    turn = lambda *blocks: {"role": "assistant", "content": list(blocks)}
+
+    def block(kind, text):
+        return {"type": kind, "content": text}
+
+    def turn(*blocks):
+        return {"role": "assistant", "content": list(blocks)}
+
     user = {"role": "user", "content": [block("text", "1 + 1?")]}
     authors = {
         "chosen": [user, turn(block("code", "1 + 1"), block("execution", "2"), block("text", "2"))],
@@ -1225,10 +1124,8 @@ def test_a_finished_solution_with_code_closes_its_message(tmp_path, eos):
         assert tokenizer.decode(prefix).endswith("<|assistant|>")
         for ids, end in zip(suffixes, finished, strict=True):
             text = tokenizer.decode(ids)
-            assert (
-                text.endswith(ends if end else "3<|endofblock|>")
-                and text.count("<|endofmessage|>") == end
-            )
+            assert text.endswith(ends if end else "3<|endofblock|>")
+            assert text.count("<|endofmessage|>") == end
             assert train.Pairs((0, 1)).trained(np.array(ids[-3:])).all()
 
 
@@ -1236,7 +1133,10 @@ def test_implicit_prompts_are_what_both_sides_begin_with(tmp_path, tokenizer):
     """Of TRL: messages, and text, where the space before the first word that differs belongs to
     that word."""
     train, path = stage(4), tmp_path / "rows.jsonl"
-    turn = lambda role, text: {"role": role, "content": text}
+
+    def turn(role, text):
+        return {"role": role, "content": text}
+
     user = [turn("user", "3+4?")]
     sides = {"chosen": [turn("assistant", "It is 7.")], "rejected": [turn("assistant", "It is 8.")]}
     path.write_text(json.dumps({name: user + side for name, side in sides.items()}) + "\n")
@@ -1247,10 +1147,8 @@ def test_implicit_prompts_are_what_both_sides_begin_with(tmp_path, tokenizer):
     [row] = train.load_rows(str(path), "dpo")
     assert row == {"prompt": "Two apples are", "chosen": " 2.", "rejected": " 3."}
     prefix, suffixes = train.encode(row, tokenizer)
-    assert (
-        tokenizer.decode(prefix) == "Two apples are"
-        and tokenizer.decode(suffixes[0]) == " 2.<|im_end|>"
-    )
+    assert tokenizer.decode(prefix) == "Two apples are"
+    assert tokenizer.decode(suffixes[0]) == " 2.<|im_end|>"
 
 
 MESSAGES = [{"role": "assistant", "content": "7"}], [{"role": "assistant", "content": "8"}]
@@ -1313,22 +1211,13 @@ def test_eos_of_a_tokenizer_does_not_stand_in_the_middle(tmp_path):
 @pytest.mark.parametrize("save", ["merged", "adapter"])
 def test_lora_moves_only_adapters_and_saves_both_ways(save, tmp_path, small_model):
     write_pairs(tmp_path / "pairs.jsonl")
-    run(
-        4,
-        *common(tmp_path, small_model, "out"),
-        "--lr",
-        1e-2,
-        "--lora-rank",
-        4,
-        "--lora-save",
-        save,
-    )
+    options = [*common(tmp_path, small_model, "out"), "--lr", 1e-2, "--lora-rank", 4]
+    options += ["--lora-save", save]
+    run(4, *options)
     lines = read(tmp_path / "out" / "metrics.jsonl")
     assert abs(lines[0]["val_loss"] - math.log(2)) < 1e-5 and lines[-1]["val_margin"] > 0.01
-    base, ids = (
-        AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32),
-        torch.arange(5, 60)[None],
-    )
+    base = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
+    ids = torch.arange(5, 60)[None]
     if save == "adapter":
         from peft import PeftModel
 
@@ -1354,15 +1243,8 @@ def test_kill_at_any_moment_and_go_on_bit_for_bit(tmp_path, small_model):
     import time
 
     write_pairs(tmp_path / "pairs.jsonl", 60)
-    arguments = [
-        *common(tmp_path, small_model, "whole"),
-        "--lr",
-        1e-3,
-        "--save-steps",
-        1,
-        "--keep",
-        2,
-    ]
+    arguments = [*common(tmp_path, small_model, "whole"), "--lr", 1e-3, "--save-steps", 1]
+    arguments += ["--keep", 2]
     run(4, *arguments)
     arguments[arguments.index(tmp_path / "whole")] = out = tmp_path / "killed"
     moments, writing = random.Random(0), 0
@@ -1505,11 +1387,9 @@ def test_activations_are_what_autograd_keeps(precision):
         "num_attention_heads": 14,
         "num_key_value_heads": 2,
     }
-    rows, width, autocast = (
-        4,
-        160,
-        torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"),
-    )
+    rows = 4
+    width = 160
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
     for checkpointing in (False, True):
         for layers in (2, 4):
             config = Qwen2Config(**shape, num_hidden_layers=layers, vocab_size=64)
@@ -1519,7 +1399,10 @@ def test_activations_are_what_autograd_keeps(precision):
             if checkpointing:
                 lm.gradient_checkpointing_enable({"use_reentrant": False})
             tensors = []
-            keep = lambda tensor, tensors=tensors: tensors.append(tensor) or tensor
+
+            def keep(tensor, tensors=tensors):
+                return tensors.append(tensor) or tensor
+
             mask = torch.ones(rows, 1, width, width, dtype=torch.bool).tril()
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast:
                 lm.base_model(
@@ -1527,11 +1410,14 @@ def test_activations_are_what_autograd_keeps(precision):
                     attention_mask=mask,
                     use_cache=False,
                 )
-            found = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors if rows * width in tensor.shape or
-                     rows in tensor.shape[:1]}  # fmt: skip  # not weights, nor their copies in bf16
+            storages = {}
+            for tensor in tensors:
+                # not weights, nor their copies in bf16
+                if rows * width in tensor.shape or rows in tensor.shape[:1]:
+                    storages[tensor.untyped_storage().data_ptr()] = tensor
             size = sum(
                 tensor.untyped_storage().nbytes()
-                for tensor in found.values()
+                for tensor in storages.values()
                 if tensor.shape[-2:] != (width, width)
             )
             args = train.Args(
@@ -1601,7 +1487,8 @@ def test_what_does_not_fit_is_not_loaded(tmp_path):
             "7b",
             8,
             8,
-            "configs/fsdp2.yaml --num_processes 8 with --gradient-checkpointing --tokens-per-batch 8192 (a device",
+            "configs/fsdp2.yaml --num_processes 8 with "
+            "--gradient-checkpointing --tokens-per-batch 8192 (a device",
         ),
         ("7b", 1, 8, "configs/fsdp2.yaml --num_processes 8 with --gradient-checkpointing"),
         ("7b", 1, 1, "configs/zero3_offload.yaml --num_processes 1 with"),
@@ -1646,15 +1533,8 @@ def test_the_launch_file_that_fits_is_named(monkeypatch, capsys, size, world, gp
 def test_estimate_counts_a_launch_file_without_its_gpus(tmp_path):
     model = shaped_folder(tmp_path / "7b", "7b")
     write_pairs(tmp_path / "pairs.jsonl")
-    given = [
-        "--data",
-        tmp_path / "pairs.jsonl",
-        "--model",
-        model,
-        "--gradient-checkpointing",
-        "--tokens-per-batch",
-        8192,
-    ]
+    given = ["--data", tmp_path / "pairs.jsonl", "--model", model, "--gradient-checkpointing"]
+    given += ["--tokens-per-batch", 8192]
     for config, count, device in (
         ("fsdp2", 4, 38.75),
         ("zero3_offload", 8, 12.91),
@@ -1667,9 +1547,9 @@ def test_estimate_counts_a_launch_file_without_its_gpus(tmp_path):
             done.stderr
         )
     done = run("estimate", "--config_file", tmp_path / "pairs.jsonl", *given, check=False)
-    assert (
-        done.returncode == 2 and "no launch file" in done.stderr and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 2
+    assert "no launch file" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
@@ -1677,14 +1557,8 @@ def test_many_pairs_in_little_memory(tmp_path, small_model):
     """Through the estimate; 10,000 pairs may add a tenth of the 2 GB that are allowed for
     100,000."""
     text = [json.dumps(pair(n)) + "\n" for n in range(10_000)]
-    arguments = [
-        "--data",
-        tmp_path / "pairs.jsonl",
-        "--model",
-        small_model,
-        "--out",
-        tmp_path / "out",
-    ]
+    arguments = ["--data", tmp_path / "pairs.jsonl", "--model", small_model]
+    arguments += ["--out", tmp_path / "out"]
     watch = "import resource, subprocess, sys; subprocess.run(sys.argv[1:]); "
     watch += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     peaks = []
@@ -1706,16 +1580,9 @@ def test_many_pairs_in_little_memory(tmp_path, small_model):
     (tmp_path / "pairs.jsonl").write_text(
         "".join(text[:7]) + '{"prompt": "torn\n' + "".join(text[7:])
     )
-    done = run(
-        4,
-        "--data",
-        tmp_path / "pairs.jsonl",
-        "--model",
-        small_model,
-        "--out",
-        tmp_path / "out",
-        check=False,
-    )
+    options = ["--data", tmp_path / "pairs.jsonl", "--model", small_model]
+    options += ["--out", tmp_path / "out"]
+    done = run(4, *options, check=False)
     assert done.returncode == 2 and "pairs.jsonl, line 8: not JSON" in done.stderr
 
 
