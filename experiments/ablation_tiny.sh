@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# DPO, SCDPO, Step-DPO and Step-DPO with another model's steps beside each other on the bundled world (README, "The papers'
-# comparison", and docs/comparison.md): equal numbers of pairs, and equal numbers of trained tokens; settings by the same grid on
-# validation.jsonl.
+# DPO, SCDPO, Step-DPO and Step-DPO with another model's steps, compared on the bundled world
+# (docs/comparison.md): with equal numbers of pairs, and with equal numbers of trained tokens.
+# Settings are chosen from the same grid on validation.jsonl.
 #   bash experiments/ablation_tiny.sh              # five seeds; under two hours on two cores
 #   bash experiments/ablation_tiny.sh --quick      # one seed, fewer problems, no grid; under 20 minutes
 #   SEEDS="0 1" bash experiments/ablation_tiny.sh  # fewer seeds
 #   WORLD=runs/code MANNER="--split blocks --opening=" METHODS="dpo scdpo step-dpo" OUT=runs/ablation_code SEEDS="0 1 2" \
 #     bash experiments/ablation_tiny.sh            # code-integrated solutions (docs/code.md); SANDBOX=--unsafe-no-sandbox
-# Stopped at any moment, the same command goes on: what is there is not made again. FROM=FOLDER takes the pairs made there, for
-# other PAIRS, GRID or TRAIN: OUT=runs/ablation_128 FROM=runs/ablation TRAIN="--batch-size 128" bash experiments/ablation_tiny.sh
+# The same command resumes after a stop; what exists is not made again. FROM=FOLDER takes the pairs of another run, for other
+# PAIRS, GRID or TRAIN: OUT=runs/ablation_128 FROM=runs/ablation TRAIN="--batch-size 128" bash experiments/ablation_tiny.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ "${1:-}" = --quick ]; then

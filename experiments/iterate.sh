@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# Rounds of preference optimization and its cheaper controls beside each other, each with the same number of sampled and of trained
-# tokens a round: DPO on right and wrong samples alone (DPO-VP), Step-DPO, SCDPO, and SFT on right samples (rejection sampling).
-# Each round's model samples its own solutions to new problems, and is the next round's reference. The papers make one round.
+# Rounds of preference optimization compared with cheaper controls. Each method has the same number of sampled and of trained tokens
+# a round: DPO on right and wrong samples alone (DPO-VP), Step-DPO, SCDPO, and SFT on right samples (rejection sampling). The model
+# of a round samples its own solutions to new problems, and is the next round's reference. The papers make one round.
 #   bash experiments/iterate.sh                      # all four, three rounds, three seeds, on the bundled world
 #   METHODS=step-dpo SEEDS=0 MODEL=Qwen/Qwen2-7B-Instruct DATA=problems.jsonl PROBLEMS=5000 BUDGET= TRAINED= LRS=5e-7 BETA=0.4 EPOCHS=8 \
 #       BATCH=128 TOKENS=2048 TEST="data/gsm8k_test.jsonl data/math_test.jsonl" JOBS=1 LAUNCH="--config_file configs/fsdp2.yaml --num_processes 8" \
 #       TRAIN="--gradient-checkpointing --tokens-per-batch 8192" \
 #       SERVE="--engine-args=--max-model-len 4096" bash experiments/iterate.sh     # one method on a real model
-# BUDGET: sampled tokens of a round, by which its problems are cut (at most three times PROBLEMS are sampled); TRAINED: tokens of chosen
-# and rejected that a round trains on, by passes over the pairs and by cutting; each empty: all there is, EPOCHS passes. LRS: learning
-# rates to choose from, by round 1 of the first seed on VALIDATION. LAUNCH goes to accelerate, TRAIN to 04. The same command goes on
-# after a stop. What came out: docs/rounds.md.
+# BUDGET     sampled tokens of a round; its problems are cut to fit (at most three times PROBLEMS are sampled)
+# TRAINED    tokens of chosen and rejected that a round trains on, by the number of passes and by cutting
+#            Each of the two may be empty: all there is, EPOCHS passes
+# LRS        learning rates to choose from, by round 1 of the first seed on VALIDATION
+# LAUNCH, TRAIN  options of accelerate, and of 04
+# The same command resumes after a stop. Results: docs/rounds.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# The five stages on the bundled model, base against tuned model on the 2,000 test problems at the end. `make quickstart` calls
-# it; README has the minutes.
+# The five stages on the bundled model, then base and tuned model compared on the 2,000 test problems. `make quickstart` runs it.
 #   SEEDS="0 1 2" make quickstart      # three trained models instead of one, from the same pairs
 # Learning rate, beta and epochs were chosen on data/tiny/validation.jsonl (docs/world.md).
 set -euo pipefail

@@ -1,28 +1,28 @@
 #!/usr/bin/env bash
 # Step-Controlled DPO for a 7B SFT model (arXiv 2407.00782), chain-of-thought: naive pairs and step-controlled pairs mixed.
 #
-# Hardware   8 GPUs with 80 GB. Run here only to see it work, on the bundled world in MetaMath's manner (docs/code.md has the figures):
+# Hardware   8 GPUs with 80 GB. Run here only as a test, on the bundled world in MetaMath's format (figures: docs/code.md):
 #              python data/tiny/make.py --format lines --start data/tiny/model --steps 80 --lr 1e-3 --out runs/lines \
 #                --work runs/lines/work
 #              MODEL=runs/lines/model DATA=runs/lines/train.jsonl TEST=runs/lines/test.jsonl LIMIT=100 LAUNCH= SERVE= \
 #                HF_HUB_OFFLINE=1 LR=1e-5 OUT=runs/scdpo_lines bash recipes/scdpo_mistral_7b.sh
-# Hours      about 4 by counting, none measured: sampling until a problem has a right and a wrong solution is most of it, up to 100
-#            samples of the hardest of 14,973 problems (some 150 M tokens, 2 h); step-controlled pairs, from two right solutions of a
-#            problem at most (13 K naive and 17 K step-controlled ones in the paper), 30 M tokens; training 2 epochs, 1 h
-# Disk       200 GB: a checkpoint with optimizer state is 87 GB, and the next is whole before the last one goes
+# Hours      about 4, estimated, not measured. Sampling takes most: until a problem has a right and a wrong solution, up to 100
+#            samples of the hardest of 14,973 problems (some 150 M tokens, 2 h). Step-controlled pairs, from at most two right
+#            solutions of a problem (in the paper 13 K naive and 17 K step-controlled pairs): 30 M tokens. Training, 2 epochs: 1 h
+# Disk       200 GB: a checkpoint with optimizer state is 87 GB, and the next one is complete before the last one is deleted
 # Published  MetaMath-Mistral-7B: SFT 77.7 on GSM8K and 28.2 on MATH; DPO 81.0, 28.7; DPO with equal data 81.4, 29.0; SCDPO 81.7, 29.3.
 #            Mistral-7B-Ours and MathCoder-Mistral-7B are code-integrated: scdpo_mistral_7b_code.sh
-# Format     MetaMath writes no "Step 2:": its prompt ends "### Response: Let's think step by step.", a step is a line, and the answer
-#            stands behind "The answer is:". SPLIT=sentences where lines are too long.
-# Open in paper and code
-#   data     MetaMath's was not released; what follows is of the code-integrated models
-#   heat     1.1 rising by 0.05 a step to 1.4 in the paper; in its code 1.1 + 0.1 to 1.4, but for MATH 1.0 + 0.05 to 1.3 (MathCoder)
-#            or 1.2 (InternLM): HEAT="1.1 0.1 1.4"
-#   step k   drawn at random from 1 to m-1 of m steps in the paper; its code takes the first right solution of a problem and every
-#            k from 1: SOLUTIONS=1 EVERY=--every-step
-#   tries    until an answer is wrong; here at most TRIES, since some problems have no wrong answer to find
-#   beta     0.1, for MetaMath 0.5, which is the model here; its code has 0.1 for MetaMath's naive DPO
-#   length   2,048 tokens and 64 pairs a step in the paper, as here; its configuration has 1,024, and 16 on four GPUs
+# Format     MetaMath writes no "Step 2:". Its prompt ends in "### Response: Let's think step by step.", a step is a line, and the
+#            answer follows "The answer is:". Use SPLIT=sentences if lines are too long.
+# Where paper and code differ
+#   data     MetaMath's was not released; what follows is about the code-integrated models
+#   heat     paper: 1.1, rising by 0.05 a step to 1.4. Code: 1.1 + 0.1 to 1.4, but for MATH 1.0 + 0.05 to 1.3 (MathCoder) or 1.2
+#            (InternLM): HEAT="1.1 0.1 1.4"
+#   step k   paper: drawn from 1 to m-1 of m steps. Code: the first right solution of a problem and every k from 1:
+#            SOLUTIONS=1 EVERY=--every-step
+#   tries    paper: until an answer is wrong. Here at most TRIES, because some problems have no wrong answer to find
+#   beta     paper: 0.1, for MetaMath (the model here) 0.5. Code: 0.1 for MetaMath's naive DPO
+#   length   paper, and here: 2,048 tokens and 64 pairs a step. Its configuration: 1,024, and 16 on four GPUs
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # INT or TERM to this script alone ends the running stage too, and so the engine in it

@@ -1,28 +1,28 @@
 #!/usr/bin/env bash
-# Step-Controlled DPO for code-integrated solutions (arXiv 2407.00782): text, code that is run, and what it prints, in turns.
+# Step-Controlled DPO for code-integrated solutions (arXiv 2407.00782): text, code that is run, and its output, in turns.
 #
-# Hardware   8 GPUs with 80 GB, and bubblewrap (Debian: apt install bubblewrap), which keeps the model's code in. Run here only to
-#            see it work, on the bundled world with code (docs/code.md has the figures):
+# Hardware   8 GPUs with 80 GB, and bubblewrap (Debian: apt install bubblewrap), the sandbox for the model's code. Run here only
+#            as a test, on the bundled world with code (figures: docs/code.md):
 #              python data/tiny/make.py --format code --start data/tiny/model --steps 200 --lr 1e-3 --out runs/code \
 #                --work runs/code/work
 #              MODEL=runs/code/model DATA=runs/code/train.jsonl TEST=runs/code/test.jsonl LIMIT=200 LAUNCH= SERVE= LR=1e-5 \
 #                HF_HUB_OFFLINE=1 OUT=runs/scdpo_code bash recipes/scdpo_mistral_7b_code.sh
 # Hours      not measured
-# Disk       200 GB: a checkpoint with optimizer state is 87 GB, and the next is whole before the last one goes
+# Disk       200 GB: a checkpoint with optimizer state is 87 GB, and the next one is complete before the last one is deleted
 # Published  Mistral-7B-Ours: SFT 76.8 on GSM8K and 43.2 on MATH; DPO 78.8, 45.1; DPO with equal data 79.0, 45.7; SCDPO 80.1, 47.7.
 #            7K + 5K naive pairs and 6K + 12K step-controlled ones
-# Model      the authors' SFT model. One of your own: analysis/add_block_tokens.py, then 04_train_stepdpo.py --objective sft --lr 1e-5
-#            --epochs 3 on rows {"problem", "solution"} whose solution is blocks.
-# Open in paper and code
-#   system   empty in the data and in this recipe; the 7B evaluation has "Below is a math problem. Please solve it step by step.":
+# Model      the authors' SFT model. For one of your own: analysis/add_block_tokens.py, then 04_train_stepdpo.py --objective sft
+#            --lr 1e-5 --epochs 3 on rows {"problem", "solution"} whose solution is blocks.
+# Where paper and code differ
+#   system   empty in the data and in this recipe. The 7B evaluation has "Below is a math problem. Please solve it step by step.":
 #            data/templates/code_evaluation.jinja
 #   rounds   64 of at most 512 tokens in sampling, 24 in evaluation: --rounds of serving/code_server.py, which runs the code
-#   heat     rises a round: 1.1 + 0.05 to 1.4 in the paper; in its code 1.1 + 0.1 to 1.4: HEAT="1.1 0.1 1.4". MathCoder's MATH has
-#            1.0 + 0.05 to 1.3, InternLM's MATH 1.0 + 0.05 to 1.2: one run for each set then
-#   step k   one drawn in the paper; in its code every one of the first right solution, from 1: SOLUTIONS=1 EVERY=--every-step
-#            The set that its configuration for this model names has no naive pairs, k from 0 and at most two pairs of a GSM8K problem
-#            and three of a MATH problem: EVERY="--every-step --first-k 0 --pairs-per-problem 2", and a run of 03 for each set
-#   masks    none: what code prints is trained on; here only with EXECUTION=--train-execution
+#   heat     rises each round. Paper: 1.1 + 0.05 to 1.4. Code: 1.1 + 0.1 to 1.4 (HEAT="1.1 0.1 1.4"); MathCoder's MATH 1.0 + 0.05
+#            to 1.3, InternLM's MATH 1.0 + 0.05 to 1.2: one run for each set
+#   step k   paper: one, drawn. Code: every one of the first right solution, from 1: SOLUTIONS=1 EVERY=--every-step
+#            The set in its configuration for this model has no naive pairs, k from 0, and at most two pairs of a GSM8K problem and
+#            three of a MATH problem: EVERY="--every-step --first-k 0 --pairs-per-problem 2", and one run of 03 for each set
+#   masks    code: none, output of code is trained on. Here only with EXECUTION=--train-execution
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # INT or TERM to this script alone ends the running stage too, and so the engine in it

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# The papers' SFT stage: step-formatted solutions are sampled from a teacher, the right ones are kept, and a base model learns
-# from them. What comes out is a model like the Step-DPO authors' Qwen2-7B-SFT, for step_dpo_qwen2_7b.sh with MODEL=runs/sft/model.
+# The papers' SFT stage: a teacher writes solutions with steps, the right ones are kept, and a base model is trained on them. The
+# result is a model like the Step-DPO authors' Qwen2-7B-SFT. Use it in step_dpo_qwen2_7b.sh with MODEL=runs/sft/model.
 #
-# Hardware   8 GPUs with 80 GB. Run here only to see it work, 2 minutes on two cores:
+# Hardware   8 GPUs with 80 GB. Run here only as a test, 2 minutes on two cores:
 #              TEACHER=data/tiny/model MODEL=data/tiny/model DATA=data/tiny/train.jsonl TEST=data/tiny/test.jsonl LIMIT=60 \
 #                LAUNCH= SERVE= HF_HUB_OFFLINE=1 OUT=runs/sft_tiny bash recipes/sft_stage.sh
-#            240 samples, 162 right, 50 of these distinct, 3 steps. The bundled model has not learned Alpaca's prompt, and three
+#            240 samples, 162 right, 50 of these distinct, 3 steps. The bundled model does not know Alpaca's prompt, and three
 #            steps do not teach it: 0 of 60 problems before and after.
-# Hours      about 2 by counting, none measured: 60,000 samples of 300 tokens at 20,000 tokens a second, 0.3 h; 3 epochs over some
+# Hours      about 2, estimated, not measured: 60,000 samples of 300 tokens at 20,000 tokens a second, 0.3 h; 3 epochs over some
 #            50,000 right ones, 0.7 h; evaluation of two models, 0.5 h
-# Paper      374,000 solutions of MetaMath's and MMIQC's problems by DeepSeekMath, 299,000 of them for SFT; here GSM8K and MATH, 4
-#            samples a problem: DATA takes other files. 5e-6, batch 256, 3 epochs (2 above 30B), linear decay, warm-up 0.03
+# Paper      374,000 solutions of MetaMath's and MMIQC's problems by DeepSeekMath, 299,000 of them for SFT; learning rate 5e-6, batch
+#            256, 3 epochs (2 above 30B), linear decay, warm-up 0.03. Here: GSM8K and MATH, 4 samples a problem; DATA takes other files
 # Published  Qwen2-7B-SFT: MATH 54.8, GSM8K 88.2
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The papers' comparison on a small real model: Step-DPO, DPO, SFT on right samples and SCDPO, from the same samples of GSM8K's
-# training part, with equally many pairs (SFT: solutions), each at the best of three learning rates by 500 other training problems;
-# then base and tuned models on GSM8K's test part and 500 problems of MATH, with intervals, paired tests and Holm's correction.
+# training part, with equal numbers of pairs (SFT: solutions). Each method has the best of three learning rates, by 500 other
+# training problems. Test: GSM8K's test part and 500 problems of MATH, with intervals, paired tests and Holm's correction.
 #   MODEL=Qwen/Qwen2.5-0.5B-Instruct bash recipes/small_model.sh
 #   bash recipes/small_model.sh data | train METHOD RATE SEED | validate METHOD RATE SEED | choose | test | table
-# Without an argument: all, a method after the other, with a test and a table after each. Each part can be run for itself, trainings
-# and validations side by side where a GPU has the room (validate base: the base's accuracy there). The same command goes on after a
-# stop; what is there is not made again.
+# Without an argument: all parts, one method after the other, with a test and a table after each. Each part can be run alone, and
+# trainings and validations at the same time if the GPU has the memory (validate base: the base's accuracy there). The same
+# command resumes after a stop; what exists is not made again.
 #
 # Hardware   one GPU, or two cores and 24 GB
 # Hours      not measured yet
@@ -14,18 +14,18 @@
 # Disk       not measured yet
 #
 # DATA       folder with gsm8k_train.jsonl, gsm8k_test.jsonl and math_test.jsonl; without it data/download.py makes them in data/
-# PROBLEMS   750 of GSM8K's training part, after the VALIDATION (500) first ones by a hash of the id, from which the rate is chosen: so
-#            more PROBLEMS take none of these. N samples of each, at temperature 0.7, top-p 1, TOKENS (512) at most
-# LOCATE     options of 02, whose own defaults stand. 03 goes on 8 times (RECTIFY) from the last right step
-# PAIRS      400 of each method at most; all have as many as the smallest set. An error gives PER_ERROR pairs (1), a problem PER_PROBLEM
-#            (3: of Step-DPO it has no more wrong samples), so that no set comes from a handful of problems. A tenth of the problems
-#            is held out, for the curves. METHODS may have dpo-tokens and scdpo-tokens too: as many tokens as Step-DPO's pairs
-# RATES      1e-6 3e-6 1e-5; of SFT SFT_RATES, 5e-6 1e-5 2e-5. The papers' 5e-7 and 1e-7 are for 7B and 170 to 675 steps; here 400 pairs,
-#            BATCH 32 and EPOCHS 2 make 26 steps, whose rate must be higher. The first of SEEDS (0) chooses, the others train at its rate
-# BETA       0.4 for all, as Step-DPO's paper has it for 7B; SCDPO's has 0.5 for MetaMath, whose solutions are text as here, and 0.1
-#            for solutions with code. One value for all, so that the methods differ in their pairs alone
+# PROBLEMS   750 of GSM8K's training part. The first VALIDATION (500), by a hash of the id, are for choosing the rate, so more
+#            PROBLEMS take none of these. N samples of each, at temperature 0.7, top-p 1, at most TOKENS (512)
+# LOCATE     options of 02 (default: its own defaults). 03 samples RECTIFY (8) continuations from the last right step
+# PAIRS      at most 400 of each method; all have as many as the smallest set. An error gives PER_ERROR pairs (1), a problem PER_PROBLEM
+#            (3: Step-DPO has no more wrong samples of one), so that no set comes from a few problems. A tenth of the problems is held
+#            out, for the curves. METHODS may include dpo-tokens and scdpo-tokens: as many tokens as Step-DPO's pairs
+# RATES      1e-6 3e-6 1e-5; for SFT SFT_RATES, 5e-6 1e-5 2e-5. The papers' 5e-7 and 1e-7 are for 7B and 170 to 675 steps. Here 400 pairs,
+#            BATCH 32 and EPOCHS 2 make 26 steps, so the rate must be higher. The first of SEEDS (0) chooses, the others use its rate
+# BETA       0.4 for all methods, so that they differ only in their pairs. Step-DPO's paper has 0.4 for 7B; SCDPO's has 0.5 for
+#            MetaMath, whose solutions are text as here, and 0.1 for solutions with code
 # BASE_URL   a server that has MODEL and, under their folders' names (OUT/models/METHOD-RATE-SEED), the tuned models; CONCURRENCY requests
-# TEST_TOKENS  1024: of an answer in validation and test, greedy. GSM8K_TEST and MATH_TEST: so many problems (all; 500)
+# TEST_TOKENS  1024: longest answer in validation and test, greedy. GSM8K_TEST and MATH_TEST: numbers of problems (all; 500)
 # ENGINE, TRAIN  options of vLLM in the process, and of 04
 set -euo pipefail
 cd "$(dirname "$0")/.."

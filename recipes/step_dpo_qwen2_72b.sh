@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Step-DPO for Qwen2-72B-Instruct (arXiv 2406.18629): as for 7B but beta 0.5 and 4 epochs, with ZeRO-3 and CPU offload.
+# Step-DPO for Qwen2-72B-Instruct (arXiv 2406.18629): as for 7B, but with beta 0.5 and 4 epochs, and ZeRO-3 with CPU offload.
 #
-# Hardware   8 GPUs with 80 GB and 1 TB of main memory (by count 66 GB and 945 GB: docs/trainer.md). Not run here.
-# Hours      about 30 by counting, none measured: generation as for 7B at a tenth of its speed, 18 h; training 17 M tokens, 4 h
-#            at 30 % of the peak and as much again for the transfers; evaluation 2 models, 4 h
+# Hardware   8 GPUs with 80 GB and 1 TB of main memory (estimated: 66 GB and 945 GB, docs/trainer.md). Not run here.
+# Hours      about 30, estimated, not measured: generation as for 7B at a tenth of its speed, 18 h; training 17 M tokens, 4 h at
+#            30 % of the peak and as much again for the transfers; evaluation of two models, 4 h
 # Disk       1.5 TB: model 145 GB, one checkpoint with optimizer state 870 GB, base model 145 GB
 # Published  Qwen2-72B-Instruct, the authors' prompt: MATH 69.4, GSM8K 92.4, Odyssey-MATH 47.0, AIME 2024 5 of 30; after Step-DPO
-#            70.8, 94.0, 50.1, 4 of 30. Its own report gives MATH 59.7 before: the prompt moves more than the method
-# Paper and code disagree: beta is 0.5 for 72B in the paper and 0.4 in its script; here 0.5. The rest as in step_dpo_qwen2_7b.sh
+#            70.8, 94.0, 50.1, 4 of 30. Qwen2's own report gives MATH 59.7 before: the prompt changes more than the method
+# Paper and code differ: beta for 72B is 0.5 in the paper, and here, and 0.4 in its script. The rest as in step_dpo_qwen2_7b.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # INT or TERM to this script alone ends the running stage too, and so the engine in it

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Step-DPO for Qwen2-7B-Instruct with pairs of its own, as in the paper (arXiv 2406.18629): the defaults of the scripts.
+# Step-DPO for Qwen2-7B-Instruct with its own pairs, as in the paper (arXiv 2406.18629): the defaults of the scripts.
 #
-# Hardware   8 GPUs with 80 GB (training: 26 GB of each by count, 16 bytes a parameter sharded by FSDP2). Not run here.
-# Hours      about 3 by counting tokens, none measured: sampling 9 M tokens, locating 60 M, rectifying 40 M at 20,000 a second
-#            on 8 GPUs, 1.8 h; training 34 M tokens at 40 % of the peak, 0.5 h; evaluation 2 models x 6,736 problems, 0.5 h
+# Hardware   8 GPUs with 80 GB (training: an estimated 26 GB each, 16 bytes a parameter sharded by FSDP2). Not run here.
+# Hours      about 3, estimated from tokens, not measured: sampling 9 M, locating 60 M, rectifying 40 M at 20,000 a second on 8
+#            GPUs, 1.8 h; training 34 M tokens at 40 % of the peak, 0.5 h; evaluation of two models on 6,736 problems, 0.5 h
 # Disk       125 GB: one checkpoint with optimizer state is 92 GB, so --save-steps 400 of about 675 steps
 # Published  Qwen2-7B-Instruct, the authors' prompt: MATH 53.0, GSM8K 85.5; after Step-DPO 58.6 and 87.9
-# Paper and code disagree
-#   beta            0.4 for 7B in the paper, 0.5 in its script (swapped for 72B); here 0.4. BETA=0.5 takes the script's
-#   locating        by hand or GPT-4 in the paper, GPT-4o in its code; here the policy's own continuations. LOCATOR="--locator judge --judge-model ... "
+# Where paper and code differ
+#   beta            paper, and here: 0.4 for 7B. Its script: 0.5 (swapped for 72B): BETA=0.5
+#   locating        paper: by hand or GPT-4. Code: GPT-4o. Here: the model's own continuations; LOCATOR="--locator judge --judge-model ..."
 #   neutral steps   an error in the code, not in the text: 02 --neutral
-#   chosen steps    a filter of wrong ones is described but not released: analysis/check_chosen.py
-#   DATA=xinlai/Math-Step-DPO-10K trains on the published 10,795 pairs instead, and skips the first three stages
+#   chosen steps    the paper describes a filter of wrong ones, which is not released: analysis/check_chosen.py
+# DATA=xinlai/Math-Step-DPO-10K trains on the published 10,795 pairs instead, and skips the first three stages
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # INT or TERM to this script alone ends the running stage too, and so the engine in it
