@@ -259,6 +259,7 @@ def test_rows_of_another_prompt_are_not_mixed(scripted, tmp_path):  # noqa: F811
         "steps": ["It is 3.\n", "So \\boxed{3}."],
         "correct": False,
         "finish_reason": "stop",
+        "model": "m",
         "error_step": 1,
     }
     (tmp_path / "problems.jsonl").write_text(json.dumps(problem) + "\n")
