@@ -351,6 +351,7 @@ def test_stages_run_twice_in_one_process(scripted, tmp_path, capsys):
         "steps": steps,
         "correct": False,
         "finish_reason": "stop",
+        "model": "m",
     }
     samples = [
         wrong | {"prediction": "3"},
