@@ -986,7 +986,8 @@ class Output:
             names = ", ".join(edited[:6])
             todo = "undo it, give another --out, or add --accept-edit"
             stop(f"{self.path} was made before an edit of {names}; {todo}")
-        may_differ = ("code", "prompt", "opening") if edited else ()
+        may_differ = {"code", "prompt"} if edited else set()
+        may_differ |= {"opening"} if "OPENING" in edited or "STEP" in edited else set()
         for name, new in self.settings.items():
             if old.get(name) != new and name not in may_differ:
                 change = difference(name, old.get(name), new)
@@ -997,7 +998,8 @@ class Output:
         if edited:
             before = {"code": old.get("code"), "prompt": old.get("prompt")}
             self.edits.append({"rows": len(self.rows), **before})
-        print(f"{self.path}: {len(self.rows)} rows are there already", file=sys.stderr)
+        old_code = ", made before the edit" if edited else ""
+        print(f"{self.path}: {len(self.rows)} rows are there already{old_code}", file=sys.stderr)
 
     def write(self, *rows: dict):
         """Append rows in one call, so that a kill does not part them."""
@@ -1059,8 +1061,9 @@ FORMULA = re.compile(
 # Copied from 01_sample_errors.py
 # what no sentence ends with: abbreviations, and the number of a list
 NO_END = re.compile(
-    r"\b(?:Mrs?|Ms|Dr|St|No|vs|e\.g|i\.e|cf|approx|Fig|Eq|resp|Step \d+)\.$"
-    r"|^\s*\(?(?:\d\d?|[A-Za-z])[.)]$"
+    r"\b(?:Mrs?|Ms|Dr|St|No|vs|e\.g|i\.e|cf|approx|Fig|Eq|resp|"
+    + re.escape(STEP.rstrip(":.")).replace(r"\{number\}", r"\d+")
+    + r")\.$|^\s*\(?(?:\d\d?|[A-Za-z])[.)]$"
 )
 
 

@@ -13,7 +13,7 @@ setup: .venv/ready
 	  [ $(REQUIREMENTS) = requirements-cpu.txt ] && echo "pip alone cannot; trying with PyTorch's CPU index" >&2 && \
 	  .venv/bin/pip install --quiet uv && \
 	  .venv/bin/uv pip install --quiet --python .venv/bin/python --torch-backend cpu -r $(REQUIREMENTS); } || { \
-	  echo "make setup: $(REQUIREMENTS) cannot be installed; check the network, or set PIP_EXTRA_INDEX_URL (README, Installation)" >&2; \
+	  echo "make setup: $(REQUIREMENTS) cannot be installed; check the network, or set PIP_EXTRA_INDEX_URL (docs/installation.md)" >&2; \
 	  exit 2; }
 	@# On the CPU these come along built for CUDA's torch and break `import transformers`; nothing here needs them.
 	if [ $(REQUIREMENTS) = requirements-cpu.txt ]; then .venv/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec; fi
