@@ -205,8 +205,9 @@ class Args:
 
 def is_alive(right: int, tried: int) -> bool:
     """The threshold of V(k): whether steps 1..k are right, given that `right` of `tried`
-    continuations reach the answer. A threshold on right / tried needs --all-rollouts: without it
-    the first right continuation ends the sampling."""
+    continuations reach the answer. V(0) has a test of its own in first_wrong_step(). A threshold on
+    right / tried needs --all-rollouts: without it the first right continuation ends the
+    sampling."""
     return right > 0
 
 
@@ -220,7 +221,7 @@ async def first_wrong_step(n_steps: int, estimate, linear: bool) -> tuple[int | 
     succeeds: so a success counts for all prefixes before it. Bisection does not see a success after
     its result, --linear does."""
     right, tried = await estimate(0)
-    if right == 0:
+    if right == 0:  # any success shows that the model can solve the problem, whatever is_alive says
         return None, f"none of {tried} samples and continuations of the problem is right"
     if linear:
         alive = [k for k in range(1, n_steps) if is_alive(*await estimate(k))]
@@ -259,8 +260,8 @@ async def search(args, n_steps: int, draw, samples: list[int]) -> dict:
     values = {}  # [right, tried] by k
 
     def seen_before(k: int) -> tuple[int, int]:
-        """Right and wrong ones of the samples and of the prefixes up to the last one before k that
-        is alive."""
+        """Numbers of right and wrong continuations: the samples, and those of the prefixes up to
+        the last one before k that is alive."""
         last_alive = max((j for j in values if j < k and is_alive(*values[j])), default=-1)
         counts = [samples] + [values[j] for j in values if j <= last_alive]
         right = sum(count[0] for count in counts)
@@ -289,8 +290,8 @@ async def search(args, n_steps: int, draw, samples: list[int]) -> dict:
     if step is None:
         chance = None
     elif step in values:
-        failures = values[step][1]
-        chance = round(by_chance(failures, *seen_before(step)), 4)
+        right, tried = values[step]
+        chance = round(by_chance(tried - right, *seen_before(step)), 4)
     else:  # the last step, where it is certain: the whole solution is wrong
         chance = 0.0
     values = {str(k): values[k] for k in sorted(values)}
@@ -684,12 +685,13 @@ SETTINGS = {  # the options that a row depends on
 
 def check_options(args: Args):
     from_one = ("rollouts", "give_up", "max_tokens", "votes", "max_per_problem", "limit")
-    for names, least in ((from_one, 1), (("retries", "concurrency", "max_judge_tokens"), 0)):
+    from_zero = ("retries", "concurrency", "max_judge_tokens", "temperature", "judge_temperature")
+    for names, least in ((from_one, 1), (from_zero, 0)):
         for name in names:
             value = getattr(args, name)
             if value is not None and value < least:
                 stop(f"--{name.replace('_', '-')} must be at least {least}")
-    for name in ("min_agreement", "alpha"):
+    for name in ("min_agreement", "alpha", "top_p"):
         if not 0 <= getattr(args, name) <= 1:
             stop(f"--{name.replace('_', '-')} must be between 0 and 1")
     if args.locator == "judge" and not args.judge_model:

@@ -613,7 +613,7 @@ def check_options(args: Args):
     for least, names in (
         (1, ("n", "max_tokens", "tries", "limit")),
         (0, ("max_pairs_per_error", "pairs_per_problem", "solutions_per_problem")),
-        (0, ("first_k", "concurrency")),
+        (0, ("first_k", "concurrency", "temperature", "top_p")),
     ):
         for name in names:
             value = getattr(args, name)

@@ -727,6 +727,8 @@ def main(args: Args):
     limit = 1 if args.limit is None else args.limit
     if min(args.max_tokens, limit, args.samples) < 1 or args.concurrency < 0:
         stop("--max-tokens, --limit and --samples are at least 1, --concurrency at least 0")
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        stop("--temperature is at least 0, --top-p is above 0 and at most 1")
     if args.samples > 1 and not args.temperature:
         stop("--samples above 1 needs --temperature above 0: greedy responses are all the same")
     if len({path.stem for path in args.data}) < len(args.data):
