@@ -202,7 +202,7 @@ def main(args: Args):
     adapters = add_lora(lm, args) if args.lora_rank else None
     scorer, optimizer = accelerator.prepare(SuffixScorer(lm), make_optimizer(lm, args))
     scorer.train()
-    if args.objective == "dpo":
+    if args.objective == "dpo":  # of the base model: before a checkpoint's weights are loaded
         pairs.reference = reference_logps(scorer, pairs, args, accelerator, weights)
         if val_pairs:
             val_pairs.reference = reference_logps(scorer, val_pairs, args, accelerator, weights)
@@ -425,6 +425,8 @@ def start(args: Args) -> tuple[Accelerator, object, Pairs, Pairs | None]:
         stop("--epochs, --batch-size, --tokens-per-batch and all --...-steps are at least 1")
     if not 0 <= args.label_smoothing < 0.5:
         stop(f"--label-smoothing {args.label_smoothing}: give a number from 0 to below 0.5")
+    if min(args.beta, args.lr) <= 0:
+        stop(f"--beta {args.beta}, --lr {args.lr}: both are above 0")
     if not 0 <= args.warmup <= 1:
         stop(f"--warmup {args.warmup}: give a share from 0 to 1")
     if args.precision == "auto":
@@ -1472,6 +1474,7 @@ def checkpoint_to_resume(
     if edited:
         before = {name: old_settings.get(name) for name in ("code", "prompt")}
         settings["edits"].append({"steps": step, **before})
+        print_main(f"--accept-edit: {step} steps were made before the edit of {', '.join(edited)}")
     return resume, step
 
 
