@@ -1301,11 +1301,13 @@ SIZES["mistral"] = {
 
 def training_command(recipe: str, folder) -> list[str]:
     """What the recipe gives to accelerate: the shell puts it together, and stands in for the
-    programs."""
-    for name in ("python", "accelerate"):
-        (folder / name).write_text(
-            f'#!/bin/sh\n[ {name} = python ] || printf "%s\\n" "$@" >{folder}/command\n'
-        )
+    programs; for the server, which runs until the recipe ends it, too."""
+    programs = {
+        "python": "[ $1 != serving/code_server.py ] || { echo ready; exec sleep 60; }",
+        "accelerate": f'printf "%s\\n" "$@" >{folder}/command',
+    }
+    for name, line in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{line}\n")
         (folder / name).chmod(0o755)
     environment = {"PATH": f"{folder}:{os.environ['PATH']}", "OUT": str(folder / "out")}
     subprocess.run(
