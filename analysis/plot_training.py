@@ -8,6 +8,7 @@ trainings in one picture.
 
 Input: folders of 04 with metrics.jsonl, and training.json when the training is finished:
     {"step": 1, "loss": 0.6931, "accuracy": 0.0, "margin": 0.0, "chosen_logp": -1.2, ...}
+
 Output: loss, accuracy, margin and log-probabilities by step, as in Fig. 2 of Step-DPO: lines for
 training, dashed lines for validation. Of one finished run also README.md, the model card."""
 

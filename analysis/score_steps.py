@@ -108,7 +108,7 @@ class Reader:
         self.tag = self.tokenizer.convert_tokens_to_ids(self.mark) if qwen else None
         try:
             *_, reason = self.encode(PROBE)
-        # a template raises what it likes, a tokenizer without offsets NotImplementedError
+        # a template raises what it likes, and so does a tokenizer that has no offsets
         except Exception as error:
             reason = f"{error.__class__.__name__}: {str(error).partition(chr(10))[0]}"
         if reason:
