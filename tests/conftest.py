@@ -65,7 +65,7 @@ def run(
             capture_output=True,
             text=True,
             cwd=ROOT,
-            **options,
+            **{"timeout": 900, **options},
         )
     assert not check or done.returncode == 0, (
         f"{script} {command} ended with {done.returncode}:\n{done.stderr[-3000:]}"
