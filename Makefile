@@ -1,6 +1,7 @@
 # make quickstart   set up .venv, then run the five stages on the bundled model and print the table before and after
-# make test         set up .venv, then run all tests (make test-quick leaves out those that start a server or train)
-.PHONY: setup quickstart test test-quick lint
+# make test         set up .venv, then run the tests (make test-quick: without those that start vLLM or train; make
+#                   test-all: with whole recipes and engines on several workers, a third longer)
+.PHONY: setup quickstart test test-quick test-all
 PYTHON ?= python3
 REQUIREMENTS := $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo requirements.txt; else echo requirements-cpu.txt; fi)
 
@@ -26,12 +27,16 @@ quickstart: setup
 	.venv/bin/pip install --quiet -r requirements-test.txt
 	touch .venv/tests
 
-test: .venv/tests
+# two at a time, a core each; tests that share something costly to make are one group
+SLOW := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind .venv/bin/python -m pytest -q -n 2 --dist loadgroup --durations=15
+
+test: test-quick
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check --quiet .
-	.venv/bin/python -m pytest -q -n 2 -m "not slow"
-	@# two at a time, a core each; tests that share something costly to make are one group
-	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind .venv/bin/python -m pytest -q -n 2 --dist loadgroup --durations=15 -m slow
+	$(SLOW) -m "slow and not long"
+
+test-all: test
+	$(SLOW) -m long
 
 test-quick: .venv/tests
 	.venv/bin/python -m pytest -q -n 2 -m "not slow"

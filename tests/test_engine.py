@@ -261,6 +261,7 @@ def test_kill_while_vllm_starts_leaves_nothing(started, tmp_path):
     killed(process)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", ["--data-parallel-size 2", "--tensor-parallel-size 2"])
 def test_kill_of_several_workers_leaves_nothing(started, options, tmp_path, monkeypatch):
     """Replicas and the parts of a model have processes of their own, which the watcher ends, also

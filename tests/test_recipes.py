@@ -113,6 +113,7 @@ def code_to_report(url: str, tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ablation(server, tmp_path):
     sizes = {
         "WORLD": str(TINY),
@@ -311,6 +312,7 @@ def test_small_model_parts(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_small_model(server, tmp_path):
     """Data from the bundled model, one training of each kind, and the table of what is there."""
     folder = tmp_path / "files"

@@ -1015,6 +1015,8 @@ def test_threads_that_fight_are_named(tmp_path, small_model):
             done = run(
                 4,
                 *common(tmp_path, small_model, f"out-{threads}"),
+                "--epochs",
+                1,
                 env=environment,
                 preexec_fn=alone,
             )
