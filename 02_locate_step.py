@@ -14,7 +14,7 @@ carried through):
 
 Output, one line for each wrong sample: the fields above and
     {"error_step": 2, "locator": "rollout", "reason": null, "chance": 0.04,
-     "rollout_values": {"1": [2, 2], "2": [0, 4]}}
+     "rollout_values": {"1": [2, 2], "2": [0, 4]}, "rollout_tokens": [1510, 640]}
     {"error_step": 2, "locator": "judge", "reason": null,
      "judge": {"votes": {"2": 3}, "agreement": 1.0, "text": "..."}}
     {"error_step": 2, "locator": "scores", "reason": null, "step_scores": [0.98, 0.03]}
@@ -312,12 +312,12 @@ def cut_label(
 async def by_rollouts(
     args: Args, continue_from, grader: Grader, samples: list[int], row: dict, spent: Counter
 ) -> tuple[dict, dict]:
-    """({"error_step", "locator", "reason", "chance", "rollout_values"}, the continuations by number
-    of steps before them).
+    """({"error_step", "locator", "reason", "chance", "rollout_values", "rollout_tokens": [of
+    prompts, sampled]}, the continuations by number of steps before them).
 
     `await continue_from(row, prefix, seed, n)` gives n continuations of a solution's first steps by
     the policy; see complete()."""
-    steps, rollouts = row["steps"], {}
+    steps, rollouts, tokens = row["steps"], {}, [0, 0]
 
     async def is_correct(prefix: str, completion: dict) -> bool:
         if completion["finish_reason"] != "stop":
@@ -335,10 +335,12 @@ async def by_rollouts(
             rollout = {name: completion[name] for name in ("text", "finish_reason")}
             rollouts.setdefault(k, []).append({**rollout, "correct": correct})
         first = completions[0]  # it has the tokens of all
+        tokens[0] += first["prompt_tokens"]
+        tokens[1] += first["tokens"]
         spent.update(prompt=first["prompt_tokens"], completion=first["tokens"], rollouts=size)
         return verdicts
 
-    located = {"error_step": None, "locator": "rollout"}
+    located = {"error_step": None, "locator": "rollout", "rollout_tokens": tokens}
     if not steps:
         located.update(reason="no response to look at", rollout_values={})
     elif row["correct"]:

@@ -294,7 +294,8 @@ def cost_of(args: Args, rows: list[dict], seconds: float) -> list[float]:
     asked = [row[name]["tokens"] for row in rows for name in ("judge", "critic") if row.get(name)]
     prompt, completion = sum(tokens[0] for tokens in asked), sum(tokens[1] for tokens in asked)
     money = (prompt * args.price[0] + completion * args.price[1]) / 1e6
-    return [prompt + completion + sum(row.get("prm_tokens", 0) for row in rows), money, seconds]
+    others = sum(row.get("prm_tokens", 0) + sum(row.get("rollout_tokens", ())) for row in rows)
+    return [prompt + completion + others, money, seconds]
 
 
 def f1(a, b):

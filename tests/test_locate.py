@@ -607,6 +607,10 @@ def test_kept_rollouts_are_used_by_03(bundled, tmp_path):
         (row["id"], row["sample"]): row["rollouts"] for row in read(tmp_path / "rollouts.jsonl")
     }
     assert set(rows) == set(kept)
+    spent = json.loads((tmp_path / "located.jsonl.meta.json").read_text())["summary"]
+    for place, name in enumerate(("prompt", "completion")):
+        tokens = sum(row["rollout_tokens"][place] for row in rows.values())
+        assert tokens == spent[f"rollout {name} tokens"] > 0
     for key, row in rows.items():
         counts = {
             k: [sum(c["correct"] for c in found), len(found)] for k, found in kept[key].items()
