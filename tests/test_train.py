@@ -1432,9 +1432,10 @@ def test_activations_are_what_autograd_keeps(precision):
 
 
 @pytest.mark.parametrize(
-    "tokens, passes, measured", [(2400, 1, 8.23), (600, 4, 7.53), (4800, 1, 10.17)]
+    "layers, tokens, passes, measured",
+    [(4, 2400, 1, 8.23), (4, 600, 4, 7.53), (4, 4800, 1, 10.17), (24, 2400, 1, 17.98)],
 )
-def test_memory_with_a_real_vocabulary(tokens, passes, measured):
+def test_memory_with_a_real_vocabulary(layers, tokens, passes, measured):
     """Against peaks of whole runs of 04 on the CPU: docs/trainer.md, "A real vocabulary,
     measured"."""
     from transformers import Qwen2Config
@@ -1445,7 +1446,9 @@ def test_memory_with_a_real_vocabulary(tokens, passes, measured):
         "num_attention_heads": 14,
         "num_key_value_heads": 2,
     }
-    config = Qwen2Config(**shape, num_hidden_layers=4, vocab_size=151_936, tie_word_embeddings=True)
+    config = Qwen2Config(
+        **shape, num_hidden_layers=layers, vocab_size=151_936, tie_word_embeddings=True
+    )
     args = stage(4).Args(precision="fp32", tokens_per_batch=tokens)
     found = stage(4).memory(config, args, "copies", 1, on_gpu=False, passes=passes)
     assert sum(
