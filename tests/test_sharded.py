@@ -102,20 +102,27 @@ def launch(config: str, *given, machine: tuple = ()) -> list[str]:
     return [sys.executable, "-m", *map(str, [*accelerate, *more])]
 
 
-def train(config: str, *given) -> str:
-    process = subprocess.Popen(
+def start(config: str, *given, stderr: int) -> subprocess.Popen:
+    return subprocess.Popen(
         launch(config, *given),
         cwd=ROOT,
         env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
+        start_new_session=True,
     )
+
+
+def train(config: str, *given) -> str:
+    process = start(config, *given, stderr=subprocess.PIPE)
     try:
         said = process.communicate(timeout=600)[1]
     except subprocess.TimeoutExpired:
         kill_all(given)
         said = process.communicate()[1]
+    finally:
+        kill_all(given)  # Ctrl-C does not reach another session
     assert process.returncode == 0, said[-4000:]
     return said
 
@@ -212,14 +219,7 @@ def test_a_kill_within_a_sharded_checkpoint(world, tmp_path, config):
     the one before it."""
     folder, one = world
     given = [*arguments(folder, "tied", tmp_path / "out"), "--save-steps", 1]
-    process = subprocess.Popen(
-        launch(config, *given),
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = start(config, *given, stderr=subprocess.DEVNULL)
     deadline, out = time.time() + 120, tmp_path / "out"
     while not ((out / "checkpoint-1").exists() and list(out.glob("writing-checkpoint-*"))):
         assert time.time() < deadline and process.poll() is None
