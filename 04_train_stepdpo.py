@@ -388,15 +388,6 @@ def check(step: int, metrics: dict[str, float], pairs: Pairs, batch: list[int], 
         )
 
 
-def keep_memory():
-    """Have glibc keep what is freed: it gives every large tensor back to the system, which clears
-    its pages anew."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD
-
-
 def check_threads():
     """Warn where other work takes the cores: the threads of this process wait for each other."""
     # of the main thread: ns at work, ns in which it could have been
@@ -1743,6 +1734,16 @@ def render_prompt(tokenizer, problem: str, opening: str) -> str:
     )
     spaced = opening.startswith(" ") and turn == prompt + " "
     return (prompt if thought or spaced or not opening else turn) + opening
+
+
+# Copied from 01_sample_errors.py
+def keep_memory():
+    """Have glibc keep what is freed: it gives every large tensor back to the system, which clears
+    its pages anew."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
 # Copied from 01_sample_errors.py

@@ -34,6 +34,8 @@ class Args:
     """folder or hub id"""
     limit: int = 1000
     """problems"""
+    top_p: float = 0.95
+    """nucleus sampling; on a CPU anything but 1 is slow with a large vocabulary"""
     max_tokens: int = 400
     """longest sample"""
     repeats: int = 2
@@ -56,7 +58,8 @@ def alone(args: Args):
     problems = one.load_problems(args.data)[: args.limit]
     tokenizer = one.load_tokenizer(args.model, None, "{}")
     prompts, sampling_params = [], []
-    sampling = {**one.NEUTRAL, "temperature": 0.8, "top_p": 0.95, "max_tokens": args.max_tokens}
+    sampling = {**one.NEUTRAL, "temperature": 0.8, "top_p": args.top_p}
+    sampling["max_tokens"] = args.max_tokens
     for problem in problems:
         prompt_ids = one.prompt_ids(tokenizer, problem["problem"], one.OPENING)
         for sample in range(2):
@@ -81,7 +84,8 @@ def main(args: Args):
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     common = [f"--data={args.data}", f"--model={args.model}", f"--limit={args.limit}"]
-    common += [f"--max-tokens={args.max_tokens}", f"--engine-args={args.engine_args}"]
+    common += [f"--top-p={args.top_p}", f"--max-tokens={args.max_tokens}"]
+    common += [f"--engine-args={args.engine_args}"]
     rates = {"LLM.generate": [], "01": []}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(args.repeats):

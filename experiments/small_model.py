@@ -68,6 +68,10 @@ class Problems:
     """test problems of GSM8K at most"""
     math: int = 500
     """test problems of MATH at most"""
+    samples: Path | None = None
+    """output of 01 to use; without its rows of validation problems it becomes OUT/samples.jsonl"""
+    model: str = ""
+    """the samples' model, as 02 will know it"""
 
 
 @dataclass
@@ -122,6 +126,13 @@ def problems(args: Problems):
         lines = [json.dumps({**row, "dataset": name}, ensure_ascii=False) + "\n" for row in rows]
         EVAL.save(folder / f"{name}.jsonl", "".join(lines))
     print(", ".join(f"{name} {len(rows)}" for name, rows in parts.items()))
+    if args.samples:
+        to_sample_from = {row["id"] for row in parts["gsm8k_train"]}
+        rows = [row for row in rows_of(args.samples) if row["id"] in to_sample_from]
+        if not rows:
+            EVAL.stop(f"{args.samples}: no sample of a problem in {folder / 'gsm8k_train.jsonl'}")
+        lines = [json.dumps({**row, "model": args.model}, ensure_ascii=False) for row in rows]
+        EVAL.save(args.out / "samples.jsonl", "\n".join(lines) + "\n")
 
 
 def validated(out: Path, name: str) -> dict | None:
@@ -342,8 +353,8 @@ def costs(args: Table) -> list[str]:
 
     tokens, seconds = {}, {}
     for name, file in STAGES.items():
-        meta = json.loads((out / f"{file}.jsonl.meta.json").read_text())
-        seconds[name] = meta["seconds"]
+        meta = out / f"{file}.jsonl.meta.json"  # SAMPLES come without one
+        seconds[name] = json.loads(meta.read_text())["seconds"] if meta.exists() else float("nan")
         if "tries" in file:
             rows = rows_of(out / f"{file}.jsonl")
             tokens[name] = sum(row["count"].get("tokens", 0) for row in rows)

@@ -14,6 +14,7 @@
 # Disk       not measured yet
 #
 # DATA       folder with gsm8k_train.jsonl, gsm8k_test.jsonl and math_test.jsonl; without it data/download.py makes them in data/
+# SAMPLES    rows of 01 to use instead of PROBLEMS x N new ones, of MODEL and GSM8K's training part
 # PROBLEMS   750 of GSM8K's training part. The first VALIDATION (500), by a hash of the id, are for choosing the rate, so more
 #            PROBLEMS take none of these. N samples of each, at temperature 0.7, top-p 1, at most TOKENS (512)
 # LOCATE     options of 02 (default: its own defaults). 03 samples RECTIFY (8) continuations from the last right step
@@ -36,7 +37,7 @@ export PATH="$PWD/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false
 MODEL=${MODEL:-Qwen/Qwen2.5-0.5B-Instruct} OUT=${OUT:-runs/small_model} DATA=${DATA:-} SEEDS=${SEEDS:-0}
 METHODS=${METHODS:-step_dpo dpo sft scdpo} RATES=${RATES:-1e-6 3e-6 1e-5} SFT_RATES=${SFT_RATES:-5e-6 1e-5 2e-5}
 PROBLEMS=${PROBLEMS:-750} N=${N:-4} TOKENS=${TOKENS:-512} LOCATE=${LOCATE:-} RECTIFY=${RECTIFY:-8}
-PAIRS=${PAIRS:-400} PER_ERROR=${PER_ERROR:-1} PER_PROBLEM=${PER_PROBLEM:-3} EPOCHS=${EPOCHS:-2} BATCH=${BATCH:-32} BETA=${BETA:-0.4}
+SAMPLES=${SAMPLES:-} PAIRS=${PAIRS:-400} PER_ERROR=${PER_ERROR:-1} PER_PROBLEM=${PER_PROBLEM:-3} EPOCHS=${EPOCHS:-2} BATCH=${BATCH:-32} BETA=${BETA:-0.4}
 VALIDATION=${VALIDATION:-500} GSM8K_TEST=${GSM8K_TEST:-1319} MATH_TEST=${MATH_TEST:-500} TEST_TOKENS=${TEST_TOKENS:-1024}
 ENGINE=${ENGINE---engine-args=--max-model-len 2048} TRAIN=${TRAIN:-} BASE_URL=${BASE_URL:-} CONCURRENCY=${CONCURRENCY:-}
 METHODS=${METHODS//_/-}
@@ -44,7 +45,7 @@ reach=(${ENGINE:+"$ENGINE"} ${BASE_URL:+--base-url "$BASE_URL"} ${CONCURRENCY:+-
 ask=(--model "$MODEL" --temperature 0.7 --top-p 1 --max-tokens "$TOKENS" "${reach[@]}")
 answer=(--max-tokens "$TEST_TOKENS" "${reach[@]}")
 mkdir -p "$OUT"/{problems,pairs,models,validation}
-settings="$MODEL, $PROBLEMS problems x $N, $TOKENS tokens, $LOCATE, $RECTIFY rectifications, $PAIRS pairs, $PER_ERROR an error, \
+settings="$MODEL, ${SAMPLES:-$PROBLEMS problems x $N}, $TOKENS tokens, $LOCATE, $RECTIFY rectifications, $PAIRS pairs, $PER_ERROR an error, \
 $PER_PROBLEM a problem, $EPOCHS epochs, batch $BATCH, beta $BETA, $VALIDATION to validate, $GSM8K_TEST and $MATH_TEST to test, \
 $TEST_TOKENS tokens, training ${TRAIN:-as it is}"
 [ -f "$OUT/settings" ] || echo "$settings" >"$OUT/settings"
@@ -56,8 +57,10 @@ rates() { [ "$1" = sft ] && echo "$SFT_RATES" || echo "$RATES"; }
 data() {
   [ ! -f "$OUT/pairs/ready" ] || return 0
   [ -n "$DATA" ] || run python data/download.py gsm8k math
-  run python experiments/small_model.py problems "$OUT" ${DATA:+--data "$DATA"} --validation "$VALIDATION" --gsm8k "$GSM8K_TEST" --math "$MATH_TEST"
-  run python 01_sample_errors.py --data "$OUT/problems/gsm8k_train.jsonl" --limit "$PROBLEMS" --n "$N" --out "$OUT/samples.jsonl" "${ask[@]}"
+  run python experiments/small_model.py problems "$OUT" ${DATA:+--data "$DATA"} ${SAMPLES:+--samples "$SAMPLES" --model "$MODEL"} \
+    --validation "$VALIDATION" --gsm8k "$GSM8K_TEST" --math "$MATH_TEST"
+  [ -n "$SAMPLES" ] || run python 01_sample_errors.py --data "$OUT/problems/gsm8k_train.jsonl" --limit "$PROBLEMS" --n "$N" \
+    --out "$OUT/samples.jsonl" "${ask[@]}"
   run python 02_locate_step.py --samples "$OUT/samples.jsonl" $LOCATE --out "$OUT/located.jsonl" --keep-rollouts "$OUT/rollouts.jsonl" "${ask[@]}"
   run python 03_rectify.py --located "$OUT/located.jsonl" --rollouts "$OUT/rollouts.jsonl" --n "$RECTIFY" \
     --max-pairs-per-error "$PER_ERROR" --out "$OUT/all-step-dpo.jsonl" "${ask[@]}"

@@ -309,6 +309,30 @@ def test_small_model_parts(tmp_path):
     assert done.returncode == 2 and "400 pairs" in done.stderr and "300 pairs" in done.stderr
     _, done = small_model(tmp_path, "train", "dpo")
     assert done.returncode == 2 and "METHOD RATE SEED" in done.stderr
+    calls, _ = small_model(tmp_path, "data", OUT="with-samples", SAMPLES="mine.jsonl", MODEL="m")
+    problems = next(call for call in calls if call[0].startswith("ex"))
+    assert problems[problems.index("--samples") + 1] == "mine.jsonl"
+    assert not any(call[0].startswith("01") for call in calls)
+
+
+def test_small_model_takes_samples(tmp_path):
+    """Those of validation problems are left out; the others are the model's for 02."""
+    for name in ("gsm8k_train", "gsm8k_test", "math_test"):
+        lines = (TINY / "train.jsonl").read_text().splitlines(keepends=True)[:20]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    ids = [json.loads(line)["id"] for line in lines]
+    given = tmp_path / "samples.jsonl"
+    given.write_text("".join(json.dumps({"id": name, "model": "other"}) + "\n" for name in ids))
+    command = [sys.executable, "experiments/small_model.py", "problems", str(tmp_path / "out")]
+    command += ["--data", str(tmp_path), "--validation", "5", "--samples", str(given)]
+    subprocess.run([*command, "--model", "mine"], cwd=ROOT, check=True)
+    rows = read(tmp_path / "out" / "samples.jsonl")
+    validation = {row["id"] for row in read(tmp_path / "out" / "problems" / "validation.jsonl")}
+    assert {row["id"] for row in rows} == set(ids) - validation and len(rows) == 15
+    assert {row["model"] for row in rows} == {"mine"}
+    given.write_text(json.dumps({"id": "foreign"}) + "\n")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "no sample of a problem" in done.stderr
 
 
 @pytest.mark.slow
