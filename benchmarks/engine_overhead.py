@@ -35,7 +35,7 @@ class Args:
     limit: int = 1000
     """problems"""
     top_p: float = 0.95
-    """nucleus sampling; on a CPU anything but 1 is slow with a large vocabulary"""
+    """nucleus sampling"""
     max_tokens: int = 400
     """longest sample"""
     repeats: int = 2

@@ -128,7 +128,7 @@ def problems(args: Problems):
     print(", ".join(f"{name} {len(rows)}" for name, rows in parts.items()))
     if args.samples:
         to_sample_from = {row["id"] for row in parts["gsm8k_train"]}
-        rows = [row for row in rows_of(args.samples) if row["id"] in to_sample_from]
+        rows = [row for row in EVAL.read_rows(args.samples, ("id",)) if row["id"] in to_sample_from]
         if not rows:
             EVAL.stop(f"{args.samples}: no sample of a problem in {folder / 'gsm8k_train.jsonl'}")
         lines = [json.dumps({**row, "model": args.model}, ensure_ascii=False) for row in rows]

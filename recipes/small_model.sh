@@ -14,7 +14,8 @@
 # Disk       not measured yet
 #
 # DATA       folder with gsm8k_train.jsonl, gsm8k_test.jsonl and math_test.jsonl; without it data/download.py makes them in data/
-# SAMPLES    rows of 01 to use instead of PROBLEMS x N new ones, of MODEL and GSM8K's training part
+# SAMPLES    file of 01 to use instead of PROBLEMS x N new samples, of MODEL and GSM8K's training part; its rows of the VALIDATION
+#            problems are left out
 # PROBLEMS   750 of GSM8K's training part. The first VALIDATION (500), by a hash of the id, are for choosing the rate, so more
 #            PROBLEMS take none of these. N samples of each, at temperature 0.7, top-p 1, at most TOKENS (512)
 # LOCATE     options of 02 (default: its own defaults). 03 samples RECTIFY (8) continuations from the last right step

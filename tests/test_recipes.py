@@ -333,6 +333,9 @@ def test_small_model_takes_samples(tmp_path):
     given.write_text(json.dumps({"id": "foreign"}) + "\n")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "no sample of a problem" in done.stderr
+    given.unlink()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and str(given) in done.stderr
 
 
 @pytest.mark.slow
