@@ -45,8 +45,10 @@ def test_sentences(text, what):
 
 @pytest.mark.parametrize("split", ["labels", "lines", "blank-lines", "sentences"])
 def test_every_split_is_lossless(split):
-    """On the shared solutions, where they are; the opening never stands alone."""
+    """On bundled solutions, also with blank lines, and the shared ones, where they are; the opening
+    never stands alone."""
     texts = [row["solution"] for row in read(TINY / "validation.jsonl")[:100]]
+    texts += [text.replace("\n", "\n\n") for text in texts]
     for path in sorted(SHARED.glob("*.jsonl")):
         texts += [row["solution"] for row in read(path)[:2000] if row.get("solution")]
     parted = 0
@@ -56,7 +58,7 @@ def test_every_split_is_lossless(split):
         assert steps[0].strip() != "Let's think."
         assert split != "blank-lines" or "\n\n" not in steps[-1].strip()
         parted += len(steps) > 1
-    assert parted > (0.1 if split == "blank-lines" and len(texts) > 100 else 0) * len(texts)
+    assert parted > (0.1 if split == "blank-lines" else 0) * len(texts)
 
 
 def test_reference_solutions_split_into_their_steps():
