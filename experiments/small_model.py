@@ -144,6 +144,10 @@ def validated(out: Path, name: str) -> dict | None:
 
 
 def choose(args: Choose):
+    if len(args.rates) == 1:
+        EVAL.save(args.out / f"{args.method}.rate", args.rates[0] + "\n")
+        print(f"{args.method}: {args.rates[0]}, the only rate")
+        return
     accuracy, missing = {}, []
     for rate in args.rates:
         if figures := validated(args.out, f"{args.method}-{rate}-{args.seed}"):
@@ -155,7 +159,7 @@ def choose(args: Choose):
         return
     rates = sorted(accuracy, key=float)
     best = max(rates, key=accuracy.get)  # of equal ones the lowest
-    if len(rates) > 1 and best in (rates[0], rates[-1]):
+    if best in (rates[0], rates[-1]):
         print(
             f"{args.method} is best at {best}, at the end of the grid: its optimum may lie beyond",
             file=sys.stderr,

@@ -23,7 +23,8 @@
 #            (3: Step-DPO has no more wrong samples of one), so that no set comes from a few problems. A tenth of the problems is held
 #            out, for the curves. METHODS may include dpo-tokens and scdpo-tokens: as many tokens as Step-DPO's pairs
 # RATES      1e-6 3e-6 1e-5; for SFT SFT_RATES, 5e-6 1e-5 2e-5. The papers' 5e-7 and 1e-7 are for 7B and 170 to 675 steps. Here 400 pairs,
-#            BATCH 32 and EPOCHS 2 make 26 steps, so the rate must be higher. The first of SEEDS (0) chooses, the others use its rate
+#            BATCH 32 and EPOCHS 2 make 26 steps, so the rate must be higher. The first of SEEDS (0) chooses, the others use its rate.
+#            A single rate is used without validation
 # BETA       0.4 for all methods, so that they differ only in their pairs. Step-DPO's paper has 0.4 for 7B; SCDPO's has 0.5 for
 #            MetaMath, whose solutions are text as here, and 0.1 for solutions with code
 # BASE_URL   a server that has MODEL and, under their folders' names (OUT/models/METHOD-RATE-SEED), the tuned models; CONCURRENCY requests
@@ -108,11 +109,11 @@ table() { run python experiments/small_model.py table "$OUT" --model "$MODEL" --
 case "${1:-all}-$#" in
   all-0)
     data
-    validate base
+    [[ "$RATES$SFT_RATES" != *\ * ]] || validate base
     for method in $METHODS; do
       for rate in $(rates "$method"); do
         train "$method" "$rate" "${SEEDS%% *}"
-        validate "$method" "$rate" "${SEEDS%% *}"
+        [ "$(rates "$method")" = "$rate" ] || validate "$method" "$rate" "${SEEDS%% *}"
       done
       choose "$method"
       for seed in $SEEDS; do train "$method" "$(cat "$OUT/$method.rate")" "$seed"; done

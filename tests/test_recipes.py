@@ -208,7 +208,8 @@ if words[0].startswith("05"):
     after("--out").mkdir(parents=True, exist_ok=True)
     (after("--out") / "summary.json").touch()
 if "choose" in words:
-    rate = words[words.index("--rates") + 2]
+    rates = words[words.index("--rates") + 1 : words.index("--seed")]
+    rate = rates[len(rates) // 2]
     (pathlib.Path(words[2]) / f"{after('--method')}.rate").write_text(rate + "\\n")
 """
 
@@ -281,6 +282,17 @@ def test_small_model_commands(tmp_path):
     assert {call[0][:2] for call in calls} == {"05", "an", "ex"}
     assert not of(4)
     assert all(args.out.name == "test" for args in of(5))
+
+
+def test_small_model_single_rate(tmp_path):
+    """With one rate a method there is nothing to choose: nothing answers validation problems."""
+    calls, done = small_model(tmp_path, RATES="3e-6", SFT_RATES="1e-5", METHODS="dpo sft")
+    assert done.returncode == 0, done.stderr
+    outs = [call[call.index("--out") + 1] for call in calls if call[0][:2] in ("04", "05")]
+    assert outs == ["out/models/dpo-3e-6-0", "out/test", "out/models/sft-1e-5-0", "out/test"]
+    [choose] = [call for call in calls if "choose" in call and "dpo" in call]
+    done = subprocess.run([sys.executable, ROOT / choose[0], *choose[1:]], cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path / "out" / "dpo.rate").read_text() == "3e-6\n"
 
 
 def test_small_model_parts(tmp_path):
