@@ -29,7 +29,7 @@
 #            MetaMath, whose solutions are text as here, and 0.1 for solutions with code
 # BASE_URL   a server that has MODEL and, under their folders' names (OUT/models/METHOD-RATE-SEED), the tuned models; CONCURRENCY requests
 # TEST_TOKENS  1024: longest answer in validation and test, greedy. GSM8K_TEST and MATH_TEST: numbers of problems (all; 500)
-# ENGINE, TRAIN  options of vLLM in the process, and of 04
+# ENGINE     options of vLLM in the process. TRAIN: options of 04 (--tokens-per-batch 2048: its default, 16,384, does not fit 24 GB)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # INT or TERM to this script alone ends the running stage too, and so the engine in it
@@ -41,7 +41,7 @@ METHODS=${METHODS:-step_dpo dpo sft scdpo} RATES=${RATES:-1e-6 3e-6 1e-5} SFT_RA
 PROBLEMS=${PROBLEMS:-750} N=${N:-4} TOKENS=${TOKENS:-512} LOCATE=${LOCATE:-} RECTIFY=${RECTIFY:-8}
 SAMPLES=${SAMPLES:-} PAIRS=${PAIRS:-400} PER_ERROR=${PER_ERROR:-1} PER_PROBLEM=${PER_PROBLEM:-3} EPOCHS=${EPOCHS:-2} BATCH=${BATCH:-32} BETA=${BETA:-0.4}
 VALIDATION=${VALIDATION:-500} GSM8K_TEST=${GSM8K_TEST:-1319} MATH_TEST=${MATH_TEST:-500} TEST_TOKENS=${TEST_TOKENS:-1024}
-ENGINE=${ENGINE---engine-args=--max-model-len 2048} TRAIN=${TRAIN:-} BASE_URL=${BASE_URL:-} CONCURRENCY=${CONCURRENCY:-}
+ENGINE=${ENGINE---engine-args=--max-model-len 2048} TRAIN=${TRAIN---tokens-per-batch 2048} BASE_URL=${BASE_URL:-} CONCURRENCY=${CONCURRENCY:-}
 METHODS=${METHODS//_/-}
 reach=(${ENGINE:+"$ENGINE"} ${BASE_URL:+--base-url "$BASE_URL"} ${CONCURRENCY:+--concurrency "$CONCURRENCY"})
 ask=(--model "$MODEL" --temperature 0.7 --top-p 1 --max-tokens "$TOKENS" "${reach[@]}")
