@@ -1255,10 +1255,16 @@ def check_memory(config, args: Args, accelerator: Accelerator, pairs: Pairs):
     share, need = estimate(args, strategy, world, offloaded)
     if share <= MEMORY_WARN:
         return
+    here = (strategy, world, offloaded)
+    tries = [  # first without the second forward pass of checkpointing
+        (f"--tokens-per-batch {size}", replace(args, tokens_per_batch=size), *here)
+        for size in (8192, 4096, 2048)
+        if longest <= size < args.tokens_per_batch
+    ]
     tokens = min(args.tokens_per_batch, 8192)
     saving = replace(args, gradient_checkpointing=True, tokens_per_batch=tokens)
     flags = f"--gradient-checkpointing --tokens-per-batch {tokens}"
-    tries = [(flags, saving, strategy, world, offloaded)]
+    tries.append((flags, saving, *here))
     if on_gpu:
         devices = world if world > 1 else torch.cuda.device_count()
         launch = "accelerate launch --config_file configs/{} --num_processes " + str(devices)

@@ -1456,6 +1456,31 @@ def test_memory_with_a_real_vocabulary(layers, tokens, passes, measured):
     ) == pytest.approx(measured * 1e9, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    "prefix, advice",
+    [(300, "--tokens-per-batch 2048 (a device"), (3000, "--gradient-checkpointing --tokens-per-")],
+)
+def test_smaller_passes_come_before_checkpointing(monkeypatch, capsys, prefix, advice):
+    """Two cores with 24 GB and a 0.5B model; a row is never longer than the pass that is named."""
+    from transformers import Qwen2Config
+
+    train = stage(4)
+    shape = {"hidden_size": 896, "intermediate_size": 4864, "tie_word_embeddings": True}
+    heads = {"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2}
+    config = Qwen2Config(**shape, **heads, vocab_size=151_936)
+    sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": int(25.3e9 / 4096)}
+    monkeypatch.setattr(train.os, "sysconf", sizes.get)
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), num_processes=1, distributed_type="NO"
+    )
+    pairs = train.Pairs()
+    pairs.add([1] * prefix, [[2] * 200, [3] * 200])
+    train.warn.cache_clear()
+    with pytest.raises(SystemExit):
+        train.check_memory(config, train.Args(precision="fp32"), accelerator, pairs)
+    assert f"it fits by {advice}" in capsys.readouterr().err
+
+
 def shaped_folder(folder, size: str):
     """A model's folder with this shape and no weights, and the bundled tokenizer."""
     from transformers import Qwen2Config
