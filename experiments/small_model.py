@@ -16,6 +16,7 @@ import json
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from math import isnan, nan
 from pathlib import Path
 from typing import Annotated
 
@@ -188,6 +189,10 @@ def share(part: int, whole: int) -> str:
     return f"{part:,} ({part / whole:.1%})" if whole else f"{part:,}"
 
 
+def whole(seconds: float) -> str:
+    return "not known" if isnan(seconds) else f"{seconds:,.0f}"
+
+
 def accuracies(args: Table) -> list[str]:
     """Of base and methods on each benchmark; the differences from the base and between methods,
     each family by Holm."""
@@ -358,7 +363,7 @@ def costs(args: Table) -> list[str]:
     tokens, seconds = {}, {}
     for name, file in STAGES.items():
         meta = out / f"{file}.jsonl.meta.json"  # SAMPLES come without one
-        seconds[name] = json.loads(meta.read_text())["seconds"] if meta.exists() else float("nan")
+        seconds[name] = json.loads(meta.read_text())["seconds"] if meta.exists() else nan
         if "tries" in file:
             rows = rows_of(out / f"{file}.jsonl")
             tokens[name] = sum(row["count"].get("tokens", 0) for row in rows)
@@ -381,7 +386,7 @@ def costs(args: Table) -> list[str]:
         runs = [path.parent for path in sorted((out / "models").glob("*/training.json"))]
         trainings = [training(folder) for folder in runs if split_name(folder.name)[0] == method]
         cells = [name_of(method), f"{sum(map(tokens.get, uses)):,}"]
-        cells += [f"{sum(map(seconds.get, uses)):,.0f}", len(pairs)]
+        cells += [whole(sum(map(seconds.get, uses))), len(pairs)]
         cells += [f"{n_tokens([row[side] for row in pairs for side in sides]):,}", len(trainings)]
         if trainings:
             mean = sum(run["seconds"] for run in trainings) / len(trainings)
@@ -399,7 +404,7 @@ def costs(args: Table) -> list[str]:
         "meta files, of a training those of its steps, without loading, reference and validation. "
         "Tokens of a pass: chosen and rejected, or the solution."
     )
-    stage_rows = [[name, f"{tokens[name]:,}", f"{seconds[name]:,.0f}"] for name in STAGES]
+    stage_rows = [[name, f"{tokens[name]:,}", whole(seconds[name])] for name in STAGES]
     stage_table = markdown("stage | sampled tokens | s", stage_rows)
     return ["## Cost", markdown(head, rows), note, stage_table]
 
@@ -446,9 +451,10 @@ def hashes(args: Table) -> list[str]:
         content = path.read_bytes()
         sha256 = hashlib.sha256(content).hexdigest()
         rows.append([path.relative_to(args.out), content.count(b"\n"), sha256])
-    meta = json.loads((args.out / "samples.jsonl.meta.json").read_text())
+    # not 01's: SAMPLES come without one
+    meta = json.loads((args.out / "located.jsonl.meta.json").read_text())
     versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
-    origin = f"Samples of {meta['settings']['model']}, commit {meta['git'][:12]}; {versions}."
+    origin = f"Located with {meta['settings']['model']} at commit {meta['git'][:12]}; {versions}."
     return ["## Files", origin, markdown("file | rows | sha256", rows)]
 
 

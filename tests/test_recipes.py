@@ -404,6 +404,7 @@ def test_small_model(server, tmp_path):
     part("validate", "base")
     for method in ("step_dpo", "sft"):
         part("train", method, "3e-5", "0")
+    (out / "samples.jsonl.meta.json").unlink()  # as with SAMPLES
     part("table")
     table = (out / "table.md").read_text()
     samples = read(out / "samples.jsonl")
