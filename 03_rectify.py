@@ -71,6 +71,9 @@ STEP = "Step {number}:"
 # no space at the end: it would move the token boundary
 OPENING = "Let's think step by step.\n" + STEP.format(number=1)
 
+# what a step calculates with: numbers with their signs, and a plus or minus between two terms
+TERM = re.compile(r"-?\d+(?:\.\d+)?|(?<=[\w)}] )[-+](?= [\\\w(])")
+
 
 @dataclass
 class Args:
@@ -107,6 +110,8 @@ class Args:
     """where a step ends; give what 01 was given"""
     n: int = 20
     """continuations of each correct prefix"""
+    max_chance: float = 1.0
+    """leave out errors whose failures had a higher probability by chance; 0.05 in doubt"""
     max_pairs_per_error: int = 0
     """pairs of one wrong sample at most; 0: all"""
     pairs_per_problem: int | None = None
@@ -193,6 +198,10 @@ async def rectify(
     ]
     counts["errors not located"] = len(rows) - len(located)
     counts["errors cut short by max_tokens"] = len(located) - len(errors)
+    # rows of other locators have no `chance`
+    evident = [row for row in errors if (row.get("chance") or 0) <= args.max_chance]
+    counts["errors over --max-chance"] = len(errors) - len(evident)
+    errors = evident
     sampled = await asyncio.gather(
         *(
             sample_continuations(args, continue_solution, grader, rollouts, row, counts)
@@ -264,6 +273,8 @@ def make_pairs(
             counts["blank step"] += 1
         elif squeezed == " ".join(rejected.split()):
             counts["restates the rejected step"] += 1
+        elif args.split != "blocks" and same_calculation(chosen, rejected):
+            counts["calculates what the rejected step does"] += 1
         elif squeezed in used_steps:
             counts["repeats a chosen step"] += 1
         elif args.max_pairs_per_error and len(pairs) == args.max_pairs_per_error:
@@ -275,6 +286,15 @@ def make_pairs(
             pair.update(full_chosen=solution, full_rejected=row["response"])
             pairs.append(pair)
     return pairs
+
+
+def same_calculation(chosen: str, rejected: str) -> bool:
+    """Whether two steps have the same numbers: then one is hardly right and the other wrong.
+    docs/pairs.md has how often."""
+    of_chosen, of_rejected = (
+        set(TERM.findall(step.replace(",", ""))) for step in (chosen, rejected)
+    )
+    return of_chosen == of_rejected and bool(of_chosen - {"+", "-"})
 
 
 # -------------------------------------------------------------------------------------------------
@@ -471,7 +491,7 @@ ROW_CODE = {
     "scdpo": ("lead_astray", "prompt_ids", "split_steps"),
     "dpo": ("pair_up", "split_steps"),
 }
-STEP_DPO = ("rollouts", "rectifier", "n", "max_pairs_per_error", "temperature")
+STEP_DPO = ("rollouts", "rectifier", "n", "max_chance", "max_pairs_per_error", "temperature")
 SCDPO = ("solutions_per_problem", "pairs_per_problem", "every_step", "first_k", "tries", "heat")
 METHODS = {  # of each its input, and the options that it alone heeds
     "step-dpo": ("located", *STEP_DPO),
@@ -614,7 +634,7 @@ def check_options(args: Args):
     for least, names in (
         (1, ("n", "max_tokens", "tries", "limit")),
         (0, ("max_pairs_per_error", "pairs_per_problem", "solutions_per_problem")),
-        (0, ("first_k", "concurrency", "temperature", "top_p")),
+        (0, ("first_k", "concurrency", "temperature", "top_p", "max_chance")),
     ):
         for name in names:
             value = getattr(args, name)

@@ -34,6 +34,7 @@ CONTINUATIONS = (
     "wrong",
     "blank step",
     "restates the rejected step",
+    "calculates what the rejected step does",
     "repeats a chosen step",
     "over --max-pairs-per-error",
     "pairs",

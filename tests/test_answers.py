@@ -355,41 +355,82 @@ def test_bisection_asks_less():
     )
 
 
-def test_pairs_of_one_error():
-    three = stage(3)
+def row_with_an_error() -> dict:
     steps = [
         "Let's think step by step.\nStep 1: 1 + 1 = 2.\n",
         "Step 2: 2 * 2 = 5.\n",
         "Step 3: so 5.",
     ]
-    row = {
+    return {
         "id": "a",
         "sample": 0,
         "problem": "p",
         "answer": "4",
         "steps": steps,
         "response": "".join(steps),
+        "finish_reason": "stop",
         "error_step": 2,
     }
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected, same",
+    [
+        ("She has 1,000 - 40 = 960 left.", "So 1000 - 40 = 960 are left.", True),
+        ("\\frac{10}{2} = 5", "$10 / 2 = $5.", True),
+        ("40 + 140 = 180", "40 + 140 = 190", False),
+        ("the product is -8", "the product is 8", False),
+        ("x + y = 3", "x - y = 3", False),
+        ("We need the total.", "We need the price.", False),  # no number: only the words tell
+    ],
+)
+def test_steps_that_calculate_the_same(chosen, rejected, same):
+    assert stage(3).same_calculation(chosen, rejected) == same
+    assert stage(3).same_calculation(rejected, chosen) == same
+
+
+def test_weak_evidence_is_not_continued():
+    """--max-chance; None is of a locator that has no such probability."""
+    three, continued = stage(3), []
+
+    async def continue_solution(row, prefix, seed, n, **options):
+        continued.append(row["chance"])
+        return [{"text": " 2 * 2 = 4.\nSo \\boxed{4}.", "finish_reason": "stop", "tokens": 9}] * n
+
+    async def right(*_):
+        return True
+
+    rows = [row_with_an_error() | {"chance": chance} for chance in (0.0, 0.05, 0.06, None)]
+    args = three.Args(max_chance=0.05, n=1)
+    pairs, counts = asyncio.run(
+        three.rectify(args, continue_solution, lambda *_: right(), {}, rows)
+    )
+    assert continued == [0.0, 0.05, None]
+    assert counts["errors over --max-chance"] == 1 and counts["errors tried"] == 3
+    assert len(pairs) == 1 and counts["repeats a chosen step"] == 2
+
+
+def test_pairs_of_one_error():
+    three, row = stage(3), row_with_an_error()
     prefix = "Let's think step by step.\nStep 1: 1 + 1 = 2.\nStep 2:"
     assert three.prefix_and_step(three.Args(), row, 2) == (prefix, " 2 * 2 = 5.\n")
     texts = [
         " 2 * 2 = 4.\nThe answer is \\boxed{4}.",
         " 2 * 2 = 4.\nThe answer  is \\boxed{4}.",
         " 2 * 2 =  5.\nStep 3: no, \\boxed{4}.",
+        " 2 times 2 is 5.\nStep 3: no, \\boxed{4}.",
         " twice 2 is 4.\nStep 3: \\boxed{4}",
         " wrong",
     ]
     found = [{"text": text} for text in texts]
     count = Counter()
-    pairs = three.make_pairs(
-        three.Args(), row, found, [True, True, True, True, False], set(), count
-    )
+    pairs = three.make_pairs(three.Args(), row, found, [True] * 5 + [False], set(), count)
     assert [pair["chosen"] for pair in pairs] == [texts[0], " twice 2 is 4.\n"]
     assert count == {
         "pairs": 2,
         "repeats a chosen step": 1,
         "restates the rejected step": 1,
+        "calculates what the rejected step does": 1,
         "wrong": 1,
     }
     for pair in pairs:
@@ -398,7 +439,7 @@ def test_pairs_of_one_error():
     assert (
         len(
             three.make_pairs(
-                three.Args(max_pairs_per_error=1), row, found, [True] * 5, set(), Counter()
+                three.Args(max_pairs_per_error=1), row, found, [True] * 6, set(), Counter()
             )
         )
         == 1
