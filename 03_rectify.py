@@ -71,9 +71,6 @@ STEP = "Step {number}:"
 # no space at the end: it would move the token boundary
 OPENING = "Let's think step by step.\n" + STEP.format(number=1)
 
-# what a step calculates with: numbers with their signs, and a plus or minus between two terms
-TERM = re.compile(r"-?\d+(?:\.\d+)?|(?<=[\w)}] )[-+](?= [\\\w(])")
-
 
 @dataclass
 class Args:
@@ -111,7 +108,7 @@ class Args:
     n: int = 20
     """continuations of each correct prefix"""
     max_chance: float = 1.0
-    """leave out errors whose failures had a higher probability by chance; 0.05 in doubt"""
+    """leave out errors whose `chance` in 02's row is higher: 0.05 if right steps are rejected"""
     max_pairs_per_error: int = 0
     """pairs of one wrong sample at most; 0: all"""
     pairs_per_problem: int | None = None
@@ -198,7 +195,6 @@ async def rectify(
     ]
     counts["errors not located"] = len(rows) - len(located)
     counts["errors cut short by max_tokens"] = len(located) - len(errors)
-    # rows of other locators have no `chance`
     evident = [row for row in errors if (row.get("chance") or 0) <= args.max_chance]
     counts["errors over --max-chance"] = len(errors) - len(evident)
     errors = evident
@@ -273,8 +269,6 @@ def make_pairs(
             counts["blank step"] += 1
         elif squeezed == " ".join(rejected.split()):
             counts["restates the rejected step"] += 1
-        elif args.split != "blocks" and same_calculation(chosen, rejected):
-            counts["calculates what the rejected step does"] += 1
         elif squeezed in used_steps:
             counts["repeats a chosen step"] += 1
         elif args.max_pairs_per_error and len(pairs) == args.max_pairs_per_error:
@@ -286,15 +280,6 @@ def make_pairs(
             pair.update(full_chosen=solution, full_rejected=row["response"])
             pairs.append(pair)
     return pairs
-
-
-def same_calculation(chosen: str, rejected: str) -> bool:
-    """Whether two steps have the same numbers: then one is hardly right and the other wrong.
-    docs/pairs.md has how often."""
-    of_chosen, of_rejected = (
-        set(TERM.findall(step.replace(",", ""))) for step in (chosen, rejected)
-    )
-    return of_chosen == of_rejected and bool(of_chosen - {"+", "-"})
 
 
 # -------------------------------------------------------------------------------------------------
@@ -555,6 +540,8 @@ def load_input(args: Args) -> dict[str, list[dict]]:
     rows = sorted(rows, key=lambda row: (row["id"], row["sample"]))[: args.limit]
     if not any(row[field] for row in rows):
         stop(f"{path}: none of its {len(rows)} {nothing}")
+    if args.max_chance < 1 and all(row.get("chance") is None for row in rows):
+        stop(f"{path}: no row has the `chance` that --max-chance needs; 02's rollouts give it")
     problems = {}
     for row in rows:
         problems.setdefault(row["id"], []).append(row)

@@ -34,7 +34,6 @@ CONTINUATIONS = (
     "wrong",
     "blank step",
     "restates the rejected step",
-    "calculates what the rejected step does",
     "repeats a chosen step",
     "over --max-pairs-per-error",
     "pairs",

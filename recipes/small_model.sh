@@ -19,9 +19,9 @@
 # PROBLEMS   750 of GSM8K's training part. The first VALIDATION (500), by a hash of the id, are for choosing the rate, so more
 #            PROBLEMS take none of these. N samples of each, at temperature 0.7, top-p 1, at most TOKENS (512)
 # LOCATE     options of 02 (default: its own defaults). 03 samples RECTIFY (8) continuations from the last right step
-# PAIRS      at most 400 of each method; all have as many as the smallest set. An error gives PER_ERROR pairs (1), a problem PER_PROBLEM
-#            (3: Step-DPO has no more wrong samples of one), so that no set comes from a few problems. A tenth of the problems is held
-#            out, for the curves. METHODS may include dpo-tokens and scdpo-tokens: as many tokens as Step-DPO's pairs
+# PAIRS      at most 400 of each method; all have as many as the smallest set; half of SCDPO's are DPO's (the paper's naive pairs).
+#            Step-DPO has PER_ERROR pairs (1) of an error, the others PER_PROBLEM (3) of a problem, so that no set comes from a few
+#            problems. A tenth of the problems is held out, for the curves. METHODS may include dpo-tokens and scdpo-tokens: as many tokens as Step-DPO's pairs
 # RATES      1e-6 3e-6 1e-5; for SFT SFT_RATES, 5e-6 1e-5 2e-5. The papers' 5e-7 and 1e-7 are for 7B and 170 to 675 steps. Here 400 pairs,
 #            BATCH 32 and EPOCHS 2 make 26 steps, so the rate must be higher. The first of SEEDS (0) chooses, the others use its rate.
 #            A single rate is used without validation
