@@ -862,8 +862,6 @@ class Output:
         lock(self.file, path)
         atexit.register(self.close)
         try:
-            self.file.seek(0)
-            self.file.truncate(self.file.read().rfind(b"\n") + 1)
             if path.stat().st_size:
                 self.resume()
             self.save_meta(finished=False)
@@ -889,7 +887,9 @@ class Output:
                 change = difference(name, old.get(name), new)
                 todo = "take the old setting, give another --out, or remove the file"
                 stop(f"{self.path} was made with {change}; {todo}")
-        self.rows = read_rows(self.path, ())
+        self.file.seek(0)  # only now: a file that is not ours keeps its last line
+        self.file.truncate(self.file.read().rfind(b"\n") + 1)
+        self.rows = read_rows(self.path, ()) if self.path.stat().st_size else []
         self.began -= meta["seconds"]
         if edited:
             before = {"code": old.get("code"), "prompt": old.get("prompt")}
@@ -945,7 +945,7 @@ STEP_ENDS = {
     "lines": re.compile(r"\n(?:[ \t]*\n)*"),
     "blank-lines": re.compile(r"\n(?:[ \t]*\n)+"),
     "blocks": re.compile(r"<\|endofblock\|>(?!<\|execution\|>)"),  # text, or code with its output
-    "sentences": re.compile(r"\n(?:[ \t]*\n)*|[.!?][\"')\]”’]*(?=[ \t]+[^a-z\s])|[。！？]"),
+    "sentences": re.compile(r"\n(?:[ \t]*\n)*|[.!?][\"')\]”’]*(?=[ \t]+[^a-z\s=+*/<>-])|[。！？]"),
 }
 # Copied from 01_sample_errors.py
 # no sentence ends in a formula; "$5. Then" is money
@@ -982,8 +982,8 @@ def split_steps(response: str, split: str = "labels", opening: str = OPENING) ->
     labels: before the line-start labels "Step 2:", "Step 3:" ... in their order; one out of order
     (a model that quotes "Step 1:" again) does not start a step, and the closing "The answer is ..."
     belongs to the last. lines, blank-lines, sentences, blocks: after each. A sentence ends at . !
-    or ? before a space and no small letter, or with its line; formulas, decimals, "Mr.", "e.g." and
-    the number of a list do not end it."""
+    or ? before a space and neither a small letter nor an operator ("5! = 120"), or with its line;
+    formulas, decimals, "Mr.", "e.g." and the number of a list do not end it."""
     if split != "labels":
         return split_at_ends(response, split, len(opening) if response.startswith(opening) else 0)
     steps, rest = [], response
@@ -1020,11 +1020,18 @@ MARKER = re.compile(
     r"|[Ff]inal [Aa]nswer[ *]*(?=\n)|答案(?:是|为|[:：])"
 )
 # Copied from 01_sample_errors.py
+IN_BOX = r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
+# Copied from 01_sample_errors.py
+BETWEEN_BOXES = r"(?:[\s$]|\\[()])*"
+# Copied from 01_sample_errors.py
 # \boxed{2}, \boxed 2, \boxed\frac12
 BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(\\[a-zA-Z]+(?:\s*(?:\d|\{[^{}]*\}))*|-?[\w.]+))")
 # Copied from 01_sample_errors.py
 # boxes before the last of a list
-BOXES = re.compile(r"(?:\\boxed\{[^{}]*\}[\s$]*(?:,|(?:,\s*)?(?:and|or))[\s$]*)+$")
+BOXES = re.compile(
+    rf"(?:{IN_BOX}{BETWEEN_BOXES}"
+    rf"(?:,|(?:,\s*)?(?:and|or|\\text\{{\s*(?:and|or)\s*\}})){BETWEEN_BOXES})+$"
+)
 
 
 # Copied from 01_sample_errors.py
@@ -1051,7 +1058,7 @@ def extract_answer(response: str) -> str | None:
         depth += {"{": 1, "}": -1}.get(mark[0], 0)
         if depth == 0:
             listed = BOXES.search(response[max(0, start - 200) : start])
-            before = re.findall(r"\{(.*?)\}", listed[0]) if listed else []
+            before = re.findall(IN_BOX, listed[0]) if listed else []
             answer = response[box.end() : mark.start()].strip()
             return ", ".join(dict.fromkeys([*before, answer])) if answer else None
     return None
@@ -1081,18 +1088,22 @@ TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{
 # Copied from 01_sample_errors.py
 CHANGES = (  # words that change a number; any other word after a number is its unit
     r"\b(?:and|or|to|than|more|less|most|least|over|under|below|half|quarters?|factorial|squared"
-    r"|cubed|base|dozens?|negative|[ap]\.?m"
-    r"|(?:hundred|thousand|(?:four|fif|six|seven|eigh|nin|ten)th|[mbtr]+illion)s?)\b"
+    r"|cubed|base|dozens?|negative|not|twice|double|triple|plus|minus|times|divided|[ap]\.?m"
+    r"|(?:(?:four|fif|six|seven|eigh|nin|ten|twelf|hundred)th|hundred|thousand|lakh|crore"
+    r"|[mbtr]+illion)s?"
+    r"|sin|cos|tan|log|ln|sqrt|pi|theta|alpha|beta|lambda|[kxyz])\b"
+    r"|[万亿成打又半多余]|千(?![克米瓦])|百(?!分)|分之"
 )
 # Copied from 01_sample_errors.py
 UNITS = (
-    rf"(?:(?<=[\d)\]}}%])|(?<=\\pi))\s*(?:(?:(?!\\\w+\{{[ei]}}){TEXT}(?:\^\{{?\d\}}?|\s)*)+"
+    r"(?:(?<=[\d)\]}%])|(?<=\\pi))\s*"
+    rf"(?:(?:(?!\\mathbf|\\\w+\{{[ei]}}){TEXT}(?:\^\{{?\d\}}?|\s)*)+"
     r"|[一-鿿]+|m\^\{?[23]\}?"
     r"|(?:k?m/|\s[A-Za-z]{3,}|(?:[cdkm]m|[km]g|m[lL]|ft|in|yd|mi|hr|oz|lb|sq|cu)\b)"
     r"[A-Za-z\s./]*(?:\^\{?\d\}?)?)\.?$"
 )
 # Copied from 01_sample_errors.py
-SCALES = {"percent": "%", "halves": "/2", "thirds": "/3"}
+SCALES = {"halves": "/2", "thirds": "/3"}
 
 
 # Copied from 01_sample_errors.py
@@ -1116,12 +1127,13 @@ SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads
     (r"\\\\\[[\w.]+\]", r"\\\\"),  # \\[4pt] between the rows of a matrix
     (r"(?<!\\)\\(?:q?quad(?![a-zA-Z])|[,;: ])|~", " "),
     (
-        r"(?<=[\d}])\s*(?:\\\w+\{\s*)?\b(percent|halves|thirds)\b\s*\}?",
-        lambda match: SCALES[match[1]],
+        r"(?<=[\d}])\s*(?:\\\w+\{\s*)?\b(per\s?cent|pct|halves|thirds)\b\s*\}?",
+        lambda match: SCALES.get(match[1], "%"),
     ),
     # 5m may be a product
     (UNITS, lambda match: match[0] if re.search(CHANGES, match[0]) else ""),
     (TEXT, r" \1 "),
+    (r" {2,}", " "),
     (
         r"(?<![\\a-zA-Z])(pi|theta|alpha|beta|lambda|sqrt|infinity|sin|cos|tan|ln|log)(?![a-zA-Z])",
         r"\\\1 ",
@@ -1139,11 +1151,17 @@ SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads
 # Copied from 01_sample_errors.py
 COMPILED = [(re.compile(pattern), new) for pattern, new in SPELLINGS]
 # Copied from 01_sample_errors.py
+# what is left out of such texts; signs, and the marks of times, decimals and bases, stay
+NO_TEXT = re.compile(r"(?<![\d.])0(?=\d)|(?<!\d)[.:]|[.:](?!\d)|(?<!^)-(?!\d)|(?<![\dA-F])_")
+# Copied from 01_sample_errors.py
 # math-verify takes Evelyn for a product, 2516_8 for 2516_9 and 4:30 for 2/15.
 IS_TEXT = re.compile(
     r"[^\d\\^_+*/=<>{}|]*([^\W\d_]{3}|^no$)[^\d\\^_+*/=<>{}|]*"
     r"|-?[\dA-F.]+_\{?\d+\}?|.*\d:\d\d.*"
 )
+# Copied from 01_sample_errors.py
+# f(x)=, \theta=, (p,q)=: the value stands on the right
+NAMED = re.compile(r"\\?[a-zA-Z]+'*(?:_\w|\^\{-1\})?(?:\([^()=]*\))?=|\([a-z,]+\)=")
 # Copied from 01_sample_errors.py
 # options and nothing else
 IS_LETTERS = re.compile(r"(?=[^A-J]*[A-J])(?:[\s()\[\].,:;&']|and|or|\b[A-J]\b)+")
@@ -1174,7 +1192,21 @@ def rows_of(gold: str, prediction: str) -> list[list[str]]:
     rows = [ROW.fullmatch(answer) for answer in (gold, prediction)]
     if not all(rows) or rows[0][1] != rows[1][1] or rows[0][3] != rows[1][3]:
         return []
-    return [[part.strip() for part in re.split(r",|&|\\\\", row[2])] for row in rows]
+    cells = [row[2].strip().removesuffix("\\\\") for row in rows]
+    shapes = [re.findall(r"&|\\\\", row) for row in cells]
+    if shapes[0] != shapes[1]:  # a row of four is no matrix of two by two
+        return []
+    return [[part.strip() for part in re.split(r",|&|\\\\", row)] for row in cells]
+
+
+# Copied from 01_sample_errors.py
+def right_side(answer: str) -> str:
+    """5 of "x = 5" and of "2+3 = 5". "x = 3, y = 5" and "x = 3 or x = 5" are more than one value,
+    and stay whole."""
+    *left, value = re.split(r"(?<![!<>])=", answer)
+    # 1,000 and f(2,3) are no lists
+    outside = re.sub(r"(?<=\d),(?=\d{3})|\([^()]*\)", "", "".join(left))
+    return answer if re.search(r"[,;]|\b(?:and|or)\b", outside) else value
 
 
 # Copied from 01_sample_errors.py
@@ -1195,7 +1227,7 @@ def letters(answer: str) -> set[str]:
     first = re.match(r"(?:option |choice )?\(?([A-J])(?:[).:](?![-+*/^=<>])|$)", answer, re.I)
     if not first:
         return set()
-    return {first[1].upper(), *re.findall(r"[\s(]([A-J])[).:]", answer[first.end() :])}
+    return {first[1].upper(), *re.findall(r"[\s(,;&]([A-J])[).:]", answer[first.end() :])}
 
 
 # Copied from 01_sample_errors.py
@@ -1203,6 +1235,8 @@ def quick_verdict(gold: str, prediction: str) -> bool | None:
     """Whether two answers are equal by text and number. None: only algebra_verdict() can tell."""
     if gold == prediction:  # most are
         return bool(gold.strip())
+    if re.fullmatch(r"\s*\d+(?:, +\d+)+\s*", gold) and re.fullmatch(r"\d+(?:,\d+)+", prediction):
+        prediction = prediction.replace(",", ", ")  # 135,225 is a list where the gold is one
     units = [UNIT.findall(answer) for answer in (gold, prediction)]
     if all(units) and units[0] != units[1]:  # 5 m and 5 s
         return False
@@ -1211,15 +1245,16 @@ def quick_verdict(gold: str, prediction: str) -> bool | None:
         return bool(gold)
     if IS_LETTERS.fullmatch(gold):
         return letters(prediction) == letters(gold)
+    value = right_side(prediction)
     if IS_TEXT.fullmatch(gold):
-        texts = gold, prediction.split("=")[-1]
-        bare = [re.sub(r"\b0(?=\d)|[\W_]", "", text).lower() for text in texts]
+        bare = [NO_TEXT.sub("", re.sub(r"[^\w:.-]", "", text)).lower() for text in (gold, value)]
         return bare[0] == bare[1]
     numbers = re.findall(r"-?\d[\d.,/]*%?", prediction)
     is_sentence = len(re.findall(WORD, prediction)) > 1
     if len(numbers) == 1 and is_sentence and not re.search(rf"[\\^_=]|{CHANGES}", prediction):
-        prediction = numbers[0].rstrip(".")  # a sentence says its number, if one
-    value = re.split(r"(?<![!<>])=", prediction)[-1]  # x = 5, and 2+3 = 5, are 5
+        # a sentence says its number, if one, and not 5k, 3x, 5! or .5
+        alone = re.search(rf"(?<![\w.]){re.escape(numbers[0])}(?![\w!])", prediction)
+        value = prediction = numbers[0].rstrip(".,") if alone else prediction
     a, b = as_number(gold), as_number(value)
     if a is not None and b is not None:
         if "." in prediction and re.search("/|frac", gold):  # 1/3 and 0.3333333333333333
@@ -1268,6 +1303,10 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
             alike = (x == y or algebra_verdict(x, y) for x, y in zip(*parts, strict=False))
             return len(parts[0]) == len(parts[1]) and all(alike)
         a, b = parsed(gold), parsed(prediction)
+        # math-verify: x+y+z=0 is 0; of y=2x the right side is enough
+        is_equation = "=" in gold and isinstance(a, sympy.Eq) and not NAMED.match(gold)
+        if is_equation and not isinstance(b, sympy.Eq):
+            return False
         ordered = [isinstance(value, (sympy.Tuple, sympy.Interval)) for value in (a, b)]
         listed = [isinstance(value, sets.FiniteSet) for value in (a, b)]
         # math-verify: (1,2) = {1,2}
@@ -1348,7 +1387,8 @@ class Grader:
             return verdict
         letter = re.fullmatch(r"\(?([A-J])\)?", spelled(gold))
         values = options(problem) if letter else {}
-        if not letter or letter[1] not in values:
+        # a bare letter is an option's name, even where another option has it for its value
+        if not letter or letter[1] not in values or letters(spelled(prediction)):
             return verdict
         named = [key for key in values if await self(values[key], prediction, "", rules)]
         return named == [letter[1]]

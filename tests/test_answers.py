@@ -86,6 +86,8 @@ def test_reference_solutions_split_into_their_steps():
         (r"so $\boxed {5}$.", "5"),
         (r"the roots are \boxed{3}, \boxed{5}, and $\boxed{7}$.", "3, 5, 7"),
         (r"\boxed{3} is not it. We get \boxed{5}", "5"),
+        (r"$\boxed{\frac{1}{2}}$ and \(\boxed{3}\)", r"\frac{1}{2}, 3"),
+        (r"\boxed{\sqrt{2}} \text{ or } \boxed{-\sqrt{2}}", r"\sqrt{2}, -\sqrt{2}"),
         ("The answer is:\n\\[ 42 \\]", "42"),
         ("**Final Answer**\n\n$42$", "42"),
         ("Final Answer: The final answer is $42$. I hope it is correct.", "42"),

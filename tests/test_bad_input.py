@@ -244,6 +244,29 @@ def test_a_file_system_without_locks_gets_one_warning(tmp_path, monkeypatch, cap
         ] == ["a", "b"]
 
 
+@pytest.mark.parametrize("text", ['{"id": "mine"}', "a note", '{"id": 1}\n{"id": 2}'])
+def test_a_file_of_another_keeps_its_last_line(text, tmp_path, capsys):
+    """Its last line end may be missing, which a torn row's is too."""
+    path = tmp_path / "mine.jsonl"
+    path.write_text(text)
+    with pytest.raises(SystemExit):
+        stage(1).Output(path, {"code": {}})
+    assert path.read_text() == text and "give another --out" in capsys.readouterr().err
+
+
+def test_a_first_row_that_is_torn_is_made_again(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    output = stage(1).Output(path, {"code": {}})
+    output.write({"id": "q1"})
+    output.close()
+    path.write_bytes(path.read_bytes()[:-3])
+    output = stage(1).Output(path, {"code": {}})
+    assert output.rows == [] and not path.read_bytes()
+    output.write({"id": "q1"})
+    output.close()
+    assert read(path) == [{"id": "q1"}]
+
+
 def test_an_output_is_locked_until_it_is_closed(tmp_path, capsys):
     def open_file():
         return stage(1).Output(tmp_path / "out.jsonl", {"a": 1})
