@@ -25,8 +25,8 @@ holds (right, tried) by k. The first wrong step is the one after the last k with
 estimate of Math-Shepherd, arXiv 2312.08935, takes the first k with V(k) = 0), found by bisection
 (OmegaPRM, arXiv 2406.06592). is_alive() and first_wrong_step() are the rule to edit. A prefix is
 alive at its first right continuation, and lost when its failures are evidence, see lost_after();
-`chance` is the probability that these failures are chance. Continuations are sampled in waves of 2,
-2, 4, 8 ...
+`chance` is the probability of these failures at the rate of the prefixes before. Continuations are
+sampled in waves of 2, 2, 4, 8 ...; those of the bare problem once, for all its wrong samples.
 judge: a model reads problem, truth and steps and gives a verdict for each step; --votes of these
 judgements are counted.
 scores: `step_scores` of the input has a number for each step (analysis/score_steps.py adds them);
@@ -155,7 +155,8 @@ class Args:
     alpha: float = 0.05
     """lost earlier, once its failures are less likely than this by chance; 0: never"""
     give_up: int = 12
-    """failures of a problem, its samples included, after which its rows stay open"""
+    """failures of a problem, its samples included, after which its rows stay open; not with
+    --all-rollouts"""
     linear: bool = False
     """estimate every prefix instead of bisecting"""
     all_rollouts: bool = False
@@ -310,8 +311,18 @@ def cut_label(
     return (step[: label.end()], step[label.end() :]) if label else ("", step)
 
 
+@dataclass
+class Root:
+    """What the wrong samples of a problem share: the continuations of V(0). The row `payer` has
+    their tokens."""
+
+    samples: list[int]  # [right, tried] of the problem's samples
+    payer: tuple | None = None
+    waves: dict[int, asyncio.Task] = dataclasses.field(default_factory=dict)
+
+
 async def by_rollouts(
-    args: Args, continue_from, grader: Grader, samples: list[int], row: dict, spent: Counter
+    args: Args, continue_from, grader: Grader, root: Root, row: dict, spent: Counter
 ) -> tuple[dict, dict]:
     """({"error_step", "locator", "reason", "chance", "rollout_values", "rollout_tokens": [of
     prompts, sampled]}, the continuations by number of steps before them).
@@ -319,6 +330,7 @@ async def by_rollouts(
     `await continue_from(row, prefix, seed, n)` gives n continuations of a solution's first steps by
     the policy; see complete()."""
     steps, rollouts, tokens = row["steps"], {}, [0, 0]
+    refused = []
 
     async def is_correct(prefix: str, completion: dict) -> bool:
         if completion["finish_reason"] != "stop":
@@ -326,19 +338,27 @@ async def by_rollouts(
         answer = answer_of(prefix + completion["text"], args.split)
         return await grader(row["answer"], answer, row["problem"])
 
-    async def draw(k: int, tried: int, size: int) -> list[bool]:
+    async def wave(k: int, tried: int, size: int) -> tuple[list[dict], list[bool]]:
         prefix = "".join(steps[:k]) + cut_label(steps[k], k + 1, args.split, args.opening)[0]
-        seed = seed_of(args.seed, "locate", row["id"], row["sample"], k, tried)
+        about = (row["id"], row["sample"], k) if k else (row["id"],)
+        seed = seed_of(args.seed, "locate", *about, tried)
         completions = await continue_from(row, prefix, seed, size)
+        first = completions[0]  # it has the tokens of all
+        spent.update(prompt=first["prompt_tokens"], completion=first["tokens"], rollouts=size)
         gradings = (is_correct(prefix, completion) for completion in completions)
-        verdicts = await asyncio.gather(*gradings)
+        return completions, await asyncio.gather(*gradings)
+
+    async def draw(k: int, tried: int, size: int) -> list[bool]:
+        if k == 0 and tried not in root.waves:
+            root.waves[tried] = asyncio.ensure_future(wave(0, tried, size))
+        completions, verdicts = await (wave(k, tried, size) if k else root.waves[tried])
         for completion, correct in zip(completions, verdicts, strict=True):
             rollout = {name: completion[name] for name in ("text", "finish_reason")}
             rollouts.setdefault(k, []).append({**rollout, "correct": correct})
-        first = completions[0]  # it has the tokens of all
-        tokens[0] += first["prompt_tokens"]
-        tokens[1] += first["tokens"]
-        spent.update(prompt=first["prompt_tokens"], completion=first["tokens"], rollouts=size)
+            refused.append(completion["finish_reason"] == "refused")
+        if k or root.payer == identity(row):
+            tokens[0] += completions[0]["prompt_tokens"]
+            tokens[1] += completions[0]["tokens"]
         return verdicts
 
     located = {"error_step": None, "locator": "rollout", "rollout_tokens": tokens}
@@ -347,7 +367,10 @@ async def by_rollouts(
     elif row["correct"]:
         located.update(reason=f"{NO_ERROR}: the answer is right", rollout_values={})
     else:
-        located.update(await search(args, len(steps), draw, samples))
+        located.update(await search(args, len(steps), draw, root.samples))
+    if any(refused):  # such failures say nothing of the steps
+        reason = "a continuation was refused: the prompt is longer than the model takes"
+        located.update(error_step=None, chance=None, reason=reason)
     return located, rollouts
 
 
@@ -417,7 +440,7 @@ async def judge(args):
         yield ask, args.concurrency or 128
         return
     tokenizer = load_tokenizer(args.judge_model, None, "{}")
-    local = dataclasses.replace(args, base_url="")
+    local = dataclasses.replace(args, base_url="", split="labels")  # a judge runs no code
     async with engine(local, args.judge_model, rows=0) as generate:
 
         def ask(messages: list[dict], seed: int):
@@ -456,7 +479,7 @@ async def judge_once(
 
 async def by_judge(args: Args, ask, row: dict, spent: Counter) -> dict:
     """{"error_step", "locator", "reason", "judge"}. `spent` counts tokens and retries."""
-    located = {"error_step": None, "locator": "judge"}
+    located = {"error_step": None, "locator": "judge", "chance": None}
     if not row["steps"]:
         return {**located, "reason": "no response to look at"}
     lacks_diagram = "diagram" in row["problem"] and "asy" not in row["problem"]
@@ -517,7 +540,7 @@ def by_scores(row: dict, threshold: float) -> dict:
         low = [k for k, score in enumerate(row["step_scores"], 1) if score < threshold]
         if low:
             step, reason = low[0], None
-    return {"error_step": step, "locator": "scores", "reason": reason}
+    return {"error_step": step, "locator": "scores", "reason": reason, "chance": None}
 
 
 def read_samples(path: Path, fields: tuple[str, ...], args) -> list[dict]:
@@ -573,7 +596,7 @@ def load_samples(args: Args) -> tuple[list[dict], dict[str, list[int]]]:
     rows, n_wrong, counts = [], Counter(), {}
     for row in samples:
         count = counts.setdefault(row["id"], [0, 0])
-        if row.get("model") == args.model:
+        if str(row.get("model")).rstrip("/") == args.model.rstrip("/"):
             count[0] += row["correct"]
             count[1] += 1
         n_wrong[row["id"]] += not row["correct"]
@@ -626,6 +649,10 @@ async def locate_all(
     rollouts_done = {identity(row) for row in keep.rows} if keep else set()
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
     spent = Counter()
+    roots = {name: Root(counts) for name, counts in samples.items()}
+    for row in reversed(rows):  # so that the first one that asks for V(0) stays
+        if row["steps"] and not row["correct"]:
+            roots[row["id"]].payer = identity(row)
     if args.locator == "judge":
         judged = [row for row in output.rows if row.get("judge") and identity(row) not in copies]
         tokens = [sum(row["judge"].get("tokens", ())) for row in judged]
@@ -638,10 +665,11 @@ async def locate_all(
     async def locate(row: dict):
         if args.locator == "rollout":
             located, rollouts = await by_rollouts(
-                args, continue_from, grader, samples[row["id"]], row, spent
+                args, continue_from, grader, roots[row["id"]], row, spent
             )
             if keep and identity(row) not in rollouts_done:
-                keep.write({"id": row["id"], "sample": row["sample"], "rollouts": rollouts})
+                kept = {name: row[name] for name in ("id", "sample", "steps")}
+                keep.write({**kept, "rollouts": rollouts})
         elif args.locator == "judge":
             tokens = spent["tokens of earlier runs"] + spent["prompt"] + spent["completion"]
             if 0 < args.max_judge_tokens <= tokens:
@@ -738,6 +766,7 @@ def main(args: Args):
         keep = None
         if args.keep_rollouts:
             keep = opened(Output(args.keep_rollouts, settings, args.accept_edit))
+            check_steps(args, rows, keep.path, keep.rows)
         check_steps(args, rows, output.path, output.rows)
         grader = opened(Grader())
         spent = asyncio.run(locate_all(args, rows, samples, known, tokenizer, output, keep, grader))

@@ -10,11 +10,12 @@ or whole solutions (DPO).
 Input: for Step-DPO the output of 02_locate_step.py, else that of 01_sample_errors.py:
     {"id": "q1", "problem": "...", "answer": "7", "sample": 0, "response": "...",
      "steps": ["...", "..."], "finish_reason": "stop", "error_step": 2, ...}
+    (of 01, instead of "error_step": "correct": true, "prediction": "7")
 
 Output, a line a pair, in the schema of the published xinlai/Math-Step-DPO-10K and four fields more:
-    {"dataset": "gsm8k", "prompt": "Ava has ...", "chosen": " 3 + 4 = 7.\n",
-     "initial_reason_steps": "Let's think step by step.\nStep 1: ...\nStep 2:",
-     "rejected": " 3 + 4 = 8.\n", "full_chosen": "...", "full_rejected": "...",
+    {"dataset": "gsm8k", "prompt": "Ava has ...", "chosen": " 3 + 4 = 7.\\n",
+     "initial_reason_steps": "Let's think step by step.\\nStep 1: ...\\nStep 2:",
+     "rejected": " 3 + 4 = 8.\\n", "full_chosen": "...", "full_rejected": "...",
      "answer": "7", "id": "q1", "method": "step-dpo", "error_step": 2, "sample": 0}
 
 Step-DPO (arXiv 2406.18629, section 3.2): the model continues n times from steps 1..k-1 and the
@@ -23,8 +24,8 @@ text once; the rejected step is the located one. SCDPO (arXiv 2407.00782, sectio
 continues from steps 1..k of a right solution, k drawn at random, step by step at a rising
 temperature, until it ends at a wrong answer; chosen is the rest of the right solution. DPO: whole
 right and wrong solutions. SCDPO trains on naive (DPO's) and step-controlled pairs:
-04_train_stepdpo.py --data data/scdpo.jsonl data/naive.jsonl. OUT.tries.jsonl keeps what became of
-every problem; the same command run again resumes where it stopped."""
+04_train_stepdpo.py --data data/scdpo.jsonl data/naive.jsonl. data/pairs.tries.jsonl keeps what
+became of every problem; the same command run again resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from itertools import count as count_up
-from itertools import pairwise, product
+from itertools import islice, pairwise, product
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -84,7 +85,7 @@ class Args:
     located: Path = Path("data/located.jsonl")
     """output of 02_locate_step.py, for --method step-dpo"""
     out: Path = Path("data/pairs.jsonl")
-    """file to write; what OUT.tries.jsonl holds already is not done again"""
+    """file to write; what pairs.tries.jsonl, next to it, holds already is not done again"""
     rollouts: Path | None = None
     """what 02 --keep-rollouts kept: not sampled again; counts towards --n"""
     model: str = "Qwen/Qwen2-7B-Instruct"
@@ -130,7 +131,7 @@ class Args:
     max_tokens: int = 2048
     """longest continuation, in tokens"""
     limit: int | None = None
-    """use the first so many rows of the input, by id"""
+    """use the first so many problems of the input, by id"""
     seed: int = 0
     """every request gets its own seed from this and what it is about"""
     concurrency: int = 0
@@ -188,16 +189,15 @@ async def rectify(
     counts = Counter()
     located = [row for row in rows if row["error_step"]]
     # an error that max_tokens cut in two would teach the model to stop half-way
-    errors = [
+    whole = [
         row
         for row in located
         if row["finish_reason"] == "stop" or row["error_step"] < len(row["steps"])
     ]
+    errors = [row for row in whole if (row.get("chance") or 0) <= args.max_chance]
     counts["errors not located"] = len(rows) - len(located)
-    counts["errors cut short by max_tokens"] = len(located) - len(errors)
-    evident = [row for row in errors if (row.get("chance") or 0) <= args.max_chance]
-    counts["errors over --max-chance"] = len(errors) - len(evident)
-    errors = evident
+    counts["errors cut short by max_tokens"] = len(located) - len(whole)
+    counts["errors over --max-chance"] = len(whole) - len(errors)
     sampled = await asyncio.gather(
         *(
             sample_continuations(args, continue_solution, grader, rollouts, row, counts)
@@ -221,7 +221,8 @@ async def sample_continuations(
     right."""
     step = row["error_step"]
     prefix, _ = prefix_and_step(args, row, step)
-    completions = rollouts.get((row["id"], row["sample"], step - 1), [])[: args.n]
+    kept = rollouts.get(row["id"], {})
+    completions = kept.get((row["sample"], step - 1), [])[: args.n]
     is_correct = [completion["correct"] for completion in completions]
     counts["continuations reused"] += len(completions)
     if len(completions) == args.n:
@@ -267,6 +268,8 @@ def make_pairs(
             counts["wrong"] += 1
         elif not squeezed or not rejected.strip():
             counts["blank step"] += 1
+        elif not solution.startswith(prefix + chosen):  # "He has 3." and " 5 more. So 8."
+            counts["changes the step before"] += 1
         elif squeezed == " ".join(rejected.split()):
             counts["restates the rejected step"] += 1
         elif squeezed in used_steps:
@@ -380,7 +383,8 @@ async def heated_completion(
         text += completion["text"]
         tokens += completion["tokens"]
         finish_reason = completion["finish_reason"]
-        if finish_reason != "stop" or not text.endswith(tuple(stops)):
+        # the end of this request's text: an empty one after a stop string is the model's end
+        if finish_reason != "stop" or not completion["text"].endswith(tuple(stops)):
             return {"text": text, "finish_reason": finish_reason, "tokens": tokens}
         if tokens >= args.max_tokens:
             return {"text": text, "finish_reason": "length", "tokens": tokens}
@@ -455,7 +459,7 @@ def distinct(rows: list[dict], counts: Counter) -> list[dict]:
     runs."""
     solutions, runs_of_each = [], []
     for row in rows:
-        words = row["response"].split()
+        words = re.findall(r"[一-鿿]|[^\s一-鿿]+", row["response"])  # Chinese has no spaces
         runs = set(zip(words, words[1:], words[2:], strict=False))
         if SECOND_THOUGHTS.search(row["response"]):
             counts["right solutions with second thoughts"] += 1
@@ -528,31 +532,38 @@ async def make_all(
 def load_input(args: Args) -> dict[str, list[dict]]:
     """Rows by problem, in an order that does not depend on the file's."""
     if args.method == "step-dpo":
-        path, field, stage = args.located, "error_step", "02_locate_step.py"
+        path, field, kinds = args.located, "error_step", ()
         nothing = "rows has an error_step; see their reason fields"
+        wanted, stage = ("error_step", "response"), "02_locate_step.py"
     else:
-        path, field, stage = args.samples, "correct", "01_sample_errors.py"
+        path, field, kinds = args.samples, "correct", ("correct",)
         nothing = "solutions is right; sample easier problems, or more"
-    rows = read_samples(path, ("answer", "sample", "finish_reason"), args)
+        wanted, stage = ("prediction", "response"), "01_sample_errors.py"
+    rows = read_samples(path, ("answer", "sample", "finish_reason", *kinds), args)
     for number, row in enumerate(rows, 1):
-        if field not in row or "response" not in row:
-            stop(f"{path}, row {number}: no {field!r} or no 'response'; give the output of {stage}")
-    rows = sorted(rows, key=lambda row: (row["id"], row["sample"]))[: args.limit]
+        lacking = [name for name in wanted if name not in row]
+        step = row.get("error_step")
+        if lacking:
+            stop(f"{path}, row {number}: no {lacking[0]!r}; give the output of {stage}")
+        if step is not None and not (type(step) is int and 1 <= step <= len(row["steps"])):
+            stop(
+                f"{path}, row {number}: 'error_step' is {step!r}; its steps are {len(row['steps'])}"
+            )
     if not any(row[field] for row in rows):
         stop(f"{path}: none of its {len(rows)} {nothing}")
     if args.max_chance < 1 and all(row.get("chance") is None for row in rows):
         stop(f"{path}: no row has the `chance` that --max-chance needs; 02's rollouts give it")
     problems = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row["id"], row["sample"])):
         problems.setdefault(row["id"], []).append(row)
-    return problems
+    return dict(islice(problems.items(), args.limit))
 
 
-def load_rollouts(args: Args, settings: dict) -> dict[tuple, list[dict]]:
-    """Kept completions by (id, sample, steps before them). They must come from the same model and
-    sampling."""
+def load_rollouts(args: Args, settings: dict, problems: dict) -> dict[str, dict]:
+    """Kept completions by id and (sample, number of steps before them). They must come from the
+    same model and sampling, and continue the steps that the rows of `problems` have."""
     meta = Path(f"{args.rollouts}.meta.json")
-    rows = read_rows(args.rollouts, ("id", "rollouts"))
+    rows = read_rows(args.rollouts, ("id", "sample", "steps", "rollouts"))
     if not meta.exists():
         stop(f"{meta} is missing; see 02 --keep-rollouts")
     made = json.loads(meta.read_text())["settings"]
@@ -561,17 +572,23 @@ def load_rollouts(args: Args, settings: dict) -> dict[tuple, list[dict]]:
         if made.get(name) != settings[name]:
             changed = difference(name, made.get(name), settings[name])
             stop(f"{args.rollouts} was made with {changed}")
-    return {
-        (row["id"], row["sample"], int(k)): completions
-        for row in rows
-        for k, completions in row["rollouts"].items()
-    }
+    steps = {(row["id"], row["sample"]): row["steps"] for row in sum(problems.values(), [])}
+    rollouts = {}
+    for row in rows:
+        if steps.get((row["id"], row["sample"]), row["steps"]) != row["steps"]:
+            stop(
+                f"{args.rollouts} continues another sample {row['sample']} of {row['id']} than "
+                f"{args.located} has; leave --rollouts out, or make both with one run of 02"
+            )
+        of_problem = rollouts.setdefault(row["id"], {})
+        of_problem.update({(row["sample"], int(k)): kept for k, kept in row["rollouts"].items()})
+    return rollouts
 
 
 def input_hash(rows: list[dict], rollouts: dict) -> str:
     """Of what the pairs of a problem are made of."""
-    samples = {(row["id"], row["sample"]) for row in rows}
-    reused = sorted((key[1:], texts) for key, texts in rollouts.items() if key[:2] in samples)
+    samples, kept = {row["sample"] for row in rows}, rollouts.get(rows[0]["id"], {})
+    reused = sorted((key, texts) for key, texts in kept.items() if key[0] in samples)
     return hashlib.sha256(json.dumps([rows, reused]).encode()).hexdigest()[:8]
 
 
@@ -615,7 +632,8 @@ def check_options(args: Args):
         if name not in METHODS[args.method] and getattr(args, name) != getattr(Args(), name):
             option = name.replace("_", "-")
             stop(f"--{option} has no effect with --method {args.method}; leave it out")
-    args.top_p = args.top_p or (1.0 if args.method == "scdpo" else 0.95)
+    if args.top_p is None:
+        args.top_p = 1.0 if args.method == "scdpo" else 0.95
     if args.pairs_per_problem is None:
         args.pairs_per_problem = int(args.method == "dpo")
     for least, names in (
@@ -627,13 +645,15 @@ def check_options(args: Args):
             value = getattr(args, name)
             if value is not None and value < least:
                 stop(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    if args.top_p > 1:
+        stop(f"--top-p {args.top_p}: must be at most 1")
     if args.rectifier and args.rollouts:
         stop("--rectifier goes without --rollouts, which are the policy's")
 
 
 def main(args: Args):
     check_options(args)
-    tries_path = args.out.with_suffix(".tries.jsonl")
+    tries_path = Path(str(args.out).removesuffix(".jsonl") + ".tries.jsonl")
     if args.out.exists() and args.out.stat().st_size and not tries_path.exists():
         stop(
             f"{args.out} is there, but not {tries_path}, which would tell how to resume; "
@@ -652,8 +672,10 @@ def main(args: Args):
         settings.update(top_p=args.top_p, max_tokens=args.max_tokens, **NEUTRAL)
         settings["model"] = model_id(model)
         settings["prompt"] = render_prompt(tokenizer, PROBE, args.opening)
-    rollouts = load_rollouts(args, settings) if args.rollouts else {}
-    check_input(getattr(args, METHODS[args.method][0]), settings, args.accept_edit)
+    rollouts = load_rollouts(args, settings, problems) if args.rollouts else {}
+    # a rectifier's template may be another than that of the model that made the errors
+    shared = {k: v for k, v in settings.items() if not (args.rectifier and k == "prompt")}
+    check_input(getattr(args, METHODS[args.method][0]), shared, args.accept_edit)
     tries, grader = Output(tries_path, settings, args.accept_edit), Grader()
     check_tries(tries, problems, rollouts)
     before = len(tries.rows)

@@ -84,11 +84,9 @@ def sampled(args: Cut, count) -> Counter:
     """Tokens that were sampled for each problem, by all stages. `count` counts the tokens of
     texts."""
     texts = [(row["id"], row["response"]) for row in rows_of(args.folder / "samples.jsonl")]
-    rollouts = args.folder / "rollouts.jsonl"
-    for row in rows_of(rollouts) if rollouts.exists() else []:
-        for of_prefix in row["rollouts"].values():
-            texts += [(row["id"], rollout["text"]) for rollout in of_prefix]
-    tokens = Counter()
+    tokens, located = Counter(), args.folder / "located.jsonl"
+    for row in rows_of(located) if located.exists() else []:
+        tokens[row["id"]] += row["rollout_tokens"][1]
     for (problem, _), n in zip(texts, count([text for _, text in texts]), strict=True):
         tokens[problem] += n
     for path in args.folder.glob("*.tries.jsonl"):

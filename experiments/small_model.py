@@ -371,13 +371,8 @@ def costs(args: Table) -> list[str]:
     tokens["01, samples"] = n_tokens(
         [row["response"].removeprefix(EVAL.OPENING) for row in samples]
     )
-    rollouts = [
-        rollout["text"]
-        for row in rows_of(out / "rollouts.jsonl")
-        for of_prefix in row["rollouts"].values()
-        for rollout in of_prefix
-    ]
-    tokens["02, rollouts"] = n_tokens(rollouts)
+    located = rows_of(out / "located.jsonl")
+    tokens["02, rollouts"] = sum(row.get("rollout_tokens", (0, 0))[1] for row in located)
     rows = []
     for method in args.methods:
         pairs = rows_of(out / "pairs" / f"{method}.jsonl")

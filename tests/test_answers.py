@@ -359,6 +359,44 @@ def test_bisection_asks_less():
     )
 
 
+def test_a_step_that_joins_the_one_before_makes_no_pair():
+    """ "3 apples." and " and buys 4." is one sentence: the chosen step would be the next one."""
+    three = stage(3)
+    row = {**row_with_an_error(), "steps": ["He has 3 apples.", " He buys 5.", " So 8."]}
+    row.update(response="".join(row["steps"]), error_step=2)
+    args = three.Args(split="sentences", opening="")
+    texts = [" and buys 4. So he has 7.", " He buys 4. So he has 7."]
+    counts = Counter()
+    found = [{"text": text} for text in texts]
+    pairs = three.make_pairs(args, row, found, [True, True], set(), counts)
+    assert [pair["chosen"] for pair in pairs] == [" He buys 4."]
+    assert counts == {"pairs": 1, "changes the step before": 1}
+
+
+def test_chinese_solutions_are_compared_by_characters():
+    three, counts = stage(3), Counter()
+    texts = ["小明有三个苹果又买了四个所以共有七个苹果", "把三个苹果和四个苹果加起来就得到七个"]
+    texts += [texts[0]]
+    rows = three.distinct([{"response": text} for text in texts], counts)
+    assert [row["response"] for row in rows] == texts[:2]
+    assert counts == {"right solutions like another": 1}
+
+
+def test_a_model_that_ends_after_a_stop_string_has_ended():
+    """SCDPO asks for one line at a time; an empty answer is the end, not one more line."""
+    three, asked = stage(3), []
+
+    async def continue_solution(row, prefix, seed, n=1, **sampling_params):
+        asked.append(prefix)
+        text = "The answer is 7.\n" if len(asked) == 1 else ""
+        return [{"text": text, "finish_reason": "stop", "tokens": 1}]
+
+    args = three.Args(split="lines", opening="")
+    row = {"id": "q1", "sample": 0}
+    done = three.heated_completion(args, continue_solution, row, "3 + 4 = 7.\n", 1, 0)
+    assert asyncio.run(done)["text"] == "The answer is 7.\n" and len(asked) == 2
+
+
 def row_with_an_error() -> dict:
     steps = [
         "Let's think step by step.\nStep 1: 1 + 1 = 2.\n",

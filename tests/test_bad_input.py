@@ -158,6 +158,23 @@ def test_stages_stop_at_values_of_the_wrong_kind(number, field, value, tmp_path)
     assert "in.jsonl, line 1" in said and repr(field) in said
 
 
+@pytest.mark.parametrize("step", [-1, 0, 2, "1", 1.0, True])
+def test_a_step_that_is_not_there_gets_no_pair(step, tmp_path):
+    row = SAMPLE | {"error_step": step}
+    (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
+    arguments = ["--located", tmp_path / "in.jsonl", "--model", TINY / "model"]
+    said = message(refused(3, tmp_path, *arguments))
+    assert "in.jsonl, row 1: 'error_step'" in said
+
+
+@pytest.mark.parametrize("lacking", ["prediction", "correct", "response"])
+def test_samples_without_their_verdict_make_no_pairs(lacking, tmp_path):
+    row = {k: v for k, v in (SAMPLE | {"prediction": "3"}).items() if k != lacking}
+    (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
+    said = message(refused(3, tmp_path, "--method", "dpo", "--samples", tmp_path / "in.jsonl"))
+    assert "in.jsonl" in said and repr(lacking) in said
+
+
 HALVES = [{"id": "a\ud83d"}, {"problem": "3 \ud83d pens"}, {"answer": "\ude00"}, {"note": "\ud83d"}]
 HALVES += [{"notes": [{"a": "\udfff"}]}, {"k\ud83d": 1}]
 

@@ -172,6 +172,47 @@ def test_an_interrupted_search_ends_with_the_same_rows(tmp_path):
     assert {bool(row["error_step"]) for row in keyed("whole.jsonl").values()} == {True, False}
 
 
+@pytest.mark.parametrize("refuse", [False, True])
+def test_a_problem_is_tried_once_for_all_its_wrong_samples(refuse, tmp_path):
+    """It costs --give-up failures, not so many a sample. A refused continuation is no failure."""
+    two, [row] = stage(2), wrong_samples(tmp_path / "in.jsonl", 1)
+    row["model"] = str(TINY / "model")
+    samples = [row | {"sample": s} for s in range(3)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    asked = []
+
+    @contextlib.asynccontextmanager
+    async def engine(*_):
+        async def generate(ids, seed, n=1, **_):
+            asked.append(n)
+            await asyncio.sleep(0)
+            end = "refused" if refuse else "stop"
+            said = {"text": " so.", "finish_reason": end, "tokens": n, "prompt_tokens": 1}
+            return [said] * n
+
+        yield generate
+
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("out", "keep_rollouts")}
+    args = two.Args(
+        samples=tmp_path / "in.jsonl", model=str(TINY / "model") + "/", give_up=11, **files
+    )
+    with mock.patch.object(two, "engine", engine):
+        two.main(args)
+    rows = read(files["out"])
+    assert asked == [2, 2, 4], "3 samples and 8 continuations have failed"
+    assert [row["rollout_values"] for row in rows] == [{"0": [0, 8]}] * 3
+    assert sum(row["rollout_tokens"][1] for row in rows) == 8
+    assert all(("refused" in row["reason"]) == refuse for row in rows)
+    for kept in read(files["keep_rollouts"]):
+        assert len(kept["rollouts"]["0"]) == 8
+    # the kept continuations are of these steps alone
+    other = row["steps"][:-1] + ["Step 4: another.\n"]
+    (tmp_path / "in.jsonl").write_text(json.dumps(samples[0] | {"steps": other}) + "\n")
+    files["out"].unlink()
+    with mock.patch.object(two, "engine", engine), pytest.raises(SystemExit):
+        two.main(args)
+
+
 READABLE = [
     ("Step 1: correct\nStep 2: incorrect", 2),
     ("Analysis: step 2 adds wrongly.\n\nVerdicts:\nStep 1: correct\nStep 2: incorrect", 2),

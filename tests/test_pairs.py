@@ -214,7 +214,11 @@ def test_rectifier_and_judge(samples, bundled, judge, tmp_path):  # noqa: F811
     options += [*SHORT, *bundled]
     run(2, *options)
     arguments = ["--located", tmp_path / "l.jsonl", "--n", 4, *SHORT]
-    run(3, *arguments, "--rectifier", bundled[1], "--out", tmp_path / "p.jsonl")
+    # another model has another template
+    template = (TINY / "model" / "chat_template.jinja").read_text()
+    (tmp_path / "other.jinja").write_text("{{ 'Reason.\n' }}" + template)
+    other = ["--rectifier", bundled[1], "--chat-template", tmp_path / "other.jinja"]
+    run(3, *arguments, *other, "--out", tmp_path / "p.jsonl")
     pairs = read(tmp_path / "p.jsonl")
     assert pairs and all(pair["rectifier"] == bundled[1] for pair in pairs)
     dropped = {pair["id"] for pair in pairs[: len(pairs) // 2]}
