@@ -215,19 +215,23 @@ def permutation(differences: np.ndarray, seed: int, draws: int = 10_000) -> floa
 
 def bootstrap(rates: np.ndarray, base: np.ndarray, seed: int, draws: int = 4000) -> np.ndarray:
     """The mean of `rates` (seeds, problems), less that of `base` on the same problems, in each of
-    `draws` draws (Efron 1979).
+    `draws` draws.
 
-    Problems are drawn again, the same for both, and seeds too, for each side on its own."""
+    Problems are drawn again, the same for both (Efron 1979). The luck of a side's S seeds is drawn
+    from Student's t with S - 1 degrees of freedom: drawn again like problems, two seeds would show
+    half of their variance."""
     rng, problems = np.random.default_rng(seed), rates.shape[1]
 
-    def mean_of_drawn_seeds(side: np.ndarray) -> np.ndarray:
-        return side[rng.integers(len(side), size=len(side))].mean(0)
+    def luck(side: np.ndarray) -> np.ndarray | float:
+        if len(side) == 1:  # its seed is the model
+            return 0.0
+        spread = side.mean(1).std(ddof=1) / math.sqrt(len(side))
+        return spread * rng.standard_t(len(side) - 1, size=draws)
 
-    means = []
-    for _ in range(draws):
-        differences = mean_of_drawn_seeds(rates) - mean_of_drawn_seeds(base)
-        means.append(differences[rng.integers(problems, size=problems)].mean())
-    return np.array(means)
+    differences = rates.mean(0) - base.mean(0)
+    drawn = (rng.integers(problems, size=problems) for _ in range(draws))
+    means = np.array([differences[places].mean() for places in drawn])
+    return means + luck(rates) - luck(base)
 
 
 def percentiles(means: np.ndarray) -> tuple[float, float]:
@@ -246,11 +250,12 @@ def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]
 
 
 def interval(rates: np.ndarray, k: int, seed: int) -> tuple[float, float]:
-    """Of the mean of rates (seeds, problems): Wilson's where they are single verdicts, else the
-    bootstrap's."""
-    if k == len(rates) == 1:
-        return wilson(round(rates.sum()), rates.size)
-    return percentiles(bootstrap(rates, np.zeros_like(rates[:1]), seed))
+    """Of the mean of rates (seeds, problems): Wilson's where they are single verdicts, or where all
+    are alike, which a bootstrap takes for certain; else the bootstrap's."""
+    if k == len(rates) == 1 or rates.min() == rates.max() in (0.0, 1.0):
+        return wilson(round(rates[0].sum()), rates.shape[1])
+    low, high = percentiles(bootstrap(rates, np.zeros_like(rates[:1]), seed))
+    return max(0.0, low), min(1.0, high)
 
 
 def classes(rows: list[dict]) -> list[int]:

@@ -6,7 +6,7 @@ First the best setting of each method by validation, then, after the trainings, 
     python experiments/ablation_table.py runs/ablation --methods dpo scdpo step-dpo \\
         --grid 1e-5:1 3e-5:1
 
-Accuracies: mean over seeds; 95 % intervals draw seeds and problems again; differences are paired by
+Accuracies: mean over seeds, with 95 % intervals over problems and seeds; differences are paired by
 problem (05_eval.py)."""
 
 import json
