@@ -536,8 +536,8 @@ def about(summary: dict) -> str:
         f"Decoding: {summary['decoding']}, after the opening {summary['opening']!r}. Problems: "
         f"{sources}. The column accuracy is by {summary['rule']}; intervals are Wilson's for one "
         "response a problem, else bootstrap over problems; differences are paired by problem, p is "
-        "McNemar's exact one, of a permutation, or with several seeds of the bootstrap, which "
-        "draws seeds too; a problem is won or lost by most of the seeds."
+        "McNemar's exact one, of a permutation, or with several seeds of the bootstrap and of "
+        "Student's t for the seeds; a problem is won or lost by most of the seeds."
     )
     if any(benchmark["samples"] > 1 for benchmark in benchmarks.values()):
         text += (
@@ -1741,7 +1741,7 @@ def seed_of(*parts) -> int:
 
 # Copied from 01_sample_errors.py
 def fewer_tokens(prompt: list, asked: int, refusal: str) -> list[int]:
-    """What to ask for in turn where a server refuses `asked` tokens: the room beside the prompt, by
+    """What to ask for in turn where a server refuses `asked` tokens: the room left after the prompt, by
     its words, less one for SGLang, then 1, which a prompt that is too long by itself does not get
     either."""
     context = re.search(r"(?:context (?:length|size)|max_model_len)\D{0,30}(\d+)", refusal)
@@ -1842,6 +1842,6 @@ if __name__ == "__main__":
         main(tyro.cli(Args, description=__doc__.split("\n\nInput")[0]))
     except KeyboardInterrupt:
         print(
-            "interrupted; the rows so far are kept, run the same command to go on", file=sys.stderr
+            "interrupted; the rows so far are kept, run the same command to resume", file=sys.stderr
         )
         raise SystemExit(130) from None

@@ -62,7 +62,7 @@ def math_safe(text: str) -> str:
     """Markdown in which formulas stand between \\( and \\), and dollars that are money between
     nothing.
 
-    Pandoc's rule: no space behind the opening dollar nor before the closing one, no digit behind
+    Pandoc's rule: no space after the opening dollar nor before the closing one, no digit after
     the closing one."""
     formula = r"(\$\$.+?\$\$|\\\(.+?\\\)|\\\[.+?\\\]|\$(?![\s$])(?:[^$\n]*[^\s$\\])?\$(?!\d))"
     parts = re.split(formula, text, flags=re.S)

@@ -1,12 +1,12 @@
 """ProcessBench (arXiv 2412.06559): the table of its paper, with intervals and cost, for a critic, a
 process reward model, or any locator of 02_locate_step.py.
 
-    python analysis/processbench.py --out runs/pb-critic --model gpt-4o \
+    python analysis/processbench.py --out runs/pb-critic --model gpt-4o \\
         --base-url https://host/v1 --price 2.5 10
     python analysis/processbench.py --out runs/pb-prm --prm Qwen/Qwen2.5-Math-PRM-7B
-    python analysis/processbench.py --out runs/pb-judge -- --locator judge --judge-model gpt-4o \
+    python analysis/processbench.py --out runs/pb-judge -- --locator judge --judge-model gpt-4o \\
         --judge-base-url https://host/v1
-    python analysis/processbench.py --data-dir data --files located.ann --out runs/mine \
+    python analysis/processbench.py --data-dir data --files located.ann --out runs/mine \\
         -- --locator judge ...
 
 Input: gsm8k, math, olympiadbench and omnimath, as .json or .jsonl in --data-dir, or from

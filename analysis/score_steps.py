@@ -3,7 +3,7 @@ the first low one for wrong.
 
     python analysis/score_steps.py data/samples.jsonl --prm Qwen/Qwen2.5-Math-PRM-7B --wrong-only
     python analysis/score_steps.py data/samples.jsonl --prm peiyi9979/math-shepherd-mistral-7b-prm
-    python analysis/score_steps.py data/samples.jsonl --prm RLHFlow/Llama3.1-8B-PRM-Mistral-Data \
+    python analysis/score_steps.py data/samples.jsonl --prm RLHFlow/Llama3.1-8B-PRM-Mistral-Data \\
         --form rlhflow
     python 02_locate_step.py --samples data/samples.scored.jsonl --locator scores --threshold 0.5
 

@@ -2,7 +2,7 @@
 real benchmarks.
 
     # minutes on two cores
-    python benchmarks/grading.py ../shared/data/processbench/*.jsonl ../shared/data/*.jsonl
+    python benchmarks/grading.py data/math_test.jsonl data/gsm8k_test.jsonl data/odyssey_math.jsonl
 
 A file with `steps` and `final_answer_correct` (ProcessBench, with the gold as `answer`): the label
 is the right verdict. Any other file of problems: the gold in a box and after "The answer is" is

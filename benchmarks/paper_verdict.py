@@ -5,8 +5,7 @@ responses made from gold answers.
     # another antlr than math-verify's
     theirs/bin/pip install sympy==1.12 antlr4-python3-runtime==4.11.0 regex numpy
     python benchmarks/paper_verdict.py --authors Step-DPO --python theirs/bin/python \\
-        --data ../shared/data/math_test.jsonl ../shared/data/gsm8k_test.jsonl \\
-        ../shared/data/odyssey_math.jsonl
+        --data data/math_test.jsonl data/gsm8k_test.jsonl data/odyssey_math.jsonl
 
 Of each file up to --limit problems, drawn with seed 0, in seven forms by turns: in a box, in a
 sentence, another answer in a box, in a sentence, after "x =" without a box, within "x = ..." in a

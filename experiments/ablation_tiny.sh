@@ -66,7 +66,7 @@ pool() {  # pool COMMAND ...: in the background as soon as fewer than JOBS run, 
 }
 drain() {  # drain FILE ...: wait for all jobs; these files tell that they are done
   while [ -n "$(jobs -p)" ]; do wait -n || exit 2; done
-  local file; for file; do [ -f "$file" ] || { echo "$file is missing: its job was killed; run the same command to go on" >&2; exit 2; }; done
+  local file; for file; do [ -f "$file" ] || { echo "$file is missing: its job was killed; run the same command to resume" >&2; exit 2; }; done
 }
 
 # --- pairs -----------------------------------------------------------------------------------------------------------

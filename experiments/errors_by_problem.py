@@ -6,8 +6,8 @@ each problem leaves.
 
 Prints the share of the problems with the most, the effective number of problems (the square of the
 sum of the counts over the sum of their squares: with equal counts it is the number itself), and
-both for a bound of 1, 2, 3 ... a problem. With the samples of 01: how likely by chance the failures
-are on which each located error rests (02's by_chance())."""
+both for a bound of 1, 2, 3 ... a problem. With the samples of 01: for each located error the
+probability of its failures at the rate seen before (02's by_chance())."""
 
 import importlib
 import sys

@@ -3,7 +3,7 @@ arithmetic tells it.
 
     python experiments/locator_accuracy.py runs/quickstart/located.jsonl
 
-The truth: the first step whose result (the number behind its last "=") is not the reference's
+The truth: the first step whose result (the number after its last "=") is not the reference's
 result of that step, or the first step too many. Prints the share of exact hits with its 95 % Wilson
 interval, and a table by distance."""
 

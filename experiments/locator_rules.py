@@ -1,9 +1,9 @@
 """When the tries of a prefix may end: fixed numbers of rollouts against 02's --alpha, on the same
 continuations.
 
-    python experiments/locator_rules.py --labels processbench/gsm8k.jsonl --model NAME \
+    python experiments/locator_rules.py --labels processbench/gsm8k.jsonl --model NAME \\
         --base-url http://127.0.0.1:8000/v1
-    python experiments/locator_rules.py --samples runs/quickstart/samples.jsonl \
+    python experiments/locator_rules.py --samples runs/quickstart/samples.jsonl \\
         --model data/tiny/model --max-tokens 400
 
 02_locate_step.py makes --rollouts continuations of every prefix of --rows solutions, drawn by the

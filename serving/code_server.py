@@ -135,7 +135,7 @@ async def by_turns(
 @contextlib.asynccontextmanager
 async def interpreter(args: Args, totals: Counter):
     """Yields `await run_code(id, code)` -> {"output", "failed", "seconds"} by interpreter.py, which
-    stands beside this script; code None ends what runs under the id. `totals` counts."""
+    stands next to this script; code None ends what runs under the id. `totals` counts."""
     command = [sys.executable, str(Path(__file__).with_name("interpreter.py"))]
     command += ["--unsafe-no-sandbox"] if args.unsafe_no_sandbox else []
     waiting, pipe = {}, subprocess.PIPE

@@ -5,12 +5,12 @@ them.
     python data/tiny/make.py --only problems    # only the three problem files, seconds
 
 A larger model, on a GPU; harder problems for the same model; MetaMath's format; code that is run:
-    python data/tiny/make.py --out /tmp/big --hidden 512 --layers 8 --steps 6000
+    python data/tiny/make.py --out runs/big --hidden 512 --layers 8 --steps 6000
     python data/tiny/make.py --only problems --out runs/hard --operations 5 6 --levels 3
     python data/tiny/make.py --format lines --start data/tiny/model --steps 80 --lr 1e-3 \\
-        --out runs/lines
+        --out runs/lines --work runs/lines/work
     python data/tiny/make.py --format code --start data/tiny/model --steps 200 --lr 1e-3 \\
-        --out runs/code
+        --out runs/code --work runs/code/work
 
 Output in --out (default: this folder): model/, a Hugging Face folder (Qwen2 architecture, bf16
 safetensors), and train.jsonl, validation.jsonl, test.jsonl, where `values` has the result of each
