@@ -1244,7 +1244,7 @@ def seed_of(*parts) -> int:
 
 
 def fewer_tokens(prompt: list, asked: int, refusal: str) -> list[int]:
-    """What to ask for in turn where a server refuses `asked` tokens: the room left after the prompt, by
+    """What to ask for in turn where a server refuses `asked` tokens: the room after the prompt, by
     its words, less one for SGLang, then 1, which a prompt that is too long by itself does not get
     either."""
     context = re.search(r"(?:context (?:length|size)|max_model_len)\D{0,30}(\d+)", refusal)

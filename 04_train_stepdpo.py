@@ -33,9 +33,9 @@ metrics.jsonl, a line a logged step:
 analysis/plot_training.py makes the picture and the model card from these two.
 
 What is particular here:
-  - All pairs of a problem are one row, a tree: a token that several sequences begin with stands
-    once. A mask shows each token its own path alone: the same log-probabilities as separate rows,
-    at a fraction of the tokens.
+  - Pairs of a problem are one row, a tree: tokens at the shared beginning of several sequences are
+    stored once. A mask shows each token its own path alone: the same log-probabilities as separate
+    rows, at a fraction of the tokens.
   - Logits are computed at suffix positions only, once each, in chunks.
   - Reference log-probabilities are computed once, from the untouched base weights, and cached in
     OUT: no second model.
@@ -45,7 +45,7 @@ What is particular here:
   - The loss is the mean over the global batch, however it is packed and spread over processes.
 The same command, given again, resumes from the last whole checkpoint, and does nothing where the
 run is finished. analysis/estimate.py, with the same options, prints the memory and the time that
-a run needs; what does not fit by this estimate is not begun."""
+a run needs; a run that does not fit, by this estimate, is not started."""
 
 from __future__ import annotations
 
@@ -95,10 +95,11 @@ PROBE = "1 + 1 = ?"  # the problem of the prompt that stands in the settings
 # the assistant's text while a template is rendered: many trim it, some take thoughts out of it
 MARK = "@@Steps so far@@"
 MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm
-# bytes of fp32 logits made at once, on the CPU and on a GPU; more is not faster (docs/trainer.md)
+# bytes of fp32 logits made at once, on the CPU and on a GPU
 LOGITS_BYTES = [1 << 28, 1 << 30]
 PAIR_FIELDS = ("prompt", "chosen", "rejected")
 STEP_FIELDS = (*PAIR_FIELDS, "initial_reason_steps", "full_chosen", "full_rejected")
+LORA_ALPHA = 2  # times the rank; what adapters add is scaled by alpha / rank
 CHOSEN_DROP = 5.0  # nats by which the chosen suffixes may become less likely without a warning
 # estimated need as a share of the memory that is there; allocators and kernels need some too
 MEMORY_WARN = 0.85
@@ -175,13 +176,16 @@ class Args:
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """where accelerate sends the figures too"""
     seed: int = 0
-    """seed of the data order"""
+    """seed of the data order, the adapters and the share held out"""
     accept_edit: bool = False
     """resume after an edit of this file, or take pairs that another prompt made; noted"""
 
 
 # What makes a step, with all that it uses: a run does not resume after an edit of it.
-STEP_CODE = ("train_step", "make_optimizer", "learning_rate", "batches", "encode", "SuffixScorer")
+STEP_CODE = (
+    *("train_step", "make_optimizer", "learning_rate", "batches", "encode", "SuffixScorer"),
+    *("load_config", "load_model", "add_lora"),
+)
 
 
 def main(args: Args):
@@ -194,7 +198,9 @@ def main(args: Args):
     if from_first(accelerator, lambda: is_finished(args, tokenizer, pairs, val_pairs)):
         print_main(f"{args.out}: finished, nothing to do")
         return accelerator.end_training()
-    lm, dtype = load_model(args, accelerator, pairs)
+    config = load_config(args)
+    check_memory(config, args, accelerator, pairs)
+    lm, dtype = load_model(config, args, accelerator)
     weights = from_first(accelerator, lambda: weights_hash(args.model))
     settings = settings_of(args, tokenizer, weights, pairs, val_pairs)
     resume, done = checkpoint_to_resume(accelerator, args, settings)
@@ -316,7 +322,8 @@ def dpo_loss(
       logps: (pairs, 2), log pi(suffix | prefix) in nats, summed over the suffix's trained tokens
       pairs.reference[numbers]: (pairs, 2), the same of the base model
       pairs.lengths[numbers]: (pairs, 2), the number of these tokens
-      pairs.fields[i]: the numbers in the row of pair i, by name"""
+      pairs.fields[i]: the numbers in the row of pair i, by name
+    Of what it returns, only `loss` is needed."""
     reference = pairs.reference[numbers].to(logps.device)
     rewards = args.beta * (logps - reference)  # implicit rewards, (pairs, 2)
     margin = rewards[:, 0] - rewards[:, 1]
@@ -346,7 +353,8 @@ def learning_rate(step: int, total: int, args: Args) -> float:
 
 
 def batches(pairs: Pairs, args: Args, epoch: int) -> list[list[int]]:
-    """The pairs of each step of an epoch; those of one problem stay together and share a row."""
+    """The pairs of each step of an epoch; those of one problem follow each other, and share a row
+    where they are in one step."""
     places = np.random.default_rng([args.seed, epoch]).permutation(len(pairs.problems))
     order = np.argsort(places[np.array(pairs.group)], kind="stable").tolist()
     size = args.batch_size
@@ -359,8 +367,8 @@ def validate(scorer, pairs: Pairs, args: Args, accelerator: Accelerator) -> dict
     if args.objective == "sft":
         return {"val_loss": -logps.sum().item() / pairs.lengths.sum().item()}
     metrics = dpo_loss(logps, pairs, list(range(len(pairs))), args)
-    del metrics["chosen_reward"], metrics["rejected_reward"]
-    if metrics["accuracy"].mean() == 1.0 and len(pairs) >= 20:
+    metrics = {name: metrics[name] for name in metrics if not name.endswith("_reward")}
+    if len(pairs) >= 20 and "accuracy" in metrics and metrics["accuracy"].mean() == 1.0:
         warn("validation accuracy 1.0: the pairs are too easy, or are in the training data too")
     return {f"val_{name}": values.mean().item() for name, values in metrics.items()}
 
@@ -381,7 +389,7 @@ def check(step: int, metrics: dict[str, float], pairs: Pairs, batch: list[int], 
             warn(f"first loss: {loss:.4f} and not {equal:.4f}: policy and reference differ")
         elif abs(equal - math.log(2)) > 1e-3:
             warn(f"first loss: {equal:.4f} and not ln 2 = 0.6931: dpo_loss() was edited")
-    if metrics["chosen_reward"] < -CHOSEN_DROP * args.beta:
+    if metrics.get("chosen_reward", 0.0) < -CHOSEN_DROP * args.beta:
         warn(
             f"chosen suffixes: by more than {CHOSEN_DROP} nats less likely than under the "
             "reference; lower --lr"
@@ -440,9 +448,17 @@ def start(args: Args) -> tuple[Accelerator, object, Pairs, Pairs | None]:
 
 def held_out(row: dict, args: Args) -> bool:
     """Whether a row's problem is one of the share --validation-fraction."""
-    problem = row.get("problem" if args.objective == "sft" else "prompt") or row["chosen"][:2]
-    digest = hashlib.sha256(f"{args.seed} {problem}".encode(errors="replace")).digest()
-    return digest[0] / 256 < args.validation_fraction
+    text = f"{args.seed} {problem_of(row)}"
+    digest = hashlib.sha256(text.encode(errors="replace")).digest()
+    return int.from_bytes(digest[:8], "big") < args.validation_fraction * 2**64
+
+
+def problem_of(row: dict) -> str:
+    """What rows of one problem have in common: its text, or the turns before the assistant's."""
+    turns = row.get("chosen")
+    turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    roles = [str(turn.get("role")).startswith("assistant") for turn in turns]
+    return str(row.get("prompt") or row.get("problem") or turns[: [*roles, True].index(True)])
 
 
 def print_first(pairs: Pairs, tokenizer):
@@ -461,7 +477,7 @@ def print_first(pairs: Pairs, tokenizer):
 def check_prompt(args: Args, tokenizer):
     """Stop where the policy of a file of 03 was given another prompt than the one that is trained
     here."""
-    for name in args.data:
+    for name in (*args.data, *([str(args.validation)] if args.validation else [])):
         meta = Path(f"{name}.meta.json")
         made = json.loads(meta.read_text(encoding="utf-8"))["settings"] if meta.exists() else {}
         if "prompt" not in made or made.get("rectifier") or args.accept_edit:
@@ -540,7 +556,10 @@ def load_rows(name: str, objective: str) -> list[dict]:
     if fields == ("chosen", "rejected"):
         places = [f"--data {name}, row {number}" for number in range(1, len(rows) + 1)]
         return list(map(explicit_prompt, rows, places))
-    return right_solutions(rows, name) if "correct" in fields else rows
+    if "correct" in fields:
+        return right_solutions(rows, name)
+    # of a row with other fields, too, encode() would not know the format
+    return rows if objective == "dpo" else [{f: row[f] for f in fields} for row in rows]
 
 
 def load_hub(name: str) -> list[dict]:
@@ -649,8 +668,10 @@ def encode(row: dict, tokenizer, sides: str = "step") -> tuple[list[int], list[l
     if "initial_reason_steps" in row:
         opening, texts, ends = split_sides(row, sides)
         text = render_prompt(tokenizer, row["prompt"], opening)
-    elif "solution" in row:
-        text, texts = render_prompt(tokenizer, row["problem"], ""), [row["solution"]]
+    elif "solution" in row and "chosen" not in row:
+        texts = [row["solution"]]
+        whole = render_prompt(tokenizer, row["problem"], *texts)
+        text = whole[: len(whole) - len(*texts)]  # where 01 and 05 put their opening
     elif "prompt" not in row:
         text, texts = render_blocks(row)
         is_plain = True
@@ -842,7 +863,8 @@ def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
             stop(f"{name}, row {number}: {reason}; see the formats in {Path(__file__).name}")
         except (ValueError, jinja2.TemplateError) as error:
             stop(f"--model {args.model}: its chat template fails ({error}); give --chat-template")
-        if not has_blocks and "<|endofblock|>" in str(row):
+        of_blocks = "<|endofblock|>" in str(row) or not row.keys() & {"prompt", "problem"}
+        if of_blocks and not has_blocks:
             needed = f"its blocks are no tokens of {args.model}; see analysis/add_block_tokens.py"
             stop(f"{name}, row {number}: {needed}")
         if not args.eos:
@@ -853,9 +875,8 @@ def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
         elif not all(suffixes) or len(suffixes) == 2 and suffixes[0] == suffixes[1]:
             left_out["without contrast"] += 1
         else:
-            problem = str(row.get("prompt") or row.get("problem") or row["chosen"][:2])
             fields = {key: value for key, value in row.items() if isinstance(value, (int, float))}
-            pairs.add(prefix, suffixes, problem, fields)
+            pairs.add(prefix, suffixes, problem_of(row), fields)
             distinct.add(hashlib.sha256(repr((prefix, suffixes)).encode()).digest())
     if empty:
         more = " ..." if len(empty) > 20 else ""
@@ -871,7 +892,7 @@ def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
 
 
 def has_empty_side(row: dict, sides: str) -> bool:
-    if "solution" in row:
+    if "solution" in row and "chosen" not in row:
         fields = ["problem", "solution"]
     elif "initial_reason_steps" in row and sides == "full":
         fields = ["prompt", "full_chosen", "full_rejected"]
@@ -884,7 +905,7 @@ def plan(
     pairs: Pairs, numbers, tokens: int, rank: int, world: int
 ) -> list[tuple[list[list[int]], int, int]]:
     """Micro-batches of this process for the pairs `numbers`: (rows, most, counts), rows at most
-    `tokens` with their padding.
+    `tokens` with their padding, or one pair that is longer.
 
     Pairs of one problem come in one row, as far as `tokens` allow. Sharded strategies wait for each
     other in every pass and at every call of the head: so every process gets the same number of
@@ -977,22 +998,29 @@ def collate(pairs: Pairs, rows: list[list[int]], device) -> dict[str, torch.Tens
 # the model
 
 
-def load_model(args: Args, accelerator: Accelerator, pairs: Pairs):
-    """The model without dropout, and the dtype to save it in. Weights are fp32, but for a frozen
-    base and where DeepSpeed keeps fp32 masters of its own.
+def load_config(args: Args):
+    """The model's configuration, without dropout: the reference has none either, and with it step
+    0 would not be ln 2."""
+    try:
+        config = AutoConfig.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        stop(f"--model {args.model}: cannot be loaded ({str(error).splitlines()[0]})")
+    for name, value in list(vars(config).items()):
+        if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
+
+
+def load_model(config, args: Args, accelerator: Accelerator):
+    """The model, and the dtype to save it in. Weights are fp32, but for a frozen base and where
+    DeepSpeed keeps fp32 masters of its own.
 
     Under FSDP, by fsdp_cpu_ram_efficient_loading, the first process of a machine alone reads the
     files; ZeRO-3 builds the model in shards, and what is read of the files is memory that processes
     share."""
     own_masters = args.lora_rank or accelerator.distributed_type == "DEEPSPEED"
+    dtype = config.dtype if own_masters and args.precision == "bf16" else torch.float32
     try:
-        config = AutoConfig.from_pretrained(args.model)
-        check_memory(config, args, accelerator, pairs)
-        for name, value in list(vars(config).items()):
-            # the reference has no dropout either: with it, step 0 would not be ln 2
-            if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
-                setattr(config, name, 0.0)
-        dtype = config.dtype if own_masters and args.precision == "bf16" else torch.float32
         lm = AutoModelForCausalLM.from_pretrained(
             args.model, config=config, dtype=dtype, attn_implementation="sdpa"
         )
@@ -1014,7 +1042,7 @@ def add_lora(lm, args: Args):
     torch.manual_seed(args.seed)  # every process draws the same adapters
     config = peft.LoraConfig(
         r=args.lora_rank,
-        lora_alpha=2 * args.lora_rank,
+        lora_alpha=LORA_ALPHA * args.lora_rank,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
@@ -1067,8 +1095,14 @@ class SuffixScorer(torch.nn.Module):
         return masks if len(kinds) > 1 else masks.get(kinds.pop(), masks["full_attention"])
 
     def token_logps(self, hidden, target):
+        config = self.lm.config
         logits = self.lm.get_output_embeddings()(hidden).float()  # (tokens, vocabulary)
-        if cap := getattr(self.lm.config, "final_logit_softcapping", None):
+        # Cohere multiplies, Granite divides, Gemma 2 bends
+        if scale := getattr(config, "logit_scale", None):
+            logits = logits * scale
+        if scale := getattr(config, "logits_scaling", None):
+            logits = logits / scale
+        if cap := getattr(config, "final_logit_softcapping", None):
             logits = cap * torch.tanh(logits / cap)
         return -F.cross_entropy(logits, target, reduction="none")
 
@@ -1082,7 +1116,7 @@ def score_all(
     scorer, pairs: Pairs, args: Args, accelerator: Accelerator, label: str
 ) -> torch.Tensor:
     """Log-probabilities of all pairs, (pairs, sides) on the CPU, the same on every process; in the
-    passes of the first epoch: in others bf16 rounds in another way (docs/trainer.md)."""
+    passes of the first epoch: in others bf16 would round in another way."""
     logps = torch.zeros(len(pairs), len(pairs.suffixes[0]), device=accelerator.device)
     rank, world = accelerator.process_index, accelerator.num_processes
     for batch in tqdm(batches(pairs, args, 0), desc=label, disable=not PRINTS, leave=False):
@@ -1195,7 +1229,7 @@ def memory(
         parts["Python and its libraries"] = 0.7e9
         # freed memory that does not fit what is asked for next, see keep_memory(); measured,
         # docs/trainer.md
-        parts["holes in the heap"] = (16 * head if trained else 0) + activations / 4
+        parts["unused heap memory"] = (16 * head if trained else 0) + activations / 4
     return parts
 
 
@@ -1236,7 +1270,8 @@ def check_memory(config, args: Args, accelerator: Accelerator, pairs: Pairs):
         """The share of the memory of which most is used, and its description."""
         step = args.batch_size * longest  # tokens of a step at most
         passes = 1 if step <= args.tokens_per_batch else 2
-        args = replace(args, tokens_per_batch=min(args.tokens_per_batch, step))
+        tokens = max(longest, min(args.tokens_per_batch, step))  # a pair stays whole
+        args = replace(args, tokens_per_batch=tokens)
         machines = max(1, world // local)
         parts = memory(config, args, strategy, world, machines, offloaded, on_gpu, passes)
         needs = Counter()
@@ -1337,9 +1372,10 @@ class Log:
     def __init__(self, accelerator: Accelerator, args: Args, done: int):
         self.accelerator, self.path, self.lines = accelerator, args.out / "metrics.jsonl", []
         if accelerator.is_main_process:
-            if done:
-                lines = read_rows(self.path, ("step",))
-                self.lines = [line for line in lines if line["step"] <= done]
+            for text in self.path.read_text().splitlines() if done else ():
+                with contextlib.suppress(ValueError):  # a line that was torn
+                    self.lines.append(json.loads(text))
+            self.lines = [line for line in self.lines if line["step"] <= done]
             self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         if args.tracker != "none":
             config = {name: str(value) for name, value in asdict(args).items()}
@@ -1377,6 +1413,7 @@ FREE = {  # options that may differ when a run resumes; of data, what was made o
     "tracker",
     "lora_save",
     "ignore_memory",
+    "gradient_checkpointing",
     "chat_template",
     "chat_template_kwargs",
     "accept_edit",
@@ -1513,7 +1550,12 @@ def save_model(
     state = accelerator.get_state_dict(scorer)
     if accelerator.is_main_process:
         state = {name.removeprefix("lm."): tensor for name, tensor in state.items()}
-        if adapters and args.lora_save == "adapter":
+        only_adapters = adapters and args.lora_save == "adapter"
+        # of a run with the other --lora-save: adapters next to merged weights would count twice
+        for stale in ("config.json", "*.safetensors*") if only_adapters else ("adapter_*",):
+            for path in args.out.glob(stale):
+                path.unlink()
+        if only_adapters:
             state = {f"base_model.model.{name}": tensor for name, tensor in state.items()}
             adapters.save_pretrained(args.out, state_dict=state)
         else:
@@ -1539,7 +1581,7 @@ def whole_weights(state: dict, tied, dtype: torch.dtype) -> dict[str, torch.Tens
             stem = name.removesuffix(".base_layer.weight")
             a = state[f"{stem}.lora_A.default.weight"].float()  # (rank, in)
             b = state[f"{stem}.lora_B.default.weight"].float()  # (out, rank)
-            tensor = tensor.float() + 2 * b @ a
+            tensor = tensor.float() + LORA_ALPHA * b @ a
         if ".lora_" not in name and name not in tied:
             weights[name.replace(".base_layer.", ".")] = tensor.to(dtype)
     return weights

@@ -2,8 +2,8 @@
 
     python analysis/consensus.py data/by_rollouts.jsonl data/by_scores.jsonl --within 1
 
-Input: two files that 02_locate_step.py or annotate.py wrote of the same samples. A row is identified by
-`id` and `sample`:
+Input: two files that 02_locate_step.py or annotate.py wrote of the same samples. A row is
+identified by `id` and `sample`:
     {"id": "q1", "sample": 0, "steps": ["...", "..."], "error_step": 2, "locator": "rollout",
      "reason": null, ...}
 

@@ -4,10 +4,10 @@
     python analysis/demo.py --models data/tiny/model runs/quickstart/model-0 \\
         --examples data/tiny/test.jsonl                                        # needs no GPU
 
-Steps appear as they are generated. The final answer is highlighted, and marked right or wrong if you
-give the true one. "Token rewards" colours each token of both answers by beta (log pi - log pi_ref), as credit.py
-does. Both models are in this process, by transformers; the page is for this machine's user alone,
-and shows one answer at a time."""
+Steps appear as they are generated. The final answer is highlighted, and marked right or wrong if
+you give the true one. "Token rewards" colours each token of both answers by
+beta (log pi - log pi_ref), as credit.py does. Both models are in this process, by transformers; the
+page is for this machine's user alone, and shows one answer at a time."""
 
 import contextlib
 import os

@@ -556,11 +556,17 @@ def test_the_published_pairs_load_as_they_are(blocks_model, tmp_path):
 
 
 def test_blocks_that_are_no_tokens_are_refused(tmp_path):
-    (tmp_path / "s.jsonl").write_text(json.dumps({"problem": "1?", "solution": SOLUTION}) + "\n")
-    options = ["--objective", "sft", "--data", tmp_path / "s.jsonl", "--model", TINY / "model"]
-    options += ["--out", tmp_path / "o"]
-    done = run(4, *options, check=False)
-    assert done.returncode == 2 and "add_block_tokens.py" in done.stderr
+    block = {"type": "text", "content": "1?"}
+    sides = {
+        side: [{"role": "user", "content": [block]}, {"role": "assistant", "content": [last]}]
+        for side, last in (("chosen", block), ("rejected", block | {"content": "2?"}))
+    }
+    for objective, row in (("sft", {"problem": "1?", "solution": SOLUTION}), ("dpo", sides)):
+        (tmp_path / "s.jsonl").write_text(json.dumps(row) + "\n")
+        options = ["--objective", objective, "--data", tmp_path / "s.jsonl"]
+        options += ["--model", TINY / "model", "--out", tmp_path / "o"]
+        done = run(4, *options, check=False)
+        assert done.returncode == 2 and "add_block_tokens.py" in done.stderr
 
 
 def test_the_template_is_the_authors_prompt(blocks_model):

@@ -188,6 +188,11 @@ def test_steps_stand_as_they_are_behind_templates_that_trim(template, tmp_path):
         assert text.endswith(ENDS[template] + prefix)
         ids = asked_and_trained(tokenizer, prefix)
         assert ids[STAGES[1]] == tokenizer(text, add_special_tokens=False)["input_ids"]
+        solution = {"problem": "1 + 1?", "solution": prefix + "2"}
+        turn = text.removesuffix(prefix)  # SFT trains where 01 puts the opening
+        trained = stage(4).encode(solution, tokenizer)
+        assert trained[0] == tokenizer(turn, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(trained[1][0]).startswith(prefix + "2")
         if not prefix.endswith(" "):  # 04 leaves a space at the end to the suffix
             assert all(found == ids[STAGES[1]] for name, found in ids.items() if name != "solution")
 

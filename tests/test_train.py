@@ -89,6 +89,8 @@ def shaped(kind: str):
         "llama": lambda: transformers.LlamaConfig(**sizes),
         "mistral": lambda: transformers.MistralConfig(**sizes, sliding_window=None),
         "mistral-window": lambda: transformers.MistralConfig(**sizes, sliding_window=40),
+        "granite": lambda: transformers.GraniteConfig(**sizes, logits_scaling=4.0),
+        "cohere": lambda: transformers.CohereConfig(**sizes, logit_scale=0.3),
     }[kind]()
     torch.manual_seed(1)
     lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
@@ -97,7 +99,7 @@ def shaped(kind: str):
     return lm
 
 
-KINDS = ["qwen2", "qwen2-window", "llama", "mistral", "mistral-window"]
+KINDS = ["qwen2", "qwen2-window", "llama", "mistral", "mistral-window", "granite", "cohere"]
 
 
 @pytest.mark.parametrize(
@@ -990,7 +992,8 @@ def test_a_policy_that_is_not_its_reference_is_named(capsys):
     pairs, found = train.Pairs(), {"loss": 0.75, "grad_norm": 1.0, "chosen_reward": 0.0}
     pairs.add([1], [[2], [3]])
     pairs.reference = torch.tensor([[-1.0, -2.0]])
-    train.check(1, found, pairs, [0], train.Args())
+    for metrics in (found, {"loss": 0.75, "grad_norm": 0.0}):  # an edited loss has no rewards
+        train.check(1, metrics, pairs, [0], train.Args())
     assert (
         "first loss: 0.7500 and not 0.6931: policy and reference differ" in capsys.readouterr().err
     )
@@ -1228,6 +1231,49 @@ def test_lora_moves_only_adapters_and_saves_both_ways(save, tmp_path, small_mode
         assert same and all(same)
     plain = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
     assert (tuned(ids).logits - plain(ids).logits).abs().max() > 1e-3
+    # saved in the other way into the same folder: the adapters count once
+    options[-1] = {"merged": "adapter", "adapter": "merged"}[save]
+    run(4, *options)
+    is_whole = (tmp_path / "out" / "model.safetensors").exists()
+    assert is_whole == (options[-1] == "merged")
+    assert is_whole != (tmp_path / "out" / "adapter_config.json").exists()
+    if is_whole:
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+        torch.testing.assert_close(again(ids).logits, tuned(ids).logits, rtol=1e-3, atol=0.02)
+
+
+def test_the_log_of_a_run_that_was_cut_off_is_no_obstacle(tmp_path):
+    """Nothing was logged before the checkpoint, or the last line is torn."""
+    train, file = stage(4), tmp_path / "metrics.jsonl"
+    for text, kept in (("", []), ('{"step": 1}\n{"step": 3}\n{"ste', [{"step": 1}])):
+        file.write_text(text)
+        log = train.Log(SimpleNamespace(is_main_process=True), train.Args(out=tmp_path), done=2)
+        assert log.lines == kept and read(file) == kept
+
+
+def test_rows_of_one_problem_are_held_out_together():
+    """Also where the question is a turn, and by shares below 1/256."""
+    train = stage(4)
+
+    def turns(number: int, answer: str) -> dict:
+        said = [("user", f"question {number}"), ("assistant", answer)]
+        blocks = [{"role": r, "content": [{"type": "text", "content": t}]} for r, t in said]
+        return {"chosen": blocks, "rejected": blocks}
+
+    args = train.Args(validation_fraction=0.002)
+    out = [[train.held_out(turns(i, answer), args) for i in range(5000)] for answer in "ab"]
+    assert out[0] == out[1] and 3 <= sum(out[0]) <= 20
+
+
+def test_fields_of_other_formats_do_not_count(tmp_path, tokenizer):
+    """A pair with a solution is a pair, and a solution with sides is a solution."""
+    row = {"prompt": "1 + 1?", "chosen": " 2", "rejected": " 3", "solution": " 2", "problem": "?"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    train = stage(4)
+    for objective, sides in (("dpo", 2), ("sft", 1)):
+        [found] = train.load_rows(str(tmp_path / "rows.jsonl"), objective)
+        assert not train.has_empty_side(found, "step")
+        assert len(train.encode(found, tokenizer)[1]) == sides
 
 
 @pytest.mark.slow
