@@ -541,7 +541,10 @@ STEP_ENDS = {
     "lines": re.compile(r"\n(?:[ \t]*\n)*"),
     "blank-lines": re.compile(r"\n(?:[ \t]*\n)+"),
     "blocks": re.compile(r"<\|endofblock\|>(?!<\|execution\|>)"),  # text, or code with its output
-    "sentences": re.compile(r"\n(?:[ \t]*\n)*|[.!?][\"')\]”’]*(?=[ \t]+[^a-z\s=+*/<>-])|[。！？]"),
+    "sentences": re.compile(
+        r"\n(?:[ \t]*\n)*|[.?][\"')\]”’]*(?=[ \t]+[^a-z\s])"
+        r"|![\"')\]”’]*(?=[ \t]+[^a-z\s=+*/<>-])|[。！？]"
+    ),
 }
 # no sentence ends in a formula; "$5. Then" is money
 FORMULA = re.compile(
@@ -564,8 +567,8 @@ def split_steps(response: str, split: str = "labels", opening: str = OPENING) ->
     labels: before the line-start labels "Step 2:", "Step 3:" ... in their order; one out of order
     (a model that quotes "Step 1:" again) does not start a step, and the closing "The answer is ..."
     belongs to the last. lines, blank-lines, sentences, blocks: after each. A sentence ends at . !
-    or ? before a space and neither a small letter nor an operator ("5! = 120"), or with its line;
-    formulas, decimals, "Mr.", "e.g." and the number of a list do not end it."""
+    or ? before a space and no small letter, or with its line; formulas, decimals, "5! = 120",
+    "Mr.", "e.g." and the number of a list do not end it."""
     if split != "labels":
         return split_at_ends(response, split, len(opening) if response.startswith(opening) else 0)
     steps, rest = [], response
@@ -658,15 +661,19 @@ SIGNS = dict(re.findall(r"(\S)(\S+)", LATEX_SIGNS))
 TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
 CHANGES = (  # words that change a number; any other word after a number is its unit
     r"\b(?:and|or|to|than|more|less|most|least|over|under|below|half|quarters?|factorial|squared"
-    r"|cubed|base|dozens?|negative|not|twice|double|triple|plus|minus|times|divided|[ap]\.?m"
+    r"|cubed|base|dozens?|negative|[ap]\.?m"
     r"|(?:(?:four|fif|six|seven|eigh|nin|ten|twelf|hundred)th|hundred|thousand|lakh|crore"
-    r"|[mbtr]+illion)s?"
-    r"|sin|cos|tan|log|ln|sqrt|pi|theta|alpha|beta|lambda|[kxyz])\b"
-    r"|[万亿成打又半多余]|千(?![克米瓦])|百(?!分)|分之"
+    r"|[mbtr]+illion)s?)\b"
+)
+NO_UNIT = (  # what follows a number and is no unit either
+    CHANGES
+    + r"|\b(?:plus|minus|divided|times (?:[b-z]|pi|theta)|sin|cos|tan|log|ln|sqrt|pi|theta|alpha"
+    r"|beta|lambda)\b|\b[kxyz]\W*$|^\s*(?:[万亿打又]|成(?!员)|千(?![克米瓦焦卡帕伏])|百(?!分)|分之)"
+    r"|个半(?![圆径])|[半多]$"
 )
 UNITS = (
     r"(?:(?<=[\d)\]}%])|(?<=\\pi))\s*"
-    rf"(?:(?:(?!\\mathbf|\\\w+\{{[ei]}}){TEXT}(?:\^\{{?\d\}}?|\s)*)+"
+    rf"(?:(?:(?!\\mathbf\{{\w\}}|\\\w+\{{[ei]}}){TEXT}(?:\^\{{?\d\}}?|\s)*)+"
     r"|[一-鿿]+|m\^\{?[23]\}?"
     r"|(?:k?m/|\s[A-Za-z]{3,}|(?:[cdkm]m|[km]g|m[lL]|ft|in|yd|mi|hr|oz|lb|sq|cu)\b)"
     r"[A-Za-z\s./]*(?:\^\{?\d\}?)?)\.?$"
@@ -683,6 +690,7 @@ SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads
     (r"[¼-¾⅐-⅞]", lambda match: " " + plain(match)),  # 1½ is 1 1/2
     (r"[≤≥≠∞π±√×·÷∪∩∈−–—]", lambda match: SIGNS[match[0]] + " " * (match[0] not in "÷−–—")),
     (r"％|\\%", "%"),
+    (r"：", ":"),
     (r"(?<=\d)(?:\{,\}|,?\s*\\[!,]\s?)(?=\d{3}(?!\d))", ""),
     (r"\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\\[!()$\[\]]", ""),
     (r"[$€£¥\"]|\\(?:text)?color\s*\{\w+\}|\s*\(?\\?[pb]?mod\b.*|[\s.,;。]+$", ""),
@@ -697,7 +705,7 @@ SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads
         lambda match: SCALES.get(match[1], "%"),
     ),
     # 5m may be a product
-    (UNITS, lambda match: match[0] if re.search(CHANGES, match[0]) else ""),
+    (UNITS, lambda match: match[0] if re.search(NO_UNIT, match[0]) else ""),
     (TEXT, r" \1 "),
     (r" {2,}", " "),
     (
@@ -721,11 +729,12 @@ IS_TEXT = re.compile(
     r"|-?[\dA-F.]+_\{?\d+\}?|.*\d:\d\d.*"
 )
 # what is left out of such texts; signs, and the marks of times, decimals and bases, stay
-NO_TEXT = re.compile(r"(?<![\d.])0(?=\d)|(?<!\d)[.:]|[.:](?!\d)|(?<!^)-(?!\d)|(?<![\dA-F])_")
+NO_TEXT = re.compile(
+    r"(?<![\d.])0(?=\d)|(?<!\d)[.:]|[.:](?!\d)|(?<![\da-f])_|-(?!\d)(?!(?<=^-)\w{1,3}$)"
+)
 # options and nothing else
 IS_LETTERS = re.compile(r"(?=[^A-J]*[A-J])(?:[\s()\[\].,:;&']|and|or|\b[A-J]\b)+")
-# f(x)=, \theta=, (p,q)=: the value stands on the right
-NAMED = re.compile(r"\\?[a-zA-Z]+'*(?:_\w|\^\{-1\})?(?:\([^()=]*\))?=|\([a-z,]+\)=")
+FUNCTION = re.compile(r"[a-zA-Z](?:'|_\w|\^\{[^{}]*\})*\([^()]*\)=")  # f(x)=, f^{-1}(x)=
 # longer ones may be one unit in two words
 UNIT = re.compile(r"mod\W*(\d+)|\\(?:text|mathrm)\s*\{\W*([a-zA-Z]{1,2})\W*\}")
 WORD = r"(?<![\\a-zA-Z])(?!and\b)[a-zA-Z]{3,}"
@@ -765,11 +774,31 @@ def as_number(answer: str) -> Fraction | None:
 
 def right_side(answer: str) -> str:
     """5 of "x = 5" and of "2+3 = 5". "x = 3, y = 5" and "x = 3 or x = 5" are more than one value,
-    and stay whole."""
+    and stay whole; of "m = 2, n = 3, so m+n = 5" the last is meant."""
     *left, value = re.split(r"(?<![!<>])=", answer)
-    # 1,000 and f(2,3) are no lists
-    outside = re.sub(r"(?<=\d),(?=\d{3})|\([^()]*\)", "", "".join(left))
-    return answer if re.search(r"[,;]|\b(?:and|or)\b", outside) else value
+    for _ in range(2):  # 1,000 and f(2,3) are no lists
+        left = [re.sub(r"(?<=\d),(?=\d{3})|\([^()]*\)|\{[^{}]*\}", "", part) for part in left]
+    between = " ".join(left[1:])
+    if re.search(r"\b(?:so|then|thus|hence|therefore)\b", between):
+        return value
+    more = re.search(r"[,;，、；或]|\\lor\b|\\vee\b|\b(?:and|or)\b|\d [a-zA-Z]", between, re.I)
+    return answer if more else value
+
+
+def stated_number(sentence: str, as_written: str) -> str | None:
+    """The number of a sentence that has one and no formula; not 5k, 3x, .5, "5! ways", "twice 5".
+    `as_written`: before spelled()."""
+    numbers = list(re.finditer(r"-?\d[\d.,/]*%?", sentence))
+    words = re.findall(WORD, sentence)
+    if len(numbers) != 1 or len(words) < 2 or re.search(rf"[\\^_=]|{CHANGES}", sentence):
+        return None
+    [number] = numbers
+    before, after = sentence[: number.start()], sentence[number.end() :]
+    if re.search(r"(?:^|[\s($])\.\d", as_written) or re.match(r"[kxyz]\b|!.", after):
+        return None
+    if re.search(r"\b(?:not|twice|double|triple) *$", before):
+        return None
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", number[0]).rstrip(".,")  # 1,200 dollars
 
 
 def letters(answer: str) -> set[str]:
@@ -786,6 +815,7 @@ def quick_verdict(gold: str, prediction: str) -> bool | None:
     """Whether two answers are equal by text and number. None: only algebra_verdict() can tell."""
     if gold == prediction:  # most are
         return bool(gold.strip())
+    as_written = prediction
     if re.fullmatch(r"\s*\d+(?:, +\d+)+\s*", gold) and re.fullmatch(r"\d+(?:,\d+)+", prediction):
         prediction = prediction.replace(",", ", ")  # 135,225 is a list where the gold is one
     units = [UNIT.findall(answer) for answer in (gold, prediction)]
@@ -798,15 +828,13 @@ def quick_verdict(gold: str, prediction: str) -> bool | None:
         return letters(prediction) == letters(gold)
     value = right_side(prediction)
     if IS_TEXT.fullmatch(gold):
-        bare = [NO_TEXT.sub("", re.sub(r"[^\w:.-]", "", text)).lower() for text in (gold, value)]
-        return bare[0] == bare[1]
-    numbers = re.findall(r"-?\d[\d.,/]*%?", prediction)
-    is_sentence = len(re.findall(WORD, prediction)) > 1
-    if len(numbers) == 1 and is_sentence and not re.search(rf"[\\^_=]|{CHANGES}", prediction):
-        # a sentence says its number, if one, and not 5k, 3x, 5! or .5
-        alone = re.search(rf"(?<![\w.]){re.escape(numbers[0])}(?![\w!])", prediction)
-        value = prediction = numbers[0].rstrip(".,") if alone else prediction
+        bare = [re.sub(r"[^\w:.-]", "", text).lower() for text in (gold, value)]
+        return NO_TEXT.sub("", bare[0]) == NO_TEXT.sub("", bare[1])
+    if number := stated_number(prediction, as_written):
+        value = prediction = number
     a, b = as_number(gold), as_number(value)
+    if a is not None and value == prediction and value.count("=") > 1:
+        return False  # two values are no number; math-verify takes the last
     if a is not None and b is not None:
         if "." in prediction and re.search("/|frac", gold):  # 1/3 and 0.3333333333333333
             return None
@@ -853,10 +881,11 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
             alike = (x == y or algebra_verdict(x, y) for x, y in zip(*parts, strict=False))
             return len(parts[0]) == len(parts[1]) and all(alike)
         a, b = parsed(gold), parsed(prediction)
-        # math-verify: x+y+z=0 is 0; of y=2x the right side is enough
-        is_equation = "=" in gold and isinstance(a, sympy.Eq) and not NAMED.match(gold)
-        if is_equation and not isinstance(b, sympy.Eq):
-            return False
+        # math-verify: x+y+z=0 is 0, tan(x)=2x is 2x; of y=2x and f(x)=2x the right side is enough
+        if isinstance(a, sympy.Eq) and not isinstance(b, sympy.Eq) and not a.lhs.is_Symbol:
+            is_relation = a.rhs == 0 or a.lhs.free_symbols & a.rhs.free_symbols
+            if "=" in gold and is_relation and not FUNCTION.match(gold):
+                return False
         ordered = [isinstance(value, (sympy.Tuple, sympy.Interval)) for value in (a, b)]
         listed = [isinstance(value, sets.FiniteSet) for value in (a, b)]
         # math-verify: (1,2) = {1,2}
@@ -893,19 +922,23 @@ def options(problem: str) -> dict[str, str]:
     return listed if len(listed) > 1 else {}
 
 
+def grading_processes() -> pebble.ProcessPool:
+    return pebble.ProcessPool(
+        max_workers=2,
+        context=multiprocessing.get_context("spawn"),
+        # its seconds are no job's
+        initializer=importlib.import_module,
+        initargs=("math_verify",),
+    )
+
+
 class Grader:
     """Grades answers. Algebra runs in processes that are killed at a deadline: sympy may hang for
     ever, and math-verify's own time limit uses SIGALRM, which fails off the main thread."""
 
     def __init__(self, seconds: float = 10.0):
         self.seconds, self.kills, self.verdicts = seconds, 0, {}
-        self.pool = pebble.ProcessPool(
-            max_workers=2,
-            context=multiprocessing.get_context("spawn"),
-            # its seconds are no job's
-            initializer=importlib.import_module,
-            initargs=("math_verify",),
-        )
+        self.pool = grading_processes()  # the first job starts them
 
     async def __call__(
         self, gold: str, prediction: str | None, problem: str = "", rules=STRICT
@@ -919,22 +952,33 @@ class Grader:
         key = gold, prediction, slow
         verdict = self.verdicts.get(key, quick(gold, prediction))
         if verdict is None:
-            try:  # the first job starts the processes
-                job = self.pool.schedule(slow, args=(gold, prediction), timeout=self.seconds)
-                verdict = await asyncio.wrap_future(job)
-            except Exception as error:  # of `rules`, which may raise anything: no credit
-                verdict = False
-                self.kills += isinstance(error, (TimeoutError, pebble.ProcessExpired))
-            self.verdicts[key] = verdict
+            verdict = self.verdicts[key] = await self.slow_verdict(slow, gold, prediction)
         if verdict or not problem or len(gold) > 19:
             return verdict
         letter = re.fullmatch(r"\(?([A-J])\)?", spelled(gold))
         values = options(problem) if letter else {}
-        # a bare letter is an option's name, even where another option has it for its value
-        if not letter or letter[1] not in values or letters(spelled(prediction)):
+        if not letter or letter[1] not in values:
+            return verdict
+        # an option's name, even where another option has it for its value
+        named = re.fullmatch(r"\(?([A-J])\)?", spelled(prediction))
+        if named and named[1] in values:
             return verdict
         named = [key for key in values if await self(values[key], prediction, "", rules)]
         return named == [letter[1]]
+
+    async def slow_verdict(self, rule, gold: str, prediction: str) -> bool:
+        """By a process; False where it is killed, or `rule` raises, which may be anything."""
+        for _ in range(3):
+            if not self.pool.active:  # a process has died without a job: pebble gives none any more
+                self.pool = grading_processes()
+            try:
+                job = self.pool.schedule(rule, args=(gold, prediction), timeout=self.seconds)
+                return await asyncio.wrap_future(job)
+            except Exception as error:
+                if self.pool.active:
+                    self.kills += isinstance(error, (TimeoutError, pebble.ProcessExpired))
+                    return False
+        stop("the processes that grade end at once; is math-verify installed, and memory left?")
 
     def close(self):
         self.pool.stop()
@@ -1255,7 +1299,9 @@ def fewer_tokens(prompt: list, asked: int, refusal: str) -> list[int]:
     if context and length:
         room = int(context[1]) - int(length[1])
     elif context and not isinstance(prompt[0], dict):
-        room = int(context[1]) - len(prompt)
+        room = int(context[1])
+        if not isinstance(prompt, str):  # of a text the tokens are not known here
+            room -= len(prompt)
     return [tokens for tokens in (room, room - 1, 1) if 0 < tokens < asked]
 
 
@@ -1279,6 +1325,8 @@ async def complete(
             reply = await create(model=model, n=n, seed=seed, **request)
             completions = []
             for choice in reply.choices:
+                if choice.finish_reason in ("abort", "error"):  # a server that is being stopped
+                    raise ValueError(f"the server ends a request by {choice.finish_reason}")
                 text = said(choice.message) if chat else choice.text or ""
                 text = text.encode(errors="replace").decode()  # JSON may hold half a character
                 completion = {

@@ -182,10 +182,8 @@ class Args:
 
 
 # What makes a step, with all that it uses: a run does not resume after an edit of it.
-STEP_CODE = (
-    *("train_step", "make_optimizer", "learning_rate", "batches", "encode", "SuffixScorer"),
-    *("load_config", "load_model", "add_lora"),
-)
+STEP_CODE = ("train_step", "make_optimizer", "learning_rate", "batches", "encode", "SuffixScorer")
+STEP_CODE += ("load_config", "load_model", "add_lora")
 
 
 def main(args: Args):
@@ -455,10 +453,14 @@ def held_out(row: dict, args: Args) -> bool:
 
 def problem_of(row: dict) -> str:
     """What rows of one problem have in common: its text, or the turns before the assistant's."""
-    turns = row.get("chosen")
-    turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
-    roles = [str(turn.get("role")).startswith("assistant") for turn in turns]
-    return str(row.get("prompt") or row.get("problem") or turns[: [*roles, True].index(True)])
+    if text := row.get("prompt") or row.get("problem"):
+        return str(text)
+    asked = []
+    for turn in row["chosen"]:
+        if not isinstance(turn, dict) or str(turn.get("role")).startswith("assistant"):
+            break
+        asked.append(turn)
+    return str(asked)
 
 
 def print_first(pairs: Pairs, tokenizer):
@@ -669,9 +671,9 @@ def encode(row: dict, tokenizer, sides: str = "step") -> tuple[list[int], list[l
         opening, texts, ends = split_sides(row, sides)
         text = render_prompt(tokenizer, row["prompt"], opening)
     elif "solution" in row and "chosen" not in row:
-        texts = [row["solution"]]
-        whole = render_prompt(tokenizer, row["problem"], *texts)
-        text = whole[: len(whole) - len(*texts)]  # where 01 and 05 put their opening
+        solution = row["solution"]
+        whole = render_prompt(tokenizer, row["problem"], solution)
+        text, texts = whole.removesuffix(solution), [solution]  # where 01 puts its opening
     elif "prompt" not in row:
         text, texts = render_blocks(row)
         is_plain = True
@@ -863,7 +865,7 @@ def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
             stop(f"{name}, row {number}: {reason}; see the formats in {Path(__file__).name}")
         except (ValueError, jinja2.TemplateError) as error:
             stop(f"--model {args.model}: its chat template fails ({error}); give --chat-template")
-        of_blocks = "<|endofblock|>" in str(row) or not row.keys() & {"prompt", "problem"}
+        of_blocks = "<|endofblock|>" in str(row) or "chosen" in row and "prompt" not in row
         if of_blocks and not has_blocks:
             needed = f"its blocks are no tokens of {args.model}; see analysis/add_block_tokens.py"
             stop(f"{name}, row {number}: {needed}")

@@ -88,11 +88,18 @@ class Verdicts:
         self.rows, self.out, self.annotator = rows, out, annotator
         settings = {"stage": "annotate", "locator": "human", "annotator": annotator}
         self.clicks = LOCATE.Output(journal, settings)
-        keys = {LOCATE.identity(row) for row in rows}
+        steps = {LOCATE.identity(row): row["steps"] for row in rows}
         self.said = {}
         for click in self.clicks.rows:
-            if LOCATE.identity(click) in keys:
-                self.said[LOCATE.identity(click)] = click["said"]
+            key = LOCATE.identity(click)
+            if key not in steps:
+                continue
+            if click["steps"] != steps[key]:
+                LOCATE.stop(
+                    f"{journal} has clicks on another sample {key[1]} of {key[0]}; "
+                    "give another --out"
+                )
+            self.said[key] = click["said"]
 
     def of(self, row: dict):
         return self.said.get(LOCATE.identity(row), "skip")
@@ -110,7 +117,7 @@ class Verdicts:
         if what == "back":
             return max(0, place - 1)
         row = self.rows[place]
-        key = {"id": row["id"], "sample": row["sample"]}
+        key = {name: row[name] for name in ("id", "sample", "steps")}
         self.clicks.write({**key, "said": what, "time": round(time.time())})
         self.said[LOCATE.identity(row)] = what
         self.write()
@@ -176,7 +183,7 @@ def make_page(gradio, verdicts: Verdicts):
                 )
 
     with gradio.Blocks(title="First wrong step", analytics_enabled=False) as page:
-        place = gradio.State(verdicts.next_open(0))
+        place = gradio.State(lambda: verdicts.next_open(0))  # at each load of the page
 
         @gradio.render(inputs=place)
         def solution(at: int):

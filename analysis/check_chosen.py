@@ -100,7 +100,9 @@ def main(args: Args):
         LOCATE.stop("give --judge-model and, unless vLLM is to run it here, --judge-base-url")
     pairs = LOCATE.read_rows(args.pairs, ("id", "prompt", "chosen", "answer", "method"))
     names = ("judge_model", "judge_temperature", "judge_max_tokens", "neutral", "retries", "seed")
+    names += ("split", "opening")
     settings = {"stage": "check_chosen", **{name: getattr(args, name) for name in names}}
+    settings["prompt"] = LOCATE.JUDGE_PROMPT
     spent = Counter()
     verdicts_path = args.out.with_suffix(".verdicts.jsonl")
     with contextlib.closing(LOCATE.Output(verdicts_path, settings)) as checked:

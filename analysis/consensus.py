@@ -36,8 +36,8 @@ class Args:
     """located file that must agree"""
     within: int = 1
     """how many steps apart the two may be"""
-    out: Path = Path("data/located.jsonl")
-    """file to write"""
+    out: Path = Path("data/agreed.jsonl")
+    """file to write, and to write over; not one of 02"""
 
 
 def verdict(row: dict) -> int | None:
@@ -62,9 +62,14 @@ def combine(first: dict, second: dict | None, within: int) -> dict:
     else:
         said = [verdict(first), verdict(second)]
         step, reason = agree(*said, within)
+    # the evidence is that of the step which is kept, or of the same step in the second file
+    evidence = first.get("chance")
+    if evidence is None and second and second["error_step"] == step:
+        evidence = second.get("chance")
     return {
         **(second or {}),
         **first,
+        "chance": evidence,
         "error_step": step,
         "locator": "consensus",
         "reason": reason,
@@ -77,6 +82,8 @@ def main(args: Args):
         LOCATE.stop("--within is at least 0")
     if args.out.resolve() in (args.first.resolve(), args.second.resolve()):
         LOCATE.stop(f"{args.out} is one of the two files; give another --out")
+    if Path(f"{args.out}.meta.json").exists():
+        LOCATE.stop(f"{args.out} is an output of 02; give another --out")
     first, second = LOCATE.read_located(args.first), LOCATE.read_located(args.second)
     for key, row in first.items():
         if second.get(key, row)["steps"] != row["steps"]:

@@ -77,7 +77,11 @@ def contamination(path: Path, benchmarks: dict[str, list[dict]]) -> dict:
 def main(args: Args):
     if not args.file.is_file():
         EVAL.stop(f"{args.file}: no such file; give the training pairs or problems")
-    benchmarks = {path.stem: EVAL.load_problems(path) for path in args.data}
+    names = [path.stem for path in args.data]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in args.data]
+    problems = map(EVAL.load_problems, args.data)
+    benchmarks = dict(zip(names, problems, strict=True))
     overlap = contamination(args.file, benchmarks)
     for name, hits in overlap["found"].items():
         print(

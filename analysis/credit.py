@@ -18,7 +18,7 @@ import sys
 import time
 from dataclasses import dataclass
 from html import escape
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +84,7 @@ def encode_solution(row: dict, tokenizer) -> tuple[list[int], list[int], list[st
     sampled = response[len(opening) :]
     rest = tokenizer(sampled, add_special_tokens=False, return_offsets_mapping=True)
     starts = [start for start, _ in rest["offset_mapping"]]
-    texts = [sampled[a:b] for a, b in zip(starts, [*starts[1:], len(sampled)], strict=True)]
+    texts = [sampled[a:b] for a, b in pairwise([*starts, len(sampled)])]
     ends = list(accumulate(map(len, row["steps"])))
     places = []
     for start in starts:

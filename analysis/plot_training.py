@@ -13,6 +13,7 @@ Output: loss, accuracy, margin and log-probabilities by step, as in Fig. 2 of St
 training, dashed lines for validation. Of one finished run also README.md, the model card."""
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,8 +91,8 @@ def draw_curves(axes, name: str, rows: list[dict], label: str, color: str, from_
             axes.plot(*zip(*points, strict=True), color=color, label=shown, **style)
 
 
-def card(run: Path, training: dict) -> str:
-    """The model card of a finished run."""
+def card(run: Path, training: dict, picture: str) -> str:
+    """The model card of a finished run; `picture` is a path from its folder."""
     arguments = training["arguments"]
     figures = ", ".join(f"{name} {value:.4g}" for name, value in training["last"].items())
     table = "\n".join(f"| {name} | {value} |" for name, value in arguments.items())
@@ -108,7 +109,7 @@ library_name: transformers
 
 Last step: {figures}.
 
-![training](training.png)
+![training]({picture})
 
 | setting | value |
 |---|---|
@@ -136,7 +137,9 @@ def main(args: Args):
         said = f"{finished} is not there: the training is not finished, no model card"
         print(said, file=sys.stderr)
         return
-    (first / "README.md").write_text(card(first, json.loads(finished.read_text())))
+    (first / "README.md").write_text(
+        card(first, json.loads(finished.read_text()), os.path.relpath(out, first))
+    )
     print(first / "README.md")
 
 

@@ -211,6 +211,10 @@ def critic_prompt(row: dict) -> str:
     return CRITIC_PROMPT.format(problem=row["problem"], paragraphs=paragraphs)
 
 
+def critic_key(row: dict) -> tuple:
+    return row["id"], row.get("sample"), *row["steps"]
+
+
 async def criticize(args: Args, rows: list[dict], output) -> None:
     """Ask the critic about the rows that are not there yet."""
     client = LOCATE.connect(args.base_url, args.model, "JUDGE_API_KEY")
@@ -230,8 +234,8 @@ async def criticize(args: Args, rows: list[dict], output) -> None:
         critic = {"texts": texts, "tokens": tokens}
         output.write({**row, **count_votes(texts, len(row["steps"])), "critic": critic})
 
-    done = {row["id"] for row in output.rows}
-    todo = [row for row in rows if row["id"] not in done]
+    done = {critic_key(row) for row in output.rows}
+    todo = [row for row in rows if critic_key(row) not in done]
     await LOCATE.run_all(todo, work, args.concurrency, "by the critic")
 
 
@@ -245,7 +249,8 @@ def by_critic(args: Args, labels: Path, out: Path):
         "prompt": hashlib.sha256(CRITIC_PROMPT.encode()).hexdigest()[:16],
     }
     sample_rows(labels)  # stops at a row without a label; the critic reads the steps as they are
-    rows = LOCATE.read_rows(labels, ("id", "problem", "steps", "label"))
+    rows = LOCATE.read_rows(labels, ("id", "problem", "steps"))
+    rows = [row | {"label": label_of(row)} for row in rows if not is_unsure(row)]
     output = LOCATE.Output(out, settings)
     asyncio.run(criticize(args, rows, output))
     output.save_meta(finished=True)
@@ -290,11 +295,18 @@ def locate(args: Args, name: str, options: list[str]) -> tuple[list[dict], float
 
 
 def cost_of(args: Args, rows: list[dict], seconds: float) -> list[float]:
-    """Tokens, money and seconds of all runs that made the rows."""
-    asked = [row[name]["tokens"] for row in rows for name in ("judge", "critic") if row.get(name)]
+    """Tokens, money and seconds of all runs that made the rows; not of those that made the labelled
+    file, whose fields 02 carries along."""
+    locators = {row["locator"] for row in rows}
+    names = locators & {"judge", "critic"}
+    asked = [row[name]["tokens"] for row in rows for name in names if row.get(name)]
     prompt, completion = sum(tokens[0] for tokens in asked), sum(tokens[1] for tokens in asked)
     money = (prompt * args.price[0] + completion * args.price[1]) / 1e6
-    others = sum(row.get("prm_tokens", 0) + sum(row.get("rollout_tokens", ())) for row in rows)
+    others = 0
+    if "scores" in locators:
+        others = sum(row.get("prm_tokens", 0) for row in rows)
+    elif "rollout" in locators:
+        others = sum(sum(row["rollout_tokens"]) for row in rows)
     return [prompt + completion + others, money, seconds]
 
 
@@ -303,14 +315,16 @@ def f1(a, b):
 
 
 def scores(rows: list[dict], said=verdict, seed: int = 0) -> dict:
-    """Accuracy on wrong and on right solutions, F1, and its interval from 10,000 draws of both."""
+    """Accuracy on wrong and on right solutions, F1, and its interval from 10,000 draws of both
+    shares, by Jeffreys' prior: a share of 0 or 1 is not certain."""
     rng, shares, draws = np.random.default_rng(seed), [], []
     for is_wrong in (True, False):
         side = [row for row in rows if (row["label"] >= 0) == is_wrong]
         hits = [said(row) == row["label"] + 1 for row in side]
         share = np.mean(hits) if side else np.nan
         shares.append(share)
-        draws.append(rng.binomial(len(side), share, 10_000) / len(side) if side else np.nan)
+        n = sum(hits)
+        draws.append(rng.beta(n + 0.5, len(side) - n + 0.5, 10_000) if side else np.nan)
     return {
         "solutions": len(rows),
         "wrong": shares[0],

@@ -314,10 +314,13 @@ def read_responses(path: Path) -> list[dict]:
     with open(path, "rb+") as file:
         EVAL.lock(file, path)
         whole, _, last = file.read().rpartition(b"\n")
+        # the meta file of 05: a file of another keeps its last line
+        is_of_05 = Path(f"{path}.meta.json").exists()
         try:
             json.loads(last or b"0")
         except ValueError:
-            file.truncate(len(whole) + 1)
+            if is_of_05 and whole:
+                file.truncate(len(whole) + 1)
     rows = EVAL.read_rows(path, ("id", "answer"))
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("response"), str):

@@ -283,15 +283,6 @@ def check_scores(args: Args, reader: Reader, scores: list[float], places: list[i
     stop(message)
 
 
-def load_rows(path: Path) -> list[dict]:
-    rows = LOCATE.read_rows(path, ("problem", "steps"))
-    for number, row in enumerate(rows, 1):
-        texts = [row["problem"], *row["steps"]] if isinstance(row["steps"], list) else [None]
-        if not all(isinstance(text, str) for text in texts):
-            stop(f"{path}, row {number}: problem must be a text, steps a list of texts")
-    return rows
-
-
 def bare(row: dict) -> dict:
     """A row without what this script adds."""
     added = ("step_scores", "prm", "prm_tokens", "prm_reason")
@@ -349,7 +340,7 @@ async def score_all(args: Args, reader: Reader, rows: list[dict], output) -> Cou
 
 
 def main(args: Args):
-    rows = load_rows(args.samples)
+    rows = LOCATE.read_rows(args.samples, ("problem", "steps"))
     path = args.out or args.samples.with_suffix(".scored.jsonl")
     reader = Reader(args.prm, args.form)
     settings = {

@@ -96,9 +96,16 @@ def loss_of(lm, batch: list[tuple]) -> torch.Tensor:
 def main(args: Args):
     began = time.time()
     labelled = processbench.sample_rows(args.data)
+    problems = sorted({row["problem"] for row in labelled})
+    if len(problems) <= args.held_out:
+        LOCATE.stop(
+            f"{args.data}: nothing is left to train on: it has {len(problems)} problems, and "
+            f"--held-out {args.held_out}"
+        )
+    if any(args.out.glob("*.safetensors")):
+        LOCATE.stop(f"{args.out} holds a model; give another --out")
     lm, tokenizer = start(args)
     reader = score_steps.Reader(str(args.out))
-    problems = sorted({row["problem"] for row in labelled})
     random.Random(args.seed).shuffle(problems)
     held_out = set(problems[: args.held_out])
     train, test = [], []

@@ -51,6 +51,10 @@ def evidence(row: dict, samples: dict) -> str:
 def main(args: Args):
     rows = LOCATE.read_rows(args.rows, ("id",))
     rows = [row for row in rows if row.get("error_step") or "chosen" in row]
+    if not rows:
+        LOCATE.stop(f"{args.rows}: no row has an error_step or is a pair")
+    if args.samples and not all("rollout_values" in row for row in rows):
+        LOCATE.stop(f"{args.rows}: --samples needs the rows of 02's rollouts")
     counts = sorted(Counter(row["id"] for row in rows).values(), reverse=True)
     effective_all = f"in effect of {effective(counts):.1f}"
     print(f"{args.rows}: {len(rows)} of {len(counts)} problems, {effective_all}")

@@ -32,6 +32,8 @@ def main(path: str):
     pairs = [(located, true) for located, true in pairs if located and true]
     distance = Counter(max(-3, min(3, located - true)) for located, true in pairs)
     total, z = len(pairs), 1.96
+    if not total:
+        sys.exit(f"{path}: no row with an error_step and a known truth")
     share = distance[0] / total
     middle = share + z * z / (2 * total)
     half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
@@ -45,4 +47,6 @@ def main(path: str):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    main(sys.argv[1])

@@ -65,9 +65,8 @@ def continuations(args: Args) -> list[dict]:
     command += ["--linear", "--all-rollouts", "--rollouts", max(args.rollouts)]
     command += ["--max-tokens", "400"]
     command += ["--engine-args=--max-num-seqs 512 --max-model-len 1024"]
-    if not (args.out / "whole.jsonl.meta.json").exists():
-        subprocess.run(list(map(str, command)), check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / args.model)
+    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
     rows = {(row["id"], row["sample"]): row for row in wrong}
     for line in open(rollouts, encoding="utf-8"):
         row = json.loads(line)

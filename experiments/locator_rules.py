@@ -224,6 +224,9 @@ def table(args: Args, rows: list[dict], samples: bool):
 def main(args: Args):
     if bool(args.labels) == bool(args.samples):
         LOCATE.stop("give one of --labels and --samples")
+    most = max(max(n, give_up) for _, n, give_up in args.rules)
+    if most > args.rollouts:
+        LOCATE.stop(f"--rollouts {args.rollouts}: a rule of --rules asks for {most}")
     LOCATE.WAVE, rows = args.wave, continuations(args)
     for samples in (False, True):
         table(args, rows, samples)

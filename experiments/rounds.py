@@ -136,6 +136,8 @@ def cut(args: Cut):
     rows = [row for of_each in zip(*sets, strict=False) for row in of_each]
     sizes = [sum(count([row[side] for side in sides])) for row in rows]
     epochs, most = args.epochs, math.inf
+    if not rows:
+        sys.exit(f"{args.folder}: no row of {args.method} to train on")
     if args.trained:
         epochs = math.ceil(args.trained / sum(sizes))
         most = args.trained / epochs

@@ -32,7 +32,7 @@ class Args:
     model: str = "data/tiny/model"
     """folder or hub id"""
     limit: int | None = None
-    """use the first so many samples"""
+    """use the first so many problems"""
     tries: int = 6
     """attempts from one step"""
     out: Path = Path("runs/scdpo_yield")

@@ -33,6 +33,7 @@ NAMES = {**ABLATION_NAMES, "sft": "SFT on right samples"}
 CONTINUATIONS = (
     "wrong",
     "blank step",
+    "changes the step before",
     "restates the rejected step",
     "repeats a chosen step",
     "over --max-pairs-per-error",
@@ -410,13 +411,14 @@ def training(folder: Path) -> dict:
     size, pairs = int(about["arguments"]["batch_size"]), about["pairs"]
     steps_per_epoch = -(-pairs // size)
     last_size = pairs - size * (steps_per_epoch - 1)
-    seconds = peak = 0
+    seconds = peak = logged = 0
     for line in rows_of(folder / "metrics.jsonl"):
         if "pairs_per_s" in line:
             step_size = size if line["step"] % steps_per_epoch else last_size
             seconds += step_size / line["pairs_per_s"]
+            logged += 1
             peak = max(peak, line.get("peak_gib", 0))
-    return {"seconds": seconds, "peak": peak}
+    return {"seconds": seconds * about["steps"] / logged, "peak": peak}
 
 
 def examples(args: Table) -> list[str]:

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # The papers' SFT stage: a teacher writes solutions with steps, the right ones are kept, and a base model is trained on them. The
-# result is a model like the Step-DPO authors' Qwen2-7B-SFT. Use it in step_dpo_qwen2_7b.sh with MODEL=runs/sft/model.
+# result is a model like the Step-DPO authors' Qwen2-7B-SFT. Use it in step_dpo_qwen2_7b.sh with MODEL=runs/sft/model
+# TEMPLATE=data/templates/alpaca.jinja OPENING=$'Let\'s think step by step.\nStep 1:', as it was trained and is evaluated here. The
+# authors evaluate theirs with "### Response: Let's think step by step." on one line (docs/evaluation.md), which this one never saw.
 #
 # Hardware   8 GPUs with 80 GB. Run here only as a test, 2 minutes on two cores:
 #              TEACHER=data/tiny/model MODEL=data/tiny/model DATA=data/tiny/train.jsonl TEST=data/tiny/test.jsonl LIMIT=60 \
@@ -14,7 +16,7 @@
 # Published  Qwen2-7B-SFT: MATH 54.8, GSM8K 88.2
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export PATH="$PWD/.venv/bin:$PATH"
+[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || export PATH="$PWD/.venv/bin:$PATH"
 # INT or TERM to this script alone ends the running stage too, and so the engine in it
 job=; run() { set -m; "$@" & job=$!; set +m; wait $job; }
 trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM
@@ -32,6 +34,6 @@ run accelerate launch $LAUNCH 04_train_stepdpo.py --objective sft --data "$OUT/s
   --gradient-checkpointing --tokens-per-batch 8192 --save-steps 400 --keep 1 --out "$OUT/model"
 run python analysis/plot_training.py "$OUT/model"
 run python 05_eval.py --data $TEST ${LIMIT:+--limit $LIMIT} --models "base=$MODEL" "SFT=$OUT/model" \
-  --chat-template data/templates/metamath.jinja --opening " Let's think step by step." --out "$OUT/results" ${SERVE:+"$SERVE"}
+  --chat-template "$TEMPLATE" --out "$OUT/results" ${SERVE:+"$SERVE"}
 run python analysis/regrade.py "$OUT/results" --verdict paper  # adds the verdicts of the papers' own code
 run python analysis/report.py "$OUT/results"  # pictures and a page

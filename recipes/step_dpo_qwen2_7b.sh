@@ -11,10 +11,11 @@
 #   locating        paper: by hand or GPT-4. Code: GPT-4o. Here: the model's own continuations; LOCATOR="--locator judge --judge-model ..."
 #   neutral steps   an error in the code, not in the text: 02 --neutral
 #   chosen steps    the paper describes a filter of wrong ones, which is not released: analysis/check_chosen.py
+# TEMPLATE, OPENING: of the evaluation, if not the authors' for Qwen2-Instruct
 # DATA=xinlai/Math-Step-DPO-10K trains on the published 10,795 pairs instead, and skips the first three stages
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export PATH="$PWD/.venv/bin:$PATH"
+[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || export PATH="$PWD/.venv/bin:$PATH"
 # INT or TERM to this script alone ends the running stage too, and so the engine in it
 job=; run() { set -m; "$@" & job=$!; set +m; wait $job; }
 trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM
@@ -38,7 +39,7 @@ run accelerate launch --config_file configs/fsdp2.yaml --num_processes "$GPUS" 0
   --beta "$BETA" --gradient-checkpointing --tokens-per-batch 8192 --out "$OUT/model" --save-steps 400 --keep 1
 run python analysis/plot_training.py "$OUT/model"
 run python 05_eval.py --data $TEST --models "base=$MODEL" "Step-DPO=$OUT/model" \
-  --chat-template data/templates/step_dpo_qwen.jinja --opening "" --out "$OUT/results" "$SERVE"
+  --chat-template "${TEMPLATE:-data/templates/step_dpo_qwen.jinja}" --opening "${OPENING-}" --out "$OUT/results" "$SERVE"
 run python analysis/regrade.py "$OUT/results" --verdict paper  # adds the verdicts of the papers' own code
 run python analysis/report.py "$OUT/results"  # pictures and a page
 [ ! -f "$OUT/pairs.jsonl" ] || run python analysis/contamination.py "$OUT/pairs.jsonl" --data $TEST

@@ -61,7 +61,8 @@ def end():
     sys.stdin.read()
     os.killpg(0, signal.SIGKILL)
 threading.Thread(target=end, daemon=True).start()
-sys.exit(vllm.wait())
+vllm.wait()
+os.killpg(0, signal.SIGKILL)  # its engines do not see that it has ended
 """
 
 
@@ -115,7 +116,8 @@ async def by_turns(
             solution["prompt_tokens"] += turn["prompt_tokens"]
             solution["text"] += text.removesuffix("<|endofmessage|>")
             if turn["finish_reason"] != "stop":
-                end = turn["finish_reason"] if solution["text"] else "refused"
+                is_cut = turn["finish_reason"] == "refused" and solution["text"]  # no room is left
+                end = "length" if is_cut else turn["finish_reason"]
                 return solution | {"finish_reason": end}
             if "<|execution|>" in text:
                 return solution | {"finish_reason": "execution"}
@@ -156,6 +158,8 @@ async def interpreter(args: Args, totals: Counter):
     async def run_code(key: str, code: str | None):
         line = json.dumps({"id": key, "code": code}).encode() + b"\n"
         if code is not None:
+            if listening.done():  # nobody would answer
+                raise Failed(500, "interpreter.py has ended")
             process.stdin.write(line)
             waiting[key] = asyncio.get_running_loop().create_future()
             return await asyncio.shield(waiting[key])
@@ -238,16 +242,23 @@ async def complete(
         "add_special_tokens": False,
         "skip_special_tokens": False,
     }
-    try:
-        async with session.post(f"{url}/completions", json=body) as reply:
-            answer = await reply.json()
-    except (aiohttp.ClientError, ValueError) as error:
-        raise Failed(502, f"vLLM does not answer: {error!r}") from error
-    if reply.status == 400 and SAMPLE.TOO_LONG.search(str(answer)):
-        return SAMPLE.REFUSED
+    while True:
+        try:
+            async with session.post(f"{url}/completions", json=body) as reply:
+                answer = await reply.json()
+        except (aiohttp.ClientError, ValueError) as error:
+            raise Failed(502, f"vLLM does not answer: {error!r}") from error
+        if reply.status != 400 or not SAMPLE.TOO_LONG.search(str(answer)):
+            break
+        rooms = SAMPLE.fewer_tokens(prompt, body.get("max_tokens") or 0, str(answer))
+        if not rooms:
+            return SAMPLE.REFUSED
+        body["max_tokens"] = rooms[0]
     if not reply.ok:
         raise Failed(reply.status, str(answer))
     [choice] = answer["choices"]
+    if choice["finish_reason"] in ("abort", "error"):
+        raise Failed(503, f"vLLM ends a request by {choice['finish_reason']}")
     return {
         "text": choice["text"],
         "finish_reason": choice["finish_reason"],
@@ -258,6 +269,8 @@ async def complete(
 
 def checked(args: Args, body) -> tuple[dict, int, int]:
     """(what by_turns() takes, how many solutions, seed) of a request."""
+    if not isinstance(body, dict) or body.keys() & {"rounds", "generate", "run_code"}:
+        raise Failed(400, "a request is a JSON object without rounds, generate or run_code")
     heat, n = body.pop("heat", None), body.pop("n", 1)
     if body.pop("model", args.model) != args.model:
         raise Failed(404, f"the model is {args.model}")

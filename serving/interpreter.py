@@ -22,6 +22,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import secrets
 import signal
 import subprocess
@@ -123,14 +124,17 @@ class Kernel:
             folders = {*Path(os.__file__).parents, *Path(tyro.__file__).parents}
             apart = bool(self.wrapper) or all(folder.stat().st_mode & 1 for folder in folders)
             command = [*self.wrapper, sys.executable, "-I", "-c", KERNEL, ascii(LIMITS), str(apart)]
-            self.process = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env=ENVIRONMENT,
-                start_new_session=True,
-            )
+            try:
+                self.process = await asyncio.create_subprocess_exec(
+                    *command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    env=ENVIRONMENT,
+                    start_new_session=True,
+                )
+            except OSError as error:  # no more files or processes
+                return f"KernelError: {error.strerror}", True
         mark, output, failure = secrets.token_hex(16), b"", ""
         try:
             self.process.stdin.write(f"{(code, mark)!a}\n".encode())
@@ -214,6 +218,9 @@ def main(args: Args):
         reason = str(getattr(error, "stderr", None) or error).strip()
         todo = "install it (apt install bubblewrap), or give --unsafe-no-sandbox"
         stop(f"bubblewrap, which keeps the model's code in, does not start ({reason}); {todo}")
+    # two files for each solution in flight
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     asyncio.run(serve(wrapper))
 
 

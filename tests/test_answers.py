@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import math
+import multiprocessing
 import re
 import time
 from collections import Counter
@@ -136,6 +137,25 @@ def test_regression_pairs(grades):
     ]
     assert not wrong
     assert grades([("3", None)])[0] == [False]
+
+
+def test_processes_that_die_at_rest_are_started_again():
+    """By the system's killer, say: pebble then takes no job, which must not be a wrong answer."""
+    grader = stage(1).Grader()
+
+    async def grade():
+        assert await grader("x+1", "1+x")
+        for process in multiprocessing.active_children():
+            process.kill()
+        await asyncio.sleep(1)
+        assert await grader("x+2", "2+x")
+        assert not await grader("x+2", "3+x")
+
+    try:
+        asyncio.run(grade())
+    finally:
+        grader.close()
+    assert grader.kills == 0
 
 
 CHOICES = [  # problem, and the options that it lists

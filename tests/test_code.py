@@ -276,6 +276,7 @@ def test_the_code_of_a_prefix_is_run_again():
         (["<|text|>a<|endofblock|>"] * 9, "stop", "rounds"),
         (["<|text|>and so on and so"], "length", "length"),
         ([""], "refused", "refused"),
+        (["<|text|>a<|endofblock|>", ""], "refused", "length"),
         (["<|text|>a<|endofblock|>", "<|text|>b"], "stop", "stop"),
     ],
 )

@@ -24,7 +24,7 @@ COMPLETION = {
 
 class Scripted(BaseHTTPRequestHandler):
     """Answers the n-th completion request by `script(n, body)`: "good", (status, words), "html",
-    "json", "torn", "empty", "half", "slow" or "drop"."""
+    "json", "torn", "empty", "abort", "half", "slow" or "drop"."""
 
     protocol_version = "HTTP/1.1"
 
@@ -63,7 +63,9 @@ class Scripted(BaseHTTPRequestHandler):
                 COMPLETION
                 | {"choices": [GOOD | {"text": " 1+1=2 \ud83d.\nThe answer is \\boxed{2}."}]}
             )
+            aborted = [GOOD | {"text": "", "finish_reason": "abort"}]
             texts = {
+                "abort": json.dumps(COMPLETION | {"choices": aborted}),
                 "html": "<html>proxy</html>",
                 "json": '{"a": 1}',
                 "torn": '{"choices": [',
@@ -125,6 +127,7 @@ def test_every_fault_is_survived_and_nothing_comes_twice(scripted, tmp_path):
         "json",
         "torn",
         "empty",
+        "abort",
         "slow",
         "drop",
         (503, "busy"),

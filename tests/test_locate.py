@@ -173,7 +173,7 @@ def test_an_interrupted_search_ends_with_the_same_rows(tmp_path):
 
 
 @pytest.mark.parametrize("refuse", [False, True])
-def test_a_problem_is_tried_once_for_all_its_wrong_samples(refuse, tmp_path):
+def test_a_problem_is_tried_once_for_all_its_wrong_samples(refuse, tmp_path, capsys):
     """It costs --give-up failures, not so many a sample. A refused continuation is no failure."""
     two, [row] = stage(2), wrong_samples(tmp_path / "in.jsonl", 1)
     row["model"] = str(TINY / "model")
@@ -211,6 +211,7 @@ def test_a_problem_is_tried_once_for_all_its_wrong_samples(refuse, tmp_path):
     files["out"].unlink()
     with mock.patch.object(two, "engine", engine), pytest.raises(SystemExit):
         two.main(args)
+    assert "keep_rollouts.jsonl holds another sample 0 of q0" in capsys.readouterr().err
 
 
 READABLE = [
