@@ -147,7 +147,9 @@ def test_processes_that_die_at_rest_are_started_again():
         assert await grader("x+1", "1+x")
         for process in multiprocessing.active_children():
             process.kill()
-        await asyncio.sleep(1)
+        deadline = time.time() + 60
+        while grader.pool.active and time.time() < deadline:
+            await asyncio.sleep(0.05)
         assert await grader("x+2", "2+x")
         assert not await grader("x+2", "3+x")
 
@@ -236,11 +238,10 @@ HOSTILE = [
 @pytest.mark.parametrize("seconds", [2.0])
 def test_hostile_answers_cost_their_deadline_and_no_more(grades, seconds):
     start = time.time()
-    verdicts, kills = grades(
-        [*(("7", answer) for answer in HOSTILE), ("x+1", "1+x")], seconds=seconds
-    )
-    assert verdicts == [False] * len(HOSTILE) + [True]
+    verdicts, kills = grades([("7", answer) for answer in HOSTILE], seconds=seconds)
+    assert verdicts == [False] * len(HOSTILE)
     assert time.time() - start < 15 + kills * (seconds + 3)
+    assert grades([("x+1", "1+x")], seconds=60)[0] == [True]
 
 
 @pytest.mark.slow
@@ -433,6 +434,43 @@ def row_with_an_error() -> dict:
         "finish_reason": "stop",
         "error_step": 2,
     }
+
+
+def rectified(rows: list[dict], rollouts: dict, completion: dict | None, n: int = 1):
+    """03's pairs and counts of these rows, where the model says `completion`."""
+    three = stage(3)
+
+    async def continue_solution(*_, **__):
+        assert completion, "something is sampled"
+        return [completion]
+
+    async def grader(gold, prediction, problem):
+        return gold == prediction
+
+    args = three.Args(n=n)
+    return asyncio.run(three.rectify(args, continue_solution, grader, rollouts, rows))
+
+
+def test_kept_continuations_are_those_of_the_steps_before_the_error():
+    kept = {
+        (0, k): [{"text": text, "finish_reason": "stop", "correct": True}]
+        for k, text in enumerate((" zero", " 2 * 2 = 4.\nStep 3: \\boxed{4}", " two"))
+    }
+    pairs, counts = rectified([row_with_an_error()], {"a": kept}, None)
+    assert [pair["chosen"] for pair in pairs] == [" 2 * 2 = 4.\n"]
+    assert counts["continuations reused"] == 1
+
+
+def test_what_max_tokens_cut_is_neither_rejected_nor_right():
+    said = {"text": " 2 * 2 = 4.\nSo \\boxed{4}.", "tokens": 9}
+    cut = row_with_an_error() | {"finish_reason": "length"}
+    pairs, counts = rectified([cut], {}, said | {"finish_reason": "stop"})
+    assert len(pairs) == 1, "its second step is whole"
+    last = {**cut, "error_step": 3}
+    pairs, counts = rectified([last], {}, None)
+    assert pairs == [] and counts["errors cut short by max_tokens"] == 1
+    pairs, counts = rectified([row_with_an_error()], {}, said | {"finish_reason": "length"})
+    assert pairs == [] and counts["wrong"] == 1
 
 
 def test_weak_evidence_is_not_continued():

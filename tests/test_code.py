@@ -284,6 +284,20 @@ def test_how_a_solution_ends(texts, end, reason):
     assert solve(Turns(*texts, finish_reason=end), temperature=1.0)["finish_reason"] == reason
 
 
+@pytest.mark.parametrize("user", [0, 1000])
+def test_the_sandbox_shuts_out_network_and_files(user, monkeypatch):
+    """Its options, since bubblewrap is not everywhere where the tests run."""
+    monkeypatch.setattr(interpreter.os, "getuid", lambda: user)
+    command = interpreter.sandbox()
+    assert command[0] == "bwrap" and {"--die-with-parent", "--new-session"} <= set(command)
+    assert ("--unshare-net" if user == 0 else "--unshare-all") in command
+    assert user == 0 or command[command.index("--cap-drop") + 1] == "ALL"
+    bound = [command[k + 1] for k, word in enumerate(command) if "bind" in word]
+    assert not {"/", "/home", "/root", "/etc", "/tmp", "/var"} & set(bound)
+    assert not any(word in ("--bind", "--dev-bind") for word in command), "all is read-only"
+    assert command[-4:] == ["--remount-ro", "/", "--chdir", "/tmp"]
+
+
 def test_a_cancelled_request_ends_its_kernels(tmp_path):
     """Also those of blocks that waited for their turn; else a stage that is killed would leave
     hundreds to the server."""

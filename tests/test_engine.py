@@ -14,6 +14,7 @@ from functools import partial
 import psutil
 import pytest
 from conftest import ROOT, STAGES, TINY, keyed, read, run, stage
+from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.slow
 SHORT = ["--max-tokens", 200]
@@ -141,14 +142,23 @@ def test_samples_of_an_engine_that_alone_is_seeded_do_not_repeat_after_kills(tmp
 
 
 def test_two_models_in_one_process_and_in_two(tmp_path):
-    """05 on the CPU has both models in its process, on a GPU each has its own: the same rows."""
+    """05 on the CPU has both models in its process, on a GPU each has its own: the same rows, of
+    each model its own."""
     shutil.copytree(TINY / "model", tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] *= 0.5
+    save_file(weights, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
     common = ["--data", TINY / "validation.jsonl", "--limit", 8, *SHORT]
     common += ["--models", TINY / "model", f"tuned={tmp_path}/other"]
     common += ["--engine-args=--max-num-seqs 8 --max-model-len 1024"]
     run(5, *common, "--out", tmp_path / "one")
     done = run(5, *common, "--out", tmp_path / "two", "--own-process", env=os.environ)
     assert done.stderr.count("starting vLLM") == 2 and "| tuned |" in done.stdout
+    texts = [
+        {row["id"]: row["response"] for row in read(path)}
+        for path in (tmp_path / "one" / "validation").glob("*.jsonl")
+    ]
+    assert len(texts) == 2 and texts[0].keys() == texts[1].keys() and texts[0] != texts[1]
     for path in (tmp_path / "one" / "validation").glob("*.jsonl"):
         assert keyed(path, "id", "sample") == keyed(
             tmp_path / "two" / "validation" / path.name, "id", "sample"
@@ -231,7 +241,7 @@ def killed(process: subprocess.Popen) -> list[psutil.Process]:
     time.sleep(0.3)
     process.send_signal(signal.SIGKILL)
     process.wait(30)
-    deadline, alive = time.time() + 3, family  # one second where the machine is idle
+    deadline, alive = time.time() + 30, family  # one second where the machine is idle
     while alive and time.time() < deadline:
         time.sleep(0.05)
         alive = [

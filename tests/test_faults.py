@@ -24,7 +24,7 @@ COMPLETION = {
 
 class Scripted(BaseHTTPRequestHandler):
     """Answers the n-th completion request by `script(n, body)`: "good", (status, words), "html",
-    "json", "torn", "empty", "abort", "half", "slow" or "drop"."""
+    "json", "torn", "empty", "abort", "length", "half", "slow" or "drop"."""
 
     protocol_version = "HTTP/1.1"
 
@@ -64,7 +64,9 @@ class Scripted(BaseHTTPRequestHandler):
                 | {"choices": [GOOD | {"text": " 1+1=2 \ud83d.\nThe answer is \\boxed{2}."}]}
             )
             aborted = [GOOD | {"text": "", "finish_reason": "abort"}]
+            unfinished = [GOOD | {"finish_reason": "length"}]
             texts = {
+                "length": json.dumps(COMPLETION | {"choices": unfinished}),
                 "abort": json.dumps(COMPLETION | {"choices": aborted}),
                 "html": "<html>proxy</html>",
                 "json": '{"a": 1}',
@@ -140,6 +142,15 @@ def test_every_fault_is_survived_and_nothing_comes_twice(scripted, tmp_path):
         (str(i), s) for i in range(12) for s in range(2)
     )
     assert all(row["correct"] for row in rows)
+
+
+def test_an_unfinished_response_has_no_answer(scripted, tmp_path):
+    """Though its box is there, and right."""
+    scripted.script = lambda n, body: "length"
+    sample(scripted, tmp_path, problems=2)
+    for row in read(tmp_path / "out.jsonl"):
+        assert "\\boxed{2}" in row["response"]
+        assert row["prediction"] is None and row["correct"] is False
 
 
 def test_a_server_that_dies_keeps_what_is_written(scripted, tmp_path):

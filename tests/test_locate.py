@@ -179,12 +179,13 @@ def test_a_problem_is_tried_once_for_all_its_wrong_samples(refuse, tmp_path, cap
     row["model"] = str(TINY / "model")
     samples = [row | {"sample": s} for s in range(3)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
-    asked = []
+    asked, seeds = [], set()
 
     @contextlib.asynccontextmanager
     async def engine(*_):
         async def generate(ids, seed, n=1, **_):
             asked.append(n)
+            seeds.add(seed)
             await asyncio.sleep(0)
             end = "refused" if refuse else "stop"
             said = {"text": " so.", "finish_reason": end, "tokens": n, "prompt_tokens": 1}
@@ -200,6 +201,7 @@ def test_a_problem_is_tried_once_for_all_its_wrong_samples(refuse, tmp_path, cap
         two.main(args)
     rows = read(files["out"])
     assert asked == [2, 2, 4], "3 samples and 8 continuations have failed"
+    assert len(seeds) == 3, "a wave repeats the one before"
     assert [row["rollout_values"] for row in rows] == [{"0": [0, 8]}] * 3
     assert sum(row["rollout_tokens"][1] for row in rows) == 8
     assert all(("refused" in row["reason"]) == refuse for row in rows)

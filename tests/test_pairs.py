@@ -253,12 +253,14 @@ def astray(
 ) -> tuple[list[dict], list[tuple[str, float]]]:
     """SCDPO's pairs of one right response, where the model says these texts; and what it was asked,
     with the temperature."""
-    three, asked, texts = stage(3), [], iter(said)
+    three, asked, seeds, texts = stage(3), [], set(), iter(said)
     args = three.Args(
         method="scdpo", split=split, opening="", heat=(1.0, 0.1, 1.2), **{"tries": 1} | more
     )
 
     async def go_on(row, prefix, seed, n=1, temperature=None, **sampling):
+        assert seed not in seeds, "a request that was made before"
+        seeds.add(seed)
         asked.append((prefix, temperature))
         return [{"text": next(texts), "finish_reason": "stop", "tokens": 3}]
 

@@ -275,7 +275,7 @@ def test_one_of_two_machines_is_killed(world, tmp_path, started):
     same(out, one("tied"), folder / "tied")
 
 
-def test_a_reference_of_other_weights_is_not_taken(world, tmp_path):
+def test_other_weights_have_another_hash(world, tmp_path):
     """Under ZeRO-3 the weights in a process are empty: the cache's name comes from the files."""
     folder, _ = world
     shutil.copytree(folder / "tied", tmp_path / "other")
