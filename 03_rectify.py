@@ -1120,16 +1120,18 @@ CHANGES = (  # words that change a number; any other word after a number is its 
     r"|[mbtr]+illion)s?)\b"
 )
 # Copied from 01_sample_errors.py
+TERM = r"(?:plus|minus|divided|times (?:[b-z]|the|its|ten|pi|theta))\b"
+# Copied from 01_sample_errors.py
 NO_UNIT = (  # what follows a number and is no unit either
-    CHANGES
-    + r"|\b(?:plus|minus|divided|times (?:[b-z]|pi|theta)|sin|cos|tan|log|ln|sqrt|pi|theta|alpha"
-    r"|beta|lambda)\b|\b[kxyz]\W*$|^\s*(?:[万亿打又]|成(?!员)|千(?![克米瓦焦卡帕伏])|百(?!分)|分之)"
+    rf"{CHANGES}|\b{TERM}|\b(?:sin|cos|tan|log|ln|sqrt|pi|theta|alpha|beta|lambda)\b"
+    r"|\b[kxyz](?:\}?\^\{?\d\}?)?\W*$"
+    r"|^\s*(?:[万亿打又余]|多(?!边)|成(?!员)|千(?![克米瓦焦卡帕伏])|百(?!分)|分之)"
     r"|个半(?![圆径])|[半多]$"
 )
 # Copied from 01_sample_errors.py
 UNITS = (
     r"(?:(?<=[\d)\]}%])|(?<=\\pi))\s*"
-    rf"(?:(?:(?!\\mathbf\{{\w\}}|\\\w+\{{[ei]}}){TEXT}(?:\^\{{?\d\}}?|\s)*)+"
+    rf"(?:(?:(?!\\mathbf\{{\s*[A-Z]{{0,2}}\w\s*\}}|\\\w+\{{[ei]}}){TEXT}(?:\^\{{?\d\}}?|\s)*)+"
     r"|[一-鿿]+|m\^\{?[23]\}?"
     r"|(?:k?m/|\s[A-Za-z]{3,}|(?:[cdkm]m|[km]g|m[lL]|ft|in|yd|mi|hr|oz|lb|sq|cu)\b)"
     r"[A-Za-z\s./]*(?:\^\{?\d\}?)?)\.?$"
@@ -1192,10 +1194,12 @@ NO_TEXT = re.compile(
 # math-verify takes Evelyn for a product, 2516_8 for 2516_9 and 4:30 for 2/15.
 IS_TEXT = re.compile(
     r"[^\d\\^_+*/=<>{}|]*([^\W\d_]{3}|^no$)[^\d\\^_+*/=<>{}|]*"
-    r"|-?[\dA-F.]+_\{?\d+\}?|.*\d:\d\d.*"
+    r"|-?[\dA-F.]+_\{?\d+\}?|.*\d:\d\d.*|.*\d:\d+:\d.*"
 )
 # Copied from 01_sample_errors.py
-FUNCTION = re.compile(r"[a-zA-Z](?:'|_\w|\^\{[^{}]*\})*\([^()]*\)=")  # f(x)=, f^{-1}(x)=
+FUNCTION = re.compile(
+    r"[a-zA-Z](?:'|_\w|\^\{[^{}]*\})*\((?:[^()]|\([^()]*\))*\)="
+)  # f(x)=, f^{-1}(x)=
 # Copied from 01_sample_errors.py
 # options and nothing else
 IS_LETTERS = re.compile(r"(?=[^A-J]*[A-J])(?:[\s()\[\].,:;&']|and|or|\b[A-J]\b)+")
@@ -1234,17 +1238,31 @@ def rows_of(gold: str, prediction: str) -> list[list[str]]:
 
 
 # Copied from 01_sample_errors.py
+# a name that stands before "=", after a number: "3 x" of "x=3 x=5"; "4 cm" of a product does not
+NEXT_NAME = re.compile(r"\d (?:[a-z]{2,} )?(?:[a-zA-Z]|[A-Z]{2,3})(?:_\w+)?$")
+# Copied from 01_sample_errors.py
+# "5 or x", "x<1, y" before "=": a value or a relation stands there, too
+VALUE_FIRST = re.compile(
+    r"\d\W*(?:[,;，；或]|\b(?:and|or)\b)[^=]*[a-zA-Z]\W*$|[<>]|\\[lg]eq?(?![a-zA-Z])"
+)
+
+
+# Copied from 01_sample_errors.py
 def right_side(answer: str) -> str:
     """5 of "x = 5" and of "2+3 = 5". "x = 3, y = 5" and "x = 3 or x = 5" are more than one value,
     and stay whole; of "m = 2, n = 3, so m+n = 5" the last is meant."""
     *left, value = re.split(r"(?<![!<>])=", answer)
     for _ in range(2):  # 1,000 and f(2,3) are no lists
         left = [re.sub(r"(?<=\d),(?=\d{3})|\([^()]*\)|\{[^{}]*\}", "", part) for part in left]
+    if left and VALUE_FIRST.search(left[0]):
+        return answer
     between = " ".join(left[1:])
-    if re.search(r"\b(?:so|then|thus|hence|therefore)\b", between):
-        return value
-    more = re.search(r"[,;，、；或]|\\lor\b|\\vee\b|\b(?:and|or)\b|\d [a-zA-Z]", between, re.I)
-    return answer if more else value
+    concluded = re.split(r"\b(?:so|then|thus|hence|therefore)\b", between)[-1]
+    parted = re.search(r"[,;，、；或]|\\lor\b|\\vee\b|\b(?:and|or)\b", concluded, re.I)
+    if parted or concluded == between and any(map(NEXT_NAME.search, left[1:])):
+        return answer
+    # x = 1,000
+    return re.sub(r"^[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?$", lambda n: n[0].replace(",", ""), value)
 
 
 # Copied from 01_sample_errors.py
@@ -1259,7 +1277,7 @@ def as_number(answer: str) -> Fraction | None:
 
 # Copied from 01_sample_errors.py
 def stated_number(sentence: str, as_written: str) -> str | None:
-    """The number of a sentence that has one and no formula; not 5k, 3x, .5, "5! ways", "twice 5".
+    """The number of a sentence that has one and no formula; not 5k, x-5, .5, "5! ways", "twice 5".
     `as_written`: before spelled()."""
     numbers = list(re.finditer(r"-?\d[\d.,/]*%?", sentence))
     words = re.findall(WORD, sentence)
@@ -1267,9 +1285,12 @@ def stated_number(sentence: str, as_written: str) -> str | None:
         return None
     [number] = numbers
     before, after = sentence[: number.start()], sentence[number.end() :]
-    if re.search(r"(?:^|[\s($])\.\d", as_written) or re.match(r"[kxyz]\b|!.", after):
+    signs = r"\b(?:not|twice|double|triple|plus|minus|times|divided by) *$|[+*/<>] ?$"
+    if re.search(signs + r"|(?<![a-zA-Z])[a-zA-Z]$", before):
         return None
-    if re.search(r"\b(?:not|twice|double|triple) *$", before):
+    if re.match(rf"(?![mghsLV]\b)[a-zA-Z]\b|!.| ?[-+*/<>] ?[\w(]| {TERM}", after):
+        return None
+    if re.search(r"(?:^|[\s($])\.\d", as_written):
         return None
     return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", number[0]).rstrip(".,")  # 1,200 dollars
 
@@ -1453,13 +1474,15 @@ class Grader:
     async def slow_verdict(self, rule, gold: str, prediction: str) -> bool:
         """By a process; False where it is killed, or `rule` raises, which may be anything."""
         for _ in range(3):
-            if not self.pool.active:  # a process has died without a job: pebble gives none any more
+            if not self.pool.active:  # a process has died without a job: pebble takes none any more
+                self.close()
                 self.pool = grading_processes()
+            pool = self.pool  # another job may replace it meanwhile
             try:
-                job = self.pool.schedule(rule, args=(gold, prediction), timeout=self.seconds)
+                job = pool.schedule(rule, args=(gold, prediction), timeout=self.seconds)
                 return await asyncio.wrap_future(job)
             except Exception as error:
-                if self.pool.active:
+                if pool.active:
                     self.kills += isinstance(error, (TimeoutError, pebble.ProcessExpired))
                     return False
         stop("the processes that grade end at once; is math-verify installed, and memory left?")

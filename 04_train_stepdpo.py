@@ -455,8 +455,8 @@ def problem_of(row: dict) -> str:
     """What rows of one problem have in common: its text, or the turns before the assistant's."""
     if text := row.get("prompt") or row.get("problem"):
         return str(text)
-    asked = []
-    for turn in row["chosen"]:
+    asked, turns = [], row.get("chosen")
+    for turn in turns if isinstance(turns, list) else ():
         if not isinstance(turn, dict) or str(turn.get("role")).startswith("assistant"):
             break
         asked.append(turn)

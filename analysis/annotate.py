@@ -94,7 +94,7 @@ class Verdicts:
             key = LOCATE.identity(click)
             if key not in steps:
                 continue
-            if click["steps"] != steps[key]:
+            if click.get("steps", steps[key]) != steps[key]:
                 LOCATE.stop(
                     f"{journal} has clicks on another sample {key[1]} of {key[0]}; "
                     "give another --out"

@@ -25,7 +25,7 @@
 #   length   paper, and here: 2,048 tokens and 64 pairs a step. Its configuration: 1,024, and 16 on four GPUs
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || export PATH="$PWD/.venv/bin:$PATH"
+[ -n "${VIRTUAL_ENV:-}" ] || [ ! -d .venv ] || export PATH="$PWD/.venv/bin:$PATH"
 # INT or TERM to this script alone ends the running stage too, and so the engine in it
 job=; run() { set -m; "$@" & job=$!; set +m; wait $job; }
 trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM

@@ -10,7 +10,7 @@
 # Paper and code differ: beta for 72B is 0.5 in the paper, and here, and 0.4 in its script. The rest as in step_dpo_qwen2_7b.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || export PATH="$PWD/.venv/bin:$PATH"
+[ -n "${VIRTUAL_ENV:-}" ] || [ ! -d .venv ] || export PATH="$PWD/.venv/bin:$PATH"
 # INT or TERM to this script alone ends the running stage too, and so the engine in it
 job=; run() { set -m; "$@" & job=$!; set +m; wait $job; }
 trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM

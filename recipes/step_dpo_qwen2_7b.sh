@@ -15,7 +15,7 @@
 # DATA=xinlai/Math-Step-DPO-10K trains on the published 10,795 pairs instead, and skips the first three stages
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || export PATH="$PWD/.venv/bin:$PATH"
+[ -n "${VIRTUAL_ENV:-}" ] || [ ! -d .venv ] || export PATH="$PWD/.venv/bin:$PATH"
 # INT or TERM to this script alone ends the running stage too, and so the engine in it
 job=; run() { set -m; "$@" & job=$!; set +m; wait $job; }
 trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM
