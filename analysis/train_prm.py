@@ -69,7 +69,10 @@ def start(args: Args):
     for weight in (first.bias, last.weight, last.bias):
         torch.nn.init.zeros_(weight)
     args.out.mkdir(parents=True, exist_ok=True)
-    save(lm, tokenizer, args)  # Reader reads the tokenizer from there
+    # Reader reads these from there; weights only when they are trained
+    lm.config.architectures = [model_class.__name__]
+    lm.config.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
     return lm.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
