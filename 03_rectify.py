@@ -539,7 +539,9 @@ def load_input(args: Args) -> dict[str, list[dict]]:
     else:
         path, field, kinds = args.samples, "correct", ("correct",)
         nothing = "solutions is right; sample easier problems, or more"
-        wanted, stage = ("prediction", "response"), "01_sample_errors.py"
+        wanted, stage = ("response",), "01_sample_errors.py"
+        if args.method == "dpo":
+            wanted += ("prediction",)
     rows = read_samples(path, ("answer", "sample", "finish_reason", *kinds), args)
     for number, row in enumerate(rows, 1):
         lacking = [name for name in wanted if name not in row]

@@ -181,6 +181,7 @@ def test_recipes_look_for_packages_before_sampling(tmp_path, name, package):
     (tmp_path / "python").chmod(0o755)
     environment = os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "VIRTUAL_ENV": str(tmp_path),  # its python is taken, and not that of .venv
         "OUT": str(tmp_path / "out"),
     }
     done = subprocess.run(
