@@ -278,12 +278,18 @@ def test_every_stage_renders_the_same_prefix(server):
     thinking = stage(1).load_tokenizer(
         str(TINY / "model"), template, json.dumps({"enable_thinking": True})
     )
-    closed, opened = (
-        stage(4).encode({"problem": "p", "solution": "s"}, tokenizer)[0]
-        for tokenizer in (qwen3, thinking)
-    )
-    assert qwen3.decode(closed).endswith("<think>\n\n</think>\n\n")
-    assert "<think>" not in qwen3.decode(opened)
+    # SFT trains where 01 puts an opening; a solution that has its thought brings it along
+    for tokenizer in (qwen3, thinking):
+        for solution, before in (
+            ("s", "<think>\n\n</think>\n\n"),
+            ("<think>\nw\n</think>\n\ns", ""),
+        ):
+            row = {"problem": "p", "solution": solution}
+            prefix, [suffix] = stage(4).encode(row, tokenizer)
+            asked = stage(1).prompt_ids(tokenizer, "p", solution)
+            assert qwen3.decode(prefix + suffix).startswith(qwen3.decode(asked))
+            if tokenizer is thinking or before:
+                assert qwen3.decode(prefix).endswith("<|im_start|>assistant\n" + before)
 
 
 def test_server_and_own_engine_give_the_same_rows(files, server, tmp_path):

@@ -1433,6 +1433,7 @@ def training_command(recipe: str, folder) -> list[str]:
         (folder / name).write_text(f"#!/bin/sh\n{line}\n")
         (folder / name).chmod(0o755)
     environment = {"PATH": f"{folder}:{os.environ['PATH']}", "OUT": str(folder / "out")}
+    environment["VIRTUAL_ENV"] = str(folder)  # else .venv's programs come first
     subprocess.run(
         ["bash", f"recipes/{recipe}.sh"], cwd=ROOT, env=environment, check=True, capture_output=True
     )
