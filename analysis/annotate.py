@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from consensus import pass_on
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 LOCATE = importlib.import_module("02_locate_step")
@@ -143,7 +144,7 @@ class Verdicts:
         temporary.replace(self.out)
 
 
-def make_page(gradio, verdicts: Verdicts):
+def make_page(gradio, verdicts: Verdicts, args: Args):
     """The page, which shows one solution at a time."""
     rows = verdicts.rows
     who = f", {verdicts.annotator}" if verdicts.annotator else ""
@@ -174,7 +175,8 @@ def make_page(gradio, verdicts: Verdicts):
                             str(k), elem_id=f"step-{k}", variant=variant, scale=0, min_width=48
                         )
                         button.click(lambda at, k=k: verdicts.click(k, at), place, place)
-                        show(LOCATE.cut_label(step, k)[1].strip())
+                        text = LOCATE.cut_label(step, k, args.split, args.opening)[1]
+                        show(text.strip())
         with gradio.Row():
             for text in ("No error found (n)", "Unsure (u)", "Skip (s)", "Back (b)"):
                 what = text.split(" ")[0].lower().replace("no", "none")
@@ -217,6 +219,7 @@ def main(args: Args):
     name = f".{args.annotator}" if args.annotator else ""
     out = args.out.with_name(f"{args.out.stem}{name}{args.out.suffix}")
     verdicts = Verdicts(rows, out, args.annotator)
+    pass_on(args.samples, out, "annotate")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio
@@ -225,7 +228,7 @@ def main(args: Args):
     # no font from the network
     font = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     try:
-        make_page(gradio, verdicts).launch(
+        make_page(gradio, verdicts, args).launch(
             server_name=args.host,
             server_port=args.port,
             quiet=True,

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from consensus import pass_on
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 SAMPLE = importlib.import_module("01_sample_errors")
@@ -115,6 +116,7 @@ def write_passed(args: Args, pairs: list[dict], verdicts: dict[int, int], checke
     """Write the pairs whose every step is right, and say what became of the others."""
     passed = [pair for pair in pairs if verdicts[pair_id(pair)] == 0]
     LOCATE.save(args.out, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in passed))
+    pass_on(args.pairs, args.out, "check_chosen")
     unread = sum(verdicts[pair_id(pair)] == -1 for pair in pairs)
     summary = {
         "pairs": len(passed),

@@ -77,12 +77,20 @@ def combine(first: dict, second: dict | None, within: int) -> dict:
     }
 
 
+def pass_on(path: Path, out: Path, stage: str):
+    """Write OUT.meta.json with the input's prompt, opening and kind of steps: the next stage
+    compares them with its own, unless a rectifier made the pairs."""
+    made, names = LOCATE.made_with(path), (*LOCATE.FORMAT, "rectifier")
+    settings = {"stage": stage} | {name: made[name] for name in names if name in made}
+    LOCATE.save(Path(f"{out}.meta.json"), json.dumps({"settings": settings}, indent=1) + "\n")
+
+
 def main(args: Args):
     if args.within < 0:
         LOCATE.stop("--within is at least 0")
     if args.out.resolve() in (args.first.resolve(), args.second.resolve()):
         LOCATE.stop(f"{args.out} is one of the two files; give another --out")
-    if Path(f"{args.out}.meta.json").exists():
+    if LOCATE.made_with(args.out).get("stage", "consensus") != "consensus":
         LOCATE.stop(f"{args.out} is an output of 02; give another --out")
     first, second = LOCATE.read_located(args.first), LOCATE.read_located(args.second)
     for key, row in first.items():
@@ -94,6 +102,7 @@ def main(args: Args):
     rows = [combine(row, second.get(key), args.within) for key, row in first.items()]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     LOCATE.save(args.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    pass_on(args.first, args.out, "consensus")
     located = sum(row["error_step"] is not None for row in rows)
     reasons = Counter(row["reason"] for row in rows if row["error_step"] is None)
     summary = {"rows": len(rows), "located": located, **reasons}

@@ -305,22 +305,16 @@ async def grade(row: dict, grader) -> dict:
     }
 
 
-def read_responses(path: Path) -> list[dict]:
-    """The rows of a file that nobody writes; what a kill has torn at its end is cut."""
-    if not path.is_file():
-        EVAL.stop(
-            f"{path}: no such file or folder; give the --out of 05_eval.py, or a file of responses"
-        )
-    with open(path, "rb+") as file:
-        EVAL.lock(file, path)
-        whole, _, last = file.read().rpartition(b"\n")
-        # the meta file of 05: a file of another keeps its last line
-        is_of_05 = Path(f"{path}.meta.json").exists()
-        try:
-            json.loads(last or b"0")
-        except ValueError:
-            if is_of_05 and whole:
-                file.truncate(len(whole) + 1)
+def read_responses(path: Path, file) -> list[dict]:
+    """The rows of a file; what a kill has torn at its end is cut."""
+    whole, _, last = file.read().rpartition(b"\n")
+    # the meta file of 05: a file of another keeps its last line
+    is_of_05 = Path(f"{path}.meta.json").exists()
+    try:
+        json.loads(last or b"0")
+    except ValueError:
+        if is_of_05 and whole:
+            file.truncate(len(whole) + 1)
     rows = EVAL.read_rows(path, ("id", "answer"))
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("response"), str):
@@ -333,17 +327,23 @@ def read_responses(path: Path) -> list[dict]:
 
 async def regrade(path: Path) -> list[dict]:
     """Grade the rows of one file again, in place, and say what changed."""
-    rows, grader, began = read_responses(path), EVAL.Grader(), time.time()
-    graded = [None] * len(rows)
+    if not path.is_file():
+        EVAL.stop(
+            f"{path}: no such file or folder; give the --out of 05_eval.py, or a file of responses"
+        )
+    with open(path, "rb+") as file:
+        EVAL.lock(file, path)  # until it is replaced: 05 would append to the old one
+        rows, grader, began = read_responses(path, file), EVAL.Grader(), time.time()
+        graded = [None] * len(rows)
 
-    async def work(i: int):
-        graded[i] = await grade(rows[i], grader)
+        async def work(i: int):
+            graded[i] = await grade(rows[i], grader)
 
-    try:
-        await EVAL.run_all(list(range(len(rows))), work, 64, f"grading {path.name}"[-30:])
-    finally:
-        grader.close()
-    EVAL.save(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in graded))
+        try:
+            await EVAL.run_all(list(range(len(rows))), work, 64, f"grading {path.name}"[-30:])
+        finally:
+            grader.close()
+        EVAL.save(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in graded))
     changed = sum(
         row["correct"] != old.get("correct") for row, old in zip(graded, rows, strict=True)
     )

@@ -349,6 +349,8 @@ def main(args: Args):
         "form": reader.form,
         "wrong_only": args.wrong_only,
     }
+    made = LOCATE.made_with(args.samples)  # 02 compares it
+    settings |= {name: made[name] for name in LOCATE.FORMAT if name in made}
     output = LOCATE.Output(path, settings)
     check_resumed(args, path, output.rows, rows)
     count = Counter()

@@ -393,7 +393,7 @@ def costs(args: Table) -> list[str]:
         rows.append(cells)
     head = (
         "method | sampled tokens | s of its data | pairs | tokens of a pass | trainings "
-        "| s of each | GiB of a GPU"
+        "| s of each | peak GiB"
     )
     note = (
         "The samples (01) count for every method. Seconds of the data are those of the stages' "

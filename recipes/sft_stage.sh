@@ -11,6 +11,7 @@
 #            steps do not teach it: 0 of 60 problems before and after (evaluated with metamath.jinja then).
 # Hours      about 2, estimated, not measured: 60,000 samples of 300 tokens at 20,000 tokens a second, 0.3 h; 3 epochs over some
 #            50,000 right ones, 0.7 h; evaluation of two models, 0.5 h
+# Disk       125 GB, not measured: one checkpoint with optimizer state is 92 GB, and --save-steps 400 of some 590 steps writes one
 # Paper      374,000 solutions of MetaMath's and MMIQC's problems by DeepSeekMath, 299,000 of them for SFT; learning rate 5e-6, batch
 #            256, 3 epochs (2 above 30B), linear decay, warm-up 0.03. Here: GSM8K and MATH, 4 samples a problem; DATA takes other files
 # Published  Qwen2-7B-SFT: MATH 54.8, GSM8K 88.2

@@ -1,7 +1,8 @@
 """Serve completions whose code is run: each code block that a model writes is followed by what it
 prints (arXiv 2407.00782).
 
-    # starts vLLM; prints its address and key
+    export OPENAI_API_KEY=some-key    # every request must have it
+    # starts vLLM; prints its address
     python serving/code_server.py --model data/tiny/code
     # uses a vLLM server that runs already
     python serving/code_server.py --model MODEL --base-url http://127.0.0.1:8000/v1
@@ -75,9 +76,6 @@ class Args:
     """vLLM server that runs already, http://host:8000/v1; its key is VLLM_API_KEY"""
     port: int = 8100
     """port on 127.0.0.1; 0: a free one"""
-    api_key: str = ""
-    """key that every request must have; default: OPENAI_API_KEY, or else a new one, which is
-    printed"""
     engine_args: str = ""
     """vLLM's own options: --engine-args="--data-parallel-size 8 --max-model-len 4096"; the = is
     needed"""
@@ -352,8 +350,7 @@ async def serve(args: Args):
         address.bind(("127.0.0.1", args.port))  # taken before vLLM loads for minutes
     except OSError as error:
         stop(f"--port {args.port}: {error.strerror}; give another one")
-    own_key = args.api_key or os.environ.get("OPENAI_API_KEY", "")
-    key, totals = own_key or secrets.token_hex(16), Counter()
+    key, totals = os.environ["OPENAI_API_KEY"], Counter()
     # vLLM closes a connection that was idle for 5 s, as one is while code runs: a request sent at
     # that moment would be lost
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
@@ -375,8 +372,6 @@ async def serve(args: Args):
         )
         await runner.setup()
         await web.SockSite(runner, address).start()
-        if not own_key:
-            print(f"export OPENAI_API_KEY={key}")
         print(f"ready: --base-url http://127.0.0.1:{address.getsockname()[1]}/v1", flush=True)
         try:
             await (process.wait() if process else asyncio.Event().wait())
@@ -388,6 +383,8 @@ async def serve(args: Args):
 
 
 def main(args: Args):
+    if not os.environ.get("OPENAI_API_KEY"):
+        stop("OPENAI_API_KEY is not set; export one, here and for the stages that use the server")
     with contextlib.suppress(KeyboardInterrupt, asyncio.CancelledError):
         asyncio.run(serve(args))
 

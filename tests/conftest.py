@@ -77,8 +77,6 @@ def run_here(number: int, command: list[str]) -> subprocess.CompletedProcess:
     """A stage in this process; one that would start an engine of the bundled model gets that of the
     session."""
     module, out, err, status = stage(number), io.StringIO(), io.StringIO(), 0
-    if number != 4:
-        module.warn_once.cache_clear()
     with (
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),

@@ -430,7 +430,11 @@ def test_a_killed_server_takes_everything_along(moment, started, tmp_path):
     command += ["--port", "0", *SAFE]
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(
-            [*command, "--api-key", "k"], stdout=subprocess.PIPE, stderr=log, text=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=os.environ | {"OPENAI_API_KEY": "k"},
         )
     started.append(process)
     if moment == "ready":

@@ -413,6 +413,24 @@ def judged(judge, tmp_path, *more, check: bool = True):
         )
 
 
+def test_a_judge_that_knows_max_tokens_by_another_name(judge, tmp_path):
+    """OpenAI's reasoning models refuse it in these words; 02 keeps what every vote said."""
+    wrong_samples(tmp_path / "in.jsonl", 1)
+
+    def script(n, body):
+        if "max_tokens" in body:
+            return 400, "'max_tokens' is not supported. Use 'max_completion_tokens' instead."
+        return verdicts(1 if n < 6 else 2)
+
+    judge.script = script
+    judged(judge, tmp_path, "--votes", 3, "--judge-max-tokens", 77)
+    [row] = read(tmp_path / "out.jsonl")
+    said = [row["judge"]["text"], *row["judge"]["other_texts"]]
+    assert row["error_step"] == 1 and said == [verdicts(1), verdicts(2)]
+    asked = [body["max_completion_tokens"] for body in judge.seen if "max_tokens" not in body]
+    assert asked == [77, 77, 77]
+
+
 def test_judge_votes_agreement_retries_and_cost(judge, tmp_path):
     rows = wrong_samples(tmp_path / "in.jsonl", 5)
 
@@ -471,12 +489,12 @@ def test_the_judge_is_not_asked_about_a_diagram_that_is_not_there(judge, tmp_pat
 
 def test_low_agreement_and_a_judge_that_finds_nothing_make_no_pair(judge, tmp_path):
     wrong_samples(tmp_path / "in.jsonl", 2)
-    judge.script = lambda n, body: verdicts(1 if n % 3 else 2)
-    judged(judge, tmp_path, "--votes", 3, "--min-agreement", 0.7, "--limit", 1, "--concurrency", 1)
+    judge.script = lambda n, body: verdicts(1 + n % 2)
+    judged(judge, tmp_path, "--votes", 4, "--limit", 1, "--concurrency", 1)
     [row] = read(tmp_path / "out.jsonl")
     assert row["error_step"] is None
     assert "disagree" in row["reason"]
-    assert row["judge"]["votes"] == {"1": 2, "2": 1}
+    assert row["judge"]["votes"] == {"1": 2, "2": 2}
     judge.script = lambda n, body: "\n".join(f"Step {k}: correct" for k in range(1, 5))
     (tmp_path / "out.jsonl").unlink()
     judged(judge, tmp_path)

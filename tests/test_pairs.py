@@ -2,8 +2,10 @@
 training on a mix."""
 
 import asyncio
+import hashlib
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, read, run, run_killed, stage
@@ -77,6 +79,34 @@ def test_dpo_pairs_use_every_solution_once_before_any_twice(tmp_path):
     options += ["--out", tmp_path / "0.jsonl"]
     run(3, *options)
     assert (tmp_path / "0.jsonl").read_bytes() == before
+
+
+def test_what_asks_no_policy_passes_its_prompt_on(tmp_path):
+    """A judge, scores, pairs of whole solutions and consensus.py keep what 01's meta file says, so
+    that 03 and 04 can compare it; 03 carries fields that it does not know."""
+    rows = [
+        solution("a", i, text, i == 0) | {"level": 3} for i, text in enumerate(RIGHT[:1] + WRONG)
+    ]
+    for row in rows:
+        row["step_scores"] = [1.0 - row["sample"]] * len(row["steps"])
+    samples, located, agreed, dpo = (
+        tmp_path / f"{name}.jsonl" for name in ("samples", "located", "agreed", "dpo")
+    )
+    write(samples, rows)
+    made = {"prompt": "### Instruction", "opening": OPENING, "split": "labels"}
+    Path(f"{samples}.meta.json").write_text(json.dumps({"settings": made}))
+    run(2, "--samples", samples, "--locator", "scores", "--out", located)
+    run("consensus", located, located, "--out", agreed)
+    run(3, "--method", "dpo", "--samples", samples, "--pairs-per-problem", 0, "--out", dpo)
+    metas = {path: json.loads(Path(f"{path}.meta.json").read_text()) for path in (located, dpo)}
+    assert all(made.items() <= meta["settings"].items() for meta in metas.values())
+    digest = hashlib.sha256(samples.read_bytes()).hexdigest()[:16]
+    assert all(meta["inputs"] == {str(samples): digest} for meta in metas.values())
+    assert [pair["level"] for pair in read(dpo)] == [3, 3]
+    model = ["--model", TINY / "model", "--out", tmp_path / "x.jsonl"]
+    for number, options in ((3, ["--located", agreed]), (4, ["--data", dpo])):
+        done = run(number, *options, *model, check=False)
+        assert done.returncode == 2 and "was made with prompt = ..." in done.stderr, done.stderr
 
 
 GARBLED = [

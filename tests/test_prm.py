@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import TINY, read, run, serving, stage
 from safetensors.torch import load_file, save_file
-from test_locate import Judge, judge, judged, true_step, verdicts, wrong_samples  # noqa: F401  the scripted judge
+from test_locate import Judge, judge, verdicts, wrong_samples  # noqa: F401  the scripted judge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(TINY))
@@ -503,28 +503,6 @@ def test_consensus_of_files_that_do_not_fit(tmp_path):
             check=False,
         )
         assert done.returncode == 2 and why in done.stderr and "Traceback" not in done.stderr
-
-
-def test_the_judge_stops_at_its_tokens_and_resumes(judge, tmp_path):  # noqa: F811
-    """100 prompt and 10 completion tokens a judgement."""
-    rows = wrong_samples(tmp_path / "in.jsonl", 12)
-    judge.script = lambda n, body: verdicts(true_step(body))
-    bound = ["--concurrency", 2, "--max-judge-tokens"]
-    done = judged(judge, tmp_path, *bound, 400, check=False)
-    assert done.returncode == 2
-    assert "--max-judge-tokens 400 are spent" in done.stderr
-    assert "Traceback" not in done.stderr
-    first = judge.count
-    assert first == len(read(tmp_path / "out.jsonl")) in (4, 5)
-    assert f"judge prompt tokens {100 * first}, judge completion tokens {10 * first}" in done.stdout
-    done = judged(judge, tmp_path, *bound, 800, check=False)
-    assert done.returncode == 2 and judge.count in (8, 9), "what earlier runs took counts"
-    assert f"judge tokens of earlier runs {110 * first}" in done.stdout
-    done = judged(judge, tmp_path, *bound, 0)
-    assert judge.count == 12
-    assert {row["id"] for row in read(tmp_path / "out.jsonl")} == {row["id"] for row in rows}
-    done = judged(judge, tmp_path, *bound, -1, check=False)
-    assert done.returncode == 2 and "--max-judge-tokens must be at least 0" in done.stderr
 
 
 @pytest.mark.slow

@@ -403,6 +403,31 @@ def test_forms_of_published_rows(form, sides, tokenizer, small_model):
     assert len(stage(4).prepare([row], tokenizer, args, "rows")) == 1
 
 
+def test_an_answer_that_max_tokens_cut_gets_no_eos(tokenizer):
+    texts = (" 3.", " 4.", "Step 1: 2.\nStep 2: 3.", "Step 1: 2.\nStep 2: 4.\nStep 3: so")
+    for finished in (True, False):
+        row = published_row(*texts) | {"rejected_finished": finished}
+        assert sides_of(row, tokenizer, "full")[1] == [True, finished]
+        assert sides_of(row, tokenizer, "step")[1] == [False, False]
+
+
+def test_sft_may_teach_another_prompt_than_the_teachers(tmp_path, tokenizer, capsys):
+    """With --chat-template; without it the prompts must be the same. A file of data/download.py has
+    no prompt."""
+    data = tmp_path / "samples.jsonl"
+    meta = tmp_path / "samples.jsonl.meta.json"
+    train, template = stage(4), ROOT / "data" / "templates" / "alpaca.jinja"
+    args = train.Args(data=(str(data),), objective="sft", model=str(TINY / "model"))
+    meta.write_text('{"source": "hub"}')
+    train.check_prompt(args, tokenizer)
+    meta.write_text(json.dumps({"settings": {"prompt": "Q: 1 + 1", "opening": OPENING}}))
+    with pytest.raises(SystemExit):
+        train.check_prompt(args, tokenizer)
+    args.chat_template = template
+    train.check_prompt(args, tokenizer)
+    assert "was made with prompt = ..." in capsys.readouterr().err
+
+
 def test_real_published_rows(tokenizer):
     """The file has 9 rows with full texts, without the white space before them, and no given steps:
     these are ours."""
@@ -836,21 +861,13 @@ def two_pairs(train, rows):
 
 
 def test_the_loss_follows_its_formula():
-    """Also by label smoothing: the pair is the wrong way round with this probability."""
     train = stage(4)
-    for smoothing in (0.0, 0.1):
-        found = train.dpo_loss(
-            LOGPS,
-            two_pairs(train, [{}, {}]),
-            [1, 2],
-            train.Args(beta=0.5, label_smoothing=smoothing),
-        )
-        right, wrong = (torch.log1p(torch.exp(sign * 0.5 * RATIO)) for sign in (-1, 1))
-        torch.testing.assert_close(found["loss"], (1 - smoothing) * right + smoothing * wrong)
-        torch.testing.assert_close(found["margin"], 0.5 * RATIO)
-        rewards = torch.stack([found["chosen_reward"], found["rejected_reward"]], 1)
-        torch.testing.assert_close(rewards, torch.tensor([[0.25, -0.5], [0.0, 0.75]]))
-        assert found["accuracy"].tolist() == [1, 0] and found["chosen_logp"].tolist() == [-1, -2]
+    found = train.dpo_loss(LOGPS, two_pairs(train, [{}, {}]), [1, 2], train.Args(beta=0.5))
+    torch.testing.assert_close(found["loss"], torch.log1p(torch.exp(-0.5 * RATIO)))
+    torch.testing.assert_close(found["margin"], 0.5 * RATIO)
+    rewards = torch.stack([found["chosen_reward"], found["rejected_reward"]], 1)
+    torch.testing.assert_close(rewards, torch.tensor([[0.25, -0.5], [0.0, 0.75]]))
+    assert found["accuracy"].tolist() == [1, 0] and found["chosen_logp"].tolist() == [-1, -2]
 
 
 @pytest.mark.parametrize(
@@ -1308,7 +1325,6 @@ DEFAULTS = {  # of the papers; those of SCDPO are its options' alone
         "schedule": "cosine",
         "max_length": 1024,
         "weight_decay": 0.0,
-        "label_smoothing": 0.0,
     },
     5: {"samples": 1, "temperature": 0.0, "top_p": 1.0, "max_tokens": 2048},
 }
