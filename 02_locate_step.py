@@ -16,7 +16,8 @@ Output, one line for each wrong sample: the fields above and
     {"error_step": 2, "locator": "rollout", "reason": null, "chance": 0.04,
      "rollout_values": {"1": [2, 2], "2": [0, 4]}, "rollout_tokens": [1510, 640]}
     {"error_step": 2, "locator": "judge", "reason": null,
-     "judge": {"votes": {"2": 3}, "agreement": 1.0, "text": "..."}}
+     "judge": {"votes": {"2": 2, "3": 1}, "agreement": 0.667, "text": "...",
+               "other_texts": ["...", "..."]}}
     {"error_step": 2, "locator": "scores", "reason": null, "step_scores": [0.98, 0.03]}
 error_step is null, with a reason, where the locator cannot tell; 03 makes no pair of such a row.
 
@@ -500,12 +501,14 @@ async def by_judge(args: Args, ask, row: dict, spent: Counter) -> dict:
         located["reason"] = f"{NO_ERROR} by the judge"
     else:
         located.update(error_step=top_step, reason=None)
+    texts = [text for _, text, _ in replies]
+    top = next(i for i, (step, _, _) in enumerate(replies) if step == top_step)
     located["judge"] = {
         "model": args.judge_model,
         "votes": {str(step or "none"): count for step, count in sorted(votes.items())},
         "agreement": round(agreement, 3),
-        "text": next(text for step, text, _ in replies if step == top_step),
-        "other_texts": [text for step, text, _ in replies if step != top_step],
+        "text": texts.pop(top),
+        "other_texts": texts,
         "tokens": [row_cost["prompt"], row_cost["completion"]],
     }
     return located
@@ -556,15 +559,17 @@ FORMAT = ("opening", "split", "prompt")  # how a policy was asked, and what its 
 
 
 def made_with(path: Path) -> dict:
-    """The settings in a file's OUT.meta.json; {} of a file that no stage has made."""
-    meta = Path(f"{path}.meta.json")
-    return json.loads(meta.read_text(encoding="utf-8")).get("settings", {}) if meta.exists() else {}
+    """The settings in a file's OUT.meta.json, with the FORMAT of its input; {} of a file that no
+    stage has made."""
+    path = Path(f"{path}.meta.json")
+    meta = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return meta.get("passed_on", {}) | meta.get("settings", {})
 
 
 def check_input(path: Path, settings: dict, accept_edit: bool) -> dict:
     """Stop where the stage that made a file had another prompt, opening, other steps or another
-    grading than this one has. Returns the file's FORMAT, for the settings: a stage that asks no
-    policy passes it on, or a later one could not compare it."""
+    grading than this one has. Returns the file's FORMAT: a stage that asks no policy passes it on,
+    or a later one could not compare it."""
     made = made_with(path)
     theirs, ours = made.get("code", {}), settings["code"]
     edited = [name for name in sorted(theirs.keys() & ours) if theirs[name] != ours[name]]
@@ -575,7 +580,8 @@ def check_input(path: Path, settings: dict, accept_edit: bool) -> dict:
         )
     passed_on = {name: made[name] for name in FORMAT if name in made}
     for name, old in passed_on.items():  # another opening makes another prompt
-        if old != settings.get(name, old) and not (name == "prompt" and edited):
+        is_accepted = name == "prompt" and (edited or accept_edit)
+        if old != settings.get(name, old) and not is_accepted:
             changed = difference(name, old, settings[name])
             stop(f"{path} was made with {changed}; give the options that made it")
     return passed_on
@@ -699,10 +705,9 @@ SETTINGS = {  # the options that a row depends on
         "temperature top_p max_tokens rollouts alpha give_up linear all_rollouts opening split"
     ),
     "judge": (
-        "judge_model judge_temperature judge_max_tokens neutral votes retries "
-        "missing_diagrams opening split"
+        "judge_model judge_temperature judge_max_tokens neutral votes retries missing_diagrams"
     ),
-    "scores": "threshold opening split",
+    "scores": "threshold",
 }
 
 
@@ -749,16 +754,19 @@ def main(args: Args):
         settings.update(NEUTRAL, model=model_id(args.model), prompt=prompt)
     elif args.locator == "scores":
         settings["prm"] = ", ".join(sorted({str(row.get("prm")) for row in rows}))
-    settings = check_input(args.samples, settings, args.accept_edit) | settings
+    about = {
+        "passed_on": check_input(args.samples, settings, args.accept_edit),
+        "inputs": file_hashes(args.samples, args.known),
+    }
     with contextlib.ExitStack() as stack:
 
         def opened(resource):
             return stack.enter_context(contextlib.closing(resource))
 
-        output = opened(Output(args.out, settings, args.accept_edit))
+        output = opened(Output(args.out, settings, args.accept_edit, **about))
         keep = None
         if args.keep_rollouts:
-            keep = opened(Output(args.keep_rollouts, settings, args.accept_edit))
+            keep = opened(Output(args.keep_rollouts, settings, args.accept_edit, **about))
             check_steps(args, rows, keep.path, keep.rows)
         check_steps(args, rows, output.path, output.rows)
         grader = opened(Grader())
@@ -786,8 +794,7 @@ def report(args: Args, rows, known, output: Output, spent: Counter, kills: int, 
         summary[f"{args.locator} {what}{unit}"] = n
     summary["seconds"] = round(time.time() - began, 1)
     seeded = args.locator != "rollout" or bool(args.base_url) or seeds_requests(args.top_p)
-    inputs = file_hashes(args.samples, args.known)
-    output.save_meta(finished=True, summary=summary, seeded_requests=seeded, inputs=inputs)
+    output.save_meta(finished=True, summary=summary, seeded_requests=seeded)
     print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
 
 
@@ -962,10 +969,11 @@ def edited_names(old: dict[str, str], new: dict[str, str]) -> list[str]:
 class Output:
     """A JSON Lines file that grows row by row and can be resumed after a kill; a torn last line is
     cut. `settings` must equal those of the `rows` that are there, except, with --accept-edit, their
-    "code" (source_hashes) and what its edit has changed. OUT.meta.json says how rows were made."""
+    "code" (source_hashes) and what its edit has changed. OUT.meta.json says how rows were made, and
+    `about`."""
 
-    def __init__(self, path: Path, settings: dict, accept_edit: bool = False):
-        self.path, self.meta_path = path, Path(f"{path}.meta.json")
+    def __init__(self, path: Path, settings: dict, accept_edit: bool = False, **about):
+        self.about, self.path, self.meta_path = about, path, Path(f"{path}.meta.json")
         self.settings = json.loads(json.dumps(settings, default=str))
         self.rows, self.edits, self.accept_edit = [], [], accept_edit
         self.began = time.time()
@@ -1036,6 +1044,7 @@ class Output:
             "seconds": round(time.time() - self.began, 1),
             "arguments": sys.argv[1:],
             **code_versions(),
+            **self.about,
             **fields,
         }
         save(self.meta_path, json.dumps(meta, indent=1, ensure_ascii=False, default=str) + "\n")
@@ -1901,7 +1910,9 @@ async def complete(
         if "stop" in sampling:  # stays in the text: vLLM's name and SGLang's
             fields |= {"include_stop_str_in_output": True, "no_stop_trim": True}
         request["extra_body"] = fields
-    refusal, smaller, limit = "", None, "max_tokens"
+    if limit := getattr(client, "token_limit", ""):
+        request[limit] = request.pop("max_tokens")
+    refusal, smaller = "", None
     for pause in (0.25, 0.5, 1, 2, 4, 8):
         try:
             reply = await create(model=model, n=n, seed=seed, **request)
@@ -1922,15 +1933,16 @@ async def complete(
             completions[0] |= {"tokens": tokens, "prompt_tokens": prompt_tokens}
             return completions
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            if limit == "max_tokens" and "Use 'max_completion_tokens'" in str(error):
-                limit = "max_completion_tokens"  # of OpenAI's reasoning models
+            if not limit and "Use 'max_completion_tokens'" in str(error):
+                # of OpenAI's reasoning models; the next requests have it at once
+                limit = client.token_limit = "max_completion_tokens"
                 request[limit] = request.pop("max_tokens")
                 continue
             if smaller is None:
                 refusal = str(error)[:300]
-                smaller = fewer_tokens(prompt, request[limit], refusal)
+                smaller = fewer_tokens(prompt, request[limit or "max_tokens"], refusal)
             if smaller:
-                request[limit] = smaller.pop(0)
+                request[limit or "max_tokens"] = smaller.pop(0)
                 continue
             if TOO_LONG.search(str(error)):
                 return [REFUSED] * n

@@ -12,11 +12,13 @@ Input: for Step-DPO the output of 02_locate_step.py, else that of 01_sample_erro
      "steps": ["...", "..."], "finish_reason": "stop", "error_step": 2, ...}
     (of 01, instead of "error_step": "correct": true, "prediction": "7")
 
-Output, a line a pair, in the schema of the published xinlai/Math-Step-DPO-10K and four fields more:
+Output, a line a pair, in the schema of the published xinlai/Math-Step-DPO-10K and a few fields
+more; a problem's other fields are carried through:
     {"dataset": "gsm8k", "prompt": "Ava has ...", "chosen": " 3 + 4 = 7.\\n",
      "initial_reason_steps": "Let's think step by step.\\nStep 1: ...\\nStep 2:",
      "rejected": " 3 + 4 = 8.\\n", "full_chosen": "...", "full_rejected": "...",
-     "answer": "7", "id": "q1", "method": "step-dpo", "error_step": 2, "sample": 0}
+     "answer": "7", "id": "q1", "method": "step-dpo", "error_step": 2, "sample": 0,
+     "rejected_finished": true}
 
 Step-DPO (arXiv 2406.18629, section 3.2): the model continues n times from steps 1..k-1 and the
 label of step k. Of the continuations that reach the answer, the first step is a chosen step, each
@@ -147,8 +149,8 @@ class Args:
 # of the input; all others, such as a problem's level or a weight, stand in the pairs too
 STAGE_FIELDS = (
     "id problem answer dataset solution sample response steps prediction correct finish_reason "
-    "model blocks error_step locator reason chance rollout_values rollout_tokens judge step_scores "
-    "prm prm_tokens prm_reason"
+    "model blocks rounds executions failures error_step locator reason chance rollout_values "
+    "rollout_tokens judge step_scores prm prm_tokens prm_reason said annotator"
 )
 
 
@@ -628,8 +630,7 @@ def write_pairs(args: Args, problems: dict, tries: Output, kills: int, tokens: i
     if tokens:
         summary["tokens/s"] = round(tokens / seconds)
     seeded = bool(args.base_url) or seeds_requests(args.top_p)
-    inputs = file_hashes(getattr(args, METHODS[args.method][0]), args.rollouts)
-    tries.save_meta(finished=True, summary=summary, seeded_requests=seeded, inputs=inputs)
+    tries.save_meta(finished=True, summary=summary, seeded_requests=seeded)
     save(Path(f"{args.out}.meta.json"), tries.meta_path.read_text(encoding="utf-8"))
     told = ", ".join(f"{name} {value}" for name, value in summary.items())
     print(f"{args.out}: {len(pairs)} pairs; {told}")
@@ -684,9 +685,12 @@ def main(args: Args):
     rollouts = load_rollouts(args, settings, problems) if args.rollouts else {}
     # a rectifier's template may be another than that of the model that made the errors
     shared = {k: v for k, v in settings.items() if not (args.rectifier and k == "prompt")}
-    made = check_input(getattr(args, METHODS[args.method][0]), shared, args.accept_edit)
-    settings = made | settings
-    tries, grader = Output(tries_path, settings, args.accept_edit), Grader()
+    input_path = getattr(args, METHODS[args.method][0])
+    about = {
+        "passed_on": check_input(input_path, shared, args.accept_edit),
+        "inputs": file_hashes(input_path, args.rollouts),
+    }
+    tries, grader = Output(tries_path, settings, args.accept_edit, **about), Grader()
     check_tries(tries, problems, rollouts)
     before = len(tries.rows)
     try:
@@ -869,10 +873,11 @@ def edited_names(old: dict[str, str], new: dict[str, str]) -> list[str]:
 class Output:
     """A JSON Lines file that grows row by row and can be resumed after a kill; a torn last line is
     cut. `settings` must equal those of the `rows` that are there, except, with --accept-edit, their
-    "code" (source_hashes) and what its edit has changed. OUT.meta.json says how rows were made."""
+    "code" (source_hashes) and what its edit has changed. OUT.meta.json says how rows were made, and
+    `about`."""
 
-    def __init__(self, path: Path, settings: dict, accept_edit: bool = False):
-        self.path, self.meta_path = path, Path(f"{path}.meta.json")
+    def __init__(self, path: Path, settings: dict, accept_edit: bool = False, **about):
+        self.about, self.path, self.meta_path = about, path, Path(f"{path}.meta.json")
         self.settings = json.loads(json.dumps(settings, default=str))
         self.rows, self.edits, self.accept_edit = [], [], accept_edit
         self.began = time.time()
@@ -943,6 +948,7 @@ class Output:
             "seconds": round(time.time() - self.began, 1),
             "arguments": sys.argv[1:],
             **code_versions(),
+            **self.about,
             **fields,
         }
         save(self.meta_path, json.dumps(meta, indent=1, ensure_ascii=False, default=str) + "\n")
@@ -1808,7 +1814,9 @@ async def complete(
         if "stop" in sampling:  # stays in the text: vLLM's name and SGLang's
             fields |= {"include_stop_str_in_output": True, "no_stop_trim": True}
         request["extra_body"] = fields
-    refusal, smaller, limit = "", None, "max_tokens"
+    if limit := getattr(client, "token_limit", ""):
+        request[limit] = request.pop("max_tokens")
+    refusal, smaller = "", None
     for pause in (0.25, 0.5, 1, 2, 4, 8):
         try:
             reply = await create(model=model, n=n, seed=seed, **request)
@@ -1829,15 +1837,16 @@ async def complete(
             completions[0] |= {"tokens": tokens, "prompt_tokens": prompt_tokens}
             return completions
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            if limit == "max_tokens" and "Use 'max_completion_tokens'" in str(error):
-                limit = "max_completion_tokens"  # of OpenAI's reasoning models
+            if not limit and "Use 'max_completion_tokens'" in str(error):
+                # of OpenAI's reasoning models; the next requests have it at once
+                limit = client.token_limit = "max_completion_tokens"
                 request[limit] = request.pop("max_tokens")
                 continue
             if smaller is None:
                 refusal = str(error)[:300]
-                smaller = fewer_tokens(prompt, request[limit], refusal)
+                smaller = fewer_tokens(prompt, request[limit or "max_tokens"], refusal)
             if smaller:
-                request[limit] = smaller.pop(0)
+                request[limit or "max_tokens"] = smaller.pop(0)
                 continue
             if TOO_LONG.search(str(error)):
                 return [REFUSED] * n
@@ -1892,16 +1901,18 @@ FORMAT = ("opening", "split", "prompt")  # how a policy was asked, and what its 
 
 # Copied from 02_locate_step.py
 def made_with(path: Path) -> dict:
-    """The settings in a file's OUT.meta.json; {} of a file that no stage has made."""
-    meta = Path(f"{path}.meta.json")
-    return json.loads(meta.read_text(encoding="utf-8")).get("settings", {}) if meta.exists() else {}
+    """The settings in a file's OUT.meta.json, with the FORMAT of its input; {} of a file that no
+    stage has made."""
+    path = Path(f"{path}.meta.json")
+    meta = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return meta.get("passed_on", {}) | meta.get("settings", {})
 
 
 # Copied from 02_locate_step.py
 def check_input(path: Path, settings: dict, accept_edit: bool) -> dict:
     """Stop where the stage that made a file had another prompt, opening, other steps or another
-    grading than this one has. Returns the file's FORMAT, for the settings: a stage that asks no
-    policy passes it on, or a later one could not compare it."""
+    grading than this one has. Returns the file's FORMAT: a stage that asks no policy passes it on,
+    or a later one could not compare it."""
     made = made_with(path)
     theirs, ours = made.get("code", {}), settings["code"]
     edited = [name for name in sorted(theirs.keys() & ours) if theirs[name] != ours[name]]
@@ -1912,7 +1923,8 @@ def check_input(path: Path, settings: dict, accept_edit: bool) -> dict:
         )
     passed_on = {name: made[name] for name in FORMAT if name in made}
     for name, old in passed_on.items():  # another opening makes another prompt
-        if old != settings.get(name, old) and not (name == "prompt" and edited):
+        is_accepted = name == "prompt" and (edited or accept_edit)
+        if old != settings.get(name, old) and not is_accepted:
             changed = difference(name, old, settings[name])
             stop(f"{path} was made with {changed}; give the options that made it")
     return passed_on

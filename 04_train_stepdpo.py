@@ -109,6 +109,7 @@ CHOSEN_DROP = 5.0  # nats by which the chosen suffixes may become less likely wi
 MEMORY_WARN = 0.85
 MEMORY_STOP = 1.1
 PRINTS = os.environ.get("RANK", "0") == "0"  # false on all processes but the first
+CGROUP = Path("/sys/fs/cgroup")  # a container's limits, as the container sees them
 # dense bf16 FLOP/s, from the data sheets
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
@@ -1255,15 +1256,21 @@ def strategy_of(accelerator: Accelerator) -> tuple[str, float]:
     return ("fsdp2" if accelerator.distributed_type == "FSDP" else "copies"), 0.0
 
 
+def machine_memory() -> int:
+    """Bytes of main memory, or of a container's limit (cgroup 2, cgroup 1)."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no such file; "max"
+            sizes.append(int((CGROUP / name).read_text()))
+    return min(sizes)
+
+
 def check_memory(config, args: Args, accelerator: Accelerator, pairs: Pairs):
     """Warn or stop where memory() estimates more than there is, and name the launch file and the
     options that fit."""
     world, on_gpu = accelerator.num_processes, accelerator.device.type == "cuda"
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    main_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
-    if limit.exists() and (most := limit.read_text().strip()).isdigit():
-        main_memory = min(main_memory, int(most))
+    main_memory = machine_memory()
     device_memory = main_memory / local
     if on_gpu:
         device_memory = torch.cuda.get_device_properties(accelerator.device).total_memory
@@ -1731,9 +1738,11 @@ def code_versions() -> dict:
 
 # Copied from 02_locate_step.py
 def made_with(path: Path) -> dict:
-    """The settings in a file's OUT.meta.json; {} of a file that no stage has made."""
-    meta = Path(f"{path}.meta.json")
-    return json.loads(meta.read_text(encoding="utf-8")).get("settings", {}) if meta.exists() else {}
+    """The settings in a file's OUT.meta.json, with the FORMAT of its input; {} of a file that no
+    stage has made."""
+    path = Path(f"{path}.meta.json")
+    meta = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return meta.get("passed_on", {}) | meta.get("settings", {})
 
 
 # Copied from 01_sample_errors.py

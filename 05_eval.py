@@ -927,10 +927,11 @@ def check_problems(output: Output, problems: list[dict]):
 class Output:
     """A JSON Lines file that grows row by row and can be resumed after a kill; a torn last line is
     cut. `settings` must equal those of the `rows` that are there, except, with --accept-edit, their
-    "code" (source_hashes) and what its edit has changed. OUT.meta.json says how rows were made."""
+    "code" (source_hashes) and what its edit has changed. OUT.meta.json says how rows were made, and
+    `about`."""
 
-    def __init__(self, path: Path, settings: dict, accept_edit: bool = False):
-        self.path, self.meta_path = path, Path(f"{path}.meta.json")
+    def __init__(self, path: Path, settings: dict, accept_edit: bool = False, **about):
+        self.about, self.path, self.meta_path = about, path, Path(f"{path}.meta.json")
         self.settings = json.loads(json.dumps(settings, default=str))
         self.rows, self.edits, self.accept_edit = [], [], accept_edit
         self.began = time.time()
@@ -1001,6 +1002,7 @@ class Output:
             "seconds": round(time.time() - self.began, 1),
             "arguments": sys.argv[1:],
             **code_versions(),
+            **self.about,
             **fields,
         }
         save(self.meta_path, json.dumps(meta, indent=1, ensure_ascii=False, default=str) + "\n")
@@ -1807,7 +1809,9 @@ async def complete(
         if "stop" in sampling:  # stays in the text: vLLM's name and SGLang's
             fields |= {"include_stop_str_in_output": True, "no_stop_trim": True}
         request["extra_body"] = fields
-    refusal, smaller, limit = "", None, "max_tokens"
+    if limit := getattr(client, "token_limit", ""):
+        request[limit] = request.pop("max_tokens")
+    refusal, smaller = "", None
     for pause in (0.25, 0.5, 1, 2, 4, 8):
         try:
             reply = await create(model=model, n=n, seed=seed, **request)
@@ -1828,15 +1832,16 @@ async def complete(
             completions[0] |= {"tokens": tokens, "prompt_tokens": prompt_tokens}
             return completions
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            if limit == "max_tokens" and "Use 'max_completion_tokens'" in str(error):
-                limit = "max_completion_tokens"  # of OpenAI's reasoning models
+            if not limit and "Use 'max_completion_tokens'" in str(error):
+                # of OpenAI's reasoning models; the next requests have it at once
+                limit = client.token_limit = "max_completion_tokens"
                 request[limit] = request.pop("max_tokens")
                 continue
             if smaller is None:
                 refusal = str(error)[:300]
-                smaller = fewer_tokens(prompt, request[limit], refusal)
+                smaller = fewer_tokens(prompt, request[limit or "max_tokens"], refusal)
             if smaller:
-                request[limit] = smaller.pop(0)
+                request[limit or "max_tokens"] = smaller.pop(0)
                 continue
             if TOO_LONG.search(str(error)):
                 return [REFUSED] * n

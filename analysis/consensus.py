@@ -90,8 +90,9 @@ def main(args: Args):
         LOCATE.stop("--within is at least 0")
     if args.out.resolve() in (args.first.resolve(), args.second.resolve()):
         LOCATE.stop(f"{args.out} is one of the two files; give another --out")
-    if LOCATE.made_with(args.out).get("stage", "consensus") != "consensus":
-        LOCATE.stop(f"{args.out} is an output of 02; give another --out")
+    has_meta = Path(f"{args.out}.meta.json").exists()
+    if has_meta and LOCATE.made_with(args.out).get("stage") != "consensus":
+        LOCATE.stop(f"{args.out} is another script's output; give another --out")
     first, second = LOCATE.read_located(args.first), LOCATE.read_located(args.second)
     for key, row in first.items():
         if second.get(key, row)["steps"] != row["steps"]:

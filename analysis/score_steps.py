@@ -349,9 +349,9 @@ def main(args: Args):
         "form": reader.form,
         "wrong_only": args.wrong_only,
     }
-    made = LOCATE.made_with(args.samples)  # 02 compares it
-    settings |= {name: made[name] for name in LOCATE.FORMAT if name in made}
-    output = LOCATE.Output(path, settings)
+    made = LOCATE.made_with(args.samples)
+    passed_on = {name: made[name] for name in LOCATE.FORMAT if name in made}  # 02 compares it
+    output = LOCATE.Output(path, settings, passed_on=passed_on)
     check_resumed(args, path, output.rows, rows)
     count = Counter()
     if len(output.rows) < len(rows):

@@ -406,7 +406,7 @@ def costs(args: Table) -> list[str]:
 
 
 def training(folder: Path) -> dict:
-    """Seconds of a training's steps, also where it was resumed, and its peak memory on a GPU."""
+    """Seconds of a training's steps, also where it was resumed, and its peak memory."""
     about = json.loads((folder / "training.json").read_text())
     size, pairs = int(about["arguments"]["batch_size"]), about["pairs"]
     steps_per_epoch = -(-pairs // size)

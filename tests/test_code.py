@@ -165,7 +165,7 @@ def test_without_a_sandbox_no_code_is_run(tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"PATH": str(tmp_path)},
+        env=os.environ | {"PATH": str(tmp_path), "OPENAI_API_KEY": "k"},
     )
     assert done.returncode == 2 and "bubblewrap" in done.stderr and "Traceback" not in done.stderr
     assert "starting vLLM" not in done.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, read, run, run_killed, stage
-from test_locate import judge  # noqa: F401  the scripted judge
+from test_locate import judge, verdicts  # noqa: F401  the scripted judge
 
 OPENING = "Let's think step by step.\nStep 1:"
 SHORT = ["--max-tokens", "300"]
@@ -81,32 +81,55 @@ def test_dpo_pairs_use_every_solution_once_before_any_twice(tmp_path):
     assert (tmp_path / "0.jsonl").read_bytes() == before
 
 
-def test_what_asks_no_policy_passes_its_prompt_on(tmp_path):
-    """A judge, scores, pairs of whole solutions and consensus.py keep what 01's meta file says, so
-    that 03 and 04 can compare it; 03 carries fields that it does not know."""
+def test_what_asks_no_policy_passes_its_prompt_on(judge, tmp_path):  # noqa: F811
+    """A judge, scores, pairs of whole solutions, consensus.py and check_chosen.py keep what 01's
+    meta file says, so that 03 and 04 can compare it; 03 carries fields that it does not know."""
     rows = [
         solution("a", i, text, i == 0) | {"level": 3} for i, text in enumerate(RIGHT[:1] + WRONG)
     ]
     for row in rows:
         row["step_scores"] = [1.0 - row["sample"]] * len(row["steps"])
-    samples, located, agreed, dpo = (
-        tmp_path / f"{name}.jsonl" for name in ("samples", "located", "agreed", "dpo")
+    samples, located, judged, agreed, dpo, checked = (
+        tmp_path / f"{name}.jsonl"
+        for name in ("samples", "located", "judged", "agreed", "dpo", "checked")
     )
+    judge.script = lambda n, body: verdicts(1)
+    url = f"http://127.0.0.1:{judge.server_port}/v1"
+    asked = ["--judge-model", "judge", "--judge-base-url", url]
     write(samples, rows)
     made = {"prompt": "### Instruction", "opening": OPENING, "split": "labels"}
     Path(f"{samples}.meta.json").write_text(json.dumps({"settings": made}))
     run(2, "--samples", samples, "--locator", "scores", "--out", located)
-    run("consensus", located, located, "--out", agreed)
+    run(2, "--samples", samples, "--locator", "judge", *asked, "--out", judged)
+    run("consensus", located, judged, "--out", agreed)
     run(3, "--method", "dpo", "--samples", samples, "--pairs-per-problem", 0, "--out", dpo)
-    metas = {path: json.loads(Path(f"{path}.meta.json").read_text()) for path in (located, dpo)}
-    assert all(made.items() <= meta["settings"].items() for meta in metas.values())
+    judge.script = lambda n, body: "Step 1: correct"
+    run("check_chosen", dpo, *asked, "--out", checked)
+    metas = {
+        path: json.loads(Path(f"{path}.meta.json").read_text()) for path in (located, judged, dpo)
+    }
+    assert all(meta["passed_on"] == made for meta in metas.values())
     digest = hashlib.sha256(samples.read_bytes()).hexdigest()[:16]
     assert all(meta["inputs"] == {str(samples): digest} for meta in metas.values())
     assert [pair["level"] for pair in read(dpo)] == [3, 3]
     model = ["--model", TINY / "model", "--out", tmp_path / "x.jsonl"]
-    for number, options in ((3, ["--located", agreed]), (4, ["--data", dpo])):
-        done = run(number, *options, *model, check=False)
-        assert done.returncode == 2 and "was made with prompt = ..." in done.stderr, done.stderr
+    for number, option, path in (
+        (3, "--located", located),
+        (3, "--located", agreed),
+        (4, "--data", dpo),
+        (4, "--data", checked),
+    ):
+        done = run(number, option, path, *model, check=False)
+        assert done.returncode == 2 and f"{path} was made with prompt = ..." in done.stderr
+    # a prompt that was edited does not keep the judge from more rows
+    made["prompt"] = "### Question"
+    Path(f"{samples}.meta.json").write_text(json.dumps({"settings": made}))
+    before = judge.count
+    run(2, "--samples", samples, "--locator", "judge", *asked, "--out", judged)
+    assert (
+        judge.count == before
+        and json.loads(Path(f"{judged}.meta.json").read_text())["passed_on"] == made
+    )
 
 
 GARBLED = [

@@ -1,4 +1,4 @@
-"""score_steps.py, 02 --locator scores, consensus.py, what a judge may cost, ProcessBench; the
+"""score_steps.py, 02 --locator scores, consensus.py, ProcessBench; the
 bundled process reward model."""
 
 import asyncio

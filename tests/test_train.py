@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import estimate
 import numpy as np
+import psutil
 import pytest
 import safetensors
 import torch
@@ -665,10 +666,13 @@ def test_training_starts_at_ln_2_moves_weights_and_resumes_exactly(tmp_path, sma
     assert 0 < group["lr"] == logged < 1e-3, "the schedule does not reach the optimizer"
     assert "resuming from" in run(4, *arguments).stderr
     same = [
-        {k: v for k, v in line.items() if not k.endswith("_per_s")}
+        {k: v for k, v in line.items() if not k.endswith(("_per_s", "_gib"))}
         for line in read(out / "metrics.jsonl")
     ]
-    assert same == [{k: v for k, v in line.items() if not k.endswith("_per_s")} for line in lines]
+    assert same == [
+        {k: v for k, v in line.items() if not k.endswith(("_per_s", "_gib"))} for line in lines
+    ]
+    assert all(line["peak_gib"] > 0.1 for line in lines if "loss" in line)
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(tensor, weights(out)[name]), name
     changed = run(4, *arguments[:-4], "--beta", 0.1, check=False)
@@ -978,10 +982,7 @@ def test_an_edited_loss_is_named(tmp_path, small_model):
     from the reference."""
     write_pairs(tmp_path / "pairs.jsonl", 6)
     text = (ROOT / "04_train_stepdpo.py").read_text()
-    edited = text.replace(
-        "-(1 - flipped) * F.logsigmoid(margin) - flipped * F.logsigmoid(-margin)",
-        "F.relu(1 - margin)",
-    )
+    edited = text.replace("-F.logsigmoid(margin)", "F.relu(1 - margin)")
     assert edited != text
     (tmp_path / "04_edited.py").write_text(edited)
     command = [
@@ -1610,8 +1611,7 @@ def test_smaller_passes_come_before_checkpointing(monkeypatch, capsys, prefix, a
     shape = {"hidden_size": 896, "intermediate_size": 4864, "tie_word_embeddings": True}
     heads = {"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2}
     config = Qwen2Config(**shape, **heads, vocab_size=151_936)
-    sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": int(25.3e9 / 4096)}
-    monkeypatch.setattr(train.os, "sysconf", sizes.get)
+    monkeypatch.setattr(train, "machine_memory", lambda: int(25.3e9))
     accelerator = SimpleNamespace(
         device=torch.device("cpu"), num_processes=1, distributed_type="NO"
     )
@@ -1648,6 +1648,24 @@ def test_what_does_not_fit_is_not_loaded(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "files, share",
+    [
+        ({}, 1),
+        ({"memory.max": "max\n", "memory/memory.limit_in_bytes": f"{1 << 62}\n"}, 1),
+        ({"memory.max": "{}\n"}, 0.5),
+        ({"memory/memory.limit_in_bytes": "{}\n"}, 0.5),
+    ],
+)
+def test_a_containers_limit_is_its_memory(monkeypatch, tmp_path, files, share):
+    train, whole = stage(4), psutil.virtual_memory().total
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text.format(whole // 2))
+    monkeypatch.setattr(train, "CGROUP", tmp_path)
+    assert train.machine_memory() == pytest.approx(share * whole, rel=0.01)
+
+
+@pytest.mark.parametrize(
     "size, world, gpus, said",
     [
         (
@@ -1668,8 +1686,7 @@ def test_the_launch_file_that_fits_is_named(monkeypatch, capsys, size, world, gp
     from transformers import Qwen2Config
 
     train, config = stage(4), Qwen2Config(**QWEN2 | SIZES[size])
-    sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": int(1.1e12 / 4096)}
-    monkeypatch.setattr(train.os, "sysconf", sizes.get)
+    monkeypatch.setattr(train, "machine_memory", lambda: int(1.1e12))
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=85e9)
     )
