@@ -65,7 +65,9 @@ def alone(args: Args):
         for sample in range(2):
             seed = one.seed_of(0, "sample", problem["id"], sample)
             prompts.append({"prompt_token_ids": prompt_ids})
-            sampling_params.append(SamplingParams(seed=seed, **sampling))
+            # as 01 asks: on a GPU a seed would keep vLLM from its fast samplers
+            own_seed = seed if one.seeds_requests(args.top_p) else None
+            sampling_params.append(SamplingParams(seed=own_seed, **sampling))
     given = ["--model", args.model, "--generation-config", "vllm", *one.cpu_options()]
     given += shlex.split(args.engine_args)
     parsed = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(given)

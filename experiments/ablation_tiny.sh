@@ -25,7 +25,7 @@ export OPENAI_API_KEY=${OPENAI_API_KEY:-$RANDOM$RANDOM$RANDOM$RANDOM}
 PER_ERROR=${PER_ERROR:-1} DECODINGS=${DECODINGS:-greedy temperature1}
 BASE=$WORLD/model
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-4}
-export PATH="$PWD/.venv/bin:$PATH"
+[ -n "${VIRTUAL_ENV:-}" ] || [ ! -d .venv ] || export PATH="$PWD/.venv/bin:$PATH"
 engine="--engine-args=--max-num-seqs 512 --max-model-len 1024"
 ask=($MANNER --max-tokens 400 "$engine")
 of_base=("${ask[@]}" --model "$BASE" ${BASE_URL:+--base-url "$BASE_URL"})  # BASE_URL: a server that has the base already
@@ -34,7 +34,7 @@ exec 9>"$OUT/.lock"  # what a killed run left at work holds it too
 if command -v flock >/dev/null && ! flock -n 9; then
   echo "another run, or what a killed one left behind, is still at work in $OUT; try again in two minutes" >&2; exit 2
 fi
-settings="$WORLD${MANNER:+ $MANNER}, $PROBLEMS problems, $PAIRS pairs, $TEST test problems, $PER_ERROR pairs an error, heat $HEAT, training ${TRAIN:-as it is}, from ${FROM:-the start}"
+settings="$WORLD${MANNER:+ $MANNER}, $PROBLEMS problems, $PAIRS pairs, $TEST test problems, $PER_ERROR pairs an error, heat $HEAT, other model $FOREIGN epochs, training ${TRAIN:-as it is}, from ${FROM:-the start}"
 [ -f "$OUT/settings" ] || echo "$settings" >"$OUT/settings"
 if [ "$(cat "$OUT/settings")" != "$settings" ]; then
   echo "$OUT was made with: $(cat "$OUT/settings"); now it would be: $settings. Give another OUT" >&2; exit 2
@@ -69,10 +69,15 @@ drain() {  # drain FILE ...: wait for all jobs; these files tell that they are d
   local file; for file; do [ -f "$file" ] || { echo "$file is missing: its job was killed; run the same command to resume" >&2; exit 2; }; done
 }
 
+ready() {  # the pairs of all METHODS are there
+  [ -f "$OUT/pairs/ready" ] || return 1
+  local method; for method in $METHODS; do [ -f "$OUT/pairs/$method.jsonl" ] || return 1; done
+}
+
 # --- pairs -----------------------------------------------------------------------------------------------------------
-if [ ! -f "$OUT/pairs/ready" ] && [ -n "$FROM" ]; then
+if ! ready && [ -n "$FROM" ]; then
   cp "$FROM"/all-*.jsonl "$OUT"
-elif [ ! -f "$OUT/pairs/ready" ]; then
+elif ! ready; then
   quiet 01 served "$BASE" python 01_sample_errors.py --data "$WORLD/train.jsonl" --limit "$PROBLEMS" --n 4 --out "$OUT/samples.jsonl" "${of_base[@]}"
   if [[ " $METHODS " == *step* || $METHODS == *tokens* ]]; then  # equal tokens: as many as Step-DPO has
     quiet 02 served "$BASE" python 02_locate_step.py --samples "$OUT/samples.jsonl" --max-per-problem 1 --out "$OUT/located.jsonl" \
@@ -90,7 +95,7 @@ elif [ ! -f "$OUT/pairs/ready" ]; then
       --out "$OUT/all-step-dpo-ood.jsonl" "${ask[@]}"
   fi
 fi
-if [ ! -f "$OUT/pairs/ready" ]; then
+if ! ready; then
   quiet sizes python experiments/same_size.py "$OUT" --pairs "$PAIRS" --model "$BASE"
   touch "$OUT/pairs/ready"
 fi

@@ -3,8 +3,8 @@
 # a round: DPO on right and wrong samples alone (DPO-VP), Step-DPO, SCDPO, and SFT on right samples (rejection sampling). The model
 # of a round samples its own solutions to new problems, and is the next round's reference. The papers make one round.
 #   bash experiments/iterate.sh                      # all four, three rounds, three seeds, on the bundled world
-#   METHODS=step-dpo SEEDS=0 MODEL=Qwen/Qwen2-7B-Instruct DATA=problems.jsonl PROBLEMS=5000 BUDGET= TRAINED= LRS=5e-7 BETA=0.4 EPOCHS=8 \
-#       BATCH=128 TOKENS=2048 TEST="data/gsm8k_test.jsonl data/math_test.jsonl" JOBS=1 LAUNCH="--config_file configs/fsdp2.yaml --num_processes 8" \
+#   METHODS=step-dpo SEEDS=0 MODEL=Qwen/Qwen2-7B-Instruct DATA=data/gsm8k_train.jsonl PROBLEMS=800 BUDGET= TRAINED= LRS=5e-7 BETA=0.4 EPOCHS=8 \
+#       BATCH=128 TOKENS=2048 TEST="data/gsm8k_test.jsonl data/math_test.jsonl" LIMIT=5000 JOBS=1 LAUNCH="--config_file configs/fsdp2.yaml --num_processes 8" \
 #       TRAIN="--gradient-checkpointing --tokens-per-batch 8192" \
 #       SERVE="--engine-args=--max-model-len 4096" bash experiments/iterate.sh     # one method on a real model
 # BUDGET     sampled tokens of a round; its problems are cut to fit (at most three times PROBLEMS are sampled)
@@ -15,7 +15,7 @@
 # The same command resumes after a stop. Results: docs/rounds.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export PATH="$PWD/.venv/bin:$PATH"
+[ -n "${VIRTUAL_ENV:-}" ] || [ ! -d .venv ] || export PATH="$PWD/.venv/bin:$PATH"
 METHODS=${METHODS:-dpo step-dpo scdpo sft} SEEDS=${SEEDS:-0 1 2} ROUNDS=${ROUNDS:-3} OUT=${OUT:-runs/iterate}
 MODEL=${MODEL:-data/tiny/model} DATA=${DATA:-data/tiny/train.jsonl} PROBLEMS=${PROBLEMS:-200} BUDGET=${BUDGET-100000} TRAINED=${TRAINED-20000}
 LRS=${LRS:-1e-5 3e-5 1e-4 3e-4} BETA=${BETA:-1} EPOCHS=${EPOCHS:-2} BATCH=${BATCH:-32} TOKENS=${TOKENS:-400} N=${N:-4}
@@ -29,10 +29,14 @@ if command -v flock >/dev/null && ! flock -n 9; then
   echo "another run, or what a killed one left behind, is still at work in $OUT; try again in two minutes" >&2; exit 2
 fi
 settings="$MODEL, $DATA, $PROBLEMS problems, $N samples, budget ${BUDGET:-none}, trained ${TRAINED:-all}, $EPOCHS epochs, batch $BATCH, rates $LRS, \
-beta $BETA, $TOKENS tokens, test $TEST $LIMIT, training ${TRAIN:-as it is}"
+beta $BETA, $TOKENS tokens, test $TEST $LIMIT, validation $VALIDATION, training ${TRAIN:-as it is}"
 [ -f "$OUT/settings" ] || echo "$settings" >"$OUT/settings"
 if [ "$(cat "$OUT/settings")" != "$settings" ]; then
   echo "$OUT was made with: $(cat "$OUT/settings"); now it would be: $settings. Give another OUT" >&2; exit 2
+fi
+needed=$((3 * PROBLEMS * ROUNDS))  # a round never sees the problems of another
+if [ ! -f "$DATA" ] || [ "$(wc -l <"$DATA")" -lt $needed ]; then
+  echo "DATA: one file with at least $needed problems, 3 x PROBLEMS x ROUNDS; give that, or fewer PROBLEMS" >&2; exit 2
 fi
 first_seed=${SEEDS%% *} began=$SECONDS
 declare -A share=([step-dpo]=1 [scdpo]=2 [dpo]=2 [sft]=2)  # times PROBLEMS, to begin with: who only samples can sample more
@@ -57,15 +61,13 @@ stage() {  # stage LOG COMMAND ...: the output goes to the log, its last line he
 }
 
 sample() {  # sample METHOD SEED ROUND POLICY: solutions, pairs, and what of them is trained on, in OUT/METHOD/SEED/ROUND
-  local here=$OUT/$1/$2/$3 log=$OUT/logs/$1-$2-$3.log data=$DATA ask size=$((PROBLEMS * share[$1]))
+  local here=$OUT/$1/$2/$3 log=$OUT/logs/$1-$2-$3.log data ask size=$((PROBLEMS * share[$1]))
   ask=(--model "$4" --max-tokens "$TOKENS" --seed "$2" "$SERVE")
   mkdir -p "$here"
-  if [ -f "$DATA" ]; then  # a file: the next so many of its problems, so that no round learns from problems it has seen
-    data=$here/problems.jsonl
-    sed -n "$((($3 - 1) * PROBLEMS * 3 + 1)),$(($3 * PROBLEMS * 3))p" "$DATA" >"$data"
-  fi
+  data=$here/problems.jsonl
+  sed -n "$((($3 - 1) * PROBLEMS * 3 + 1)),$(($3 * PROBLEMS * 3))p" "$DATA" >"$data"
   while :; do
-    stage "$log" python 01_sample_errors.py --data $data --limit $size --n "$N" --out "$here/samples.jsonl" "${ask[@]}"
+    stage "$log" python 01_sample_errors.py --data "$data" --limit $size --n "$N" --out "$here/samples.jsonl" "${ask[@]}"
     case $1 in
       step-dpo)
         stage "$log" python 02_locate_step.py --samples "$here/samples.jsonl" --max-per-problem 1 --out "$here/located.jsonl" \
@@ -82,7 +84,6 @@ sample() {  # sample METHOD SEED ROUND POLICY: solutions, pairs, and what of the
     [ ! -f "$here/epochs" ] || break
     size=$((size + PROBLEMS))  # a better policy has fewer errors to pay for: below the budget, on with more problems
     [ $size -le $((PROBLEMS * 3)) ] || { echo "$here: the budget is not reached with $((PROBLEMS * 3)) problems; give more PROBLEMS" >&2; exit 2; }
-    rm -f "$here"/{step-dpo,scdpo,dpo}.*  # made of fewer samples
   done
 }
 train() {  # train METHOD SEED ROUND POLICY LR FOLDER

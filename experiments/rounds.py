@@ -8,6 +8,7 @@ They write train.jsonl and epochs; lr/dpo; table.md and rounds.png:
     python experiments/rounds.py table runs/iterate --methods dpo sft --rounds 3 --seeds 0 1 2
 """
 
+import importlib
 import json
 import math
 import random
@@ -19,6 +20,9 @@ from typing import Annotated, Literal
 
 import tyro
 from ablation_table import holm, mean, percent, points
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+OPENING = importlib.import_module("01_sample_errors").OPENING  # given, not sampled
 
 NAMES = {
     "dpo": "DPO, verifier alone",
@@ -83,7 +87,8 @@ def rows_of(path: Path) -> list[dict]:
 def sampled(args: Cut, count) -> Counter:
     """Tokens that were sampled for each problem, by all stages. `count` counts the tokens of
     texts."""
-    texts = [(row["id"], row["response"]) for row in rows_of(args.folder / "samples.jsonl")]
+    rows = rows_of(args.folder / "samples.jsonl")
+    texts = [(row["id"], row["response"].removeprefix(OPENING)) for row in rows]
     tokens, located = Counter(), args.folder / "located.jsonl"
     for row in rows_of(located) if located.exists() else []:
         tokens[row["id"]] += row["rollout_tokens"][1]

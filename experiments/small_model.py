@@ -135,6 +135,9 @@ def problems(args: Problems):
             EVAL.stop(f"{args.samples}: no sample of a problem in {folder / 'gsm8k_train.jsonl'}")
         lines = [json.dumps({**row, "model": args.model}, ensure_ascii=False) for row in rows]
         EVAL.save(args.out / "samples.jsonl", "\n".join(lines) + "\n")
+        meta = Path(f"{args.samples}.meta.json")
+        if meta.exists():  # 02 and 03 compare their prompt with it
+            EVAL.save(args.out / "samples.jsonl.meta.json", meta.read_text(encoding="utf-8"))
 
 
 def validated(out: Path, name: str) -> dict | None:
@@ -363,7 +366,7 @@ def costs(args: Table) -> list[str]:
 
     tokens, seconds = {}, {}
     for name, file in STAGES.items():
-        meta = out / f"{file}.jsonl.meta.json"  # SAMPLES come without one
+        meta = out / f"{file}.jsonl.meta.json"  # SAMPLES may come without one
         seconds[name] = json.loads(meta.read_text())["seconds"] if meta.exists() else nan
         if "tries" in file:
             rows = rows_of(out / f"{file}.jsonl")
@@ -440,7 +443,8 @@ def examples(args: Table) -> list[str]:
 
 
 def hashes(args: Table) -> list[str]:
-    paths = [args.out / f"{name}.jsonl" for name in ("samples", "located", "rollouts")]
+    names = ("samples", "located", "rollouts")
+    paths = [path for name in names if (path := args.out / f"{name}.jsonl").exists()]
     for pattern in ("problems/*.jsonl", "pairs/*.jsonl", "test/*/*.jsonl"):
         paths += sorted(args.out.glob(pattern))
     rows = []
@@ -448,10 +452,12 @@ def hashes(args: Table) -> list[str]:
         content = path.read_bytes()
         sha256 = hashlib.sha256(content).hexdigest()
         rows.append([path.relative_to(args.out), content.count(b"\n"), sha256])
-    # not 01's: SAMPLES come without one
+    # not 01's: SAMPLES may come without one
     meta = json.loads((args.out / "located.jsonl.meta.json").read_text())
     versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
-    origin = f"Located with {meta['settings']['model']} at commit {meta['git'][:12]}; {versions}."
+    settings = meta["settings"]
+    locator = settings.get("model") or settings.get("judge_model") or settings.get("prm")
+    origin = f"Located with {locator} at commit {meta['git'][:12]}; {versions}."
     return ["## Files", origin, markdown("file | rows | sha256", rows)]
 
 

@@ -21,8 +21,8 @@
 #            PROBLEMS take none of these. N samples of each, at temperature 0.7, top-p 1, at most TOKENS (512)
 # LOCATE     options of 02 (default: its own defaults). 03 samples RECTIFY (8) continuations from the last right step
 # PAIRS      at most 400 of each method; all have as many as the smallest set; half of SCDPO's are DPO's (the paper's naive pairs).
-#            Step-DPO has PER_ERROR pairs (1) of an error, the others PER_PROBLEM (3) of a problem, so that no set comes from a few
-#            problems. A tenth of the problems is held out, for the curves. METHODS may include dpo-tokens and scdpo-tokens: as many tokens as Step-DPO's pairs
+#            Step-DPO has PER_ERROR pairs (1) of an error, DPO and SCDPO's controlled half PER_PROBLEM (3) of a problem, so that no set
+#            comes from a few problems; SFT has all right samples that differ. A tenth of the problems is held out, for the curves. METHODS may include dpo-tokens and scdpo-tokens: as many tokens as Step-DPO's pairs
 # RATES      1e-6 3e-6 1e-5; for SFT SFT_RATES, 5e-6 1e-5 2e-5. The papers' 5e-7 and 1e-7 are for 7B and 170 to 675 steps. Here 400 pairs,
 #            BATCH 32 and EPOCHS 2 make 26 steps, so the rate must be higher. The first of SEEDS (0) chooses, the others use its rate.
 #            A single rate is used without validation
@@ -35,8 +35,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 # INT or TERM to this script alone ends the running stage too, and so the engine in it
 job=; run() { printf '\n== %s\n' "$*"; set -m; "$@" & job=$!; set +m; wait $job; }
-trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM
-export PATH="$PWD/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false
+trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM HUP
+[ -n "${VIRTUAL_ENV:-}" ] || [ ! -d .venv ] || export PATH="$PWD/.venv/bin:$PATH"
+export TOKENIZERS_PARALLELISM=false
 MODEL=${MODEL:-Qwen/Qwen2.5-0.5B-Instruct} OUT=${OUT:-runs/small_model} DATA=${DATA:-} SEEDS=${SEEDS:-0}
 METHODS=${METHODS:-step_dpo dpo sft scdpo} RATES=${RATES:-1e-6 3e-6 1e-5} SFT_RATES=${SFT_RATES:-5e-6 1e-5 2e-5}
 PROBLEMS=${PROBLEMS:-750} N=${N:-4} TOKENS=${TOKENS:-512} LOCATE=${LOCATE:-} RECTIFY=${RECTIFY:-8}
@@ -65,7 +66,9 @@ data() {
   [ -n "$SAMPLES" ] || run python 01_sample_errors.py --data "$OUT/problems/gsm8k_train.jsonl" --limit "$PROBLEMS" --n "$N" \
     --out "$OUT/samples.jsonl" "${ask[@]}"
   run python 02_locate_step.py --samples "$OUT/samples.jsonl" $LOCATE --out "$OUT/located.jsonl" --keep-rollouts "$OUT/rollouts.jsonl" "${ask[@]}"
-  run python 03_rectify.py --located "$OUT/located.jsonl" --rollouts "$OUT/rollouts.jsonl" --n "$RECTIFY" \
+  local kept=()
+  [ ! -f "$OUT/rollouts.jsonl" ] || kept=(--rollouts "$OUT/rollouts.jsonl")  # a judge makes none
+  run python 03_rectify.py --located "$OUT/located.jsonl" "${kept[@]}" --n "$RECTIFY" \
     --max-pairs-per-error "$PER_ERROR" --out "$OUT/all-step-dpo.jsonl" "${ask[@]}"
   run python 03_rectify.py --method dpo --samples "$OUT/samples.jsonl" --pairs-per-problem "$PER_PROBLEM" --out "$OUT/all-dpo.jsonl"
   run python 03_rectify.py --method scdpo --samples "$OUT/samples.jsonl" --solutions-per-problem "$PER_PROBLEM" --out "$OUT/all-scdpo.jsonl" \

@@ -202,6 +202,8 @@ words = sys.argv[1:]
 with open("calls", "a") as file:
     file.write(shlex.join(words) + "\\n")
 after = lambda name: pathlib.Path(words[words.index(name) + 1])
+if "--keep-rollouts" in words and "judge" not in words:
+    after("--keep-rollouts").touch()
 if words[0].startswith("04"):
     after("--out").mkdir(parents=True)
     (after("--out") / "training.json").touch()
@@ -325,6 +327,8 @@ def test_small_model_parts(tmp_path):
     calls, _ = small_model(tmp_path, "data", OUT="with-samples", SAMPLES="mine.jsonl", MODEL="m")
     problems = next(call for call in calls if call[0].startswith("ex"))
     assert problems[problems.index("--samples") + 1] == "mine.jsonl"
+    calls, _ = small_model(tmp_path, "data", OUT="judged", LOCATE="--locator judge")
+    assert not any("--rollouts" in call for call in calls if call[0].startswith("03"))
     assert not any(call[0].startswith("01") for call in calls)
 
 
