@@ -327,9 +327,9 @@ def test_small_model_parts(tmp_path):
     calls, _ = small_model(tmp_path, "data", OUT="with-samples", SAMPLES="mine.jsonl", MODEL="m")
     problems = next(call for call in calls if call[0].startswith("ex"))
     assert problems[problems.index("--samples") + 1] == "mine.jsonl"
+    assert not any(call[0].startswith("01") for call in calls)
     calls, _ = small_model(tmp_path, "data", OUT="judged", LOCATE="--locator judge")
     assert not any("--rollouts" in call for call in calls if call[0].startswith("03"))
-    assert not any(call[0].startswith("01") for call in calls)
 
 
 def test_small_model_takes_samples(tmp_path):
