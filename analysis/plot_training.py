@@ -67,7 +67,8 @@ def draw(path: Path, runs: dict[str, list[dict]]):
         change = ", change since the start" if name.endswith("_logp") and len(runs) > 1 else ""
         axes.set(xlabel="step", title=name + change)
         axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
+    shown = figure.axes[0].get_legend_handles_labels()  # every run has a loss, not all a margin
+    figure.legend(*shown, loc="outside lower center", ncols=8, frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
