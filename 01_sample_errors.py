@@ -1385,7 +1385,7 @@ async def run_all(items: list, work, concurrency: int, label: str):
 
 if __name__ == "__main__":
     try:
-        description = __doc__.split("\n\nInput")[0] + "\n\n" + Args.__doc__
+        description = __doc__.split("\n\nInput")[0] + "\n\n" + " ".join(Args.__doc__.split())
         main(tyro.cli(Args, description=description))
     except KeyboardInterrupt:
         message = "interrupted; the rows so far are kept, run the same command to resume"

@@ -1945,7 +1945,7 @@ def read_samples(path: Path, fields: tuple[str, ...], args) -> list[dict]:
 
 if __name__ == "__main__":
     try:
-        description = __doc__.split("\n\nInput")[0] + "\n\n" + Args.__doc__
+        description = __doc__.split("\n\nInput")[0] + "\n\n" + " ".join(Args.__doc__.split())
         main(tyro.cli(Args, description=description))
     except KeyboardInterrupt:
         print(

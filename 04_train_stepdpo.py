@@ -1831,7 +1831,7 @@ def processor_has_bf16() -> bool:
 
 if __name__ == "__main__":
     try:
-        description = __doc__.split("\n\nInput")[0] + "\n\n" + Args.__doc__
+        description = __doc__.split("\n\nInput")[0] + "\n\n" + " ".join(Args.__doc__.split())
         main(tyro.cli(Args, description=description))
     except KeyboardInterrupt:
         print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)

@@ -1880,7 +1880,7 @@ async def run_all(items: list, work, concurrency: int, label: str):
 
 if __name__ == "__main__":
     try:
-        description = __doc__.split("\n\nInput")[0] + "\n\n" + Args.__doc__
+        description = __doc__.split("\n\nInput")[0] + "\n\n" + " ".join(Args.__doc__.split())
         main(tyro.cli(Args, description=description))
     except KeyboardInterrupt:
         print(
