@@ -22,7 +22,8 @@
 # LOCATE     options of 02 (default: its own defaults). 03 samples RECTIFY (8) continuations from the last right step
 # PAIRS      at most 400 of each method; all have as many as the smallest set; half of SCDPO's are DPO's (the paper's naive pairs).
 #            Step-DPO has PER_ERROR pairs (1) of an error, DPO and SCDPO's controlled half PER_PROBLEM (3) of a problem, so that no set
-#            comes from a few problems; SFT has all right samples that differ. A tenth of the problems is held out, for the curves. METHODS may include dpo-tokens and scdpo-tokens: as many tokens as Step-DPO's pairs
+#            comes from a few problems; SFT has all right samples that differ. A tenth of the problems is held out, for the curves.
+#            METHODS may include dpo-tokens and scdpo-tokens: as many tokens as Step-DPO's pairs
 # RATES      1e-6 3e-6 1e-5; for SFT SFT_RATES, 5e-6 1e-5 2e-5. The papers' 5e-7 and 1e-7 are for 7B and 170 to 675 steps. Here 400 pairs,
 #            BATCH 32 and EPOCHS 2 make 26 steps, so the rate must be higher. The first of SEEDS (0) chooses, the others use its rate.
 #            A single rate is used without validation
@@ -33,7 +34,7 @@
 # ENGINE     options of vLLM in the process. TRAIN: options of 04 (--tokens-per-batch 2048: its default, 16,384, does not fit 24 GB)
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# INT or TERM to this script alone ends the running stage too, and so the engine in it
+# INT, TERM or a hangup to this script alone ends the running stage too, and so the engine in it
 job=; run() { printf '\n== %s\n' "$*"; set -m; "$@" & job=$!; set +m; wait $job; }
 trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM HUP
 [ -n "${VIRTUAL_ENV:-}" ] || [ ! -d .venv ] || export PATH="$PWD/.venv/bin:$PATH"
