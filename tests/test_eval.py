@@ -396,6 +396,20 @@ HUB_ROWS = {  # a row as each source has it, and problem and answer in our field
 }
 
 
+def test_golds_of_math_that_the_last_box_does_not_give():
+    """test/prealgebra/177 boxes another number last, train/number_theory/837 two forms."""
+    divisors = r"Let $\boxed{N}$ mean the number of whole number divisors of $N$. Find \boxed{20}."
+    midnight = "The time right now is exactly midnight. What time will it be in 1234 minutes?"
+    twice = r"in $1234$ minutes it is $\boxed{20\!:\!34}$ or $\boxed{8\!:\!34 \text{ p.m.}}$."
+    for problem, solution, answer in (
+        (divisors, r"Finally, $\boxed{12}=6$.", "6"),
+        (midnight, twice, r"8\!:\!34 \text{ p.m.}"),
+        ("What is 1 + 1?", r"It is $\boxed{2}$.", "2"),
+    ):
+        row = {"problem": problem, "solution": solution, "level": "Level 1", "type": "Algebra"}
+        assert download.our_fields("math", row)["answer"] == answer
+
+
 @pytest.mark.parametrize("name", HUB_ROWS)
 def test_fields_of_the_hub_sets(name, tmp_path, monkeypatch):
     """Through datasets.load_dataset on a local folder; Odyssey-MATH and MGSM, which are files
