@@ -2,6 +2,7 @@
 regrading, report, credit."""
 
 import asyncio
+import fcntl
 import itertools
 import json
 import math
@@ -394,6 +395,21 @@ HUB_ROWS = {  # a row as each source has it, and problem and answer in our field
         "-\\frac{1}{21}",
     ),
 }
+
+
+def test_regrading_keeps_its_lock_until_the_file_is_replaced(tmp_path, monkeypatch):
+    """05 would append to the old file otherwise."""
+    path, saved = tmp_path / "r.jsonl", []
+    path.write_text(json.dumps({"id": "q", "answer": "7", "response": "\\boxed{7}"}) + "\n")
+
+    def save(place, text):
+        with open(place) as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        saved.append(text)
+
+    monkeypatch.setattr(regrade.EVAL, "save", save)
+    asyncio.run(regrade.regrade(path))
+    assert json.loads(saved[0])["correct"]
 
 
 def test_golds_of_math_that_the_last_box_does_not_give():

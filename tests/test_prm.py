@@ -174,11 +174,15 @@ def test_math_shepherds_tokens(tmp_path):
 @pytest.mark.slow
 def test_the_bundled_prm_finds_most_first_errors(tmp_path, capsys):
     labelled(tmp_path / "labels.jsonl")
+    made = {"prompt": "### Instruction", "opening": "Step 1:", "split": "labels"}
+    (tmp_path / "labels.jsonl.meta.json").write_text(json.dumps({"settings": made}))
     score = [tmp_path / "labels.jsonl", "--prm", PRM]
     run("score_steps", *score)
     arguments = ["--samples", tmp_path / "labels.scored.jsonl", "--include-correct"]
     arguments += ["--locator", "scores", "--out", tmp_path / "out.jsonl"]
     done = run(2, *arguments)
+    for name in ("labels.scored", "out"):  # for 03, which compares it
+        assert json.loads((tmp_path / f"{name}.jsonl.meta.json").read_text())["passed_on"] == made
     rows = read(tmp_path / "out.jsonl")
     said = [(row["label"], (row["error_step"] or 0) - 1) for row in rows]
     wrong = [label == step for label, step in said if label >= 0]
