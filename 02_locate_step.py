@@ -545,8 +545,15 @@ def by_scores(row: dict, threshold: float) -> dict:
 
 def read_samples(path: Path, fields: tuple[str, ...], args) -> list[dict]:
     """Rows with the steps that --split makes of their response."""
-    rows = read_rows(path, ("id", "problem", "steps", *fields))
+    rows = read_rows(path, ("id", "sample", "problem", "steps", *fields))
+    problems, places = {}, {}
     for number, row in enumerate(rows, 1):
+        if problems.setdefault(row["id"], row["problem"]) != row["problem"]:
+            stop(f"{path}, row {number}: an earlier row has another problem with id {row['id']!r}")
+        if places.setdefault((row["id"], row["sample"]), number) != number:
+            stop(
+                f"{path}, row {number}: an earlier row has the same id and sample; number them anew"
+            )
         if split_steps("".join(row["steps"]), args.split, args.opening) != row["steps"]:
             stop(
                 f"{path}, row {number}: its steps are not those of --split {args.split}; "
@@ -597,7 +604,7 @@ def load_samples(args: Args) -> tuple[list[dict], dict[str, list[int]]]:
     V."""
     needs_answer = args.locator == "rollout" or not args.include_correct  # ProcessBench has none
     fields = ("answer",) if needs_answer else ()
-    samples = read_samples(args.samples, (*fields, "sample", "correct", "finish_reason"), args)
+    samples = read_samples(args.samples, (*fields, "correct", "finish_reason"), args)
     samples.sort(key=identity)  # 01 writes them in the order they were ready in
     rows, n_wrong, counts = [], Counter(), {}
     for row in samples:

@@ -211,7 +211,8 @@ async def rectify(
     )
     pairs, used = [], {}
     for row, (completions, is_correct) in zip(errors, sampled, strict=True):
-        used_steps = used.setdefault(prefix_and_step(args, row, row["error_step"]), set())
+        prefix, rejected = prefix_and_step(args, row, row["error_step"])
+        used_steps = used.setdefault((prefix, " ".join(rejected.split())), set())
         error_pairs = make_pairs(args, row, completions, is_correct, used_steps, counts)
         counts["errors tried"] += 1
         counts["errors with a pair"] += bool(error_pairs)
@@ -352,7 +353,8 @@ async def astray_pair(
         prediction = answer_of(solution, args.split)
         why = garbled(text, completion["finish_reason"], row["problem"] + row["response"])
         why = why or too_long(blocks_of(solution))
-        if not why and (prediction is None or not text.strip()):
+        # an answer that the right steps have given is not the continuation's
+        if not why and (prediction is None or answer_of(text, args.split) != prediction):
             why = "no answer"
         if why:
             counts[f"garbled: {why}"] += 1
@@ -400,17 +402,20 @@ async def heated_completion(
         step += bool(completion["text"].strip())
 
 
+WORD_OR_CHARACTER = re.compile(r"[一-鿿]|[^\s一-鿿]+")  # Chinese has no spaces
+
+
 def garbled(text: str, finish_reason: str, like: str) -> str:
-    """Why a continuation is no solution, "" if it is one: not finished; a run of eight words three
-    times; or more than 2 % of characters that are neither ASCII nor in `like` (problem and right
-    solution) nor, where that is Chinese, Chinese."""
+    """Why a continuation is no solution, "" if it is one: not finished; a run of eight words, or
+    of 16 Chinese characters, three times; or more than 2 % of characters that are neither ASCII nor
+    in `like` (problem and right solution) nor, where that is Chinese, Chinese."""
     if finish_reason != "stop":
         return "not finished"
-    words = text.split()
-    runs = Counter(tuple(words[i : i + 8]) for i in range(len(words) - 7))
+    chinese = re.search("[一-鿿]", like)
+    words, size = WORD_OR_CHARACTER.findall(text), 16 if chinese else 8
+    runs = Counter(tuple(words[i : i + size]) for i in range(len(words) - size + 1))
     if max(runs.values(), default=0) > 2:
         return "repeats itself"
-    chinese = re.search("[一-鿿]", like)
     odd = sum(not (c.isascii() or c in like or chinese and "一" <= c <= "鿿") for c in text)
     return "odd characters" if odd > 0.02 * len(text) else ""
 
@@ -467,7 +472,7 @@ def distinct(rows: list[dict], counts: Counter) -> list[dict]:
     runs."""
     solutions, runs_of_each = [], []
     for row in rows:
-        words = re.findall(r"[一-鿿]|[^\s一-鿿]+", row["response"])  # Chinese has no spaces
+        words = WORD_OR_CHARACTER.findall(row["response"])
         runs = set(zip(words, words[1:], words[2:], strict=False))
         if SECOND_THOUGHTS.search(row["response"]):
             counts["right solutions with second thoughts"] += 1
@@ -549,7 +554,7 @@ def load_input(args: Args) -> dict[str, list[dict]]:
         wanted, stage = ("response",), "01_sample_errors.py"
         if args.method == "dpo":
             wanted += ("prediction",)
-    rows = read_samples(path, ("answer", "sample", "finish_reason", *kinds), args)
+    rows = read_samples(path, ("answer", "finish_reason", *kinds), args)
     for number, row in enumerate(rows, 1):
         lacking = [name for name in wanted if name not in row]
         step = row.get("error_step")
@@ -1933,8 +1938,15 @@ def check_input(path: Path, settings: dict, accept_edit: bool) -> dict:
 # Copied from 02_locate_step.py
 def read_samples(path: Path, fields: tuple[str, ...], args) -> list[dict]:
     """Rows with the steps that --split makes of their response."""
-    rows = read_rows(path, ("id", "problem", "steps", *fields))
+    rows = read_rows(path, ("id", "sample", "problem", "steps", *fields))
+    problems, places = {}, {}
     for number, row in enumerate(rows, 1):
+        if problems.setdefault(row["id"], row["problem"]) != row["problem"]:
+            stop(f"{path}, row {number}: an earlier row has another problem with id {row['id']!r}")
+        if places.setdefault((row["id"], row["sample"]), number) != number:
+            stop(
+                f"{path}, row {number}: an earlier row has the same id and sample; number them anew"
+            )
         if split_steps("".join(row["steps"]), args.split, args.opening) != row["steps"]:
             stop(
                 f"{path}, row {number}: its steps are not those of --split {args.split}; "

@@ -238,7 +238,7 @@ def percentiles(means: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(correct: float, total: int, z: float = 1.959964) -> tuple[float, float]:
     """95 % interval of a share (Wilson 1927). It stays within 0 and 1 and has a width at 0 and at
     1 too."""
     share, spread = correct / total, z * z / total
@@ -250,8 +250,8 @@ def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]
 def interval(rates: np.ndarray, k: int, seed: int) -> tuple[float, float]:
     """Of the mean of rates (seeds, problems): Wilson's where they are single verdicts, or where all
     are alike, which a bootstrap takes for certain; else the bootstrap's."""
-    if k == len(rates) == 1 or rates.min() == rates.max() in (0.0, 1.0):
-        return wilson(round(rates[0].sum()), rates.shape[1])
+    if k == len(rates) == 1 or rates.min() == rates.max():
+        return wilson(rates[0].sum(), rates.shape[1])
     low, high = percentiles(bootstrap(rates, np.zeros_like(rates[:1]), seed))
     return max(0.0, low), min(1.0, high)
 
@@ -413,7 +413,8 @@ def breakdown(problems: list[dict], rates: np.ndarray, k: int, seed: int) -> dic
     for name, fields in (("level", ("level", "grade")), ("subject", ("subject", "type"))):
         values = []
         for row in problems:
-            values.append(next((str(row[field]) for field in fields if row.get(field)), ""))
+            texts = (str(row[field]) for field in fields if row.get(field) not in (None, ""))
+            values.append(next(texts, ""))
         kinds = sorted(set(values) - {""})
         if len(kinds) < 2:
             continue

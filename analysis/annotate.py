@@ -101,6 +101,7 @@ class Verdicts:
                     "give another --out"
                 )
             self.said[key] = click["said"]
+        self.write()  # a kill may have come between a click and OUT
 
     def of(self, row: dict):
         return self.said.get(LOCATE.identity(row), "skip")
@@ -125,8 +126,15 @@ class Verdicts:
         return self.next_open(place + 1)
 
     def write(self):
+        """OUT: its rows that are not shown in this run (--limit was larger), and those clicked."""
         reasons = {"none": f"{LOCATE.NO_ERROR} by hand", "unsure": "unsure"}
-        lines = []
+        shown = {LOCATE.identity(row) for row in self.rows}
+        there = self.out.read_text(encoding="utf-8") if self.out.exists() else ""
+        lines = [
+            line
+            for line in there.splitlines(True)
+            if LOCATE.identity(json.loads(line)) not in shown
+        ]
         for row in self.rows:
             what = self.of(row)
             if what == "skip":

@@ -11,6 +11,7 @@ resumes where it stopped."""
 
 import asyncio
 import contextlib
+import hashlib
 import importlib
 import json
 import sys
@@ -60,12 +61,13 @@ class Args:
     """judgements in flight; 0: 128 of a server, or as many as keep the engine busy"""
 
 
-def pair_id(pair: dict) -> int:
-    return LOCATE.seed_of(pair["id"], pair["initial_reason_steps"], pair["chosen"])
+def pair_id(pair: dict) -> str:
+    text = repr([pair["id"], pair["initial_reason_steps"], pair["chosen"]])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 async def check_all(
-    args: Args, pairs: list[dict], verdicts: dict[int, int], checked, spent: Counter
+    args: Args, pairs: list[dict], verdicts: dict[str, int], checked, spent: Counter
 ):
     """Ask for what `verdicts` lacks: by pair_id() the first wrong step, 0 for none, -1 for no
     readable judgement."""
@@ -112,7 +114,7 @@ def main(args: Args):
         write_passed(args, pairs, verdicts, checked, spent)
 
 
-def write_passed(args: Args, pairs: list[dict], verdicts: dict[int, int], checked, spent: Counter):
+def write_passed(args: Args, pairs: list[dict], verdicts: dict[str, int], checked, spent: Counter):
     """Write the pairs whose every step is right, and say what became of the others."""
     passed = [pair for pair in pairs if verdicts[pair_id(pair)] == 0]
     LOCATE.save(args.out, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in passed))

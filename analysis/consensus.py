@@ -7,7 +7,7 @@ identified by `id` and `sample`:
     {"id": "q1", "sample": 0, "steps": ["...", "..."], "error_step": 2, "locator": "rollout",
      "reason": null, ...}
 
-Output, data/located.jsonl: the rows of the first file, with the second one's evidence (`judge`,
+Output, data/agreed.jsonl: the rows of the first file, with the second one's evidence (`judge`,
 `rollout_values` ...) and
     {"error_step": 2, "locator": "consensus", "reason": null, "said": [2, 3]}
 A row keeps the first one's step where the second one's is at most --within steps off. Else

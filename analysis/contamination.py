@@ -35,7 +35,7 @@ class Args:
 
 
 def words_of(text: str) -> list[str]:
-    return re.findall(r"[一-鿿]|\w+", text.lower())
+    return re.findall(r"[一-鿿]|[^\W一-鿿]+", text.lower())
 
 
 def grams_of(text: str) -> set[tuple[str, ...]]:

@@ -293,16 +293,30 @@ PAPER, SCDPO = (quick_paper, slow_paper), (quick_scdpo, slow_scdpo)
 # files
 
 
+def answers_by_paper(row: dict) -> tuple[str, ...]:
+    response = row["response"]
+    opening = row.get("opening", EVAL.OPENING if response.startswith(EVAL.OPENING) else "")
+    return paper_answers(row.get("problem", ""), response.removeprefix(opening))
+
+
 async def grade(row: dict, grader) -> dict:
     """The row with `prediction` and the three verdicts. Only the strict one asks that the response
     be finished."""
-    gold, response = str(row["answer"]), row["response"]
-    opening = row.get("opening", EVAL.OPENING if response.startswith(EVAL.OPENING) else "")
-    answers = paper_answers(row.get("problem", ""), response.removeprefix(opening))
+    gold, answer = str(row["answer"]), EVAL.extract_answer(row["response"])
     return await EVAL.grade(row, grader) | {
-        "correct_paper": await grader(gold, answers, rules=PAPER),
-        "correct_scdpo": await grader(gold, EVAL.extract_answer(response), rules=SCDPO),
+        "correct_paper": await grader(gold, answers_by_paper(row), rules=PAPER),
+        "correct_scdpo": await grader(gold, answer, rules=SCDPO),
     }
+
+
+def judged_by(verdict: str, row: dict) -> dict:
+    """The row with `correct` and `prediction` of one verdict: a vote is for what its rule reads."""
+    prediction = row["prediction"]
+    if verdict == "paper":
+        prediction = ", ".join(answers_by_paper(row)) or None
+    elif verdict == "scdpo":
+        prediction = EVAL.extract_answer(row["response"])
+    return {**row, "correct": row[VERDICTS[verdict]], "prediction": prediction}
 
 
 def read_responses(path: Path, file) -> list[dict]:
@@ -359,8 +373,8 @@ async def regrade(path: Path) -> list[dict]:
 
 
 def regrade_folder(folder: Path, base: str) -> tuple[dict, dict, dict]:
-    """Groups, rows by benchmark and model, and settings of a folder of results. The label `base`
-    comes first."""
+    """Groups, rows by benchmark and model, and settings of a folder of results. The groups are
+    those of its last summary, or without one those of the files; the label `base` comes first."""
     paths = sorted(folder.glob("*/*.jsonl"))
     if not paths:
         EVAL.stop(f"{folder}: no BENCHMARK/MODEL.jsonl there; give the --out of 05_eval.py")
@@ -371,23 +385,26 @@ def regrade_folder(folder: Path, base: str) -> tuple[dict, dict, dict]:
         meta = json.loads(meta_path.read_text()) if meta_path.is_file() else {}
         settings = meta.get("settings", settings)
         model = str(rows[0].get("model", path.stem))
-        label = meta.get("label", model)
-        places[model] = (label != base, meta.get("number", 0), label)
+        places[model] = (meta.get("number", 0), meta.get("label", model))
         benchmarks.setdefault(path.parent.name, {})[model] = rows
-    labels = {label for *_, label in places.values()}
-    if base and base not in labels:
-        EVAL.stop(f"--base {base}: give a label that is there: {', '.join(sorted(labels))}")
-    groups = {}
-    for model in sorted(places, key=lambda model: places[model][:2]):
-        *_, label = places[model]
-        groups.setdefault(label, []).append(model)
+    summary, groups = folder / "summary.json", {}
+    if summary.exists():  # other models in the folder are of earlier runs
+        groups = json.loads(summary.read_text(encoding="utf-8"))["groups"]
+    else:
+        for model in sorted(places, key=places.get):
+            groups.setdefault(places[model][1], []).append(model)
+    if base and base not in groups:
+        EVAL.stop(f"--base {base}: give a label that is there: {', '.join(sorted(groups))}")
+    groups = dict(sorted(groups.items(), key=lambda group: group[0] != base))
+    models = sum(groups.values(), [])
     for name, by_model in benchmarks.items():
-        missing = set(places) - set(by_model)
+        missing = set(models) - set(by_model)
         if missing:
             EVAL.stop(
                 f"{folder}: {name} lacks responses of {', '.join(sorted(missing))}; "
                 "every model needs every benchmark"
             )
+        benchmarks[name] = {model: by_model[model] for model in models}
     return groups, benchmarks, settings
 
 
@@ -443,7 +460,7 @@ def main(args: Args):
         judged[name] = {}
         for model, table in by_model.items():
             judged[name][model] = [
-                [{**row, "correct": row[field]} for row in responses] for responses in table
+                [judged_by(args.verdict, row) for row in responses] for responses in table
             ]
     summary = EVAL.summary_of(groups, judged, settings, args.seed)
     summary |= {"rule": RULES[field], "verdict": field}

@@ -8,8 +8,8 @@
 #       TRAIN="--gradient-checkpointing --tokens-per-batch 8192" \
 #       SERVE="--engine-args=--max-model-len 4096" bash experiments/iterate.sh     # one method on a real model
 # BUDGET     sampled tokens of a round; its problems are cut to fit (at most three times PROBLEMS are sampled)
-# TRAINED    tokens of chosen and rejected that a round trains on, by the number of passes and by cutting
-#            Each of the two may be empty: all there is, EPOCHS passes
+# TRAINED    tokens of chosen and rejected that a round trains on, by the number of epochs and by cutting
+#            Each of the two may be empty: all there is, EPOCHS epochs
 # LRS        learning rates to choose from, by round 1 of the first seed on VALIDATION
 # LAUNCH, TRAIN  options of accelerate, and of 04
 # The same command resumes after a stop. Results: docs/rounds.md.

@@ -47,9 +47,9 @@ class Cut:
     budget: int | None = None
     """sampled tokens"""
     trained: int | None = None
-    """tokens of chosen and rejected, or of solutions, over all passes"""
+    """tokens of chosen and rejected, or of solutions, over all epochs"""
     epochs: int = 2
-    """passes where --trained is not given"""
+    """epochs where --trained is not given"""
     seed: int = 0
     """of the order, in which pairs are left out"""
 
@@ -196,7 +196,7 @@ def table(args: Table):
             f"{name}, {benchmark['problems']} problems, {len(args.seeds)} seeds; "
             f"base {percent(base['accuracy'], base['interval'])}",
             "",
-            "| method | lr | round | problems | sampled tokens, all rounds | rows | passes "
+            "| method | lr | round | problems | sampled tokens, all rounds | rows | epochs "
             "| trained tokens | accuracy (95 % interval) | sd over seeds |",
             "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
         ]

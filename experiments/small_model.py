@@ -395,13 +395,13 @@ def costs(args: Table) -> list[str]:
             cells += ["", ""]
         rows.append(cells)
     head = (
-        "method | sampled tokens | s of its data | pairs | tokens of a pass | trainings "
+        "method | sampled tokens | s of its data | pairs | trained tokens of an epoch | trainings "
         "| s of each | peak GiB"
     )
     note = (
         "The samples (01) count for every method. Seconds of the data are those of the stages' "
         "meta files, of a training those of its steps, without loading, reference and validation. "
-        "Tokens of a pass: chosen and rejected, or the solution."
+        "Trained tokens: chosen and rejected, or the solution."
     )
     stage_rows = [[name, f"{tokens[name]:,}", whole(seconds[name])] for name in STAGES]
     stage_table = markdown("stage | sampled tokens | s", stage_rows)

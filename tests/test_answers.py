@@ -329,6 +329,22 @@ def test_wilson_against_published_values():
         assert stage(5).wilson(correct, total) == pytest.approx((low, high), abs=1e-4)
 
 
+def test_equal_rates_are_not_taken_for_certain():
+    """A bootstrap of rates that are all alike has no width."""
+    import numpy as np
+
+    five = stage(5)
+    assert five.interval(np.full((1, 20), 0.5), 16, 0) == five.wilson(10, 20)
+    assert five.interval(np.zeros((2, 20)), 4, 0) == five.wilson(0, 20)
+    problems = [{"level": i % 3} for i in range(30)]
+    levels = five.breakdown(problems, np.eye(30)[:1], 1, 0)["level"]
+    assert {name: level["problems"] for name, level in levels.items()} == {
+        "0": 10,
+        "1": 10,
+        "2": 10,
+    }
+
+
 def test_mcnemar_against_counting():
     assert stage(5).mcnemar(0, 0) == 1.0 and stage(5).mcnemar(5, 5) == 1.0
     assert stage(5).mcnemar(9, 1) == pytest.approx(2 * (1 + 10) / 2**10)
@@ -487,6 +503,7 @@ def test_weak_evidence_is_not_continued():
         return True
 
     rows = [row_with_an_error() | {"chance": chance} for chance in (0.0, 0.05, 0.06, None)]
+    rows[1]["steps"] = [f"{step}\n" if k == 1 else step for k, step in enumerate(rows[1]["steps"])]
     args = three.Args(max_chance=0.05, n=1)
     pairs, counts = asyncio.run(
         three.rectify(args, continue_solution, lambda *_: right(), {}, rows)

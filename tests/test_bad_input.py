@@ -167,6 +167,22 @@ def test_a_step_that_is_not_there_gets_no_pair(step, tmp_path):
     assert "in.jsonl, row 1: 'error_step'" in said
 
 
+@pytest.mark.parametrize(
+    "second, words",
+    [({"sample": 1, "problem": "Another?"}, "another problem"), ({}, "same id and sample")],
+)
+def test_two_files_of_samples_put_together_are_not_mixed_up(second, words, tmp_path):
+    """Both may number their problems from 0, and one problem's samples say nothing of another."""
+    rows = [SAMPLE, SAMPLE | second]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--samples", tmp_path / "in.jsonl", "--model", TINY / "model"]
+    for said in (
+        refused(2, tmp_path, *arguments),
+        refused(3, tmp_path, "--method", "dpo", *arguments[:2]),
+    ):
+        assert "in.jsonl, row 2" in message(said) and words in message(said)
+
+
 @pytest.mark.parametrize("lacking", ["prediction", "correct", "response"])
 def test_samples_without_their_verdict_make_no_pairs(lacking, tmp_path):
     row = {k: v for k, v in (SAMPLE | {"prediction": "3"}).items() if k != lacking}

@@ -711,6 +711,40 @@ def test_a_base_of_several_seeds_side_by_side(tmp_path):
     assert kinds.count("right") == kinds.count("wrong") == shown > 5
 
 
+def test_regrade_reports_the_models_of_the_last_run(tmp_path):
+    """Another model with the same label, of an earlier run, is no seed of it."""
+    results(tmp_path, seeds=2)
+    groups = {"tuned": ["tuned-1"], "base": ["base"]}
+    (tmp_path / "summary.json").write_text(json.dumps({"groups": groups}))
+    found, benchmarks, _ = regrade.regrade_folder(tmp_path, "base")
+    assert list(found.items()) == [("base", ["base"]), ("tuned", ["tuned-1"])]
+    assert list(benchmarks["sums"]) == ["base", "tuned-1"]
+
+
+@pytest.mark.parametrize("verdict, reads", [("paper", "6"), ("scdpo", None), ("strict", None)])
+def test_a_vote_is_for_what_the_verdict_reads(verdict, reads):
+    """The paper's takes the last number where there is no box; a majority of these wins."""
+    row = {"problem": "?", "answer": "7", "response": "so we get 6", "opening": ""}
+
+    async def grade():
+        grader = stage(5).Grader()
+        try:
+            return await regrade.grade(row | {"finish_reason": "stop"}, grader)
+        finally:
+            grader.close()
+
+    judged = regrade.judged_by(verdict, asyncio.run(grade()))
+    assert judged["prediction"] == reads and not judged["correct"]
+
+
+def test_chinese_overlaps_begin_at_any_character():
+    from contamination import grams_of
+
+    train = "学校图书馆有300本故事书和科技书供老师们借阅"
+    assert grams_of(train) & grams_of("学校图书馆有300本故事书和科技书供同学们借阅")
+    assert not grams_of(train) & grams_of("学校图书馆有301本故事书和科技书供同学们借阅")
+
+
 def test_regrade_of_a_wrong_folder_is_refused(tmp_path):
     done = run("regrade", tmp_path, check=False)
     assert done.returncode == 2

@@ -832,6 +832,25 @@ def test_a_page_does_not_write_over_a_file_that_is_not_its_own(tmp_path):
     assert (tmp_path / "located.jsonl").read_text() == "{}\n"
 
 
+def test_clicks_of_a_run_with_more_rows_stay(tmp_path):
+    """OUT is written at each click, by a run that may show fewer rows."""
+    from annotate import Verdicts
+
+    rows, out = wrong_samples(tmp_path / "in.jsonl", 4), tmp_path / "located.jsonl"
+    verdicts = Verdicts(rows, out, "ann")
+    for place, what in enumerate([1, "none", 2]):
+        verdicts.click(what, place)
+    verdicts.clicks.close()
+    verdicts = Verdicts(rows[:2], out, "ann")
+    verdicts.click(2, 0)
+    verdicts.clicks.close()
+    said = {row["id"]: row["error_step"] for row in read(out)}
+    assert said == {"q0": 2, "q1": None, "q2": 2}
+    out.write_text("")  # a kill came between the click and OUT
+    Verdicts(rows, out, "ann").clicks.close()
+    assert said == {row["id"]: row["error_step"] for row in read(out)}
+
+
 def test_money_is_not_taken_for_a_formula():
     from annotate import math_safe as safe
 

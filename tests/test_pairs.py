@@ -146,6 +146,9 @@ GARBLED = [
 def test_garbled(text, finish_reason, why):
     assert stage(3).garbled(text, finish_reason, "café") == why
     assert stage(3).garbled("x" * 30 + "算", "stop", "三加四") == ""
+    assert stage(3).garbled("三加四等于八所以答案是八不对再算一次。" * 3, "stop", "三加四") == (
+        "repeats itself"
+    ), "Chinese has no spaces"
 
 
 def test_bad_combinations_are_refused(tmp_path):
@@ -350,6 +353,14 @@ def test_heat_follows_the_split():
     )
     assert asked == [("It is 1.", 1.0), ("It is 1. So 3.", 1.1)]
     assert pair["rejected"] == " So 3. The answer is: 7"
+
+
+def test_an_answer_of_the_right_steps_is_not_the_continuations():
+    right = "1 + 2 = \\boxed{3}\nThe answer is: 9"
+    pairs, _ = astray("lines", right, ["3 + 4 = 7. The answer is 7."])
+    assert not pairs
+    [pair], _ = astray("lines", right, ["3 + 4 = \\boxed{7}"])
+    assert pair["rejected"] == "3 + 4 = \\boxed{7}"
 
 
 THREE = "a = 1\nb = 2\nThe answer is: 9"
