@@ -28,15 +28,15 @@ quickstart: setup
 	touch .venv/tests
 
 # two at a time, a core each; tests that share something costly to make are one group
-SLOW := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind .venv/bin/python -m pytest -q -n 2 --dist loadgroup --durations=15
+PYTEST := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind .venv/bin/python -m pytest -q -n 2 --dist loadgroup --durations=15
 
-test: test-quick
+test: .venv/tests
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check --quiet .
-	$(SLOW) -m "slow and not long"
+	$(PYTEST) -m "not long"
 
 test-all: test
-	$(SLOW) -m long
+	$(PYTEST) -m long
 
 test-quick: .venv/tests
-	.venv/bin/python -m pytest -q -n 2 -m "not slow"
+	$(PYTEST) -m "not slow"

@@ -1,14 +1,16 @@
 """Fixtures: the stages as modules, a small random model, and one vLLM server for the whole
 session."""
 
+import ast
 import contextlib
 import ctypes
-import importlib
+import importlib.util
 import io
 import json
 import os
 import random
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,8 +24,7 @@ import httpx
 import psutil
 import pytest
 import torch
-import tyro
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "data" / "tiny"
@@ -46,22 +47,18 @@ def stage(number: int):
 
 
 def run(
-    script: int | str, *arguments, check: bool = True, here: bool = False, **options
+    script: int | str, *arguments, check: bool = True, **options
 ) -> subprocess.CompletedProcess:
     """Run a stage, or a script of analysis/ or experiments/, as a user does; on an unexpected exit
-    status show what it said. 04, these scripts, and what is given `options` of subprocess.run()
-    have a process; the others run here, ten times faster."""
+    status show what it said. What is given `options` of subprocess.run() has a process; all else
+    runs here, ten times faster."""
     command, done = list(map(str, arguments)), None
-    if here or script in (1, 2, 3, 5) and not options:
+    if not options:
         with contextlib.suppress(OtherEngine):
-            done = run_here(script, command)
+            done = run_here(module_of(script), command)
     if not done:
-        rooms = [ROOT] if script in STAGES else [ROOT / "analysis", ROOT / "experiments"]
-        [path] = [
-            path for room in rooms if (path := room / f"{STAGES.get(script, script)}.py").exists()
-        ]
         done = subprocess.run(
-            [sys.executable, str(path), *command],
+            [sys.executable, module_of(script).__file__, *command],
             capture_output=True,
             text=True,
             cwd=ROOT,
@@ -73,27 +70,66 @@ def run(
     return done
 
 
-def run_here(number: int, command: list[str]) -> subprocess.CompletedProcess:
-    """A stage in this process; one that would start an engine of the bundled model gets that of the
-    session."""
-    module, out, err, status = stage(number), io.StringIO(), io.StringIO(), 0
+def module_of(script: int | str):
+    return importlib.import_module(STAGES.get(script, script))
+
+
+def run_here(module, command: list[str]) -> subprocess.CompletedProcess:
+    """A script in this process: what stands under its `if __name__ == "__main__"`. One that would
+    start an engine of the bundled model gets that of the session."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    main = ast.Module(ast.parse(Path(module.__file__).read_text()).body[-1].body, [])
+    for value in list(vars(module).values()):
+        if value.__class__.__name__ == "_lru_cache_wrapper":  # what it warned of once
+            value.cache_clear()
+    engine = partial(shared_engine, getattr(module, "Engine", None))
     with (
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         contextlib.chdir(ROOT),
-        mock.patch.object(sys, "argv", [f"{STAGES[number]}.py", *command]),
-        mock.patch.object(
-            module, "Engine", partial(shared_engine, getattr(module, "Engine", None)), create=True
-        ),
+        mock.patch.object(sys, "argv", [module.__file__, *command]),
+        mock.patch.object(module, "Engine", engine, create=True),
+        mock.patch.object(module, "run_script", run_script, create=True),
+        # 04 would end the one of vLLM
+        mock.patch.object(PartialState, "destroy_process_group", lambda *_: None),
     ):
         try:
-            module.main(tyro.cli(module.Args))
+            exec(compile(main, module.__file__, "exec"), vars(module))
         except SystemExit as end:
-            status = end.code
+            status = end.code or 0
+            if isinstance(status, str):
+                err.write(status)
+                status = 1
         finally:
-            # 04 leaves one that no other may have
+            # what the end of a process of 04 gives back
             AcceleratorState._reset_state(reset_partial_state=True)
+            if lock := getattr(getattr(module, "lock_out", None), "file", None):
+                lock.close()
     return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
+
+
+def run_edited(folder, number: int, old: str, new: str, *arguments):
+    """Run a copy of a stage in which `old` became `new`, in this process."""
+    source = (ROOT / f"{STAGES[number]}.py").read_text()
+    assert source.count(old) == 1
+    script = folder / f"{STAGES[number]}.py"
+    script.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    module = importlib.util.module_from_spec(spec)
+    with mock.patch.dict(sys.modules, {script.stem: module}):
+        spec.loader.exec_module(module)
+        return run_here(module, list(map(str, arguments)))
+
+
+def run_script(path: str, *arguments):
+    """What processbench.py starts, here."""
+    name = Path(path).stem
+    numbers = {script: number for number, script in STAGES.items()}
+    done = run_here(module_of(numbers.get(name, name)), list(map(str, arguments)))
+    sys.stdout.write(done.stdout)
+    sys.stderr.write(done.stderr)
+    if done.returncode:
+        sys.exit(done.returncode)
 
 
 class OtherEngine(Exception):
@@ -135,7 +171,7 @@ def run_killed(number: int, *arguments, journal: Path, kills: int, seed: int, to
             time.sleep(0.01)
         time.sleep(moments.random() * 0.3)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL, "it had ended by itself"
         if torn:
             with open(journal, "ab") as file:
                 file.write(torn)
@@ -166,20 +202,30 @@ def started():
         process.wait(30)
 
 
-SHARED = {"server", "files", "samples", "world"}  # fixtures that are costly to make
+SHARED = {"files", "samples", "world"}  # fixtures that are costly to make
+LONGEST = ("quickstart_recipe", "two_models", "kill_at_any_moment")
 
 
 def pytest_itemcollected(item):
     """Tests that share something costly, or look at all processes, go to one worker (--dist
     loadgroup)."""
-    if SHARED & set(getattr(item, "fixturenames", ())) or "test_code" in item.nodeid:
+    fixtures = set(getattr(item, "fixturenames", ()))
+    if "server" in fixtures or "test_server" in item.nodeid:
+        item.add_marker(pytest.mark.xdist_group("server"))
+    elif SHARED & fixtures or "test_code" in item.nodeid:
         item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """The groups first: they take longest."""
-    items.sort(key=lambda item: not any(item.iter_markers("xdist_group")))
+    """The groups first, then what takes longest alone."""
+
+    def rank(item):
+        if any(item.iter_markers("xdist_group")):
+            return 0
+        return 1 if any(name in item.name for name in LONGEST) else 2
+
+    items.sort(key=rank)
 
 
 def read(path) -> list[dict]:
@@ -265,11 +311,31 @@ def serving_code(model, log: Path, *options: str):
         process.wait()
 
 
-@pytest.fixture(scope="module")  # one that waits for requests takes half a core
-def server(tmp_path_factory):
+PENALTIES = {
+    "repetition_penalty": 1.05,
+    "top_k": 20,
+    "top_p": 0.8,
+    "temperature": 0.7,
+    "do_sample": True,
+    "eos_token_id": 2,
+}
+
+
+@pytest.fixture(scope="session")
+def penalized(tmp_path_factory):
+    """The bundled model with a generation_config.json that no stage may sample by."""
+    folder = tmp_path_factory.mktemp("penalized") / "model"
+    shutil.copytree(TINY / "model", folder)
+    (folder / "generation_config.json").write_text(json.dumps(PENALTIES))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(penalized, tmp_path_factory):
     """Arguments that point stages 01 to 03 at one real vLLM server with the bundled model."""
     log = tmp_path_factory.mktemp("server") / "server.log"
-    with serving(TINY / "model", log, "--max-num-seqs", "256") as (url, key):
+    options = ["--generation-config", "auto", "--served-model-name", str(TINY / "model")]
+    with serving(penalized, log, "--max-num-seqs", "256", *options) as (url, key):
         os.environ["OPENAI_API_KEY"] = key
         yield ["--base-url", url, "--model", str(TINY / "model")]
 

@@ -36,7 +36,7 @@ MODEL = {number: "--models" if number == 5 else "--model" for number in INPUT}
 
 def refused(number: int, tmp_path, *arguments) -> str:
     out = tmp_path / "out" / "file.jsonl"
-    done = run(number, *arguments, "--out", out, check=False, here=True)
+    done = run(number, *arguments, "--out", out, check=False)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert not [
@@ -413,9 +413,7 @@ def test_templates_that_are_not_there_or_fail(tmp_path):
     "option, word",
     [("--no-such-option", "no-such-option"), ("--max-model-len 9000000", "max_model_len")],
 )
-def test_engine_that_does_not_start(option, word, tmp_path):
-    (tmp_path / "in.jsonl").write_text(json.dumps(GOOD) + "\n")
-    arguments = ["--data", tmp_path / "in.jsonl", "--model", TINY / "model"]
-    arguments += [f"--engine-args={option}"]
-    said = message(refused(1, tmp_path, *arguments))
-    assert word in said
+def test_engine_that_does_not_start(option, word, capsys):
+    with pytest.raises(SystemExit) as ended:
+        stage(1).Engine(str(TINY / "model"), option, 0)
+    assert ended.value.code == 2 and word in message(capsys.readouterr().err)

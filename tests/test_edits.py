@@ -2,11 +2,9 @@
 grown input is welcome."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, STAGES, TINY, read, run
+from conftest import TINY, read, run, run_edited
 from test_train import write_pairs
 
 EDITS = {  # of 01: what is edited, and what the message names
@@ -31,16 +29,6 @@ def samples(bundled, tmp_path_factory):
     arguments = ["--data", problems, *bundled, "--out", folder / "samples.jsonl"]
     run(1, *arguments)
     return folder / "samples.jsonl", arguments
-
-
-def run_edited(folder, number: int, old: str, new: str, *arguments):
-    """Run a copy of a stage in which `old` became `new`."""
-    source = (ROOT / f"{STAGES[number]}.py").read_text()
-    assert source.count(old) == 1
-    script = folder / f"{STAGES[number]}.py"
-    script.write_text(source.replace(old, new))
-    command = [sys.executable, str(script), *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.mark.slow

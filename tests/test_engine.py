@@ -119,6 +119,7 @@ def test_concurrency_keeps_the_seats_full(vllm):
     assert stage(1).in_flight(args, vllm, 20) == 7
 
 
+@pytest.mark.long
 def test_samples_of_an_engine_that_alone_is_seeded_do_not_repeat_after_kills(tmp_path):
     """As on CUDA with top-p. A run of --until-both that is killed after each sample would, with the
     same seed of the engine, draw the same one for ever."""
@@ -163,7 +164,7 @@ def test_two_models_in_one_process_and_in_two(tmp_path):
         assert keyed(path, "id", "sample") == keyed(
             tmp_path / "two" / "validation" / path.name, "id", "sample"
         )
-    again = run(5, *common, "--out", tmp_path / "two", "--own-process", env=os.environ)
+    again = run(5, *common, "--out", tmp_path / "two", "--own-process")
     assert "starting vLLM" not in again.stderr
     common = [*common[:-1], "--engine-args=--no-such-option", "--own-process"]
     done = run(5, *common, "--out", tmp_path / "x", check=False, env=os.environ)
@@ -251,7 +252,10 @@ def killed(process: subprocess.Popen) -> list[psutil.Process]:
     return family
 
 
-@pytest.mark.parametrize("number", COMMANDS)
+# the engine and the grader of the others are copies
+@pytest.mark.parametrize(
+    "number", [1, *(pytest.param(number, marks=pytest.mark.long) for number in (2, 3, 5))]
+)
 def test_kill_leaves_nothing(started, number, tmp_path):
     """kill -9 when the grading workers have begun: vLLM is in the stage's own process."""
     started.append(process := start(number, tmp_path))
@@ -262,13 +266,6 @@ def test_kill_leaves_nothing(started, number, tmp_path):
     )
     family = killed(process)
     assert family or number == 3
-
-
-def test_kill_while_vllm_starts_leaves_nothing(started, tmp_path):
-    started.append(process := start(1, tmp_path))
-    wait_for(process, "starting vLLM")
-    time.sleep(3)
-    killed(process)
 
 
 @pytest.mark.long

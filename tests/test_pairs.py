@@ -187,7 +187,7 @@ def test_scdpo_pairs_survive_kills_and_follow_their_form(samples, server, tmp_pa
     arguments = ["--method", "scdpo", "--samples", samples, *SHORT, *server]
     done = run(3, *arguments, "--out", tmp_path / "whole.jsonl")
     cut = [*arguments, "--out", tmp_path / "cut.jsonl"]
-    run_killed(3, *cut, "--concurrency", 4, journal=tmp_path / "cut.tries.jsonl", kills=5, seed=3)
+    run_killed(3, *cut, "--concurrency", 4, journal=tmp_path / "cut.tries.jsonl", kills=2, seed=3)
     run(3, *arguments, "--out", tmp_path / "cut.jsonl")
     pairs = read(tmp_path / "whole.jsonl")
     assert read(tmp_path / "cut.jsonl") == pairs and len(pairs) > 5 and "yield" in done.stdout

@@ -329,34 +329,38 @@ def test_a_servers_scores_are_counted(pooling, tmp_path, capsys):
     assert "score_steps.py: error: --base-url" in done.stderr
 
 
+MARK = AutoTokenizer.from_pretrained(PRM).convert_tokens_to_ids("<extra_0>")
+POOLER = {"tok_pooling_type": "STEP", "step_tag_id": MARK}
+
+
+def pooled(tmp_path, pooler: dict, check: bool):
+    """score_steps.py's run, by a real server, which knows Qwen's class."""
+    labelled(tmp_path / "labels.jsonl", 20)
+    options = ["--pooler-config", json.dumps(pooler)]
+    with (
+        serving(PRM, tmp_path / "server.log", *options) as (url, key),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("PRM_API_KEY", key)
+        arguments = [tmp_path / "labels.jsonl", "--prm", PRM, "--base-url", url]
+        return run("score_steps", *arguments, "--out", tmp_path / "there.jsonl", check=check)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_vllms_default_mark_is_named(tmp_path):
+    done = pooled(tmp_path, {"tok_pooling_type": "STEP"}, check=False)
+    assert done.returncode == 2
+    assert f"--pooler-config '{json.dumps(POOLER)}'" in done.stderr
+    assert "0 scores" in done.stderr
+
+
 @pytest.mark.slow
 def test_vllm_pools_the_same_scores(tmp_path):
-    """The bundled model by a real server, which knows Qwen's class, started as score_steps.py says;
-    and with the default step_tag_id."""
-    labelled(tmp_path / "labels.jsonl", 20)
+    """The bundled model by a server that was started as score_steps.py says."""
+    pooled(tmp_path, POOLER, check=True)
     arguments = [tmp_path / "labels.jsonl", "--prm", PRM]
     run("score_steps", *arguments, "--out", tmp_path / "here.jsonl")
-    mark = AutoTokenizer.from_pretrained(PRM).convert_tokens_to_ids("<extra_0>")
-    right, default = {"tok_pooling_type": "STEP", "step_tag_id": mark}, {"tok_pooling_type": "STEP"}
-    for name, pooler in (("there", right), ("default", default)):
-        options = ["--pooler-config", json.dumps(pooler)]
-        with (
-            serving(PRM, tmp_path / "server.log", *options) as (url, key),
-            pytest.MonkeyPatch.context() as patch,
-        ):
-            patch.setenv("PRM_API_KEY", key)
-            done = run(
-                "score_steps",
-                *arguments,
-                "--base-url",
-                url,
-                "--out",
-                tmp_path / f"{name}.jsonl",
-                check=name == "there",
-            )
-    assert done.returncode == 2
-    assert f"--pooler-config '{json.dumps(right)}'" in done.stderr
-    assert "0 scores" in done.stderr
     here, there = (read(tmp_path / f"{name}.jsonl") for name in ("here", "there"))
     assert len(here) == len(there) == 20
     for ours, theirs in zip(here, there, strict=True):

@@ -3,12 +3,10 @@ reproducibility."""
 
 import json
 import os
-import shutil
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, keyed, read, run, run_killed, serving, stage
+from conftest import ROOT, TINY, keyed, read, run, run_killed, stage
 
 pytestmark = pytest.mark.slow
 SHARED = ROOT.parent / "shared" / "data"
@@ -101,7 +99,6 @@ def test_rows_follow_the_contracts(files):
 def test_located_step_is_mostly_the_true_one(files):
     """The first step whose result differs from the reference's; 60 problems give a coarse figure,
     the README the fine one."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
     from locator_accuracy import true_error
 
     rows = [row for row in read(files / "located.jsonl") if row["error_step"] and true_error(row)]
@@ -117,7 +114,7 @@ def test_kill_and_restart(files, server, tmp_path, number):
     name = {1: "samples.jsonl", 2: "located.jsonl", 3: "pairs.jsonl"}[number]
     journal = tmp_path / ("pairs.tries.jsonl" if number == 3 else name)
     run_killed(
-        number, *arguments, journal=journal, kills=6, seed=number, torn=b'{"id": "torn", "sam'
+        number, *arguments, journal=journal, kills=2, seed=number, torn=b'{"id": "torn", "sam'
     )
     run(number, *arguments)
     key = ("id", "sample", "chosen") if number == 3 else ("id", "sample")
@@ -173,35 +170,12 @@ def test_unfinished_samples_are_not_the_wrong_one(bundled, tmp_path):
     assert len({row["id"] for row in read(tmp_path / "p.jsonl")}) == both
 
 
-PENALTIES = {
-    "repetition_penalty": 1.05,
-    "top_k": 20,
-    "top_p": 0.8,
-    "temperature": 0.7,
-    "do_sample": True,
-    "eos_token_id": [0],
-}
-
-
-def test_the_models_generation_config_does_not_sample(bundled, tmp_path):
-    """Qwen2-Instruct's penalizes repetition, in greedy text too. With the file and without it the
-    text is the same, from the engine that 05 starts and from a server that was started
-    otherwise."""
-    config = json.loads((TINY / "model" / "config.json").read_text())
-    shutil.copytree(TINY / "model", tmp_path / "penalized")
-    eos = config["eos_token_id"] if isinstance(config.get("eos_token_id"), int) else 0
-    (tmp_path / "penalized" / "generation_config.json").write_text(
-        json.dumps({**PENALTIES, "eos_token_id": eos})
-    )
+def test_the_models_generation_config_does_not_sample(bundled, penalized, tmp_path):
+    """Qwen2-Instruct's penalizes repetition, in greedy text too. With the file and without it 05's
+    engine gives the same text; the server of the other tests has the file."""
     arguments = ["--data", TINY / "validation.jsonl", "--limit", 24, "--max-tokens", 200]
-    penalized = str(tmp_path / "penalized")
     run(5, *arguments, "--models", bundled[1], "--out", tmp_path / "plain")  # has no such file
     run(5, *arguments, "--models", penalized, "--out", tmp_path / "own")
-    with serving(penalized, tmp_path / "server.log", "--generation-config", "auto") as (url, key):
-        environment = os.environ | {"OPENAI_API_KEY": key}
-        options = [*arguments, "--models", penalized, "--base-url", url]
-        options += ["--out", tmp_path / "running"]
-        run(5, *options, env=environment)
     texts = {}
     for path in tmp_path.glob("*/validation/*.jsonl"):
         texts[path.parent.parent.name] = {row["id"]: row["response"] for row in read(path)}
@@ -211,8 +185,7 @@ def test_the_models_generation_config_does_not_sample(bundled, tmp_path):
             0.0,
             1.0,
         )
-    assert len(texts) == 3 and len(next(iter(texts.values()))) == 24
-    assert texts["own"] == texts["running"] == texts["plain"]
+    assert len(texts) == 2 and len(texts["own"]) == 24 and texts["own"] == texts["plain"]
 
 
 def test_every_stage_renders_the_same_prefix(server):
