@@ -552,7 +552,8 @@ def read_samples(path: Path, fields: tuple[str, ...], args) -> list[dict]:
             stop(f"{path}, row {number}: an earlier row has another problem with id {row['id']!r}")
         if places.setdefault((row["id"], row["sample"]), number) != number:
             stop(
-                f"{path}, row {number}: an earlier row has the same id and sample; number them anew"
+                f"{path}, row {number}: an earlier row has the same id and sample; leave one out, "
+                "or give the samples of a problem different numbers"
             )
         if split_steps("".join(row["steps"]), args.split, args.opening) != row["steps"]:
             stop(

@@ -406,9 +406,9 @@ WORD_OR_CHARACTER = re.compile(r"[一-鿿]|[^\s一-鿿]+")  # Chinese has no spa
 
 
 def garbled(text: str, finish_reason: str, like: str) -> str:
-    """Why a continuation is no solution, "" if it is one: not finished; a run of eight words, or
-    of 16 Chinese characters, three times; or more than 2 % of characters that are neither ASCII nor
-    in `like` (problem and right solution) nor, where that is Chinese, Chinese."""
+    """Why a continuation is no solution, "" if it is one: not finished; a run of eight words three
+    times; or more than 2 % of characters that are neither ASCII nor in `like` (problem and right
+    solution). Where `like` has Chinese, a run is 16 words or characters, and Chinese is not odd."""
     if finish_reason != "stop":
         return "not finished"
     chinese = re.search("[一-鿿]", like)
@@ -1945,7 +1945,8 @@ def read_samples(path: Path, fields: tuple[str, ...], args) -> list[dict]:
             stop(f"{path}, row {number}: an earlier row has another problem with id {row['id']!r}")
         if places.setdefault((row["id"], row["sample"]), number) != number:
             stop(
-                f"{path}, row {number}: an earlier row has the same id and sample; number them anew"
+                f"{path}, row {number}: an earlier row has the same id and sample; leave one out, "
+                "or give the samples of a problem different numbers"
             )
         if split_steps("".join(row["steps"]), args.split, args.opening) != row["steps"]:
             stop(

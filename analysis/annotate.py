@@ -77,7 +77,8 @@ def math_safe(text: str) -> str:
 
 class Verdicts:
     """What was clicked, by row: the number of a step, "none", "unsure" or "skip". OUT.clicks.jsonl
-    is the journal from which OUT is written at each click."""
+    is the journal from which OUT is written at each click; rows of OUT that are not shown (with a
+    smaller --limit) stay."""
 
     def __init__(self, rows: list[dict], out: Path, annotator: str):
         journal = out.with_suffix(".clicks.jsonl")
@@ -101,7 +102,10 @@ class Verdicts:
                     "give another --out"
                 )
             self.said[key] = click["said"]
-        self.write()  # a kill may have come between a click and OUT
+        old = LOCATE.read_rows(out, ("id", "sample")) if out.exists() and out.stat().st_size else []
+        self.hidden = [row for row in old if LOCATE.identity(row) not in steps]
+        if self.said:
+            self.write()  # a kill may have come between a click and OUT
 
     def of(self, row: dict):
         return self.said.get(LOCATE.identity(row), "skip")
@@ -126,15 +130,9 @@ class Verdicts:
         return self.next_open(place + 1)
 
     def write(self):
-        """OUT: its rows that are not shown in this run (--limit was larger), and those clicked."""
+        """OUT: the rows that it had and this run does not show, and those clicked."""
         reasons = {"none": f"{LOCATE.NO_ERROR} by hand", "unsure": "unsure"}
-        shown = {LOCATE.identity(row) for row in self.rows}
-        there = self.out.read_text(encoding="utf-8") if self.out.exists() else ""
-        lines = [
-            line
-            for line in there.splitlines(True)
-            if LOCATE.identity(json.loads(line)) not in shown
-        ]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.hidden]
         for row in self.rows:
             what = self.of(row)
             if what == "skip":

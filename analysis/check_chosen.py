@@ -105,7 +105,7 @@ def main(args: Args):
     names = ("judge_model", "judge_temperature", "judge_max_tokens", "neutral", "retries", "seed")
     names += ("split", "opening")
     settings = {"stage": "check_chosen", **{name: getattr(args, name) for name in names}}
-    settings["prompt"] = LOCATE.JUDGE_PROMPT
+    settings |= {"prompt": LOCATE.JUDGE_PROMPT, "pair_id": "sha256"}
     spent = Counter()
     verdicts_path = args.out.with_suffix(".verdicts.jsonl")
     with contextlib.closing(LOCATE.Output(verdicts_path, settings)) as checked:

@@ -30,6 +30,7 @@ given, and OUT/NAME.located.jsonl its own, for locator_scores.py. For a process 
 threshold is chosen on gsm8k, as in the paper, too. The same command run again resumes."""
 
 import asyncio
+import contextlib
 import hashlib
 import importlib
 import json
@@ -144,7 +145,7 @@ def is_unsure(row: dict) -> bool:
 def sample_rows(path: Path) -> list[dict]:
     """Labelled solutions as the samples that 02 reads, with `label`: the 0-based first wrong step,
     -1 for none."""
-    samples = []
+    samples, seen = [], Counter()
     for number, row in enumerate(LOCATE.read_rows(path, ("problem", "steps")), 1):
         label, steps = label_of(row), row["steps"]
         if label is None:
@@ -157,9 +158,11 @@ def sample_rows(path: Path) -> list[dict]:
         if "".join(steps) != row.get("response"):
             # paragraphs, as in ProcessBench: written as --split blank-lines cuts them
             steps = [re.sub(r"\n\s*\n", "\n", step.strip()) + "\n\n" for step in steps]
+        name = row.get("id", row["problem"])
+        seen[name] += 1
         sample = {
-            "id": row["problem"],
-            "sample": 0,
+            "id": name,
+            "sample": seen[name] - 1,  # a file may have several solutions of a problem
             "finish_reason": "stop",
             "correct": row.get("final_answer_correct", label < 0),
             **row,
@@ -251,9 +254,9 @@ def by_critic(args: Args, labels: Path, out: Path):
     sample_rows(labels)  # stops at a row without a label; the critic reads the steps as they are
     rows = LOCATE.read_rows(labels, ("id", "problem", "steps"))
     rows = [row | {"label": label_of(row)} for row in rows if not is_unsure(row)]
-    output = LOCATE.Output(out, settings)
-    asyncio.run(criticize(args, rows, output))
-    output.save_meta(finished=True)
+    with contextlib.closing(LOCATE.Output(out, settings)) as output:
+        asyncio.run(criticize(args, rows, output))
+        output.save_meta(finished=True)
 
 
 def run_script(name: str, *options):

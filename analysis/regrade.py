@@ -190,18 +190,21 @@ def match_all(golds: list[str], answers: list[str], symbolic) -> bool | None:
     return True if all(True in line for line in lines) else None
 
 
-def paper_verdict(gold: str, answers: tuple[str, ...], symbolic) -> bool | None:
-    """Of a response's answers the last counts, or the last few where the gold is a list and they
-    are single things."""
-    gold, golds = paper_strip(gold), None
+def paper_sides(gold: str, answers: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """The gold answers, and those of a response that count: the last, or the last few where the
+    gold is a list and they are single things."""
+    golds = [paper_strip(gold)]
     if (
         len(answers) > 1
         and "," not in answers[-1]
-        and not re.search(r"[()\[\]]|^-?\d{1,3}(?:,\d{3})+$", gold)
+        and not re.search(r"[()\[\]]|^-?\d{1,3}(?:,\d{3})+$", golds[0])
     ):
-        golds = gold.split(",")
-    answers = list(dict.fromkeys(answers))
-    return match_all(golds or [gold], answers[-len(golds or [gold]) :], symbolic)
+        golds = golds[0].split(",")
+    return golds, list(dict.fromkeys(answers))[-len(golds) :]
+
+
+def paper_verdict(gold: str, answers: tuple[str, ...], symbolic) -> bool | None:
+    return match_all(*paper_sides(gold, answers), symbolic)
 
 
 def quick_paper(gold: str, answers: tuple[str, ...]) -> bool | None:
@@ -313,7 +316,8 @@ def judged_by(verdict: str, row: dict) -> dict:
     """The row with `correct` and `prediction` of one verdict: a vote is for what its rule reads."""
     prediction = row["prediction"]
     if verdict == "paper":
-        prediction = ", ".join(answers_by_paper(row)) or None
+        _, answers = paper_sides(str(row["answer"]), answers_by_paper(row))
+        prediction = ", ".join(answers) or None
     elif verdict == "scdpo":
         prediction = EVAL.extract_answer(row["response"])
     return {**row, "correct": row[VERDICTS[verdict]], "prediction": prediction}
@@ -373,29 +377,27 @@ async def regrade(path: Path) -> list[dict]:
 
 
 def regrade_folder(folder: Path, base: str) -> tuple[dict, dict, dict]:
-    """Groups, rows by benchmark and model, and settings of a folder of results. The groups are
-    those of its last summary, or without one those of the files; the label `base` comes first."""
+    """Groups, rows by benchmark and model, and settings of a folder of results; the label `base`
+    comes first."""
     paths = sorted(folder.glob("*/*.jsonl"))
     if not paths:
         EVAL.stop(f"{folder}: no BENCHMARK/MODEL.jsonl there; give the --out of 05_eval.py")
-    benchmarks, settings, places = {}, {}, {}
+    benchmarks, places, settings = {}, {}, {}
     for path in paths:
         rows = asyncio.run(regrade(path))
         meta_path = Path(f"{path}.meta.json")
         meta = json.loads(meta_path.read_text()) if meta_path.is_file() else {}
-        settings = meta.get("settings", settings)
         model = str(rows[0].get("model", path.stem))
         places[model] = (meta.get("number", 0), meta.get("label", model))
+        settings[model] = meta.get("settings", {})
         benchmarks.setdefault(path.parent.name, {})[model] = rows
-    summary, groups = folder / "summary.json", {}
-    if summary.exists():  # other models in the folder are of earlier runs
-        groups = json.loads(summary.read_text(encoding="utf-8"))["groups"]
-    else:
-        for model in sorted(places, key=places.get):
-            groups.setdefault(places[model][1], []).append(model)
+    groups = groups_of(folder, places)
     if base and base not in groups:
         EVAL.stop(f"--base {base}: give a label that is there: {', '.join(sorted(groups))}")
-    groups = dict(sorted(groups.items(), key=lambda group: group[0] != base))
+    numbers = {label: places[models[0]][0] for label, models in groups.items()}
+    groups = {
+        label: groups[label] for label in sorted(groups, key=lambda x: (x != base, numbers[x]))
+    }
     models = sum(groups.values(), [])
     for name, by_model in benchmarks.items():
         missing = set(models) - set(by_model)
@@ -405,7 +407,22 @@ def regrade_folder(folder: Path, base: str) -> tuple[dict, dict, dict]:
                 "every model needs every benchmark"
             )
         benchmarks[name] = {model: by_model[model] for model in models}
-    return groups, benchmarks, settings
+    return groups, benchmarks, settings[models[0]]
+
+
+def groups_of(folder: Path, places: dict[str, tuple[int, str]]) -> dict[str, list[str]]:
+    """The models by label: those of 05's last run, since others with the same label may be in the
+    folder; where its summary does not say it, all. `places`: number and label of each model."""
+    try:
+        groups = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["groups"]
+        if others := sorted(set(places) - set(sum(groups.values(), []))):
+            print(f"left out, not of the run in summary.json: {', '.join(others)}", file=sys.stderr)
+        return groups
+    except (OSError, ValueError, KeyError):
+        groups = {}
+        for model in sorted(places, key=places.get):
+            groups.setdefault(places[model][1], []).append(model)
+        return groups
 
 
 def table_of(name: str, by_model: dict[str, list[dict]]) -> dict[str, list[list[dict]]]:

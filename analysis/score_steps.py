@@ -25,6 +25,7 @@ Which public models work: docs/locators.md. The same command run again resumes.
 """
 
 import asyncio
+import contextlib
 import importlib
 import json
 import sys
@@ -351,12 +352,12 @@ def main(args: Args):
     }
     made = LOCATE.made_with(args.samples)
     passed_on = {name: made[name] for name in LOCATE.FORMAT if name in made}  # 02 compares it
-    output = LOCATE.Output(path, settings, passed_on=passed_on)
-    check_resumed(args, path, output.rows, rows)
     count = Counter()
-    if len(output.rows) < len(rows):
-        count = asyncio.run(score_all(args, reader, rows, output))
-    output.save_meta(finished=True, summary=count)
+    with contextlib.closing(LOCATE.Output(path, settings, passed_on=passed_on)) as output:
+        check_resumed(args, path, output.rows, rows)
+        if len(output.rows) < len(rows):
+            count = asyncio.run(score_all(args, reader, rows, output))
+        output.save_meta(finished=True, summary=count)
     counts = ", ".join(f"{name} {number}" for name, number in count.items())
     print(f"{path}: {len(rows)} rows, {counts}")
     if not any(row["step_scores"] for row in output.rows):

@@ -4,6 +4,7 @@ session."""
 import ast
 import contextlib
 import ctypes
+import functools
 import importlib.util
 import io
 import json
@@ -24,7 +25,7 @@ import httpx
 import psutil
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "data" / "tiny"
@@ -74,11 +75,22 @@ def module_of(script: int | str):
     return importlib.import_module(STAGES.get(script, script))
 
 
+@functools.cache
+def main_block(path: str):
+    return compile(ast.Module(ast.parse(Path(path).read_text()).body[-1].body, []), path, "exec")
+
+
+def accelerate_ends():
+    """What the end of a process gives back: another training may start otherwise."""
+    GradientState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def run_here(module, command: list[str]) -> subprocess.CompletedProcess:
     """A script in this process: what stands under its `if __name__ == "__main__"`. One that would
     start an engine of the bundled model gets that of the session."""
     out, err, status = io.StringIO(), io.StringIO(), 0
-    main = ast.Module(ast.parse(Path(module.__file__).read_text()).body[-1].body, [])
+    accelerate_ends()
     for value in list(vars(module).values()):
         if value.__class__.__name__ == "_lru_cache_wrapper":  # what it warned of once
             value.cache_clear()
@@ -94,15 +106,14 @@ def run_here(module, command: list[str]) -> subprocess.CompletedProcess:
         mock.patch.object(PartialState, "destroy_process_group", lambda *_: None),
     ):
         try:
-            exec(compile(main, module.__file__, "exec"), vars(module))
+            exec(main_block(module.__file__), vars(module))
         except SystemExit as end:
             status = end.code or 0
             if isinstance(status, str):
                 err.write(status)
                 status = 1
         finally:
-            # what the end of a process of 04 gives back
-            AcceleratorState._reset_state(reset_partial_state=True)
+            accelerate_ends()
             if lock := getattr(getattr(module, "lock_out", None), "file", None):
                 lock.close()
     return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
@@ -116,7 +127,8 @@ def run_edited(folder, number: int, old: str, new: str, *arguments):
     script.write_text(source.replace(old, new))
     spec = importlib.util.spec_from_file_location(script.stem, script)
     module = importlib.util.module_from_spec(spec)
-    with mock.patch.dict(sys.modules, {script.stem: module}):
+    loaded = mock.patch.dict(sys.modules, {script.stem: module})
+    with loaded, mock.patch.object(sys, "dont_write_bytecode", True):
         spec.loader.exec_module(module)
         return run_here(module, list(map(str, arguments)))
 
@@ -145,6 +157,8 @@ def shared_engine(start, model: str, options: str = "", seed: int = 0):
     if not ENGINES:
         ENGINES.append(start(model, "--max-num-seqs 256 --max-model-len 4096", seed=0))
         ENGINES[0].close = lambda: None
+        for name in ("LOCAL_WORLD_SIZE", "LD_PRELOAD"):  # vLLM sets them; 04 reads the first
+            os.environ.pop(name, None)
     return ENGINES[0]
 
 
@@ -210,7 +224,7 @@ def pytest_itemcollected(item):
     """Tests that share something costly, or look at all processes, go to one worker (--dist
     loadgroup)."""
     fixtures = set(getattr(item, "fixturenames", ()))
-    if "server" in fixtures or "test_server" in item.nodeid:
+    if "server" in fixtures or "test_server" in item.nodeid or "test_pairs" in item.nodeid:
         item.add_marker(pytest.mark.xdist_group("server"))
     elif SHARED & fixtures or "test_code" in item.nodeid:
         item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
@@ -332,7 +346,8 @@ def penalized(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def server(penalized, tmp_path_factory):
-    """Arguments that point stages 01 to 03 at one real vLLM server with the bundled model."""
+    """Arguments that point stages 01 to 03 at one real vLLM server with the bundled model; what
+    this would sample by itself is not what a stage asks for."""
     log = tmp_path_factory.mktemp("server") / "server.log"
     options = ["--generation-config", "auto", "--served-model-name", str(TINY / "model")]
     with serving(penalized, log, "--max-num-seqs", "256", *options) as (url, key):

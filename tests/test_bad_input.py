@@ -409,11 +409,11 @@ def test_templates_that_are_not_there_or_fail(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "option, word",
-    [("--no-such-option", "no-such-option"), ("--max-model-len 9000000", "max_model_len")],
-)
-def test_engine_that_does_not_start(option, word, capsys):
+def test_engine_that_does_not_start(tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text(json.dumps(GOOD) + "\n")
+    arguments = ["--data", tmp_path / "in.jsonl", "--model", TINY / "model"]
+    arguments += ["--engine-args=--no-such-option"]
+    assert "no-such-option" in message(refused(1, tmp_path, *arguments))
     with pytest.raises(SystemExit) as ended:
-        stage(1).Engine(str(TINY / "model"), option, 0)
-    assert ended.value.code == 2 and word in message(capsys.readouterr().err)
+        stage(1).Engine(str(TINY / "model"), "--max-model-len 9000000", 0)
+    assert ended.value.code == 2 and "max_model_len" in message(capsys.readouterr().err)

@@ -716,25 +716,39 @@ def test_regrade_reports_the_models_of_the_last_run(tmp_path):
     results(tmp_path, seeds=2)
     groups = {"tuned": ["tuned-1"], "base": ["base"]}
     (tmp_path / "summary.json").write_text(json.dumps({"groups": groups}))
-    found, benchmarks, _ = regrade.regrade_folder(tmp_path, "base")
+    found, benchmarks, _ = regrade.regrade_folder(tmp_path, "")  # the summary of another --base
     assert list(found.items()) == [("base", ["base"]), ("tuned", ["tuned-1"])]
     assert list(benchmarks["sums"]) == ["base", "tuned-1"]
+    (tmp_path / "summary.json").write_text('{"groups": ')  # torn
+    assert regrade.regrade_folder(tmp_path, "tuned")[0] == {
+        "tuned": ["tuned-0", "tuned-1"],
+        "base": ["base"],
+    }
 
 
-@pytest.mark.parametrize("verdict, reads", [("paper", "6"), ("scdpo", None), ("strict", None)])
-def test_a_vote_is_for_what_the_verdict_reads(verdict, reads):
-    """The paper's takes the last number where there is no box; a majority of these wins."""
-    row = {"problem": "?", "answer": "7", "response": "so we get 6", "opening": ""}
+VOTES = [  # response, why it ended, what the verdicts strict, paper and scdpo read
+    ("so we get 6", "stop", (None, "6", None)),
+    ("\\boxed{5}, no, it is \\boxed{6}", "length", (None, "6", "6")),
+]
+
+
+@pytest.mark.parametrize("response, finish_reason, reads", VOTES)
+def test_a_vote_is_for_what_the_verdict_reads(response, finish_reason, reads):
+    """The papers' read unfinished text; the Step-DPO authors' takes the last number where there is
+    no box."""
+    row = {"problem": "?", "answer": "7", "response": response, "finish_reason": finish_reason}
 
     async def grade():
         grader = stage(5).Grader()
         try:
-            return await regrade.grade(row | {"finish_reason": "stop"}, grader)
+            return await regrade.grade(row | {"opening": ""}, grader)
         finally:
             grader.close()
 
-    judged = regrade.judged_by(verdict, asyncio.run(grade()))
-    assert judged["prediction"] == reads and not judged["correct"]
+    graded = asyncio.run(grade())
+    judged = [regrade.judged_by(verdict, graded) for verdict in regrade.VERDICTS]
+    assert tuple(row["prediction"] for row in judged) == reads
+    assert not any(row["correct"] for row in judged)
 
 
 def test_chinese_overlaps_begin_at_any_character():
@@ -923,7 +937,7 @@ def test_credit_refuses_bad_rows(tmp_path):
 
 @pytest.mark.slow
 def test_samples_survive_kills_and_give_the_same_rows(server, tmp_path):
-    """kill -9 at five moments, then the rows of an uninterrupted run, each once; k samples differ
+    """kill -9 at two moments, then the rows of an uninterrupted run, each once; k samples differ
     from each other."""
     options = [option.replace("--model", "--models") for option in server]
     arguments = ["--data", TINY / "validation.jsonl", "--limit", 30, "--samples", 4]

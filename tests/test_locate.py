@@ -837,6 +837,9 @@ def test_clicks_of_a_run_with_more_rows_stay(tmp_path):
     from annotate import Verdicts
 
     rows, out = wrong_samples(tmp_path / "in.jsonl", 4), tmp_path / "located.jsonl"
+    rows[2]["problem"] += "\u2028 and so on"
+    for _ in range(2):  # a page that was opened and closed
+        Verdicts(rows, out, "ann").clicks.close()
     verdicts = Verdicts(rows, out, "ann")
     for place, what in enumerate([1, "none", 2]):
         verdicts.click(what, place)

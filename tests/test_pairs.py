@@ -182,7 +182,7 @@ def samples(bundled, tmp_path_factory):
 
 @pytest.mark.slow
 def test_scdpo_pairs_survive_kills_and_follow_their_form(samples, server, tmp_path):
-    """kill -9 at five moments: the pairs of an uninterrupted run. Each goes wrong behind k right
+    """kill -9 at two moments: the pairs of an uninterrupted run. Each goes wrong behind k right
     steps, and ends parsable."""
     arguments = ["--method", "scdpo", "--samples", samples, *SHORT, *server]
     done = run(3, *arguments, "--out", tmp_path / "whole.jsonl")

@@ -544,7 +544,7 @@ def test_processbench_as_a_command(tmp_path):
     assert table[0][5].startswith(f"{2 * wrong * right / (wrong + right):.1%} (")
     assert float(table[0][6]) > 50
     assert (tmp_path / "out" / "table.md").read_text().strip() in done.stdout
-    again = run("processbench", *arguments, "--prm", PRM)
+    again = run("processbench", *arguments, "--prm", PRM, timeout=900)  # as users start it
 
     def rows_of(text):  # without the seconds
         return [line.rsplit("|", 2)[0] for line in text.split("\n") if line.startswith("| ")]

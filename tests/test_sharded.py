@@ -22,7 +22,7 @@ from test_train import pair
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.slow
-# DeepSpeed compiles two of its parts here. A compilation that is killed leaves a lock, for which
+# DeepSpeed compiles its CPU AdamW here. A compilation that is killed leaves a lock, for which
 # the next one waits for ever: so they have a folder of their own, and world() removes the lock.
 EXTENSIONS = Path(sys.prefix) / "torch_extensions"
 ENVIRONMENT = os.environ | {
@@ -170,7 +170,7 @@ CASES = ["fsdp2", "zero3", pytest.param("zero3_offload", marks=pytest.mark.long)
 
 @pytest.mark.parametrize("config", CASES)
 def test_sharded_weights_are_those_of_one_process(world, tmp_path, config):
-    """The head has its own weights; the next test's is tied."""
+    """The head has its own weights; that of the kill test is tied."""
     folder, one = world
     said = train(config, *arguments(folder, "untied", tmp_path / "out"))
     expected = one("untied")

@@ -1002,6 +1002,17 @@ def test_a_policy_that_is_not_its_reference_is_named(capsys):
     )
 
 
+@pytest.mark.parametrize("threads", [2, 1])
+def test_one_thread_waits_for_no_other(monkeypatch, capsys, threads):
+    train = stage(4)
+    times = SimpleNamespace(exists=lambda: True, read_text=lambda: "10 90 1")
+    monkeypatch.setattr(train, "Path", lambda _: times)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    train.warn.cache_clear()
+    train.check_threads()
+    assert ("other work has the cores: 90%" in capsys.readouterr().err) == (threads == 2)
+
+
 @pytest.mark.slow
 def test_threads_that_fight_are_named(tmp_path, small_model):
     """Two threads on a core that other work has too."""
