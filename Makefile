@@ -1,6 +1,6 @@
 # make quickstart   set up .venv, then run the five stages on the bundled model and print the table before and after
 # make test         set up .venv, then run the tests (make test-quick: without those that start vLLM or train; make
-#                   test-all: with whole recipes and engines on several workers)
+#                   test-all: with whole recipes, engines on several workers, and more kills)
 .PHONY: setup quickstart test test-quick test-all
 PYTHON ?= python3
 REQUIREMENTS := $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo requirements.txt; else echo requirements-cpu.txt; fi)
