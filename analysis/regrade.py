@@ -394,10 +394,11 @@ def regrade_folder(folder: Path, base: str) -> tuple[dict, dict, dict]:
     groups = groups_of(folder, places)
     if base and base not in groups:
         EVAL.stop(f"--base {base}: give a label that is there: {', '.join(sorted(groups))}")
-    numbers = {label: places[models[0]][0] for label, models in groups.items()}
-    groups = {
-        label: groups[label] for label in sorted(groups, key=lambda x: (x != base, numbers[x]))
-    }
+
+    def place(label: str):
+        return label != base, places.get(groups[label][0], (0, ""))
+
+    groups = {label: groups[label] for label in sorted(groups, key=place)}
     models = sum(groups.values(), [])
     for name, by_model in benchmarks.items():
         missing = set(models) - set(by_model)

@@ -711,7 +711,7 @@ def test_a_base_of_several_seeds_side_by_side(tmp_path):
     assert kinds.count("right") == kinds.count("wrong") == shown > 5
 
 
-def test_regrade_reports_the_models_of_the_last_run(tmp_path):
+def test_regrade_reports_the_models_of_the_last_run(tmp_path, capsys):
     """Another model with the same label, of an earlier run, is no seed of it."""
     results(tmp_path, seeds=2)
     groups = {"tuned": ["tuned-1"], "base": ["base"]}
@@ -719,6 +719,10 @@ def test_regrade_reports_the_models_of_the_last_run(tmp_path):
     found, benchmarks, _ = regrade.regrade_folder(tmp_path, "")  # the summary of another --base
     assert list(found.items()) == [("base", ["base"]), ("tuned", ["tuned-1"])]
     assert list(benchmarks["sums"]) == ["base", "tuned-1"]
+    (tmp_path / "summary.json").write_text(json.dumps({"groups": groups | {"gone": ["gone"]}}))
+    with pytest.raises(SystemExit):
+        regrade.regrade_folder(tmp_path, "")
+    assert "sums lacks responses of gone" in capsys.readouterr().err
     (tmp_path / "summary.json").write_text('{"groups": ')  # torn
     assert regrade.regrade_folder(tmp_path, "tuned")[0] == {
         "tuned": ["tuned-0", "tuned-1"],
