@@ -254,7 +254,7 @@ def killed(process: subprocess.Popen) -> list[psutil.Process]:
 
 # the engine and the grader of the others are copies
 @pytest.mark.parametrize(
-    "number", [1, *(pytest.param(number, marks=pytest.mark.long) for number in (2, 3, 5))]
+    "number", [1, *(pytest.param(number, marks=pytest.mark.long) for number in (2, 5))]
 )
 def test_kill_leaves_nothing(started, number, tmp_path):
     """kill -9 when the grading workers have begun: vLLM is in the stage's own process."""
@@ -264,8 +264,7 @@ def test_kill_leaves_nothing(started, number, tmp_path):
         process,
         lambda: any(path.stat().st_size for path in tmp_path.rglob("*.jsonl") if path.stem != "in"),
     )
-    family = killed(process)
-    assert family or number == 3
+    assert killed(process), "it had no processes of its own"
 
 
 @pytest.mark.long
