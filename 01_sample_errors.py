@@ -427,8 +427,11 @@ class Output:
         """Read what is there, if it was made with the same code and settings."""
         if not self.meta_path.exists():
             stop(f"{self.path}: its settings, {self.meta_path}, are missing; give another --out")
-        meta = json.loads(self.meta_path.read_text(encoding="utf-8"))
-        old, self.edits = meta["settings"], meta.get("edits", [])
+        try:
+            meta = json.loads(self.meta_path.read_text(encoding="utf-8"))
+            old, self.edits = meta["settings"], meta.get("edits", [])
+        except (ValueError, KeyError):  # of data/download.py, for one
+            stop(f"{self.meta_path}: holds no settings of a stage; give another --out")
         edited = edited_names(old.get("code", {}), self.settings.get("code", {}))
         if edited and not self.accept_edit:
             names = ", ".join(edited[:6])
@@ -505,7 +508,7 @@ def file_hashes(*paths: Path | None) -> dict[str, str]:
 
 
 def load_problems(path: Path) -> list[dict]:
-    """The problems of a file, with `id`, `problem`, `answer` and `dataset` as texts."""
+    """The problems of a file, with `id`, `problem` and `answer` as texts."""
     if not path.exists() and path.parent.name == "data":
         name = path.stem.removesuffix("_train").removesuffix("_test")
         stop(f"{path}: not there; python data/download.py {name} makes it")
@@ -600,7 +603,8 @@ def split_at_ends(response: str, split: str, start: int) -> list[str]:
 BLOCK = re.compile(r"<\|(text|code|execution)\|>(.*?)<\|endofblock\|>", re.S)
 # models without \boxed{}: "The answer is: 7", "#### 7", "**Final Answer**", "答案是 7"
 MARKER = re.compile(
-    r"[Tt]he (?:final |correct )?answer is|####|[Aa]nswer[ *]*[:：]"
+    r"[Tt]he (?:final |correct )?answer is|[Aa]nswer[ *]*[:：]"
+    r"|####(?=\s*(?:[-+$(]*[\d.\\]|\(?[A-J]\)?\s*(?:\n|$)))"  # not "#### Check", a headline
     r"|[Ff]inal [Aa]nswer[ *]*(?=\n)|答案(?:是|为|[:：])"
 )
 # \boxed{2}, \boxed 2, \boxed\frac12
@@ -661,13 +665,13 @@ SIGNS = dict(re.findall(r"(\S)(\S+)", LATEX_SIGNS))
 TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
 CHANGES = (  # words that change a number; any other word after a number is its unit
     r"\b(?:and|or|to|than|more|less|most|least|over|under|below|half|quarters?|factorial|squared"
-    r"|cubed|base|dozens?|negative|[ap]\.?m"
+    r"|cubed|base|dozens?|negative|[apAP]\.?[mM]"
     r"|(?:(?:four|fif|six|seven|eigh|nin|ten|twelf|hundred)th|hundred|thousand|lakh|crore"
     r"|[mbtr]+illion)s?)\b"
 )
 TERM = r"(?:plus|minus|divided|times (?:[b-z]|the|its|ten|pi|theta))\b"
 NO_UNIT = (  # what follows a number and is no unit either
-    rf"{CHANGES}|\b{TERM}|\b(?:sin|cos|tan|log|ln|sqrt|pi|theta|alpha|beta|lambda)\b"
+    rf"(?!\b(?:more|less|most|least)\b){CHANGES}|\b{TERM}|\b(?:sin|cos|tan|log|ln|sqrt|pi|theta|alpha|beta|lambda)\b"
     r"|\b[kxyz](?:\}?\^\{?\d\}?)?\W*$"
     r"|^\s*(?:[万亿打又余]|多(?!边)|成(?!员)|千(?![克米瓦焦卡帕伏])|百(?!分)|分之)"
     r"|个半(?![圆径])|[半多]$"
@@ -676,7 +680,7 @@ UNITS = (
     r"(?:(?<=[\d)\]}%])|(?<=\\pi))\s*"
     rf"(?:(?:(?!\\mathbf\{{\s*[A-Z]{{0,2}}\w\s*\}}|\\\w+\{{[ei]}}){TEXT}(?:\^\{{?\d\}}?|\s)*)+"
     r"|[一-鿿]+|m\^\{?[23]\}?"
-    r"|(?:k?m/|\s[A-Za-z]{3,}|(?:[cdkm]m|[km]g|m[lL]|ft|in|yd|mi|hr|oz|lb|sq|cu)\b)"
+    r"|(?:k?m/|\s(?:of\s|[A-Za-z]{3,})|(?:[cdkm]m|[km]g|m[lL]|ft|in|yd|mi|hr|oz|lb|sq|cu)\b)"
     r"[A-Za-z\s./]*(?:\^\{?\d\}?)?)\.?$"
 )
 SCALES = {"halves": "/2", "thirds": "/3"}
@@ -687,6 +691,7 @@ def plain(digits: re.Match) -> str:
 
 
 SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads; the order matters
+    (rf"^\s*{TEXT}\s*$", r"\1"),  # \text{21 dollars}: a whole answer as text
     (r"[⁺⁻⁰-⁹¹²³]+", lambda match: f"^{{{plain(match)}}}"),  # NFKC alone makes 52 of 5²
     (r"[¼-¾⅐-⅞]", lambda match: " " + plain(match)),  # 1½ is 1 1/2
     (r"[≤≥≠∞π±√×·÷∪∩∈−–—]", lambda match: SIGNS[match[0]] + " " * (match[0] not in "÷−–—")),
@@ -694,6 +699,7 @@ SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads
     (r"：", ":"),
     (r"(?<=\d)(?:\{,\}|,?\s*\\[!,]\s?)(?=\d{3}(?!\d))", ""),
     (r"\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\\[!()$\[\]]", ""),
+    (r"(?:\\text\s*\{\s*)?(?<![A-Za-z])[Rr]s\b\.?\s*\}?|₹", ""),
     (r"[$€£¥\"]|\\(?:text)?color\s*\{\w+\}|\s*\(?\\?[pb]?mod\b.*|[\s.,;。]+$", ""),
     (r"\*\*", "^"),
     (r"\*", r"\\cdot "),
@@ -870,7 +876,10 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
         )
         if isinstance(value, sympy.Eq) and isinstance(value.rhs, sets.FiniteSet):  # x = 1, 2
             value = value.rhs
-        return value.subs({x: sympy.I for x in value.free_symbols if x.name == "i"})
+        i = {x: sympy.I for x in value.free_symbols if x.name == "i"}
+        if i and isinstance(value, sympy.Eq) and value.lhs.is_Symbol:
+            value = value.rhs  # of z = 2 + 7i: z is real for sympy, which makes it false
+        return value.subs(i)
 
     try:
         gold, prediction = spelled(gold), spelled(prediction)
@@ -1135,8 +1144,8 @@ class Engine:
         parser.error = lambda message: stop(f"--engine-args: {message}")
         # sampling is by the request alone, not by the model's generation_config.json
         defaults = f"--seed {seed} --generation-config vllm --disable-log-stats".split()
-        command = ["--model", model, *defaults, *cpu_options(), *shlex.split(options)]
         try:
+            command = ["--model", model, *defaults, *cpu_options(), *shlex.split(options)]
             given = AsyncEngineArgs.from_cli_args(parser.parse_args(command))
             self.replicas = given.data_parallel_size
             workers = self.replicas * given.tensor_parallel_size * given.pipeline_parallel_size

@@ -1166,7 +1166,8 @@ def split_at_ends(response: str, split: str, start: int) -> list[str]:
 # Copied from 01_sample_errors.py
 # models without \boxed{}: "The answer is: 7", "#### 7", "**Final Answer**", "答案是 7"
 MARKER = re.compile(
-    r"[Tt]he (?:final |correct )?answer is|####|[Aa]nswer[ *]*[:：]"
+    r"[Tt]he (?:final |correct )?answer is|[Aa]nswer[ *]*[:：]"
+    r"|####(?=\s*(?:[-+$(]*[\d.\\]|\(?[A-J]\)?\s*(?:\n|$)))"  # not "#### Check", a headline
     r"|[Ff]inal [Aa]nswer[ *]*(?=\n)|答案(?:是|为|[:：])"
 )
 # Copied from 01_sample_errors.py
@@ -1238,7 +1239,7 @@ TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{
 # Copied from 01_sample_errors.py
 CHANGES = (  # words that change a number; any other word after a number is its unit
     r"\b(?:and|or|to|than|more|less|most|least|over|under|below|half|quarters?|factorial|squared"
-    r"|cubed|base|dozens?|negative|[ap]\.?m"
+    r"|cubed|base|dozens?|negative|[apAP]\.?[mM]"
     r"|(?:(?:four|fif|six|seven|eigh|nin|ten|twelf|hundred)th|hundred|thousand|lakh|crore"
     r"|[mbtr]+illion)s?)\b"
 )
@@ -1246,7 +1247,7 @@ CHANGES = (  # words that change a number; any other word after a number is its 
 TERM = r"(?:plus|minus|divided|times (?:[b-z]|the|its|ten|pi|theta))\b"
 # Copied from 01_sample_errors.py
 NO_UNIT = (  # what follows a number and is no unit either
-    rf"{CHANGES}|\b{TERM}|\b(?:sin|cos|tan|log|ln|sqrt|pi|theta|alpha|beta|lambda)\b"
+    rf"(?!\b(?:more|less|most|least)\b){CHANGES}|\b{TERM}|\b(?:sin|cos|tan|log|ln|sqrt|pi|theta|alpha|beta|lambda)\b"
     r"|\b[kxyz](?:\}?\^\{?\d\}?)?\W*$"
     r"|^\s*(?:[万亿打又余]|多(?!边)|成(?!员)|千(?![克米瓦焦卡帕伏])|百(?!分)|分之)"
     r"|个半(?![圆径])|[半多]$"
@@ -1256,7 +1257,7 @@ UNITS = (
     r"(?:(?<=[\d)\]}%])|(?<=\\pi))\s*"
     rf"(?:(?:(?!\\mathbf\{{\s*[A-Z]{{0,2}}\w\s*\}}|\\\w+\{{[ei]}}){TEXT}(?:\^\{{?\d\}}?|\s)*)+"
     r"|[一-鿿]+|m\^\{?[23]\}?"
-    r"|(?:k?m/|\s[A-Za-z]{3,}|(?:[cdkm]m|[km]g|m[lL]|ft|in|yd|mi|hr|oz|lb|sq|cu)\b)"
+    r"|(?:k?m/|\s(?:of\s|[A-Za-z]{3,})|(?:[cdkm]m|[km]g|m[lL]|ft|in|yd|mi|hr|oz|lb|sq|cu)\b)"
     r"[A-Za-z\s./]*(?:\^\{?\d\}?)?)\.?$"
 )
 # Copied from 01_sample_errors.py
@@ -1270,6 +1271,7 @@ def plain(digits: re.Match) -> str:
 
 # Copied from 01_sample_errors.py
 SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads; the order matters
+    (rf"^\s*{TEXT}\s*$", r"\1"),  # \text{21 dollars}: a whole answer as text
     (r"[⁺⁻⁰-⁹¹²³]+", lambda match: f"^{{{plain(match)}}}"),  # NFKC alone makes 52 of 5²
     (r"[¼-¾⅐-⅞]", lambda match: " " + plain(match)),  # 1½ is 1 1/2
     (r"[≤≥≠∞π±√×·÷∪∩∈−–—]", lambda match: SIGNS[match[0]] + " " * (match[0] not in "÷−–—")),
@@ -1277,6 +1279,7 @@ SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads
     (r"：", ":"),
     (r"(?<=\d)(?:\{,\}|,?\s*\\[!,]\s?)(?=\d{3}(?!\d))", ""),
     (r"\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\\[!()$\[\]]", ""),
+    (r"(?:\\text\s*\{\s*)?(?<![A-Za-z])[Rr]s\b\.?\s*\}?|₹", ""),
     (r"[$€£¥\"]|\\(?:text)?color\s*\{\w+\}|\s*\(?\\?[pb]?mod\b.*|[\s.,;。]+$", ""),
     (r"\*\*", "^"),
     (r"\*", r"\\cdot "),
@@ -1470,7 +1473,10 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
         )
         if isinstance(value, sympy.Eq) and isinstance(value.rhs, sets.FiniteSet):  # x = 1, 2
             value = value.rhs
-        return value.subs({x: sympy.I for x in value.free_symbols if x.name == "i"})
+        i = {x: sympy.I for x in value.free_symbols if x.name == "i"}
+        if i and isinstance(value, sympy.Eq) and value.lhs.is_Symbol:
+            value = value.rhs  # of z = 2 + 7i: z is real for sympy, which makes it false
+        return value.subs(i)
 
     try:
         gold, prediction = spelled(gold), spelled(prediction)
