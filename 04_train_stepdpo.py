@@ -19,7 +19,8 @@ dpo_loss()'s to use):
      "initial_reason_steps": "Let's think step by step.\\nStep 1: ...\\nStep 2:",
      "chosen": " 3 + 4 = 7.\\n", "rejected": " 3 + 4 = 8.\\n",
      "full_chosen": "...", "full_rejected": "..."}
-or TRL's form: whole responses, as texts or as lists of messages; the prompt may stand within both:
+or TRL's form: whole responses, as texts or as lists of messages; without `prompt`, what both begin
+with is it:
     {"prompt": "...", "chosen": "...", "rejected": "..."}
 or pairs with code as in MathGenie/SCDPO-Data-Mistral-Ours, a turn a list of blocks:
     {"chosen": [{"role": "user", "content": [{"type": "text", "content": "Ava has ..."}]}, ...],
@@ -181,7 +182,7 @@ class Args:
     seed: int = 0
     """seed of the data order, the adapters and the share held out"""
     accept_edit: bool = False
-    """resume after an edit of this file, or take pairs that another prompt made; noted"""
+    """resume after an edit of this file (noted), or take pairs that another prompt made"""
 
 
 # What makes a step, with all that it uses: a run does not resume after an edit of it.
@@ -204,8 +205,11 @@ def main(args: Args):
     lm, dtype = load_model(config, args, accelerator)
     weights = from_first(accelerator, lambda: weights_hash(args.model))
     settings = settings_of(args, tokenizer, weights, pairs, val_pairs)
-    resume, done = checkpoint_to_resume(accelerator, args, settings)
+    resume, done, seconds = checkpoint_to_resume(accelerator, args, settings)
+    began -= seconds  # of the runs before
 
+    if fault := from_first(accelerator, lambda: tree_fault(lm, pairs, accelerator)):
+        stop(f"--model {args.model}: {fault}")
     adapters = add_lora(lm, args) if args.lora_rank else None
     scorer, optimizer = accelerator.prepare(SuffixScorer(lm), make_optimizer(lm, args))
     scorer.train()
@@ -239,7 +243,7 @@ def main(args: Args):
         if val_pairs and (step % args.eval_steps == 0 or step == total):
             log.record({"step": step, **validate(scorer, val_pairs, args, accelerator)})
         if step % args.save_steps == 0 and step < total:
-            save_checkpoint(accelerator, args, step, settings)
+            save_checkpoint(accelerator, args, step, settings, time.time() - began)
 
     save_model(accelerator, scorer, lm, adapters, tokenizer, args, dtype)
     if accelerator.is_main_process:
@@ -280,7 +284,7 @@ def train_step(
             # batch is meant
             accelerator.backward(counts * metrics["loss"].sum() * world / terms)
         for name, values in metrics.items():
-            sums[name] += counts * values.detach().double().sum() / terms
+            sums[name] += counts * values.detach().float().sum() / terms
         sums["tokens"] += torch.tensor(counts * sum(map(pairs.length, rows)), device=device)
         sums["places"] += torch.tensor(inputs["ids"].numel(), device=device)
     norm = accelerator.clip_grad_norm_(scorer.parameters(), MAX_GRAD_NORM)
@@ -421,18 +425,21 @@ def start(args: Args) -> tuple[Accelerator, object, Pairs, Pairs | None]:
     counts = (args.epochs, args.batch_size, args.tokens_per_batch)
     if min(*counts, args.eval_steps, args.save_steps, args.log_steps) < 1:
         stop("--epochs, --batch-size, --tokens-per-batch and all --...-steps are at least 1")
-    if min(args.beta, args.lr) <= 0:
+    if not (0 < args.beta < math.inf and 0 < args.lr < math.inf):
         stop(f"--beta {args.beta}, --lr {args.lr}: both are above 0")
-    if not 0 <= args.warmup <= 1:
-        stop(f"--warmup {args.warmup}: give a share from 0 to 1")
+    if not (0 <= args.warmup <= 1 and 0 <= args.validation_fraction < 1):
+        stop("--warmup is a share from 0 to 1, --validation-fraction one from 0 to below 1")
+    if not min(args.weight_decay, args.lora_rank, args.seed, args.keep) >= 0:
+        stop("--weight-decay, --lora-rank, --seed and --keep are at least 0")
+    if args.out.resolve() == Path(args.model).resolve():
+        stop(f"--out {args.out}: is the model's own folder, and would be overwritten")
     if args.precision == "auto":
         args.precision = "bf16" if torch.cuda.is_available() or processor_has_bf16() else "fp32"
-    rows = [row for name in args.data for row in load_rows(name, args.objective)]
-    val_rows = load_rows(str(args.validation), args.objective) if args.validation else []
+    rows = by_place(args.data, args.objective)
+    val_rows = by_place([str(args.validation)] if args.validation else [], args.objective)
     if args.validation_fraction:
-        is_held_out = [held_out(row, args) for row in rows]
-        val_rows += [row for row, out in zip(rows, is_held_out, strict=True) if out]
-        rows = [row for row, out in zip(rows, is_held_out, strict=True) if not out]
+        val_rows += [(place, row) for place, row in rows if held_out(row, args)]
+        rows = [(place, row) for place, row in rows if not held_out(row, args)]
     accelerator = start_accelerate(args)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
@@ -525,6 +532,15 @@ def start_accelerate(args: Args) -> Accelerator:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = 1
         config["gradient_clipping"] = MAX_GRAD_NORM
+        config["gradient_accumulation_steps"] = 1
+        offload = config["zero_optimization"].get("offload_optimizer") or {}
+        if offload.get("ratio", 1) < 1:
+            stop(
+                f"offload_optimizer: ratio {offload['ratio']}: DeepSpeed's AdamW on the GPU would "
+                "get no schedule and be in no checkpoint; take 1"
+            )
+    # train_step() takes the mean itself; the launch file's number would divide once more
+    accelerator.gradient_accumulation_steps = 1
     if accelerator.is_fsdp2 and args.precision == "bf16":
         # accelerate's own policy would round what comes out, too, to 8 bits
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -534,6 +550,15 @@ def start_accelerate(args: Args) -> Accelerator:
 
 # -------------------------------------------------------------------------------------------------
 # pairs
+
+
+def by_place(names, objective: str) -> list[tuple[str, dict]]:
+    """The rows of these files, each with its place for messages."""
+    return [
+        (f"{name}, row {number}", row)
+        for name in names
+        for number, row in enumerate(load_rows(name, objective), 1)
+    ]
 
 
 def load_rows(name: str, objective: str) -> list[dict]:
@@ -555,6 +580,8 @@ def load_rows(name: str, objective: str) -> list[dict]:
             if field not in row:
                 needed = ", ".join(fields)
                 stop(f"--data {name}, row {number}: no {field!r}; every row needs {needed}")
+            if field == "correct" and not KINDS[field][1](row[field]):
+                stop(f"--data {name}, row {number}: {field!r} must be {KINDS[field][0]}")
     if fields == ("chosen", "rejected"):
         places = [f"--data {name}, row {number}" for number in range(1, len(rows) + 1)]
         return list(map(explicit_prompt, rows, places))
@@ -848,32 +875,37 @@ class Pairs:
         return digest.hexdigest()
 
 
-def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
-    """Encode; print what there is and what was left out, and why."""
+def prepare(rows: list[tuple[str, dict]], tokenizer, args: Args, name: str) -> Pairs:
+    """Encode the rows of by_place(); print what there is and what was left out, and why."""
+    if args.eos and tokenizer.eos_token_id is None:
+        stop(f"--model {args.model}: its tokenizer names no eos_token; name it, or add --no-eos")
     blocks = tokenizer.convert_tokens_to_ids(["<|execution|>", "<|endofblock|>"])
     has_blocks = None not in blocks and tokenizer.unk_token_id not in blocks
     pairs = Pairs(tuple(blocks) if has_blocks and not args.train_execution else None)
     left_out, distinct, empty = Counter(), set(), []
     progress = tqdm(rows, desc="encoding", disable=not PRINTS, leave=False, mininterval=1)
-    for number, row in enumerate(progress, 1):
-        if has_empty_side(row, args.sides):
-            empty.append(str(number))
-            left_out["with an empty side"] += 1
-            continue
+    for place, row in progress:
         try:
+            if has_empty_side(row, args.sides):
+                empty.append(place)
+                left_out["with an empty side"] += 1
+                continue
             prefix, suffixes = encode(row, tokenizer, args.sides)
         except (TypeError, KeyError, AttributeError, IndexError) as error:
             reason = f"{error.__class__.__name__}: {error}"
-            stop(f"{name}, row {number}: {reason}; see the formats in {Path(__file__).name}")
+            stop(f"{place}: {reason}; see the formats in {Path(__file__).name}")
         except (ValueError, jinja2.TemplateError) as error:
-            stop(f"--model {args.model}: its chat template fails ({error}); give --chat-template")
+            form = '{"role": "user", "content": "..."}'
+            stop(
+                f"{place}: the chat template of {args.model} fails ({error}); give "
+                f"--chat-template, or messages such as {form}"
+            )
         of_blocks = "<|endofblock|>" in str(row) or "chosen" in row and "prompt" not in row
         if of_blocks and not has_blocks:
             needed = f"its blocks are no tokens of {args.model}; see analysis/add_block_tokens.py"
-            stop(f"{name}, row {number}: {needed}")
+            stop(f"{place}: {needed}")
         if not args.eos:
-            eos = tokenizer.eos_token_id
-            suffixes = [ids[:-1] if ids[-1:] == [eos] else ids for ids in suffixes]
+            suffixes = [without_eos(ids, tokenizer.eos_token_id) for ids in suffixes]
         if len(prefix) + max(map(len, suffixes)) > args.max_length:
             left_out["above --max-length"] += 1
         elif not all(suffixes) or len(suffixes) == 2 and suffixes[0] == suffixes[1]:
@@ -883,8 +915,8 @@ def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
             pairs.add(prefix, suffixes, problem_of(row), fields)
             distinct.add(hashlib.sha256(repr((prefix, suffixes)).encode()).digest())
     if empty:
-        more = " ..." if len(empty) > 20 else ""
-        print_main(f"{name}: an empty side in row {', '.join(empty[:20])}{more}")
+        rest = " ..." if len(empty) > 20 else ""
+        print_main(f"an empty side: {'; '.join(empty[:20])}{rest}")
     why = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
     if not len(pairs):
         stop(f"{name}: no pair is left of {len(rows)}: {why}")
@@ -893,6 +925,11 @@ def prepare(rows: list[dict], tokenizer, args: Args, name: str) -> Pairs:
         f"kept though repeated: {len(pairs) - len(distinct)}"
     )
     return pairs
+
+
+def without_eos(ids: list[int], eos: int | None) -> list[int]:
+    """A suffix up to its EOS, after which a template may have put a line end."""
+    return ids[: len(ids) - 2 + ids[-2:].index(eos)] if eos in ids[-2:] else ids
 
 
 def has_empty_side(row: dict, sides: str) -> bool:
@@ -1004,11 +1041,22 @@ def collate(pairs: Pairs, rows: list[list[int]], device) -> dict[str, torch.Tens
 
 def load_config(args: Args):
     """The model's configuration, without dropout: the reference has none either, and with it step
-    0 would not be ln 2."""
+    0 would not be ln 2. Stops for a model that a tree, or the estimate, does not fit."""
     try:
         config = AutoConfig.from_pretrained(args.model)
     except (OSError, ValueError) as error:
         stop(f"--model {args.model}: cannot be loaded ({str(error).splitlines()[0]})")
+    layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if others := ", ".join(layers - {"sliding_attention"}):
+        stop(f"--model {args.model}: has layers of {others}, which see more than a mask shows")
+    if getattr(config, "quantization_config", None):
+        stop(f"--model {args.model}: is quantized; give the model that it was made from")
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+    if missing := [name for name in sizes if not hasattr(config, name)]:
+        stop(
+            f"--model {args.model}: {config.model_type} has no {', '.join(missing)}; give a model "
+            "for text alone, such as Qwen2, Llama or Mistral"
+        )
     for name, value in list(vars(config).items()):
         if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)
@@ -1028,12 +1076,15 @@ def load_model(config, args: Args, accelerator: Accelerator):
         lm = AutoModelForCausalLM.from_pretrained(
             args.model, config=config, dtype=dtype, attn_implementation="sdpa"
         )
-    except (OSError, ValueError) as error:
+        try:
+            lm.generation_config.validate(strict=True)
+        except ValueError:  # a temperature without do_sample: it could not be saved
+            lm.generation_config.do_sample = True
+            lm.generation_config.validate(strict=True)
+    except Exception as error:  # a torn file, a package that is missing, a kernel: many kinds
         stop(f"--model {args.model}: cannot be loaded ({str(error).splitlines()[0]})")
     if args.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-        if args.lora_rank:
-            lm.enable_input_require_grads()
     return lm, config.dtype or torch.bfloat16
 
 
@@ -1111,6 +1162,29 @@ class SuffixScorer(torch.nn.Module):
         return -F.cross_entropy(logits, target, reduction="none")
 
 
+@torch.no_grad()
+def tree_fault(lm, pairs: Pairs, accelerator: Accelerator) -> str:
+    """What is wrong where the first pair's log-probabilities, as a tree, are not those of the
+    model's own pass over each sequence: a layer that a mask does not bind, logits that are scaled
+    in a way of their own. Only in fp32, where the whole weights are here."""
+    if lm.dtype != torch.float32 or accelerator.distributed_type == "DEEPSPEED":
+        return ""
+    inputs, prefix = collate(pairs, [[0]], lm.device), pairs.prefixes[pairs.prefix[0]]
+    logps = SuffixScorer(lm)(**inputs)[inputs["picks"][0]]
+    for logp, suffix in zip(logps, pairs.suffixes[0], strict=True):
+        ids = torch.tensor(np.r_[prefix, suffix], dtype=torch.int64, device=lm.device)
+        logits = lm(ids[None], use_cache=False, logits_to_keep=len(suffix) + 1).logits[0]
+        logits = logits[-len(suffix) - 1 : -1].float()
+        own = -F.cross_entropy(logits, ids[len(prefix) :], reduction="none")
+        own = own[torch.from_numpy(pairs.trained(suffix)).to(lm.device)].sum()
+        if abs(own - logp) > 1e-3 * max(1, abs(own)):
+            return (
+                f"{lm.config.model_type} gives the first pair {own:.3f} nats, but {logp:.3f} in a "
+                "row that shares tokens (masks() and token_logps() do not know this model)"
+            )
+    return ""
+
+
 # -------------------------------------------------------------------------------------------------
 # the reference
 
@@ -1136,9 +1210,11 @@ def reference_logps(
     scorer, pairs: Pairs, args: Args, accelerator: Accelerator, weights: str
 ) -> torch.Tensor:
     """Log-probabilities under the base weights, from OUT/reference-*.npy where weights, token ids
-    (so data and template), precision and the code that computes them are the same."""
+    (so data and template), precision, launch, LoRA (rounding differs) and the code that computes
+    them are the same."""
     code = "".join(map(inspect.getsource, (SuffixScorer, collate, Pairs.tree, Pairs.trained)))
-    made_of = weights + code + torch.__version__ + args.precision + pairs.digest()
+    launch = f"{strategy_of(accelerator)[0]} {bool(args.lora_rank)} {args.precision}"
+    made_of = weights + code + torch.__version__ + launch + pairs.digest()
     path = args.out / f"reference-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.npy"
     cached = from_first(accelerator, lambda: np.load(path) if path.exists() else None)
     if cached is not None:
@@ -1153,11 +1229,12 @@ def reference_logps(
 
 
 def weights_hash(model: str) -> str:
-    """Of the weight files, once they are here: names, sizes and 64 MiB of each, spread over it;
-    smaller ones whole."""
+    """Of the configuration and the weight files, once they are here: names, sizes and 64 MiB of
+    each, spread over it; smaller ones whole."""
     folder = Path(cached_file(model, "config.json")).parent
     digest, block = hashlib.sha256(), 1 << 20
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    for path in [folder / "config.json", *weights]:
         file = np.memmap(path, mode="r")
         digest.update(f"{path.name} {len(file)} ".encode())
         blocks = min(64, math.ceil(len(file) / block))
@@ -1182,12 +1259,19 @@ def count_weights(config) -> tuple[int, int]:
 
 
 def memory(
-    config, args: Args, strategy: str, world: int, machines=1, offloaded=0.0, on_gpu=True, passes=2
+    config,
+    args: Args,
+    strategy: str,
+    world: int,
+    machines=1,
+    offloaded=False,
+    on_gpu=True,
+    passes=2,
 ) -> dict[str, float]:
     """Estimated bytes, by part. strategy: "copies" (one process, or the whole model on each),
-    "fsdp2" or "zero3"; offloaded: the share of AdamW's state that ZeRO-3 keeps in main memory;
-    passes: of a step, of --tokens-per-batch tokens each. Keys that begin with "machine" are of main
-    memory on one machine."""
+    "fsdp2" or "zero3"; offloaded: whether ZeRO-3 keeps AdamW's state in main
+    memory; passes: of a step, of --tokens-per-batch tokens each. Keys that begin with "machine" are
+    of main memory on one machine."""
     body, head = count_weights(config)
     parameters = body + head * (1 if config.tie_word_embeddings else 2)
     trained = 0 if args.lora_rank else parameters
@@ -1217,10 +1301,10 @@ def memory(
             "machine: model read by one process": 4 * trained + frozen,
         }
     else:
-        # weights and gradients in 16 bits, fp32 masters and moments; where any of these are in
-        # main memory, gradients are too; by default 1e9 weights are gathered at most
-        state = 12 * (1 - offloaded) + low * (1 if offloaded else 2)
-        in_main_memory = 12 * offloaded + (low if offloaded else 0)
+        # weights and gradients in 16 bits, fp32 masters and moments; with these in main memory
+        # gradients are there too; by default 1e9 weights are gathered at most
+        state = low if offloaded else 12 + 2 * low
+        in_main_memory = 12 + low if offloaded else 0
         parts = {
             "weights, gradients, AdamW": (state * trained + frozen) / world,
             "gathered": low * min(1e9, parameters),
@@ -1247,13 +1331,13 @@ def activation_bytes(config, args: Args, entry: int) -> float:
     return args.tokens_per_batch * kept
 
 
-def strategy_of(accelerator: Accelerator) -> tuple[str, float]:
-    """The name that memory() knows, and the share of AdamW's state in main memory."""
+def strategy_of(accelerator: Accelerator) -> tuple[str, bool]:
+    """The name that memory() knows, and whether AdamW's state is in main memory."""
     if accelerator.distributed_type == "DEEPSPEED":
         zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         offload = zero.get("offload_optimizer") or {}
-        return "zero3", offload.get("ratio", 1.0) if offload.get("device") == "cpu" else 0.0
-    return ("fsdp2" if accelerator.distributed_type == "FSDP" else "copies"), 0.0
+        return "zero3", offload.get("device") == "cpu"
+    return ("fsdp2" if accelerator.distributed_type == "FSDP" else "copies"), False
 
 
 def machine_memory() -> int:
@@ -1279,9 +1363,9 @@ def check_memory(config, args: Args, accelerator: Accelerator, pairs: Pairs):
         for prefix, suffixes in zip(pairs.prefix, pairs.suffixes, strict=True)
     )
 
-    def estimate(args: Args, strategy: str, world: int, offloaded: float) -> tuple[float, str]:
+    def estimate(args: Args, strategy: str, world: int, offloaded: bool) -> tuple[float, str]:
         """The share of the memory of which most is used, and its description."""
-        step = args.batch_size * longest  # tokens of a step at most
+        step = min(args.batch_size, len(pairs)) * longest  # tokens of a step at most
         passes = 1 if step <= args.tokens_per_batch else 2
         tokens = max(longest, min(args.tokens_per_batch, step))  # a pair stays whole
         args = replace(args, tokens_per_batch=tokens)
@@ -1319,9 +1403,9 @@ def check_memory(config, args: Args, accelerator: Accelerator, pairs: Pairs):
         fsdp2 = launch.format("multi_node.yaml" if world > local else "fsdp2.yaml")
         zero3 = launch.format("zero3_offload.yaml")
         tries += [
-            (fsdp2, args, "fsdp2", devices, 0.0),
-            (f"{fsdp2} with {flags}", saving, "fsdp2", devices, 0.0),
-            (f"{zero3} with {flags}", saving, "zero3", devices, 0.75),
+            (fsdp2, args, "fsdp2", devices, False),
+            (f"{fsdp2} with {flags}", saving, "fsdp2", devices, False),
+            (f"{zero3} with {flags}", saving, "zero3", devices, True),
         ]
     advice = "nothing in configs/ fits; take more devices, or --lora-rank 16"
     for command, *options in tries:
@@ -1352,7 +1436,7 @@ def device_use(
     pairs: Pairs, batch: list[int], pairs_per_s: float, config, sizes, accelerator: Accelerator
 ) -> dict[str, float]:
     """Most memory so far, in GiB; of a GPU also the share of its peak rate (MFU), with 3 forward
-    passes' operations a step."""
+    passes' operations a step; experts that a token does not use and frozen weights count too."""
     if accelerator.device.type != "cuda":  # of the process, in kB
         return {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
     usage = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30}
@@ -1472,16 +1556,17 @@ def is_finished(args: Args, tokenizer, pairs: Pairs, val_pairs: Pairs | None) ->
 
 def checkpoint_to_resume(
     accelerator: Accelerator, args: Args, settings: dict
-) -> tuple[Path | None, int]:
-    """The last whole checkpoint in OUT and its step; stops where it, or a finished model, was made
-    with other settings. Adds the edits that were accepted to `settings`."""
+) -> tuple[Path | None, int, float]:
+    """The last whole checkpoint in OUT, its step, and the seconds up to it; stops where it, or a
+    finished model, was made with other settings. Adds the edits that were accepted to
+    `settings`."""
     finished = args.out / "training.json"
     # files come late on other machines
     resume, has_ended = from_first(
         accelerator, lambda: (last_checkpoint(args.out), finished.exists())
     )
     if not resume and not has_ended:
-        return None, 0
+        return None, 0, 0.0
     made = resume or args.out
     state = resume / "state.json" if resume else finished
     if not state.exists():
@@ -1504,13 +1589,25 @@ def checkpoint_to_resume(
             f"{made} was made before an edit of {', '.join(edited[:6])}; undo it, give another "
             "--out, or add --accept-edit"
         )
-    step = old["step"] if resume else 0
+    launch = launch_of(accelerator)
+    if resume and old["launch"] != launch:
+        stop(
+            f"{resume} was written by {old['launch']}, this is {launch}; launch it as before, or "
+            "give another --out"
+        )
+    step, seconds = (old["step"], old["seconds"]) if resume else (0, 0.0)
     settings["edits"] = old_settings.get("edits", [])
     if edited:
         before = {name: old_settings.get(name) for name in ("code", "prompt")}
         settings["edits"].append({"steps": step, **before})
         print_main(f"--accept-edit: {step} steps were made before the edit of {', '.join(edited)}")
-    return resume, step
+    return resume, step, seconds
+
+
+def launch_of(accelerator: Accelerator) -> str:
+    """The form of the checkpoints: ZeRO-3's are of so many processes."""
+    strategy, _ = strategy_of(accelerator)
+    return f"{strategy} on {accelerator.num_processes}" if strategy == "zero3" else strategy
 
 
 def last_checkpoint(out: Path) -> Path | None:
@@ -1525,13 +1622,16 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(paths, key=lambda path: int(path.name.split("-")[1]))
 
 
-def save_checkpoint(accelerator: Accelerator, args: Args, step: int, settings: dict):
+def save_checkpoint(
+    accelerator: Accelerator, args: Args, step: int, settings: dict, seconds: float
+):
     path = args.out / f"checkpoint-{step}"
     temporary = args.out / f"writing-checkpoint-{step}"
     accelerator.save_state(str(temporary))
     accelerator.wait_for_everyone()  # others may be writing still, and the folder is renamed
     if accelerator.is_main_process:
-        state = {"step": step, "settings": settings}
+        launch = launch_of(accelerator)
+        state = {"step": step, "seconds": seconds, "launch": launch, "settings": settings}
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
@@ -1607,7 +1707,7 @@ def finish(args: Args, settings: dict, pairs: Pairs, total: int, lines: list[dic
     temporary.write_text(json.dumps(summary, indent=1) + "\n")
     temporary.replace(args.out / "training.json")
     if args.keep == 0:
-        for path in args.out.glob("checkpoint-*"):
+        for path in checkpoints(args.out):
             shutil.rmtree(path)
     losses = [line["loss"] for line in trained]
     if len(losses) > 1 and max(losses) - min(losses) < 0.01 * abs(losses[0]):

@@ -34,7 +34,7 @@ class Args(TRAIN.Args):
     """Those of 04_train_stepdpo.py, and of accelerate launch."""
 
     config_file: Path | None = None
-    """launch file to estimate for, in bf16 unless --precision fp32; default: this machine"""
+    """launch file to estimate for, in bf16; default: this machine"""
     num_processes: int | None = None
     """devices, instead of the launch file's"""
 
@@ -52,19 +52,18 @@ def matrix_rate(device, precision: str) -> float:
     return best
 
 
-def read_launch(path: Path, processes: int | None) -> tuple[str, float, int, int]:
-    """The strategy and the share of AdamW's state in main memory (see TRAIN.memory), devices and
+def read_launch(path: Path, processes: int | None) -> tuple[str, bool, int, int]:
+    """The strategy and whether AdamW's state is in main memory (see TRAIN.memory), devices and
     machines of a launch file."""
     try:
         launch = yaml.safe_load(path.read_text())
         strategy = {"FSDP": "fsdp2", "DEEPSPEED": "zero3"}.get(launch["distributed_type"], "copies")
-        deepspeed = launch.get("deepspeed_config", {})
-        offloaded = 1.0 if deepspeed.get("offload_optimizer_device") == "cpu" else 0.0
+        deepspeed = launch.get("deepspeed_config") or {}
+        offloaded = deepspeed.get("offload_optimizer_device") == "cpu"
         file = deepspeed.get("deepspeed_config_file")
         if file:  # its place is given from the root of the repository
             zero = json.loads((ROOT / file).read_text())["zero_optimization"]
-            offload = zero.get("offload_optimizer", {})
-            offloaded = offload.get("ratio", 1.0) if offload.get("device") == "cpu" else 0.0
+            offloaded = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
         return strategy, offloaded, processes or launch["num_processes"], launch["num_machines"]
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         reason = f"{error.__class__.__name__}: {error}"
@@ -115,7 +114,9 @@ def print_memory(parts: dict[str, float]):
 
 def main(args: Args):
     """Print memory and time of a run, on this machine or with a launch file."""
-    if args.config_file and args.precision == "auto":
+    if args.config_file and args.precision == "fp32":
+        TRAIN.stop("--config_file: estimates for GPUs in bf16; leave out --precision fp32")
+    if args.config_file:
         args.precision = "bf16"
     accelerator, _, pairs, _ = TRAIN.start(args)
     print_lengths(pairs)
@@ -124,7 +125,7 @@ def main(args: Args):
         strategy, offloaded, world, machines = read_launch(args.config_file, args.num_processes)
         on_gpu = True
         tokens, passes = args.tokens_per_batch, 2  # a plan for other devices is of full passes
-        rate = TRAIN.PEAK_FLOPS["H100"] * world
+        rate = TRAIN.PEAK_FLOPS["H100"] * world  # of bf16
         source = f"the data sheet gives {world} H100 (this machine is another)"
     else:
         strategy, offloaded = TRAIN.strategy_of(accelerator)

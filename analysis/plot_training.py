@@ -13,6 +13,7 @@ Output: loss, accuracy, margin and log-probabilities by step, as in Fig. 2 of St
 training, dashed lines for validation. Of one finished run also README.md, the model card."""
 
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -43,9 +44,12 @@ def read_metrics(run: Path) -> list[dict]:
     """The logged steps of a run."""
     path, rows = run / "metrics.jsonl", []
     try:
-        lines = path.read_text().splitlines()
+        text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         stop(f"{path}: cannot be read ({error.__class__.__name__}); {GIVE}")
+    lines = text.splitlines()
+    if lines and not text.endswith("\n"):
+        lines.pop()  # torn: the run is writing, or was killed
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
@@ -60,8 +64,13 @@ def draw(path: Path, runs: dict[str, list[dict]]):
     them has."""
     logged = {name for rows in runs.values() for row in rows for name in row}
     panels = [name for name in PANELS if name in logged or f"val_{name}" in logged]
-    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    columns = min(3, len(panels))  # more would be too small to read on a page
+    rows_of_panels = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4 * columns, 3.2 * rows_of_panels), layout="constrained")
+    places = figure.subplots(rows_of_panels, columns, squeeze=False).flat
+    for axes in places[len(panels) :]:
+        axes.set_axis_off()
+    for axes, name in zip(places, panels, strict=False):
         for number, (label, rows) in enumerate(runs.items()):
             draw_curves(axes, name, rows, label, f"C{number}", from_start=len(runs) > 1)
         change = ", change since the start" if name.endswith("_logp") and len(runs) > 1 else ""

@@ -57,7 +57,12 @@ class Args:
 def start(args: Args):
     """The model with a new head, and the tokenizer with the mark."""
     torch.manual_seed(args.seed)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    tokenizer = LOCATE.load_tokenizer(args.model, None, "{}")
+    kind = transformers.AutoConfig.from_pretrained(args.model).model_type
+    if kind != "qwen2":
+        LOCATE.stop(
+            f"--model {args.model}: is {kind}; give a qwen2, the only kind that can be read"
+        )
     model_class, mark = score_steps.process_reward_class(), score_steps.MARKS["qwen"]
     lm = model_class.from_pretrained(args.model, dtype=torch.float32)
     if mark not in tokenizer.get_vocab():
@@ -81,8 +86,9 @@ def save(lm, tokenizer, args: Args):
     tokenizer.save_pretrained(args.out)
 
 
-def loss_of(lm, batch: list[tuple]) -> torch.Tensor:
-    """Mean cross-entropy over the marks of a batch of (ids, places, label)."""
+def loss_of(lm, batch: list[tuple], reduction: str = "mean") -> torch.Tensor:
+    """Cross-entropy over the marks of a batch of (ids, places, label), up to the first wrong step:
+    their mean, or for each, (marks,)."""
     longest = max(len(ids) for ids, _, _ in batch)
     input_ids = torch.zeros(len(batch), longest, dtype=torch.long, device=lm.device)
     rows, marks, targets = [], [], []
@@ -93,11 +99,14 @@ def loss_of(lm, batch: list[tuple]) -> torch.Tensor:
         marks += labelled
         targets += [int(k != label) for k in range(len(labelled))]
     hidden = lm.model(input_ids=input_ids).last_hidden_state[rows, marks]
-    return F.cross_entropy(lm.score(hidden).float(), torch.tensor(targets, device=lm.device))
+    targets = torch.tensor(targets, device=lm.device)
+    return F.cross_entropy(lm.score(hidden).float(), targets, reduction=reduction)
 
 
 def main(args: Args):
     began = time.time()
+    if min(args.epochs, args.batch_size) < 1 or args.held_out < 0:
+        LOCATE.stop("--epochs and --batch-size are at least 1, --held-out at least 0")
     labelled = processbench.sample_rows(args.data)
     problems = sorted({row["problem"] for row in labelled})
     if len(problems) <= args.held_out:
@@ -146,8 +155,8 @@ def main(args: Args):
     bar.close()
     with torch.inference_mode():
         batches = [test[at : at + args.batch_size] for at in range(0, len(test), args.batch_size)]
-        test_losses = [loss_of(lm, batch).item() for batch in batches]
-        held_out_loss = sum(test_losses) / len(batches) if batches else math.nan
+        test_losses = [loss_of(lm, batch, "none") for batch in batches]
+        held_out_loss = torch.cat(test_losses).mean().item() if batches else math.nan
     save(lm.to(torch.bfloat16), tokenizer, args)
     wrong = sum(label >= 0 for *_, label in train)
     figures = {

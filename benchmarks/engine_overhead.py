@@ -70,6 +70,8 @@ def alone(args: Args):
             sampling_params.append(SamplingParams(seed=own_seed, **sampling))
     given = ["--model", args.model, "--generation-config", "vllm", *one.cpu_options()]
     given += shlex.split(args.engine_args)
+    if one.cpu_options():  # as in 01
+        one.keep_memory()
     parsed = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(given)
     llm = LLM.from_engine_args(EngineArgs.from_cli_args(parsed))
     began = time.time()

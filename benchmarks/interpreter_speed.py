@@ -33,7 +33,8 @@ def rate(args: Args, ids: list[str]) -> float:
     if args.unsafe_no_sandbox:
         command.append("--unsafe-no-sandbox")
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    process.stdout.readline()
+    if not process.stdout.readline():  # it has said why
+        sys.exit(2)
     one_kernel = len(set(ids)) == 1
     began = time.time()
     for key in ids:

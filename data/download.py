@@ -205,10 +205,13 @@ def write(path: Path, name: str, rows: list[dict], source: str):
     are the answer."""
     for row in rows:
         if name == "math" and ASKS_FOR_ALL.search(row["problem"]):
-            row["answer"] = ", ".join(all_boxes(row.get("solution", ""))) or row["answer"]
+            row["answer"] = ", ".join(all_boxes(row.get("solution") or "")) or row["answer"]
     licence, content = SOURCES[name].licence, SAMPLE.content_hash(rows)
     about = {"source": source, "licence": licence, "problems": len(rows), "hash": content}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        SAMPLE.stop(f"--out {path.parent}: {error.strerror}; give a folder that can be written")
     SAMPLE.save(Path(f"{path}.meta.json"), json.dumps(about, indent=1) + "\n")
     SAMPLE.save(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{path}: {len(rows)} problems from {source}, licence: {licence}, content hash {content}")

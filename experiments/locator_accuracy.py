@@ -4,7 +4,8 @@ arithmetic tells it.
     python experiments/locator_accuracy.py runs/quickstart/located.jsonl
 
 The truth: the first step whose result (the number after its last "=") is not the reference's
-result of that step, or the first step too many. Prints the share of exact hits with its 95 % Wilson
+result of that step, or the first step too many. A solution that stops too early counts as missed:
+no step of it is the wrong one. Prints the share of exact hits with its 95 % Wilson
 interval, and a table by distance."""
 
 import json

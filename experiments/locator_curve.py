@@ -5,8 +5,9 @@ the bundled world.
 
 02_locate_step.py makes 16 continuations of every prefix of the first --limit wrong samples (without
 the right samples, so that V(0) is estimated too; --linear --all-rollouts --keep-rollouts). Then its
-own search is run with these instead of an engine, --repeats times with the continuations in another
-random order. The truth is arithmetic's (locator_accuracy.py). Output: two tables and OUT.png.
+search, with a fixed number of rollouts as by --alpha 0, is run with these instead of an engine,
+--repeats times with the continuations in another random order. The truth is arithmetic's
+(locator_accuracy.py). Output: two tables and OUT.png.
 
 Rules on V(0) .. V(n):
     first   the first k with V(k) = 0

@@ -8,7 +8,8 @@ of trained tokens.
 Reads OUT/all-METHOD.jsonl, for SFT the right solutions in OUT/samples.jsonl, once each; writes
 OUT/pairs/METHOD.jsonl (the same number of pairs each; SCDPO: half naive, half step-controlled),
 METHOD-tokens.jsonl (as many tokens in chosen and rejected as Step-DPO has) and
-METHOD.validation.jsonl (a tenth as many pairs, of other problems). Shuffled with seed 0."""
+METHOD.validation.jsonl (a tenth as many pairs, at least 20, of other problems). Shuffled with seed
+0."""
 
 import json
 import random

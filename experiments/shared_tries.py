@@ -19,7 +19,7 @@ TRAIN = importlib.import_module("04_train_stepdpo")
 
 def main(args: TRAIN.Args):
     args.precision = "fp32"
-    rows = [row for name in args.data for row in TRAIN.load_rows(name, args.objective)]
+    rows = TRAIN.by_place(args.data, args.objective)
     tokenizer = TRAIN.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
     pairs = TRAIN.prepare(rows, tokenizer, args, "data")
     separate = shared = trees = 0

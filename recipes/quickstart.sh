@@ -4,6 +4,7 @@
 # Learning rate, beta and epochs were chosen on data/tiny/validation.jsonl (docs/world.md).
 set -euo pipefail
 cd "$(dirname "$0")/.."
+[ -n "${VIRTUAL_ENV:-}" ] || [ ! -d .venv ] || export PATH="$PWD/.venv/bin:$PATH"
 OUT=${OUT:-runs/quickstart} SEEDS=${SEEDS:-0} PROBLEMS=${PROBLEMS:-1000} TEST_PROBLEMS=${TEST_PROBLEMS:-2000}
 MODEL=data/tiny/model
 mkdir -p "$OUT"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Step-DPO for Qwen2-72B-Instruct (arXiv 2406.18629): as for 7B, but with beta 0.5 and 4 epochs, and ZeRO-3 with CPU offload.
 #
-# Hardware   8 GPUs with 80 GB and 1 TB of main memory (estimated: 66 GB and 945 GB, docs/trainer.md). Not run here.
-# Hours      about 30, estimated, not measured: generation as for 7B at a tenth of its speed, 18 h; training 17 M tokens, 4 h at
+# Hardware   8 GPUs with 80 GB and 1.5 TB of main memory (estimated: 38 GB and 1,163 GB, docs/trainer.md). Not run here.
+# Hours      about 30, estimated, not measured: generation as for 7B at a tenth of its speed, 15 h; training 17 M tokens, 4 h at
 #            30 % of the peak and as much again for the transfers; evaluation of two models, 4 h
 # Disk       1.5 TB: model 145 GB, one checkpoint with optimizer state 870 GB, base model 145 GB
 # Published  Qwen2-72B-Instruct, the authors' prompt: MATH 69.4, GSM8K 92.4, Odyssey-MATH 47.0, AIME 2024 5 of 30; after Step-DPO

@@ -5,7 +5,7 @@ sandbox (bubblewrap).
     echo '{"id": "q1", "code": "a = 3 + 4\\na"}' | python serving/interpreter.py
 
 Input, a line a block; names are kept from block to block of one id, until a line with "code": null
-ends its kernel:
+ends its kernel (send a block of an id after the answer to its last one):
     {"id": "q1", "code": "a = 3 + 4\\na"}
 
 Output: the line {"ready": true}, then a line for each block, in the order in which they end; what a

@@ -490,7 +490,7 @@ def test_what_code_printed_is_not_trained_on(blocks_model):
     for whole in (False, True):
         args = four.Args(objective="sft", model=str(blocks_model), train_execution=whole)
         tokenizer = four.load_tokenizer(args.model, None, "{}")
-        pairs = four.prepare([row], tokenizer, args, "rows")
+        pairs = four.prepare([("rows, row 1", row)], tokenizer, args, "rows")
         batch = four.collate(pairs, [[0]], "cpu")
         text = tokenizer.decode(batch["target"].tolist())
         bare = re.sub(r"<\|execution\|>.*?<\|endofblock\|>", "", SOLUTION)
@@ -523,7 +523,9 @@ def test_masked_targets_change_the_loss_alone(blocks_model):
     for whole in (False, True):
         args = four.Args(objective="sft", model=str(blocks_model), train_execution=whole)
         tokenizer = four.load_tokenizer(args.model, None, "{}")
-        pairs = four.prepare([{"problem": "1?", "solution": SOLUTION}], tokenizer, args, "rows")
+        pairs = four.prepare(
+            [("row 1", {"problem": "1?", "solution": SOLUTION})], tokenizer, args, "rows"
+        )
         batch = four.collate(pairs, [[0]], "cpu")
         batch["owner"] = batch["take"] = torch.arange(len(batch["target"]))  # each token alone
         batch["picks"] = batch["owner"][None]

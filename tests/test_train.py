@@ -360,6 +360,10 @@ PUBLISHED = {
 }
 
 
+def placed(rows: list[dict]) -> list[tuple[str, dict]]:
+    return [(f"rows, row {number}", row) for number, row in enumerate(rows, 1)]
+
+
 def published_row(chosen, rejected, full_chosen, full_rejected, prompt: str = "1 + 1 + 1?") -> dict:
     return {
         "prompt": prompt,
@@ -391,7 +395,7 @@ def test_forms_of_published_rows(form, sides, tokenizer, small_model):
     args = stage(4).Args(model=str(small_model), sides=sides)
     if not ends:  # left out, and the row after it stays
         rows = [row, pair(7)]
-        assert len(stage(4).prepare(rows, tokenizer, args, "rows")) == 1
+        assert len(stage(4).prepare(placed(rows), tokenizer, args, "rows")) == 1
         return
     expected = [text.rstrip(" ") for text in texts[:2]]
     if sides == "full":  # as its step begins, else a space
@@ -401,7 +405,7 @@ def test_forms_of_published_rows(form, sides, tokenizer, small_model):
             for start, full in zip(starts, texts[2:], strict=True)
         ]
     assert sides_of(row, tokenizer, sides) == (expected, ends)
-    assert len(stage(4).prepare([row], tokenizer, args, "rows")) == 1
+    assert len(stage(4).prepare([("rows, row 1", row)], tokenizer, args, "rows")) == 1
 
 
 def test_an_answer_that_max_tokens_cut_gets_no_eos(tokenizer):
@@ -478,7 +482,7 @@ def test_no_eos_on_request(tmp_path, small_model, tokenizer):
         args = train.Args(model=str(small_model), eos=eos)
         ends = [
             ids[-1]
-            for suffixes in train.prepare(rows, tokenizer, args, "rows").suffixes
+            for suffixes in train.prepare(placed(rows), tokenizer, args, "rows").suffixes
             for ids in suffixes
         ]
         assert {end == tokenizer.eos_token_id for end in ends} == {eos}
@@ -894,7 +898,9 @@ def test_the_losses_of_the_documents(tmp_path, monkeypatch, tokenizer, number, e
     monkeypatch.syspath_prepend(tmp_path)
     train = importlib.import_module(f"edited_{number}")
     rows = [pair(5) | {"margin": margin} for margin in (0.2, 0.7)]
-    fields = train.prepare(rows, tokenizer, train.Args(model=str(TINY / "model")), "rows").fields
+    fields = train.prepare(
+        placed(rows), tokenizer, train.Args(model=str(TINY / "model")), "rows"
+    ).fields
     assert [found["margin"] for found in fields] == [0.2, 0.7]
     found = train.dpo_loss(LOGPS, two_pairs(train, fields), [1, 2], train.Args(beta=0.5))
     torch.testing.assert_close(found["loss"], expected)
@@ -1086,6 +1092,141 @@ def test_a_folder_that_cannot_be_written(tmp_path, small_model):
     assert stage(4).lock_out(type(tmp_path)(read_only)).startswith(f"--out {read_only}: ")
 
 
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["--beta", "nan"], "--beta nan, --lr"),
+        (["--validation-fraction", "5"], "--validation-fraction one from 0 to below 1"),
+        (["--seed", "-1"], "--seed and --keep are at least 0"),
+        (["--weight-decay", "-1"], "--seed and --keep are at least 0"),
+        (["--out", "MODEL"], "is the model's own folder"),
+    ],
+)
+def test_options_that_make_no_run_are_named(tmp_path, small_model, given, said):
+    write_pairs(tmp_path / "pairs.jsonl", 6)
+    given = [small_model if part == "MODEL" else part for part in given]
+    before = sorted(small_model.iterdir())
+    done = run(4, *common(tmp_path, small_model, "out"), *given, check=False)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert sorted(small_model.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"layer_types": ["full_attention", "linear_attention"]}, "has layers of linear_attention"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "is quantized"),
+        ({"model_type": "gpt2", "layer_types": None}, "gpt2 has no intermediate_size"),
+    ],
+)
+def test_models_that_cannot_be_trained_are_named(tmp_path, small_model, changes, said):
+    config = json.loads((small_model / "config.json").read_text())
+    if changes.get("model_type"):
+        config = {}
+    (small_model / "config.json").write_text(json.dumps(config | changes))
+    write_pairs(tmp_path / "pairs.jsonl", 6)
+    done = run(4, *common(tmp_path, small_model, "out"), check=False)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_torn_weight_file_is_named(tmp_path, small_model):
+    path = small_model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    write_pairs(tmp_path / "pairs.jsonl", 6)
+    done = run(4, *common(tmp_path, small_model, "out"), check=False)
+    assert done.returncode == 2 and "cannot be loaded" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_model_that_a_tree_does_not_fit_is_named(tmp_path, small_model, tokenizer):
+    """RecurrentGemma's layers carry a state from token to token, past every mask."""
+    from transformers import AutoModelForCausalLM, RecurrentGemmaConfig
+
+    train, pairs = stage(4), stage(4).Pairs()
+    prefix, suffixes = train.encode(pair(3), tokenizer)
+    pairs.add(prefix, suffixes)
+    lm = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
+    accelerator = SimpleNamespace(distributed_type="NO")
+    assert train.tree_fault(lm, pairs, accelerator) == ""
+    config = RecurrentGemmaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=96, num_hidden_layers=3
+    )
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 2, 1, 16
+    config.lru_width = 32
+    lm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    for parameter in lm.parameters():
+        torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else None
+    fault = train.tree_fault(lm, pairs, accelerator)
+    assert "recurrent_gemma gives the first pair -" in fault and "do not know this model" in fault
+
+
+def test_a_row_is_named_by_its_own_file(tmp_path, small_model):
+    write_pairs(tmp_path / "pairs.jsonl", 6)
+    shared = {"from": "human", "value": "1 + 1?"}
+    row = {"prompt": [shared], "chosen": [shared], "rejected": [shared]}
+    first = {"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}
+    (tmp_path / "more.jsonl").write_text(json.dumps(first) + "\n" + json.dumps(row) + "\n")
+    given = common(tmp_path, small_model, "out")
+    given[2:2] = [tmp_path / "more.jsonl"]
+    done = run(4, *given, "--validation-fraction", 0, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "more.jsonl, row 2: the chat template of" in done.stderr
+
+
+def test_samples_say_whether_they_are_right(tmp_path, small_model):
+    row = {"problem": "1 + 1?", "response": "It is \\boxed{3}.", "correct": "false"}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    done = run(
+        4, "--objective", "sft", "--data", tmp_path / "samples.jsonl", "--model", small_model,
+        "--out", tmp_path / "out", check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and "row 1: 'correct' must be true or false" in done.stderr
+
+
+def test_no_eos_cuts_what_a_template_puts_after_it(tokenizer):
+    train, (end,) = stage(4), tokenizer("<|im_end|>", add_special_tokens=False)["input_ids"]
+    assert end == tokenizer.eos_token_id
+    cases = ([5, 6, end], [5, 6]), ([5, end, 6], [5]), ([end, 5, 6], [end, 5, 6]), ([], [])
+    for ids, expected in cases:
+        assert train.without_eos(ids, end) == expected
+    assert train.without_eos([5, 6], None) == [5, 6]
+
+
+@pytest.mark.slow
+def test_what_a_launch_file_or_a_base_may_bring(tmp_path, small_model, monkeypatch):
+    """Its own accumulation does not divide gradients; a temperature without do_sample does not
+    stop the saving; a resumed run counts all seconds, and not by another launch; --keep 0 leaves
+    other folders alone."""
+    path = small_model / "generation_config.json"
+    path.write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "eos_token_id": 2}))
+    write_pairs(tmp_path / "pairs.jsonl")
+    norms = []
+    for out, steps in (("one", "1"), ("four", "4")):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
+        given = [*common(tmp_path, small_model, out), "--lr", 1e-3, "--save-steps", 4]
+        run(4, *given, "--keep", 9)
+        lines = read(tmp_path / out / "metrics.jsonl")
+        norms.append([line["grad_norm"] for line in lines if "loss" in line])
+    assert norms[0] == norms[1] and norms[0][0] > 0
+    out = tmp_path / "four"
+    assert json.loads((out / "generation_config.json").read_text())["do_sample"] is True
+
+    (out / "model.safetensors").unlink()
+    for path in stage(4).checkpoints(out)[1:]:
+        path.rename(out / f"writing-{path.name}")
+    path = out / "checkpoint-4" / "state.json"
+    state = json.loads(path.read_text())
+    assert 0 < state["seconds"] < 600 and state["launch"] == "copies"
+    path.write_text(json.dumps(state | {"launch": "fsdp2"}))
+    done = run(4, *given, check=False)
+    assert done.returncode == 2 and "was written by fsdp2, this is copies" in done.stderr
+    path.write_text(json.dumps(state | {"seconds": 5000}))
+    (out / "checkpoint-best").mkdir()
+    run(4, *given, "--keep", 0)
+    assert 5000 < json.loads((out / "training.json").read_text())["seconds"] < 5600
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-best"]
+
+
 def code_tokenizer(folder, eos: str):
     """That of the bundled model that writes code, with this end of a text."""
     found = AutoTokenizer.from_pretrained(TINY / "code")
@@ -1271,11 +1412,18 @@ def test_a_reference_is_used_again_only_for_its_weights_and_precision(tmp_path, 
     pairs.add([1], [[2], [3]])
     monkeypatch.setattr(train, "from_first", lambda accelerator, compute: compute())
     monkeypatch.setattr(train, "score_all", lambda *_: scored.append(1) or torch.zeros(1, 2))
-    first = SimpleNamespace(is_main_process=True)
-    for weights, precision in (("a", "fp32"), ("a", "fp32"), ("b", "fp32"), ("a", "bf16")):
-        args = train.Args(out=tmp_path, precision=precision)
+    for weights, precision, launch, rank in (
+        ("a", "fp32", "NO", 0),
+        ("a", "fp32", "MULTI_CPU", 0),
+        ("b", "fp32", "NO", 0),
+        ("a", "bf16", "NO", 0),
+        ("a", "bf16", "FSDP", 0),
+        ("a", "bf16", "NO", 8),
+    ):
+        args = train.Args(out=tmp_path, precision=precision, lora_rank=rank)
+        first = SimpleNamespace(is_main_process=True, distributed_type=launch)
         train.reference_logps(None, pairs, args, first, weights)
-    assert len(scored) == 3 == len(list(tmp_path.glob("reference-*.npy")))
+    assert len(scored) == 5 == len(list(tmp_path.glob("reference-*.npy")))
 
 
 def test_a_step_that_went_wrong_ends_the_run(tmp_path, capsys):
@@ -1304,7 +1452,7 @@ def test_the_model_has_no_dropout(tmp_path):
 def test_pairs_without_contrast_are_left_out(tokenizer, capsys):
     rows = [pair(5), pair(6) | {"chosen": " 2.\n", "rejected": " 2.\n"}]
     args = stage(4).Args(model=str(TINY / "model"))
-    assert len(stage(4).prepare(rows, tokenizer, args, "rows")) == 1
+    assert len(stage(4).prepare(placed(rows), tokenizer, args, "rows")) == 1
     assert "left out: 1 without contrast" in capsys.readouterr().err
 
 
@@ -1474,7 +1622,7 @@ def counted(command: list[str], size: str) -> tuple[float, float]:
 
 RECIPES = {
     "step_dpo_qwen2_7b": ("7b", 26.4e9, 31e9),
-    "step_dpo_qwen2_72b": ("72b", 65.6e9, 945e9),
+    "step_dpo_qwen2_72b": ("72b", 38.4e9, 1163e9),
     "sft_stage": ("7b", 26.4e9, 31e9),
     "scdpo_mistral_7b": ("mistral", 24.1e9, 29e9),
     "scdpo_mistral_7b_code": ("mistral", 24.1e9, 29e9),
@@ -1483,14 +1631,14 @@ RECIPES = {
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_fit_by_count(tmp_path, recipe):
-    """The recipes' own command lines on 8 GPUs with 80 GB and 1 TB of main memory, with a fifth to
-    spare."""
+    """The recipes' own command lines on 8 GPUs with 80 GB and 1 TB of main memory (72B: 1.5 TB),
+    with a fifth to spare."""
     size, device, machine = RECIPES[recipe]
     command = training_command(recipe, tmp_path)
     assert command[0] == "launch"
     found = counted(command, size)
     assert found == (pytest.approx(device, rel=0.03), pytest.approx(machine, rel=0.03))
-    assert found[0] < 0.83 * 80e9 and found[1] < 1e12
+    assert found[0] < 0.83 * 80e9 and found[1] < 0.83 * (1.5e12 if size == "72b" else 1e12)
 
 
 def test_commands_of_readme_and_docstring_fit_by_count():
@@ -1609,7 +1757,8 @@ def test_smaller_passes_come_before_checkpointing(monkeypatch, capsys, prefix, a
         device=torch.device("cpu"), num_processes=1, distributed_type="NO"
     )
     pairs = train.Pairs()
-    pairs.add([1] * prefix, [[2] * 200, [3] * 200])
+    for _ in range(128):
+        pairs.add([1] * prefix, [[2] * 200, [3] * 200])
     train.warn.cache_clear()
     with pytest.raises(SystemExit):
         train.check_memory(config, train.Args(precision="fp32"), accelerator, pairs)
@@ -1675,11 +1824,11 @@ def test_a_containers_limit_is_its_memory(monkeypatch, tmp_path, files, share):
     ],
 )
 def test_the_launch_file_that_fits_is_named(monkeypatch, capsys, size, world, gpus, said):
-    """GPUs with 80 GB and 1.1 TB of main memory, which are not here."""
+    """GPUs with 80 GB and 1.5 TB of main memory, which are not here."""
     from transformers import Qwen2Config
 
     train, config = stage(4), Qwen2Config(**QWEN2 | SIZES[size])
-    monkeypatch.setattr(train, "machine_memory", lambda: int(1.1e12))
+    monkeypatch.setattr(train, "machine_memory", lambda: int(1.5e12))
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=85e9)
     )
@@ -1688,7 +1837,8 @@ def test_the_launch_file_that_fits_is_named(monkeypatch, capsys, size, world, gp
         device=torch.device("cuda"), num_processes=world, distributed_type="MULTI_GPU"
     )
     pairs = train.Pairs()
-    pairs.add([1] * 300, [[2] * 200, [3] * 200])
+    for _ in range(128):
+        pairs.add([1] * 300, [[2] * 200, [3] * 200])
     train.warn.cache_clear()
     with pytest.raises(SystemExit):
         train.check_memory(config, train.Args(precision="bf16"), accelerator, pairs)
@@ -1714,7 +1864,7 @@ def test_estimate_counts_a_launch_file_without_its_gpus(tmp_path):
     given += ["--tokens-per-batch", 8192]
     for config, count, device in (
         ("fsdp2", 4, 38.75),
-        ("zero3_offload", 8, 12.91),
+        ("zero3_offload", 8, 10.25),
         ("ddp", 8, 166.22),
     ):
         done = run(
