@@ -908,8 +908,11 @@ class Output:
         """Read what is there, if it was made with the same code and settings."""
         if not self.meta_path.exists():
             stop(f"{self.path}: its settings, {self.meta_path}, are missing; give another --out")
-        meta = json.loads(self.meta_path.read_text(encoding="utf-8"))
-        old, self.edits = meta["settings"], meta.get("edits", [])
+        try:
+            meta = json.loads(self.meta_path.read_text(encoding="utf-8"))
+            old, self.edits = meta["settings"], meta.get("edits", [])
+        except (ValueError, KeyError):  # of data/download.py, for one
+            stop(f"{self.meta_path}: holds no settings of a stage; give another --out")
         edited = edited_names(old.get("code", {}), self.settings.get("code", {}))
         if edited and not self.accept_edit:
             names = ", ".join(edited[:6])
@@ -1637,8 +1640,8 @@ class Engine:
         parser.error = lambda message: stop(f"--engine-args: {message}")
         # sampling is by the request alone, not by the model's generation_config.json
         defaults = f"--seed {seed} --generation-config vllm --disable-log-stats".split()
-        command = ["--model", model, *defaults, *cpu_options(), *shlex.split(options)]
         try:
+            command = ["--model", model, *defaults, *cpu_options(), *shlex.split(options)]
             given = AsyncEngineArgs.from_cli_args(parser.parse_args(command))
             self.replicas = given.data_parallel_size
             workers = self.replicas * given.tensor_parallel_size * given.pipeline_parallel_size
