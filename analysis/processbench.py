@@ -61,11 +61,11 @@ cut into paragraphs; each stands between tags with its index, and the first inde
 {paragraphs}
 
 ## Your task
-Examine the paragraphs in their order and write what you think of each. If you find a mistake, \
-stop there: your answer is the index of the first paragraph that has one. If no paragraph has a \
-mistake, your answer is -1.
+Review the solution paragraph by paragraph, and say of each one whether it is right, and why. When \
+you find a mistake, stop: the index of that paragraph is the answer. If no paragraph has a \
+mistake, the answer is -1.
 
-Write your answer, the index alone, in \\boxed{{}} at the end."""
+End your review with the final answer (the index) in \\boxed{{}}."""
 BOX = re.compile(r"\\boxed\{([^}]*)\}")
 
 
