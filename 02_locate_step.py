@@ -237,8 +237,8 @@ async def first_wrong_step(n_steps: int, estimate, linear: bool) -> tuple[int | 
 
 def by_chance(failures: int, right: int, wrong: int) -> float:
     """The probability of so many failures in a row at the rate of which `right` and `wrong`
-    continuations were seen: by Jeffreys' prior it is beta(right + 1/2, wrong + 1/2), so that 1 of 4
-    is no certainty and 0 of 4 does not mean never."""
+    continuations were seen: by Jeffreys' prior it is beta(right + 1/2, wrong + 1/2), so that 4 of 4
+    does not mean always, and 0 of 4 not never."""
     return math.prod((wrong + 0.5 + i) / (right + wrong + 1 + i) for i in range(failures))
 
 

@@ -21,9 +21,9 @@ more; a problem's other fields are carried through:
      "rejected_finished": true}
 
 Step-DPO (arXiv 2406.18629, section 3.2): the model continues n times from steps 1..k-1 and the
-label of step k. Of the continuations that reach the answer, the first step is a chosen step, each
-text once; the rejected step is the located one. SCDPO (arXiv 2407.00782, section 3): the model
-continues from steps 1..k of a right solution, k drawn at random, step by step at a rising
+label of step k. Of the continuations that reach the answer, the first step is a chosen step, once
+for the same words; the rejected step is the located one. SCDPO (arXiv 2407.00782, section 3): the
+model continues from steps 1..k of a right solution, k drawn at random, step by step at a rising
 temperature, until it ends at a wrong answer; chosen is the rest of the right solution. DPO: whole
 right and wrong solutions. SCDPO trains on naive (DPO's) and step-controlled pairs:
 04_train_stepdpo.py --data data/scdpo.jsonl data/naive.jsonl. data/pairs.tries.jsonl keeps what
@@ -111,7 +111,7 @@ class Args:
     n: int = 20
     """continuations of each correct prefix"""
     max_chance: float = 1.0
-    """leave out errors whose `chance` in 02's row is higher: 0.05 if right steps are rejected"""
+    """leave out errors whose `chance` of 02 is higher; 0.05 rejects fewer right steps"""
     max_pairs_per_error: int = 0
     """pairs of one wrong sample at most; 0: all"""
     pairs_per_problem: int | None = None

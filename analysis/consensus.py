@@ -10,6 +10,7 @@ identified by `id` and `sample`:
 Output, data/agreed.jsonl: the rows of the first file, with the second one's evidence (`judge`,
 `rollout_values` ...) and
     {"error_step": 2, "locator": "consensus", "reason": null, "said": [2, 3]}
+
 A row keeps the first one's step where the second one's is at most --within steps off. Else
 error_step is null and the reason says why: both found no error, the two disagree, or the second
 file lacks the row. `said`: 0 for no error, null for a row left open. The last line counts the rows.

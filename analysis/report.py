@@ -148,6 +148,7 @@ def draw_pictures(summary: dict, out: Path) -> list[Path]:
         figure, grid = plt.subplots(len(leveled), 1, figsize=(8, 3.4 * len(leveled)), squeeze=False)
         for name, axes in zip(leveled, grid[:, 0], strict=True):
             bars(axes, leveled[name])
+            axes.set(xlabel="level")
             axes.set_title(f"{name} by level", fontsize=11, loc="left")
         save(figure, "levels.png")
     benchmarks = summary["benchmarks"]

@@ -10,6 +10,7 @@ the first low one for wrong.
 Input: rows with `problem` and `steps`, as 01 and ProcessBench have them. Output: the same rows, in
 their order, and
     {"step_scores": [0.98, 0.03], "prm": "...", "prm_tokens": 186}
+
 A score is the chance, by the model, that the step is right. step_scores is null, with prm_reason,
 where a row is not scored.
 
@@ -19,8 +20,10 @@ Three forms are read, all in this process by transformers, without code from the
     math-shepherd  a causal model (arXiv 2312.08935): plain text with " ки" after each step, "+"
                    against "-" read there
     rlhflow        a causal model (RLHFlow's two): a turn a step, "+" against "-" as its answer
+
 Qwen's form is also read by a server, for models that do not fit one device:
     vllm serve MODEL --pooler-config '{"tok_pooling_type": "STEP", "step_tag_id": 151651}'
+
 Which public models work: docs/locators.md. The same command run again resumes.
 """
 

@@ -6,6 +6,7 @@ first wrong step is known.
 
 Input, as for processbench.py: ProcessBench's rows, what annotate.py, true_errors.py or 02 wrote:
     {"problem": "...", "steps": ["...", "..."], "error_step": 2}
+
 or "label": 1, 0-based, -1 for no error. On the bundled model it takes minutes on two cores.
 
 Steps before the first wrong one count as right, it as wrong, those after it not at all. The model

@@ -14,6 +14,7 @@ trainer runs in a process of its own:
     trl            DPOTrainer with its defaults (reference model in memory, gradient checkpointing)
     trl-best       DPOTrainer with reference log-probabilities computed before, without gradient
                    checkpointing
+
 Output: a table (seconds a step: median and range over steps; pairs/s; tokens/s of the distinct
 tokens; peak memory of the process, or of the GPU; share of the bound; ratios to trl-best), and OUT
 with the raw figures. The bound: 3 forward passes over the distinct tokens, in FLOPs, at the rate

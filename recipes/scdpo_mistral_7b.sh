@@ -51,4 +51,5 @@ run accelerate launch $LAUNCH 04_train_stepdpo.py --model "$MODEL" "${manner[@]:
 run python analysis/plot_training.py "$OUT/model"
 run python 05_eval.py --data $TEST ${LIMIT:+--limit $LIMIT} --models "base=$MODEL" "SCDPO=$OUT/model" "${manner[@]}" \
   --out "$OUT/results" ${SERVE:+"$SERVE"}
+run python analysis/regrade.py "$OUT/results" --verdict scdpo  # adds the verdicts of the papers' own code
 run python analysis/report.py "$OUT/results"  # pictures and a page

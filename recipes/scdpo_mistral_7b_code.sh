@@ -69,4 +69,5 @@ for model in "$MODEL" "$OUT/model"; do
   end_server
 done
 evaluate "base=$MODEL" "SCDPO=$OUT/model" "${manner[@]}"
+run python analysis/regrade.py "$OUT/results" --verdict scdpo  # adds the verdicts of the papers' own code
 run python analysis/report.py "$OUT/results"  # pictures and a page

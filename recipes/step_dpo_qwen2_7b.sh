@@ -9,6 +9,7 @@
 # Where paper and code differ
 #   beta            paper, and here: 0.4 for 7B. Its script: 0.5 (swapped for 72B): BETA=0.5
 #   locating        paper: by hand or GPT-4. Code: GPT-4o. Here: the model's own continuations; LOCATOR="--locator judge --judge-model ..."
+#   EOS             code: never. Here: after a step that ends its solution; TRAIN=--no-eos
 #   neutral steps   an error in the code, not in the text: 02 --neutral
 #   chosen steps    the paper describes a filter of wrong ones, which is not released: analysis/check_chosen.py
 # TEMPLATE, OPENING: of the evaluation, if not the authors' for Qwen2-Instruct
@@ -36,7 +37,7 @@ if [ -z "$DATA" ]; then
   DATA=$OUT/pairs.jsonl
 fi
 run accelerate launch --config_file configs/fsdp2.yaml --num_processes "$GPUS" 04_train_stepdpo.py --data "$DATA" --model "$MODEL" \
-  --beta "$BETA" --gradient-checkpointing --tokens-per-batch 8192 --out "$OUT/model" --save-steps 400 --keep 1
+  --beta "$BETA" ${TRAIN:-} --gradient-checkpointing --tokens-per-batch 8192 --out "$OUT/model" --save-steps 400 --keep 1
 run python analysis/plot_training.py "$OUT/model"
 run python 05_eval.py --data $TEST --models "base=$MODEL" "Step-DPO=$OUT/model" \
   --chat-template "${TEMPLATE:-data/templates/step_dpo_qwen.jinja}" --opening "${OPENING-}" --out "$OUT/results" "$SERVE"
