@@ -1071,7 +1071,8 @@ def split_at_ends(response: str, split: str, start: int) -> list[str]:
 # models without \boxed{}: "The answer is: 7", "#### 7", "**Final Answer**", "答案是 7"
 MARKER = re.compile(
     r"[Tt]he (?:final |correct )?answer is|[Aa]nswer[ *]*[:：]"
-    r"|####(?=\s*(?:[-+$(]*[\d.\\]|\(?[A-J]\)?\s*(?:\n|$)))"  # not "#### Check", a headline
+    # no headline such as "#### Check" or "#### 2. Check"
+    r"|####(?!\s*Step\b|\s*\d+[.)]\s)(?=\s*(?:[-+−$(*]*[\d.\\]|\(?[A-J]\)?\s*\n)|[^\n]*\S\s*\Z)"
     r"|[Ff]inal [Aa]nswer[ *]*(?=\n)|答案(?:是|为|[:：])"
 )
 # Copied from 01_sample_errors.py
@@ -1141,7 +1142,8 @@ SIGNS = dict(re.findall(r"(\S)(\S+)", LATEX_SIGNS))
 # Copied from 01_sample_errors.py
 TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
 # Copied from 01_sample_errors.py
-CHANGES = (  # words that change a number; any other word after a number is its unit
+CHANGES = (  # words that change a number; any other word after a number is its unit, and of these
+    # "more" and "less", if nothing else follows: "5 more pages"
     r"\b(?:and|or|to|than|more|less|most|least|over|under|below|half|quarters?|factorial|squared"
     r"|cubed|base|dozens?|negative|[apAP]\.?[mM]"
     r"|(?:(?:four|fif|six|seven|eigh|nin|ten|twelf|hundred)th|hundred|thousand|lakh|crore"
@@ -1161,7 +1163,7 @@ UNITS = (
     r"(?:(?<=[\d)\]}%])|(?<=\\pi))\s*"
     rf"(?:(?:(?!\\mathbf\{{\s*[A-Z]{{0,2}}\w\s*\}}|\\\w+\{{[ei]}}){TEXT}(?:\^\{{?\d\}}?|\s)*)+"
     r"|[一-鿿]+|m\^\{?[23]\}?"
-    r"|(?:k?m/|\s(?:of\s|[A-Za-z]{3,})|(?:[cdkm]m|[km]g|m[lL]|ft|in|yd|mi|hr|oz|lb|sq|cu)\b)"
+    r"|(?:k?m/|\s(?:of\s(?!(?:two|three|four|five|six|seven|eight|nine|ten)\b)|[A-Za-z]{3,})|(?:[cdkm]m|[km]g|m[lL]|ft|in|yd|mi|hr|oz|lb|sq|cu)\b)"
     r"[A-Za-z\s./]*(?:\^\{?\d\}?)?)\.?$"
 )
 # Copied from 01_sample_errors.py
@@ -1183,7 +1185,11 @@ SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads
     (r"：", ":"),
     (r"(?<=\d)(?:\{,\}|,?\s*\\[!,]\s?)(?=\d{3}(?!\d))", ""),
     (r"\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\\[!()$\[\]]", ""),
-    (r"(?:\\text\s*\{\s*)?(?<![A-Za-z])[Rr]s\b\.?\s*\}?|₹", ""),
+    # Rs. 1000 and 1000 Rs; rs is a product
+    (
+        r"^\s*(?:\\\w+\s*\{\s*)?[Rr]s\b\.?\s*\}?(?=[\s~\\,;$]*\d)|(?<=\d)\s+[Rr]s\.?\s*$|₹",
+        "",
+    ),
     (r"[$€£¥\"]|\\(?:text)?color\s*\{\w+\}|\s*\(?\\?[pb]?mod\b.*|[\s.,;。]+$", ""),
     (r"\*\*", "^"),
     (r"\*", r"\\cdot "),
@@ -1235,7 +1241,7 @@ FUNCTION = re.compile(
 IS_LETTERS = re.compile(r"(?=[^A-J]*[A-J])(?:[\s()\[\].,:;&']|and|or|\b[A-J]\b)+")
 # Copied from 01_sample_errors.py
 # longer ones may be one unit in two words
-UNIT = re.compile(r"mod\W*(\d+)|\\(?:text|mathrm)\s*\{\W*([a-zA-Z]{1,2})\W*\}")
+UNIT = re.compile(r"mod\W*(\d+)|\\(?:text|mathrm)\s*\{[\W\d]*([a-zA-Z]{1,2})\W*\}")
 # Copied from 01_sample_errors.py
 WORD = r"(?<![\\a-zA-Z])(?!and\b)[a-zA-Z]{3,}"
 # Copied from 01_sample_errors.py

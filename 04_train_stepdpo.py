@@ -19,8 +19,8 @@ dpo_loss()'s to use):
      "initial_reason_steps": "Let's think step by step.\\nStep 1: ...\\nStep 2:",
      "chosen": " 3 + 4 = 7.\\n", "rejected": " 3 + 4 = 8.\\n",
      "full_chosen": "...", "full_rejected": "..."}
-or TRL's form: whole responses, as texts or as lists of messages; without `prompt`, what both begin
-with is it:
+or TRL's form: whole responses, as texts or as lists of messages; without `prompt`, the beginning
+that both share is the prompt:
     {"prompt": "...", "chosen": "...", "rejected": "..."}
 or pairs with code as in MathGenie/SCDPO-Data-Mistral-Ours, a turn a list of blocks:
     {"chosen": [{"role": "user", "content": [{"type": "text", "content": "Ava has ..."}]}, ...],
@@ -86,7 +86,7 @@ from accelerate.utils import broadcast_object_list
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
 # Copied from 01_sample_errors.py
@@ -208,8 +208,10 @@ def main(args: Args):
     resume, done, seconds = checkpoint_to_resume(accelerator, args, settings)
     began -= seconds  # of the runs before
 
-    if fault := from_first(accelerator, lambda: tree_fault(lm, pairs, accelerator)):
-        stop(f"--model {args.model}: {fault}")
+    if not resume:
+        fault = from_first(accelerator, lambda: tree_fault(lm, pairs, accelerator))
+        if fault:
+            stop(f"--model {args.model}: {fault}")
     adapters = add_lora(lm, args) if args.lora_rank else None
     scorer, optimizer = accelerator.prepare(SuffixScorer(lm), make_optimizer(lm, args))
     scorer.train()
@@ -1048,7 +1050,7 @@ def load_config(args: Args):
         stop(f"--model {args.model}: cannot be loaded ({str(error).splitlines()[0]})")
     layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if others := ", ".join(layers - {"sliding_attention"}):
-        stop(f"--model {args.model}: has layers of {others}, which see more than a mask shows")
+        stop(f"--model {args.model}: has layers of {others}, for which masks() has no mask")
     if getattr(config, "quantization_config", None):
         stop(f"--model {args.model}: is quantized; give the model that it was made from")
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
@@ -1076,13 +1078,16 @@ def load_model(config, args: Args, accelerator: Accelerator):
         lm = AutoModelForCausalLM.from_pretrained(
             args.model, config=config, dtype=dtype, attn_implementation="sdpa"
         )
-        try:
-            lm.generation_config.validate(strict=True)
-        except ValueError:  # a temperature without do_sample: it could not be saved
-            lm.generation_config.do_sample = True
-            lm.generation_config.validate(strict=True)
     except Exception as error:  # a torn file, a package that is missing, a kernel: many kinds
-        stop(f"--model {args.model}: cannot be loaded ({str(error).splitlines()[0]})")
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        stop(f"--model {args.model}: cannot be loaded ({reason})")
+    try:
+        lm.generation_config.validate(strict=True)
+    except ValueError as error:  # a temperature without do_sample, for one
+        # else the trained model could not be saved
+        reason = " ".join(str(error).split())
+        warn(f"--model {args.model}: its generation_config is not saved: {reason[:200]}")
+        lm.generation_config = GenerationConfig(eos_token_id=lm.generation_config.eos_token_id)
     if args.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     return lm, config.dtype or torch.bfloat16
@@ -1164,14 +1169,23 @@ class SuffixScorer(torch.nn.Module):
 
 @torch.no_grad()
 def tree_fault(lm, pairs: Pairs, accelerator: Accelerator) -> str:
-    """What is wrong where the first pair's log-probabilities, as a tree, are not those of the
-    model's own pass over each sequence: a layer that a mask does not bind, logits that are scaled
-    in a way of their own. Only in fp32, where the whole weights are here."""
-    if lm.dtype != torch.float32 or accelerator.distributed_type == "DEEPSPEED":
+    """What is wrong where the log-probabilities of a part of the first pair, as a tree, are not
+    those of the model's own pass over each sequence: a layer that a mask does not bind, logits that
+    are scaled in a way of their own. Only in fp32, where the whole weights are here."""
+    strategy, _ = strategy_of(accelerator)
+    if lm.dtype != torch.float32 or strategy == "zero3":
         return ""
-    inputs, prefix = collate(pairs, [[0]], lm.device), pairs.prefixes[pairs.prefix[0]]
+    if strategy == "copies":
+        lm.to(accelerator.device)
+    # under FSDP2 the CPU computes it, and accelerate gives that one thread: few tokens
+    prefix, suffixes = pairs.prefixes[pairs.prefix[0]][-64:], pairs.suffixes[0]
+    shared = len(os.path.commonprefix([ids.tolist() for ids in suffixes]))
+    suffixes = [ids[: shared + 16] for ids in suffixes]
+    part = Pairs(pairs.execution)
+    part.add(prefix, suffixes)
+    inputs = collate(part, [[0]], lm.device)
     logps = SuffixScorer(lm)(**inputs)[inputs["picks"][0]]
-    for logp, suffix in zip(logps, pairs.suffixes[0], strict=True):
+    for logp, suffix in zip(logps, suffixes, strict=True):
         ids = torch.tensor(np.r_[prefix, suffix], dtype=torch.int64, device=lm.device)
         logits = lm(ids[None], use_cache=False, logits_to_keep=len(suffix) + 1).logits[0]
         logits = logits[-len(suffix) - 1 : -1].float()
@@ -1229,12 +1243,11 @@ def reference_logps(
 
 
 def weights_hash(model: str) -> str:
-    """Of the configuration and the weight files, once they are here: names, sizes and 64 MiB of
-    each, spread over it; smaller ones whole."""
+    """Of the weight files, once they are here: names, sizes and 64 MiB of each, spread over it;
+    smaller ones whole."""
     folder = Path(cached_file(model, "config.json")).parent
     digest, block = hashlib.sha256(), 1 << 20
-    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    for path in [folder / "config.json", *weights]:
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         file = np.memmap(path, mode="r")
         digest.update(f"{path.name} {len(file)} ".encode())
         blocks = min(64, math.ceil(len(file) / block))
@@ -1590,12 +1603,12 @@ def checkpoint_to_resume(
             "--out, or add --accept-edit"
         )
     launch = launch_of(accelerator)
-    if resume and old["launch"] != launch:
+    if resume and old.get("launch", launch) != launch:
         stop(
             f"{resume} was written by {old['launch']}, this is {launch}; launch it as before, or "
             "give another --out"
         )
-    step, seconds = (old["step"], old["seconds"]) if resume else (0, 0.0)
+    step, seconds = (old["step"], old.get("seconds", 0.0)) if resume else (0, 0.0)
     settings["edits"] = old_settings.get("edits", [])
     if edited:
         before = {name: old_settings.get(name) for name in ("code", "prompt")}
@@ -1605,7 +1618,7 @@ def checkpoint_to_resume(
 
 
 def launch_of(accelerator: Accelerator) -> str:
-    """The form of the checkpoints: ZeRO-3's are of so many processes."""
+    """The form of the checkpoints; ZeRO-3's are read only by as many processes as wrote them."""
     strategy, _ = strategy_of(accelerator)
     return f"{strategy} on {accelerator.num_processes}" if strategy == "zero3" else strategy
 

@@ -58,7 +58,9 @@ class Args:
 def start(args: Args):
     """The model with a new head, and the tokenizer with the mark."""
     torch.manual_seed(args.seed)
-    tokenizer = LOCATE.load_tokenizer(args.model, None, "{}")
+    LOCATE.load_tokenizer(args.model, None, "{}")  # stops where there is none
+    # saved under the class that the model names
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     kind = transformers.AutoConfig.from_pretrained(args.model).model_type
     if kind != "qwen2":
         LOCATE.stop(

@@ -414,6 +414,19 @@ def test_engine_that_does_not_start(tmp_path, capsys):
     arguments = ["--data", tmp_path / "in.jsonl", "--model", TINY / "model"]
     arguments += ["--engine-args=--no-such-option"]
     assert "no-such-option" in message(refused(1, tmp_path, *arguments))
+    arguments[-1] = "--engine-args=--dtype 'float32"
+    assert "No closing quotation" in message(refused(1, tmp_path, *arguments))
     with pytest.raises(SystemExit) as ended:
         stage(1).Engine(str(TINY / "model"), "--max-model-len 9000000", 0)
     assert ended.value.code == 2 and "max_model_len" in message(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("text", ['{"source": "openai/gsm8k"}', '{"settings": {'])
+def test_a_file_that_no_stage_made_is_not_continued(tmp_path, text):
+    """data/download.py writes a meta file too."""
+    path = tmp_path / "gsm8k.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n")
+    (tmp_path / "gsm8k.jsonl.meta.json").write_text(text)
+    done = run(1, "--data", path, "--model", TINY / "model", "--out", path, check=False)
+    assert done.returncode == 2 and "holds no settings of a stage" in message(done.stderr)
+    assert read(path) == [GOOD]

@@ -4,6 +4,7 @@ bundled process reward model."""
 import asyncio
 import json
 import re
+import shutil
 import sys
 import threading
 from http.server import ThreadingHTTPServer
@@ -639,6 +640,16 @@ def test_training_a_prm(tmp_path):
     """A short training on 100 solutions: the loss falls."""
     labelled(tmp_path / "labels.jsonl", 120)
     options = ["--data", tmp_path / "labels.jsonl", "--out", tmp_path / "prm", "--held-out", 20]
+    for given, said in (
+        (["--epochs", 0], "--epochs and --batch-size are at least 1"),
+        (["--held-out", -1], "--held-out at least 0"),
+        (["--model", tmp_path / "gpt2"], "is gpt2; give a qwen2"),
+        (["--model", tmp_path / "no"], "neither a folder with a config.json nor a hub id"),
+    ):
+        shutil.copytree(TINY / "model", tmp_path / "gpt2", dirs_exist_ok=True)
+        (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
+        done = run("train_prm", *options, *given, check=False)
+        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
     options += ["--epochs", 4]
     run("train_prm", *options)
     figures = json.loads((tmp_path / "prm" / "training.json").read_text())

@@ -462,12 +462,13 @@ def test_rows_with_an_empty_side_are_left_out_counted_and_named(tmp_path, small_
     rows = [pair(n) for n in range(8)]
     rows[2]["rejected"], rows[4]["full_rejected"], rows[6]["chosen"] = None, "", " "
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for sides, count, named in (("step", 6, "row 3, 7"), ("full", 7, "row 5")):
+    for sides, count, named in (("step", 6, (3, 7)), ("full", 7, (5,))):
         options = ["--data", tmp_path / "pairs.jsonl", "--model", small_model, "--sides", sides]
         options += ["--epochs", 1, "--batch-size", 4, "--out", tmp_path / sides]
         done = run(4, *options)
         assert f"{count} pairs" in done.stderr and f"{8 - count} with an empty side" in done.stderr
-        assert f"an empty side in {named}\n" in done.stderr
+        places = "; ".join(f"{tmp_path / 'pairs.jsonl'}, row {number}" for number in named)
+        assert f"an empty side: {places}\n" in done.stderr
         assert read(tmp_path / sides / "metrics.jsonl")[0]["loss"] == pytest.approx(
             math.log(2), abs=1e-3
         )
@@ -1160,6 +1161,32 @@ def test_a_model_that_a_tree_does_not_fit_is_named(tmp_path, small_model, tokeni
     assert "recurrent_gemma gives the first pair -" in fault and "do not know this model" in fault
 
 
+def test_a_model_that_a_tree_does_not_fit_is_not_trained(tmp_path, small_model, monkeypatch):
+    monkeypatch.setattr(stage(4), "tree_fault", lambda *_: "sees too much")
+    write_pairs(tmp_path / "pairs.jsonl", 6)
+    done = run(4, *common(tmp_path, small_model, "out"), check=False)
+    assert done.returncode == 2 and f"--model {small_model}: sees too much" in done.stderr
+    assert not list((tmp_path / "out").glob("reference-*"))
+
+
+def test_deepspeed_keeps_all_of_adamw_in_one_place(monkeypatch, capsys):
+    """What a ratio leaves on the GPU would follow no schedule."""
+    train, config = stage(4), json.loads((ROOT / "configs" / "zero3_offload.json").read_text())
+    config["gradient_accumulation_steps"] = 4
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config))
+    kind = type("Kind", (str,), {"value": "DEEPSPEED"})("DEEPSPEED")
+    fake = SimpleNamespace(distributed_type=kind, num_processes=8, state=state, is_fsdp2=False)
+    monkeypatch.setattr(train, "Accelerator", lambda **_: fake)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert train.start_accelerate(train.Args()) is fake
+    assert config["gradient_accumulation_steps"] == 1 == fake.gradient_accumulation_steps
+    assert train.strategy_of(fake) == ("zero3", True) and train.launch_of(fake) == "zero3 on 8"
+    config["zero_optimization"]["offload_optimizer"]["ratio"] = 0.75
+    with pytest.raises(SystemExit):
+        train.start_accelerate(train.Args())
+    assert "ratio 0.75: DeepSpeed's AdamW on the GPU" in capsys.readouterr().err
+
+
 def test_a_row_is_named_by_its_own_file(tmp_path, small_model):
     write_pairs(tmp_path / "pairs.jsonl", 6)
     shared = {"from": "human", "value": "1 + 1?"}
@@ -1195,8 +1222,8 @@ def test_no_eos_cuts_what_a_template_puts_after_it(tokenizer):
 @pytest.mark.slow
 def test_what_a_launch_file_or_a_base_may_bring(tmp_path, small_model, monkeypatch):
     """Its own accumulation does not divide gradients; a temperature without do_sample does not
-    stop the saving; a resumed run counts all seconds, and not by another launch; --keep 0 leaves
-    other folders alone."""
+    stop the saving of the model; a resumed run counts all seconds, and does not resume by another
+    launch; --keep 0 leaves other folders alone."""
     path = small_model / "generation_config.json"
     path.write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "eos_token_id": 2}))
     write_pairs(tmp_path / "pairs.jsonl")
@@ -1209,7 +1236,8 @@ def test_what_a_launch_file_or_a_base_may_bring(tmp_path, small_model, monkeypat
         norms.append([line["grad_norm"] for line in lines if "loss" in line])
     assert norms[0] == norms[1] and norms[0][0] > 0
     out = tmp_path / "four"
-    assert json.loads((out / "generation_config.json").read_text())["do_sample"] is True
+    saved = json.loads((out / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == 2 and "temperature" not in saved
 
     (out / "model.safetensors").unlink()
     for path in stage(4).checkpoints(out)[1:]:
@@ -1873,6 +1901,9 @@ def test_estimate_counts_a_launch_file_without_its_gpus(tmp_path):
         assert f"a device needs about {device}" in done.stderr and f"{count} H100" in done.stderr, (
             done.stderr
         )
+    options = ["--config_file", "configs/ddp.yaml", "--precision", "fp32"]
+    done = run("estimate", *options, *given, check=False)
+    assert done.returncode == 2 and "estimates for GPUs in bf16" in done.stderr
     done = run("estimate", "--config_file", tmp_path / "pairs.jsonl", *given, check=False)
     assert done.returncode == 2
     assert "no launch file" in done.stderr
