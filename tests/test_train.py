@@ -1147,7 +1147,7 @@ def test_a_model_that_a_tree_does_not_fit_is_named(tmp_path, small_model, tokeni
     prefix, suffixes = train.encode(pair(3), tokenizer)
     pairs.add(prefix, suffixes)
     lm = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
-    accelerator = SimpleNamespace(distributed_type="NO")
+    accelerator = SimpleNamespace(distributed_type="NO", device=torch.device("cpu"))
     assert train.tree_fault(lm, pairs, accelerator) == ""
     config = RecurrentGemmaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=96, num_hidden_layers=3
