@@ -610,7 +610,7 @@ def test_a_critic_by_the_papers_protocol(votes, judge, tmp_path):  # noqa: F811
             in message["content"]
         )
         assert "\\boxed{}" in message["content"]
-        assert "index of the first paragraph" in message["content"]
+        assert "the index of that paragraph is the answer" in message["content"]
         known = re.search(r"shows (\d)", message["content"])
         return f"I think \\boxed{{{int(known[1]) - 1}}}" if known else "neutral"
 
