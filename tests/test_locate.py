@@ -311,7 +311,8 @@ class Judge(BaseHTTPRequestHandler):
         ):
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(text.encode())
+        with contextlib.suppress(ConnectionError):  # a client that has stopped is no fault of it
+            self.wfile.write(text.encode())
 
     def do_GET(self):
         self.reply(200, json.dumps({"data": [{"id": "judge"}]}))
