@@ -99,6 +99,9 @@ PROBE = "1 + 1 = ?"  # the problem of the prompt that stands in the settings
 # Copied from 01_sample_errors.py
 # the assistant's text while a template is rendered: many trim it, some take thoughts out of it
 MARK = "@@Steps so far@@"
+# models whose log-probabilities would be wrong without a word: recurrent layers see past a mask,
+# and logits_scaling is a factor, elsewhere a divisor
+NO_TREES = ("recurrent_gemma", "hyperclovax")
 MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm
 # bytes of fp32 logits made at once, on the CPU and on a GPU
 LOGITS_BYTES = [1 << 28, 1 << 30]
@@ -205,13 +208,11 @@ def main(args: Args):
     lm, dtype = load_model(config, args, accelerator)
     weights = from_first(accelerator, lambda: weights_hash(args.model))
     settings = settings_of(args, tokenizer, weights, pairs, val_pairs)
+    strategy, _ = strategy_of(accelerator)  # only ZeRO-3's checkpoints are of so many processes
+    settings["launch"] = strategy + f" on {accelerator.num_processes}" * (strategy == "zero3")
     resume, done, seconds = checkpoint_to_resume(accelerator, args, settings)
     began -= seconds  # of the runs before
 
-    if not resume:
-        fault = from_first(accelerator, lambda: tree_fault(lm, pairs, accelerator))
-        if fault:
-            stop(f"--model {args.model}: {fault}")
     adapters = add_lora(lm, args) if args.lora_rank else None
     scorer, optimizer = accelerator.prepare(SuffixScorer(lm), make_optimizer(lm, args))
     scorer.train()
@@ -897,11 +898,7 @@ def prepare(rows: list[tuple[str, dict]], tokenizer, args: Args, name: str) -> P
             reason = f"{error.__class__.__name__}: {error}"
             stop(f"{place}: {reason}; see the formats in {Path(__file__).name}")
         except (ValueError, jinja2.TemplateError) as error:
-            form = '{"role": "user", "content": "..."}'
-            stop(
-                f"{place}: the chat template of {args.model} fails ({error}); give "
-                f"--chat-template, or messages such as {form}"
-            )
+            stop(f"{place}: the template of {args.model} fails ({error}); see --chat-template")
         of_blocks = "<|endofblock|>" in str(row) or "chosen" in row and "prompt" not in row
         if of_blocks and not has_blocks:
             needed = f"its blocks are no tokens of {args.model}; see analysis/add_block_tokens.py"
@@ -1048,9 +1045,9 @@ def load_config(args: Args):
         config = AutoConfig.from_pretrained(args.model)
     except (OSError, ValueError) as error:
         stop(f"--model {args.model}: cannot be loaded ({str(error).splitlines()[0]})")
-    layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if others := ", ".join(layers - {"sliding_attention"}):
-        stop(f"--model {args.model}: has layers of {others}, for which masks() has no mask")
+    layers = set(getattr(config, "layer_types", None) or ())
+    if config.model_type in NO_TREES or layers - {"full_attention", "sliding_attention"}:
+        stop(f"--model {args.model}: {config.model_type} has layers or logits not known here")
     if getattr(config, "quantization_config", None):
         stop(f"--model {args.model}: is quantized; give the model that it was made from")
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
@@ -1083,10 +1080,8 @@ def load_model(config, args: Args, accelerator: Accelerator):
         stop(f"--model {args.model}: cannot be loaded ({reason})")
     try:
         lm.generation_config.validate(strict=True)
-    except ValueError as error:  # a temperature without do_sample, for one
-        # else the trained model could not be saved
-        reason = " ".join(str(error).split())
-        warn(f"--model {args.model}: its generation_config is not saved: {reason[:200]}")
+    except ValueError as error:  # a temperature without do_sample: it could not be saved
+        warn(f"--model {args.model}: no generation_config: {' '.join(str(error).split())}")
         lm.generation_config = GenerationConfig(eos_token_id=lm.generation_config.eos_token_id)
     if args.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -1167,38 +1162,6 @@ class SuffixScorer(torch.nn.Module):
         return -F.cross_entropy(logits, target, reduction="none")
 
 
-@torch.no_grad()
-def tree_fault(lm, pairs: Pairs, accelerator: Accelerator) -> str:
-    """What is wrong where the log-probabilities of a part of the first pair, as a tree, are not
-    those of the model's own pass over each sequence: a layer that a mask does not bind, logits that
-    are scaled in a way of their own. Only in fp32, where the whole weights are here."""
-    strategy, _ = strategy_of(accelerator)
-    if lm.dtype != torch.float32 or strategy == "zero3":
-        return ""
-    if strategy == "copies":
-        lm.to(accelerator.device)
-    # under FSDP2 the CPU computes it, and accelerate gives that one thread: few tokens
-    prefix, suffixes = pairs.prefixes[pairs.prefix[0]][-64:], pairs.suffixes[0]
-    shared = len(os.path.commonprefix([ids.tolist() for ids in suffixes]))
-    suffixes = [ids[: shared + 16] for ids in suffixes]
-    part = Pairs(pairs.execution)
-    part.add(prefix, suffixes)
-    inputs = collate(part, [[0]], lm.device)
-    logps = SuffixScorer(lm)(**inputs)[inputs["picks"][0]]
-    for logp, suffix in zip(logps, suffixes, strict=True):
-        ids = torch.tensor(np.r_[prefix, suffix], dtype=torch.int64, device=lm.device)
-        logits = lm(ids[None], use_cache=False, logits_to_keep=len(suffix) + 1).logits[0]
-        logits = logits[-len(suffix) - 1 : -1].float()
-        own = -F.cross_entropy(logits, ids[len(prefix) :], reduction="none")
-        own = own[torch.from_numpy(pairs.trained(suffix)).to(lm.device)].sum()
-        if abs(own - logp) > 1e-3 * max(1, abs(own)):
-            return (
-                f"{lm.config.model_type} gives the first pair {own:.3f} nats, but {logp:.3f} in a "
-                "row that shares tokens (masks() and token_logps() do not know this model)"
-            )
-    return ""
-
-
 # -------------------------------------------------------------------------------------------------
 # the reference
 
@@ -1272,14 +1235,7 @@ def count_weights(config) -> tuple[int, int]:
 
 
 def memory(
-    config,
-    args: Args,
-    strategy: str,
-    world: int,
-    machines=1,
-    offloaded=False,
-    on_gpu=True,
-    passes=2,
+    config, args: Args, strategy: str, world, machines=1, offloaded=False, on_gpu=True, passes=2
 ) -> dict[str, float]:
     """Estimated bytes, by part. strategy: "copies" (one process, or the whole model on each),
     "fsdp2" or "zero3"; offloaded: whether ZeRO-3 keeps AdamW's state in main
@@ -1602,12 +1558,6 @@ def checkpoint_to_resume(
             f"{made} was made before an edit of {', '.join(edited[:6])}; undo it, give another "
             "--out, or add --accept-edit"
         )
-    launch = launch_of(accelerator)
-    if resume and old.get("launch", launch) != launch:
-        stop(
-            f"{resume} was written by {old['launch']}, this is {launch}; launch it as before, or "
-            "give another --out"
-        )
     step, seconds = (old["step"], old.get("seconds", 0.0)) if resume else (0, 0.0)
     settings["edits"] = old_settings.get("edits", [])
     if edited:
@@ -1615,12 +1565,6 @@ def checkpoint_to_resume(
         settings["edits"].append({"steps": step, **before})
         print_main(f"--accept-edit: {step} steps were made before the edit of {', '.join(edited)}")
     return resume, step, seconds
-
-
-def launch_of(accelerator: Accelerator) -> str:
-    """The form of the checkpoints; ZeRO-3's are read only by as many processes as wrote them."""
-    strategy, _ = strategy_of(accelerator)
-    return f"{strategy} on {accelerator.num_processes}" if strategy == "zero3" else strategy
 
 
 def last_checkpoint(out: Path) -> Path | None:
@@ -1643,8 +1587,7 @@ def save_checkpoint(
     accelerator.save_state(str(temporary))
     accelerator.wait_for_everyone()  # others may be writing still, and the folder is renamed
     if accelerator.is_main_process:
-        launch = launch_of(accelerator)
-        state = {"step": step, "seconds": seconds, "launch": launch, "settings": settings}
+        state = {"step": step, "seconds": seconds, "settings": settings}
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)

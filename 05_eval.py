@@ -1133,9 +1133,8 @@ SIGNS = dict(re.findall(r"(\S)(\S+)", LATEX_SIGNS))
 # Copied from 01_sample_errors.py
 TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
 # Copied from 01_sample_errors.py
-CHANGES = (  # words that change a number; any other word after a number is its unit, and of these
-    # "more" and "less", if nothing else follows: "5 more pages"
-    r"\b(?:and|or|to|than|more|less|most|least|over|under|below|half|quarters?|factorial|squared"
+CHANGES = (  # words that change a number; any other word after a number is its unit
+    r"\b(?:and|or|to|than|over|under|below|half|quarters?|factorial|squared"
     r"|cubed|base|dozens?|negative|[apAP]\.?[mM]"
     r"|(?:(?:four|fif|six|seven|eigh|nin|ten|twelf|hundred)th|hundred|thousand|lakh|crore"
     r"|[mbtr]+illion)s?)\b"
@@ -1144,7 +1143,7 @@ CHANGES = (  # words that change a number; any other word after a number is its 
 TERM = r"(?:plus|minus|divided|times (?:[b-z]|the|its|ten|pi|theta))\b"
 # Copied from 01_sample_errors.py
 NO_UNIT = (  # what follows a number and is no unit either
-    rf"(?!\b(?:more|less|most|least)\b){CHANGES}|\b{TERM}|\b(?:sin|cos|tan|log|ln|sqrt|pi|theta|alpha|beta|lambda)\b"
+    rf"{CHANGES}|\b{TERM}|\b(?:sin|cos|tan|log|ln|sqrt|pi|theta|alpha|beta|lambda)\b"
     r"|\b[kxyz](?:\}?\^\{?\d\}?)?\W*$"
     r"|^\s*(?:[万亿打又余]|多(?!边)|成(?!员)|千(?![克米瓦焦卡帕伏])|百(?!分)|分之)"
     r"|个半(?![圆径])|[半多]$"
@@ -1154,7 +1153,8 @@ UNITS = (
     r"(?:(?<=[\d)\]}%])|(?<=\\pi))\s*"
     rf"(?:(?:(?!\\mathbf\{{\s*[A-Z]{{0,2}}\w\s*\}}|\\\w+\{{[ei]}}){TEXT}(?:\^\{{?\d\}}?|\s)*)+"
     r"|[一-鿿]+|m\^\{?[23]\}?"
-    r"|(?:k?m/|\s(?:of\s(?!(?:two|three|four|five|six|seven|eight|nine|ten)\b)|[A-Za-z]{3,})|(?:[cdkm]m|[km]g|m[lL]|ft|in|yd|mi|hr|oz|lb|sq|cu)\b)"
+    r"|(?:k?m/|\s(?:of\s(?!(?:two|three|four|five|six|seven|eight|nine|ten)\b)|[A-Za-z]{3,})"
+    r"|(?:[cdkm]m|[km]g|m[lL]|ft|in|yd|mi|hr|oz|lb|sq|cu)\b)"
     r"[A-Za-z\s./]*(?:\^\{?\d\}?)?)\.?$"
 )
 # Copied from 01_sample_errors.py
@@ -1295,7 +1295,10 @@ def stated_number(sentence: str) -> str | None:
     has_more = len(re.findall(r"[\d.]*\d", sentence.replace(",", ""))) > 1
     if len(numbers) != 1 or has_more or len(re.findall(WORD, sentence)) < 2:
         return None
-    if re.search(rf"[\\^_=+*/<>]|{CHANGES}|\b(?:not|twice|double|triple|{TERM})", sentence):
+    if re.search(
+        rf"[\\^_=+*/<>]|{CHANGES}|\b(?:more|less|most|least)\b|\b(?:not|twice|double|triple|{TERM})",
+        sentence,
+    ):
         return None
     return re.sub(r"[$,]", "", numbers[0]).rstrip(".")
 
