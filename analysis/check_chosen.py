@@ -101,11 +101,13 @@ async def check_all(
 def main(args: Args):
     if not args.judge_model:
         LOCATE.stop("give --judge-model and, unless vLLM is to run it here, --judge-base-url")
-    pairs = LOCATE.read_rows(args.pairs, ("id", "prompt", "chosen", "answer", "method"))
+    fields = ("id", "prompt", "initial_reason_steps", "chosen", "full_chosen", "answer", "method")
+    pairs = LOCATE.read_rows(args.pairs, fields)
     names = ("judge_model", "judge_temperature", "judge_max_tokens", "neutral", "retries", "seed")
     names += ("split", "opening")
     settings = {"stage": "check_chosen", **{name: getattr(args, name) for name in names}}
     settings |= {"prompt": LOCATE.JUDGE_PROMPT, "pair_id": "sha256"}
+    settings["judge_model"] = LOCATE.model_id(args.judge_model)
     spent = Counter()
     verdicts_path = args.out.with_suffix(".verdicts.jsonl")
     with contextlib.closing(LOCATE.Output(verdicts_path, settings)) as checked:

@@ -93,6 +93,7 @@ def main(args: Args):
             print(f"  {hit['id']}, line {hit['line']}: {hit['words']}")
     if args.out:
         text = json.dumps(overlap, indent=1, ensure_ascii=False)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(text + "\n", encoding="utf-8")
 
 

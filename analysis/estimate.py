@@ -77,8 +77,8 @@ def fullest_pass(pairs: TRAIN.Pairs, args: Args, world: int) -> tuple[int, int]:
     for batch in TRAIN.batches(pairs, args, 0):
         step = TRAIN.plan(pairs, batch, args.tokens_per_batch, 0, world)
         passes = max(passes, len(step))
-        for rows, _, _ in step:
-            tokens = max(tokens, len(rows) * max(map(pairs.length, rows)))
+        for trees, _, _ in step:
+            tokens = max(tokens, len(trees) * max(len(tree.ids) for tree in trees))
     return tokens, passes
 
 
@@ -94,7 +94,7 @@ def print_lengths(pairs: TRAIN.Pairs):
     for part, column in zip(("prefix", "chosen", "rejected"), lengths.T, strict=False):
         median, most = np.median(column), column.max()
         TRAIN.print_main(f"{part:8} {median:9.0f} {np.percentile(column, 95):7.0f} {most:6d}")
-    shared = sum(map(pairs.length, pairs.by_problem(range(len(pairs)))))
+    shared = sum(len(pairs.tree(row).ids) for row in pairs.by_problem(range(len(pairs))))
     separate = (lengths[:, :1] + lengths[:, 1:]).sum()
     saved = 1 - shared / separate
     TRAIN.print_main(f"one row for all pairs of a problem saves {saved:.0%} of {separate} tokens")

@@ -92,10 +92,7 @@ def kappa(a: list[int], b: list[int]) -> float:
 
 def compare(truth: Path, located: Path):
     """Print how far two located files agree on the rows that both have."""
-    truth_rows, located_rows = (
-        {LOCATE.identity(row): row for row in LOCATE.read_rows(path, ("id", "steps"))}
-        for path in (truth, located)
-    )
+    truth_rows, located_rows = map(LOCATE.read_located, (truth, located))
     verdicts = [
         (verdict(row), verdict(located_rows[key]))
         for key, row in truth_rows.items()
@@ -118,8 +115,8 @@ def compare(truth: Path, located: Path):
 def main(args: Args):
     if args.truth:
         return compare(args.truth, args.located)
-    rows = LOCATE.read_rows(args.located, ("id", "steps"))
-    if "label" not in rows[0]:
+    rows = LOCATE.read_located(args.located).values()
+    if not all("label" in row for row in rows):
         LOCATE.stop(
             f"{args.located}: no 'label'; give OUT/NAME.located.jsonl of processbench.py, "
             "or --truth"

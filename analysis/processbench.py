@@ -36,6 +36,7 @@ import importlib
 import json
 import random
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -104,7 +105,10 @@ def load(args: Args, name: str) -> list[dict]:
         if lines.exists():
             rows = LOCATE.read_rows(lines, ("problem", "steps"))
         elif whole.exists():  # the hub's files are one list each
-            rows = json.loads(whole.read_text(encoding="utf-8"))
+            try:
+                rows = json.loads(whole.read_text(encoding="utf-8"))
+            except ValueError as error:
+                LOCATE.stop(f"{whole}: not JSON ({error}); fetch it again")
         else:
             LOCATE.stop(
                 f"{args.data_dir} has no {name}.json and no {name}.jsonl; "
@@ -130,7 +134,8 @@ def label_of(row: dict) -> int | None:
     if "label" in row:
         label = row["label"]
     elif "error_step" in row:
-        label = (row["error_step"] or 0) - 1
+        step = row["error_step"] or 0
+        label = step - 1 if type(step) is int else None
     else:
         return None
     return label if type(label) is int and -1 <= label < len(row["steps"]) else None
@@ -260,7 +265,11 @@ def by_critic(args: Args, labels: Path, out: Path):
 
 
 def run_script(name: str, *options):
-    done = subprocess.run([sys.executable, str(ROOT / name), *map(str, options)])
+    """Run it; subprocess ends it when this script is."""
+    try:
+        done = subprocess.run([sys.executable, str(ROOT / name), *map(str, options)])
+    except KeyboardInterrupt:
+        sys.exit(130)
     if done.returncode:
         sys.exit(done.returncode)
 
@@ -275,7 +284,7 @@ def locate(args: Args, name: str, options: list[str]) -> tuple[list[dict], float
     made = [located]
     args.out.mkdir(parents=True, exist_ok=True)
     text = as_lines(load(args, name))
-    if labels.exists() and labels.read_text(encoding="utf-8") != text:
+    if located.exists() and labels.read_text(encoding="utf-8") != text:
         LOCATE.stop(f"{labels} holds other solutions; give another --out")
     labels.write_text(text, encoding="utf-8")
     if args.model:
@@ -378,6 +387,8 @@ def main(args: Args, options: list[str]):
         )
     if min(args.votes, args.max_tokens, args.concurrency) < 1:
         LOCATE.stop("--votes, --max-tokens and --concurrency are at least 1")
+    if not args.files or (args.limit is not None and args.limit < 1):
+        LOCATE.stop("--files needs a name, and --limit is at least 1")
     rows, cost = {}, {}
     for file in args.files:
         rows[file], seconds = locate(args, file, options)
@@ -404,5 +415,6 @@ def main(args: Args, options: list[str]):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with what run_script() runs
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     main(tyro.cli(Args, description=__doc__, args=sys.argv[1:cut]), sys.argv[cut + 1 :])

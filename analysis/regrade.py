@@ -93,8 +93,6 @@ class Args:
     """by which the report's figures are: 01's, the Step-DPO authors', the SCDPO authors'"""
     base: str = ""
     """label to compare the others with; empty: the run's"""
-    seed: int = 0
-    """of the bootstrap"""
 
 
 # -------------------------------------------------------------------------------------------------
@@ -376,9 +374,9 @@ async def regrade(path: Path) -> list[dict]:
     return graded
 
 
-def regrade_folder(folder: Path, base: str) -> tuple[dict, dict, dict]:
-    """Groups, rows by benchmark and model, and settings of a folder of results; the label `base`
-    comes first."""
+def regrade_folder(folder: Path, base: str) -> tuple[dict, dict, dict[str, dict]]:
+    """Groups, rows by benchmark and model, and settings by benchmark of a folder of results; the
+    label `base` comes first."""
     paths = sorted(folder.glob("*/*.jsonl"))
     if not paths:
         EVAL.stop(f"{folder}: no BENCHMARK/MODEL.jsonl there; give the --out of 05_eval.py")
@@ -389,7 +387,9 @@ def regrade_folder(folder: Path, base: str) -> tuple[dict, dict, dict]:
         meta = json.loads(meta_path.read_text()) if meta_path.is_file() else {}
         model = str(rows[0].get("model", path.stem))
         places[model] = (meta.get("number", 0), meta.get("label", model))
-        settings[model] = meta.get("settings", {})
+        if not meta.get("finished", True):
+            EVAL.stop(f"{path}: its evaluation has not ended; run the same command of 05 again")
+        settings[path.parent.name] = meta.get("settings", {})
         benchmarks.setdefault(path.parent.name, {})[model] = rows
     groups = groups_of(folder, places)
     if base and base not in groups:
@@ -408,7 +408,7 @@ def regrade_folder(folder: Path, base: str) -> tuple[dict, dict, dict]:
                 "every model needs every benchmark"
             )
         benchmarks[name] = {model: by_model[model] for model in models}
-    return groups, benchmarks, settings[models[0]]
+    return groups, benchmarks, settings
 
 
 def groups_of(folder: Path, places: dict[str, tuple[int, str]]) -> dict[str, list[str]]:
@@ -480,7 +480,12 @@ def main(args: Args):
             judged[name][model] = [
                 [judged_by(args.verdict, row) for row in responses] for responses in table
             ]
-    summary = EVAL.summary_of(groups, judged, settings, args.seed)
+    decodings = {name: EVAL.decoding_of(of_benchmark) for name, of_benchmark in settings.items()}
+    decoding = decodings[next(iter(rows))]
+    if len(set(decodings.values())) > 1:
+        decoding = "; ".join(f"{name}: {text}" for name, text in decodings.items())
+    seed = next(iter(settings.values())).get("seed", 0)
+    summary = EVAL.summary_of(groups, judged, decoding, seed)
     summary |= {"rule": RULES[field], "verdict": field}
     summary["more_tables"] = [verdict_table(groups, tables)]
     print(EVAL.write_report(summary, args.results))

@@ -67,8 +67,6 @@ menclose { border: 1px solid; padding: 1px 3px }
 class Args:
     results: tyro.conf.Positional[Path]
     """the --out of 05_eval.py"""
-    seed: int = 0
-    """draws the problems"""
 
 
 def bars(axes, figures: dict[str, dict[str, dict]]):
@@ -81,7 +79,7 @@ def bars(axes, figures: dict[str, dict[str, dict]]):
         shares = 100 * np.array([by_model[model]["accuracy"] for by_model in figures.values()])
         ends = 100 * np.array([by_model[model]["interval"] for by_model in figures.values()]).T
         x = np.arange(len(figures)) + (i - (len(models) - 1) / 2) * width
-        axes.bar(x, shares, width, yerr=abs(ends - shares), label=model[-40:], **style)
+        axes.bar(x, shares, width, yerr=abs(ends - shares), label=model[-40:].lstrip("_"), **style)
         if len(figures) * len(models) <= 12:
             for place, share, top in zip(x, shares, ends[1], strict=True):
                 axes.text(place, top + 1, f"{share:.1f}", ha="center", fontsize=9)
@@ -94,7 +92,7 @@ def draw_curves(axes, curves: dict[str, dict]):
     for i, (model, curve) in enumerate(curves.items()):
         ks = curve["k"]
         for kind, style in (("pass", "o-"), ("maj", "o--")):
-            label = f"{model[-30:]}, {kind}@k"
+            label = f"{model[-30:].lstrip('_')}, {kind}@k"
             axes.plot(ks, 100 * np.array(curve[kind]), style, color=f"C{i}", ms=4, label=label)
     axes.set(xscale="log", xlabel="k, responses a problem", ylabel="problems, %")
     axes.set_xticks(ks, ks)
@@ -190,19 +188,15 @@ def render(**parts) -> str:
     """The page; what is no markup of ours is escaped."""
     environment = jinja2.Environment(autoescape=True)
     environment.filters["formulas"] = lambda text: Markup(to_html(text))
-    return environment.from_string(PAGE).render(
-        {"tables": [], "pictures": [], "sides": [], "more": "", **parts}
-    )
+    return environment.from_string(PAGE).render(parts)
 
 
-def sides_of(
-    name: str, figures: dict, responses: dict[str, dict], field: str, seed: int
-) -> list[tuple]:
+def sides_of(name: str, figures: dict, responses: dict[str, dict], field: str) -> list[tuple]:
     """(title, problems) of ten problems won and ten lost: a right and a wrong response of the two
     models each. `responses` holds by label, the base first, the rows of each problem, of all
     seeds."""
     base, model = responses
-    sides, rng = [], np.random.default_rng(seed)
+    sides, rng = [], np.random.default_rng(0)
     for kind in ("won", "lost"):
         ids, problems = figures[kind], []
         for i in sorted(rng.permutation(len(ids))[:10]):
@@ -238,18 +232,18 @@ def main(args: Args):
         summary, sides = json.loads(path.read_text()), []
         base, *others = summary["groups"]
         about, tables = EVAL.about(summary), EVAL.tables_of(summary)
-    except (ValueError, KeyError) as error:
+        for name, benchmark in summary["benchmarks"].items():
+            responses = read_responses(args.results / name, summary["groups"])
+            for label in others[:6]:
+                pair = {base: responses[base], label: responses[label]}
+                figures, field = benchmark["models"][label], summary.get("verdict", "correct")
+                sides += sides_of(name, figures, pair, field)
+    except (ValueError, KeyError, StopIteration) as error:
         again = f"python analysis/regrade.py {args.results}"
         EVAL.stop(
-            f"{path}: not as this version of 05_eval.py writes it ({error!r}); "
-            f"make it anew by {again}"
+            f"{path}: not as this version of 05_eval.py writes it, or of other responses "
+            f"({error!r}); make it anew by {again}"
         )
-    for name, benchmark in summary["benchmarks"].items():
-        responses = read_responses(args.results / name, summary["groups"])
-        for label in others[:6]:
-            pair = {base: responses[base], label: responses[label]}
-            figures, field = benchmark["models"][label], summary.get("verdict", "correct")
-            sides += sides_of(name, figures, pair, field, args.seed)
     try:
         files = draw_pictures(summary, args.results)
     except OSError as error:

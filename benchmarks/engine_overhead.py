@@ -94,13 +94,16 @@ def main(args: Args):
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(args.repeats):
             command = [sys.executable, __file__, "--child", *common]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                sys.exit(2)
             # vLLM prints there too
             [line] = [line for line in done.stdout.splitlines() if line.startswith('{"tokens"')]
             theirs = json.loads(line)
             out = Path(folder, f"{turn}.jsonl")
             command = [sys.executable, str(ROOT / "01_sample_errors.py"), *common, f"--out={out}"]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+                sys.exit(2)
             ours = json.loads(Path(f"{out}.meta.json").read_text())["summary"]
             rates["LLM.generate"].append(theirs["rate"])
             rates["01"].append(ours["tokens/s"])

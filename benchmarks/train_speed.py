@@ -86,7 +86,7 @@ def time_ours(args: Args, train, pairs, steps: list[list[int]], separate: bool) 
     from accelerate import Accelerator
 
     if separate:
-        train.collate = separate_rows(train)
+        train.collate = separate_rows(train, pairs)
     accelerator = Accelerator(mixed_precision="bf16" if args.precision == "bf16" else "no")
     settings = train.Args(tokens_per_batch=args.tokens_per_batch)
     scorer = train.SuffixScorer(make_model(args))
@@ -100,20 +100,20 @@ def time_ours(args: Args, train, pairs, steps: list[list[int]], separate: bool) 
     return seconds
 
 
-def separate_rows(train):
+def separate_rows(train, pairs):
     """collate() with a row [prefix | suffix] for each suffix of each pair: what sharing saves is
     computed again."""
     shared = train.collate
 
-    def collate(pairs, rows, device):
+    def collate(trees, device):
         import torch
 
         apart = train.Pairs()
-        for i in sum(rows, []):
+        for i in train.numbers_of(trees):
             prefix = pairs.prefixes[pairs.prefix[i]]
             for suffix in pairs.suffixes[i]:
                 apart.add(prefix, [suffix], problem=f"{i} {len(apart)}")
-        batch = shared(apart, [[i] for i in range(len(apart))], device)
+        batch = shared([apart.tree([i]) for i in range(len(apart))], device)
         return batch | {"picks": torch.arange(len(apart), device=device).view(-1, 2)}
 
     return collate
@@ -207,7 +207,8 @@ def child(args: Args):
     rate = importlib.import_module("estimate").matrix_rate(device, args.precision)
     timed = steps[1:]
     operations = sum(train.flops(pairs, step, config, sizes) for step in timed) / args.steps
-    tokens = sum(pairs.length(row) for step in timed for row in pairs.by_problem(step)) / args.steps
+    trees = [pairs.tree(row) for step in timed for row in pairs.by_problem(step)]
+    tokens = sum(len(tree.ids) for tree in trees) / args.steps
     figures = {
         "trainer": args.child,
         "seconds": seconds[1:],
@@ -255,6 +256,7 @@ def main(args: Args):
             print(
                 f"{row['trainer']}: {speed:.2f} times trl-best's speed, {memory:.2f} of its memory"
             )
+    sys.exit(2 * (len(rows) < len(args.trainers)))
 
 
 if __name__ == "__main__":

@@ -231,16 +231,16 @@ def load_hub(name: str, split: str) -> list[dict]:
             data = {
                 part: datasets.load_dataset(source.hub, part or None, split=split) for part in parts
             }
+        for part, its_rows in data.items():
+            for number, row in enumerate(its_rows):
+                identity = "-".join(filter(None, (name, split, part, str(number))))
+                rows.append({"id": identity, "dataset": name} | our_fields(name, row))
     except Exception as error:  # the library raises many kinds: no network, no such set, gated ...
         reason, todo = (str(error) or repr(error)).splitlines()[0], "check the network, or"
         if "scripts are no longer supported" in reason:
             todo = "a script makes this set, and datasets 4 and later run none:"
         message = f"{name}: {source.hub} cannot be loaded ({reason})"
         SAMPLE.stop(f"{message}; {todo} give files by --from")
-    for part, its_rows in data.items():
-        for number, row in enumerate(its_rows):
-            identity = "-".join(filter(None, (name, split, part, str(number))))
-            rows.append({"id": identity, "dataset": name} | our_fields(name, row))
     return [row for row in rows if row["answer"]]
 
 

@@ -7,13 +7,13 @@ it is a forgotten borrow (what the bundled model has learned to do wrong), anoth
 or a right calculation of the wrong thing."""
 
 import importlib
-import json
 import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data" / "tiny")]
+RECTIFY, make = importlib.import_module("03_rectify"), importlib.import_module("make")
 KINDS = (
     "forgotten borrow",
     "other miscalculation",
@@ -22,9 +22,9 @@ KINDS = (
 )
 
 
-def kind(pair: dict, split_steps, make) -> str:
-    right = [re.findall(r"=\s*(-?\d+)", step) for step in split_steps(pair["full_chosen"])]
-    wrong = split_steps(pair["initial_reason_steps"] + pair["rejected"])
+def kind(pair: dict) -> str:
+    right = [re.findall(r"=\s*(-?\d+)", step) for step in RECTIFY.split_steps(pair["full_chosen"])]
+    wrong = RECTIFY.split_steps(pair["initial_reason_steps"] + pair["rejected"])
     for number, step in enumerate(wrong):
         results = re.findall(r"=\s*(-?\d+)", step)
         if number < len(right) and results[-1:] == right[number][-1:]:
@@ -41,15 +41,10 @@ def kind(pair: dict, split_steps, make) -> str:
 
 
 def main(paths: list[str]):
-    split_steps = importlib.import_module("01_sample_errors").split_steps
-    make = importlib.import_module("make")
     print("| pairs of | pairs | " + " | ".join(KINDS) + " |\n|---|---:|" + "---:|" * len(KINDS))
-    if missing := [path for path in paths if not Path(path).is_file()]:
-        print(f"{missing[0]}: no such file; give pairs of 03_rectify.py", file=sys.stderr)
-        raise SystemExit(2)
     for path in paths:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-        kinds = [kind(json.loads(line), split_steps, make) for line in lines if line]
+        fields = ("initial_reason_steps", "rejected", "full_chosen")
+        kinds = [kind(pair) for pair in RECTIFY.read_rows(path, fields)]
         shares = [f"{kinds.count(name) / len(kinds):.1%}" for name in KINDS]
         print(f"| {path} | {len(kinds)} | {' | '.join(shares)} |")
 

@@ -5,14 +5,18 @@ arithmetic tells it.
 
 The truth: the first step whose result (the number after its last "=") is not the reference's
 result of that step, or the first step too many. A solution that stops too early counts as missed:
-no step of it is the wrong one. Prints the share of exact hits with its 95 % Wilson
-interval, and a table by distance."""
+no step of it is the wrong one. Prints the share of exact hits with its 95 % Wilson interval, and a
+table by distance, over the solutions with a located step."""
 
-import json
-import math
+import importlib
 import re
 import sys
-from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "analysis")]
+LOCATE = importlib.import_module("02_locate_step")
+print_scores = importlib.import_module("locator_scores").print_scores
 
 
 def true_error(row: dict) -> int | None:
@@ -28,26 +32,14 @@ def true_error(row: dict) -> int | None:
 
 
 def main(path: str):
-    rows = [json.loads(line) for line in open(path, encoding="utf-8")]
-    pairs = [(row["error_step"], true_error(row)) for row in rows]
-    pairs = [(located, true) for located, true in pairs if located and true]
-    distance = Counter(max(-3, min(3, located - true)) for located, true in pairs)
-    total, z = len(pairs), 1.96
-    if not total:
-        sys.exit(f"{path}: no row with an error_step and a known truth")
-    share = distance[0] / total
-    middle = share + z * z / (2 * total)
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    low, high = ((middle + sign * half) / (1 + z * z / total) for sign in (-1, 1))
-    print(f"{path}: {len(rows)} wrong samples, {total} located and with a known truth")
-    print(f"exact {share:.1%} (95 % interval {low:.1%} to {high:.1%})")
-    for d in range(-3, 4):
-        direction = "early" if d < 0 else "late"
-        name = f"{'3 or more' if abs(d) == 3 else abs(d)} {direction}" if d else "exact"
-        print(f"  {name:16} {distance[d]:5} {distance[d] / total:6.1%}")
+    rows = LOCATE.read_rows(path, ("id", "steps", "values"))
+    steps = [(true_error(row), row.get("error_step")) for row in rows]
+    known = [(true, step) for true, step in steps if true and step]
+    if not known:
+        LOCATE.stop(f"{path}: no row with an error_step and a known truth; give 02's output")
+    truths, located = zip(*known, strict=True)
+    print_scores(truths, located, f"{path}: {len(rows)} wrong samples; of the located ones")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    main(sys.argv[1])
+    main(sys.argv[1]) if len(sys.argv) == 2 else sys.exit(__doc__)

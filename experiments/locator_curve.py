@@ -66,7 +66,8 @@ def continuations(args: Args) -> list[dict]:
     command += ["--linear", "--all-rollouts", "--rollouts", max(args.rollouts)]
     command += ["--max-tokens", "400"]
     command += ["--engine-args=--max-num-seqs 512 --max-model-len 1024"]
-    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+    if subprocess.run(list(map(str, command)), stdout=subprocess.DEVNULL).returncode:
+        sys.exit(2)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     rows = {(row["id"], row["sample"]): row for row in wrong}
     for line in open(rollouts, encoding="utf-8"):

@@ -62,7 +62,7 @@ class Choose:
     """folder of the run"""
     method: Method
     """which method's"""
-    rates: tuple[str, ...] = ()
+    rates: tuple[str, ...]
     """as they were given to 04"""
 
 

@@ -50,7 +50,8 @@ def main(args: Args):
         command += ["--heat", *heat.split(), "--tries", str(args.tries), "--max-tokens", "400"]
         command += ["--engine-args=--max-num-seqs 512 --max-model-len 1024"]
         command += ["--limit", str(args.limit)] if args.limit else []
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
+            sys.exit(2)
         counts = json.loads(Path(f"{out}.meta.json").read_text())["summary"]
         attempts, pairs = counts["attempts"], counts.get("pairs", 0)
         garbled = sum(value for kind, value in counts.items() if kind.startswith("garbled: "))

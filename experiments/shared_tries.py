@@ -34,7 +34,7 @@ def main(args: TRAIN.Args):
             )
         for number, lengths in suffixes.items():
             shared += len(pairs.prefixes[number]) + sum(lengths.values())
-        trees += sum(pairs.length(row) for row in pairs.by_problem(batch))
+        trees += sum(len(pairs.tree(row).ids) for row in pairs.by_problem(batch))
     print(
         f"{len(pairs)} pairs of {len(pairs.problems)} problems, {len(pairs.prefixes)} prefixes; "
         f"a row a sequence: {separate} tokens; a row a prefix: {shared}; "

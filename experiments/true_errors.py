@@ -14,14 +14,14 @@ from pathlib import Path
 from locator_accuracy import true_error
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+SAMPLE = importlib.import_module("01_sample_errors")
 
 
 def main(path: str, out: str):
-    split_steps = importlib.import_module("01_sample_errors").split_steps
-    rows = [json.loads(line) for line in Path(path).read_text().split("\n") if line]
+    rows = SAMPLE.read_rows(path, ("id", "response", "correct", "values"))
     labelled = []
     for row in rows:
-        row["steps"] = split_steps(row["response"])
+        row["steps"] = SAMPLE.split_steps(row["response"])
         row["error_step"] = step = true_error(row)
         # else an odd response without a clear label
         if row["correct"] == (step is None) and (step or 0) <= len(row["steps"]):

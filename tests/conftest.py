@@ -29,7 +29,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "data" / "tiny"
-folders = (".", "analysis", "experiments", "data", "serving")
+folders = (".", "analysis", "experiments", "benchmarks", "data", "serving")
 sys.path[:0] = [str(ROOT / folder) for folder in folders]
 os.environ["HF_HUB_OFFLINE"] = "1"
 # GiB, zeroed at each start: 4 take 12 s where pages are slow to come

@@ -5,12 +5,12 @@ import contextlib
 import json
 import math
 import multiprocessing
-import re
 import time
 from collections import Counter
 
 import pytest
 from conftest import ROOT, TINY, read, stage
+from grading import changed
 
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -290,17 +290,6 @@ FILES = (
 )
 
 
-def changed(answer: str) -> str:
-    """Another answer: the first digit one more, the next option letter, or a word put before."""
-    if re.fullmatch("[A-Z]", answer):
-        return chr(ord(answer) + 1)
-    digits = list(re.finditer(r"\d", answer))
-    if digits:
-        at = digits[0].start()
-        return answer[:at] + str((int(answer[at]) + 1) % 10) + answer[at + 1 :]
-    return f"not {answer}" if answer.replace(" ", "").isalpha() else answer + "+1"
-
-
 @pytest.mark.slow
 def test_gold_answers_equal_themselves_and_nothing_else(grades):
     """All answers of the real test files: boxed, in a sentence, and changed. KNOWN are the
@@ -346,14 +335,10 @@ def test_equal_rates_are_not_taken_for_certain():
 
     five = stage(5)
     assert five.interval(np.full((1, 20), 0.5), 16, 0) == five.wilson(10, 20)
-    assert five.interval(np.zeros((2, 20)), 4, 0) == five.wilson(0, 20)
     problems = [{"level": i % 3} for i in range(30)]
     levels = five.breakdown(problems, np.eye(30)[:1], 1, 0)["level"]
-    assert {name: level["problems"] for name, level in levels.items()} == {
-        "0": 10,
-        "1": 10,
-        "2": 10,
-    }
+    assert {name: level["accuracy"] for name, level in levels.items()} == {"0": 0.1, "1": 0, "2": 0}
+    assert [levels[name]["interval"] for name in "012"] == [five.wilson(n, 10) for n in (1, 0, 0)]
 
 
 def test_mcnemar_against_counting():
@@ -417,8 +402,8 @@ def test_a_step_that_joins_the_one_before_makes_no_pair():
     args = three.Args(split="sentences", opening="")
     texts = [" and buys 4. So he has 7.", " He buys 4. So he has 7."]
     counts = Counter()
-    found = [{"text": text} for text in texts]
-    pairs = three.make_pairs(args, row, found, [True, True], set(), counts)
+    found = [{"text": text, "correct": True} for text in texts]
+    pairs = three.make_pairs(args, row, found, {}, counts)
     assert [pair["chosen"] for pair in pairs] == [" He buys 4."]
     assert counts == {"pairs": 1, "changes the step before": 1}
 
@@ -445,6 +430,24 @@ def test_a_model_that_ends_after_a_stop_string_has_ended():
     row = {"id": "q1", "sample": 0}
     done = three.heated_completion(args, continue_solution, row, "3 + 4 = 7.\n", 1, 0)
     assert asyncio.run(done)["text"] == "The answer is 7.\n" and len(asked) == 2
+
+
+def test_a_chosen_step_is_all_of_the_text_up_to_the_next():
+    """The model begins with an empty line, which --split lines gives to the step before."""
+    three = stage(3)
+    steps = ["a = 1\n", "b = 3\n", "The answer is: 9"]
+    row = row_with_an_error() | {"steps": steps, "response": "".join(steps)}
+    args, text = three.Args(split="lines", opening=""), "\nb = 2\nThe answer is: 4"
+    [pair] = three.make_pairs(args, row, [{"text": text, "correct": True}], {}, Counter())
+    assert pair["initial_reason_steps"] == "a = 1\n" and pair["chosen"] == "\nb = 2\n"
+    assert pair["full_chosen"] == "a = 1\n" + text
+
+
+def test_a_right_solution_makes_no_step_dpo_pair():
+    """02 --include-correct may leave an error_step in one."""
+    three, row = stage(3), row_with_an_error() | {"correct": True}
+    pairs, counts = asyncio.run(three.rectify(three.Args(), None, None, {}, [row]))
+    assert pairs == [] and not counts.total()
 
 
 def row_with_an_error() -> dict:
@@ -547,9 +550,9 @@ def test_pairs_of_one_error():
         " twice 2 is 4.\nStep 3: \\boxed{4}",
         " wrong",
     ]
-    found = [{"text": text} for text in texts]
+    found = [{"text": text, "correct": text != " wrong"} for text in texts]
     count = Counter()
-    pairs = three.make_pairs(three.Args(), row, found, [True] * 4 + [False], set(), count)
+    pairs = three.make_pairs(three.Args(), row, found, {}, count)
     assert [pair["chosen"] for pair in pairs] == [texts[0], " twice 2 is 4.\n"]
     assert count == {
         "pairs": 2,
@@ -560,11 +563,5 @@ def test_pairs_of_one_error():
     for pair in pairs:
         assert pair["full_chosen"].startswith(pair["initial_reason_steps"] + pair["chosen"])
         assert pair["full_rejected"].startswith(pair["initial_reason_steps"] + pair["rejected"])
-    assert (
-        len(
-            three.make_pairs(
-                three.Args(max_pairs_per_error=1), row, found, [True] * 5, set(), Counter()
-            )
-        )
-        == 1
-    )
+    one = three.make_pairs(three.Args(max_pairs_per_error=1), row, found, {}, Counter())
+    assert one == pairs[:1]

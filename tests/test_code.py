@@ -172,8 +172,8 @@ def test_without_a_sandbox_no_code_is_run(tmp_path):
 
 
 def test_interpreter_as_a_program(tmp_path):
-    """Blocks of two solutions from a file; a kernel that is ended has forgotten its names; many at
-    once."""
+    """Blocks of several solutions from a file, each with names of its own; then a kernel that is
+    ended has forgotten its names."""
     rows = [
         {"id": "a", "code": "x = 1"},
         {"id": "b", "code": "x"},
@@ -189,6 +189,14 @@ def test_interpreter_as_a_program(tmp_path):
     assert outputs["a"] == "<empty_execution>"
     assert "NameError" in outputs["b"]
     assert outputs["c7"] == "49"
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1) as process:
+        assert json.loads(process.stdout.readline()) == {"ready": True}
+        for code, output in (("x = 1", "<empty_execution>"), ("x", "1"), (None, ""), ("x", "Name")):
+            process.stdin.write(json.dumps({"id": "a", "code": code}) + "\n")
+            if code:
+                assert output in json.loads(process.stdout.readline())["output"]
+        process.stdin.close()
 
 
 def test_a_kill_takes_interpreter_and_kernels_along():
@@ -388,7 +396,9 @@ def test_completions_have_run_their_code(servers):
             assert counts["rounds"] >= len(kinds) - counts["executions"]
             assert choice["finish_reason"] == "stop"
         assert len({choice["text"] for choice in reply["choices"]}) > 1
-        assert ask(heat=[0.0, 0.0, 0.0]).json()["choices"] != reply["choices"]
+        cold = ask(heat=[0.0, 0.0, 0.0]).json()["choices"]
+        greedy = ask(temperature=0.0, n=1).json()["choices"]
+        assert {choice["text"] for choice in cold} == {choice["text"] for choice in greedy}
         assert ask(prompt=prompt * 30).json()["choices"][2]["finish_reason"] == "refused"
         refused = [
             ask(**wrong)
@@ -491,7 +501,7 @@ def test_what_code_printed_is_not_trained_on(blocks_model):
         args = four.Args(objective="sft", model=str(blocks_model), train_execution=whole)
         tokenizer = four.load_tokenizer(args.model, None, "{}")
         pairs = four.prepare([("rows, row 1", row)], tokenizer, args, "rows")
-        batch = four.collate(pairs, [[0]], "cpu")
+        batch = four.collate([pairs.tree([0])], "cpu")
         text = tokenizer.decode(batch["target"].tolist())
         bare = re.sub(r"<\|execution\|>.*?<\|endofblock\|>", "", SOLUTION)
         assert text == (SOLUTION if whole else bare) + "<|endofmessage|>"
@@ -526,7 +536,7 @@ def test_masked_targets_change_the_loss_alone(blocks_model):
         pairs = four.prepare(
             [("row 1", {"problem": "1?", "solution": SOLUTION})], tokenizer, args, "rows"
         )
-        batch = four.collate(pairs, [[0]], "cpu")
+        batch = four.collate([pairs.tree([0])], "cpu")
         batch["owner"] = batch["take"] = torch.arange(len(batch["target"]))  # each token alone
         batch["picks"] = batch["owner"][None]
         with torch.no_grad():

@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import credit
 import download
@@ -111,6 +112,30 @@ def test_an_interval_of_problems_that_all_fail_has_a_width():
         assert low == 0 and high == pytest.approx(0.1135, abs=1e-4)
         low, high = stage(5).interval(np.ones((seeds, 30)), k, 0)
         assert high == 1 and low == pytest.approx(0.8865, abs=1e-4)
+
+
+def test_few_problems_that_differ_leave_a_wide_interval():
+    """Newcombe's published examples; and AIME's 30 problems, on which a bootstrap takes models that
+    agree for equal, and one of 480 right responses for a share below 1 %."""
+    for won, lost, total, low, high in ((9, 3, 10, 0.1705, 0.809), (6, 2, 7, 0.0582, 0.8062)):
+        assert stage(5).newcombe(won, lost, total) == pytest.approx((low, high), abs=1e-4)
+    base, least = np.zeros((1, 30)), 0.0
+    base[0, :4] = 1
+    for wins in range(6):
+        rates = base.copy()
+        rates[0, 10 : 10 + wins] = 1
+        found = stage(5).paired(rates, base, 0)
+        low, high = found["difference_interval"]
+        assert low < wins / 30 < high - 0.11 and found["detectable"] > least
+        least = found["detectable"]
+    assert least > 0.2, "McNemar's test needs six wins"
+    one = np.zeros((1, 30))
+    one[0, 3] = 1 / 16
+    low, high = stage(5).interval(one, 16, 0)
+    assert low < 1 / 480 and high > 0.11
+    most = np.ones((1, 30))
+    most[0, 3] = 1 / 16
+    assert stage(5).interval(most, 16, 0)[0] < 0.85
 
 
 def test_detectable_difference_is_found_four_times_of_five():
@@ -688,6 +713,23 @@ def test_seeds_and_samples_in_the_report(tmp_path):
     )
     done = run("regrade", tmp_path, check=False)
     assert done.returncode == 2 and "3 responses to some problems and 4 to others" in done.stderr
+    # benchmarks that were decoded in different ways; and an evaluation that has not ended
+    (tmp_path / "sums" / "base.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    meta = {"settings": {"temperature": 0.7, "top_p": 0.9, "max_tokens": 9, "opening": "So"}}
+    for path in (tmp_path / "sums").glob("*.jsonl"):
+        place = json.loads(Path(f"{path}.meta.json").read_text())
+        Path(f"{path}.meta.json").write_text(json.dumps(place | meta))
+    run("regrade", tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "sums: temperature 0.7, top-p 0.9, at most 9 tokens, after the opening 'So'" in text
+    assert "ones: greedy, at most" in text
+    flipped = [row | {"correct": not row["correct"]} for row in rows]  # graded since in another way
+    (tmp_path / "sums" / "base.jsonl").write_text("".join(json.dumps(r) + "\n" for r in flipped))
+    done = run("report", tmp_path, check=False)
+    assert done.returncode == 2 and "or of other responses" in done.stderr
+    Path(f"{path}.meta.json").write_text(json.dumps(place | meta | {"finished": False}))
+    done = run("regrade", tmp_path, check=False)
+    assert done.returncode == 2 and "its evaluation has not ended" in done.stderr
 
 
 @pytest.mark.slow
@@ -906,8 +948,9 @@ def test_credit_of_a_trained_model(tmp_path, small_model):
         for tag, a in tags
         if tag == "span" and a["title"].endswith("step 2")
     ]
-    assert "b" not in {tag for tag, a in tags if a}
-    assert "class" in [a for t, a in tags if t == "span" and a["title"].endswith("step 2")][0]
+    assert [tag for tag, _ in tags].count("b") == 2 and "&lt;" in page  # none is the model's
+    [error] = {a.get("class") for t, a in tags if t == "span" and a["title"].endswith("step 2")}
+    assert error == "error"
     tokenizer = AutoTokenizer.from_pretrained(small_model)
     ids, places, _ = credit.encode_solution(located, tokenizer)
     logps = []

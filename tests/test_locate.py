@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -213,7 +214,7 @@ def test_a_problem_is_tried_once_for_all_its_wrong_samples(refuse, tmp_path, cap
     files["out"].unlink()
     with mock.patch.object(two, "engine", engine), pytest.raises(SystemExit):
         two.main(args)
-    assert "keep_rollouts.jsonl holds another sample 0 of q0" in capsys.readouterr().err
+    assert "keep_rollouts.jsonl holds another 'steps' of q0, sample 0" in capsys.readouterr().err
 
 
 READABLE = [
@@ -610,7 +611,7 @@ def test_known_rows_must_be_located_and_of_the_same_samples(judge, tmp_path):
     )
     for known, why in [
         ("in", "row 1: no 'error_step'"),
-        ("other", "another sample 0 of q1"),
+        ("other", "another 'steps' of q1, sample 0"),
         ("none", "cannot be read"),
     ]:
         out = ["--known", tmp_path / f"{known}.jsonl", "--out", tmp_path / "x.jsonl"]
@@ -657,10 +658,61 @@ def test_samples_of_another_model_do_not_estimate_v0(tmp_path):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     where = {"samples": tmp_path / "in.jsonl", "split": "blank-lines", "opening": ""}
     load = stage(2).load_samples
-    todo, counts = load(stage(2).Args(model="m", max_per_problem=1, **where))
+    todo, counts, _ = load(stage(2).Args(model="m", max_per_problem=1, **where))
     assert [row["id"] for row in todo] == ["a", "b"] and counts == {"a": [0, 0], "b": [1, 3]}
-    todo, counts = load(stage(2).Args(model="other", max_per_problem=1, **where))
+    todo, counts, _ = load(stage(2).Args(model="other", max_per_problem=1, **where))
     assert len(todo) == 2 and counts == {"a": [0, 0], "b": [1, 1]}
+
+
+def test_a_row_of_an_older_sample_is_not_kept(tmp_path, capsys):
+    """Another gold answer, another grade or other scores than those that made a row; a step that
+    --known names since then. Each is said, and nothing is overwritten."""
+    two, out = stage(2), tmp_path / "out.jsonl"
+    rows = wrong_samples(tmp_path / "in.jsonl", 2)
+    rows = [row | {"step_scores": [0.9] * len(row["steps"])} for row in rows]
+    known = {"error_step": 2, "locator": "human", "reason": None}
+    (tmp_path / "known.jsonl").write_text(json.dumps(rows[0] | known | {"error_step": None}) + "\n")
+    changes = {"answer": "8", "correct": True, "step_scores": [0.1] * len(rows[0]["steps"])}
+
+    def locate(first: dict):
+        lines = [json.dumps(row) + "\n" for row in (first, rows[1])]
+        (tmp_path / "in.jsonl").write_text("".join(lines))
+        files = {"samples": tmp_path / "in.jsonl", "known": tmp_path / "known.jsonl", "out": out}
+        two.main(two.Args(locator="scores", **files))
+
+    locate(rows[0])
+    before = out.read_bytes()
+    for name, value in changes.items():
+        with pytest.raises(SystemExit):
+            locate(rows[0] | {name: value})
+        assert f"holds another {name!r} of q0, sample 0, than" in capsys.readouterr().err
+    (tmp_path / "known.jsonl").write_text(json.dumps(rows[0] | known) + "\n")
+    with pytest.raises(SystemExit):
+        locate(rows[0])
+    assert "holds another 'error_step' of q0, sample 0, than" in capsys.readouterr().err
+    assert out.read_bytes() == before
+
+
+def test_words_before_step_1_are_not_shared(tmp_path):
+    """Two wrong samples of a problem without the forced opening may begin in different ways; V(0)
+    of each continues its own."""
+    two, asked = stage(2), []
+    [row] = wrong_samples(tmp_path / "in.jsonl", 1)
+    args = two.Args(give_up=2)
+
+    async def continue_from(row, prefix, seed, n):
+        asked.append(prefix)
+        return [{"text": " so.", "finish_reason": "length", "tokens": 1, "prompt_tokens": 1}] * n
+
+    async def locate_two():
+        root = two.Root([0, 0])
+        for sample, words in enumerate(("Well.\n", "Now.\n")):
+            steps = [words + "Step 1: 1 = 1.\n", "Step 2: 2 = 3."]
+            one = row | {"sample": sample, "steps": steps, "response": "".join(steps)}
+            await two.by_rollouts(args, continue_from, None, root, one, Counter())
+
+    asyncio.run(locate_two())
+    assert asked == ["Well.\nStep 1:", "Now.\nStep 1:"]
 
 
 @pytest.mark.slow

@@ -655,4 +655,9 @@ def test_training_a_prm(tmp_path):
     figures = json.loads((tmp_path / "prm" / "training.json").read_text())
     assert figures["solutions"] == 100 and 0 < figures["last loss"] < 0.8 * figures["first loss"]
     run("score_steps", tmp_path / "labels.jsonl", "--prm", tmp_path / "prm")
-    assert all(row["step_scores"] for row in read(tmp_path / "labels.scored.jsonl"))
+    right, wrong = [], []
+    for row in read(tmp_path / "labels.scored.jsonl"):
+        step = row["error_step"] or len(row["steps"]) + 1
+        right += row["step_scores"][: step - 1]
+        wrong += row["step_scores"][step - 1 : step]
+    assert sum(right) / len(right) > sum(wrong) / len(wrong)

@@ -44,7 +44,8 @@ def test_quickstart_recipe_end_to_end(tmp_path):
     assert "![accuracy](accuracy.png)" in text
     assert (tmp_path / "results" / "report.html").exists()
     assert "Where the time went" in done.stdout
-    assert read(tmp_path / "model-0" / "metrics.jsonl")[-1]["step"] >= 2
+    last = read(tmp_path / "model-0" / "metrics.jsonl")[-1]
+    assert last["step"] >= 2 and last["margin"] > 0
     assert (tmp_path / "model-0" / "model.safetensors").exists()
 
 

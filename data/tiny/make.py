@@ -389,7 +389,8 @@ def run(script: str, **options):
     command = [sys.executable, str(ROOT / script)]
     for name, value in options.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
-    subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    if subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}).returncode:
+        sys.exit(2)
 
 
 def make_model(args: Args, work: Path):
