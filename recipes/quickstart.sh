@@ -11,7 +11,7 @@ mkdir -p "$OUT"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
 times="" job=
 # INT, TERM or a hangup to this script alone ends the running stage too, and so the engine in it
-trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM HUP
+trap 'kill -TERM -- -$job 2>/dev/null || true; wait; exit 130' INT TERM HUP
 stage() {  # stage NAME COMMAND ...: run it and remember its seconds
   local name=$1 start=$SECONDS; shift
   printf '\n== %s: %s\n' "$name" "$*"

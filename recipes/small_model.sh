@@ -36,7 +36,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 # INT, TERM or a hangup to this script alone ends the running stage too, and so the engine in it
 job=; run() { printf '\n== %s\n' "$*"; set -m; "$@" & job=$!; set +m; wait $job; }
-trap 'kill -TERM -- -$job 2>/dev/null; wait; exit 130' INT TERM HUP
+trap 'kill -TERM -- -$job 2>/dev/null || true; wait; exit 130' INT TERM HUP
 [ -n "${VIRTUAL_ENV:-}" ] || [ ! -d .venv ] || export PATH="$PWD/.venv/bin:$PATH"
 export TOKENIZERS_PARALLELISM=false
 MODEL=${MODEL:-Qwen/Qwen2.5-0.5B-Instruct} OUT=${OUT:-runs/small_model} DATA=${DATA:-} SEEDS=${SEEDS:-0}
