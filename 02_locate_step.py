@@ -334,9 +334,8 @@ async def by_rollouts(
         answer = answer_of(prefix + completion["text"], args.split)
         return await grader(row["answer"], answer, row["problem"])
 
-    async def wave(prefix: str, k: int, tried: int, size: int) -> tuple[list[dict], list[bool]]:
-        about = (row["id"], row["sample"], k) if k else (row["id"],)
-        seed = seed_of(args.seed, "locate", *about, tried)
+    async def wave(prefix: str, size: int, *about) -> tuple[list[dict], list[bool]]:
+        seed = seed_of(args.seed, "locate", row["id"], *about)
         completions = await continue_from(row, prefix, seed, size)
         first = completions[0]  # it has the tokens of all
         spent.update(prompt=first["prompt_tokens"], completion=first["tokens"], rollouts=size)
@@ -345,14 +344,16 @@ async def by_rollouts(
 
     async def draw(k: int, tried: int, size: int) -> list[bool]:
         prefix = "".join(steps[:k]) + cut_label(steps[k], k + 1, args.split, args.opening)[0]
-        key = prefix, tried  # without the forced opening, a row may begin with words of its own
-        if k == 0 and key not in root.waves:
-            root.waves[key] = asyncio.ensure_future(wave(prefix, 0, tried, size))
-        completions, verdicts = await (wave(prefix, k, tried, size) if k else root.waves[key])
+        # without the forced opening, a row may begin with words of its own
+        is_shared, key = k == 0 and prefix in ("", args.opening), (prefix, tried)
+        if is_shared and key not in root.waves:
+            root.waves[key] = asyncio.ensure_future(wave(prefix, size, tried))
+        own = wave(prefix, size, row["sample"], k, tried) if not is_shared else root.waves[key]
+        completions, verdicts = await own
         for completion, correct in zip(completions, verdicts, strict=True):
             rollout = {name: completion[name] for name in ("text", "finish_reason")}
             rollouts.setdefault(k, []).append({**rollout, "correct": correct})
-        if k or root.payer == identity(row):
+        if not is_shared or root.payer == identity(row):
             tokens[0] += completions[0]["prompt_tokens"]
             tokens[1] += completions[0]["tokens"]
         return verdicts
@@ -661,7 +662,10 @@ async def locate_all(
     done = {identity(row) for row in output.rows}
     todo = [row for row in rows if identity(row) not in done]
     copies = {key: row for key, row in known.items() if row["error_step"]}
-    output.write(*(copies[identity(row)] for row in todo if identity(row) in copies))
+    for row in todo:
+        if identity(row) in copies:  # with the answer and grade of now
+            now = {name: row[name] for name in (*KEPT_OF, "correct") if name in row}
+            output.write(copies[identity(row)] | now)
     todo = [row for row in todo if identity(row) not in copies]
     rollouts_done = {identity(row) for row in keep.rows} if keep else set()
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
@@ -743,7 +747,7 @@ def main(args: Args):
     known = {}
     if args.known:
         known = read_located(args.known)
-        check_rows(args.known, list(known.values()), args.samples, samples, "steps")
+        check_rows(args.known, list(known.values()), args.samples, samples, "problem", "steps")
     if args.locator == "scores":
         check_scores(args.samples)
     began = time.time()
@@ -1027,11 +1031,13 @@ class Output:
                 change = difference(name, old.get(name), new)
                 todo = "take the old setting, give another --out, or remove the file"
                 stop(f"{self.path} was made with {change}; {todo}")
-        # a run that was killed has not written how long it took
-        killed_after = self.path.stat().st_mtime - self.meta_path.stat().st_mtime
-        self.began -= meta["seconds"] + max(0.0, killed_after)
+        self.began -= meta["seconds"]
+        if not meta.get("finished"):  # killed, before it could write how long it took
+            self.began -= max(0.0, self.path.stat().st_mtime - self.meta_path.stat().st_mtime)
         self.file.seek(0)  # only now: a file that is not ours keeps its last line
-        self.file.truncate(self.file.read().rfind(b"\n") + 1)
+        data = self.file.read()
+        if not data.endswith(b"\n"):
+            self.file.truncate(data.rfind(b"\n") + 1)
         self.rows = read_rows(self.path, ()) if self.path.stat().st_size else []
         if edited:
             before = {"code": old.get("code"), "prompt": old.get("prompt")}
@@ -1041,9 +1047,7 @@ class Output:
 
     def write(self, *rows: dict):
         """Append rows in one call, so that a kill does not part them."""
-        if (
-            not self.has_written
-        ):  # not before: a run that is refused leaves the settings as they are
+        if rows and not self.has_written:  # not before: a refused run changes no settings
             self.has_written = True
             self.save_meta(finished=False)
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
@@ -1623,7 +1627,7 @@ def load_tokenizer(model: str, template: Path | None, switches: str):
     import transformers
 
     is_hub_id = re.fullmatch(r"\w[^/]*/[^/]+", model) and not Path(model).exists()
-    if not is_hub_id and not any(Path(model).glob("*config.json")):
+    if not is_hub_id and not (Path(model) / "config.json").is_file():
         stop(f"--model {model}: neither a folder with a config.json nor a hub id, owner/name")
     try:
         # tokenizer.json as it is; AutoTokenizer takes three seconds to import torch, and builds its

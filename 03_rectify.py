@@ -907,11 +907,13 @@ class Output:
                 change = difference(name, old.get(name), new)
                 todo = "take the old setting, give another --out, or remove the file"
                 stop(f"{self.path} was made with {change}; {todo}")
-        # a run that was killed has not written how long it took
-        killed_after = self.path.stat().st_mtime - self.meta_path.stat().st_mtime
-        self.began -= meta["seconds"] + max(0.0, killed_after)
+        self.began -= meta["seconds"]
+        if not meta.get("finished"):  # killed, before it could write how long it took
+            self.began -= max(0.0, self.path.stat().st_mtime - self.meta_path.stat().st_mtime)
         self.file.seek(0)  # only now: a file that is not ours keeps its last line
-        self.file.truncate(self.file.read().rfind(b"\n") + 1)
+        data = self.file.read()
+        if not data.endswith(b"\n"):
+            self.file.truncate(data.rfind(b"\n") + 1)
         self.rows = read_rows(self.path, ()) if self.path.stat().st_size else []
         if edited:
             before = {"code": old.get("code"), "prompt": old.get("prompt")}
@@ -921,9 +923,7 @@ class Output:
 
     def write(self, *rows: dict):
         """Append rows in one call, so that a kill does not part them."""
-        if (
-            not self.has_written
-        ):  # not before: a run that is refused leaves the settings as they are
+        if rows and not self.has_written:  # not before: a refused run changes no settings
             self.has_written = True
             self.save_meta(finished=False)
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
@@ -1503,7 +1503,7 @@ def load_tokenizer(model: str, template: Path | None, switches: str):
     import transformers
 
     is_hub_id = re.fullmatch(r"\w[^/]*/[^/]+", model) and not Path(model).exists()
-    if not is_hub_id and not any(Path(model).glob("*config.json")):
+    if not is_hub_id and not (Path(model) / "config.json").is_file():
         stop(f"--model {model}: neither a folder with a config.json nor a hub id, owner/name")
     try:
         # tokenizer.json as it is; AutoTokenizer takes three seconds to import torch, and builds its

@@ -440,9 +440,9 @@ def start(args: Args) -> tuple[Accelerator, object, Pairs, Pairs | None]:
     if args.out.resolve() == Path(args.model).resolve():
         stop(f"--out {args.out}: is the model's own folder, and would be overwritten")
     if args.precision == "auto":
-        # not a GPU that only imitates it
-        gpu_has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
-        args.precision = "bf16" if gpu_has_bf16 or processor_has_bf16() else "fp32"
+        on_gpu = torch.cuda.is_available()  # False: not a GPU that only imitates it
+        has_bf16 = torch.cuda.is_bf16_supported(False) if on_gpu else processor_has_bf16()
+        args.precision = "bf16" if has_bf16 else "fp32"
     rows = by_place(args.data, args.objective)
     val_rows = by_place([str(args.validation)] if args.validation else [], args.objective)
     parts = {True: val_rows, False: []}
@@ -1536,7 +1536,7 @@ def is_finished(args: Args, tokenizer, pairs: Pairs, val_pairs: Pairs | None) ->
         return False
     old = json.loads(path.read_text())
     settings = settings_of(args, tokenizer, weights_hash(args.model), pairs, val_pairs)
-    free = {"edits", "prompt"} if args.accept_edit else {"edits"}
+    free = {"edits", "code", "prompt"} if args.accept_edit else {"edits"}
     same = all(old["settings"].get(name) == settings[name] for name in settings if name not in free)
     return same and old["arguments"]["lora_save"] == args.lora_save
 
@@ -1573,8 +1573,8 @@ def checkpoint_to_resume(
             )
     if edited and not args.accept_edit:
         stop(
-            f"{made} was made before an edit of {', '.join(edited[:6])}; undo it, give another "
-            "--out, or add --accept-edit"
+            f"{made} was made before an edit of {', '.join(edited[:6])}; undo it"
+            + (" or give another --out" if has_ended else ", give another --out, or --accept-edit")
         )
     step, seconds = (old["step"], old.get("seconds", 0.0)) if resume else (0, 0.0)
     settings["edits"] = old_settings.get("edits", [])
@@ -1825,7 +1825,7 @@ def load_tokenizer(model: str, template: Path | None, switches: str):
     import transformers
 
     is_hub_id = re.fullmatch(r"\w[^/]*/[^/]+", model) and not Path(model).exists()
-    if not is_hub_id and not any(Path(model).glob("*config.json")):
+    if not is_hub_id and not (Path(model) / "config.json").is_file():
         stop(f"--model {model}: neither a folder with a config.json nor a hub id, owner/name")
     try:
         # tokenizer.json as it is; AutoTokenizer takes three seconds to import torch, and builds its

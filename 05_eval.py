@@ -183,9 +183,9 @@ def paired(rates: np.ndarray, base: np.ndarray, seed: int) -> dict:
         test = "permutation"
         p = permutation(differences, seed)
     low, high = percentiles(means)
-    if len(rates) == len(base) == 1 and np.count_nonzero(differences) < FEW:
+    if np.count_nonzero(differences) < FEW:
         won, lost = (np.clip(sign * differences, 0, 1).sum() for sign in (1, -1))
-        low, high = newcombe(won, lost, len(differences))
+        low, high = wider((low, high), newcombe(won, lost, len(differences)))
     return {
         "difference": float(differences.mean()),
         "difference_interval": (low, high),
@@ -263,13 +263,20 @@ def newcombe(won: float, lost: float, total: int) -> tuple[float, float]:
     return low, high
 
 
+def wider(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
+    return min(one[0], other[0]), max(one[1], other[1])
+
+
 def interval(rates: np.ndarray, k: int, seed: int) -> tuple[float, float]:
-    """Of the mean of rates (seeds, problems): Wilson's where they are single verdicts, or all
-    alike, or where few problems of one seed differ; else the bootstrap's."""
-    few = min(np.count_nonzero(rates), np.count_nonzero(rates < 1)) < FEW
-    if len(rates) == 1 and (k == 1 or few) or rates.min() == rates.max():
-        return wilson(rates[0].sum(), rates.shape[1])
+    """Of the mean of rates (seeds, problems): Wilson's where they are single verdicts or all alike,
+    else the bootstrap's; where few problems are ever solved, or missed, at least Wilson's."""
+    means = rates.mean(0)
+    by_wilson = wilson(means.sum(), len(means))
+    if k == len(rates) == 1 or rates.min() == rates.max():
+        return by_wilson
     low, high = percentiles(bootstrap(rates, np.zeros_like(rates[:1]), seed))
+    if min(np.count_nonzero(means), np.count_nonzero(means < 1)) < FEW:
+        low, high = wider((low, high), by_wilson)
     return max(0.0, low), min(1.0, high)
 
 
@@ -555,8 +562,8 @@ def about(summary: dict) -> str:
     text = (
         f"Decoding: {summary['decoding']}. Problems: {sources}. The column accuracy is by "
         f"{summary['rule']}; intervals are Wilson's for one response a problem, else bootstrap "
-        f"over problems, but where fewer than {FEW} problems differ Wilson's, and Newcombe's of a "
-        "difference; differences are paired by problem, p is McNemar's exact one, of a "
+        f"over problems; where fewer than {FEW} problems differ, at least Wilson's, or of a "
+        "difference Newcombe's; differences are paired by problem, p is McNemar's exact one, of a "
         "permutation, or with several seeds of a bootstrap in which the luck of the seeds is "
         "Student's t; a problem is won or lost by most of the seeds."
     )
@@ -981,11 +988,13 @@ class Output:
                 change = difference(name, old.get(name), new)
                 todo = "take the old setting, give another --out, or remove the file"
                 stop(f"{self.path} was made with {change}; {todo}")
-        # a run that was killed has not written how long it took
-        killed_after = self.path.stat().st_mtime - self.meta_path.stat().st_mtime
-        self.began -= meta["seconds"] + max(0.0, killed_after)
+        self.began -= meta["seconds"]
+        if not meta.get("finished"):  # killed, before it could write how long it took
+            self.began -= max(0.0, self.path.stat().st_mtime - self.meta_path.stat().st_mtime)
         self.file.seek(0)  # only now: a file that is not ours keeps its last line
-        self.file.truncate(self.file.read().rfind(b"\n") + 1)
+        data = self.file.read()
+        if not data.endswith(b"\n"):
+            self.file.truncate(data.rfind(b"\n") + 1)
         self.rows = read_rows(self.path, ()) if self.path.stat().st_size else []
         if edited:
             before = {"code": old.get("code"), "prompt": old.get("prompt")}
@@ -995,9 +1004,7 @@ class Output:
 
     def write(self, *rows: dict):
         """Append rows in one call, so that a kill does not part them."""
-        if (
-            not self.has_written
-        ):  # not before: a run that is refused leaves the settings as they are
+        if rows and not self.has_written:  # not before: a refused run changes no settings
             self.has_written = True
             self.save_meta(finished=False)
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
@@ -1524,7 +1531,7 @@ def load_tokenizer(model: str, template: Path | None, switches: str):
     import transformers
 
     is_hub_id = re.fullmatch(r"\w[^/]*/[^/]+", model) and not Path(model).exists()
-    if not is_hub_id and not any(Path(model).glob("*config.json")):
+    if not is_hub_id and not (Path(model) / "config.json").is_file():
         stop(f"--model {model}: neither a folder with a config.json nor a hub id, owner/name")
     try:
         # tokenizer.json as it is; AutoTokenizer takes three seconds to import torch, and builds its

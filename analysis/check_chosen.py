@@ -101,8 +101,10 @@ async def check_all(
 def main(args: Args):
     if not args.judge_model:
         LOCATE.stop("give --judge-model and, unless vLLM is to run it here, --judge-base-url")
-    fields = ("id", "prompt", "initial_reason_steps", "chosen", "full_chosen", "answer", "method")
+    fields = ("id", "prompt", "chosen", "full_chosen", "answer", "method")
     pairs = LOCATE.read_rows(args.pairs, fields)
+    if not all("initial_reason_steps" in row for row in pairs):
+        LOCATE.stop(f"{args.pairs}: a row has no 'initial_reason_steps'; give pairs of 03")
     names = ("judge_model", "judge_temperature", "judge_max_tokens", "neutral", "retries", "seed")
     names += ("split", "opening")
     settings = {"stage": "check_chosen", **{name: getattr(args, name) for name in names}}

