@@ -443,8 +443,8 @@ def start(args: Args) -> tuple[Accelerator, object, Pairs, Pairs | None]:
         on_gpu = torch.cuda.is_available()  # False: not a GPU that only imitates it
         has_bf16 = torch.cuda.is_bf16_supported(False) if on_gpu else processor_has_bf16()
         args.precision = "bf16" if has_bf16 else "fp32"
-    rows = by_place(args.data, args.objective)
-    val_rows = by_place([str(args.validation)] if args.validation else [], args.objective)
+    rows = [each for name in args.data for each in load_rows(name, args.objective)]
+    val_rows = load_rows(str(args.validation), args.objective) if args.validation else []
     parts = {True: val_rows, False: []}
     for place, row in rows:
         parts[held_out(row, args)].append((place, row))
@@ -567,19 +567,10 @@ def start_accelerate(args: Args) -> Accelerator:
 # pairs
 
 
-def by_place(names, objective: str) -> list[tuple[str, dict]]:
-    """The rows of these files, each with its place for messages."""
-    return [
-        (f"{name}, row {number}", row)
-        for name in names
-        for number, row in enumerate(load_rows(name, objective), 1)
-    ]
-
-
-def load_rows(name: str, objective: str) -> list[dict]:
-    """Rows of a file, or of a data set on the hub (its train split). A row may have an empty side,
-    which prepare() counts; stops where a row lacks a field of its format. For SFT, of 01's samples
-    the right ones, once each."""
+def load_rows(name: str, objective: str) -> list[tuple[str, dict]]:
+    """Rows of a file, or of a data set on the hub (its train split), each with its place for
+    messages. A row may have an empty side, which prepare() counts; stops where a row lacks a field
+    of its format. For SFT, of 01's samples the right ones, once each."""
     is_file = name.endswith(".jsonl") or Path(name).exists()
     rows = read_rows(Path(name), ()) if is_file else load_hub(name)
     if objective == "sft":
@@ -590,20 +581,20 @@ def load_rows(name: str, objective: str) -> list[dict]:
         fields = STEP_FIELDS
     else:
         fields = PAIR_FIELDS if "prompt" in rows[0] else ("chosen", "rejected")
-    for number, row in enumerate(rows, 1):
+    placed = [(f"{name}, row {number}", row) for number, row in enumerate(rows, 1)]
+    for place, row in placed:
         for field in fields:
             if field not in row:
-                needed = ", ".join(fields)
-                stop(f"--data {name}, row {number}: no {field!r}; every row needs {needed}")
+                stop(f"{place}: no {field!r}; every row needs {', '.join(fields)}")
             if field == "correct" and not KINDS[field][1](row[field]):
-                stop(f"--data {name}, row {number}: {field!r} must be {KINDS[field][0]}")
+                stop(f"{place}: {field!r} must be {KINDS[field][0]}")
     if fields == ("chosen", "rejected"):
-        places = [f"--data {name}, row {number}" for number in range(1, len(rows) + 1)]
-        return list(map(explicit_prompt, rows, places))
+        return [(place, explicit_prompt(row, place)) for place, row in placed]
     if "correct" in fields:
-        return right_solutions(rows, name)
-    # of a row with other fields, too, encode() would not know the format
-    return rows if objective == "dpo" else [{f: row[f] for f in fields} for row in rows]
+        return right_solutions(placed, name)
+    if objective == "sft":  # of a row with other fields, too, encode() would not know the format
+        return [(place, {field: row[field] for field in fields}) for place, row in placed]
+    return placed
 
 
 def load_hub(name: str) -> list[dict]:
@@ -616,16 +607,21 @@ def load_hub(name: str) -> list[dict]:
         stop(f"--data {name}: no such file, and the hub does not give it ({reason})")
 
 
-def right_solutions(rows: list[dict], name: str) -> list[dict]:
-    """The right responses of 01's samples, once each."""
-    right = [(row["problem"], row["response"]) for row in rows if row["correct"]]
-    distinct = dict.fromkeys(right)
+def right_solutions(placed: list[tuple[str, dict]], name: str) -> list[tuple[str, dict]]:
+    """The right responses of 01's samples, once each, as solutions."""
+    right = [(place, row) for place, row in placed if row["correct"]]
+    distinct = {}  # place of the first
+    for place, row in right:
+        distinct.setdefault((row["problem"], row["response"]), place)
     print_main(
-        f"{name}: {len(rows)} samples, {len(right)} right, {len(distinct)} of these distinct"
+        f"{name}: {len(placed)} samples, {len(right)} right, {len(distinct)} of these distinct"
     )
     if not right:
-        stop(f"--data {name}: none of its {len(rows)} samples is right")
-    return [{"problem": problem, "solution": response} for problem, response in distinct]
+        stop(f"--data {name}: none of its {len(placed)} samples is right")
+    return [
+        (place, {"problem": problem, "solution": response})
+        for (problem, response), place in distinct.items()
+    ]
 
 
 def explicit_prompt(row: dict, place: str) -> dict:

@@ -186,7 +186,7 @@ def child(args: Args):
     if args.precision == "auto":
         args.precision = "bf16" if cuda or train.processor_has_bf16() else "fp32"
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    rows = train.by_place([str(args.pairs_file)], "dpo")
+    rows = train.load_rows(str(args.pairs_file), "dpo")
     pairs = train.prepare(rows, tokenizer, train.Args(sides=args.sides), "pairs")
     if args.pairs > len(pairs):
         train.stop(f"--pairs {args.pairs}: {args.pairs_file} has {len(pairs)}")

@@ -19,7 +19,7 @@ TRAIN = importlib.import_module("04_train_stepdpo")
 
 def main(args: TRAIN.Args):
     args.precision = "fp32"
-    rows = TRAIN.by_place(args.data, args.objective)
+    rows = [each for name in args.data for each in TRAIN.load_rows(name, args.objective)]
     tokenizer = TRAIN.load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
     pairs = TRAIN.prepare(rows, tokenizer, args, "data")
     separate = shared = trees = 0

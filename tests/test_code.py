@@ -569,14 +569,14 @@ def test_the_published_pairs_load_as_they_are(blocks_model, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (pair, naive)))
     tokenizer = four.load_tokenizer(str(blocks_model), None, "{}")
     rows = four.load_rows(str(tmp_path / "pairs.jsonl"), "dpo")
-    prefix, suffixes = four.encode(rows[0], tokenizer)
+    prefix, suffixes = four.encode(rows[0][1], tokenizer)
     assert tokenizer.decode(prefix) == (
         "<|system|><|text|><|endofblock|><|endofmessage|>"
         "<|user|><|text|>1 + 2?<|endofblock|><|endofmessage|><|assistant|>"
         "<|text|>Add.<|endofblock|><|code|>1 + 2<|endofblock|><|execution|>3<|endofblock|>"
     )
     assert tokenizer.decode(suffixes[1]) == "<|text|>\\boxed{4}<|endofblock|><|endofmessage|>"
-    prefix, suffixes = four.encode(rows[1], tokenizer)
+    prefix, suffixes = four.encode(rows[1][1], tokenizer)
     assert tokenizer.decode(prefix).endswith("<|assistant|>")
     assert tokenizer.decode(suffixes[0]).startswith("<|text|>chosen")
     options = ["--data", tmp_path / "pairs.jsonl", "--model", blocks_model]

@@ -513,10 +513,10 @@ def test_sft_on_samples_takes_right_responses_once(tmp_path, small_model):
         sample("b", "Step 1: 4.", False),
     ]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = stage(4).load_rows(str(tmp_path / "samples.jsonl"), "sft")
-    assert found == [
-        {"problem": problem, "solution": text}
-        for problem, text in (("a", "Step 1: 3."), ("a", "Step 1: three."), ("b", "Step 1: 3."))
+    name = tmp_path / "samples.jsonl"
+    assert stage(4).load_rows(str(name), "sft") == [
+        (f"{name}, row {number}", {"problem": rows[number - 1]["problem"], "solution": text})
+        for number, text in ((1, "Step 1: 3."), (3, "Step 1: three."), (4, "Step 1: 3."))
     ]
     options = ["--objective", "sft", "--data", tmp_path / "samples.jsonl", "--model", small_model]
     options += ["--epochs", 1, "--out", tmp_path / "tuned"]
@@ -1292,11 +1292,11 @@ def test_implicit_prompts_are_what_both_sides_begin_with(tmp_path, tokenizer):
     user = [turn("user", "3+4?")]
     sides = {"chosen": [turn("assistant", "It is 7.")], "rejected": [turn("assistant", "It is 8.")]}
     path.write_text(json.dumps({name: user + side for name, side in sides.items()}) + "\n")
-    assert train.load_rows(str(path), "dpo") == [{"prompt": user} | sides]
+    assert train.load_rows(str(path), "dpo") == [(f"{path}, row 1", {"prompt": user} | sides)]
     path.write_text(
         json.dumps({"chosen": "Two apples are 2.", "rejected": "Two apples are 3."}) + "\n"
     )
-    [row] = train.load_rows(str(path), "dpo")
+    [(_, row)] = train.load_rows(str(path), "dpo")
     assert row == {"prompt": "Two apples are", "chosen": " 2.", "rejected": " 3."}
     prefix, suffixes = train.encode(row, tokenizer)
     assert tokenizer.decode(prefix) == "Two apples are"
@@ -1537,7 +1537,7 @@ def test_fields_of_other_formats_do_not_count(tmp_path, tokenizer):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     train = stage(4)
     for objective, sides in (("dpo", 2), ("sft", 1)):
-        [found] = train.load_rows(str(tmp_path / "rows.jsonl"), objective)
+        [(_, found)] = train.load_rows(str(tmp_path / "rows.jsonl"), objective)
         assert not train.has_empty_side(found, "step")
         assert len(train.encode(found, tokenizer)[1]) == sides
 
