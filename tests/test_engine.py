@@ -299,20 +299,30 @@ def test_ctrl_c_keeps_the_rows(started, tmp_path):
     assert read(tmp_path / "out.jsonl")
 
 
+PROCESSBENCH = [sys.executable, "analysis/processbench.py", "--data-dir", "OUT", "--files", "in"]
+PROCESSBENCH += ["--out", "OUT", "--", "--locator", "rollout", "--model", str(TINY / "model")]
+
+
 @pytest.mark.parametrize(
-    "recipe, kind",
-    [("experiments/iterate.sh", signal.SIGTERM), ("recipes/quickstart.sh", signal.SIGINT)],
+    "command, kind, status",
+    [
+        (["bash", "experiments/iterate.sh"], signal.SIGTERM, 130),
+        (["bash", "recipes/quickstart.sh"], signal.SIGINT, 130),
+        (PROCESSBENCH, signal.SIGTERM, 143),
+    ],
 )
-def test_a_stopped_recipe_takes_its_stage_along(started, recipe, kind, tmp_path):
+def test_a_stopped_script_takes_its_stage_along(started, command, kind, status, tmp_path):
     """The signal comes to the script alone, as from a job scheduler, while an engine is
     starting."""
+    row = {"id": "a", "problem": "1 + 1?", "answer": "2", "steps": ["3", "3"], "label": 0}
+    (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
     environment = os.environ | {
         "OUT": str(tmp_path),
         "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
     }
     with open(tmp_path / "said.log", "w") as said:
         process = subprocess.Popen(
-            ["bash", recipe],
+            [str(tmp_path) if part == "OUT" else part for part in command],
             cwd=ROOT,
             env=environment,
             stdout=said,
@@ -329,6 +339,6 @@ def test_a_stopped_recipe_takes_its_stage_along(started, recipe, kind, tmp_path)
     family = psutil.Process(process.pid).children(recursive=True)
     assert family
     process.send_signal(kind)
-    assert process.wait(30) == 130
+    assert process.wait(30) == status
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
