@@ -18,6 +18,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import tyro
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -70,13 +72,13 @@ async def verdicts(answers: list[tuple], grader, rules) -> list[bool]:
     return await asyncio.gather(*gradings)
 
 
-def main(paths: list[Path]):
+def main(files: tyro.conf.Positional[tuple[Path, ...]]):
     stage = importlib.import_module("05_eval")
     print("right / false credit / refused though right\n")
     rate_columns = " | ".join(f"{name}, answers/s" for name in RULES)
     print(f"| file | answers | ours | math-verify | {rate_columns} | exceptions of ours |")
     print("|---|---:|---:|---:|---:|---:|---|")
-    for path in paths:
+    for path in files:
         answers = answers_of(stage.read_rows(path, ("id", "answer")), stage)
         labels = [label for *_, label in answers]
         cells, rates, wrong = [], [], []
@@ -99,4 +101,4 @@ def main(paths: list[Path]):
 
 
 if __name__ == "__main__":
-    main([Path(name) for name in sys.argv[1:]] or sys.exit(__doc__))
+    tyro.cli(main, description=__doc__)

@@ -11,6 +11,8 @@ import re
 import sys
 from pathlib import Path
 
+import tyro
+
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data" / "tiny")]
 RECTIFY, make = importlib.import_module("03_rectify"), importlib.import_module("make")
@@ -40,13 +42,13 @@ def kind(pair: dict) -> str:
     return KINDS[3]
 
 
-def main(paths: list[str]):
+def main(pairs: tyro.conf.Positional[tuple[Path, ...]]):
     print("| pairs of | pairs | " + " | ".join(KINDS) + " |\n|---|---:|" + "---:|" * len(KINDS))
-    for path in paths:
-        kinds = [kind(pair) for pair in RECTIFY.read_rows(path, ("rejected", "full_chosen"))]
+    for path in pairs:
+        kinds = [kind(row) for row in RECTIFY.read_rows(path, ("rejected", "full_chosen"))]
         shares = [f"{kinds.count(name) / len(kinds):.1%}" for name in KINDS]
         print(f"| {path} | {len(kinds)} | {' | '.join(shares)} |")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:]) if len(sys.argv) > 1 else sys.exit(__doc__)
+    tyro.cli(main, description=__doc__)

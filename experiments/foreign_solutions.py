@@ -13,11 +13,13 @@ import re
 import sys
 from pathlib import Path
 
+import tyro
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 SAMPLE = importlib.import_module("01_sample_errors")
 
 
-def main(path: str, out: str):
+def main(path: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path]):
     rows = SAMPLE.read_rows(path, ("id", "solution"))
     r = random.Random(0)
     for row in rows:
@@ -31,9 +33,9 @@ def main(path: str, out: str):
             if not changed:
                 SAMPLE.stop(f"{path}: {row['id']} has a step that is not the bundled world's")
         row["solution"] = "".join(steps)
-    Path(out).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(f"{out}: {len(rows)} solutions in other words, such as {rows[0]['solution']!r}")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:]) if len(sys.argv) == 3 else sys.exit(__doc__)
+    tyro.cli(main, description=__doc__)

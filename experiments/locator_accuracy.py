@@ -13,6 +13,8 @@ import re
 import sys
 from pathlib import Path
 
+import tyro
+
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "analysis")]
 LOCATE = importlib.import_module("02_locate_step")
@@ -31,7 +33,7 @@ def true_error(row: dict) -> int | None:
     return len(row["steps"]) + 1 if len(row["steps"]) < len(row["values"]) else None
 
 
-def main(path: str):
+def main(path: tyro.conf.Positional[Path]):
     rows = LOCATE.read_rows(path, ("id", "steps", "values"))
     steps = [(true_error(row), row.get("error_step")) for row in rows]
     known = [(true, step) for true, step in steps if true and step]
@@ -42,4 +44,4 @@ def main(path: str):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1]) if len(sys.argv) == 2 else sys.exit(__doc__)
+    tyro.cli(main, description=__doc__)

@@ -11,13 +11,14 @@ import json
 import sys
 from pathlib import Path
 
+import tyro
 from locator_accuracy import true_error
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 SAMPLE = importlib.import_module("01_sample_errors")
 
 
-def main(path: str, out: str):
+def main(path: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path]):
     rows = SAMPLE.read_rows(path, ("id", "correct", "values"))
     labelled = []
     for row in rows:
@@ -27,11 +28,11 @@ def main(path: str, out: str):
         if row["correct"] == (step is None) and (step or 0) <= len(row["steps"]):
             labelled.append(row)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in labelled)
-    Path(out).write_text(text, encoding="utf-8")
+    out.write_text(text, encoding="utf-8")
     wrong = sum(row["error_step"] is not None for row in labelled)
     right, left_out = len(labelled) - wrong, len(rows) - len(labelled)
     print(f"{out}: {wrong} wrong and {right} right responses labelled, {left_out} left out")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:]) if len(sys.argv) == 3 else sys.exit(__doc__)
+    tyro.cli(main, description=__doc__)
