@@ -657,7 +657,7 @@ def test_training_a_prm(tmp_path):
     run("score_steps", tmp_path / "labels.jsonl", "--prm", tmp_path / "prm")
     right, wrong = [], []
     for row in read(tmp_path / "labels.scored.jsonl"):
-        step = row["error_step"] or len(row["steps"]) + 1
-        right += row["step_scores"][: step - 1]
-        wrong += row["step_scores"][step - 1 : step]
+        first_wrong = row["label"] if row["label"] >= 0 else len(row["steps"])
+        right += row["step_scores"][:first_wrong]
+        wrong += row["step_scores"][first_wrong : first_wrong + 1]
     assert sum(right) / len(right) > sum(wrong) / len(wrong)

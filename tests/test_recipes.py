@@ -44,7 +44,7 @@ def test_quickstart_recipe_end_to_end(tmp_path):
     assert "![accuracy](accuracy.png)" in text
     assert (tmp_path / "results" / "report.html").exists()
     assert "Where the time went" in done.stdout
-    last = read(tmp_path / "model-0" / "metrics.jsonl")[-1]
+    last = json.loads((tmp_path / "model-0" / "training.json").read_text())["last"]
     assert last["step"] >= 2 and last["margin"] > 0
     assert (tmp_path / "model-0" / "model.safetensors").exists()
 
