@@ -348,8 +348,10 @@ async def by_rollouts(
         is_shared, key = k == 0 and prefix in ("", args.opening), (prefix, tried)
         if is_shared and key not in root.waves:
             root.waves[key] = asyncio.ensure_future(wave(prefix, size, tried))
-        own = wave(prefix, size, row["sample"], k, tried) if not is_shared else root.waves[key]
-        completions, verdicts = await own
+        if is_shared:
+            completions, verdicts = await root.waves[key]
+        else:
+            completions, verdicts = await wave(prefix, size, row["sample"], k, tried)
         for completion, correct in zip(completions, verdicts, strict=True):
             rollout = {name: completion[name] for name in ("text", "finish_reason")}
             rollouts.setdefault(k, []).append({**rollout, "correct": correct})
