@@ -6,6 +6,7 @@ import fcntl
 import itertools
 import json
 import math
+import os
 import random
 import re
 import subprocess
@@ -112,6 +113,19 @@ def test_an_interval_of_problems_that_all_fail_has_a_width():
         assert low == 0 and high == pytest.approx(0.1135, abs=1e-4)
         low, high = stage(5).interval(np.ones((seeds, 30)), k, 0)
         assert high == 1 and low == pytest.approx(0.8865, abs=1e-4)
+
+
+def test_a_models_process_that_is_killed_is_one_line(tmp_path):
+    """As by the system, where memory runs out."""
+    code = "import functools, importlib, signal\nEVAL = importlib.import_module('05_eval')\n"
+    code += "if __name__ == '__main__':\n"
+    code += "    EVAL.in_own_process(functools.partial(signal.raise_signal, signal.SIGKILL))\n"
+    (tmp_path / "killed.py").write_text(code)
+    command = [sys.executable, tmp_path / "killed.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "the process of a model was killed" in done.stderr
 
 
 def test_few_problems_that_differ_leave_a_wide_interval():

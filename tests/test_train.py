@@ -1161,6 +1161,13 @@ def test_deepspeed_keeps_all_of_adamw_in_one_place(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         train.start_accelerate(train.Args())
     assert "ratio 0.75: DeepSpeed's AdamW on the GPU" in capsys.readouterr().err
+    config["optimizer"] = {"type": "AdamW"}
+    fsdp = type("Kind", (str,), {"value": "FSDP"})("FSDP")
+    for one, said in ((kind, "has an optimizer or a scheduler"), (fsdp, "set fsdp_version: 2")):
+        fake.distributed_type = one
+        with pytest.raises(SystemExit):
+            train.start_accelerate(train.Args())
+        assert said in capsys.readouterr().err
 
 
 def test_a_row_is_named_by_its_own_file(tmp_path, small_model):
