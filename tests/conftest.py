@@ -16,8 +16,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
 
@@ -258,6 +260,24 @@ def keyed(path, *fields) -> dict:
 def end_with_the_tests():
     """Linux sends the server SIGTERM when pytest is gone, also by kill -9."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+@contextlib.contextmanager
+def scripted_server(handler, **state):
+    """An HTTP server in this process, with `state` as its attributes.
+
+    A client that ends resets its connections; http.server would print a traceback for each, into
+    the stderr that the tests look at.
+    """
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.handle_error = lambda *_: None
+    vars(server).update(state)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 @contextlib.contextmanager

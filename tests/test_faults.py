@@ -6,10 +6,10 @@ import json
 import resource
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
-from conftest import TINY, read, run, stage
+from conftest import TINY, read, run, scripted_server, stage
 
 GOOD = {"index": 0, "text": " 1+1=2.\nThe answer is \\boxed{2}.", "finish_reason": "stop"}
 COMPLETION = {
@@ -80,13 +80,8 @@ class Scripted(BaseHTTPRequestHandler):
 
 @pytest.fixture()
 def scripted():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
-    # a client that ends has left its connections; the stage's stderr is looked at
-    server.handle_error = lambda *_: None
-    server.lock, server.count = threading.Lock(), 0
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
+    with scripted_server(Scripted, lock=threading.Lock(), count=0) as server:
+        yield server
 
 
 def decoded(body: dict) -> str:

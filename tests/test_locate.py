@@ -19,13 +19,13 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from unittest import mock
 
 import processbench
 import pytest
 import torch
-from conftest import ROOT, STAGES, TINY, read, run, stage
+from conftest import ROOT, STAGES, TINY, read, run, scripted_server, stage
 from transformers import AutoModelForCausalLM
 
 
@@ -353,11 +353,9 @@ class Judge(BaseHTTPRequestHandler):
 
 @pytest.fixture()
 def judge():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
-    server.lock, server.count, server.seen, server.silence = threading.Lock(), 0, [], 4.0
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
+    state = {"lock": threading.Lock(), "count": 0, "seen": [], "silence": 4.0}
+    with scripted_server(Judge, **state) as server:
+        yield server
 
 
 def wrong_samples(path, count: int = 6):

@@ -6,14 +6,12 @@ import json
 import re
 import shutil
 import sys
-import threading
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, read, run, serving, stage
+from conftest import TINY, read, run, scripted_server, serving, stage
 from safetensors.torch import load_file, save_file
 from test_locate import Judge, judge, verdicts, wrong_samples  # noqa: F401  the scripted judge
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -280,10 +278,8 @@ def pooling():
             )
             self.reply(status if self.path == "/pooling" else 404, json.dumps(body))
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Pooling)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
+    with scripted_server(Pooling) as server:
+        yield server
 
 
 def test_a_servers_scores_are_counted(pooling, tmp_path, capsys):
