@@ -17,10 +17,8 @@ from accelerate.state import DistributedType, PartialState
 
 PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_GPU)
 if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-    import deepspeed.comm.torch
-
-    # compiled in a minute, and used by inference alone
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    # compiled in minutes, and used by inference alone; `deepspeed.comm.torch` itself is torch
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 sys.path.insert(0, str(Path(__file__).parents[1]))
 train = importlib.import_module("04_train_stepdpo")
 train.LOGITS_BYTES[0] = 1024 * 4 * 512  # one pair's suffixes have more than 1,024 tokens
