@@ -185,7 +185,8 @@ async def serve(wrapper: list[str]):
             output, failed = await kernels.setdefault(key, Kernel(wrapper)).run(code)
         seconds = time.time() - began
         row = {"id": key, "output": output, "failed": failed, "seconds": seconds}
-        print(json.dumps(row), flush=True)
+        with contextlib.suppress(BrokenPipeError):  # who asked is gone: the kernels end below
+            print(json.dumps(row), flush=True)
 
     print(json.dumps({"ready": True}), flush=True)
     number = 0

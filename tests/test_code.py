@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 
@@ -431,10 +432,16 @@ def test_blocks_need_the_server_that_runs_them(servers, tmp_path, monkeypatch):
     assert all(row["executions"] for row in keyed(tmp_path / "s.jsonl", "id", "sample").values())
 
 
+def command_of(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["starting", "ready"])
 def test_a_killed_server_takes_everything_along(moment, started, tmp_path):
-    """kill -9: vLLM, of which it is the parent, interpreter and kernels."""
+    """kill -9: vLLM, of which it is the parent, interpreter and two kernels with endless blocks."""
     command = [sys.executable, ROOT / "serving" / "code_server.py", "--model", TINY / "code"]
     command += ["--port", "0", *SAFE]
     with open(tmp_path / "log", "w") as log:
@@ -449,20 +456,24 @@ def test_a_killed_server_takes_everything_along(moment, started, tmp_path):
     if moment == "ready":
         url = process.stdout.readline().split()[-1]
         prompt = "<|assistant|><|code|>while True: pass<|endofblock|><|execution|>1<|endofblock|>"
-        with contextlib.suppress(httpx.ReadTimeout):
-            httpx.post(
-                f"{url}/completions",
-                json={"prompt": prompt},
-                headers={"Authorization": "Bearer k"},
-                timeout=1,
-            )
-    family = psutil.Process(process.pid).children(recursive=True)
-    deadline = time.time() + 60
-    # supervisor, vLLM, interpreter; then also vLLM's engine and a kernel
-    processes = 3 if moment == "starting" else 5
-    while len(family) < processes:
+
+        def ask():
+            with contextlib.suppress(httpx.HTTPError):
+                httpx.post(
+                    f"{url}/completions",
+                    json={"prompt": prompt},
+                    headers={"Authorization": "Bearer k"},
+                    timeout=60,
+                )
+
+        for _ in range(2):
+            threading.Thread(target=ask, daemon=True).start()
+    part, count = ("api_server", 1) if moment == "starting" else ("<block>", 2)
+    running, deadline = [], time.time() + 60
+    while len(running) < count:
         assert time.time() < deadline
         family = psutil.Process(process.pid).children(recursive=True)
+        running = [each for each in family if part in command_of(each)]
     process.kill()
     _, alive = psutil.wait_procs(family, timeout=interpreter.SECONDS + 4)
     assert not alive
