@@ -60,7 +60,6 @@ import gc
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import json
 import math
 import os
@@ -208,20 +207,18 @@ def main(args: Args):
     lm, dtype = load_model(config, args, accelerator)
     weights = from_first(accelerator, lambda: weights_hash(args.model))
     settings = settings_of(args, tokenizer, weights, pairs, val_pairs)
-    strategy, _ = strategy_of(accelerator)
-    if strategy == "zero3":  # its checkpoints alone are of so many processes
-        strategy += f" on {accelerator.num_processes}"
-    settings["launch"] = strategy
+    settings["launch"] = strategy_of(accelerator)[0]
+    if settings["launch"] == "zero3":  # its checkpoints alone are of so many processes
+        settings["launch"] += f" on {accelerator.num_processes}"
     resume, done, seconds = checkpoint_to_resume(accelerator, args, settings)
     began -= seconds  # of the runs before
 
     adapters = add_lora(lm, args) if args.lora_rank else None
     scorer, optimizer = accelerator.prepare(SuffixScorer(lm), make_optimizer(lm, args))
     scorer.train()
-    if args.objective == "dpo":  # of the base model: before a checkpoint's weights are loaded
-        pairs.reference = reference_logps(scorer, pairs, args, accelerator, weights)
-        if val_pairs:
-            val_pairs.reference = reference_logps(scorer, val_pairs, args, accelerator, weights)
+    for each in filter(None, (pairs, val_pairs) if args.objective == "dpo" else ()):
+        # of the base model: before a checkpoint's weights are loaded
+        each.reference = reference_logps(scorer, each, args, accelerator, weights)
     if resume:
         accelerator.load_state(str(resume))
         print_main(f"resuming from {resume}")
@@ -279,7 +276,13 @@ def train_step(
     sums = Counter()
     for number, (trees, most, counts) in enumerate(passes):
         inputs = collate(trees, device)
-        with synchronized(accelerator, scorer, last=number == len(passes) - 1):
+        last = number == len(passes) - 1
+        # DeepSpeed's engine steps within the backward pass that is said to be last
+        accelerator.gradient_state._set_sync_gradients(last)
+        # in the last alone, but FSDP2 would keep whole gradients until then: a model that needs
+        # shards has no room for them
+        is_synced = last or accelerator.distributed_type in ("FSDP", "DEEPSPEED")
+        with contextlib.nullcontext() if is_synced else accelerator.no_sync(scorer):
             logps = scorer(**inputs, most=most)[inputs["picks"]]  # (pairs, sides)
             if args.objective == "dpo":
                 metrics = dpo_loss(logps, pairs, numbers_of(trees), args)
@@ -309,18 +312,6 @@ def train_step(
         "pairs_per_s": len(batch) / seconds,
         "tokens_per_s": tokens / seconds,
     }
-
-
-def synchronized(accelerator: Accelerator, scorer, last: bool):
-    """The context of one of a step's passes: gradients are synchronized in the last one only."""
-    if accelerator.distributed_type == "DEEPSPEED":
-        # its engine steps within the backward pass that is said to be last
-        accelerator.gradient_state._set_sync_gradients(last)
-        return contextlib.nullcontext()
-    # FSDP2 would keep whole gradients until then: a model that needs shards has no room for them
-    if last or accelerator.is_fsdp2:
-        return contextlib.nullcontext()
-    return accelerator.no_sync(scorer)
 
 
 def dpo_loss(
@@ -386,7 +377,7 @@ def check(step: int, metrics: dict[str, float], pairs: Pairs, batch: list[int], 
     """Stop or warn where a step's figures say that something is wrong."""
     loss, norm = metrics["loss"], metrics["grad_norm"]
     if not math.isfinite(loss + norm):
-        good = last_checkpoint(args.out) or "none"
+        good = (checkpoints(args.out) or ["none"])[-1]
         stop(f"step {step}: loss {loss}, gradient norm {norm}; last good checkpoint: {good}")
     if step == 1:
         check_threads()
@@ -437,6 +428,8 @@ def start(args: Args) -> tuple[Accelerator, object, Pairs, Pairs | None]:
         stop("--warmup is a share from 0 to 1, --validation-fraction one from 0 to below 1")
     if not min(args.weight_decay, args.lora_rank, args.seed, args.keep) >= 0:
         stop("--weight-decay, --lora-rank, --seed and --keep are at least 0")
+    if args.lora_rank and not importlib.util.find_spec("peft"):
+        stop("--lora-rank needs peft: pip install peft")
     if args.out.resolve() == Path(args.model).resolve():
         stop(f"--out {args.out}: is the model's own folder, and would be overwritten")
     if args.precision == "auto":
@@ -445,12 +438,9 @@ def start(args: Args) -> tuple[Accelerator, object, Pairs, Pairs | None]:
         args.precision = "bf16" if has_bf16 else "fp32"
     rows = [each for name in args.data for each in load_rows(name, args.objective)]
     val_rows = load_rows(str(args.validation), args.objective) if args.validation else []
-    parts = {True: val_rows, False: []}
-    for place, row in rows:
-        parts[held_out(row, args)].append((place, row))
-    rows = parts[False]
+    val_rows += [each for each in rows if held_out(each[1], args)]
+    rows = [each for each in rows if not held_out(each[1], args)]
     accelerator = start_accelerate(args)
-    torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
     check_prompt(args, tokenizer)
     pairs = prepare(rows, tokenizer, args, " ".join(args.data))
@@ -494,12 +484,12 @@ def print_first(pairs: Pairs, tokenizer):
 def check_prompt(args: Args, tokenizer):
     """Stop where the policy of a file of 03 was given another prompt than the one that is trained
     here."""
-    for name in (*args.data, *([str(args.validation)] if args.validation else [])):
-        made = made_with(Path(name))
-        if "prompt" not in made or made.get("rectifier") or args.accept_edit:
+    if args.accept_edit or args.objective == "sft" and args.chat_template:
+        return  # a prompt of its own for a teacher's solutions
+    for name in filter(None, (*args.data, args.validation)):
+        made = made_with(name)
+        if "prompt" not in made or made.get("rectifier"):
             continue  # not a file of 01 or 03, or made by another model
-        if args.objective == "sft" and args.chat_template:
-            continue  # a prompt of its own for a teacher's solutions
         prompt = render_prompt(tokenizer, PROBE, made["opening"])
         if prompt != made["prompt"]:
             stop(
@@ -541,9 +531,8 @@ def start_accelerate(args: Args) -> Accelerator:
         stop("the launch file asks for FSDP 1, accelerate's default; set fsdp_version: 2")
     if strategy == "DEEPSPEED":  # it insists on a size, though batches are planned here
         config = accelerator.state.deepspeed_plugin.deepspeed_config
-        config["train_micro_batch_size_per_gpu"] = 1
+        config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
         config["gradient_clipping"] = MAX_GRAD_NORM
-        config["gradient_accumulation_steps"] = 1
         # else the trained model could not be gathered and saved
         config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
         if "optimizer" in config or "scheduler" in config:
@@ -634,17 +623,12 @@ def explicit_prompt(row: dict, place: str) -> dict:
         if any(isinstance(turn, dict) and isinstance(turn.get("content"), list) for turn in side):
             return row
     same = [a == b for a, b in zip(chosen, rejected, strict=False)]
-    shared = [*same, False].index(False)
-    if isinstance(chosen, str) and chosen[:shared].endswith(" "):
-        shared -= 1  # a space belongs to the token after it
-    if chosen and rejected and not shared:
+    size = [*same, False].index(False)
+    if isinstance(chosen, str) and chosen[:size].endswith(" "):
+        size -= 1  # a space belongs to the token after it
+    if chosen and rejected and not size:
         stop(f"{place}: no 'prompt', and chosen and rejected do not begin alike; give a prompt")
-    return {
-        **row,
-        "prompt": chosen[:shared],
-        "chosen": chosen[shared:],
-        "rejected": rejected[shared:],
-    }
+    return row | {"prompt": chosen[:size], "chosen": chosen[size:], "rejected": rejected[size:]}
 
 
 def split_sides(row: dict, sides: str) -> tuple[str, list[str], list[bool]]:
@@ -784,35 +768,23 @@ class Tree:
 
 
 class Pairs:
-    """Encoded pairs as int32 arrays (100,000 take some 100 MB). Pair i: the ids of its prefix,
-    prefixes[prefix[i]], and of its suffixes, suffixes[i]: chosen and rejected, or the solution
-    alone; group[i]: the number of its problem. reference: (pairs, 2), see reference_logps();
-    fields[i]: the numbers in the pair's row."""
+    """Encoded pairs as int32 arrays (100,000 take some 200 MB). Pair i: prefixes[i]; suffixes[i],
+    chosen and rejected, or the solution alone; group[i], the number of its problem; fields[i], the
+    numbers in its row. reference: (pairs, 2), see reference_logps()."""
 
     def __init__(self, execution: tuple[int, int] | None = None):
         """`execution`: the tokens in which a block that is not trained on begins and ends."""
-        self.prefixes, self.prefix, self.group = [], [], []
-        self.suffixes, self.fields = [], []
-        self.prefix_numbers, self.problems = {}, {}
-        self.reference, self.execution = None, execution
+        self.prefixes, self.suffixes, self.group, self.fields = [], [], [], []
+        self.problems, self.reference, self.execution = {}, None, execution
 
     def __len__(self):
         return len(self.group)
 
-    def add(
-        self,
-        prefix: list[int],
-        suffixes: list[list[int]],
-        problem: str = "",
-        fields: dict | None = None,
-    ):
+    def add(self, prefix: list[int], suffixes: list[list[int]], problem: str = "", fields=None):
         """`problem`: pairs of the same one are trained on together; without it, those of the same
         prefix are."""
         ids = np.array(prefix, dtype=np.int32)
-        number = self.prefix_numbers.setdefault(ids.tobytes(), len(self.prefixes))
-        if number == len(self.prefixes):
-            self.prefixes.append(ids)
-        self.prefix.append(number)
+        self.prefixes.append(ids)
         self.group.append(self.problems.setdefault(problem or ids.tobytes(), len(self.problems)))
         self.suffixes.append([np.array(suffix, dtype=np.int32) for suffix in suffixes])
         self.fields.append(fields or {})
@@ -836,13 +808,10 @@ class Pairs:
         keys = {}  # (prefix, suffix) -> number, of each distinct sequence
         picks = []
         for i in numbers:
-            pair = [(self.prefix[i], ids.tobytes()) for ids in self.suffixes[i]]
+            pair = [(self.prefixes[i].tobytes(), ids.tobytes()) for ids in self.suffixes[i]]
             picks.append([keys.setdefault(key, len(keys)) for key in pair])
         suffixes = [np.frombuffer(suffix, dtype=np.int32) for _, suffix in keys]
-        sequences = [
-            np.concatenate([self.prefixes[prefix], suffix])
-            for (prefix, _), suffix in zip(keys, suffixes, strict=True)
-        ]
+        sequences = [np.frombuffer(prefix + suffix, dtype=np.int32) for prefix, suffix in keys]
         ids, positions, parent, last = np.zeros((4, sum(map(len, sequences))), dtype=np.int64)
         size = 0  # tokens of the tree so far
         path = np.zeros(0, dtype=np.int64)  # where the tokens of the sequence before stand
@@ -877,20 +846,20 @@ class Pairs:
     def digest(self) -> str:
         digest = hashlib.sha256(str(self.execution or "").encode())
         digest.update(str(self.group).encode())
-        for prefix, suffixes in zip(self.prefix, self.suffixes, strict=True):
-            for ids in (self.prefixes[prefix], *suffixes):
+        for prefix, suffixes in zip(self.prefixes, self.suffixes, strict=True):
+            for ids in (prefix, *suffixes):
                 digest.update(len(ids).to_bytes(4, "big") + ids.tobytes())
         return digest.hexdigest()
 
 
 def prepare(rows: list[tuple[str, dict]], tokenizer, args: Args, name: str) -> Pairs:
-    """Encode the rows of by_place(); print what there is and what was left out, and why."""
+    """Encode the rows, each with its place; print what there is and what was left out, and why."""
     if args.eos and tokenizer.eos_token_id is None:
         stop(f"--model {args.model}: its tokenizer names no eos_token; name it, or add --no-eos")
     blocks = tokenizer.convert_tokens_to_ids(["<|execution|>", "<|endofblock|>"])
     has_blocks = None not in blocks and tokenizer.unk_token_id not in blocks
     pairs = Pairs(tuple(blocks) if has_blocks and not args.train_execution else None)
-    left_out, distinct, empty = Counter(), set(), []
+    left_out, empty = Counter(), []
     progress = tqdm(rows, desc="encoding", disable=not PRINTS, leave=False, mininterval=1)
     for place, row in progress:
         try:
@@ -917,17 +886,13 @@ def prepare(rows: list[tuple[str, dict]], tokenizer, args: Args, name: str) -> P
         else:
             fields = {key: value for key, value in row.items() if isinstance(value, (int, float))}
             pairs.add(prefix, suffixes, problem_of(row), fields)
-            distinct.add(hashlib.sha256(repr((prefix, suffixes)).encode()).digest())
     if empty:
         rest = " ..." if len(empty) > 20 else ""
         print_main(f"an empty side: {'; '.join(empty[:20])}{rest}")
     why = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
     if not len(pairs):
         stop(f"{name}: no pair is left of {len(rows)}: {why}")
-    print_main(
-        f"{name}: {len(pairs)} pairs of {len(pairs.problems)} problems; left out: {why}; "
-        f"kept though repeated: {len(pairs) - len(distinct)}"
-    )
+    print_main(f"{name}: {len(pairs)} pairs of {len(pairs.problems)} problems; left out: {why}")
     return pairs
 
 
@@ -1027,19 +992,10 @@ def collate(trees: list[Tree], device) -> dict[str, torch.Tensor]:
         picks += [[suffixes + k for k in pair] for pair in tree.picks]
         targets += len(tree.targets)
         suffixes += len(tree.paths)
-    batch = {
-        "ids": ids,
-        "positions": positions,
-        "last": last,
-        "source": np.concatenate(source),
-        "target": np.concatenate(target),
-        "take": np.concatenate(take),
-        "owner": np.concatenate(owner),
-        "picks": np.array(picks),
-    }
-    return {
-        name: torch.from_numpy(array.astype(np.int64)).to(device) for name, array in batch.items()
-    }
+    flat = {"source": source, "target": target, "take": take, "owner": owner}
+    batch = {"ids": ids, "positions": positions, "last": last, "picks": np.array(picks)}
+    batch |= {name: np.concatenate(parts) for name, parts in flat.items()}
+    return {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1100,23 +1056,13 @@ def add_lora(lm, args: Args):
     """Put adapters into `lm`, in place; the returned peft model is needed to save it. On linear
     layers by name: peft's "all-linear" takes fused experts too, which whole_weights() cannot
     merge."""
-    try:
-        import peft
-    except ImportError:
-        stop("--lora-rank needs peft: pip install peft")
+    import peft
+
     torch.manual_seed(args.seed)  # every process draws the same adapters
-    head, linear = lm.get_output_embeddings(), torch.nn.Linear
-    config = peft.LoraConfig(
-        r=args.lora_rank,
-        lora_alpha=LORA_ALPHA * args.lora_rank,
-        target_modules=[
-            name
-            for name, module in lm.named_modules()
-            if isinstance(module, linear) and module is not head
-        ],
-        task_type="CAUSAL_LM",
-    )
-    return peft.get_peft_model(lm, config)
+    head, linear, rank = lm.get_output_embeddings(), torch.nn.Linear, args.lora_rank
+    names = [name for name, m in lm.named_modules() if isinstance(m, linear) and m is not head]
+    options = {"lora_alpha": LORA_ALPHA * rank, "target_modules": names, "task_type": "CAUSAL_LM"}
+    return peft.get_peft_model(lm, peft.LoraConfig(r=rank, **options))
 
 
 class SuffixScorer(torch.nn.Module):
@@ -1204,7 +1150,7 @@ def reference_logps(
     """Log-probabilities under the base weights, from OUT/reference-*.npy where weights, token ids
     (so data and template), precision, launch, LoRA (rounding differs) and the code that computes
     them are the same."""
-    code = "".join(map(inspect.getsource, (SuffixScorer, collate, Pairs.tree, Pairs.trained)))
+    code = str(source_hashes(("SuffixScorer", "collate", "Pairs")))
     launch = f"{strategy_of(accelerator)[0]} {bool(args.lora_rank)} {args.precision}"
     made_of = weights + code + torch.__version__ + launch + pairs.digest()
     path = args.out / f"reference-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.npy"
@@ -1261,7 +1207,12 @@ def memory(
     trained = 0 if args.lora_rank else parameters
     low = 2 if args.precision == "bf16" else 4  # bytes of a number within a pass
     frozen = low * (parameters - trained)
-    activations = activation_bytes(config, args, entry=4 if strategy == "copies" else low)
+    # the tensors that autograd keeps of a gated MLP and of the rest of a layer, without attention
+    # scores; with checkpointing each layer's input, and one layer's all
+    width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    token = 34 * width + 8 * inner if low == 2 else 40 * width + 16 * inner
+    kept = layers * width * (4 if strategy == "copies" else low) + token
+    activations = args.tokens_per_batch * (kept if args.gradient_checkpointing else layers * token)
     if strategy == "copies":
         # AdamW's two moments and fp32 weights, and the copies of these that autocast makes
         state = (12 if low == 4 else 14) * trained
@@ -1278,7 +1229,7 @@ def memory(
         }
     elif strategy == "fsdp2":
         # gathered: embedding and head throughout, two layers; a layer's gradients in fp32
-        layer = body / config.num_hidden_layers
+        layer = body / layers
         parts = {
             "weights, gradients, AdamW": (16 * trained + frozen) / world,
             "gathered": low * (2 * head + 2 * layer) + 4 * layer,
@@ -1305,16 +1256,6 @@ def memory(
     return parts
 
 
-def activation_bytes(config, args: Args, entry: int) -> float:
-    """Estimated from the tensors that autograd keeps of a gated MLP and of the rest of a layer,
-    without attention scores. Checkpointing keeps the layer's input, `entry` bytes a number, and one
-    layer's all."""
-    width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    token = 34 * width + 8 * inner if args.precision == "bf16" else 40 * width + 16 * inner
-    kept = layers * entry * width + token if args.gradient_checkpointing else layers * token
-    return args.tokens_per_batch * kept
-
-
 def strategy_of(accelerator: Accelerator) -> tuple[str, bool]:
     """The name that memory() knows, and whether AdamW's state is in main memory."""
     if accelerator.distributed_type == "DEEPSPEED":
@@ -1338,13 +1279,13 @@ def check_memory(config, args: Args, accelerator: Accelerator, pairs: Pairs):
     options that fit."""
     world, on_gpu = accelerator.num_processes, accelerator.device.type == "cuda"
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    main_memory = machine_memory()
-    device_memory = main_memory / local
+    machines, sizes = max(1, world // local), {"a device": machine_memory() / local}
     if on_gpu:
-        device_memory = torch.cuda.get_device_properties(accelerator.device).total_memory
+        total = torch.cuda.get_device_properties(accelerator.device).total_memory
+        sizes = {"a device": total, "the machine": machine_memory()}
     longest = max(
-        len(pairs.prefixes[prefix]) + sum(map(len, suffixes))
-        for prefix, suffixes in zip(pairs.prefix, pairs.suffixes, strict=True)
+        len(prefix) + sum(map(len, suffixes))
+        for prefix, suffixes in zip(pairs.prefixes, pairs.suffixes, strict=True)
     )
 
     def estimate(args: Args, strategy: str, world: int, offloaded: bool) -> tuple[float, str]:
@@ -1353,17 +1294,12 @@ def check_memory(config, args: Args, accelerator: Accelerator, pairs: Pairs):
         passes = 1 if step <= args.tokens_per_batch else 2
         tokens = max(longest, min(args.tokens_per_batch, step))  # a pair stays whole
         args = replace(args, tokens_per_batch=tokens)
-        machines = max(1, world // local)
         parts = memory(config, args, strategy, world, machines, offloaded, on_gpu, passes)
         needs = Counter()
         for name, size in parts.items():
             if not name.endswith("shared"):
                 needs["the machine" if name.startswith("machine") else "a device"] += size
-        sizes = {"a device": device_memory}
-        if on_gpu:
-            sizes["the machine"] = main_memory
-        place = max(sizes, key=lambda place: needs[place] / sizes[place])
-        share = needs[place] / sizes[place]
+        share, place = max((needs[place] / size, place) for place, size in sizes.items())
         amounts = f"{needs[place] / 1e9:.1f} GB of {sizes[place] / 1e9:.1f}, {share:.0%}"
         return share, f"{place} needs {amounts}"
 
@@ -1491,9 +1427,7 @@ FREE = (
 
 def settings_of(args: Args, tokenizer, weights: str, pairs: Pairs, val_pairs: Pairs | None) -> dict:
     """What a run that resumes must have in common with its beginning."""
-    content = pairs.digest() + str(pairs.fields)
-    if val_pairs:
-        content += val_pairs.digest() + str(val_pairs.fields)
+    content = "".join(each.digest() + str(each.fields) for each in (pairs, val_pairs) if each)
     return {
         **{name: str(value) for name, value in asdict(args).items() if name not in FREE.split()},
         "weights": weights[:16],
@@ -1543,23 +1477,19 @@ def checkpoint_to_resume(
     """The last whole checkpoint in OUT, its step, and the seconds up to it; stops where it, or a
     finished model, was made with other settings. Adds the edits that were accepted to
     `settings`."""
-    finished = args.out / "training.json"
-    # files come late on other machines
-    resume, has_ended = from_first(
-        accelerator, lambda: (last_checkpoint(args.out), finished.exists())
-    )
-    if not resume and not has_ended:
+
+    def read_state():  # by the first process: files come late on other machines
+        resume, finished = (checkpoints(args.out) or [None])[-1], args.out / "training.json"
+        state = resume / "state.json" if resume else finished
+        return resume, json.loads(state.read_text()) if state.exists() else None, finished.exists()
+
+    resume, old, has_ended = from_first(accelerator, read_state)
+    if not old:
         return None, 0, 0.0
-    made = resume or args.out
-    state = resume / "state.json" if resume else finished
-    if not state.exists():
-        stop(
-            f"{made}: process {accelerator.process_index} does not see it; --out must be on a file "
-            "system that all machines share"
-        )
-    old = json.loads(state.read_text())
-    old_settings = old["settings"]
-    edited = sorted(dict(old_settings.get("code", {}).items() ^ settings["code"].items()))
+    made, old_settings = resume or args.out, old["settings"]
+    if not made.exists():
+        stop(f"{made}: not on the machine of process {accelerator.process_index}; share --out")
+    edited = sorted(dict(old_settings["code"].items() ^ settings["code"].items()))
     free = {"code", "edits", "prompt"} if edited else {"code", "edits"}
     for name, value in settings.items():
         if name not in free and old_settings.get(name) != value:
@@ -1572,32 +1502,27 @@ def checkpoint_to_resume(
             f"{made} was made before an edit of {', '.join(edited[:6])}; undo it"
             + (" or give another --out" if has_ended else ", give another --out, or --accept-edit")
         )
-    step, seconds = (old["step"], old.get("seconds", 0.0)) if resume else (0, 0.0)
-    settings["edits"] = old_settings.get("edits", [])
+    step, seconds = (old["step"], old["seconds"]) if resume else (0, 0.0)
+    settings["edits"] = old_settings["edits"]
     if edited:
-        before = {name: old_settings.get(name) for name in ("code", "prompt")}
+        before = {name: old_settings[name] for name in ("code", "prompt")}
         settings["edits"].append({"steps": step, **before})
         print_main(f"--accept-edit: {step} steps were made before the edit of {', '.join(edited)}")
     return resume, step, seconds
 
 
-def last_checkpoint(out: Path) -> Path | None:
-    """The newest checkpoint that was written whole: a half-written one has a temporary name."""
-    whole = [path for path in checkpoints(out) if (path / "state.json").exists()]
-    return whole[-1] if whole else None
-
-
 def checkpoints(out: Path) -> list[Path]:
-    """The oldest first."""
-    paths = [path for path in out.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    return sorted(paths, key=lambda path: int(path.name.split("-")[1]))
+    """Those of this script, the oldest first; a half-written one has a temporary name."""
+    names = [path.parent.name for path in out.glob("checkpoint-*/state.json")]
+    steps = [name.removeprefix("checkpoint-") for name in names]
+    return [out / f"checkpoint-{step}" for step in sorted(int(s) for s in steps if s.isdigit())]
 
 
 def save_checkpoint(
     accelerator: Accelerator, args: Args, step: int, settings: dict, seconds: float
 ):
     path = args.out / f"checkpoint-{step}"
-    temporary = args.out / f"writing-checkpoint-{step}"
+    temporary = args.out / "writing-checkpoint"  # also of a run that was killed
     accelerator.save_state(str(temporary))
     accelerator.wait_for_everyone()  # others may be writing still, and the folder is renamed
     if accelerator.is_main_process:
@@ -1608,8 +1533,6 @@ def save_checkpoint(
         # the newest stays, whatever --keep says: a stop may come
         for old in checkpoints(args.out)[: -max(1, args.keep)]:
             shutil.rmtree(old)
-        for torn in args.out.glob("writing-checkpoint-*"):  # of an earlier run that was killed
-            shutil.rmtree(torn)
     accelerator.wait_for_everyone()
 
 
@@ -1632,11 +1555,8 @@ def save_model(
         else:
             weights = whole_weights(state, lm.all_tied_weights_keys, dtype)
             lm.save_pretrained(args.out, state_dict=weights)
-            # it names the fp32 of the master weights
-            path = args.out / "config.json"
-            config = json.loads(path.read_text())
-            config["dtype"] = str(dtype).removeprefix("torch.")
-            path.write_text(json.dumps(config, indent=2) + "\n")
+            lm.config.dtype = dtype  # not the fp32 of the master weights
+            lm.config.save_pretrained(args.out)
         saved = AutoTokenizer.from_pretrained(args.model)  # under the class that the model names
         saved.chat_template = tokenizer.chat_template
         saved.save_pretrained(args.out)
@@ -1851,9 +1771,8 @@ def render_prompt(tokenizer, problem: str, opening: str) -> str:
     ValueError: the template fails."""
     user = {"role": "user", "content": USER_TURN.format(problem=problem), "problem": problem}
     try:
-        render = functools.partial(
-            tokenizer.apply_chat_template, tokenize=False, **getattr(tokenizer, "switches", {})
-        )
+        switches = {"tokenize": False, **getattr(tokenizer, "switches", {})}
+        render = functools.partial(tokenizer.apply_chat_template, **switches)
         prompt = render([user], add_generation_prompt=True)
         turn, mark, _ = render([user, {"role": "assistant", "content": MARK}]).rpartition(MARK)
     except Exception as error:  # a template raises what it likes
@@ -1862,9 +1781,8 @@ def render_prompt(tokenizer, problem: str, opening: str) -> str:
         raise ValueError("the chat template leaves out or changes the assistant's final message")
     # What the model wrote itself after `prompt`: its thoughts, or the space that Mistral's
     # templates put before a turn.
-    thought = opening.startswith("<think>") or (
-        "</think>" in opening and prompt.endswith("<think>\n")
-    )
+    ends_thought = "</think>" in opening and prompt.endswith("<think>\n")
+    thought = opening.startswith("<think>") or ends_thought
     spaced = opening.startswith(" ") and turn == prompt + " "
     return (prompt if thought or spaced or not opening else turn) + opening
 

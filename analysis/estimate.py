@@ -86,8 +86,8 @@ def print_lengths(pairs: TRAIN.Pairs):
     """Lengths in tokens, and what sharing rows saves."""
     lengths = np.array(
         [
-            (len(pairs.prefixes[prefix]), *map(len, suffixes))
-            for prefix, suffixes in zip(pairs.prefix, pairs.suffixes, strict=True)
+            (len(prefix), *map(len, suffixes))
+            for prefix, suffixes in zip(pairs.prefixes, pairs.suffixes, strict=True)
         ]
     )
     TRAIN.print_main("tokens      median    95 %   most")

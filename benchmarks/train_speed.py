@@ -110,7 +110,7 @@ def separate_rows(train, pairs):
 
         apart = train.Pairs()
         for i in train.numbers_of(trees):
-            prefix = pairs.prefixes[pairs.prefix[i]]
+            prefix = pairs.prefixes[i]
             for suffix in pairs.suffixes[i]:
                 apart.add(prefix, [suffix], problem=f"{i} {len(apart)}")
         batch = shared([apart.tree([i]) for i in range(len(apart))], device)
@@ -139,7 +139,7 @@ def time_trl(args: Args, tokenizer, pairs, steps: list[list[int]], best: bool) -
 
     rows = []
     for i in sum(steps, []):
-        sides = [pairs.prefixes[pairs.prefix[i]], *pairs.suffixes[i]]
+        sides = [pairs.prefixes[i], *pairs.suffixes[i]]
         texts = [tokenizer.decode(ids).removesuffix(tokenizer.eos_token) for ids in sides]
         rows.append(dict(zip(("prompt", "chosen", "rejected"), texts, strict=True)))
     clock, at_once = Clock(), args.trl_pairs or args.pairs

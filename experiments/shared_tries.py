@@ -24,19 +24,18 @@ def main(args: TRAIN.Args):
     pairs = TRAIN.prepare(rows, tokenizer, args, "data")
     separate = shared = trees = 0
     for batch in TRAIN.batches(pairs, args, 0):
-        suffixes = {}  # number of a prefix -> its different suffixes
+        suffixes = {}  # prefix -> its different suffixes
         for i in batch:
-            number = pairs.prefix[i]
+            prefix = tuple(pairs.prefixes[i])
             texts = {suffix.tobytes(): len(suffix) for suffix in pairs.suffixes[i]}
-            suffixes.setdefault(number, {}).update(texts)
-            separate += sum(
-                len(pairs.prefixes[number]) + len(suffix) for suffix in pairs.suffixes[i]
-            )
-        for number, lengths in suffixes.items():
-            shared += len(pairs.prefixes[number]) + sum(lengths.values())
+            suffixes.setdefault(prefix, {}).update(texts)
+            separate += sum(len(prefix) + len(suffix) for suffix in pairs.suffixes[i])
+        for prefix, lengths in suffixes.items():
+            shared += len(prefix) + sum(lengths.values())
         trees += sum(len(pairs.tree(row).ids) for row in pairs.by_problem(batch))
     print(
-        f"{len(pairs)} pairs of {len(pairs.problems)} problems, {len(pairs.prefixes)} prefixes; "
+        f"{len(pairs)} pairs of {len(pairs.problems)} problems, "
+        f"{len(set(map(tuple, pairs.prefixes)))} prefixes; "
         f"a row a sequence: {separate} tokens; a row a prefix: {shared}; "
         f"a tree a problem: {trees}, {1 - trees / shared:.1%} less than a row a prefix, "
         f"{1 - trees / separate:.1%} less than a row a sequence"
