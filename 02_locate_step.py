@@ -39,7 +39,6 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -266,17 +265,15 @@ async def search(args, n_steps: int, draw, samples: list[int]) -> dict:
         right = sum(count[0] for count in counts)
         return right, sum(count[1] for count in counts) - right
 
-    def max_tries(k: int) -> int:
-        if args.all_rollouts:
-            return args.rollouts
-        if k == 0:
-            return max(0, args.give_up - samples[1])
-        return lost_after(*seen_before(k), args.alpha, args.rollouts)
-
     async def estimate(k: int) -> tuple[int, int]:
         if k == 0 and samples[0] > 0:
             return samples[0], samples[1]
-        most = max_tries(k)
+        if args.all_rollouts:
+            most = args.rollouts
+        elif k == 0:
+            most = max(0, args.give_up - samples[1])
+        else:
+            most = lost_after(*seen_before(k), args.alpha, args.rollouts)
         right, tried = 0, 0
         while tried < most and (args.all_rollouts or right == 0):
             size = most if args.all_rollouts else min(max(WAVE, tried), most - tried)
@@ -297,9 +294,7 @@ async def search(args, n_steps: int, draw, samples: list[int]) -> dict:
     return {"error_step": step, "reason": reason, "chance": chance, "rollout_values": values}
 
 
-def cut_label(
-    step: str, number: int, split: str = "labels", opening: str = OPENING
-) -> tuple[str, str]:
+def cut_label(step: str, number: int, split="labels", opening=OPENING) -> tuple[str, str]:
     """Part step `number` after its label: ("Step 2:", " 3 + 4 = 7.\\n"). The forced opening is the
     label of step 1."""
     if number == 1 and step.startswith(opening):
@@ -423,10 +418,31 @@ def first_error(text: str, n_steps: int, neutral: str) -> int:
         if verdict in wrong:
             return number
     if len(verdicts) < n_steps:
-        raise ValueError(
-            f"the verdicts end with step {len(verdicts)} of {n_steps}, and none is wrong"
-        )
+        raise ValueError(f"the verdicts end with step {len(verdicts)} of {n_steps}, none is wrong")
     return 0
+
+
+class Chat:
+    """The chat endpoint of a server in the form that complete() asks for: messages instead of a
+    prompt, the server's own sampling where ours says nothing."""
+
+    def __init__(self, client):
+        self.completions, self.chat, self.limit = self, client.chat.completions, "max_tokens"
+
+    async def create(self, prompt: list[dict], max_tokens: int, extra_body, **request):
+        request["messages"] = prompt
+        try:
+            reply = await self.chat.create(**request, **{self.limit: max_tokens})
+        except openai.BadRequestError as error:
+            if "Use 'max_completion_tokens'" not in str(error):
+                raise
+            self.limit = "max_completion_tokens"  # of OpenAI's reasoning models
+            reply = await self.chat.create(**request, **{self.limit: max_tokens})
+        for choice in reply.choices:  # of a reasoning model whose parser took all for thought, that
+            names = ("content", "reasoning", "reasoning_content")
+            texts = (getattr(choice.message, name, "") for name in names)
+            choice.text = next(filter(None, texts), "")
+        return reply
 
 
 @contextlib.asynccontextmanager
@@ -435,8 +451,8 @@ async def judge(args):
     vLLM in this process; and how many rows to work on at a time."""
     sampling = {"temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens}
     if args.judge_base_url:
-        client = connect(args.judge_base_url, args.judge_model, "JUDGE_API_KEY", args.judge_timeout)
-        ask = functools.partial(complete, client, args.judge_model, **sampling)
+        server = args.judge_base_url, args.judge_model, "JUDGE_API_KEY", args.judge_timeout
+        ask = functools.partial(complete, Chat(connect(*server)), args.judge_model, **sampling)
         yield ask, args.concurrency or 128
         return
     tokenizer = load_tokenizer(args.judge_model, None, "{}")
@@ -482,7 +498,7 @@ async def by_judge(args: Args, ask, row: dict, spent: Counter) -> dict:
     located = {"error_step": None, "locator": "judge", "chance": None}
     if not row["steps"]:
         return {**located, "reason": "no response to look at"}
-    lacks_diagram = "diagram" in row["problem"] and "asy" not in row["problem"]
+    lacks_diagram = "diagram" in row["problem"] and "[asy]" not in row["problem"]
     if lacks_diagram and not args.missing_diagrams:
         spent["problems with a diagram skipped"] += 1
         return {**located, "reason": "a diagram that is not there (--missing-diagrams)"}
@@ -533,15 +549,12 @@ def check_scores(path: Path):
 def by_scores(row: dict, threshold: float) -> dict:
     """{"error_step", "locator", "reason"}: the first step whose score is below the threshold is
     wrong."""
-    step, reason = None, f"{NO_ERROR} by the scores"
+    low = [k for k, score in enumerate(row["step_scores"] or [], 1) if score < threshold]
+    step, reason = (low[0], None) if low else (None, f"{NO_ERROR} by the scores")
     if not row["steps"]:
         reason = "no response to look at"
     elif row["step_scores"] is None:
         reason = f"not scored: {row.get('prm_reason')}"
-    else:
-        low = [k for k, score in enumerate(row["step_scores"], 1) if score < threshold]
-        if low:
-            step, reason = low[0], None
     return {"error_step": step, "locator": "scores", "reason": reason, "chance": None}
 
 
@@ -1003,13 +1016,8 @@ class Output:
         except OSError as error:
             stop(f"{path}: {error}; give another --out")
         lock(self.file, path)
-        atexit.register(self.close)
-        try:
-            if path.stat().st_size:
-                self.resume()
-        except SystemExit:
-            self.close()
-            raise
+        if path.stat().st_size:
+            self.resume()
 
     def resume(self):
         """Read what is there, if it was made with the same code and settings."""
@@ -1018,7 +1026,7 @@ class Output:
         try:
             meta = json.loads(self.meta_path.read_text(encoding="utf-8"))
             old, self.edits = meta["settings"], meta.get("edits", [])
-        except (ValueError, KeyError):  # of data/download.py, for one
+        except (ValueError, KeyError, TypeError):  # of data/download.py, for one
             stop(f"{self.meta_path}: holds no settings of a stage; give another --out")
         # names whose hashes differ
         edited = sorted(dict(old.get("code", {}).items() ^ self.settings.get("code", {}).items()))
@@ -1078,7 +1086,6 @@ class Output:
 
     def close(self):
         """Leave the file to other processes; one without a row is removed."""
-        atexit.unregister(self.close)
         if not self.file.closed and self.path.exists() and not self.path.stat().st_size:
             self.path.unlink()
             self.meta_path.unlink(missing_ok=True)
@@ -1157,7 +1164,8 @@ def split_steps(response: str, split: str = "labels", opening: str = OPENING) ->
         return split_at_ends(response, split, len(opening) if response.startswith(opening) else 0)
     steps, rest = [], response
     while rest:
-        label = re.search(STEP_LABEL.format(number=len(steps) + 2), rest, re.M)
+        # the first words are step 1, whatever number they bear
+        label = re.compile(STEP_LABEL.format(number=len(steps) + 2), re.M).search(rest, 1)
         end = label.start() if label else len(rest)
         steps.append(rest[:end])
         rest = rest[end:]
@@ -1281,8 +1289,6 @@ UNITS = (
     r"|(?:[cdkm]m|[km]g|m[lL]|ft|in|yd|mi|hr|oz|lb|sq|cu)\b)"
     r"[A-Za-z\s./]*(?:\^\{?\d\}?)?)\.?$"
 )
-# Copied from 01_sample_errors.py
-SCALES = {"halves": "/2", "thirds": "/3"}
 
 
 # Copied from 01_sample_errors.py
@@ -1301,21 +1307,16 @@ SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads
     (r"(?<=\d)(?:\{,\}|,?\s*\\[!,]\s?)(?=\d{3}(?!\d))", ""),
     (r"\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\\[!()$\[\]]", ""),
     # Rs. 1000 and 1000 Rs; rs is a product
-    (
-        r"^\s*(?:\\\w+\s*\{\s*)?[Rr]s\b\.?\s*\}?(?=[\s~\\,;$]*\d)|(?<=\d)\s+[Rr]s\.?\s*$|₹",
-        "",
-    ),
+    (r"^ ?(?:\\\w+ ?\{ ?)?[Rr]s\b\.? ?\}?(?=[\s~\\,;$]*\d)|(?<=\d) +[Rr]s\.? ?$|₹", ""),
     (r"[$€£¥\"]|\\(?:text)?color\s*\{\w+\}|\s*\(?\\?[pb]?mod\b.*|[\s.,;。]+$", ""),
     (r"\*\*", "^"),
-    (r"\*", r"\\cdot "),
     # 90^\circ, 68°F
     (r"(?:°|\^\s*\{?\s*\\circ\s*\}?)(?:\s*(?:\\text\{)?[CF]\}?(?![a-zA-Z]))?", ""),
     (r"\\\\\[[\w.]+\]", r"\\\\"),  # \\[4pt] between the rows of a matrix
     (r"(?<!\\)\\(?:q?quad(?![a-zA-Z])|[,;: ])|~", " "),
-    (
-        r"(?<=[\d}])\s*(?:\\\w+\{\s*)?\b(per\s?cent|pct|halves|thirds)\b\s*\}?",
-        lambda match: SCALES.get(match[1], "%"),
-    ),
+    (r"(?<=[\d}])\s*(?:\\\w+\{\s*)?\b(?:per\s?cent|pct)\b\s*\}?", "%"),
+    (r"(?<=[\d}])\s*(?:\\\w+\{\s*)?\bthirds\b\s*\}?", "/3"),
+    (r"(?<=[\d}])\s*(?:\\\w+\{\s*)?\bhalves\b\s*\}?", "/2"),
     # 5m may be a product
     (UNITS, lambda match: match[0] if re.search(NO_UNIT, match[0]) else ""),
     (TEXT, r" \1 "),
@@ -1330,7 +1331,7 @@ SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads
     (r"(?<=\d)[eE]([-+]?)0*(\d{1,3})(?!\w)", r"\\cdot 10^{\1\2}"),
     (r"(?<![\d.])(\d+)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
     # (1,234) and 45, 135 stay
-    (r"^\s*[-+]?\d{1,3}([,\s]\d{3})+(\.\d*)?\s*$", lambda match: re.sub(r"[,\s]", "", match[0])),
+    (r"(?:^|=) ?[-+]?\d{1,3}([, ]\d{3})+(\.\d*)? ?$", lambda n: re.sub("[, ]", "", n[0])),
     (r"_\{(\w)\}", r"_\1"),
     (r"(?<![\da-zA-Z]) | (?![\da-zA-Z])", ""),
 )
@@ -1348,9 +1349,8 @@ IS_TEXT = re.compile(
     r"|-?[\dA-F.]+_\{?\d+\}?|.*\d:\d\d.*|.*\d:\d+:\d.*"
 )
 # Copied from 01_sample_errors.py
-FUNCTION = re.compile(
-    r"[a-zA-Z](?:'|_\w|\^\{[^{}]*\})*\((?:[^()]|\([^()]*\))*\)="
-)  # f(x)=, f^{-1}(x)=
+# f(x)=, f^{-1}(x)=
+FUNCTION = re.compile(r"[a-zA-Z](?:'|_\w|\^\{[^{}]*\})*\((?:[^()]|\([^()]*\))*\)=")
 # Copied from 01_sample_errors.py
 # options and nothing else
 IS_LETTERS = re.compile(r"(?=[^A-J]*[A-J])(?:[\s()\[\].,:;&']|and|or|\b[A-J]\b)+")
@@ -1398,8 +1398,7 @@ def right_side(answer: str) -> str:
         names = re.sub(r"(?<=\d),(?=\d{3})|\([^()]*\)|\{[^{}]*\}", "", names)
     if re.search(r"[,;，、；或]|\\lor\b|\\vee\b|\b(?:and|or)\b", names, re.I):
         return answer
-    # x = 1,000
-    return re.sub(r"^[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?$", lambda n: n[0].replace(",", ""), value)
+    return value
 
 
 # Copied from 01_sample_errors.py
@@ -1417,14 +1416,10 @@ def stated_number(sentence: str) -> str | None:
     """The number of a sentence that has one, between spaces, and no other mathematics."""
     numbers = re.findall(r"(?<!\S)-?\$?-?(?:\d[\d,]*\.?\d*)%?\$?(?=[.,;:]?(?:\s|$))", sentence)
     has_more = len(re.findall(r"[\d.]*\d", sentence.replace(",", ""))) > 1
+    bad = rf"[\\^_=+*/<>]|{CHANGES}|\b(?:(?:more|less|most|least)\b|not|twice|double|triple|{TERM})"
     if len(numbers) != 1 or has_more or len(re.findall(WORD, sentence)) < 2:
         return None
-    if re.search(
-        rf"[\\^_=+*/<>]|{CHANGES}|\b(?:more|less|most|least)\b|\b(?:not|twice|double|triple|{TERM})",
-        sentence,
-    ):
-        return None
-    return re.sub(r"[$,]", "", numbers[0]).rstrip(".")
+    return None if re.search(bad, sentence) else re.sub(r"[$,]", "", numbers[0]).rstrip(".")
 
 
 # Copied from 01_sample_errors.py
@@ -1484,23 +1479,14 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
 
     # else it says at every call that its time limit is off
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    latex = math_verify.LatexExtractionConfig(
-        boxed_match_priority=0,
-        # with units, 5m = 5
-        normalization_config=NormalizationConfig(
-            units=False, malformed_operators=True, boxed="last"
-        ),
-    )
+    rules = NormalizationConfig(units=False, malformed_operators=True, boxed="last")  # or 5m = 5
+    latex = math_verify.LatexExtractionConfig(boxed_match_priority=0, normalization_config=rules)
 
     def parsed(text: str):
         boxed = "\\boxed{" + text.replace("%", "\\cdot 10^{-2}") + "}"  # bare x-1=0 is 0
         if re.search(r"(?<![_\d])\d+ \d", boxed):
             raise ValueError("math-verify: 1 2 = 3")
-        [value] = math_verify.parse(
-            boxed, [latex], "no_fallback", "first_match", parsing_timeout=None
-        )
-        if isinstance(value, sympy.Eq) and isinstance(value.rhs, sets.FiniteSet):  # x = 1, 2
-            value = value.rhs
+        [value] = math_verify.parse(boxed, [latex], "no_fallback", "first_match", None)
         i = {x: sympy.I for x in value.free_symbols if x.name == "i"}
         if i and isinstance(value, sympy.Eq) and value.lhs.is_Symbol:
             value = value.rhs  # of z = 2 + 7i: z is real for sympy, which makes it false
@@ -1568,9 +1554,7 @@ class Grader:
     def __init__(self, seconds: float = 10.0):
         self.seconds, self.kills, self.verdicts, self.pool = seconds, 0, {}, None
 
-    async def __call__(
-        self, gold: str, prediction: str | None, problem: str = "", rules=STRICT
-    ) -> bool:
+    async def __call__(self, gold: str, prediction: str | None, problem="", rules=STRICT) -> bool:
         """Whether the prediction is the gold answer. Where this is a letter and the problem lists
         options, the value of its option counts as the letter, unless another option has it too.
         `rules`: what is quick, and what needs a process."""
@@ -1581,18 +1565,14 @@ class Grader:
         verdict = self.verdicts.get(key, quick(gold, prediction))
         if verdict is None:
             verdict = self.verdicts[key] = await self.slow_verdict(slow, gold, prediction)
-        if verdict or not problem or len(gold) > 19:
+        values = {} if verdict or len(gold) > 19 else options(problem)
+        if not values:
             return verdict
-        letter = re.fullmatch(r"\(?([A-J])\)?", spelled(gold))
-        values = options(problem) if letter else {}
-        if not letter or letter[1] not in values:
+        letter, said = (spelled(text).strip("()") for text in (gold, prediction))
+        # an option's name is one even where another option has it for its value
+        if letter not in values or said in values:
             return verdict
-        # an option's name, even where another option has it for its value
-        named = re.fullmatch(r"\(?([A-J])\)?", spelled(prediction))
-        if named and named[1] in values:
-            return verdict
-        named = [key for key in values if await self(values[key], prediction, "", rules)]
-        return named == [letter[1]]
+        return [k for k in values if await self(values[k], prediction, "", rules)] == [letter]
 
     async def slow_verdict(self, rule, gold: str, prediction: str) -> bool:
         """By a process; False where it is killed, or `rule` raises, which may be anything."""
@@ -1659,9 +1639,8 @@ def render_prompt(tokenizer, problem: str, opening: str) -> str:
     ValueError: the template fails."""
     user = {"role": "user", "content": USER_TURN.format(problem=problem), "problem": problem}
     try:
-        render = functools.partial(
-            tokenizer.apply_chat_template, tokenize=False, **getattr(tokenizer, "switches", {})
-        )
+        switches = {"tokenize": False, **getattr(tokenizer, "switches", {})}
+        render = functools.partial(tokenizer.apply_chat_template, **switches)
         prompt = render([user], add_generation_prompt=True)
         turn, mark, _ = render([user, {"role": "assistant", "content": MARK}]).rpartition(MARK)
     except Exception as error:  # a template raises what it likes
@@ -1670,9 +1649,8 @@ def render_prompt(tokenizer, problem: str, opening: str) -> str:
         raise ValueError("the chat template leaves out or changes the assistant's final message")
     # What the model wrote itself after `prompt`: its thoughts, or the space that Mistral's
     # templates put before a turn.
-    thought = opening.startswith("<think>") or (
-        "</think>" in opening and prompt.endswith("<think>\n")
-    )
+    ends_thought = "</think>" in opening and prompt.endswith("<think>\n")
+    thought = opening.startswith("<think>") or ends_thought
     spaced = opening.startswith(" ") and turn == prompt + " "
     return (prompt if thought or spaced or not opening else turn) + opening
 
@@ -1804,11 +1782,9 @@ class Engine:
                 return [REFUSED] * n
             reason = " ".join(str(error).split())[:300]
             stop(f"vLLM has failed ({reason}); run the same command to resume")
-        completions, tokens = [], 0
-        for output in sorted(reply.outputs, key=lambda output: output.index):
-            text_and_end = {"text": output.text, "finish_reason": output.finish_reason}
-            completions.append(REFUSED | text_and_end)
-            tokens += len(output.token_ids)
+        made = reply.outputs  # in the order of their index
+        completions = [REFUSED | {"text": o.text, "finish_reason": o.finish_reason} for o in made]
+        tokens = sum(len(output.token_ids) for output in made)
         completions[0] |= {"tokens": tokens, "prompt_tokens": len(ids)}
         return completions
 
@@ -1888,9 +1864,7 @@ def in_flight(args, generate, requests: int = 1) -> int:
 
 
 # Copied from 01_sample_errors.py
-def connect(
-    url: str, model: str, key_name: str, timeout: float = 3600.0, code: bool = False
-) -> openai.AsyncOpenAI:
+def connect(url: str, model: str, key_name: str, timeout: float = 3600.0, code: bool = False):
     """A client of a running server, whose key is in the environment; stops where the server has no
     such model, or runs no `code`. The client itself tries 408, 409, 429, 5xx, timeouts and dropped
     connections again, with backoff."""
@@ -1921,69 +1895,49 @@ def fewer_tokens(prompt: list, asked: int, refusal: str) -> list[int]:
     its words, less one for SGLang, then 1, which a prompt that is too long by itself does not get
     either."""
     context = re.search(r"(?:context (?:length|size)|max_model_len)\D{0,30}(\d+)", refusal)
-    length = re.search(
-        r"(\d+) (?:input tokens|tokens from the input|in the (?:messages|prompt))", refusal
-    )
-    room = 0
-    if context and length:
-        room = int(context[1]) - int(length[1])
-    elif context and not isinstance(prompt[0], dict):
-        room = int(context[1])
-        if not isinstance(prompt, str):  # of a text the tokens are not known here
-            room -= len(prompt)
+    length = re.search(r"(\d+) (?:input tokens|tokens from|in the (?:messages|prompt))", refusal)
+    # the tokens of a text or of messages are not known here
+    size = int(length[1]) if length else 0 if isinstance(prompt, str) else len(prompt)
+    room = int(context[1]) - size if context else 0
     return [tokens for tokens in (room, room - 1, 1) if 0 < tokens < asked]
 
 
 # Copied from 01_sample_errors.py
-async def complete(
-    client, model: str, prompt: list | str, seed: int, n: int = 1, **sampling
-) -> list[dict]:
-    """n completions of a server for token ids, text or messages: {"text", "finish_reason",
-    "tokens", "prompt_tokens"}, and "counts" of serving/code_server.py; the tokens of all n stand in
-    the first. A prompt that is too long by itself is "refused". `max_tokens` is cut to the room
-    that is left, which not every server does. Any other refusal ends the run."""
-    chat = isinstance(prompt[0], dict)
-    if chat:
-        create, request = client.chat.completions.create, {"messages": prompt, **sampling}
-    else:  # a policy: its sampling is ours alone, whatever the server was started with
-        create, request = client.completions.create, {"prompt": prompt, **sampling}
-        fields = NEUTRAL | sampling.get("extra_body", {})
-        if "stop" in sampling:  # stays in the text: vLLM's name and SGLang's
-            fields |= {"include_stop_str_in_output": True, "no_stop_trim": True}
-        request["extra_body"] = fields
-    if limit := getattr(client, "token_limit", ""):
-        request[limit] = request.pop("max_tokens")
+async def complete(client, model: str, prompt, seed: int, n: int = 1, **sampling) -> list[dict]:
+    """n completions of a server for token ids or text: {"text", "finish_reason", "tokens",
+    "prompt_tokens"}, and "counts" of serving/code_server.py; the tokens of all n stand in the
+    first. A prompt that is too long by itself is "refused". `max_tokens` is cut to the room that is
+    left, which not every server does. Any other refusal ends the run."""
+    # a policy's sampling is ours alone, whatever the server was started with
+    fields = NEUTRAL | sampling.pop("extra_body", {})
+    if "stop" in sampling:  # stays in the text: vLLM's name and SGLang's
+        fields |= {"include_stop_str_in_output": True, "no_stop_trim": True}
+    request = {"model": model, "prompt": prompt, "extra_body": fields, **sampling}
     refusal, smaller = "", None
     for pause in (0.25, 0.5, 1, 2, 4, 8):
         try:
-            reply = await create(model=model, n=n, seed=seed, **request)
+            reply = await client.completions.create(n=n, seed=seed, **request)
             completions = []
             for choice in reply.choices:
                 end, counts = choice.finish_reason, getattr(choice, "counts", {})
                 if end in ("abort", "error"):  # a server that is being stopped
                     raise ValueError(f"the server ends a request by {end}")
-                text = said(choice.message) if chat else choice.text or ""
-                text = text.encode(errors="replace").decode()  # JSON may hold half a character
+                # JSON may hold half a character
+                text = (choice.text or "").encode(errors="replace").decode()
                 completions.append(REFUSED | {"text": text, "finish_reason": end, "counts": counts})
             if len(completions) != n:
                 raise ValueError(f"{len(completions)} choices instead of {n}")
             if smaller == []:
-                option = "--judge-max-tokens" if chat else "--max-tokens"
-                stop(f"{option} is more than the server allows ({refusal}); give less")
+                stop(f"--max-tokens, or a judge's, is more than the server allows ({refusal})")
             tokens, prompt_tokens = reply.usage.completion_tokens, reply.usage.prompt_tokens
             completions[0] |= {"tokens": tokens, "prompt_tokens": prompt_tokens}
             return completions
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            if not limit and "Use 'max_completion_tokens'" in str(error):
-                # of OpenAI's reasoning models; the next requests have it at once
-                limit = client.token_limit = "max_completion_tokens"
-                request[limit] = request.pop("max_tokens")
-                continue
             if smaller is None:
                 refusal = str(error)[:300]
-                smaller = fewer_tokens(prompt, request[limit or "max_tokens"], refusal)
+                smaller = fewer_tokens(prompt, request["max_tokens"], refusal)
             if smaller:
-                request[limit or "max_tokens"] = smaller.pop(0)
+                request["max_tokens"] = smaller.pop(0)
                 continue
             if TOO_LONG.search(str(error)):
                 return [REFUSED] * n
@@ -1995,13 +1949,6 @@ async def complete(
             stop(f"the server does not answer ({reason}); run the same command to resume")
         await asyncio.sleep(pause)
     stop(f"the server does not answer with completions ({garbage}); run the same command to resume")
-
-
-# Copied from 01_sample_errors.py
-def said(message) -> str:
-    """A chat answer; of a reasoning model whose parser took all for thought, the thought."""
-    names = ("content", "reasoning", "reasoning_content")
-    return next((text for name in names if (text := getattr(message, name, ""))), "")
 
 
 # Copied from 01_sample_errors.py

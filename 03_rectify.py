@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import atexit
 import contextlib
 import ctypes
 import fcntl
@@ -192,24 +191,21 @@ async def rectify(
     """Step-DPO's pairs of one problem, and counts of what became of its errors. See make_all() for
     `continue_solution`."""
     counts = Counter()
-    rows = [row for row in rows if not row.get("correct")]  # of 02 --include-correct
-    located = [row for row in rows if row["error_step"]]
-    # an error that max_tokens cut in two would teach the model to stop half-way
-    whole = [
-        row
-        for row in located
-        if row["finish_reason"] == "stop" or row["error_step"] < len(row["steps"])
-    ]
-    errors = [row for row in whole if (row.get("chance") or 0) <= args.max_chance]
-    counts["errors not located"] = len(rows) - len(located)
-    counts["errors cut short by max_tokens"] = len(located) - len(whole)
-    counts["errors over --max-chance"] = len(whole) - len(errors)
-    sampled = await asyncio.gather(
-        *(
-            sample_continuations(args, continue_solution, grader, rollouts, row, counts)
-            for row in errors
-        )
-    )
+    errors = []
+    for row in rows:
+        if row.get("correct"):
+            continue  # of 02 --include-correct
+        elif not row["error_step"]:
+            counts["errors not located"] += 1
+        # an error that max_tokens cut in two would teach the model to stop half-way
+        elif row["finish_reason"] != "stop" and row["error_step"] == len(row["steps"]):
+            counts["errors cut short by max_tokens"] += 1
+        elif (row.get("chance") or 0) > args.max_chance:
+            counts["errors over --max-chance"] += 1
+        else:
+            errors.append(row)
+    shared = args, continue_solution, grader, rollouts, counts
+    sampled = await asyncio.gather(*(sample_continuations(*shared, row) for row in errors))
     pairs, used = [], {}
     for row, completions in zip(errors, sampled, strict=True):
         error_pairs = make_pairs(args, row, completions, used, counts)
@@ -220,24 +216,19 @@ async def rectify(
 
 
 async def sample_continuations(
-    args: Args, continue_solution, grader: Grader, rollouts: dict, row: dict, counts: Counter
+    args: Args, continue_solution, grader: Grader, rollouts: dict, counts: Counter, row: dict
 ) -> list[dict]:
     """--n completions of the correct steps before an error; `correct`: whether the answer is
     right."""
     step = row["error_step"]
     prefix, _ = prefix_and_step(args, row, step)
-    reused = rollouts.get(row["id"], {}).get((row["sample"], step - 1), [])[: args.n]
+    reused = rollouts.get((row["id"], row["sample"]), {}).get(str(step - 1), [])[: args.n]
     counts["continuations reused"] += len(reused)
     if len(reused) == args.n:
         return reused
-    sampled = await continue_solution(
-        row,
-        prefix,
-        seed_of(args.seed, "rectify", row["id"], row["sample"]),
-        args.n - len(reused),
-        temperature=args.temperature,
-        max_tokens=args.max_tokens,
-    )
+    seed = seed_of(args.seed, "rectify", row["id"], row["sample"])
+    sampling = {"temperature": args.temperature, "max_tokens": args.max_tokens}
+    sampled = await continue_solution(row, prefix, seed, args.n - len(reused), **sampling)
     counts["tokens"] += sampled[0]["tokens"]
 
     async def graded(completion: dict) -> dict:
@@ -262,7 +253,7 @@ def make_pairs(
         solution = prefix + completion["text"]
         steps = split_steps(solution, args.split, args.opening)
         before = "".join(steps[: step - 1])
-        chosen = solution[len(prefix) : len("".join(steps[:step]))] if len(steps) >= step else ""
+        chosen = "".join(steps[:step])[len(prefix) :]
         squeezed = " ".join(chosen.split())
         if not completion["correct"]:
             counts["wrong"] += 1
@@ -364,25 +355,17 @@ async def heated_completion(
     """A completion of `prefix`, which ends in the label of step k + 1, a request for each step."""
     about = ("scdpo", row["id"], row["sample"], k, attempt)
     if args.split == "blocks":  # serving/code_server.py raises the temperature itself
-        heat = {"heat": args.heat}
-        seed = seed_of(args.seed, *about)
-        [completion] = await continue_solution(
-            row, prefix, seed, max_tokens=args.max_tokens, extra_body=heat
-        )
+        sampling = {"max_tokens": args.max_tokens, "extra_body": {"heat": args.heat}}
+        [completion] = await continue_solution(row, prefix, seed_of(args.seed, *about), **sampling)
         return completion
     first, rise, highest = args.heat
     text, tokens, step = "", 0, k + 1
     for turn in count_up(step):
         # the text ends with the stop string, and the next request continues after it
         stops = STOPS.get(args.split, [STEP.format(number=step + 1)])
-        [completion] = await continue_solution(
-            row,
-            prefix + text,
-            seed_of(args.seed, *about, turn),
-            temperature=min(first + rise * (step - k - 1), highest),
-            max_tokens=args.max_tokens - tokens,
-            stop=stops,
-        )
+        heat, seed = min(first + rise * (step - k - 1), highest), seed_of(args.seed, *about, turn)
+        sampling = {"temperature": heat, "max_tokens": args.max_tokens - tokens, "stop": stops}
+        [completion] = await continue_solution(row, prefix + text, seed, **sampling)
         text += completion["text"]
         tokens += completion["tokens"]
         finish_reason = completion["finish_reason"]
@@ -415,10 +398,8 @@ def garbled(text: str, finish_reason: str, like: str) -> str:
 
 def too_long(blocks: list[dict]) -> str:
     """Why a code-integrated solution is left out, "" if it is not."""
-    longest = max((len(block["content"]) for block in blocks), default=0)
-    if len(blocks) > MOST_BLOCKS or longest > MOST_CHARACTERS:
-        return "too many or too long blocks"
-    return ""
+    is_long = any(len(block["content"]) > MOST_CHARACTERS for block in blocks)
+    return "too many or too long blocks" if is_long or len(blocks) > MOST_BLOCKS else ""
 
 
 # -------------------------------------------------------------------------------------------------
@@ -437,16 +418,10 @@ def pair_up(args: Args, rows: list[dict]) -> tuple[list[dict], Counter]:
     counts["without the forced opening"] = len(answered) - len(forced)
     right = distinct([row for row in forced if row["correct"]], counts)
     wrong = [row for row in forced if not row["correct"]]
-
-    def drawn(candidate: tuple[dict, dict]) -> int:
-        return seed_of(args.seed, "dpo", candidate[0]["id"], *(row["sample"] for row in candidate))
-
-    def times_used(candidate: tuple[dict, dict]) -> int:
-        return sum(uses[row["sample"]] for row in candidate)
-
+    drawn = lambda two: seed_of(args.seed, "dpo", two[0]["id"], *(row["sample"] for row in two))
     candidates = sorted(product(right, wrong), key=drawn)
-    while candidates and (not args.pairs_per_problem or len(pairs) < args.pairs_per_problem):
-        best = min(candidates, key=times_used)
+    for _ in candidates[: args.pairs_per_problem or None]:
+        best = min(candidates, key=lambda two: sum(uses[row["sample"]] for row in two))
         candidates.remove(best)
         uses.update(row["sample"] for row in best)
         chosen, rejected = (row["response"].removeprefix(args.opening) for row in best)
@@ -512,12 +487,10 @@ async def make_all(
     solution's first steps; see complete()."""
     done = {row["id"] for row in tries.rows}
     todo = [rows for identity, rows in problems.items() if identity not in done]
-    concurrency = 1
-    async with contextlib.AsyncExitStack() as stack:
-        if args.method != "dpo" and todo:
-            model = args.rectifier or args.model
-            generate = await stack.enter_async_context(engine(args, model, len(done)))
-            concurrency = in_flight(args, generate, args.n if args.method == "step-dpo" else 1)
+    vllm = contextlib.nullcontext()
+    if args.method != "dpo" and todo:
+        vllm = engine(args, args.rectifier or args.model, len(done))
+    async with vllm as generate:
 
         def continue_solution(row: dict, prefix: str, seed: int, n: int = 1, **sampling_params):
             prompt = prompt_ids(tokenizer, row["problem"], prefix, args.split)
@@ -533,33 +506,25 @@ async def make_all(
             row = {"id": rows[0]["id"], "input": input_hash(rows, rollouts)}
             tries.write({**row, "count": dict(counts), "pairs": pairs})
 
-        await run_all(todo, work, concurrency, args.method)
+        requests = args.n if args.method == "step-dpo" else 1
+        await run_all(todo, work, in_flight(args, generate, requests), args.method)
 
 
 def load_input(args: Args) -> dict[str, list[dict]]:
     """Rows by problem, in an order that does not depend on the file's."""
+    path, field, kinds, stage = args.samples, "correct", ("correct",), "01_sample_errors.py"
     if args.method == "step-dpo":
-        path, field, kinds = args.located, "error_step", ()
-        nothing = "rows has an error_step; see their reason fields"
-        wanted, stage = ("error_step", "response"), "02_locate_step.py"
-    else:
-        path, field, kinds = args.samples, "correct", ("correct",)
-        nothing = "solutions is right; sample easier problems, or more"
-        wanted, stage = ("response",), "01_sample_errors.py"
-        if args.method == "dpo":
-            wanted += ("prediction",)
+        path, field, kinds, stage = args.located, "error_step", (), "02_locate_step.py"
+    wanted = {"step-dpo": "error_step", "scdpo": "response", "dpo": "prediction"}[args.method]
     rows = read_samples(path, ("answer", "finish_reason", *kinds), args)
     for number, row in enumerate(rows, 1):
-        lacking = [name for name in wanted if name not in row]
-        step = row.get("error_step")
-        if lacking:
-            stop(f"{path}, row {number}: no {lacking[0]!r}; give the output of {stage}")
-        if step is not None and not (type(step) is int and 1 <= step <= len(row["steps"])):
-            stop(
-                f"{path}, row {number}: 'error_step' is {step!r}; its steps are {len(row['steps'])}"
-            )
+        step, count = row.get("error_step"), len(row["steps"])
+        for name in {wanted, "response"} - row.keys():
+            stop(f"{path}, row {number}: no {name!r}; give the output of {stage}")
+        if step is not None and not (type(step) is int and 1 <= step <= count):
+            stop(f"{path}, row {number}: 'error_step' is {step!r}; its steps are {count}")
     if not any(row[field] for row in rows):
-        stop(f"{path}: none of its {len(rows)} {nothing}")
+        stop(f"{path}: no row of {len(rows)} has {field!r}; see their 'reason', or sample more")
     if args.max_chance < 1 and all(row.get("chance") is None for row in rows):
         stop(f"{path}: no row has the `chance` that --max-chance needs; 02's rollouts give it")
     problems = {}
@@ -569,9 +534,8 @@ def load_input(args: Args) -> dict[str, list[dict]]:
 
 
 def load_rollouts(args: Args, settings: dict, problems: dict) -> dict[str, dict]:
-    """Kept completions by id and (sample, number of steps before them). They must come from the
-    same model, sampling and grading, and be of the answers and steps that the rows of `problems`
-    have."""
+    """Kept completions by (id, sample), then number of steps before them. They must come from the
+    same model, sampling and grading, and be of the answers and steps of `problems`."""
     rows = read_rows(args.rollouts, ("id", "sample", "steps", "rollouts"))
     made = made_with(args.rollouts)
     if not made:
@@ -582,7 +546,6 @@ def load_rollouts(args: Args, settings: dict, problems: dict) -> dict[str, dict]
             changed = difference(name, made.get(name), settings[name])
             stop(f"{args.rollouts} was made with {changed}")
     located = {(row["id"], row["sample"]): row for rows in problems.values() for row in rows}
-    rollouts = {}
     for row in rows:
         now = located.get((row["id"], row["sample"]), row)
         if any(row[name] != now[name] for name in ("answer", "steps") if name in row):
@@ -590,46 +553,29 @@ def load_rollouts(args: Args, settings: dict, problems: dict) -> dict[str, dict]
                 f"{args.rollouts} continues another sample {row['sample']} of {row['id']} than "
                 f"{args.located} has; leave --rollouts out, or make both with one run of 02"
             )
-        of_problem = rollouts.setdefault(row["id"], {})
-        of_problem.update({(row["sample"], int(k)): kept for k, kept in row["rollouts"].items()})
-    return rollouts
+    return {(row["id"], row["sample"]): row["rollouts"] for row in rows}
 
 
 def input_hash(rows: list[dict], rollouts: dict) -> str:
     """Of what the pairs of a problem are made of."""
-    samples, kept = {row["sample"] for row in rows}, rollouts.get(rows[0]["id"], {})
-    reused = sorted((key, texts) for key, texts in kept.items() if key[0] in samples)
-    return hashlib.sha256(json.dumps([rows, reused]).encode()).hexdigest()[:8]
+    kept = [rollouts.get((row["id"], row["sample"])) for row in rows]
+    return hashlib.sha256(json.dumps([rows, kept]).encode()).hexdigest()[:8]
 
 
-def check_tries(tries: Output, problems: dict[str, list[dict]], rollouts: dict):
-    """Stop where a problem's pairs were made of other rows. New problems are welcome: their pairs
-    are made."""
-    for row in tries.rows:
-        if row["id"] in problems and row["input"] != input_hash(problems[row["id"]], rollouts):
-            stop(
-                f"{tries.path}: the pairs of {row['id']} were made of other rows than the input "
-                "has now; give another --out"
-            )
-
-
-def write_pairs(args: Args, problems: dict, tries: Output, kills: int, tokens: int, seconds: float):
+def write_pairs(args: Args, problems: dict, tries: Output, kills: int, seconds: float):
     """Write the pairs in an order that does not depend on which problem was ready first, and say
-    what became of all. `tokens` and `seconds` are this run's."""
+    what became of all."""
     rows = sorted((row for row in tries.rows if row["id"] in problems), key=lambda row: row["id"])
     rectifier = {"rectifier": args.rectifier} if args.rectifier else {}
     pairs = [pair | rectifier for row in rows for pair in row["pairs"]]
     save(args.out, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
     total = sum((Counter(row["count"]) for row in rows), Counter())
     summary = {"problems": len(problems), **total, "gradings killed": kills}
-    if args.method == "scdpo" and total["attempts"]:
+    if attempts := total["attempts"]:
         broken = sum(number for name, number in total.items() if name.startswith("garbled"))
         astray = total["pairs"] + total["over --pairs-per-problem"]
-        summary["yield"] = f"{astray / total['attempts']:.1%}"
-        summary["garbled"] = f"{broken / total['attempts']:.1%}"
+        summary |= {"yield": f"{astray / attempts:.1%}", "garbled": f"{broken / attempts:.1%}"}
     summary["seconds"] = round(seconds, 1)
-    if tokens:
-        summary["tokens/s"] = round(tokens / seconds)
     seeded = bool(args.base_url) or seeds_requests(args.top_p)
     tries.save_meta(finished=True, summary=summary, seeded_requests=seeded)
     save(Path(f"{args.out}.meta.json"), tries.meta_path.read_text(encoding="utf-8"))
@@ -647,15 +593,10 @@ def check_options(args: Args):
         args.top_p = 1.0 if args.method == "scdpo" else 0.95
     if args.pairs_per_problem is None:
         args.pairs_per_problem = int(args.method == "dpo")
-    for least, names in (
-        (1, ("n", "max_tokens", "tries", "limit")),
-        (0, ("max_pairs_per_error", "pairs_per_problem", "solutions_per_problem")),
-        (0, ("first_k", "concurrency", "temperature", "max_chance")),
-    ):
-        for name in names:
-            value = getattr(args, name)
-            if value is not None and value < least:
-                stop(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    from_one = ("n", "max_tokens", "tries", "limit")
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and name != "seed" and value < (name in from_one):
+            stop(f"--{name.replace('_', '-')} {value}: must be at least {int(name in from_one)}")
     if not 0 < args.top_p <= 1:
         stop(f"--top-p {args.top_p}: must be above 0, and at most 1")
 
@@ -664,15 +605,12 @@ def main(args: Args):
     check_options(args)
     tries_path = Path(str(args.out).removesuffix(".jsonl") + ".tries.jsonl")
     if args.out.exists() and args.out.stat().st_size and not tries_path.exists():
-        stop(
-            f"{args.out} is there, but not {tries_path}, which would tell how to resume; "
-            "give another --out"
-        )
+        stop(f"{args.out} is there, but not {tries_path}, which says how; give another --out")
     began, problems = time.time(), load_input(args)
     options = [name for name in METHODS[args.method] if name not in INPUTS]
     settings = {"stage": "03_rectify", "code": source_hashes(ROW_CODE[args.method])}
-    for name in ("method", "seed", "opening", "split", *options):
-        settings[name] = getattr(args, name)
+    names = ("method", "seed", "opening", "split", *options)
+    settings |= {name: getattr(args, name) for name in names}
     tokenizer, model = None, args.rectifier or args.model
     if args.method != "dpo":
         tokenizer = load_tokenizer(
@@ -693,11 +631,13 @@ def main(args: Args):
         contextlib.closing(Output(tries_path, settings, args.accept_edit, **about)) as tries,
         contextlib.closing(Grader()) as grader,
     ):
-        check_tries(tries, problems, rollouts)
-        before = len(tries.rows)
+        for row in tries.rows:  # new problems are welcome: their pairs are made
+            rows = problems.get(row["id"])
+            if rows and row["input"] != input_hash(rows, rollouts):
+                todo = "than the input has now; give another --out"
+                stop(f"{tries_path}: the pairs of {row['id']} were made of other rows {todo}")
         asyncio.run(make_all(args, problems, rollouts, tokenizer, tries, grader))
-        tokens = sum(row["count"].get("tokens", 0) for row in tries.rows[before:])
-        write_pairs(args, problems, tries, grader.kills, tokens, time.time() - began)
+        write_pairs(args, problems, tries, grader.kills, time.time() - began)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -877,13 +817,8 @@ class Output:
         except OSError as error:
             stop(f"{path}: {error}; give another --out")
         lock(self.file, path)
-        atexit.register(self.close)
-        try:
-            if path.stat().st_size:
-                self.resume()
-        except SystemExit:
-            self.close()
-            raise
+        if path.stat().st_size:
+            self.resume()
 
     def resume(self):
         """Read what is there, if it was made with the same code and settings."""
@@ -892,7 +827,7 @@ class Output:
         try:
             meta = json.loads(self.meta_path.read_text(encoding="utf-8"))
             old, self.edits = meta["settings"], meta.get("edits", [])
-        except (ValueError, KeyError):  # of data/download.py, for one
+        except (ValueError, KeyError, TypeError):  # of data/download.py, for one
             stop(f"{self.meta_path}: holds no settings of a stage; give another --out")
         # names whose hashes differ
         edited = sorted(dict(old.get("code", {}).items() ^ self.settings.get("code", {}).items()))
@@ -952,7 +887,6 @@ class Output:
 
     def close(self):
         """Leave the file to other processes; one without a row is removed."""
-        atexit.unregister(self.close)
         if not self.file.closed and self.path.exists() and not self.path.stat().st_size:
             self.path.unlink()
             self.meta_path.unlink(missing_ok=True)
@@ -1031,7 +965,8 @@ def split_steps(response: str, split: str = "labels", opening: str = OPENING) ->
         return split_at_ends(response, split, len(opening) if response.startswith(opening) else 0)
     steps, rest = [], response
     while rest:
-        label = re.search(STEP_LABEL.format(number=len(steps) + 2), rest, re.M)
+        # the first words are step 1, whatever number they bear
+        label = re.compile(STEP_LABEL.format(number=len(steps) + 2), re.M).search(rest, 1)
         end = label.start() if label else len(rest)
         steps.append(rest[:end])
         rest = rest[end:]
@@ -1155,8 +1090,6 @@ UNITS = (
     r"|(?:[cdkm]m|[km]g|m[lL]|ft|in|yd|mi|hr|oz|lb|sq|cu)\b)"
     r"[A-Za-z\s./]*(?:\^\{?\d\}?)?)\.?$"
 )
-# Copied from 01_sample_errors.py
-SCALES = {"halves": "/2", "thirds": "/3"}
 
 
 # Copied from 01_sample_errors.py
@@ -1175,21 +1108,16 @@ SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads
     (r"(?<=\d)(?:\{,\}|,?\s*\\[!,]\s?)(?=\d{3}(?!\d))", ""),
     (r"\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\\[!()$\[\]]", ""),
     # Rs. 1000 and 1000 Rs; rs is a product
-    (
-        r"^\s*(?:\\\w+\s*\{\s*)?[Rr]s\b\.?\s*\}?(?=[\s~\\,;$]*\d)|(?<=\d)\s+[Rr]s\.?\s*$|₹",
-        "",
-    ),
+    (r"^ ?(?:\\\w+ ?\{ ?)?[Rr]s\b\.? ?\}?(?=[\s~\\,;$]*\d)|(?<=\d) +[Rr]s\.? ?$|₹", ""),
     (r"[$€£¥\"]|\\(?:text)?color\s*\{\w+\}|\s*\(?\\?[pb]?mod\b.*|[\s.,;。]+$", ""),
     (r"\*\*", "^"),
-    (r"\*", r"\\cdot "),
     # 90^\circ, 68°F
     (r"(?:°|\^\s*\{?\s*\\circ\s*\}?)(?:\s*(?:\\text\{)?[CF]\}?(?![a-zA-Z]))?", ""),
     (r"\\\\\[[\w.]+\]", r"\\\\"),  # \\[4pt] between the rows of a matrix
     (r"(?<!\\)\\(?:q?quad(?![a-zA-Z])|[,;: ])|~", " "),
-    (
-        r"(?<=[\d}])\s*(?:\\\w+\{\s*)?\b(per\s?cent|pct|halves|thirds)\b\s*\}?",
-        lambda match: SCALES.get(match[1], "%"),
-    ),
+    (r"(?<=[\d}])\s*(?:\\\w+\{\s*)?\b(?:per\s?cent|pct)\b\s*\}?", "%"),
+    (r"(?<=[\d}])\s*(?:\\\w+\{\s*)?\bthirds\b\s*\}?", "/3"),
+    (r"(?<=[\d}])\s*(?:\\\w+\{\s*)?\bhalves\b\s*\}?", "/2"),
     # 5m may be a product
     (UNITS, lambda match: match[0] if re.search(NO_UNIT, match[0]) else ""),
     (TEXT, r" \1 "),
@@ -1204,7 +1132,7 @@ SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads
     (r"(?<=\d)[eE]([-+]?)0*(\d{1,3})(?!\w)", r"\\cdot 10^{\1\2}"),
     (r"(?<![\d.])(\d+)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
     # (1,234) and 45, 135 stay
-    (r"^\s*[-+]?\d{1,3}([,\s]\d{3})+(\.\d*)?\s*$", lambda match: re.sub(r"[,\s]", "", match[0])),
+    (r"(?:^|=) ?[-+]?\d{1,3}([, ]\d{3})+(\.\d*)? ?$", lambda n: re.sub("[, ]", "", n[0])),
     (r"_\{(\w)\}", r"_\1"),
     (r"(?<![\da-zA-Z]) | (?![\da-zA-Z])", ""),
 )
@@ -1222,9 +1150,8 @@ IS_TEXT = re.compile(
     r"|-?[\dA-F.]+_\{?\d+\}?|.*\d:\d\d.*|.*\d:\d+:\d.*"
 )
 # Copied from 01_sample_errors.py
-FUNCTION = re.compile(
-    r"[a-zA-Z](?:'|_\w|\^\{[^{}]*\})*\((?:[^()]|\([^()]*\))*\)="
-)  # f(x)=, f^{-1}(x)=
+# f(x)=, f^{-1}(x)=
+FUNCTION = re.compile(r"[a-zA-Z](?:'|_\w|\^\{[^{}]*\})*\((?:[^()]|\([^()]*\))*\)=")
 # Copied from 01_sample_errors.py
 # options and nothing else
 IS_LETTERS = re.compile(r"(?=[^A-J]*[A-J])(?:[\s()\[\].,:;&']|and|or|\b[A-J]\b)+")
@@ -1272,8 +1199,7 @@ def right_side(answer: str) -> str:
         names = re.sub(r"(?<=\d),(?=\d{3})|\([^()]*\)|\{[^{}]*\}", "", names)
     if re.search(r"[,;，、；或]|\\lor\b|\\vee\b|\b(?:and|or)\b", names, re.I):
         return answer
-    # x = 1,000
-    return re.sub(r"^[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?$", lambda n: n[0].replace(",", ""), value)
+    return value
 
 
 # Copied from 01_sample_errors.py
@@ -1291,14 +1217,10 @@ def stated_number(sentence: str) -> str | None:
     """The number of a sentence that has one, between spaces, and no other mathematics."""
     numbers = re.findall(r"(?<!\S)-?\$?-?(?:\d[\d,]*\.?\d*)%?\$?(?=[.,;:]?(?:\s|$))", sentence)
     has_more = len(re.findall(r"[\d.]*\d", sentence.replace(",", ""))) > 1
+    bad = rf"[\\^_=+*/<>]|{CHANGES}|\b(?:(?:more|less|most|least)\b|not|twice|double|triple|{TERM})"
     if len(numbers) != 1 or has_more or len(re.findall(WORD, sentence)) < 2:
         return None
-    if re.search(
-        rf"[\\^_=+*/<>]|{CHANGES}|\b(?:more|less|most|least)\b|\b(?:not|twice|double|triple|{TERM})",
-        sentence,
-    ):
-        return None
-    return re.sub(r"[$,]", "", numbers[0]).rstrip(".")
+    return None if re.search(bad, sentence) else re.sub(r"[$,]", "", numbers[0]).rstrip(".")
 
 
 # Copied from 01_sample_errors.py
@@ -1358,23 +1280,14 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
 
     # else it says at every call that its time limit is off
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    latex = math_verify.LatexExtractionConfig(
-        boxed_match_priority=0,
-        # with units, 5m = 5
-        normalization_config=NormalizationConfig(
-            units=False, malformed_operators=True, boxed="last"
-        ),
-    )
+    rules = NormalizationConfig(units=False, malformed_operators=True, boxed="last")  # or 5m = 5
+    latex = math_verify.LatexExtractionConfig(boxed_match_priority=0, normalization_config=rules)
 
     def parsed(text: str):
         boxed = "\\boxed{" + text.replace("%", "\\cdot 10^{-2}") + "}"  # bare x-1=0 is 0
         if re.search(r"(?<![_\d])\d+ \d", boxed):
             raise ValueError("math-verify: 1 2 = 3")
-        [value] = math_verify.parse(
-            boxed, [latex], "no_fallback", "first_match", parsing_timeout=None
-        )
-        if isinstance(value, sympy.Eq) and isinstance(value.rhs, sets.FiniteSet):  # x = 1, 2
-            value = value.rhs
+        [value] = math_verify.parse(boxed, [latex], "no_fallback", "first_match", None)
         i = {x: sympy.I for x in value.free_symbols if x.name == "i"}
         if i and isinstance(value, sympy.Eq) and value.lhs.is_Symbol:
             value = value.rhs  # of z = 2 + 7i: z is real for sympy, which makes it false
@@ -1442,9 +1355,7 @@ class Grader:
     def __init__(self, seconds: float = 10.0):
         self.seconds, self.kills, self.verdicts, self.pool = seconds, 0, {}, None
 
-    async def __call__(
-        self, gold: str, prediction: str | None, problem: str = "", rules=STRICT
-    ) -> bool:
+    async def __call__(self, gold: str, prediction: str | None, problem="", rules=STRICT) -> bool:
         """Whether the prediction is the gold answer. Where this is a letter and the problem lists
         options, the value of its option counts as the letter, unless another option has it too.
         `rules`: what is quick, and what needs a process."""
@@ -1455,18 +1366,14 @@ class Grader:
         verdict = self.verdicts.get(key, quick(gold, prediction))
         if verdict is None:
             verdict = self.verdicts[key] = await self.slow_verdict(slow, gold, prediction)
-        if verdict or not problem or len(gold) > 19:
+        values = {} if verdict or len(gold) > 19 else options(problem)
+        if not values:
             return verdict
-        letter = re.fullmatch(r"\(?([A-J])\)?", spelled(gold))
-        values = options(problem) if letter else {}
-        if not letter or letter[1] not in values:
+        letter, said = (spelled(text).strip("()") for text in (gold, prediction))
+        # an option's name is one even where another option has it for its value
+        if letter not in values or said in values:
             return verdict
-        # an option's name, even where another option has it for its value
-        named = re.fullmatch(r"\(?([A-J])\)?", spelled(prediction))
-        if named and named[1] in values:
-            return verdict
-        named = [key for key in values if await self(values[key], prediction, "", rules)]
-        return named == [letter[1]]
+        return [k for k in values if await self(values[k], prediction, "", rules)] == [letter]
 
     async def slow_verdict(self, rule, gold: str, prediction: str) -> bool:
         """By a process; False where it is killed, or `rule` raises, which may be anything."""
@@ -1533,9 +1440,8 @@ def render_prompt(tokenizer, problem: str, opening: str) -> str:
     ValueError: the template fails."""
     user = {"role": "user", "content": USER_TURN.format(problem=problem), "problem": problem}
     try:
-        render = functools.partial(
-            tokenizer.apply_chat_template, tokenize=False, **getattr(tokenizer, "switches", {})
-        )
+        switches = {"tokenize": False, **getattr(tokenizer, "switches", {})}
+        render = functools.partial(tokenizer.apply_chat_template, **switches)
         prompt = render([user], add_generation_prompt=True)
         turn, mark, _ = render([user, {"role": "assistant", "content": MARK}]).rpartition(MARK)
     except Exception as error:  # a template raises what it likes
@@ -1544,9 +1450,8 @@ def render_prompt(tokenizer, problem: str, opening: str) -> str:
         raise ValueError("the chat template leaves out or changes the assistant's final message")
     # What the model wrote itself after `prompt`: its thoughts, or the space that Mistral's
     # templates put before a turn.
-    thought = opening.startswith("<think>") or (
-        "</think>" in opening and prompt.endswith("<think>\n")
-    )
+    ends_thought = "</think>" in opening and prompt.endswith("<think>\n")
+    thought = opening.startswith("<think>") or ends_thought
     spaced = opening.startswith(" ") and turn == prompt + " "
     return (prompt if thought or spaced or not opening else turn) + opening
 
@@ -1678,11 +1583,9 @@ class Engine:
                 return [REFUSED] * n
             reason = " ".join(str(error).split())[:300]
             stop(f"vLLM has failed ({reason}); run the same command to resume")
-        completions, tokens = [], 0
-        for output in sorted(reply.outputs, key=lambda output: output.index):
-            text_and_end = {"text": output.text, "finish_reason": output.finish_reason}
-            completions.append(REFUSED | text_and_end)
-            tokens += len(output.token_ids)
+        made = reply.outputs  # in the order of their index
+        completions = [REFUSED | {"text": o.text, "finish_reason": o.finish_reason} for o in made]
+        tokens = sum(len(output.token_ids) for output in made)
         completions[0] |= {"tokens": tokens, "prompt_tokens": len(ids)}
         return completions
 
@@ -1762,9 +1665,7 @@ def in_flight(args, generate, requests: int = 1) -> int:
 
 
 # Copied from 01_sample_errors.py
-def connect(
-    url: str, model: str, key_name: str, timeout: float = 3600.0, code: bool = False
-) -> openai.AsyncOpenAI:
+def connect(url: str, model: str, key_name: str, timeout: float = 3600.0, code: bool = False):
     """A client of a running server, whose key is in the environment; stops where the server has no
     such model, or runs no `code`. The client itself tries 408, 409, 429, 5xx, timeouts and dropped
     connections again, with backoff."""
@@ -1795,69 +1696,49 @@ def fewer_tokens(prompt: list, asked: int, refusal: str) -> list[int]:
     its words, less one for SGLang, then 1, which a prompt that is too long by itself does not get
     either."""
     context = re.search(r"(?:context (?:length|size)|max_model_len)\D{0,30}(\d+)", refusal)
-    length = re.search(
-        r"(\d+) (?:input tokens|tokens from the input|in the (?:messages|prompt))", refusal
-    )
-    room = 0
-    if context and length:
-        room = int(context[1]) - int(length[1])
-    elif context and not isinstance(prompt[0], dict):
-        room = int(context[1])
-        if not isinstance(prompt, str):  # of a text the tokens are not known here
-            room -= len(prompt)
+    length = re.search(r"(\d+) (?:input tokens|tokens from|in the (?:messages|prompt))", refusal)
+    # the tokens of a text or of messages are not known here
+    size = int(length[1]) if length else 0 if isinstance(prompt, str) else len(prompt)
+    room = int(context[1]) - size if context else 0
     return [tokens for tokens in (room, room - 1, 1) if 0 < tokens < asked]
 
 
 # Copied from 01_sample_errors.py
-async def complete(
-    client, model: str, prompt: list | str, seed: int, n: int = 1, **sampling
-) -> list[dict]:
-    """n completions of a server for token ids, text or messages: {"text", "finish_reason",
-    "tokens", "prompt_tokens"}, and "counts" of serving/code_server.py; the tokens of all n stand in
-    the first. A prompt that is too long by itself is "refused". `max_tokens` is cut to the room
-    that is left, which not every server does. Any other refusal ends the run."""
-    chat = isinstance(prompt[0], dict)
-    if chat:
-        create, request = client.chat.completions.create, {"messages": prompt, **sampling}
-    else:  # a policy: its sampling is ours alone, whatever the server was started with
-        create, request = client.completions.create, {"prompt": prompt, **sampling}
-        fields = NEUTRAL | sampling.get("extra_body", {})
-        if "stop" in sampling:  # stays in the text: vLLM's name and SGLang's
-            fields |= {"include_stop_str_in_output": True, "no_stop_trim": True}
-        request["extra_body"] = fields
-    if limit := getattr(client, "token_limit", ""):
-        request[limit] = request.pop("max_tokens")
+async def complete(client, model: str, prompt, seed: int, n: int = 1, **sampling) -> list[dict]:
+    """n completions of a server for token ids or text: {"text", "finish_reason", "tokens",
+    "prompt_tokens"}, and "counts" of serving/code_server.py; the tokens of all n stand in the
+    first. A prompt that is too long by itself is "refused". `max_tokens` is cut to the room that is
+    left, which not every server does. Any other refusal ends the run."""
+    # a policy's sampling is ours alone, whatever the server was started with
+    fields = NEUTRAL | sampling.pop("extra_body", {})
+    if "stop" in sampling:  # stays in the text: vLLM's name and SGLang's
+        fields |= {"include_stop_str_in_output": True, "no_stop_trim": True}
+    request = {"model": model, "prompt": prompt, "extra_body": fields, **sampling}
     refusal, smaller = "", None
     for pause in (0.25, 0.5, 1, 2, 4, 8):
         try:
-            reply = await create(model=model, n=n, seed=seed, **request)
+            reply = await client.completions.create(n=n, seed=seed, **request)
             completions = []
             for choice in reply.choices:
                 end, counts = choice.finish_reason, getattr(choice, "counts", {})
                 if end in ("abort", "error"):  # a server that is being stopped
                     raise ValueError(f"the server ends a request by {end}")
-                text = said(choice.message) if chat else choice.text or ""
-                text = text.encode(errors="replace").decode()  # JSON may hold half a character
+                # JSON may hold half a character
+                text = (choice.text or "").encode(errors="replace").decode()
                 completions.append(REFUSED | {"text": text, "finish_reason": end, "counts": counts})
             if len(completions) != n:
                 raise ValueError(f"{len(completions)} choices instead of {n}")
             if smaller == []:
-                option = "--judge-max-tokens" if chat else "--max-tokens"
-                stop(f"{option} is more than the server allows ({refusal}); give less")
+                stop(f"--max-tokens, or a judge's, is more than the server allows ({refusal})")
             tokens, prompt_tokens = reply.usage.completion_tokens, reply.usage.prompt_tokens
             completions[0] |= {"tokens": tokens, "prompt_tokens": prompt_tokens}
             return completions
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            if not limit and "Use 'max_completion_tokens'" in str(error):
-                # of OpenAI's reasoning models; the next requests have it at once
-                limit = client.token_limit = "max_completion_tokens"
-                request[limit] = request.pop("max_tokens")
-                continue
             if smaller is None:
                 refusal = str(error)[:300]
-                smaller = fewer_tokens(prompt, request[limit or "max_tokens"], refusal)
+                smaller = fewer_tokens(prompt, request["max_tokens"], refusal)
             if smaller:
-                request[limit or "max_tokens"] = smaller.pop(0)
+                request["max_tokens"] = smaller.pop(0)
                 continue
             if TOO_LONG.search(str(error)):
                 return [REFUSED] * n
@@ -1869,13 +1750,6 @@ async def complete(
             stop(f"the server does not answer ({reason}); run the same command to resume")
         await asyncio.sleep(pause)
     stop(f"the server does not answer with completions ({garbage}); run the same command to resume")
-
-
-# Copied from 01_sample_errors.py
-def said(message) -> str:
-    """A chat answer; of a reasoning model whose parser took all for thought, the thought."""
-    names = ("content", "reasoning", "reasoning_content")
-    return next((text for name in names if (text := getattr(message, name, ""))), "")
 
 
 # Copied from 01_sample_errors.py
@@ -1895,9 +1769,7 @@ async def run_all(items: list, work, concurrency: int, label: str):
 
 
 # Copied from 02_locate_step.py
-def cut_label(
-    step: str, number: int, split: str = "labels", opening: str = OPENING
-) -> tuple[str, str]:
+def cut_label(step: str, number: int, split="labels", opening=OPENING) -> tuple[str, str]:
     """Part step `number` after its label: ("Step 2:", " 3 + 4 = 7.\\n"). The forced opening is the
     label of step 1."""
     if number == 1 and step.startswith(opening):

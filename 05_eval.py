@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import atexit
 import concurrent.futures
 import contextlib
 import ctypes
@@ -48,6 +47,7 @@ from decimal import Decimal
 from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
+from statistics import mode
 from typing import Literal, NoReturn
 
 import numpy as np
@@ -182,10 +182,11 @@ def paired(rates: np.ndarray, base: np.ndarray, seed: int) -> dict:
     else:
         test = "permutation"
         p = permutation(differences, seed)
-    low, high = percentiles(means)
+    ends = np.percentile(means, [2.5, 97.5]).tolist()
     if np.count_nonzero(differences) < FEW:
         won, lost = (np.clip(sign * differences, 0, 1).sum() for sign in (1, -1))
-        low, high = wider((low, high), newcombe(won, lost, len(differences)))
+        ends += newcombe(won, lost, len(differences))
+    low, high = min(ends), max(ends)
     return {
         "difference": float(differences.mean()),
         "difference_interval": (low, high),
@@ -236,12 +237,6 @@ def bootstrap(rates: np.ndarray, base: np.ndarray, seed: int, draws: int = 4000)
     return means + luck(rates) - luck(base)
 
 
-def percentiles(means: np.ndarray) -> tuple[float, float]:
-    """95 % percentile interval."""
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
 def wilson(correct: float, total: int, z: float = 1.959964) -> tuple[float, float]:
     """95 % interval of a share (Wilson 1927). It stays within 0 and 1 and has a width at 0 and at
     1 too."""
@@ -263,10 +258,6 @@ def newcombe(won: float, lost: float, total: int) -> tuple[float, float]:
     return low, high
 
 
-def wider(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
-    return min(one[0], other[0]), max(one[1], other[1])
-
-
 def interval(rates: np.ndarray, k: int, seed: int) -> tuple[float, float]:
     """Of the mean of rates (seeds, problems): Wilson's where they are single verdicts or all alike,
     else the bootstrap's; where few problems are ever solved, or missed, at least Wilson's."""
@@ -274,10 +265,10 @@ def interval(rates: np.ndarray, k: int, seed: int) -> tuple[float, float]:
     by_wilson = wilson(means.sum(), len(means))
     if k == len(rates) == 1 or rates.min() == rates.max():
         return by_wilson
-    low, high = percentiles(bootstrap(rates, np.zeros_like(rates[:1]), seed))
+    ends = np.percentile(bootstrap(rates, np.zeros_like(rates[:1]), seed), [2.5, 97.5]).tolist()
     if min(np.count_nonzero(means), np.count_nonzero(means < 1)) < FEW:
-        low, high = wider((low, high), by_wilson)
-    return max(0.0, low), min(1.0, high)
+        ends += by_wilson
+    return max(0.0, min(ends)), min(1.0, max(ends))
 
 
 def classes(rows: list[dict]) -> list[int]:
@@ -299,14 +290,6 @@ def classes(rows: list[dict]) -> list[int]:
     return places
 
 
-def majority(votes: list[int]) -> int:
-    """The commonest class of answers; of several, the one that came first. -1 stands for no answer
-    and has no vote."""
-    counts = Counter(vote for vote in votes if vote >= 0)
-    # most_common keeps the order in which they came
-    return counts.most_common(1)[0][0] if counts else -1
-
-
 def curves(table: list[list[dict]], seed: int) -> dict:
     """pass@j, unbiased (Chen et al. 2021, arXiv 2107.03374), and maj@j for j = 1, 2, 4 ... k; maj@j
     below k is the mean over 50 draws of j of the k responses. `final` says for each problem whether
@@ -320,9 +303,11 @@ def curves(table: list[list[dict]], seed: int) -> dict:
         return float(np.mean([1 - math.comb(k - c, j) / math.comb(k, j) for c in right]))
 
     def voted(order) -> list[bool]:
-        """Whether the majority of the responses in these places is right, for each problem."""
-        winners = [majority([places[i] for i in order]) for places in votes]
-        return [i >= 0 and rows[i]["correct"] for i, rows in zip(winners, table, strict=True)]
+        """Whether the commonest answer in these places, of several the first, is right, for each
+        problem; no answer has no vote."""
+        named = [[places[i] for i in order if places[i] >= 0] for places in votes]
+        pairs = zip(named, table, strict=True)
+        return [bool(places) and rows[mode(places)]["correct"] for places, rows in pairs]
 
     def maj_at(j: int) -> float:
         orders = [rng.permutation(k)[:j] for _ in range(50)] if j < k else [range(k)]
@@ -379,14 +364,12 @@ def compare(groups: dict[str, list[str]], by_model: dict[str, list], seed: int) 
         tables = [by_model[model] for model in models]
         figures[label], rates[label], solved[label] = score(tables, seed)
     problems = [rows[0] for rows in by_model[groups[base][0]]]
-    ids = [str(row["id"]) for row in problems]
+    ids = np.array([str(row["id"]) for row in problems], object)
     for label in labels:
         if label != base and label not in groups[base]:
-            won = np.flatnonzero(solved[label] & ~solved[base])
-            lost = np.flatnonzero(solved[base] & ~solved[label])
             figures[label].update(paired(rates[label], rates[base], seed))
-            figures[label]["won"] = [ids[i] for i in won]
-            figures[label]["lost"] = [ids[i] for i in lost]
+            figures[label]["won"] = ids[solved[label] & ~solved[base]].tolist()
+            figures[label]["lost"] = ids[solved[base] & ~solved[label]].tolist()
     pairs = combinations([label for label in groups if label != base], 2)
     return {
         "problems": len(ids),
@@ -405,13 +388,12 @@ def score(tables: list[list[list[dict]]], seed: int) -> tuple[dict, np.ndarray, 
     rows = [row for table in tables for responses in table for row in responses]
     verdicts = [[[row["correct"] for row in responses] for responses in table] for table in tables]
     rates = np.array(verdicts).mean(2)
-    solved, curve = rates, None
-    if k > 1:
-        by_seed = [curves(table, seed) for table in tables]
-        solved = np.array([seed_curves["final"] for seed_curves in by_seed])
-        curve = {"k": by_seed[0]["k"]}
-        for kind in ("pass", "maj"):
-            curve[kind] = np.mean([seed_curves[kind] for seed_curves in by_seed], 0).tolist()
+    by_seed = [curves(table, seed) for table in tables]
+    solved = np.array([seed_curves["final"] for seed_curves in by_seed])
+    curve = {"k": by_seed[0]["k"]}
+    for kind in ("pass", "maj"):
+        curve[kind] = np.mean([seed_curves[kind] for seed_curves in by_seed], 0).tolist()
+    mean = lambda name: sum(row.get(name, 0) for row in rows) / len(rows)
     ends = Counter(row["finish_reason"] for row in rows)
     no_answer = [row["finish_reason"] for row in rows if row["prediction"] is None]
     figures = {
@@ -422,12 +404,8 @@ def score(tables: list[list[list[dict]]], seed: int) -> tuple[dict, np.ndarray, 
         "unfinished": ends["length"] + ends["rounds"] + ends["execution"],
         "unparsable": no_answer.count("stop"),
         "too_long_a_prompt": ends["refused"],
-        "mean_tokens": sum(row.get("tokens", 0) for row in rows) / len(rows),
-        "code": {
-            name: sum(row[name] for row in rows) / len(rows)
-            for name in CODE_COLUMNS
-            if name in rows[0]
-        },
+        "mean_tokens": mean("tokens"),
+        "code": {name: mean(name) for name in CODE_COLUMNS if name in rows[0]},
         "by": breakdown([responses[0] for responses in tables[0]], rates, k, seed),
         "curves": curve,
     }
@@ -438,18 +416,12 @@ def breakdown(problems: list[dict], rates: np.ndarray, k: int, seed: int) -> dic
     """Accuracy by level and by subject, where the problems have them, of rates (seeds,
     problems)."""
     parts = {}
-    for name, fields in (("level", ("level", "grade")), ("subject", ("subject", "type"))):
-        values = []
-        for row in problems:
-            texts = (str(row[field]) for field in fields if row.get(field) not in (None, ""))
-            values.append(next(texts, ""))
-        kinds = sorted(set(values) - {""})
-        if len(kinds) < 2:
-            continue
-        parts[name] = {}
-        for kind in kinds:
+    for name, other in (("level", "grade"), ("subject", "type")):
+        values = [str(row.get(name, row.get(other))) for row in problems]
+        kinds = sorted(set(values) - {"", "None"})
+        for kind in kinds if len(kinds) > 1 else ():
             part = rates[:, [value == kind for value in values]]
-            parts[name][kind] = {
+            parts.setdefault(name, {})[kind] = {
                 "problems": part.shape[1],
                 "accuracy": float(part.mean()),
                 "interval": interval(part, k, seed),
@@ -461,11 +433,9 @@ def breakdown(problems: list[dict], rates: np.ndarray, k: int, seed: int) -> dic
 # the report: each table is (title, head, rows, note); the first two columns of cells are text
 
 
-def percent(share: float, interval=None) -> str:
-    if interval is None:
-        return f"{share:.1%}"
-    low, high = interval
-    return f"{share:.1%} ({low:.1%} to {high:.1%})"
+def percent(share: float, interval=()) -> str:
+    ends = " to ".join(f"{end:.1%}" for end in interval)
+    return f"{share:.1%} ({ends})" if ends else f"{share:.1%}"
 
 
 def difference_cells(figures: dict) -> list[str]:
@@ -474,20 +444,18 @@ def difference_cells(figures: dict) -> list[str]:
     return [points, f"{figures['p']:.2g}"]
 
 
-def accuracy_row(label: str, figures: dict, k: int, code_columns: list[str]) -> list[str]:
+def accuracy_row(label: str, figures: dict, k: int) -> list[str]:
     if figures["seeds"] > 1:
         label += f", {figures['seeds']} seeds, standard deviation {100 * figures['spread']:.1f}"
     cells = [label, percent(figures["accuracy"], figures["interval"])]
     if k > 1:
         cells += [percent(figures["curves"][kind][-1]) for kind in ("maj", "pass")]
+    versus = ["base", "", ""]
     if "p" in figures:
-        won_lost = f"{len(figures['won'])} / {len(figures['lost'])}"
-        cells += [*difference_cells(figures), won_lost]
-    else:
-        cells += ["base", "", ""]
+        versus = [*difference_cells(figures), f"{len(figures['won'])} / {len(figures['lost'])}"]
     no_answer = figures["unparsable"] + figures["too_long_a_prompt"]
-    cells += [str(figures["unfinished"]), str(no_answer), f"{figures['mean_tokens']:.0f}"]
-    return cells + [f"{figures['code'].get(name, 0):.2f}" for name in code_columns]
+    counts = [str(figures["unfinished"]), str(no_answer), f"{figures['mean_tokens']:.0f}"]
+    return [*cells, *versus, *counts, *(f"{share:.2f}" for share in figures["code"].values())]
 
 
 def power_note(name: str, benchmark: dict) -> str:
@@ -503,26 +471,18 @@ def power_note(name: str, benchmark: dict) -> str:
 
 def accuracy_table(benchmarks: dict, k: int) -> tuple[str, list[str], list[list[str]], str]:
     """The main table of the benchmarks with k responses to each problem."""
-    models = sum((list(benchmark["models"].values()) for benchmark in benchmarks.values()), [])
-    code_columns = [
-        name for name in CODE_COLUMNS if any(name in figures["code"] for figures in models)
-    ]
-    rows = []
+    rows, code = [], {}
     for name, benchmark in benchmarks.items():
         for label, figures in benchmark["models"].items():
-            cells = accuracy_row(label, figures, k, code_columns)
-            rows.append([f"{name} ({benchmark['problems']})", *cells])
+            rows.append([f"{name} ({benchmark['problems']})", *accuracy_row(label, figures, k)])
+            code |= figures["code"]
     note = " ".join(power_note(name, benchmark) for name, benchmark in benchmarks.items())
-    if k == 1:
-        title = "Accuracy"
-        head = ["benchmark", "model", "accuracy (95 % interval)"]
-        head += ["against the base, points", "p", "won / lost"]
-    else:
-        title = f"Accuracy of {k} responses to each problem"
-        head = ["benchmark", "model", f"avg@{k} (95 % interval)", f"maj@{k}", f"pass@{k}"]
-        head += ["against the base, points", "p", "won / lost by majority"]
-    head += ["unfinished", "no answer", "tokens", *code_columns]
-    return title, head, rows, note
+    title, shares, by = "Accuracy", ["accuracy (95 % interval)"], ""
+    if k > 1:
+        title, by = f"Accuracy of {k} responses to each problem", " by majority"
+        shares = [f"avg@{k} (95 % interval)", f"maj@{k}", f"pass@{k}"]
+    head = ["benchmark", "model", *shares, "against the base, points", "p", f"won / lost{by}"]
+    return title, [*head, "unfinished", "no answer", "tokens", *code], rows, note
 
 
 def tables_of(summary: dict) -> list[tuple[str, list[str], list[list[str]], str]]:
@@ -581,12 +541,11 @@ def write_report(summary: dict, out: Path, pictures: tuple[Path, ...] = ()) -> s
     parts = []
     for title, head, rows, note in tables_of(summary):
         ruler = ["---", "---", *["---:"] * (len(head) - 2)]
-        lines = []
+        table = ""
         for row in (head, ruler, *rows):
             cells = [cell.replace("|", "\\|").replace("\n", " ") for cell in row]
-            lines.append(f"| {' | '.join(cells)} |")
-        table = "\n".join(lines)
-        parts.append(f"## {title}\n\n{table}\n\n{note}".rstrip())
+            table += f"| {' | '.join(cells)} |\n"
+        parts.append(f"## {title}\n\n{table}\n{note}".rstrip())
     shown = [f"![{path.stem}]({path.name})" for path in pictures]
     shown = shown or [f"Pictures, and a page with responses: `python analysis/report.py {out}`."]
     text = "\n\n".join(["# Evaluation", about(summary), parts[0], *shown, *parts[1:]])
@@ -603,23 +562,16 @@ def model_groups(names: tuple[str, ...]) -> dict[str, list[str]]:
     """Label -> models. NAME=A,B gives its own label; a plain folder or hub id is its own."""
     groups = {}
     for name in names:
-        label, models = name, name
-        if "=" in name and not Path(name).exists():
-            label, models = name.split("=", 1)
-        if label in groups:
-            stop(f"--models: {label} comes twice")
-        groups[label] = models.split(",")
+        if Path(name).exists():
+            label, group = name, [name]
+        else:
+            label, models = name.split("=", 1) if "=" in name else (name, name)
+            group = models.split(",")
+        groups.setdefault(label, []).extend(group)
     models = sum(groups.values(), [])
-    if len({file_name(model) for model in models}) < len(models) or not all(models):
-        stop(
-            f"--models: {', '.join(models)}: the same model (or file name) twice, or an empty name"
-        )
-    for label, group in groups.items():
-        if len(group) > 1 and label in models:
-            stop(
-                f"--models: {label} is the name of several seeds and of one of the models; "
-                "give another name"
-            )
+    clash = any(label in models and group != [label] for label, group in groups.items())
+    if clash or len(set(map(file_name, models))) < len(models) or not all(models):
+        stop(f"--models {' '.join(names)}: a model, file name or NAME comes twice, or is empty")
     return groups
 
 
@@ -637,8 +589,11 @@ def evaluate(args: Args, groups: dict[str, list[str]]) -> tuple[dict, dict]:
     benchmarks = {path.stem: load_problems(path)[: args.limit] for path in args.data}
     labels = {model: label for label, group in groups.items() for model in group}
     apart = len(labels) > 1 and not args.base_url and (args.own_process or not cpu_options())
-    for model in labels:
-        check_model(args, model, benchmarks)
+    for model in labels:  # before the first starts: hours may go by until a model's turn
+        load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs)
+        weights = any(file.suffix in (".safetensors", ".bin") for file in Path(model).glob("*"))
+        if Path(model).is_dir() and not weights and not args.base_url:
+            stop(f"--models {model}: a folder without weights; has its training ended?")
     tables, runs = {name: {} for name in benchmarks}, {}
     for number, (model, label) in enumerate(labels.items()):
         place = {"number": number, "label": label}
@@ -646,25 +601,12 @@ def evaluate(args: Args, groups: dict[str, list[str]]) -> tuple[dict, dict]:
         if counts := in_own_process(answer_this) if apart else answer_this():
             runs[model] = counts
         for name, problems in benchmarks.items():
-            rows = {}
-            for row in read_rows(path_of(args, name, model), ()):
-                rows[row["id"], row["sample"]] = row
+            rows = read_rows(path_of(args, name, model), ())
+            by_key = {(row["id"], row["sample"]): row for row in rows}
             tables[name][model] = [
-                [rows[problem["id"], i] for i in range(args.samples)] for problem in problems
+                [by_key[problem["id"], i] for i in range(args.samples)] for problem in problems
             ]
     return tables, runs
-
-
-def check_model(args: Args, model: str, benchmarks: dict[str, list[dict]]):
-    """Stop where a model with rows to make is not there: hours may go by before its turn comes."""
-    paths = [path_of(args, name, model) for name in benchmarks]
-    done = sum(path.read_bytes().count(b"\n") for path in paths if path.is_file())
-    if done >= args.samples * sum(map(len, benchmarks.values())):
-        return
-    load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs)
-    weights = any(file.suffix in (".safetensors", ".bin") for file in Path(model).glob("*"))
-    if Path(model).is_dir() and not weights and not args.base_url:
-        stop(f"--models {model}: a folder without weights; has its training ended?")
 
 
 def in_own_process(work):
@@ -699,9 +641,8 @@ def answer_model(args: Args, model: str, benchmarks: dict[str, list[dict]], plac
         "model": model_id(model),
         "code": source_hashes(ROW_CODE),
     }
-    todo = []
+    todo, outputs = [], []
     with contextlib.ExitStack() as stack:
-        outputs = []
         for path, (name, problems) in zip(args.data, benchmarks.items(), strict=True):
             about = {**place, "inputs": file_hashes(path)}
             output = Output(path_of(args, name, model), settings, args.accept_edit, **about)
@@ -730,14 +671,12 @@ async def answer_all(
         output.write(row)
         tokens += row["tokens"]
 
-    try:
-        rows = sum(len(output.rows) for output in {output for _, _, output in todo})
+    rows = sum(len(output.rows) for output in {output for _, _, output in todo})
+    with contextlib.closing(grader):
         async with engine(args, model, rows) as generate:
             began = time.time()
             await run_all(todo, work, in_flight(args, generate), model[-30:])
             seconds = time.time() - began
-    finally:
-        grader.close()
     return {
         "gradings killed": grader.kills,
         "tokens": tokens,
@@ -761,12 +700,7 @@ def main(args: Args):
     tables, runs = evaluate(args, groups)
     summary = {**summary_of(groups, tables, decoding_of(vars(args)), args.seed), "runs": runs}
     print(write_report(summary, args.out))
-    models = sum(map(len, groups.values()))
-    problems = sum(benchmark["problems"] for benchmark in summary["benchmarks"].values())
-    print(
-        f"{args.out / 'report.md'}: {models} models, {problems} problems each, "
-        f"{time.time() - began:.1f} s; {runs}"
-    )
+    print(f"{args.out / 'report.md'}: {time.time() - began:.1f} s; {runs}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -958,13 +892,8 @@ class Output:
         except OSError as error:
             stop(f"{path}: {error}; give another --out")
         lock(self.file, path)
-        atexit.register(self.close)
-        try:
-            if path.stat().st_size:
-                self.resume()
-        except SystemExit:
-            self.close()
-            raise
+        if path.stat().st_size:
+            self.resume()
 
     def resume(self):
         """Read what is there, if it was made with the same code and settings."""
@@ -973,7 +902,7 @@ class Output:
         try:
             meta = json.loads(self.meta_path.read_text(encoding="utf-8"))
             old, self.edits = meta["settings"], meta.get("edits", [])
-        except (ValueError, KeyError):  # of data/download.py, for one
+        except (ValueError, KeyError, TypeError):  # of data/download.py, for one
             stop(f"{self.meta_path}: holds no settings of a stage; give another --out")
         # names whose hashes differ
         edited = sorted(dict(old.get("code", {}).items() ^ self.settings.get("code", {}).items()))
@@ -1033,7 +962,6 @@ class Output:
 
     def close(self):
         """Leave the file to other processes; one without a row is removed."""
-        atexit.unregister(self.close)
         if not self.file.closed and self.path.exists() and not self.path.stat().st_size:
             self.path.unlink()
             self.meta_path.unlink(missing_ok=True)
@@ -1183,8 +1111,6 @@ UNITS = (
     r"|(?:[cdkm]m|[km]g|m[lL]|ft|in|yd|mi|hr|oz|lb|sq|cu)\b)"
     r"[A-Za-z\s./]*(?:\^\{?\d\}?)?)\.?$"
 )
-# Copied from 01_sample_errors.py
-SCALES = {"halves": "/2", "thirds": "/3"}
 
 
 # Copied from 01_sample_errors.py
@@ -1203,21 +1129,16 @@ SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads
     (r"(?<=\d)(?:\{,\}|,?\s*\\[!,]\s?)(?=\d{3}(?!\d))", ""),
     (r"\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\\[!()$\[\]]", ""),
     # Rs. 1000 and 1000 Rs; rs is a product
-    (
-        r"^\s*(?:\\\w+\s*\{\s*)?[Rr]s\b\.?\s*\}?(?=[\s~\\,;$]*\d)|(?<=\d)\s+[Rr]s\.?\s*$|₹",
-        "",
-    ),
+    (r"^ ?(?:\\\w+ ?\{ ?)?[Rr]s\b\.? ?\}?(?=[\s~\\,;$]*\d)|(?<=\d) +[Rr]s\.? ?$|₹", ""),
     (r"[$€£¥\"]|\\(?:text)?color\s*\{\w+\}|\s*\(?\\?[pb]?mod\b.*|[\s.,;。]+$", ""),
     (r"\*\*", "^"),
-    (r"\*", r"\\cdot "),
     # 90^\circ, 68°F
     (r"(?:°|\^\s*\{?\s*\\circ\s*\}?)(?:\s*(?:\\text\{)?[CF]\}?(?![a-zA-Z]))?", ""),
     (r"\\\\\[[\w.]+\]", r"\\\\"),  # \\[4pt] between the rows of a matrix
     (r"(?<!\\)\\(?:q?quad(?![a-zA-Z])|[,;: ])|~", " "),
-    (
-        r"(?<=[\d}])\s*(?:\\\w+\{\s*)?\b(per\s?cent|pct|halves|thirds)\b\s*\}?",
-        lambda match: SCALES.get(match[1], "%"),
-    ),
+    (r"(?<=[\d}])\s*(?:\\\w+\{\s*)?\b(?:per\s?cent|pct)\b\s*\}?", "%"),
+    (r"(?<=[\d}])\s*(?:\\\w+\{\s*)?\bthirds\b\s*\}?", "/3"),
+    (r"(?<=[\d}])\s*(?:\\\w+\{\s*)?\bhalves\b\s*\}?", "/2"),
     # 5m may be a product
     (UNITS, lambda match: match[0] if re.search(NO_UNIT, match[0]) else ""),
     (TEXT, r" \1 "),
@@ -1232,7 +1153,7 @@ SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads
     (r"(?<=\d)[eE]([-+]?)0*(\d{1,3})(?!\w)", r"\\cdot 10^{\1\2}"),
     (r"(?<![\d.])(\d+)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
     # (1,234) and 45, 135 stay
-    (r"^\s*[-+]?\d{1,3}([,\s]\d{3})+(\.\d*)?\s*$", lambda match: re.sub(r"[,\s]", "", match[0])),
+    (r"(?:^|=) ?[-+]?\d{1,3}([, ]\d{3})+(\.\d*)? ?$", lambda n: re.sub("[, ]", "", n[0])),
     (r"_\{(\w)\}", r"_\1"),
     (r"(?<![\da-zA-Z]) | (?![\da-zA-Z])", ""),
 )
@@ -1250,9 +1171,8 @@ IS_TEXT = re.compile(
     r"|-?[\dA-F.]+_\{?\d+\}?|.*\d:\d\d.*|.*\d:\d+:\d.*"
 )
 # Copied from 01_sample_errors.py
-FUNCTION = re.compile(
-    r"[a-zA-Z](?:'|_\w|\^\{[^{}]*\})*\((?:[^()]|\([^()]*\))*\)="
-)  # f(x)=, f^{-1}(x)=
+# f(x)=, f^{-1}(x)=
+FUNCTION = re.compile(r"[a-zA-Z](?:'|_\w|\^\{[^{}]*\})*\((?:[^()]|\([^()]*\))*\)=")
 # Copied from 01_sample_errors.py
 # options and nothing else
 IS_LETTERS = re.compile(r"(?=[^A-J]*[A-J])(?:[\s()\[\].,:;&']|and|or|\b[A-J]\b)+")
@@ -1300,8 +1220,7 @@ def right_side(answer: str) -> str:
         names = re.sub(r"(?<=\d),(?=\d{3})|\([^()]*\)|\{[^{}]*\}", "", names)
     if re.search(r"[,;，、；或]|\\lor\b|\\vee\b|\b(?:and|or)\b", names, re.I):
         return answer
-    # x = 1,000
-    return re.sub(r"^[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?$", lambda n: n[0].replace(",", ""), value)
+    return value
 
 
 # Copied from 01_sample_errors.py
@@ -1319,14 +1238,10 @@ def stated_number(sentence: str) -> str | None:
     """The number of a sentence that has one, between spaces, and no other mathematics."""
     numbers = re.findall(r"(?<!\S)-?\$?-?(?:\d[\d,]*\.?\d*)%?\$?(?=[.,;:]?(?:\s|$))", sentence)
     has_more = len(re.findall(r"[\d.]*\d", sentence.replace(",", ""))) > 1
+    bad = rf"[\\^_=+*/<>]|{CHANGES}|\b(?:(?:more|less|most|least)\b|not|twice|double|triple|{TERM})"
     if len(numbers) != 1 or has_more or len(re.findall(WORD, sentence)) < 2:
         return None
-    if re.search(
-        rf"[\\^_=+*/<>]|{CHANGES}|\b(?:more|less|most|least)\b|\b(?:not|twice|double|triple|{TERM})",
-        sentence,
-    ):
-        return None
-    return re.sub(r"[$,]", "", numbers[0]).rstrip(".")
+    return None if re.search(bad, sentence) else re.sub(r"[$,]", "", numbers[0]).rstrip(".")
 
 
 # Copied from 01_sample_errors.py
@@ -1386,23 +1301,14 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
 
     # else it says at every call that its time limit is off
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    latex = math_verify.LatexExtractionConfig(
-        boxed_match_priority=0,
-        # with units, 5m = 5
-        normalization_config=NormalizationConfig(
-            units=False, malformed_operators=True, boxed="last"
-        ),
-    )
+    rules = NormalizationConfig(units=False, malformed_operators=True, boxed="last")  # or 5m = 5
+    latex = math_verify.LatexExtractionConfig(boxed_match_priority=0, normalization_config=rules)
 
     def parsed(text: str):
         boxed = "\\boxed{" + text.replace("%", "\\cdot 10^{-2}") + "}"  # bare x-1=0 is 0
         if re.search(r"(?<![_\d])\d+ \d", boxed):
             raise ValueError("math-verify: 1 2 = 3")
-        [value] = math_verify.parse(
-            boxed, [latex], "no_fallback", "first_match", parsing_timeout=None
-        )
-        if isinstance(value, sympy.Eq) and isinstance(value.rhs, sets.FiniteSet):  # x = 1, 2
-            value = value.rhs
+        [value] = math_verify.parse(boxed, [latex], "no_fallback", "first_match", None)
         i = {x: sympy.I for x in value.free_symbols if x.name == "i"}
         if i and isinstance(value, sympy.Eq) and value.lhs.is_Symbol:
             value = value.rhs  # of z = 2 + 7i: z is real for sympy, which makes it false
@@ -1470,9 +1376,7 @@ class Grader:
     def __init__(self, seconds: float = 10.0):
         self.seconds, self.kills, self.verdicts, self.pool = seconds, 0, {}, None
 
-    async def __call__(
-        self, gold: str, prediction: str | None, problem: str = "", rules=STRICT
-    ) -> bool:
+    async def __call__(self, gold: str, prediction: str | None, problem="", rules=STRICT) -> bool:
         """Whether the prediction is the gold answer. Where this is a letter and the problem lists
         options, the value of its option counts as the letter, unless another option has it too.
         `rules`: what is quick, and what needs a process."""
@@ -1483,18 +1387,14 @@ class Grader:
         verdict = self.verdicts.get(key, quick(gold, prediction))
         if verdict is None:
             verdict = self.verdicts[key] = await self.slow_verdict(slow, gold, prediction)
-        if verdict or not problem or len(gold) > 19:
+        values = {} if verdict or len(gold) > 19 else options(problem)
+        if not values:
             return verdict
-        letter = re.fullmatch(r"\(?([A-J])\)?", spelled(gold))
-        values = options(problem) if letter else {}
-        if not letter or letter[1] not in values:
+        letter, said = (spelled(text).strip("()") for text in (gold, prediction))
+        # an option's name is one even where another option has it for its value
+        if letter not in values or said in values:
             return verdict
-        # an option's name, even where another option has it for its value
-        named = re.fullmatch(r"\(?([A-J])\)?", spelled(prediction))
-        if named and named[1] in values:
-            return verdict
-        named = [key for key in values if await self(values[key], prediction, "", rules)]
-        return named == [letter[1]]
+        return [k for k in values if await self(values[k], prediction, "", rules)] == [letter]
 
     async def slow_verdict(self, rule, gold: str, prediction: str) -> bool:
         """By a process; False where it is killed, or `rule` raises, which may be anything."""
@@ -1561,9 +1461,8 @@ def render_prompt(tokenizer, problem: str, opening: str) -> str:
     ValueError: the template fails."""
     user = {"role": "user", "content": USER_TURN.format(problem=problem), "problem": problem}
     try:
-        render = functools.partial(
-            tokenizer.apply_chat_template, tokenize=False, **getattr(tokenizer, "switches", {})
-        )
+        switches = {"tokenize": False, **getattr(tokenizer, "switches", {})}
+        render = functools.partial(tokenizer.apply_chat_template, **switches)
         prompt = render([user], add_generation_prompt=True)
         turn, mark, _ = render([user, {"role": "assistant", "content": MARK}]).rpartition(MARK)
     except Exception as error:  # a template raises what it likes
@@ -1572,9 +1471,8 @@ def render_prompt(tokenizer, problem: str, opening: str) -> str:
         raise ValueError("the chat template leaves out or changes the assistant's final message")
     # What the model wrote itself after `prompt`: its thoughts, or the space that Mistral's
     # templates put before a turn.
-    thought = opening.startswith("<think>") or (
-        "</think>" in opening and prompt.endswith("<think>\n")
-    )
+    ends_thought = "</think>" in opening and prompt.endswith("<think>\n")
+    thought = opening.startswith("<think>") or ends_thought
     spaced = opening.startswith(" ") and turn == prompt + " "
     return (prompt if thought or spaced or not opening else turn) + opening
 
@@ -1706,11 +1604,9 @@ class Engine:
                 return [REFUSED] * n
             reason = " ".join(str(error).split())[:300]
             stop(f"vLLM has failed ({reason}); run the same command to resume")
-        completions, tokens = [], 0
-        for output in sorted(reply.outputs, key=lambda output: output.index):
-            text_and_end = {"text": output.text, "finish_reason": output.finish_reason}
-            completions.append(REFUSED | text_and_end)
-            tokens += len(output.token_ids)
+        made = reply.outputs  # in the order of their index
+        completions = [REFUSED | {"text": o.text, "finish_reason": o.finish_reason} for o in made]
+        tokens = sum(len(output.token_ids) for output in made)
         completions[0] |= {"tokens": tokens, "prompt_tokens": len(ids)}
         return completions
 
@@ -1790,9 +1686,7 @@ def in_flight(args, generate, requests: int = 1) -> int:
 
 
 # Copied from 01_sample_errors.py
-def connect(
-    url: str, model: str, key_name: str, timeout: float = 3600.0, code: bool = False
-) -> openai.AsyncOpenAI:
+def connect(url: str, model: str, key_name: str, timeout: float = 3600.0, code: bool = False):
     """A client of a running server, whose key is in the environment; stops where the server has no
     such model, or runs no `code`. The client itself tries 408, 409, 429, 5xx, timeouts and dropped
     connections again, with backoff."""
@@ -1823,69 +1717,49 @@ def fewer_tokens(prompt: list, asked: int, refusal: str) -> list[int]:
     its words, less one for SGLang, then 1, which a prompt that is too long by itself does not get
     either."""
     context = re.search(r"(?:context (?:length|size)|max_model_len)\D{0,30}(\d+)", refusal)
-    length = re.search(
-        r"(\d+) (?:input tokens|tokens from the input|in the (?:messages|prompt))", refusal
-    )
-    room = 0
-    if context and length:
-        room = int(context[1]) - int(length[1])
-    elif context and not isinstance(prompt[0], dict):
-        room = int(context[1])
-        if not isinstance(prompt, str):  # of a text the tokens are not known here
-            room -= len(prompt)
+    length = re.search(r"(\d+) (?:input tokens|tokens from|in the (?:messages|prompt))", refusal)
+    # the tokens of a text or of messages are not known here
+    size = int(length[1]) if length else 0 if isinstance(prompt, str) else len(prompt)
+    room = int(context[1]) - size if context else 0
     return [tokens for tokens in (room, room - 1, 1) if 0 < tokens < asked]
 
 
 # Copied from 01_sample_errors.py
-async def complete(
-    client, model: str, prompt: list | str, seed: int, n: int = 1, **sampling
-) -> list[dict]:
-    """n completions of a server for token ids, text or messages: {"text", "finish_reason",
-    "tokens", "prompt_tokens"}, and "counts" of serving/code_server.py; the tokens of all n stand in
-    the first. A prompt that is too long by itself is "refused". `max_tokens` is cut to the room
-    that is left, which not every server does. Any other refusal ends the run."""
-    chat = isinstance(prompt[0], dict)
-    if chat:
-        create, request = client.chat.completions.create, {"messages": prompt, **sampling}
-    else:  # a policy: its sampling is ours alone, whatever the server was started with
-        create, request = client.completions.create, {"prompt": prompt, **sampling}
-        fields = NEUTRAL | sampling.get("extra_body", {})
-        if "stop" in sampling:  # stays in the text: vLLM's name and SGLang's
-            fields |= {"include_stop_str_in_output": True, "no_stop_trim": True}
-        request["extra_body"] = fields
-    if limit := getattr(client, "token_limit", ""):
-        request[limit] = request.pop("max_tokens")
+async def complete(client, model: str, prompt, seed: int, n: int = 1, **sampling) -> list[dict]:
+    """n completions of a server for token ids or text: {"text", "finish_reason", "tokens",
+    "prompt_tokens"}, and "counts" of serving/code_server.py; the tokens of all n stand in the
+    first. A prompt that is too long by itself is "refused". `max_tokens` is cut to the room that is
+    left, which not every server does. Any other refusal ends the run."""
+    # a policy's sampling is ours alone, whatever the server was started with
+    fields = NEUTRAL | sampling.pop("extra_body", {})
+    if "stop" in sampling:  # stays in the text: vLLM's name and SGLang's
+        fields |= {"include_stop_str_in_output": True, "no_stop_trim": True}
+    request = {"model": model, "prompt": prompt, "extra_body": fields, **sampling}
     refusal, smaller = "", None
     for pause in (0.25, 0.5, 1, 2, 4, 8):
         try:
-            reply = await create(model=model, n=n, seed=seed, **request)
+            reply = await client.completions.create(n=n, seed=seed, **request)
             completions = []
             for choice in reply.choices:
                 end, counts = choice.finish_reason, getattr(choice, "counts", {})
                 if end in ("abort", "error"):  # a server that is being stopped
                     raise ValueError(f"the server ends a request by {end}")
-                text = said(choice.message) if chat else choice.text or ""
-                text = text.encode(errors="replace").decode()  # JSON may hold half a character
+                # JSON may hold half a character
+                text = (choice.text or "").encode(errors="replace").decode()
                 completions.append(REFUSED | {"text": text, "finish_reason": end, "counts": counts})
             if len(completions) != n:
                 raise ValueError(f"{len(completions)} choices instead of {n}")
             if smaller == []:
-                option = "--judge-max-tokens" if chat else "--max-tokens"
-                stop(f"{option} is more than the server allows ({refusal}); give less")
+                stop(f"--max-tokens, or a judge's, is more than the server allows ({refusal})")
             tokens, prompt_tokens = reply.usage.completion_tokens, reply.usage.prompt_tokens
             completions[0] |= {"tokens": tokens, "prompt_tokens": prompt_tokens}
             return completions
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            if not limit and "Use 'max_completion_tokens'" in str(error):
-                # of OpenAI's reasoning models; the next requests have it at once
-                limit = client.token_limit = "max_completion_tokens"
-                request[limit] = request.pop("max_tokens")
-                continue
             if smaller is None:
                 refusal = str(error)[:300]
-                smaller = fewer_tokens(prompt, request[limit or "max_tokens"], refusal)
+                smaller = fewer_tokens(prompt, request["max_tokens"], refusal)
             if smaller:
-                request[limit or "max_tokens"] = smaller.pop(0)
+                request["max_tokens"] = smaller.pop(0)
                 continue
             if TOO_LONG.search(str(error)):
                 return [REFUSED] * n
@@ -1897,13 +1771,6 @@ async def complete(
             stop(f"the server does not answer ({reason}); run the same command to resume")
         await asyncio.sleep(pause)
     stop(f"the server does not answer with completions ({garbage}); run the same command to resume")
-
-
-# Copied from 01_sample_errors.py
-def said(message) -> str:
-    """A chat answer; of a reasoning model whose parser took all for thought, the thought."""
-    names = ("content", "reasoning", "reasoning_content")
-    return next((text for name in names if (text := getattr(message, name, ""))), "")
 
 
 # Copied from 01_sample_errors.py

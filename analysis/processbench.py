@@ -225,7 +225,7 @@ def critic_key(row: dict) -> tuple:
 
 async def criticize(args: Args, rows: list[dict], output) -> None:
     """Ask the critic about the rows that are not there yet."""
-    client = LOCATE.connect(args.base_url, args.model, "JUDGE_API_KEY")
+    client = LOCATE.Chat(LOCATE.connect(args.base_url, args.model, "JUDGE_API_KEY"))
     sampling = {"temperature": 0.0} if args.votes == 1 else {"temperature": 1.0, "top_p": 0.9}
     sampling["max_tokens"] = args.max_tokens
 

@@ -485,10 +485,10 @@ def rectified(rows: list[dict], rollouts: dict, completion: dict | None, n: int 
 
 def test_kept_continuations_are_those_of_the_steps_before_the_error():
     kept = {
-        (0, k): [{"text": text, "finish_reason": "stop", "correct": True}]
+        str(k): [{"text": text, "finish_reason": "stop", "correct": True}]
         for k, text in enumerate((" zero", " 2 * 2 = 4.\nStep 3: \\boxed{4}", " two"))
     }
-    pairs, counts = rectified([row_with_an_error()], {"a": kept}, None)
+    pairs, counts = rectified([row_with_an_error()], {("a", 0): kept}, None)
     assert [pair["chosen"] for pair in pairs] == [" 2 * 2 = 4.\n"]
     assert counts["continuations reused"] == 1
 

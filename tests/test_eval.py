@@ -115,17 +115,22 @@ def test_an_interval_of_problems_that_all_fail_has_a_width():
         assert high == 1 and low == pytest.approx(0.8865, abs=1e-4)
 
 
-def test_a_models_process_that_is_killed_is_one_line(tmp_path):
-    """As by the system, where memory runs out."""
+@pytest.mark.parametrize(
+    "work, said",
+    [
+        ("signal.raise_signal, signal.SIGKILL", "the process of a model was killed"),
+        ("EVAL.stop, 'no such option'", ": error: no such option"),
+    ],
+)
+def test_a_models_process_that_ends_is_one_line(tmp_path, work, said):
+    """Killed as by the system, where memory runs out; or with an error of its own."""
     code = "import functools, importlib, signal\nEVAL = importlib.import_module('05_eval')\n"
-    code += "if __name__ == '__main__':\n"
-    code += "    EVAL.in_own_process(functools.partial(signal.raise_signal, signal.SIGKILL))\n"
-    (tmp_path / "killed.py").write_text(code)
-    command = [sys.executable, tmp_path / "killed.py"]
+    code += f"if __name__ == '__main__':\n    EVAL.in_own_process(functools.partial({work}))\n"
+    (tmp_path / "ends.py").write_text(code)
+    command = [sys.executable, tmp_path / "ends.py"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "the process of a model was killed" in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr and said in done.stderr
 
 
 def test_few_problems_that_differ_leave_a_wide_interval():
@@ -176,11 +181,16 @@ def answers(*predictions) -> list[dict]:
 
 
 def test_majority_and_its_ties():
-    classes, majority = stage(5).classes, stage(5).majority
-    assert classes(answers("8", "7", "8.0", None, "7.0", "\\frac{16}{2}")) == [0, 1, 0, -1, 1, 0]
-    assert majority([0, 1, 1]) == 1
-    assert majority([1, 0, 0, 1]) == 1, "of equally common answers the first"
-    assert majority([-1, -1, -1, 2]) == 2 and majority([-1, -1]) == -1, "no answer has no vote"
+    rows = answers("8", "7", "8.0", None, "7.0", "\\frac{16}{2}")
+    assert stage(5).classes(rows) == [0, 1, 0, -1, 1, 0]
+
+    def is_right(*predictions) -> bool:
+        [right] = stage(5).curves([answers(*predictions)], 0)["final"]
+        return bool(right)
+
+    assert is_right("8", "7", "7.0") and not is_right("8", "7", "8.0")
+    assert is_right("7", "8", "8", "7") and not is_right("8", "7", "7", "8"), "a tie: the first"
+    assert is_right(None, None, None, "7") and not is_right(None, None), "no answer has no vote"
 
 
 def test_pass_and_maj_against_enumeration():
