@@ -55,11 +55,10 @@ def run(
     """Run a stage, or a script of analysis/ or experiments/, as a user does; on an unexpected exit
     status show what it said. What is given `options` of subprocess.run() has a process; all else
     runs here, ten times faster."""
-    command, done = list(map(str, arguments)), None
+    command = list(map(str, arguments))
     if not options:
-        with contextlib.suppress(OtherEngine):
-            done = run_here(module_of(script), command)
-    if not done:
+        done = run_here(module_of(script), command)
+    else:
         done = subprocess.run(
             [sys.executable, module_of(script).__file__, *command],
             capture_output=True,
@@ -146,25 +145,19 @@ def run_script(path: str, *arguments):
         sys.exit(done.returncode)
 
 
-class OtherEngine(Exception):
-    """A stage wants another engine than the session's. The end of one takes another in the same
-    process along."""
-
-
 def shared_engine(start, model: str, options: str = "", seed: int = 0):
-    """The session's engine, of the bundled model, which the first that asks for it starts. close()
-    leaves it as it is."""
-    if (model, options) != (str(TINY / "model"), ""):
-        raise OtherEngine
-    if not ENGINES:
-        ENGINES.append(start(model, "--max-num-seqs 256 --max-model-len 4096", seed=0))
-        ENGINES[0].close = lambda: None
+    """The session's engine of this model, which the first that asks for it starts. close() leaves
+    it as it is, since the end of one takes the others of the process along."""
+    options = options or "--max-num-seqs 256 --max-model-len 4096"
+    if (model, options) not in ENGINES:
+        ENGINES[model, options] = start(model, options, seed=0)
+        ENGINES[model, options].close = lambda: None
         for name in ("LOCAL_WORLD_SIZE", "LD_PRELOAD"):  # vLLM sets them; 04 reads the first
             os.environ.pop(name, None)
-    return ENGINES[0]
+    return ENGINES[model, options]
 
 
-ENGINES = []
+ENGINES = {}
 
 
 def run_killed(number: int, *arguments, journal: Path, kills: int, seed: int, torn: bytes = b""):
@@ -219,7 +212,7 @@ def started():
 
 
 SHARED = {"files", "samples", "world"}  # fixtures that are costly to make
-LONGEST = ("quickstart_recipe", "two_models", "kill_at_any_moment")
+LONGEST = ("quickstart_recipe", "two_models", "kill_at_any_moment", "many_pairs", "training_a_prm")
 
 
 def pytest_itemcollected(item):
@@ -234,12 +227,15 @@ def pytest_itemcollected(item):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """The groups first, then what takes longest alone."""
+    """The groups first, then what takes longest alone; at the end, where a worker may have nothing
+    left to do, what takes no time."""
 
     def rank(item):
         if any(item.iter_markers("xdist_group")):
             return 0
-        return 1 if any(name in item.name for name in LONGEST) else 2
+        if any(name in item.name for name in LONGEST):
+            return 1
+        return 2 if any(item.iter_markers("slow")) else 3
 
     items.sort(key=rank)
 
@@ -296,7 +292,8 @@ def serving(model, log: Path, *options: str):
         *options,
     ]
     key, url = secrets.token_hex(16), f"http://127.0.0.1:{port}/v1"
-    environment = os.environ | {"VLLM_API_KEY": key}
+    # the engine in the server's process: one import of vLLM fewer
+    environment = os.environ | {"VLLM_API_KEY": key, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     with open(log, "w") as file:
         process = subprocess.Popen(
             command,

@@ -633,9 +633,9 @@ def test_a_critic_by_the_papers_protocol(votes, judge, tmp_path):  # noqa: F811
 
 @pytest.mark.slow
 def test_training_a_prm(tmp_path):
-    """A short training on 100 solutions: the loss falls."""
-    labelled(tmp_path / "labels.jsonl", 120)
-    options = ["--data", tmp_path / "labels.jsonl", "--out", tmp_path / "prm", "--held-out", 20]
+    """A short training on 50 solutions: the loss falls."""
+    labelled(tmp_path / "labels.jsonl", 60)
+    options = ["--data", tmp_path / "labels.jsonl", "--out", tmp_path / "prm", "--held-out", 10]
     for given, said in (
         (["--epochs", 0], "--epochs and --batch-size are at least 1"),
         (["--held-out", -1], "--held-out at least 0"),
@@ -646,10 +646,10 @@ def test_training_a_prm(tmp_path):
         (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
         done = run("train_prm", *options, *given, check=False)
         assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
-    options += ["--epochs", 4]
+    options += ["--epochs", 4, "--batch-size", 16]
     run("train_prm", *options)
     figures = json.loads((tmp_path / "prm" / "training.json").read_text())
-    assert figures["solutions"] == 100 and 0 < figures["last loss"] < 0.8 * figures["first loss"]
+    assert figures["solutions"] == 50 and 0 < figures["last loss"] < 0.8 * figures["first loss"]
     run("score_steps", tmp_path / "labels.jsonl", "--prm", tmp_path / "prm")
     right, wrong = [], []
     for row in read(tmp_path / "labels.scored.jsonl"):

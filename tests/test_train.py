@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -134,7 +136,7 @@ def test_shared_prefix_equals_separate_rows(kind, budget, tokenizer, monkeypatch
     assert len(tree.ids) < sum(
         map(
             len,
-            (pairs.prefixes[pairs.prefix[5]], *(s for i in (0, 4, 5) for s in pairs.suffixes[i])),
+            (pairs.prefixes[5], *(s for i in (0, 4, 5) for s in pairs.suffixes[i])),
         )
     )
     assert (
@@ -189,7 +191,7 @@ def test_trees_of_random_sequences():
         spelt = [tuple(tree.ids[at[row]]) for row in sees]
         assert len(set(spelt)) == size, "a sequence stands twice"
         wholes = [
-            (tuple(pairs.prefixes[pairs.prefix[i]]), tuple(suffix))
+            (tuple(pairs.prefixes[i]), tuple(suffix))
             for i in numbers
             for suffix in pairs.suffixes[i]
         ]
@@ -723,6 +725,7 @@ def test_micro_batches_and_processes_do_not_change_the_step(tmp_path, small_mode
         sys.executable,
         "-m",
         "torch.distributed.run",
+        "--standalone",
         "--nproc_per_node",
         "2",
         "04_train_stepdpo.py",
@@ -1019,24 +1022,20 @@ def test_a_policy_that_is_not_its_reference_is_named(capsys):
 
 @pytest.mark.slow
 def test_threads_that_fight_are_named(tmp_path, small_model):
-    """Two threads on a core that other work has too."""
+    """Two threads on a core that another training has too; its one thread waits for no other."""
     write_pairs(tmp_path / "pairs.jsonl", 6)
     core = {min(os.sched_getaffinity(0))}
 
-    def alone():
-        return os.sched_setaffinity(0, core)
+    def train(threads: int) -> str:
+        options = [*common(tmp_path, small_model, f"out{threads}"), "--epochs", 1]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        alone = partial(os.sched_setaffinity, 0, core)
+        return run(4, *options, env=environment, preexec_fn=alone).stderr
 
-    other = subprocess.Popen([sys.executable, "-c", "while True: pass"], preexec_fn=alone)
-    try:
-        for threads in (2, 1):  # one waits for no other
-            options = [*common(tmp_path, small_model, f"out{threads}"), "--epochs", 1]
-            environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-            done = run(4, *options, env=environment, preexec_fn=alone)
-            warnings = done.stderr.count("other work has the cores")
-            assert warnings == (threads == 2), done.stderr
-    finally:
-        other.kill()
-        other.wait()
+    with ThreadPoolExecutor() as pool:
+        of_two, of_one = pool.map(train, (2, 1))
+    assert of_two.count("other work has the cores") == 1, of_two
+    assert "other work has the cores" not in of_one, of_one
 
 
 def test_one_training_writes_a_folder(tmp_path, small_model, monkeypatch, capsys):
@@ -1562,7 +1561,7 @@ def test_kill_at_any_moment_and_go_on_bit_for_bit(tmp_path, small_model):
     run(4, *arguments, timeout=900)  # a process, as the others: bit for bit
     arguments[arguments.index(tmp_path / "whole")] = out = tmp_path / "killed"
     moments, writing = random.Random(0), 0
-    for number in range(5):
+    for number in range(3):
         process = subprocess.Popen(
             [sys.executable, "04_train_stepdpo.py", *map(str, arguments)],
             cwd=ROOT,
@@ -1577,11 +1576,11 @@ def test_kill_at_any_moment_and_go_on_bit_for_bit(tmp_path, small_model):
         if number % 2:
             time.sleep(moments.random() * 0.2)
         else:
-            while process.poll() is None and not list(out.glob("writing-checkpoint-*")):
+            while process.poll() is None and not list(out.glob("writing-checkpoint*")):
                 time.sleep(0.0005)
         process.kill()
         process.wait()
-        writing += bool(list(out.glob("writing-checkpoint-*")))
+        writing += bool(list(out.glob("writing-checkpoint*")))
     assert writing, "no kill met a checkpoint that was being written"
     run(4, *arguments, timeout=900)
     for name, tensor in weights(tmp_path / "whole").items():
@@ -1918,15 +1917,15 @@ def test_estimate_counts_a_launch_file_without_its_gpus(tmp_path):
 
 @pytest.mark.slow
 def test_many_pairs_in_little_memory(tmp_path, small_model):
-    """Through the estimate; 10,000 pairs may add a tenth of the 2 GB that are allowed for
+    """Through the estimate; 5,000 pairs may add a twentieth of the 2 GB that are allowed for
     100,000."""
-    text = [json.dumps(pair(n)) + "\n" for n in range(10_000)]
+    text = [json.dumps(pair(n)) + "\n" for n in range(5_000)]
     arguments = ["--data", tmp_path / "pairs.jsonl", "--model", small_model]
     arguments += ["--out", tmp_path / "out"]
     watch = "import resource, subprocess, sys; subprocess.run(sys.argv[1:]); "
     watch += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     peaks = []
-    for count in (20, 10_000):
+    for count in (20, 5_000):
         (tmp_path / "pairs.jsonl").write_text("".join(text[:count]))
         command = [
             sys.executable,
@@ -1940,7 +1939,7 @@ def test_many_pairs_in_little_memory(tmp_path, small_model):
         for text_of_it in (f"{count} pairs", "GiB for weights, gradients, AdamW", " h; at 40 %"):
             assert text_of_it in done.stderr
         peaks.append(int(done.stdout.splitlines()[-1]) / 2**20)
-    assert not (tmp_path / "out").exists() and peaks[1] - peaks[0] < 0.2, peaks
+    assert not (tmp_path / "out").exists() and peaks[1] - peaks[0] < 0.1, peaks
     (tmp_path / "pairs.jsonl").write_text(
         "".join(text[:7]) + '{"prompt": "torn\n' + "".join(text[7:])
     )
