@@ -23,6 +23,7 @@ SHARED = ROOT.parent / "shared" / "data"
         ("Step 1: a\n**Step 2:** b\n## Step 3. c", 3),
         ("Step 1: a\nStep 1: again\nStep 3: skipped", 1),
         ("Step 1: a\r\nStep 2: b\n\n\n", 2),
+        ("Step 2: the number of its first step\nStep 3: none", 1),
         ("no label at all", 1),
         ("", 0),
         ("Step 1: a\nStep 2: b\nStep 10: not the third\nStep 3: c", 3),

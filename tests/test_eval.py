@@ -94,6 +94,18 @@ def test_the_luck_of_the_seeds_is_students():
     assert (low, high) == pytest.approx((0.515 - half, 0.515 + half), abs=0.004)
 
 
+def test_names_of_models_are_of_one_each(tmp_path, capsys):
+    """A folder may have a comma; a name must not be another's model too."""
+    comma = tmp_path / "b=1,l=2"
+    comma.mkdir()
+    wanted = {"base": ["base"], str(comma): [str(comma)], "t": ["m/a", "m/b"]}
+    assert stage(5).model_groups(("base", str(comma), "t=m/a,m/b")) == wanted
+    for names in (("x", "x"), ("x", "t=x"), ("x", "t=a,b", "a=c"), ("x", "t="), ("m/a", "m-a")):
+        with pytest.raises(SystemExit) as ended:
+            stage(5).model_groups(names)
+        assert ended.value.code == 2 and "comes twice, or is empty" in capsys.readouterr().err
+
+
 def test_models_against_each_other_have_their_sign():
     def table(share: int) -> list:
         rows = [{"id": f"q{i}", "answer": "7", "correct": i % 10 < share} for i in range(60)]

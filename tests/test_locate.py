@@ -476,6 +476,7 @@ def test_the_judge_is_not_asked_about_a_diagram_that_is_not_there(judge, tmp_pat
     judge.script = lambda n, body: verdicts(true_step(body))
     rows = wrong_samples(tmp_path / "samples.jsonl")
     rows[0]["problem"] += " in the diagram?"
+    rows[0]["problem"] += " It is easy."  # no Asymptote code, though "asy" stands in it
     rows[1]["problem"] += " in the diagram? [asy] draw((0,0)--(1,1)); [/asy]"
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["--samples", tmp_path / "samples.jsonl", "--locator", "judge"]
