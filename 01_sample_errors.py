@@ -807,7 +807,8 @@ def quick_verdict(gold: str, prediction: str) -> bool | None:
     if gold == prediction:  # most are
         return bool(gold.strip())
     as_written = prediction
-    if re.fullmatch(r"\s*\d+(?:, +\d+)+\s*", gold) and re.fullmatch(r"\d+(?:,\d+)+", prediction):
+    named, apart = r"(?:\w+\s*=)?\s*", r"-?\d+(?:, +-?\d+)+\s*"
+    if re.fullmatch(named + apart, gold) and re.fullmatch(named + r"-?\d+(?:,-?\d+)+", prediction):
         prediction = prediction.replace(",", ", ")  # 135,225 is a list where the gold is one
     units = [UNIT.findall(answer) for answer in (gold, prediction)]
     if all(units) and units[0] != units[1]:  # 5 m and 5 s
@@ -854,6 +855,8 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
         if re.search(r"(?<![_\d])\d+ \d", boxed):
             raise ValueError("math-verify: 1 2 = 3")
         [value] = math_verify.parse(boxed, [latex], "no_fallback", "first_match", None)
+        if isinstance(value, sympy.Eq) and isinstance(value.rhs, sets.FiniteSet):  # x = 1, 2
+            value = value.rhs
         i = {x: sympy.I for x in value.free_symbols if x.name == "i"}
         if i and isinstance(value, sympy.Eq) and value.lhs.is_Symbol:
             value = value.rhs  # of z = 2 + 7i: z is real for sympy, which makes it false
@@ -925,7 +928,7 @@ class Grader:
         verdict = self.verdicts.get(key, quick(gold, prediction))
         if verdict is None:
             verdict = self.verdicts[key] = await self.slow_verdict(slow, gold, prediction)
-        values = {} if verdict or len(gold) > 19 else options(problem)
+        values = {} if verdict or len(gold) > 19 else options(problem or "")
         if not values:
             return verdict
         letter, said = (spelled(text).strip("()") for text in (gold, prediction))
@@ -1262,7 +1265,7 @@ def fewer_tokens(prompt: list, asked: int, refusal: str) -> list[int]:
     either."""
     context = re.search(r"(?:context (?:length|size)|max_model_len)\D{0,30}(\d+)", refusal)
     length = re.search(r"(\d+) (?:input tokens|tokens from|in the (?:messages|prompt))", refusal)
-    # the tokens of a text or of messages are not known here
+    # the tokens of a text are not known here; those of messages neither, which are few
     size = int(length[1]) if length else 0 if isinstance(prompt, str) else len(prompt)
     room = int(context[1]) - size if context else 0
     return [tokens for tokens in (room, room - 1, 1) if 0 < tokens < asked]
@@ -1293,7 +1296,7 @@ async def complete(client, model: str, prompt, seed: int, n: int = 1, **sampling
             if len(completions) != n:
                 raise ValueError(f"{len(completions)} choices instead of {n}")
             if smaller == []:
-                stop(f"--max-tokens, or a judge's, is more than the server allows ({refusal})")
+                stop(f"--max-tokens or --judge-max-tokens: give less, the server says: {refusal}")
             tokens, prompt_tokens = reply.usage.completion_tokens, reply.usage.prompt_tokens
             completions[0] |= {"tokens": tokens, "prompt_tokens": prompt_tokens}
             return completions

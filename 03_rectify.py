@@ -469,7 +469,7 @@ METHODS = {  # of each its input, and the options that it alone heeds
     "scdpo": ("samples", *SCDPO),
     "dpo": ("samples", "pairs_per_problem"),
 }
-# files: of these each problem's rows are compared, see check_tries()
+# files: of these each problem's rows are compared, in main()
 INPUTS = ("located", "samples", "rollouts")
 
 
@@ -513,8 +513,10 @@ async def make_all(
 def load_input(args: Args) -> dict[str, list[dict]]:
     """Rows by problem, in an order that does not depend on the file's."""
     path, field, kinds, stage = args.samples, "correct", ("correct",), "01_sample_errors.py"
+    nothing = "solutions is right; sample easier problems, or more"
     if args.method == "step-dpo":
         path, field, kinds, stage = args.located, "error_step", (), "02_locate_step.py"
+        nothing = "rows has an error_step; see their reason fields"
     wanted = {"step-dpo": "error_step", "scdpo": "response", "dpo": "prediction"}[args.method]
     rows = read_samples(path, ("answer", "finish_reason", *kinds), args)
     for number, row in enumerate(rows, 1):
@@ -524,7 +526,7 @@ def load_input(args: Args) -> dict[str, list[dict]]:
         if step is not None and not (type(step) is int and 1 <= step <= count):
             stop(f"{path}, row {number}: 'error_step' is {step!r}; its steps are {count}")
     if not any(row[field] for row in rows):
-        stop(f"{path}: no row of {len(rows)} has {field!r}; see their 'reason', or sample more")
+        stop(f"{path}: none of its {len(rows)} {nothing}")
     if args.max_chance < 1 and all(row.get("chance") is None for row in rows):
         stop(f"{path}: no row has the `chance` that --max-chance needs; 02's rollouts give it")
     problems = {}
@@ -533,7 +535,7 @@ def load_input(args: Args) -> dict[str, list[dict]]:
     return dict(islice(problems.items(), args.limit))
 
 
-def load_rollouts(args: Args, settings: dict, problems: dict) -> dict[str, dict]:
+def load_rollouts(args: Args, settings: dict, problems: dict) -> dict[tuple, dict]:
     """Kept completions by (id, sample), then number of steps before them. They must come from the
     same model, sampling and grading, and be of the answers and steps of `problems`."""
     rows = read_rows(args.rollouts, ("id", "sample", "steps", "rollouts"))
@@ -1240,7 +1242,8 @@ def quick_verdict(gold: str, prediction: str) -> bool | None:
     if gold == prediction:  # most are
         return bool(gold.strip())
     as_written = prediction
-    if re.fullmatch(r"\s*\d+(?:, +\d+)+\s*", gold) and re.fullmatch(r"\d+(?:,\d+)+", prediction):
+    named, apart = r"(?:\w+\s*=)?\s*", r"-?\d+(?:, +-?\d+)+\s*"
+    if re.fullmatch(named + apart, gold) and re.fullmatch(named + r"-?\d+(?:,-?\d+)+", prediction):
         prediction = prediction.replace(",", ", ")  # 135,225 is a list where the gold is one
     units = [UNIT.findall(answer) for answer in (gold, prediction)]
     if all(units) and units[0] != units[1]:  # 5 m and 5 s
@@ -1288,6 +1291,8 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
         if re.search(r"(?<![_\d])\d+ \d", boxed):
             raise ValueError("math-verify: 1 2 = 3")
         [value] = math_verify.parse(boxed, [latex], "no_fallback", "first_match", None)
+        if isinstance(value, sympy.Eq) and isinstance(value.rhs, sets.FiniteSet):  # x = 1, 2
+            value = value.rhs
         i = {x: sympy.I for x in value.free_symbols if x.name == "i"}
         if i and isinstance(value, sympy.Eq) and value.lhs.is_Symbol:
             value = value.rhs  # of z = 2 + 7i: z is real for sympy, which makes it false
@@ -1366,7 +1371,7 @@ class Grader:
         verdict = self.verdicts.get(key, quick(gold, prediction))
         if verdict is None:
             verdict = self.verdicts[key] = await self.slow_verdict(slow, gold, prediction)
-        values = {} if verdict or len(gold) > 19 else options(problem)
+        values = {} if verdict or len(gold) > 19 else options(problem or "")
         if not values:
             return verdict
         letter, said = (spelled(text).strip("()") for text in (gold, prediction))
@@ -1697,7 +1702,7 @@ def fewer_tokens(prompt: list, asked: int, refusal: str) -> list[int]:
     either."""
     context = re.search(r"(?:context (?:length|size)|max_model_len)\D{0,30}(\d+)", refusal)
     length = re.search(r"(\d+) (?:input tokens|tokens from|in the (?:messages|prompt))", refusal)
-    # the tokens of a text or of messages are not known here
+    # the tokens of a text are not known here; those of messages neither, which are few
     size = int(length[1]) if length else 0 if isinstance(prompt, str) else len(prompt)
     room = int(context[1]) - size if context else 0
     return [tokens for tokens in (room, room - 1, 1) if 0 < tokens < asked]
@@ -1729,7 +1734,7 @@ async def complete(client, model: str, prompt, seed: int, n: int = 1, **sampling
             if len(completions) != n:
                 raise ValueError(f"{len(completions)} choices instead of {n}")
             if smaller == []:
-                stop(f"--max-tokens, or a judge's, is more than the server allows ({refusal})")
+                stop(f"--max-tokens or --judge-max-tokens: give less, the server says: {refusal}")
             tokens, prompt_tokens = reply.usage.completion_tokens, reply.usage.prompt_tokens
             completions[0] |= {"tokens": tokens, "prompt_tokens": prompt_tokens}
             return completions

@@ -1502,7 +1502,7 @@ def checkpoint_to_resume(
             f"{made} was made before an edit of {', '.join(edited[:6])}; undo it"
             + (" or give another --out" if has_ended else ", give another --out, or --accept-edit")
         )
-    step, seconds = (old["step"], old["seconds"]) if resume else (0, 0.0)
+    step, seconds = (old["step"], old.get("seconds", 0.0)) if resume else (0, 0.0)
     settings["edits"] = old_settings["edits"]
     if edited:
         before = {name: old_settings[name] for name in ("code", "prompt")}
@@ -1523,6 +1523,9 @@ def save_checkpoint(
 ):
     path = args.out / f"checkpoint-{step}"
     temporary = args.out / "writing-checkpoint"  # also of a run that was killed
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+    accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary))
     accelerator.wait_for_everyone()  # others may be writing still, and the folder is renamed
     if accelerator.is_main_process:

@@ -417,8 +417,11 @@ def breakdown(problems: list[dict], rates: np.ndarray, k: int, seed: int) -> dic
     problems)."""
     parts = {}
     for name, other in (("level", "grade"), ("subject", "type")):
-        values = [str(row.get(name, row.get(other))) for row in problems]
-        kinds = sorted(set(values) - {"", "None"})
+        values = []
+        for row in problems:
+            given = (str(row[field]) for field in (name, other) if row.get(field) not in (None, ""))
+            values.append(next(given, ""))
+        kinds = sorted(set(values) - {""})
         for kind in kinds if len(kinds) > 1 else ():
             part = rates[:, [value == kind for value in values]]
             parts.setdefault(name, {})[kind] = {
@@ -444,7 +447,7 @@ def difference_cells(figures: dict) -> list[str]:
     return [points, f"{figures['p']:.2g}"]
 
 
-def accuracy_row(label: str, figures: dict, k: int) -> list[str]:
+def accuracy_row(label: str, figures: dict, k: int, code: dict) -> list[str]:
     if figures["seeds"] > 1:
         label += f", {figures['seeds']} seeds, standard deviation {100 * figures['spread']:.1f}"
     cells = [label, percent(figures["accuracy"], figures["interval"])]
@@ -455,7 +458,7 @@ def accuracy_row(label: str, figures: dict, k: int) -> list[str]:
         versus = [*difference_cells(figures), f"{len(figures['won'])} / {len(figures['lost'])}"]
     no_answer = figures["unparsable"] + figures["too_long_a_prompt"]
     counts = [str(figures["unfinished"]), str(no_answer), f"{figures['mean_tokens']:.0f}"]
-    return [*cells, *versus, *counts, *(f"{share:.2f}" for share in figures["code"].values())]
+    return [*cells, *versus, *counts, *(f"{figures['code'].get(name, 0):.2f}" for name in code)]
 
 
 def power_note(name: str, benchmark: dict) -> str:
@@ -471,11 +474,10 @@ def power_note(name: str, benchmark: dict) -> str:
 
 def accuracy_table(benchmarks: dict, k: int) -> tuple[str, list[str], list[list[str]], str]:
     """The main table of the benchmarks with k responses to each problem."""
-    rows, code = [], {}
-    for name, benchmark in benchmarks.items():
-        for label, figures in benchmark["models"].items():
-            rows.append([f"{name} ({benchmark['problems']})", *accuracy_row(label, figures, k)])
-            code |= figures["code"]
+    models = [pair for each in benchmarks.values() for pair in each["models"].items()]
+    names = [f"{name} ({b['problems']})" for name, b in benchmarks.items() for _ in b["models"]]
+    code = {name: None for _, figures in models for name in figures["code"]}
+    rows = [[name, *accuracy_row(*pair, k, code)] for name, pair in zip(names, models, strict=True)]
     note = " ".join(power_note(name, benchmark) for name, benchmark in benchmarks.items())
     title, shares, by = "Accuracy", ["accuracy (95 % interval)"], ""
     if k > 1:
@@ -560,17 +562,18 @@ def write_report(summary: dict, out: Path, pictures: tuple[Path, ...] = ()) -> s
 
 def model_groups(names: tuple[str, ...]) -> dict[str, list[str]]:
     """Label -> models. NAME=A,B gives its own label; a plain folder or hub id is its own."""
-    groups = {}
+    groups, twice = {}, False
     for name in names:
         if Path(name).exists():
             label, group = name, [name]
         else:
             label, models = name.split("=", 1) if "=" in name else (name, name)
             group = models.split(",")
-        groups.setdefault(label, []).extend(group)
+        twice |= label in groups
+        groups[label] = group
     models = sum(groups.values(), [])
-    clash = any(label in models and group != [label] for label, group in groups.items())
-    if clash or len(set(map(file_name, models))) < len(models) or not all(models):
+    twice |= any(label in models and group != [label] for label, group in groups.items())
+    if twice or len(set(map(file_name, models))) < len(models) or not all(models):
         stop(f"--models {' '.join(names)}: a model, file name or NAME comes twice, or is empty")
     return groups
 
@@ -1261,7 +1264,8 @@ def quick_verdict(gold: str, prediction: str) -> bool | None:
     if gold == prediction:  # most are
         return bool(gold.strip())
     as_written = prediction
-    if re.fullmatch(r"\s*\d+(?:, +\d+)+\s*", gold) and re.fullmatch(r"\d+(?:,\d+)+", prediction):
+    named, apart = r"(?:\w+\s*=)?\s*", r"-?\d+(?:, +-?\d+)+\s*"
+    if re.fullmatch(named + apart, gold) and re.fullmatch(named + r"-?\d+(?:,-?\d+)+", prediction):
         prediction = prediction.replace(",", ", ")  # 135,225 is a list where the gold is one
     units = [UNIT.findall(answer) for answer in (gold, prediction)]
     if all(units) and units[0] != units[1]:  # 5 m and 5 s
@@ -1309,6 +1313,8 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
         if re.search(r"(?<![_\d])\d+ \d", boxed):
             raise ValueError("math-verify: 1 2 = 3")
         [value] = math_verify.parse(boxed, [latex], "no_fallback", "first_match", None)
+        if isinstance(value, sympy.Eq) and isinstance(value.rhs, sets.FiniteSet):  # x = 1, 2
+            value = value.rhs
         i = {x: sympy.I for x in value.free_symbols if x.name == "i"}
         if i and isinstance(value, sympy.Eq) and value.lhs.is_Symbol:
             value = value.rhs  # of z = 2 + 7i: z is real for sympy, which makes it false
@@ -1387,7 +1393,7 @@ class Grader:
         verdict = self.verdicts.get(key, quick(gold, prediction))
         if verdict is None:
             verdict = self.verdicts[key] = await self.slow_verdict(slow, gold, prediction)
-        values = {} if verdict or len(gold) > 19 else options(problem)
+        values = {} if verdict or len(gold) > 19 else options(problem or "")
         if not values:
             return verdict
         letter, said = (spelled(text).strip("()") for text in (gold, prediction))
@@ -1718,7 +1724,7 @@ def fewer_tokens(prompt: list, asked: int, refusal: str) -> list[int]:
     either."""
     context = re.search(r"(?:context (?:length|size)|max_model_len)\D{0,30}(\d+)", refusal)
     length = re.search(r"(\d+) (?:input tokens|tokens from|in the (?:messages|prompt))", refusal)
-    # the tokens of a text or of messages are not known here
+    # the tokens of a text are not known here; those of messages neither, which are few
     size = int(length[1]) if length else 0 if isinstance(prompt, str) else len(prompt)
     room = int(context[1]) - size if context else 0
     return [tokens for tokens in (room, room - 1, 1) if 0 < tokens < asked]
@@ -1750,7 +1756,7 @@ async def complete(client, model: str, prompt, seed: int, n: int = 1, **sampling
             if len(completions) != n:
                 raise ValueError(f"{len(completions)} choices instead of {n}")
             if smaller == []:
-                stop(f"--max-tokens, or a judge's, is more than the server allows ({refusal})")
+                stop(f"--max-tokens or --judge-max-tokens: give less, the server says: {refusal}")
             tokens, prompt_tokens = reply.usage.completion_tokens, reply.usage.prompt_tokens
             completions[0] |= {"tokens": tokens, "prompt_tokens": prompt_tokens}
             return completions

@@ -10,6 +10,7 @@ makes pairs of them and locator_scores.py compares them:
 Click on the step or press its number; n: no error found, u: unsure, s: skip, b: back. Each click is
 saved at once, and the same command run again resumes."""
 
+import atexit
 import contextlib
 import importlib
 import json
@@ -90,6 +91,7 @@ class Verdicts:
         self.rows, self.out, self.annotator = rows, out, annotator
         settings = {"stage": "annotate", "locator": "human", "annotator": annotator}
         self.clicks = LOCATE.Output(journal, settings)
+        atexit.register(self.clicks.close)  # without a click there is no file
         steps = {LOCATE.identity(row): row["steps"] for row in rows}
         self.said = {}
         for click in self.clicks.rows:

@@ -89,7 +89,7 @@ def accelerate_ends():
 
 def run_here(module, command: list[str]) -> subprocess.CompletedProcess:
     """A script in this process: what stands under its `if __name__ == "__main__"`. One that would
-    start an engine of the bundled model gets that of the session."""
+    start an engine gets that of the session for this folder."""
     out, err, status = io.StringIO(), io.StringIO(), 0
     accelerate_ends()
     for value in list(vars(module).values()):

@@ -100,7 +100,14 @@ def test_names_of_models_are_of_one_each(tmp_path, capsys):
     comma.mkdir()
     wanted = {"base": ["base"], str(comma): [str(comma)], "t": ["m/a", "m/b"]}
     assert stage(5).model_groups(("base", str(comma), "t=m/a,m/b")) == wanted
-    for names in (("x", "x"), ("x", "t=x"), ("x", "t=a,b", "a=c"), ("x", "t="), ("m/a", "m-a")):
+    for names in (
+        ("x", "x"),
+        ("x", "t=x"),
+        ("x", "t=a", "t=b"),
+        ("x", "t=a,b", "a=c"),
+        ("x", "t="),
+        ("m/a", "m-a"),
+    ):
         with pytest.raises(SystemExit) as ended:
             stage(5).model_groups(names)
         assert ended.value.code == 2 and "comes twice, or is empty" in capsys.readouterr().err

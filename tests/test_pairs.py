@@ -161,7 +161,7 @@ def test_bad_combinations_are_refused(tmp_path):
     write(tmp_path / "s.jsonl", [solution("a", 0, WRONG[0], False)])
     scdpo = ["--method", "scdpo", "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "p.jsonl"]
     done = run(3, *scdpo, check=False)
-    assert done.returncode == 2 and "no row of 1 has 'correct'" in done.stderr
+    assert done.returncode == 2 and "none of its 1 solutions is right" in done.stderr
     done = run(3, *scdpo, "--first-k", -1, check=False)
     assert done.returncode == 2 and "--first-k" in done.stderr and "at least 0" in done.stderr
     done = run(3, "--pairs-per-problem", 1, check=False)

@@ -1552,7 +1552,7 @@ def test_fields_of_other_formats_do_not_count(tmp_path, tokenizer):
 
 @pytest.mark.slow
 def test_kill_at_any_moment_and_go_on_bit_for_bit(tmp_path, small_model):
-    """kill -9 five times, also while a checkpoint is written; the weights are those of the run
+    """kill -9 three times, also while a checkpoint is written; the weights are those of the run
     that was let be."""
     import random
     import time
