@@ -10,8 +10,9 @@
 #
 # Hardware   one GPU, or two cores and 24 GB
 # Hours      measured on two AVX2 cores in fp32, 183 problems and 161 pairs a method (docs/real_model.md): 02 0.8, 03 1.0, Step-DPO's
-#            training 0.3, DPO's 0.7, SCDPO's 0.6, SFT's 0.4, GSM8K's test part 1.1 a model. A GPU and the defaults below: not measured
-# Memory     18 GB in 04, 10 GB in vLLM, there
+#            training 0.3, DPO's 0.7, SCDPO's 0.6, SFT's 0.4, GSM8K's test part 1.1 a model, 250 problems of MATH 0.4. A GPU and the
+#            defaults below: not measured
+# Memory     18 to 21 GB in 04, 10 GB in vLLM, there
 # Disk       1 GB a trained model, there
 #
 # DATA       folder with gsm8k_train.jsonl, gsm8k_test.jsonl and math_test.jsonl; without it data/download.py makes them in data/
