@@ -10,7 +10,7 @@ setup: .venv/ready
 .venv/ready: $(REQUIREMENTS)
 	$(PYTHON) -m venv .venv
 	@# torch +cpu is on PyTorch's own index. Where pip does not find it, uv knows the address of that index.
-	.venv/bin/pip install --quiet --no-compile -r $(REQUIREMENTS) || { \
+	.venv/bin/pip install --quiet -r $(REQUIREMENTS) || { \
 	  [ $(REQUIREMENTS) = requirements-cpu.txt ] && echo "pip alone cannot; trying with PyTorch's CPU index" >&2 && \
 	  .venv/bin/pip install --quiet uv && \
 	  .venv/bin/uv pip install --quiet --python .venv/bin/python --torch-backend cpu -r $(REQUIREMENTS); } || { \
@@ -24,7 +24,7 @@ quickstart: setup
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash recipes/quickstart.sh
 
 .venv/tests: .venv/ready requirements-test.txt
-	.venv/bin/pip install --quiet --no-compile -r requirements-test.txt
+	.venv/bin/pip install --quiet -r requirements-test.txt
 	touch .venv/tests
 
 # two at a time, a core each; tests that share something costly to make are one group

@@ -176,7 +176,7 @@ def test_bad_combinations_are_refused(tmp_path):
 @pytest.fixture(scope="module")
 def samples(bundled, tmp_path_factory):
     out = tmp_path_factory.mktemp("samples") / "samples.jsonl"
-    run(1, "--data", TINY / "train.jsonl", "--limit", 28, "--n", 4, "--out", out, *SHORT, *bundled)
+    run(1, "--data", TINY / "train.jsonl", "--limit", 40, "--n", 4, "--out", out, *SHORT, *bundled)
     return out
 
 
