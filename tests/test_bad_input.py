@@ -436,7 +436,7 @@ def test_engine_that_does_not_start(tmp_path, capsys):
     assert ended.value.code == 2 and "max_model_len" in message(capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("text", ['{"source": "openai/gsm8k"}', '{"settings": {'])
+@pytest.mark.parametrize("text", ['{"source": "openai/gsm8k"}', '{"settings": {', "[]"])
 def test_a_file_that_no_stage_made_is_not_continued(tmp_path, text):
     """data/download.py writes a meta file too."""
     path = tmp_path / "gsm8k.jsonl"
