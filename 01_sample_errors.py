@@ -1296,7 +1296,7 @@ async def complete(client, model: str, prompt, seed: int, n: int = 1, **sampling
             if len(completions) != n:
                 raise ValueError(f"{len(completions)} choices instead of {n}")
             if smaller == []:
-                stop(f"--max-tokens or --judge-max-tokens: give less, the server says: {refusal}")
+                stop(f"--max-tokens (of 02's judge: --judge-max-tokens): give less; {refusal}")
             tokens, prompt_tokens = reply.usage.completion_tokens, reply.usage.prompt_tokens
             completions[0] |= {"tokens": tokens, "prompt_tokens": prompt_tokens}
             return completions
