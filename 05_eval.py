@@ -1542,6 +1542,34 @@ for process in children:
 
 
 # Copied from 01_sample_errors.py
+def check_size(config):
+    """Stop where the weights of vLLM's `config` are larger than the memory, before it reads them or
+    fetches them from the hub. On the CPU the system would kill the stage without a word."""
+    from vllm.config import OffloadConfig
+    from vllm.platforms import current_platform
+    from vllm.transformers_utils.config import get_safetensors_params_metadata
+
+    model, parallel = config.model_config, config.parallel_config
+    offloads = config.offload_config != OffloadConfig()
+    if model.quantization or offloads or parallel.enable_expert_parallel:
+        return  # the files do not say what a device holds
+    tensors = get_safetensors_params_metadata(model.model, revision=model.revision).values()
+    weights = sum(math.prod(tensor.get("shape", [0])) for tensor in tensors)  # one is the metadata
+    need = weights * model.dtype.itemsize
+    if current_platform.is_cpu():
+        need = need * parallel.data_parallel_size + (config.cache_config.kv_cache_memory_bytes or 0)
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        there = parallel.world_size * current_platform.get_device_total_memory()
+    if need > there:
+        stop(
+            f"{model.model} needs more than {need / 1e9:.1f} GB in {model.dtype}, and there are "
+            f"{there / 1e9:.1f}: take a smaller model, more GPUs (--engine-args="
+            '"--tensor-parallel-size 2") or a server that has it (--base-url)'
+        )
+
+
+# Copied from 01_sample_errors.py
 class Engine:
     """vLLM in this process: `await engine(ids, seed, n, **sampling)` -> n completions as those of
     complete().
@@ -1582,8 +1610,13 @@ class Engine:
                 )
                 self.watcher.stdout.readline()  # it watches now
             # LLM_CLASS: with another context a GPU gets batches of 128 sequences and 2,048 tokens
+            context = UsageContext.LLM_CLASS
+            config = given.create_engine_config(context)
+            check_size(config)
             kind = AsyncLLM if self.replicas > 1 else LLMEngine
-            self.vllm = kind.from_engine_args(given, usage_context=UsageContext.LLM_CLASS)
+            self.vllm = kind.from_vllm_config(
+                config, usage_context=context, disable_log_stats=given.disable_log_stats
+            )
         except Exception as error:  # no memory, no such folder, options that exclude each other ...
             stop(f"vLLM does not start: {' '.join(str(error).split())[:400]}")
         self.seats = self.replicas * self.vllm.vllm_config.scheduler_config.max_num_seqs

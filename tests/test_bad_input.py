@@ -5,6 +5,7 @@ import asyncio
 import errno
 import json
 import os
+import shutil
 
 import pytest
 from conftest import TINY, read, run, stage
@@ -434,6 +435,23 @@ def test_engine_that_does_not_start(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         stage(1).Engine(str(TINY / "model"), "--max-model-len 9000000", 0)
     assert ended.value.code == 2 and "max_model_len" in message(capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_weights_larger_than_the_memory_are_not_loaded(tmp_path):
+    """The file of a terabyte takes no disk: it is a header and a hole."""
+    model = tmp_path / "model"
+    shutil.copytree(TINY / "model", model)
+    header = {"head": {"dtype": "BF16", "shape": [1_000_000, 500_000], "data_offsets": [0, 10**12]}}
+    text = json.dumps(header).encode()
+    with open(model / "model-2.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + 10**12)
+    (tmp_path / "in.jsonl").write_text(json.dumps(GOOD) + "\n")
+    arguments = ["--data", tmp_path / "in.jsonl", "--model", model]
+    assert "needs more than" in message(refused(1, tmp_path, *arguments))
+    offloads = ["--engine-args=--quantization fp8 --max-model-len 9000000"]
+    assert "max_model_len" in message(refused(1, tmp_path, *arguments, *offloads))
 
 
 @pytest.mark.parametrize("text", ['{"source": "openai/gsm8k"}', '{"settings": {', "[]"])
