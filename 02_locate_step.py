@@ -1613,7 +1613,7 @@ def load_tokenizer(model: str, template: Path | None, switches: str):
 
     is_hub_id = re.fullmatch(r"\w[^/]*/[^/]+", model) and not Path(model).exists()
     if not is_hub_id and not (Path(model) / "config.json").is_file():
-        stop(f"--model {model}: neither a folder with a config.json nor a hub id, owner/name")
+        stop(f"model {model}: neither a folder with a config.json nor a hub id, owner/name")
     try:
         # tokenizer.json as it is; AutoTokenizer takes three seconds to import torch, and builds its
         # own for some models
@@ -1627,7 +1627,7 @@ def load_tokenizer(model: str, template: Path | None, switches: str):
         prompt, bos = render_prompt(tokenizer, PROBE, "Step 1:"), tokenizer.bos_token
     except (OSError, ValueError) as error:
         given = f"--chat-template {template}, --chat-template-kwargs {switches}"
-        stop(f"--model {model}, {given}: {str(error).splitlines()[0]}")
+        stop(f"model {model}, {given}: {str(error).splitlines()[0]}")
     if bos and bos not in prompt and tokenizer(PROBE)["input_ids"][0] == tokenizer.bos_token_id:
         message = f"{model}: its chat template renders no {bos}, which its tokenizer puts first"
         todo = "if it was trained with one, give a --chat-template that begins with {{ bos_token }}"
@@ -1734,8 +1734,10 @@ def check_size(config):
     if current_platform.is_cpu():
         need = need * parallel.data_parallel_size + (config.cache_config.kv_cache_memory_bytes or 0)
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:
+    elif current_platform.is_cuda_alike():
         there = parallel.world_size * current_platform.get_device_total_memory()
+    else:  # not every platform says
+        return
     if need > there:
         stop(
             f"{model.model} needs more than {need / 1e9:.1f} GB in {model.dtype}, and there are "
@@ -1911,7 +1913,7 @@ def connect(url: str, model: str, key_name: str, timeout: float = 3600.0, code: 
     except Exception as error:  # no server, another server, no address
         stop(f"--base-url {url}: no list of models from there ({error}); is the server up?")
     if model not in owners:
-        stop(f"--model {model}: the server has {', '.join(owners) or 'no model'}; name one of them")
+        stop(f"model {model}: the server has {', '.join(owners) or 'no model'}; name one of them")
     if code and owners[model] != "code_server":
         stop(f"--base-url {url}: runs no code, as --split blocks needs; see serving/code_server.py")
     # with its 1,000 a larger --concurrency would wait

@@ -1745,7 +1745,7 @@ def load_tokenizer(model: str, template: Path | None, switches: str):
 
     is_hub_id = re.fullmatch(r"\w[^/]*/[^/]+", model) and not Path(model).exists()
     if not is_hub_id and not (Path(model) / "config.json").is_file():
-        stop(f"--model {model}: neither a folder with a config.json nor a hub id, owner/name")
+        stop(f"model {model}: neither a folder with a config.json nor a hub id, owner/name")
     try:
         # tokenizer.json as it is; AutoTokenizer takes three seconds to import torch, and builds its
         # own for some models
@@ -1759,7 +1759,7 @@ def load_tokenizer(model: str, template: Path | None, switches: str):
         prompt, bos = render_prompt(tokenizer, PROBE, "Step 1:"), tokenizer.bos_token
     except (OSError, ValueError) as error:
         given = f"--chat-template {template}, --chat-template-kwargs {switches}"
-        stop(f"--model {model}, {given}: {str(error).splitlines()[0]}")
+        stop(f"model {model}, {given}: {str(error).splitlines()[0]}")
     if bos and bos not in prompt and tokenizer(PROBE)["input_ids"][0] == tokenizer.bos_token_id:
         message = f"{model}: its chat template renders no {bos}, which its tokenizer puts first"
         todo = "if it was trained with one, give a --chat-template that begins with {{ bos_token }}"
