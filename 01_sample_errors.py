@@ -57,7 +57,7 @@ from tqdm import tqdm
 # -------------------------------------------------------------------------------------------------
 # the prompt and the step format
 
-USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
 # How a step begins. The opening, the splitting and the stop strings follow from it.
 STEP = "Step {number}:"
 # no space at the end: it would move the token boundary
@@ -347,19 +347,25 @@ def source_hashes(roots: tuple[str, ...]) -> dict[str, str]:
     gc.collect()  # CPython 3.11: ast.parse() fails when a finalizer parses in the middle of it
     nodes, hashes, names = {}, {}, list(roots)
     for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else node
-        nodes[getattr(target, "id", getattr(target, "name", ""))] = node
+        targets = [node]
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):  # A = B = 1, A["x"] = 1
+            targets = getattr(node, "targets", None) or [node.target]
+            targets = [part for target in targets for part in ast.walk(target)]
+        for target in targets:
+            name = getattr(target, "id", getattr(target, "name", ""))
+            nodes.setdefault(name, []).append(node)
     del nodes["Args"]  # the settings have the options' values
     while names:
         name = names.pop()
         if name in hashes or name not in nodes:
             continue
-        for part in ast.walk(nodes[name]):
+        for part in (part for node in nodes[name] for part in ast.walk(node)):
             if isinstance(part, ast.Name):
                 names.append(part.id)
             elif isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant):
                 part.value = ast.Constant(None)  # a docstring
-        hashes[name] = hashlib.sha256(ast.unparse(nodes[name]).encode()).hexdigest()[:8]
+        source = "\n".join(map(ast.unparse, nodes[name]))
+        hashes[name] = hashlib.sha256(source.encode()).hexdigest()[:8]
     return dict(sorted(hashes.items()))
 
 
@@ -422,9 +428,9 @@ class Output:
             stop(f"{self.path} was made before an edit of {names}; {todo}")
         may_differ = {"code", "prompt"} if edited else set()
         may_differ |= {"opening"} if "OPENING" in edited or "STEP" in edited else set()
-        for name, new in self.settings.items():
-            if old.get(name) != new and name not in may_differ:
-                change = difference(name, old.get(name), new)
+        for name in sorted((old.keys() | self.settings.keys()) - may_differ):
+            if old.get(name) != self.settings.get(name):
+                change = difference(name, old.get(name), self.settings.get(name))
                 todo = "take the old setting, give another --out, or remove the file"
                 stop(f"{self.path} was made with {change}; {todo}")
         self.began -= meta["seconds"]
@@ -1011,7 +1017,7 @@ def render_prompt(tokenizer, problem: str, opening: str) -> str:
     """What the model sees: the problem, and the assistant's `opening` as it is, to be continued. A
     template that wants the problem without USER_TURN's sentence takes it from message['problem'].
     ValueError: the template fails."""
-    user = {"role": "user", "content": USER_TURN.format(problem=problem), "problem": problem}
+    user = {"role": "user", "content": USER_TURN.replace("{problem}", problem), "problem": problem}
     try:
         switches = {"tokenize": False, **getattr(tokenizer, "switches", {})}
         render = functools.partial(tokenizer.apply_chat_template, **switches)

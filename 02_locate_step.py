@@ -105,7 +105,7 @@ has a mistake. The list ends with the first step that is {stop}; if there is non
 step {count}. Write nothing below the list."""
 VERDICTS_HEAD = re.compile(r"^[\W_]*(?:verdicts?|判断|结论|判定)[\W_]*$", re.I | re.M)
 VERDICT_LINE = re.compile(
-    r"[\W_]*(?:step|步骤|第)?\s*(\d+)\s*步?[\s*_`]*[:：.)\-–—|][\s*_`|]*(\w+)[\W_]*", re.I
+    r"[\W_]*(?:(?:step|步骤|第)\s*)?(\d+)\s*步?[\s*_`]*[:：.)\-–—|][\s*_`|]*(\w+)[\W_]*", re.I
 )
 VERDICTS = {
     **dict.fromkeys(("correct", "right", "正确"), "correct"),
@@ -203,9 +203,9 @@ class Args:
 
 def is_alive(right: int, tried: int) -> bool:
     """The threshold of V(k): whether steps 1..k are right, given that `right` of `tried`
-    continuations reach the answer. V(0) has a test of its own in first_wrong_step(). A threshold on
-    right / tried needs --all-rollouts: without it the first right continuation ends the
-    sampling."""
+    continuations reach the answer. V(0) has a test of its own in first_wrong_step(). Without
+    --all-rollouts the sampling ends as soon as this holds. `chance` counts failures alone: it says
+    nothing of another rule."""
     return right > 0
 
 
@@ -265,6 +265,9 @@ async def search(args, n_steps: int, draw, samples: list[int]) -> dict:
         right = sum(count[0] for count in counts)
         return right, sum(count[1] for count in counts) - right
 
+    def is_enough(k: int, right: int, tried: int) -> bool:
+        return tried > 0 and (is_alive(right, tried) if k else right > 0)
+
     async def estimate(k: int) -> tuple[int, int]:
         if k == 0 and samples[0] > 0:
             return samples[0], samples[1]
@@ -275,7 +278,7 @@ async def search(args, n_steps: int, draw, samples: list[int]) -> dict:
         else:
             most = lost_after(*seen_before(k), args.alpha, args.rollouts)
         right, tried = 0, 0
-        while tried < most and (args.all_rollouts or right == 0):
+        while tried < most and (args.all_rollouts or not is_enough(k, right, tried)):
             size = most if args.all_rollouts else min(max(WAVE, tried), most - tried)
             right += sum(await draw(k, tried, size))
             tried += size
@@ -319,9 +322,10 @@ async def by_rollouts(
     """({"error_step", "locator", "reason", "chance", "rollout_values", "rollout_tokens": [of
     prompts, sampled]}, the continuations by number of steps before them).
 
-    `await continue_from(row, prefix, seed, n)` gives n continuations of a solution's first steps by
-    the policy; see complete()."""
+    `await continue_from(row, prefix, seed, n, **sampling_params)` gives n continuations of a
+    solution's first steps by the policy; see complete()."""
     steps, rollouts, tokens = row["steps"], {}, [0, 0]
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
 
     async def is_correct(prefix: str, completion: dict) -> bool:
         if completion["finish_reason"] != "stop":
@@ -331,7 +335,7 @@ async def by_rollouts(
 
     async def wave(prefix: str, size: int, *about) -> tuple[list[dict], list[bool]]:
         seed = seed_of(args.seed, "locate", row["id"], *about)
-        completions = await continue_from(row, prefix, seed, size)
+        completions = await continue_from(row, prefix, seed, size, **sampling)
         first = completions[0]  # it has the tokens of all
         spent.update(prompt=first["prompt_tokens"], completion=first["tokens"], rollouts=size)
         gradings = (is_correct(prefix, completion) for completion in completions)
@@ -377,8 +381,8 @@ def judge_prompt(row: dict, args) -> str:
         lines.append(f"Step {number}: {text.strip()}")
     if row.get("solution"):
         truth = ("a reference solution", "Reference solution", row["solution"])
-    elif row.get("answer"):
-        truth = ("the answer", "Answer", row["answer"])
+    elif answer := text_of(row.get("answer")):
+        truth = ("the answer", "Answer", answer)
     else:
         truth = ("no reference", "Answer", "It is not known.")
     return JUDGE_PROMPT.format(
@@ -447,24 +451,23 @@ class Chat:
 
 @contextlib.asynccontextmanager
 async def judge(args):
-    """Yields `await ask(messages, seed)` -> [answer], see complete(), by the judge's server or by
-    vLLM in this process; and how many rows to work on at a time."""
-    sampling = {"temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens}
+    """Yields `await ask(messages, seed, **sampling_params)` -> [answer], see complete(), by the
+    judge's server or by vLLM in this process; and how many rows to work on at a time."""
     if args.judge_base_url:
         server = args.judge_base_url, args.judge_model, "JUDGE_API_KEY", args.judge_timeout
-        ask = functools.partial(complete, Chat(connect(*server)), args.judge_model, **sampling)
+        ask = functools.partial(complete, Chat(connect(*server)), args.judge_model)
         yield ask, args.concurrency or 128
         return
     tokenizer = load_tokenizer(args.judge_model, None, "{}")
     local = dataclasses.replace(args, base_url="", split="labels")  # a judge runs no code
     async with engine(local, args.judge_model, rows=0) as generate:
 
-        def ask(messages: list[dict], seed: int):
+        def ask(messages: list[dict], seed: int, **sampling_params):
             text = tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
             prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
-            return generate(prompt, seed, **sampling)
+            return generate(prompt, seed, **sampling_params)
 
         yield ask, in_flight(args, generate)
 
@@ -475,9 +478,10 @@ async def judge_once(
     """One vote: (first wrong step or 0, the judge's text, "") or (None, its last text, why it
     cannot be read)."""
     messages = [{"role": "user", "content": judge_prompt(row, args)}]
+    sampling = {"temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens}
     for attempt in range(args.retries + 1):
         seed = seed_of(args.seed, "judge", row["id"], row["sample"], number, attempt)
-        [reply] = await ask(messages, seed)
+        [reply] = await ask(messages, seed, **sampling)
         spent.update(prompt=reply["prompt_tokens"], completion=reply["tokens"], judgements=1)
         try:
             if reply["finish_reason"] != "stop":
@@ -573,7 +577,7 @@ def read_samples(path: Path, fields: tuple[str, ...], args) -> list[dict]:
         if split_steps("".join(row["steps"]), args.split, args.opening) != row["steps"]:
             stop(
                 f"{path}, row {number}: its steps are not those of --split {args.split}; "
-                "give --split and --opening as 01 had"
+                "give --split, --opening and STEP as 01 had"
             )
     return rows
 
@@ -594,12 +598,13 @@ def check_input(path: Path, settings: dict, accept_edit: bool) -> dict:
     grading than this one has. Returns the file's FORMAT: a stage that asks no policy passes it on,
     or a later one could not compare it."""
     made = made_with(path)
-    theirs, ours = made.get("code", {}), settings["code"]
+    theirs = made.get("code", {})
+    ours = source_hashes(tuple(theirs))  # also what this stage does not use: it reads verdicts
     edited = [name for name in sorted(theirs.keys() & ours) if theirs[name] != ours[name]]
     if edited and not accept_edit:
         stop(
             f"{path} was made with another {', '.join(edited[:6])} than {Path(__file__).name} has; "
-            "make the same edit here, or add --accept-edit"
+            "make it anew, give both the same, or add --accept-edit"
         )
     passed_on = {name: made[name] for name in FORMAT if name in made}
     for name, old in passed_on.items():  # another opening makes another prompt
@@ -683,16 +688,15 @@ async def locate_all(
             output.write(copies[identity(row)] | now)
     todo = [row for row in todo if identity(row) not in copies]
     rollouts_done = {identity(row) for row in keep.rows} if keep else set()
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
     spent = Counter()
     roots = {name: Root(count) for name, count in counts.items()}
     for row in reversed(rows):  # so that the first one that asks for V(0) stays
         if row["steps"] and not row["correct"] and identity(row) not in copies:
             roots[row["id"]].payer = identity(row)
 
-    async def continue_from(row: dict, prefix: str, seed: int, n: int) -> list[dict]:
+    def continue_from(row: dict, prefix: str, seed: int, n: int, **sampling_params):
         prompt = prompt_ids(tokenizer, row["problem"], prefix, args.split)
-        return await generate(prompt, seed, n, **sampling)
+        return generate(prompt, seed, n, **sampling_params)
 
     async def locate(row: dict):
         if args.locator == "rollout":
@@ -844,7 +848,7 @@ def report(args: Args, rows, known, output: Output, spent: Counter, kills: int, 
 
 
 # Copied from 01_sample_errors.py
-USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
 # Copied from 01_sample_errors.py
 PROBE = "1 + 1 = ?"  # the problem of the prompt that stands in the settings
 # Copied from 01_sample_errors.py
@@ -979,19 +983,25 @@ def source_hashes(roots: tuple[str, ...]) -> dict[str, str]:
     gc.collect()  # CPython 3.11: ast.parse() fails when a finalizer parses in the middle of it
     nodes, hashes, names = {}, {}, list(roots)
     for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else node
-        nodes[getattr(target, "id", getattr(target, "name", ""))] = node
+        targets = [node]
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):  # A = B = 1, A["x"] = 1
+            targets = getattr(node, "targets", None) or [node.target]
+            targets = [part for target in targets for part in ast.walk(target)]
+        for target in targets:
+            name = getattr(target, "id", getattr(target, "name", ""))
+            nodes.setdefault(name, []).append(node)
     del nodes["Args"]  # the settings have the options' values
     while names:
         name = names.pop()
         if name in hashes or name not in nodes:
             continue
-        for part in ast.walk(nodes[name]):
+        for part in (part for node in nodes[name] for part in ast.walk(node)):
             if isinstance(part, ast.Name):
                 names.append(part.id)
             elif isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant):
                 part.value = ast.Constant(None)  # a docstring
-        hashes[name] = hashlib.sha256(ast.unparse(nodes[name]).encode()).hexdigest()[:8]
+        source = "\n".join(map(ast.unparse, nodes[name]))
+        hashes[name] = hashlib.sha256(source.encode()).hexdigest()[:8]
     return dict(sorted(hashes.items()))
 
 
@@ -1036,9 +1046,9 @@ class Output:
             stop(f"{self.path} was made before an edit of {names}; {todo}")
         may_differ = {"code", "prompt"} if edited else set()
         may_differ |= {"opening"} if "OPENING" in edited or "STEP" in edited else set()
-        for name, new in self.settings.items():
-            if old.get(name) != new and name not in may_differ:
-                change = difference(name, old.get(name), new)
+        for name in sorted((old.keys() | self.settings.keys()) - may_differ):
+            if old.get(name) != self.settings.get(name):
+                change = difference(name, old.get(name), self.settings.get(name))
                 todo = "take the old setting, give another --out, or remove the file"
                 stop(f"{self.path} was made with {change}; {todo}")
         self.began -= meta["seconds"]
@@ -1640,7 +1650,7 @@ def render_prompt(tokenizer, problem: str, opening: str) -> str:
     """What the model sees: the problem, and the assistant's `opening` as it is, to be continued. A
     template that wants the problem without USER_TURN's sentence takes it from message['problem'].
     ValueError: the template fails."""
-    user = {"role": "user", "content": USER_TURN.format(problem=problem), "problem": problem}
+    user = {"role": "user", "content": USER_TURN.replace("{problem}", problem), "problem": problem}
     try:
         switches = {"tokenize": False, **getattr(tokenizer, "switches", {})}
         render = functools.partial(tokenizer.apply_chat_template, **switches)

@@ -227,7 +227,7 @@ async def sample_continuations(
     if len(reused) == args.n:
         return reused
     seed = seed_of(args.seed, "rectify", row["id"], row["sample"])
-    sampling = {"temperature": args.temperature, "max_tokens": args.max_tokens}
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
     sampled = await continue_solution(row, prefix, seed, args.n - len(reused), **sampling)
     counts["tokens"] += sampled[0]["tokens"]
 
@@ -355,16 +355,18 @@ async def heated_completion(
     """A completion of `prefix`, which ends in the label of step k + 1, a request for each step."""
     about = ("scdpo", row["id"], row["sample"], k, attempt)
     if args.split == "blocks":  # serving/code_server.py raises the temperature itself
-        sampling = {"max_tokens": args.max_tokens, "extra_body": {"heat": args.heat}}
+        sampling = {"top_p": args.top_p, "max_tokens": args.max_tokens}
+        sampling["extra_body"] = {"heat": args.heat}
         [completion] = await continue_solution(row, prefix, seed_of(args.seed, *about), **sampling)
         return completion
     first, rise, highest = args.heat
     text, tokens, step = "", 0, k + 1
     for turn in count_up(step):
         # the text ends with the stop string, and the next request continues after it
-        stops = STOPS.get(args.split, [STEP.format(number=step + 1)])
+        stops = [STEP.format(number=step + 1)] if args.split == "labels" else STOPS[args.split]
         heat, seed = min(first + rise * (step - k - 1), highest), seed_of(args.seed, *about, turn)
-        sampling = {"temperature": heat, "max_tokens": args.max_tokens - tokens, "stop": stops}
+        sampling = {"temperature": heat, "top_p": args.top_p, "stop": stops}
+        sampling["max_tokens"] = args.max_tokens - tokens
         [completion] = await continue_solution(row, prefix + text, seed, **sampling)
         text += completion["text"]
         tokens += completion["tokens"]
@@ -494,7 +496,7 @@ async def make_all(
 
         def continue_solution(row: dict, prefix: str, seed: int, n: int = 1, **sampling_params):
             prompt = prompt_ids(tokenizer, row["problem"], prefix, args.split)
-            return generate(prompt, seed, n, top_p=args.top_p, **sampling_params)
+            return generate(prompt, seed, n, **sampling_params)
 
         async def work(rows: list[dict]):
             if args.method == "dpo":
@@ -599,6 +601,8 @@ def check_options(args: Args):
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and name != "seed" and value < (name in from_one):
             stop(f"--{name.replace('_', '-')} {value}: must be at least {int(name in from_one)}")
+    if args.method == "scdpo" and args.split not in ("labels", "blocks", *STOPS):
+        stop(f"--split {args.split}: STOPS does not say where the temperature rises; add it there")
     if not 0 < args.top_p <= 1:
         stop(f"--top-p {args.top_p}: must be above 0, and at most 1")
 
@@ -647,7 +651,7 @@ def main(args: Args):
 
 
 # Copied from 01_sample_errors.py
-USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
 # Copied from 01_sample_errors.py
 PROBE = "1 + 1 = ?"  # the problem of the prompt that stands in the settings
 # Copied from 01_sample_errors.py
@@ -782,19 +786,25 @@ def source_hashes(roots: tuple[str, ...]) -> dict[str, str]:
     gc.collect()  # CPython 3.11: ast.parse() fails when a finalizer parses in the middle of it
     nodes, hashes, names = {}, {}, list(roots)
     for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else node
-        nodes[getattr(target, "id", getattr(target, "name", ""))] = node
+        targets = [node]
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):  # A = B = 1, A["x"] = 1
+            targets = getattr(node, "targets", None) or [node.target]
+            targets = [part for target in targets for part in ast.walk(target)]
+        for target in targets:
+            name = getattr(target, "id", getattr(target, "name", ""))
+            nodes.setdefault(name, []).append(node)
     del nodes["Args"]  # the settings have the options' values
     while names:
         name = names.pop()
         if name in hashes or name not in nodes:
             continue
-        for part in ast.walk(nodes[name]):
+        for part in (part for node in nodes[name] for part in ast.walk(node)):
             if isinstance(part, ast.Name):
                 names.append(part.id)
             elif isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant):
                 part.value = ast.Constant(None)  # a docstring
-        hashes[name] = hashlib.sha256(ast.unparse(nodes[name]).encode()).hexdigest()[:8]
+        source = "\n".join(map(ast.unparse, nodes[name]))
+        hashes[name] = hashlib.sha256(source.encode()).hexdigest()[:8]
     return dict(sorted(hashes.items()))
 
 
@@ -839,9 +849,9 @@ class Output:
             stop(f"{self.path} was made before an edit of {names}; {todo}")
         may_differ = {"code", "prompt"} if edited else set()
         may_differ |= {"opening"} if "OPENING" in edited or "STEP" in edited else set()
-        for name, new in self.settings.items():
-            if old.get(name) != new and name not in may_differ:
-                change = difference(name, old.get(name), new)
+        for name in sorted((old.keys() | self.settings.keys()) - may_differ):
+            if old.get(name) != self.settings.get(name):
+                change = difference(name, old.get(name), self.settings.get(name))
                 todo = "take the old setting, give another --out, or remove the file"
                 stop(f"{self.path} was made with {change}; {todo}")
         self.began -= meta["seconds"]
@@ -1443,7 +1453,7 @@ def render_prompt(tokenizer, problem: str, opening: str) -> str:
     """What the model sees: the problem, and the assistant's `opening` as it is, to be continued. A
     template that wants the problem without USER_TURN's sentence takes it from message['problem'].
     ValueError: the template fails."""
-    user = {"role": "user", "content": USER_TURN.format(problem=problem), "problem": problem}
+    user = {"role": "user", "content": USER_TURN.replace("{problem}", problem), "problem": problem}
     try:
         switches = {"tokenize": False, **getattr(tokenizer, "switches", {})}
         render = functools.partial(tokenizer.apply_chat_template, **switches)
@@ -1837,12 +1847,13 @@ def check_input(path: Path, settings: dict, accept_edit: bool) -> dict:
     grading than this one has. Returns the file's FORMAT: a stage that asks no policy passes it on,
     or a later one could not compare it."""
     made = made_with(path)
-    theirs, ours = made.get("code", {}), settings["code"]
+    theirs = made.get("code", {})
+    ours = source_hashes(tuple(theirs))  # also what this stage does not use: it reads verdicts
     edited = [name for name in sorted(theirs.keys() & ours) if theirs[name] != ours[name]]
     if edited and not accept_edit:
         stop(
             f"{path} was made with another {', '.join(edited[:6])} than {Path(__file__).name} has; "
-            "make the same edit here, or add --accept-edit"
+            "make it anew, give both the same, or add --accept-edit"
         )
     passed_on = {name: made[name] for name in FORMAT if name in made}
     for name, old in passed_on.items():  # another opening makes another prompt
@@ -1869,7 +1880,7 @@ def read_samples(path: Path, fields: tuple[str, ...], args) -> list[dict]:
         if split_steps("".join(row["steps"]), args.split, args.opening) != row["steps"]:
             stop(
                 f"{path}, row {number}: its steps are not those of --split {args.split}; "
-                "give --split and --opening as 01 had"
+                "give --split, --opening and STEP as 01 had"
             )
     return rows
 

@@ -92,7 +92,7 @@ from transformers.utils import cached_file
 # How a step begins. The opening, the splitting and the stop strings follow from it.
 STEP = "Step {number}:"
 # Copied from 01_sample_errors.py
-USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
 # Copied from 01_sample_errors.py
 PROBE = "1 + 1 = ?"  # the problem of the prompt that stands in the settings
 # Copied from 01_sample_errors.py
@@ -189,7 +189,7 @@ class Args:
 
 # What makes a step, with all that it uses: a run does not resume after an edit of it.
 STEP_CODE = ("train_step", "make_optimizer", "learning_rate", "batches", "encode", "SuffixScorer")
-STEP_CODE += ("load_config", "load_model", "add_lora")
+STEP_CODE += ("load_config", "load_model", "add_lora", "reference_logps")
 
 
 def main(args: Args):
@@ -494,7 +494,7 @@ def check_prompt(args: Args, tokenizer):
         if prompt != made["prompt"]:
             stop(
                 f"{name} was made with {difference('prompt', made['prompt'], prompt)}; "
-                "make the same edit here, give 03's --chat-template, or add --accept-edit"
+                "give both the same USER_TURN and --chat-template, or add --accept-edit"
             )
 
 
@@ -1135,7 +1135,11 @@ def score_all(
     passes of the first epoch: in others bf16 would round in another way."""
     logps = torch.zeros(len(pairs), len(pairs.suffixes[0]), device=accelerator.device)
     rank, world = accelerator.process_index, accelerator.num_processes
-    for batch in tqdm(batches(pairs, args, 0), desc=label, disable=not PRINTS, leave=False):
+    todo = batches(pairs, args, 0)
+    # an edited batches() may draw pairs twice, or none of some
+    rest = sorted(set(range(len(pairs))).difference(*todo))
+    todo += [rest[i : i + args.batch_size] for i in range(0, len(rest), args.batch_size)]
+    for batch in tqdm(todo, desc=label, disable=not PRINTS, leave=False):
         for trees, most, counts in plan(pairs, batch, args.tokens_per_batch, rank, world):
             inputs = collate(trees, accelerator.device)
             scored = scorer(**inputs, most=most)[inputs["picks"]]
@@ -1150,7 +1154,7 @@ def reference_logps(
     """Log-probabilities under the base weights, from OUT/reference-*.npy where weights, token ids
     (so data and template), precision, launch, LoRA (rounding differs) and the code that computes
     them are the same."""
-    code = str(source_hashes(("SuffixScorer", "collate", "Pairs")))
+    code = str(source_hashes(("reference_logps", "SuffixScorer", "load_config", "load_model")))
     launch = f"{strategy_of(accelerator)[0]} {bool(args.lora_rank)} {args.precision}"
     made_of = weights + code + torch.__version__ + launch + pairs.digest()
     path = args.out / f"reference-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.npy"
@@ -1687,19 +1691,25 @@ def source_hashes(roots: tuple[str, ...]) -> dict[str, str]:
     gc.collect()  # CPython 3.11: ast.parse() fails when a finalizer parses in the middle of it
     nodes, hashes, names = {}, {}, list(roots)
     for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else node
-        nodes[getattr(target, "id", getattr(target, "name", ""))] = node
+        targets = [node]
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):  # A = B = 1, A["x"] = 1
+            targets = getattr(node, "targets", None) or [node.target]
+            targets = [part for target in targets for part in ast.walk(target)]
+        for target in targets:
+            name = getattr(target, "id", getattr(target, "name", ""))
+            nodes.setdefault(name, []).append(node)
     del nodes["Args"]  # the settings have the options' values
     while names:
         name = names.pop()
         if name in hashes or name not in nodes:
             continue
-        for part in ast.walk(nodes[name]):
+        for part in (part for node in nodes[name] for part in ast.walk(node)):
             if isinstance(part, ast.Name):
                 names.append(part.id)
             elif isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant):
                 part.value = ast.Constant(None)  # a docstring
-        hashes[name] = hashlib.sha256(ast.unparse(nodes[name]).encode()).hexdigest()[:8]
+        source = "\n".join(map(ast.unparse, nodes[name]))
+        hashes[name] = hashlib.sha256(source.encode()).hexdigest()[:8]
     return dict(sorted(hashes.items()))
 
 
@@ -1772,7 +1782,7 @@ def render_prompt(tokenizer, problem: str, opening: str) -> str:
     """What the model sees: the problem, and the assistant's `opening` as it is, to be continued. A
     template that wants the problem without USER_TURN's sentence takes it from message['problem'].
     ValueError: the template fails."""
-    user = {"role": "user", "content": USER_TURN.format(problem=problem), "problem": problem}
+    user = {"role": "user", "content": USER_TURN.replace("{problem}", problem), "problem": problem}
     try:
         switches = {"tokenize": False, **getattr(tokenizer, "switches", {})}
         render = functools.partial(tokenizer.apply_chat_template, **switches)

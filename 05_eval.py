@@ -57,7 +57,7 @@ import tyro
 from tqdm import tqdm
 
 # Copied from 01_sample_errors.py
-USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+USER_TURN = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
 # Copied from 01_sample_errors.py
 # How a step begins. The opening, the splitting and the stop strings follow from it.
 STEP = "Step {number}:"
@@ -131,8 +131,10 @@ async def answer(
         prompt, seed, temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens
     )
     refused = completion["finish_reason"] == "refused"
+    # a file of samples has the code columns of another response
+    other = {"blocks", *CODE_COLUMNS}
     row = {
-        **problem,
+        **{name: value for name, value in problem.items() if name not in other},
         "sample": sample,
         "opening": args.opening,
         "response": "" if refused else args.opening + completion["text"],
@@ -171,11 +173,14 @@ def paired(rates: np.ndarray, base: np.ndarray, seed: int) -> dict:
     With several seeds p is the bootstrap's, twice the share of draws beyond 0: a permutation of
     problems would hold for these seeds only, and call a seed's luck a method's gain."""
     differences = rates.mean(0) - base.mean(0)
-    means = bootstrap(rates, base, seed)
+    differences[abs(differences) < 1e-9] = 0.0  # thirds and tenths leave 1e-17
+    means = bootstrap(rates, base, seed).round(12)
+    few = np.count_nonzero(differences) < FEW
     if len(rates) > 1 or len(base) > 1:
         test = "bootstrap"
         beyond = int(min((means <= 0).sum(), (means >= 0).sum()))
         p = min(1.0, 2 * (1 + beyond) / (1 + len(means)))
+        p = max(p, permutation(differences, seed)) if few else p
     elif set(np.unique(differences)) <= {-1.0, 0.0, 1.0}:
         test = "McNemar, exact"
         p = mcnemar(int((differences > 0).sum()), int((differences < 0).sum()))
@@ -183,16 +188,16 @@ def paired(rates: np.ndarray, base: np.ndarray, seed: int) -> dict:
         test = "permutation"
         p = permutation(differences, seed)
     ends = np.percentile(means, [2.5, 97.5]).tolist()
-    if np.count_nonzero(differences) < FEW:
+    if few:
         won, lost = (np.clip(sign * differences, 0, 1).sum() for sign in (1, -1))
         ends += newcombe(won, lost, len(differences))
-    low, high = min(ends), max(ends)
+    low, high = max(-1.0, min(ends)), min(1.0, max(ends))
     return {
         "difference": float(differences.mean()),
         "difference_interval": (low, high),
         "p": p,
         "test": test,
-        "detectable": Z_DETECTABLE / 1.96 * (high - low) / 2,
+        "detectable": min(1.0, Z_DETECTABLE / 1.96 * (high - low) / 2),
     }
 
 
@@ -359,17 +364,18 @@ def compare(groups: dict[str, list[str]], by_model: dict[str, list], seed: int) 
         model: sorted(table, key=lambda rows: str(rows[0]["id"]))
         for model, table in by_model.items()
     }
+    problems = [rows[0] for rows in by_model[groups[base][0]]]
     figures, rates, solved = {}, {}, {}
     for label, models in labels.items():
         tables = [by_model[model] for model in models]
-        figures[label], rates[label], solved[label] = score(tables, seed)
-    problems = [rows[0] for rows in by_model[groups[base][0]]]
+        figures[label], rates[label], solved[label] = score(tables, problems, seed)
     ids = np.array([str(row["id"]) for row in problems], object)
     for label in labels:
         if label != base and label not in groups[base]:
             figures[label].update(paired(rates[label], rates[base], seed))
-            figures[label]["won"] = ids[solved[label] & ~solved[base]].tolist()
-            figures[label]["lost"] = ids[solved[base] & ~solved[label]].tolist()
+            ours, theirs = solved[label], solved[base]
+            figures[label]["won"] = ids[(ours > 0.5) & (theirs < 0.5)].tolist()
+            figures[label]["lost"] = ids[(theirs > 0.5) & (ours < 0.5)].tolist()
     pairs = combinations([label for label in groups if label != base], 2)
     return {
         "problems": len(ids),
@@ -380,10 +386,12 @@ def compare(groups: dict[str, list[str]], by_model: dict[str, list], seed: int) 
     }
 
 
-def score(tables: list[list[list[dict]]], seed: int) -> tuple[dict, np.ndarray, np.ndarray]:
-    """Figures of a model on a benchmark; its rates (seeds, problems); and for each problem whether
-    it is solved, which is what most of a problem's responses and seeds say. `tables` holds for each
-    seed and problem the rows."""
+def score(
+    tables: list[list[list[dict]]], problems: list[dict], seed: int
+) -> tuple[dict, np.ndarray, np.ndarray]:
+    """Figures of a model on a benchmark; its rates (seeds, problems); and for each problem the
+    share of the seeds that solve it, by most of a seed's responses. `tables` holds for each seed
+    and problem the rows; levels and subjects are those of `problems`."""
     k = len(tables[0][0])
     rows = [row for table in tables for responses in table for row in responses]
     verdicts = [[[row["correct"] for row in responses] for responses in table] for table in tables]
@@ -406,10 +414,10 @@ def score(tables: list[list[list[dict]]], seed: int) -> tuple[dict, np.ndarray, 
         "too_long_a_prompt": ends["refused"],
         "mean_tokens": mean("tokens"),
         "code": {name: mean(name) for name in CODE_COLUMNS if name in rows[0]},
-        "by": breakdown([responses[0] for responses in tables[0]], rates, k, seed),
+        "by": breakdown(problems, rates, k, seed),
         "curves": curve,
     }
-    return figures, rates, solved.mean(0) > 0.5
+    return figures, rates, solved.mean(0)
 
 
 def breakdown(problems: list[dict], rates: np.ndarray, k: int, seed: int) -> dict:
@@ -436,7 +444,7 @@ def breakdown(problems: list[dict], rates: np.ndarray, k: int, seed: int) -> dic
 # the report: each table is (title, head, rows, note); the first two columns of cells are text
 
 
-def percent(share: float, interval=()) -> str:
+def percentage(share: float, interval=()) -> str:
     ends = " to ".join(f"{end:.1%}" for end in interval)
     return f"{share:.1%} ({ends})" if ends else f"{share:.1%}"
 
@@ -450,9 +458,9 @@ def difference_cells(figures: dict) -> list[str]:
 def accuracy_row(label: str, figures: dict, k: int, code: dict) -> list[str]:
     if figures["seeds"] > 1:
         label += f", {figures['seeds']} seeds, standard deviation {100 * figures['spread']:.1f}"
-    cells = [label, percent(figures["accuracy"], figures["interval"])]
+    cells = [label, percentage(figures["accuracy"], figures["interval"])]
     if k > 1:
-        cells += [percent(figures["curves"][kind][-1]) for kind in ("maj", "pass")]
+        cells += [percentage(figures["curves"][kind][-1]) for kind in ("maj", "pass")]
     versus = ["base", "", ""]
     if "p" in figures:
         versus = [*difference_cells(figures), f"{len(figures['won'])} / {len(figures['lost'])}"]
@@ -507,7 +515,9 @@ def tables_of(summary: dict) -> list[tuple[str, list[str], list[list[str]], str]
             parts = [benchmark["models"][label]["by"].get(by, {}) for label in labels]
             rows = []
             for kind, first in parts[0].items():
-                shares = [percent(part[kind]["accuracy"], part[kind]["interval"]) for part in parts]
+                shares = [
+                    percentage(part[kind]["accuracy"], part[kind]["interval"]) for part in parts
+                ]
                 rows.append([kind, str(first["problems"]), *shares])
             if rows:
                 tables.append((f"{name} by {by}", [by, "problems", *labels], rows, ""))
@@ -848,19 +858,25 @@ def source_hashes(roots: tuple[str, ...]) -> dict[str, str]:
     gc.collect()  # CPython 3.11: ast.parse() fails when a finalizer parses in the middle of it
     nodes, hashes, names = {}, {}, list(roots)
     for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else node
-        nodes[getattr(target, "id", getattr(target, "name", ""))] = node
+        targets = [node]
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):  # A = B = 1, A["x"] = 1
+            targets = getattr(node, "targets", None) or [node.target]
+            targets = [part for target in targets for part in ast.walk(target)]
+        for target in targets:
+            name = getattr(target, "id", getattr(target, "name", ""))
+            nodes.setdefault(name, []).append(node)
     del nodes["Args"]  # the settings have the options' values
     while names:
         name = names.pop()
         if name in hashes or name not in nodes:
             continue
-        for part in ast.walk(nodes[name]):
+        for part in (part for node in nodes[name] for part in ast.walk(node)):
             if isinstance(part, ast.Name):
                 names.append(part.id)
             elif isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant):
                 part.value = ast.Constant(None)  # a docstring
-        hashes[name] = hashlib.sha256(ast.unparse(nodes[name]).encode()).hexdigest()[:8]
+        source = "\n".join(map(ast.unparse, nodes[name]))
+        hashes[name] = hashlib.sha256(source.encode()).hexdigest()[:8]
     return dict(sorted(hashes.items()))
 
 
@@ -915,9 +931,9 @@ class Output:
             stop(f"{self.path} was made before an edit of {names}; {todo}")
         may_differ = {"code", "prompt"} if edited else set()
         may_differ |= {"opening"} if "OPENING" in edited or "STEP" in edited else set()
-        for name, new in self.settings.items():
-            if old.get(name) != new and name not in may_differ:
-                change = difference(name, old.get(name), new)
+        for name in sorted((old.keys() | self.settings.keys()) - may_differ):
+            if old.get(name) != self.settings.get(name):
+                change = difference(name, old.get(name), self.settings.get(name))
                 todo = "take the old setting, give another --out, or remove the file"
                 stop(f"{self.path} was made with {change}; {todo}")
         self.began -= meta["seconds"]
@@ -1465,7 +1481,7 @@ def render_prompt(tokenizer, problem: str, opening: str) -> str:
     """What the model sees: the problem, and the assistant's `opening` as it is, to be continued. A
     template that wants the problem without USER_TURN's sentence takes it from message['problem'].
     ValueError: the template fails."""
-    user = {"role": "user", "content": USER_TURN.format(problem=problem), "problem": problem}
+    user = {"role": "user", "content": USER_TURN.replace("{problem}", problem), "problem": problem}
     try:
         switches = {"tokenize": False, **getattr(tokenizer, "switches", {})}
         render = functools.partial(tokenizer.apply_chat_template, **switches)

@@ -227,8 +227,8 @@ def cells_of(figures: dict) -> list[str]:
         return ["–"] * 3
     low, high = figures["auc_interval"]
     return [
-        EVAL.percent(figures["share"], figures["interval"]),
-        EVAL.percent(figures["chance"]),
+        EVAL.percentage(figures["share"], figures["interval"]),
+        EVAL.percentage(figures["chance"]),
         f"{figures['auc']:.3f} ({low:.3f} to {high:.3f})",
     ]
 

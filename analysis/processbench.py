@@ -162,7 +162,7 @@ def sample_rows(path: Path) -> list[dict]:
             continue
         if "".join(steps) != row.get("response"):
             # paragraphs, as in ProcessBench: written as --split blank-lines cuts them
-            steps = [re.sub(r"\n\s*\n", "\n", step.strip()) + "\n\n" for step in steps]
+            steps = [re.sub(r"\n\s*\n", "\n", step.strip() or "(blank)") + "\n\n" for step in steps]
         name = row.get("id", row["problem"])
         seen[name] += 1
         sample = {
@@ -242,8 +242,11 @@ async def criticize(args: Args, rows: list[dict], output) -> None:
         critic = {"texts": texts, "tokens": tokens}
         output.write({**row, **count_votes(texts, len(row["steps"])), "critic": critic})
 
-    done = {critic_key(row) for row in output.rows}
-    todo = [row for row in rows if critic_key(row) not in done]
+    done, todo = Counter(map(critic_key, output.rows)), []
+    for row in rows:  # two may be equal
+        done[critic_key(row)] -= 1
+        if done[critic_key(row)] < 0:
+            todo.append(row)
     await LOCATE.run_all(todo, work, args.concurrency, "by the critic")
 
 

@@ -16,6 +16,7 @@ sympy. The report gets a table with the shares of all three; 05_eval.py on the s
 without."""
 
 import asyncio
+import contextlib
 import importlib
 import json
 import logging
@@ -380,16 +381,20 @@ def regrade_folder(folder: Path, base: str) -> tuple[dict, dict, dict[str, dict]
     paths = sorted(folder.glob("*/*.jsonl"))
     if not paths:
         EVAL.stop(f"{folder}: no BENCHMARK/MODEL.jsonl there; give the --out of 05_eval.py")
-    benchmarks, places, metas = {}, {}, {}
+    benchmarks, places, metas, last = {}, {}, {}, {}
+    with contextlib.suppress(OSError, ValueError):  # no summary, or half of one
+        last = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     for path in paths:
         rows = asyncio.run(regrade(path))
         meta_path = Path(f"{path}.meta.json")
         meta = json.loads(meta_path.read_text()) if meta_path.is_file() else {}
         model = str(rows[0].get("model", path.stem))
-        places[model] = (meta.get("number", 0), meta.get("label", model))
+        # another run may have had another order
+        if model not in places or path.parent.name in last.get("benchmarks", {}):
+            places[model] = (meta.get("number", 0), meta.get("label", model))
         metas[path.parent.name, model] = meta
         benchmarks.setdefault(path.parent.name, {})[model] = rows
-    groups = groups_of(folder, places)
+    groups = groups_of(last, places)
     if base and base not in groups:
         EVAL.stop(f"--base {base}: give a label that is there: {', '.join(sorted(groups))}")
 
@@ -418,19 +423,16 @@ def regrade_folder(folder: Path, base: str) -> tuple[dict, dict, dict[str, dict]
     )
 
 
-def groups_of(folder: Path, places: dict[str, tuple[int, str]]) -> dict[str, list[str]]:
+def groups_of(summary: dict, places: dict[str, tuple[int, str]]) -> dict[str, list[str]]:
     """The models by label: those of 05's last run, since others with the same label may be in the
     folder; where its summary does not say it, all. `places`: number and label of each model."""
-    try:
-        groups = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["groups"]
+    if groups := summary.get("groups", {}):
         if others := sorted(set(places) - set(sum(groups.values(), []))):
             print(f"left out, not of the run in summary.json: {', '.join(others)}", file=sys.stderr)
         return groups
-    except (OSError, ValueError, KeyError):
-        groups = {}
-        for model in sorted(places, key=places.get):
-            groups.setdefault(places[model][1], []).append(model)
-        return groups
+    for model in sorted(places, key=places.get):
+        groups.setdefault(places[model][1], []).append(model)
+    return groups
 
 
 def table_of(name: str, by_model: dict[str, list[dict]]) -> dict[str, list[list[dict]]]:

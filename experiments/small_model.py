@@ -224,7 +224,7 @@ def accuracies(args: Table) -> list[str]:
                 versus.append(f"{won} / {lost}")
             cells = [f"{name} ({benchmark['problems']})", name_of(label), rate]
             cells += [seeds if rate else ""]
-            cells += [EVAL.percent(figures["accuracy"], figures["interval"])]
+            cells += [EVAL.percentage(figures["accuracy"], figures["interval"])]
             cells += [f"{100 * figures['spread']:.1f}" if seeds > 1 else "", *versus]
             for kind in ("unfinished", "unparsable"):
                 cells.append(f"{figures[kind] / benchmark['problems'] / seeds:.1%}")
@@ -256,7 +256,7 @@ def validations(args: Table) -> list[str]:
         method, rate, seed = ("base", "", "") if name == "base" else split_name(name)
         chosen = args.out / f"{method}.rate"
         is_chosen = chosen.exists() and chosen.read_text().strip() == rate
-        accuracy = EVAL.percent(figures["accuracy"], figures["interval"])
+        accuracy = EVAL.percentage(figures["accuracy"], figures["interval"])
         cells = [name_of(method), rate, seed, accuracy, figures["unfinished"]]
         cells += [f"{figures['mean_tokens']:.0f}", "chosen" if is_chosen else ""]
         rows.append(cells)

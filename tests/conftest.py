@@ -120,8 +120,9 @@ def run_here(module, command: list[str]) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
 
 
-def run_edited(folder, number: int, old: str, new: str, *arguments):
-    """Run a copy of a stage in which `old` became `new`, in this process."""
+@contextlib.contextmanager
+def edited(folder, number: int, old: str, new: str):
+    """A copy of a stage in which `old` became `new`."""
     source = (ROOT / f"{STAGES[number]}.py").read_text()
     assert source.count(old) == 1
     script = folder / f"{STAGES[number]}.py"
@@ -131,6 +132,11 @@ def run_edited(folder, number: int, old: str, new: str, *arguments):
     loaded = mock.patch.dict(sys.modules, {script.stem: module})
     with loaded, mock.patch.object(sys, "dont_write_bytecode", True):
         spec.loader.exec_module(module)
+        yield module
+
+
+def run_edited(folder, number: int, old: str, new: str, *arguments):
+    with edited(folder, number, old, new) as module:
         return run_here(module, list(map(str, arguments)))
 
 

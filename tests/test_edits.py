@@ -4,7 +4,7 @@ grown input is welcome."""
 import json
 
 import pytest
-from conftest import TINY, read, run, run_edited
+from conftest import TINY, edited, read, run, run_edited, stage
 from test_train import write_pairs
 
 EDITS = {  # of 01: what is edited, and what the message names
@@ -84,6 +84,10 @@ def test_a_stage_with_another_prompt_than_its_input(samples, bundled, tmp_path):
         done.returncode == 2
         and f"{path} was made with another USER_TURN than 02_locate_step.py" in done.stderr
     ), done.stderr
+    # 03 grades nothing for DPO, but takes 01's verdicts
+    dpo = ["--method", "dpo", "--samples", path, "--out", tmp_path / "dpo.jsonl"]
+    done = run_edited(tmp_path, 3, "100 * a == b", "100 * a == b or a == 7", *dpo)
+    assert done.returncode == 2 and "with another quick_verdict than 03_rec" in done.stderr
     run(2, *arguments[2], "--rollouts", 2, "--max-tokens", 400)
     done = run_edited(tmp_path, 3, *edit, *arguments[3])
     assert (
@@ -98,6 +102,39 @@ def test_a_stage_with_another_prompt_than_its_input(samples, bundled, tmp_path):
     options = ["--samples", path, *bundled, "--out", tmp_path / "x.jsonl", "--opening", "Step 1:"]
     done = run(2, *options, check=False)
     assert done.returncode == 2 and "opening" in done.stderr and not (tmp_path / "x.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'STEP_ENDS["lines"] = "x"',
+        'STEP_ENDS |= {"lines": "x"}',
+        'STEP_ENDS: dict = {"lines": "x"}',
+        'STEP_ENDS = OTHER_NAME = {"lines": "x"}',
+    ],
+)
+def test_every_form_of_an_assignment_is_an_edit(tmp_path, line):
+    before = stage(1).source_hashes(("split_steps",))
+    place = "def split_steps(response"
+    with edited(tmp_path, 1, place, f"{line}\n\n\n{place}") as one:
+        after = one.source_hashes(("split_steps",))
+    assert {name for name in before if before[name] != after[name]} == {"STEP_ENDS"}
+
+
+def test_a_setting_that_is_no_longer_there(tmp_path, capsys):
+    """Of NEUTRAL, for one."""
+    output = stage(1).Output(tmp_path / "out.jsonl", {"code": {}, "top_k": 0})
+    output.write({"id": "a"})
+    output.close()
+    with pytest.raises(SystemExit):
+        stage(1).Output(tmp_path / "out.jsonl", {"code": {}})
+    assert "was made with top_k = 0, now it is None" in capsys.readouterr().err
+
+
+def test_a_split_without_stops_heats_nothing(tmp_path):
+    arguments = ["--method", "scdpo", "--split", "sentences", "--out", tmp_path / "x.jsonl"]
+    done = run_edited(tmp_path, 3, '    "sentences": [". ", "! ", "? ", "\\n"],\n', "", *arguments)
+    assert done.returncode == 2 and "STOPS does not say" in done.stderr
 
 
 @pytest.mark.slow

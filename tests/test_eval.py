@@ -167,6 +167,19 @@ def test_few_problems_that_differ_leave_a_wide_interval():
         assert low < wins / 30 < high - 0.11 and found["detectable"] > least
         least = found["detectable"]
     assert least > 0.2, "McNemar's test needs six wins"
+    # with seeds that agree p is that of one, and no interval leaves [-1, 1]
+    for seeds in (2, 3, 6):
+        rates = np.zeros((seeds, 30))
+        rates[:, :4] = 1
+        assert stage(5).paired(rates, base * 0, 0)["p"] == pytest.approx(0.125, abs=0.02)
+    found = stage(5).paired(np.array([[1.0], [0.0]]), np.array([[0.0]]), 0)
+    assert found["difference_interval"] == (-1, 1) and found["detectable"] == 1
+    # ten samples of three seeds: 0, 1 and 2 right are as many as the base's 1, and no difference
+    rates, base = np.zeros((3, 30)), np.zeros((1, 30))
+    rates[:, :12], base[:, :12] = np.array([[0.0], [0.1], [0.2]]), 0.1
+    rates[:, 12:15] = 1
+    found = stage(5).paired(rates, base, 0)
+    assert found["p"] > 0.2 and found["difference_interval"][0] < -0.02
     one = np.zeros((1, 30))
     one[0, 3] = 1 / 16
     low, high = stage(5).interval(one, 16, 0)
@@ -794,6 +807,45 @@ def test_a_base_of_several_seeds_side_by_side(tmp_path):
         for _, attributes in Tags((tmp_path / "report.html").read_text()).found
     ]
     assert kinds.count("right") == kinds.count("wrong") == shown > 5
+
+
+def test_seeds_that_tie_win_and_lose_nothing():
+    def table(right: set, **fields) -> list:
+        said = {True: "7", False: "8"}
+        return [
+            [
+                {"id": i, "problem": "", "answer": "7", "correct": i in right, **fields}
+                | {"prediction": said[i in right], "finish_reason": "stop", "tokens": 1}
+            ]
+            for i in range(20)
+        ]
+
+    # the base's rows are older than the problems' levels, or newer
+    for ours, base in (({}, {"level": "1"}), ({"level": "1"}, {})):
+        tables = {
+            "base": table(set(range(10)), **base),
+            "even": table(set(range(0, 20, 2)), **ours),
+            "odd": table(set(range(1, 20, 2)), **ours),
+        }
+        groups = {"base": ["base"], "both": ["even", "odd"]}
+        summary = stage(5).summary_of(groups, {"sums": tables}, "greedy", 0)
+        both = summary["benchmarks"]["sums"]["models"]["both"]
+        assert both["won"] == both["lost"] == [] and both["difference"] == 0
+        assert stage(5).tables_of(summary)
+
+
+def test_the_base_is_that_of_the_last_run(tmp_path):
+    """Of two runs with their models in another order, of another benchmark each."""
+    for name, models in (("a", ["one", "two"]), ("b", ["two", "one"])):
+        (tmp_path / name).mkdir()
+        for number, model in enumerate(models):
+            row = {"id": "q", "problem": "", "answer": "7", "response": "\\boxed{7}"}
+            path = tmp_path / name / f"{model}.jsonl"
+            path.write_text(json.dumps(row | {"model": model}) + "\n")
+            Path(f"{path}.meta.json").write_text(json.dumps({"number": number, "label": model}))
+    groups = {"one": ["one"], "two": ["two"]}
+    (tmp_path / "summary.json").write_text(json.dumps({"groups": groups, "benchmarks": {"a": {}}}))
+    assert list(regrade.regrade_folder(tmp_path, "")[0]) == ["one", "two"]
 
 
 def test_regrade_reports_the_models_of_the_last_run(tmp_path, capsys):

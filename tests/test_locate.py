@@ -107,6 +107,9 @@ def test_the_threshold_of_v_is_one_function():
     assert [one["error_step"] for one in found] == [3, 3]
     assert found[0]["rollout_values"]["0"] == [1, 8]
     assert searched(of, 4, [0, 1], rollouts=8, all_rollouts=True)["error_step"] == 4
+    # without all of them the first right one is not the end where the rule asks for two
+    with mock.patch.object(stage(2), "is_alive", lambda right, tried: right > 1):
+        assert searched({1: range(8), 2: [0, 2], 3: [0]}, 4, [1, 1])["error_step"] == 3
 
 
 def test_a_fixed_number_of_rollouts():
@@ -253,6 +256,7 @@ UNREADABLE = [
     ("Step 1: correct\nStep 1: incorrect", "on step 1"),
     ("Step 1: correct\nStep 2: correct", "end with step 2 of 3"),
     ("<think>Step 1: incorrect", "no verdict"),
+    pytest.param(" " * 200_000, "no verdict", id="quadratic time would be ten minutes"),
     ("Step 1: correct\nStep 2: correct\nStep 3: correct\nStep 4: incorrect", "past the last"),
     ("Step 1: 正确的吗\nStep 2: 错误", "on step 2"),
 ]
@@ -292,6 +296,7 @@ def test_the_judge_sees_problem_truth_and_numbered_steps():
     text = stage(2).judge_prompt(row | {"solution": "1 + 6 = 7"}, stage(2).Args(neutral="correct"))
     assert "## Reference solution\n1 + 6 = 7\n" in text and "first step that is incorrect;" in text
     assert "It is not known." in stage(2).judge_prompt(row | {"answer": ""}, stage(2).Args())
+    assert "## Answer\n0\n" in stage(2).judge_prompt(row | {"answer": 0}, stage(2).Args())
 
 
 class Judge(BaseHTTPRequestHandler):
@@ -699,7 +704,7 @@ def test_words_before_step_1_are_not_shared(tmp_path):
     [row] = wrong_samples(tmp_path / "in.jsonl", 1)
     args = two.Args(give_up=2)
 
-    async def continue_from(row, prefix, seed, n):
+    async def continue_from(row, prefix, seed, n, **sampling_params):
         asked.append(prefix)
         return [{"text": " so.", "finish_reason": "length", "tokens": 1, "prompt_tokens": 1}] * n
 
@@ -849,13 +854,13 @@ def test_sample_rows_are_those_that_02_splits(tmp_path):
     row = {
         "id": "a",
         "problem": "p",
-        "steps": ["Step 1: x\n\n y ", "\n z", "Step 3"],
+        "steps": ["Step 1: x\n\n y ", "\n z", "Step 3", " "],
         "label": 1,
         "answer": 0,
     }
     (tmp_path / "l.jsonl").write_text(json.dumps(row) + "\n")
     rows = processbench.sample_rows(tmp_path / "l.jsonl")
-    assert rows[0]["steps"] == ["Step 1: x\n y\n\n", "z\n\n", "Step 3\n\n"]
+    assert rows[0]["steps"] == ["Step 1: x\n y\n\n", "z\n\n", "Step 3\n\n", "(blank)\n\n"]
     assert rows[0]["answer"] == "0"
     assert (
         stage(2).split_steps(rows[0]["response"], processbench.split_of(rows)) == rows[0]["steps"]

@@ -629,6 +629,14 @@ def test_a_critic_by_the_papers_protocol(votes, judge, tmp_path):  # noqa: F811
     assert judge.count == 5 * votes and "5 rows are there already" in done.stderr
     done = run("processbench", *command, "--max-tokens", 100, check=False)
     assert done.returncode == 2 and "max_tokens = 8192, now it is 100" in done.stderr
+    # equal solutions are two, also after a stop between them
+    write(tmp_path / "pb" / "gsm8k.jsonl", [rows[0], rows[0]])
+    command[5] = tmp_path / "twice"
+    run("processbench", *command)
+    located = tmp_path / "twice" / "gsm8k.located.jsonl"
+    located.write_text(located.read_text().split("\n")[0] + "\n")
+    run("processbench", *command)
+    assert len(read(located)) == 2
 
 
 @pytest.mark.slow

@@ -245,7 +245,7 @@ def test_every_stage_renders_the_same_prefix(server):
             ids, places, _ = credit.encode_solution(solution, tokenizer)
             assert ids[: places.count(0)] == trained
         turns = [
-            {"role": "user", "content": stage(1).USER_TURN.format(problem=SOLVED["problem"])},
+            {"role": "user", "content": stage(1).USER_TURN.replace("{problem}", SOLVED["problem"])},
             {"role": "assistant", "content": prefix},
         ]
         body = {
@@ -348,7 +348,7 @@ def test_saved_models_decode_alike_in_vllm_and_transformers(files, tmp_path):
     tokenizer, from_stage = AutoTokenizer.from_pretrained(tmp_path / "tuned"), stage(1)
     for row in read(responses):
         messages = [
-            {"role": "user", "content": from_stage.USER_TURN.format(problem=row["problem"])},
+            {"role": "user", "content": from_stage.USER_TURN.replace("{problem}", row["problem"])},
             {"role": "assistant", "content": from_stage.OPENING},
         ]
         ids = tokenizer.apply_chat_template(

@@ -552,7 +552,7 @@ def test_boundary_is_where_generation_had_it(tokenizer):
     }
     text = tokenizer.apply_chat_template(
         [
-            {"role": "user", "content": train.USER_TURN.format(problem=row["prompt"])},
+            {"role": "user", "content": train.USER_TURN.replace("{problem}", row["prompt"])},
             {"role": "assistant", "content": split["initial_reason_steps"]},
         ],
         tokenize=False,
@@ -1440,6 +1440,18 @@ def test_seed_and_epoch_order_the_problems():
         assert all(len(set(groups[k : k + 3])) == 1 for k in range(0, 30, 3)), "kept together"
         orders.append(order)
     assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_every_pair_has_a_reference(monkeypatch):
+    """Whatever an edit of batches() draws: else the reference of some would be 0."""
+    train, pairs = stage(4), stage(4).Pairs()
+    for number in range(30):
+        pairs.add([1], [[2], [3, number]], f"problem {number}")
+    monkeypatch.setattr(train, "batches", lambda *_: [[1, 2], [3, 5]])
+    one = SimpleNamespace(device="cpu", process_index=0, num_processes=1, reduce=lambda x, _: x)
+    logps = train.score_all(lambda **_: torch.ones(99), pairs, train.Args(batch_size=4), one, "")
+    assert logps.tolist() == [[1.0, 1.0]] * 30
+    assert {"score_all", "load_model"} <= train.source_hashes(train.STEP_CODE).keys()
 
 
 def test_a_reference_is_used_again_only_for_its_weights_and_precision(tmp_path, monkeypatch):
