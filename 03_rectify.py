@@ -957,8 +957,8 @@ def difference(name: str, old, new) -> str:
     """What a message says of a setting that has changed; of a prompt, the place where it has."""
     if name != "prompt":
         return f"{name} = {old!r}, now it is {new!r}"
-    start = max(0, len(os.path.commonprefix([str(old), new])) - 40)
-    old, new = (repr(text[start : start + 80]) for text in (str(old), new))
+    start = max(0, len(os.path.commonprefix([str(old), str(new)])) - 40)
+    old, new = (repr(str(text)[start : start + 80]) for text in (old, new))
     hint = 'a date: --chat-template-kwargs \'{"date_string": "26 Jul 2024"}\''
     return f"prompt = ...{old}..., now it is ...{new}... (where the template takes {hint})"
 
@@ -1538,19 +1538,24 @@ def check_size(config):
     from vllm.transformers_utils.config import get_safetensors_params_metadata
 
     model, parallel = config.model_config, config.parallel_config
-    offloads = config.offload_config != OffloadConfig()
-    if model.quantization or offloads or parallel.enable_expert_parallel:
+    if model.quantization or model.is_moe or config.offload_config != OffloadConfig():
         return  # the files do not say what a device holds
-    tensors = get_safetensors_params_metadata(model.model, revision=model.revision).values()
-    weights = sum(math.prod(tensor.get("shape", [0])) for tensor in tensors)  # one is the metadata
+    weights = 0
+    for name, tensor in get_safetensors_params_metadata(
+        model.model, revision=model.revision
+    ).items():
+        # Mistral's consolidated.safetensors has the model again, under these names
+        if not name.startswith(("layers.", "tok_embeddings.", "output.", "norm.", "__metadata__")):
+            weights += math.prod(tensor["shape"])
     need = weights * model.dtype.itemsize
     if current_platform.is_cpu():
         need = need * parallel.data_parallel_size + (config.cache_config.kv_cache_memory_bytes or 0)
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    elif current_platform.is_cuda_alike():
-        there = parallel.world_size * current_platform.get_device_total_memory()
-    else:  # not every platform says
-        return
+    else:
+        try:
+            there = parallel.world_size * current_platform.get_device_total_memory()
+        except Exception:  # NVML does not know an integrated GPU's, other platforms not theirs
+            return
     if need > there:
         stop(
             f"{model.model} needs more than {need / 1e9:.1f} GB in {model.dtype}, and there are "
@@ -1834,18 +1839,20 @@ FORMAT = ("opening", "split", "prompt")  # how a policy was asked, and what its 
 
 # Copied from 02_locate_step.py
 def made_with(path: Path) -> dict:
-    """The settings in a file's OUT.meta.json, with the FORMAT of its input; {} of a file that no
-    stage has made."""
+    """The settings in a file's OUT.meta.json, with the FORMAT and the code of its input; {} of a
+    file that no stage has made."""
     path = Path(f"{path}.meta.json")
     meta = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return meta.get("passed_on", {}) | meta.get("settings", {})
+    before, own = meta.get("passed_on", {}), meta.get("settings", {})
+    code = before.get("code", {}) | own.get("code", {})
+    return before | own | ({"code": code} if code else {})
 
 
 # Copied from 02_locate_step.py
 def check_input(path: Path, settings: dict, accept_edit: bool) -> dict:
     """Stop where the stage that made a file had another prompt, opening, other steps or another
-    grading than this one has. Returns the file's FORMAT: a stage that asks no policy passes it on,
-    or a later one could not compare it."""
+    grading than this one has. Returns the file's FORMAT and code: a stage that asks no policy, or
+    grades nothing, passes them on, or a later one could not compare them."""
     made = made_with(path)
     theirs = made.get("code", {})
     ours = source_hashes(tuple(theirs))  # also what this stage does not use: it reads verdicts
@@ -1861,7 +1868,7 @@ def check_input(path: Path, settings: dict, accept_edit: bool) -> dict:
         if old != settings.get(name, old) and not is_accepted:
             changed = difference(name, old, settings[name])
             stop(f"{path} was made with {changed}; give the options that made it")
-    return passed_on
+    return passed_on | {"code": theirs}
 
 
 # Copied from 02_locate_step.py

@@ -1134,6 +1134,7 @@ def score_all(
     """Log-probabilities of all pairs, (pairs, sides) on the CPU, the same on every process; in the
     passes of the first epoch: in others bf16 would round in another way."""
     logps = torch.zeros(len(pairs), len(pairs.suffixes[0]), device=accelerator.device)
+    times = torch.zeros(len(pairs), 1, device=accelerator.device)  # by how many processes
     rank, world = accelerator.process_index, accelerator.num_processes
     todo = batches(pairs, args, 0)
     # an edited batches() may draw pairs twice, or none of some
@@ -1144,8 +1145,8 @@ def score_all(
             inputs = collate(trees, accelerator.device)
             scored = scorer(**inputs, most=most)[inputs["picks"]]
             if counts:
-                logps[numbers_of(trees)] = scored
-    return accelerator.reduce(logps, "sum").cpu()
+                logps[numbers_of(trees)], times[numbers_of(trees)] = scored, 1.0
+    return (accelerator.reduce(logps, "sum") / accelerator.reduce(times, "sum")).cpu()
 
 
 def reference_logps(
@@ -1730,11 +1731,13 @@ def code_versions() -> dict:
 
 # Copied from 02_locate_step.py
 def made_with(path: Path) -> dict:
-    """The settings in a file's OUT.meta.json, with the FORMAT of its input; {} of a file that no
-    stage has made."""
+    """The settings in a file's OUT.meta.json, with the FORMAT and the code of its input; {} of a
+    file that no stage has made."""
     path = Path(f"{path}.meta.json")
     meta = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return meta.get("passed_on", {}) | meta.get("settings", {})
+    before, own = meta.get("passed_on", {}), meta.get("settings", {})
+    code = before.get("code", {}) | own.get("code", {})
+    return before | own | ({"code": code} if code else {})
 
 
 # Copied from 01_sample_errors.py
@@ -1742,8 +1745,8 @@ def difference(name: str, old, new) -> str:
     """What a message says of a setting that has changed; of a prompt, the place where it has."""
     if name != "prompt":
         return f"{name} = {old!r}, now it is {new!r}"
-    start = max(0, len(os.path.commonprefix([str(old), new])) - 40)
-    old, new = (repr(text[start : start + 80]) for text in (str(old), new))
+    start = max(0, len(os.path.commonprefix([str(old), str(new)])) - 40)
+    old, new = (repr(str(text)[start : start + 80]) for text in (old, new))
     hint = 'a date: --chat-template-kwargs \'{"date_string": "26 Jul 2024"}\''
     return f"prompt = ...{old}..., now it is ...{new}... (where the template takes {hint})"
 

@@ -171,7 +171,8 @@ def paired(rates: np.ndarray, base: np.ndarray, seed: int) -> dict:
     80 %, two-sided 5 %).
 
     With several seeds p is the bootstrap's, twice the share of draws beyond 0: a permutation of
-    problems would hold for these seeds only, and call a seed's luck a method's gain."""
+    problems would hold for these seeds only, and call a seed's luck a method's gain. Where few
+    problems differ it is at least the permutation's."""
     differences = rates.mean(0) - base.mean(0)
     differences[abs(differences) < 1e-9] = 0.0  # thirds and tenths leave 1e-17
     means = bootstrap(rates, base, seed).round(12)
@@ -845,8 +846,8 @@ def difference(name: str, old, new) -> str:
     """What a message says of a setting that has changed; of a prompt, the place where it has."""
     if name != "prompt":
         return f"{name} = {old!r}, now it is {new!r}"
-    start = max(0, len(os.path.commonprefix([str(old), new])) - 40)
-    old, new = (repr(text[start : start + 80]) for text in (str(old), new))
+    start = max(0, len(os.path.commonprefix([str(old), str(new)])) - 40)
+    old, new = (repr(str(text)[start : start + 80]) for text in (old, new))
     hint = 'a date: --chat-template-kwargs \'{"date_string": "26 Jul 2024"}\''
     return f"prompt = ...{old}..., now it is ...{new}... (where the template takes {hint})"
 
@@ -1566,19 +1567,24 @@ def check_size(config):
     from vllm.transformers_utils.config import get_safetensors_params_metadata
 
     model, parallel = config.model_config, config.parallel_config
-    offloads = config.offload_config != OffloadConfig()
-    if model.quantization or offloads or parallel.enable_expert_parallel:
+    if model.quantization or model.is_moe or config.offload_config != OffloadConfig():
         return  # the files do not say what a device holds
-    tensors = get_safetensors_params_metadata(model.model, revision=model.revision).values()
-    weights = sum(math.prod(tensor.get("shape", [0])) for tensor in tensors)  # one is the metadata
+    weights = 0
+    for name, tensor in get_safetensors_params_metadata(
+        model.model, revision=model.revision
+    ).items():
+        # Mistral's consolidated.safetensors has the model again, under these names
+        if not name.startswith(("layers.", "tok_embeddings.", "output.", "norm.", "__metadata__")):
+            weights += math.prod(tensor["shape"])
     need = weights * model.dtype.itemsize
     if current_platform.is_cpu():
         need = need * parallel.data_parallel_size + (config.cache_config.kv_cache_memory_bytes or 0)
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    elif current_platform.is_cuda_alike():
-        there = parallel.world_size * current_platform.get_device_total_memory()
-    else:  # not every platform says
-        return
+    else:
+        try:
+            there = parallel.world_size * current_platform.get_device_total_memory()
+        except Exception:  # NVML does not know an integrated GPU's, other platforms not theirs
+            return
     if need > there:
         stop(
             f"{model.model} needs more than {need / 1e9:.1f} GB in {model.dtype}, and there are "

@@ -79,9 +79,9 @@ def combine(first: dict, second: dict | None, within: int) -> dict:
 
 
 def pass_on(path: Path, out: Path, stage: str):
-    """Write OUT.meta.json with the input's prompt, opening and kind of steps: the next stage
+    """Write OUT.meta.json with the input's prompt, opening, kind of steps and code: the next stage
     compares them with its own, unless a rectifier made the pairs."""
-    made, names = LOCATE.made_with(path), (*LOCATE.FORMAT, "rectifier")
+    made, names = LOCATE.made_with(path), (*LOCATE.FORMAT, "code", "rectifier")
     settings = {"stage": stage} | {name: made[name] for name in names if name in made}
     LOCATE.save(Path(f"{out}.meta.json"), json.dumps({"settings": settings}, indent=1) + "\n")
 

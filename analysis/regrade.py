@@ -361,6 +361,7 @@ async def regrade(path: Path) -> list[dict]:
         finally:
             grader.close()
         EVAL.save(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in graded))
+        note_grading(Path(f"{path}.meta.json"))
     changed = sum(
         row["correct"] != old.get("correct") for row, old in zip(graded, rows, strict=True)
     )
@@ -373,6 +374,16 @@ async def regrade(path: Path) -> list[dict]:
         f"{len(rows) / (time.time() - began):.0f} a second, {grader.kills} gradings killed"
     )
     return graded
+
+
+def note_grading(path: Path):
+    """Let a stage's meta file say that today's code has graded the rows."""
+    meta = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    code = meta.get("settings", {}).get("code", {})
+    hashes = EVAL.source_hashes(("answer_of", "Grader"))
+    code |= {name: hashes[name] for name in hashes.keys() & code}
+    if code:
+        EVAL.save(path, json.dumps(meta, indent=1, ensure_ascii=False) + "\n")
 
 
 def regrade_folder(folder: Path, base: str) -> tuple[dict, dict, dict[str, dict]]:
@@ -471,7 +482,7 @@ def verdict_table(
             rows = [row for table in tables_of_seeds for responses in table for row in responses]
             shares = [sum(row[field] for row in rows) / len(rows) for field in NAMES]
             problems = len(tables_of_seeds[0])
-            lines.append([f"{name} ({problems})", label, *map(EVAL.percent, shares)])
+            lines.append([f"{name} ({problems})", label, *map(EVAL.percentage, shares)])
     return "Right by each verdict", ["benchmark", "model", *NAMES.values()], lines, ""
 
 

@@ -354,7 +354,8 @@ def main(args: Args):
         "wrong_only": args.wrong_only,
     }
     made = LOCATE.made_with(args.samples)
-    passed_on = {name: made[name] for name in LOCATE.FORMAT if name in made}  # 02 compares it
+    names = (*LOCATE.FORMAT, "code")  # 02 compares them
+    passed_on = {name: made[name] for name in names if name in made}
     count = Counter()
     with contextlib.closing(LOCATE.Output(path, settings, passed_on=passed_on)) as output:
         check_resumed(args, path, output.rows, rows)

@@ -121,6 +121,29 @@ def test_every_form_of_an_assignment_is_an_edit(tmp_path, line):
     assert {name for name in before if before[name] != after[name]} == {"STEP_ENDS"}
 
 
+def test_an_edit_of_the_grading_is_seen_two_stages_on(tmp_path):
+    """02 by scores grades nothing; it passes on what 01 graded with. regrade.py grades anew."""
+    samples, located = tmp_path / "samples.jsonl", tmp_path / "located.jsonl"
+    steps = [stage(1).OPENING + " 3 + 4 = 8.\n", "Step 2: So \\boxed{8}."]
+    row = {"id": "a", "sample": 0, "problem": "3 + 4?", "answer": "7", "steps": steps}
+    row |= {"response": "".join(steps), "finish_reason": "stop", "correct": False, "model": "m"}
+    samples.write_text(json.dumps(row | {"step_scores": [0.1, 0.1], "prm": "p"}) + "\n")
+    code = stage(1).source_hashes(stage(1).ROW_CODE)
+    meta = tmp_path / "samples.jsonl.meta.json"
+    meta.write_text(json.dumps({"settings": {"code": code}}))
+    locate = ["--locator", "scores", "--samples", samples, "--out"]
+    run(2, *locate, located)
+    rectify = ["--located", located, "--model", TINY / "model", "--out", tmp_path / "pairs.jsonl"]
+    done = run_edited(tmp_path, 3, "100 * a == b", "100 * a == b or a == 7", *rectify)
+    assert done.returncode == 2 and "with another quick_verdict than 03_rec" in done.stderr
+
+    meta.write_text(json.dumps({"settings": {"code": code | {"quick_verdict": "of old"}}}))
+    done = run(2, *locate, tmp_path / "x.jsonl", check=False)
+    assert done.returncode == 2 and "with another quick_verdict than 02_loc" in done.stderr
+    run("regrade", samples)
+    run(2, *locate, tmp_path / "x.jsonl")
+
+
 def test_a_setting_that_is_no_longer_there(tmp_path, capsys):
     """Of NEUTRAL, for one."""
     output = stage(1).Output(tmp_path / "out.jsonl", {"code": {}, "top_k": 0})

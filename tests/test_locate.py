@@ -256,7 +256,10 @@ UNREADABLE = [
     ("Step 1: correct\nStep 1: incorrect", "on step 1"),
     ("Step 1: correct\nStep 2: correct", "end with step 2 of 3"),
     ("<think>Step 1: incorrect", "no verdict"),
-    pytest.param(" " * 200_000, "no verdict", id="quadratic time would be ten minutes"),
+    # in quadratic time these would take minutes
+    pytest.param(" " * 200_000, "no verdict", id="blanks"),
+    pytest.param("1" + " " * 200_000, "no verdict", id="a number and blanks"),
+    pytest.param("\n" * 200_000, "no verdict", id="blank lines"),
     ("Step 1: correct\nStep 2: correct\nStep 3: correct\nStep 4: incorrect", "past the last"),
     ("Step 1: 正确的吗\nStep 2: 错误", "on step 2"),
 ]

@@ -1,6 +1,7 @@
 """04: log-probabilities, gradients, EOS, schedule, packing, resume. Real models, no server."""
 
 import importlib
+import itertools
 import json
 import math
 import os
@@ -1447,10 +1448,26 @@ def test_every_pair_has_a_reference(monkeypatch):
     train, pairs = stage(4), stage(4).Pairs()
     for number in range(30):
         pairs.add([1], [[2], [3, number]], f"problem {number}")
-    monkeypatch.setattr(train, "batches", lambda *_: [[1, 2], [3, 5]])
-    one = SimpleNamespace(device="cpu", process_index=0, num_processes=1, reduce=lambda x, _: x)
-    logps = train.score_all(lambda **_: torch.ones(99), pairs, train.Args(batch_size=4), one, "")
-    assert logps.tolist() == [[1.0, 1.0]] * 30
+    monkeypatch.setattr(train, "batches", lambda *_: [[1, 2, 3, 4], [4, 5, 6, 1]])
+
+    def score(world: int) -> torch.Tensor:
+        """Of `world` processes, one after the other; the last adds up."""
+        sums = [0.0, 0.0]
+        for rank in range(world):
+            order = itertools.count()
+
+            def reduce(tensor, _, order=order):
+                place = next(order)
+                sums[place] = sums[place] + tensor
+                return sums[place]
+
+            one = SimpleNamespace(device="cpu", process_index=rank, num_processes=world)
+            one.reduce = reduce
+            args = train.Args(batch_size=4)
+            logps = train.score_all(lambda **_: torch.ones(99), pairs, args, one, "")
+        return logps
+
+    assert score(1).tolist() == score(2).tolist() == [[1.0, 1.0]] * 30
     assert {"score_all", "load_model"} <= train.source_hashes(train.STEP_CODE).keys()
 
 
