@@ -538,7 +538,8 @@ def about(summary: dict) -> str:
         f"over problems; where fewer than {FEW} problems differ, at least Wilson's, or of a "
         "difference Newcombe's; differences are paired by problem, p is McNemar's exact one, of a "
         "permutation, or with several seeds of a bootstrap in which the luck of the seeds is "
-        "Student's t; a problem is won or lost by most of the seeds."
+        f"Student's t (at least a permutation's, where fewer than {FEW} differ); "
+        "a problem is won or lost by most of the seeds."
     )
     if any(benchmark["samples"] > 1 for benchmark in benchmarks.values()):
         text += (
