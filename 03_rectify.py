@@ -1868,7 +1868,7 @@ def check_input(path: Path, settings: dict, accept_edit: bool) -> dict:
         if old != settings.get(name, old) and not is_accepted:
             changed = difference(name, old, settings[name])
             stop(f"{path} was made with {changed}; give the options that made it")
-    return passed_on | {"code": theirs}
+    return passed_on | ({"code": theirs} if theirs else {})
 
 
 # Copied from 02_locate_step.py

@@ -99,8 +99,9 @@ PROBE = "1 + 1 = ?"  # the problem of the prompt that stands in the settings
 # the assistant's text while a template is rendered: many trim it, some take thoughts out of it
 MARK = "@@Steps so far@@"
 # models whose log-probabilities would be wrong without a word: recurrent layers see past a mask;
-# logits_scaling is a factor, elsewhere a divisor; a layer stands before the head
-NO_TREES = ("recurrent_gemma", "hyperclovax", "modernbert-decoder")
+# logits_scaling is a factor, elsewhere a divisor; a layer stands before the head; sdpa leaves out
+# the cap of attention scores
+NO_TREES = ("recurrent_gemma", "hyperclovax", "modernbert-decoder", "gemma2", "vaultgemma")
 MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm
 # bytes of fp32 logits made at once, on the CPU and on a GPU
 LOGITS_BYTES = [1 << 28, 1 << 30]
@@ -442,9 +443,12 @@ def start(args: Args) -> tuple[Accelerator, object, Pairs, Pairs | None]:
     rows = [each for each in rows if not held_out(each[1], args)]
     accelerator = start_accelerate(args)
     tokenizer = load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
+    tokenizer.answer_end = answer_end(tokenizer, args.model)
     check_prompt(args, tokenizer)
     pairs = prepare(rows, tokenizer, args, " ".join(args.data))
     val_pairs = prepare(val_rows, tokenizer, args, "validation") if val_rows else None
+    if args.validation_fraction and not val_pairs:
+        stop(f"--validation-fraction {args.validation_fraction}: holds no problem out; give more")
     print_first(pairs, tokenizer)
     return accelerator, tokenizer, pairs, val_pairs
 
@@ -578,7 +582,7 @@ def load_rows(name: str, objective: str) -> list[tuple[str, dict]]:
             if field == "correct" and not KINDS[field][1](row[field]):
                 stop(f"{place}: {field!r} must be {KINDS[field][0]}")
     if fields == ("chosen", "rejected"):
-        return [(place, explicit_prompt(row, place)) for place, row in placed]
+        return [(p, row if row.get("prompt") else explicit_prompt(row, p)) for p, row in placed]
     if "correct" in fields:
         return right_solutions(placed, name)
     if objective == "sft":  # of a row with other fields, too, encode() would not know the format
@@ -624,8 +628,9 @@ def explicit_prompt(row: dict, place: str) -> dict:
             return row
     same = [a == b for a, b in zip(chosen, rejected, strict=False)]
     size = [*same, False].index(False)
-    if isinstance(chosen, str) and chosen[:size].endswith(" "):
-        size -= 1  # a space belongs to the token after it
+    if isinstance(chosen, str) and (space := re.search(r"\s\S*$", chosen[:size])):
+        # not within a word, whose tokens would differ; a space belongs to the token after it
+        size = space.start() + (chosen[space.start()] != " ")
     if chosen and rejected and not size:
         stop(f"{place}: no 'prompt', and chosen and rejected do not begin alike; give a prompt")
     return row | {"prompt": chosen[:size], "chosen": chosen[size:], "rejected": rejected[size:]}
@@ -653,7 +658,9 @@ def split_sides(row: dict, sides: str) -> tuple[str, list[str], list[bool]]:
             ends.append(is_whole and end)
         return opening, steps, ends
     for i, full in enumerate(fulls):
-        if not full.startswith(given.strip()):
+        if full.lstrip().startswith(given.strip()):  # a response may begin with a space
+            fulls[i] = given[: len(given) - len(given.lstrip())] + full.lstrip()
+        else:
             space = re.match(r"\s*", full)[0] or re.match(r"\s*", steps[i])[0] or " "
             fulls[i] = opening + space + full.lstrip()
     label = STEP.format(number=1)
@@ -683,6 +690,22 @@ def render_turns(messages: list[dict]) -> str:
         if role != "assistant":
             text += "<|endofmessage|>"
     return text
+
+
+def answer_end(tokenizer, model: str) -> int | None:
+    """The token after a finished answer: that by which the template closes a turn, where generation
+    stops at it, as at Gemma's <end_of_turn>, whose EOS is another; else EOS."""
+    user = {"role": "user", "content": PROBE, "problem": PROBE}
+    turns = [user, {"role": "assistant", "content": MARK}]
+    switches = {"tokenize": False, **getattr(tokenizer, "switches", {})}
+    after = tokenizer.apply_chat_template(turns, **switches).rpartition(MARK)[2]
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    try:
+        stops = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:  # the model has none
+        stops = None
+    stops = stops if isinstance(stops, list) else [stops]
+    return ids[0] if ids and ids[0] in stops else tokenizer.eos_token_id
 
 
 def encode(row: dict, tokenizer, sides: str = "step") -> tuple[list[int], list[list[int]]]:
@@ -720,8 +743,10 @@ def encode(row: dict, tokenizer, sides: str = "step") -> tuple[list[int], list[l
             ids = tokenizer(suffix, add_special_tokens=False)["input_ids"]
         # a single step gets no EOS: it would teach to stop half-way; a template may have closed a
         # whole turn already
-        if end and tokenizer.eos_token_id not in ids[-2:]:
-            ids = [*ids, tokenizer.eos_token_id]
+        eos = tokenizer.eos_token_id
+        eos = eos if is_plain else getattr(tokenizer, "answer_end", eos)
+        if end and eos not in ids[-2:]:
+            ids = [*ids, eos]
         suffixes.append(ids)
     if is_plain:
         # what the tokenizer puts before a text; not the EOS that some put after it, which would
@@ -878,7 +903,8 @@ def prepare(rows: list[tuple[str, dict]], tokenizer, args: Args, name: str) -> P
             needed = f"its blocks are no tokens of {args.model}; see analysis/add_block_tokens.py"
             stop(f"{place}: {needed}")
         if not args.eos:
-            suffixes = [without_eos(ids, tokenizer.eos_token_id) for ids in suffixes]
+            for eos in {tokenizer.eos_token_id, getattr(tokenizer, "answer_end", None)}:
+                suffixes = [without_eos(ids, eos) for ids in suffixes]
         if len(prefix) + max(map(len, suffixes)) > args.max_length:
             left_out["above --max-length"] += 1
         elif not all(suffixes) or len(suffixes) == 2 and suffixes[0] == suffixes[1]:

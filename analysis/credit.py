@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-SAMPLE = importlib.import_module("01_sample_errors")
+LOCATE = importlib.import_module("02_locate_step")
 EVAL = importlib.import_module("05_eval")
 
 
@@ -56,17 +56,19 @@ class Args:
 
 
 def load_solutions(args: Args) -> list[dict]:
-    rows = SAMPLE.read_rows(args.file, ("problem", "steps"))
+    rows = LOCATE.read_rows(args.file, ("problem", "steps"))
+    made = LOCATE.made_with(args.file)
+    rows = [{"opening": made["opening"], **row} if "opening" in made else row for row in rows]
     for number, row in enumerate(rows, 1):
         steps, error_step = row["steps"], row.get("error_step")
         if not isinstance(steps, list) or error_step not in (None, *range(1, len(steps) + 1)):
-            SAMPLE.stop(
+            LOCATE.stop(
                 f"{args.file}, line {number}: steps must be a list of texts, error_step the number "
                 "of one, or null"
             )
     rows = [row for row in rows if row.get("error_step") or row.get("correct")][: args.limit]
     if not rows:
-        SAMPLE.stop(
+        LOCATE.stop(
             f"{args.file}: no row has an error_step or is correct; "
             "give the file of 02_locate_step.py"
         )
@@ -78,19 +80,24 @@ def encode_solution(row: dict, tokenizer) -> tuple[list[int], list[int], list[st
     and the forced opening), and its text, from where it begins to where the next one does: a token
     may be half a character."""
     response = "".join(row["steps"])
-    opening = row.get("opening", SAMPLE.OPENING if response.startswith(SAMPLE.OPENING) else "")
-    text = SAMPLE.render_prompt(tokenizer, row["problem"], opening)
+    opening = row.get("opening", LOCATE.OPENING if response.startswith(LOCATE.OPENING) else "")
+    text = LOCATE.render_prompt(tokenizer, row["problem"], opening)
     prefix = tokenizer(text, add_special_tokens=False)["input_ids"]
     sampled = response[len(opening) :]
-    rest = tokenizer(sampled, add_special_tokens=False, return_offsets_mapping=True)
-    starts = [start for start, _ in rest["offset_mapping"]]
+    # together, as 04 does: alone, SentencePiece would put a space before it
+    whole = tokenizer(text + sampled, add_special_tokens=False, return_offsets_mapping=True)
+    ids, skip, place = whole["input_ids"], len(prefix), len(text)
+    if ids[:skip] != prefix:  # a token spans the boundary
+        whole = tokenizer(sampled, add_special_tokens=False, return_offsets_mapping=True)
+        ids, skip, place = whole["input_ids"], 0, 0
+    starts = [start - place for start, _ in whole["offset_mapping"][skip:]]
     texts = [sampled[a:b] for a, b in pairwise([*starts, len(sampled)])]
     ends = list(accumulate(map(len, row["steps"])))
     places = []
     for start in starts:
         before = sum(end <= start + len(opening) for end in ends)
         places.append(min(len(ends), 1 + before))
-    return prefix + rest["input_ids"], [0] * len(prefix) + places, [""] * len(prefix) + texts
+    return prefix + ids[skip:], [0] * len(prefix) + places, [""] * len(prefix) + texts
 
 
 def load_model(model: str):
@@ -100,7 +107,7 @@ def load_model(model: str):
     try:
         return AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device)
     except (OSError, ValueError) as error:
-        SAMPLE.stop(f"--models {model}: cannot be loaded ({str(error).splitlines()[0]})")
+        LOCATE.stop(f"--models {model}: cannot be loaded ({str(error).splitlines()[0]})")
 
 
 def log_probabilities(lm, encoded: list[tuple]) -> list[np.ndarray]:
@@ -235,9 +242,9 @@ def cells_of(figures: dict) -> list[str]:
 
 def main(args: Args):
     if len(args.models) < 2:
-        SAMPLE.stop("--models needs two models or more: --models REFERENCE TUNED [TUNED ...]")
+        LOCATE.stop("--models needs two models or more: --models REFERENCE TUNED [TUNED ...]")
     rows, began = load_solutions(args), time.time()
-    tokenizer = SAMPLE.load_tokenizer(args.models[0], args.chat_template, args.chat_template_kwargs)
+    tokenizer = LOCATE.load_tokenizer(args.models[0], args.chat_template, args.chat_template_kwargs)
     encoded = [encode_solution(row, tokenizer) for row in rows]
     reference = log_probabilities(load_model(args.models[0]), encoded)
     rewards, summary, lines = {}, {}, []

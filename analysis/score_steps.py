@@ -303,10 +303,10 @@ def check_resumed(args: Args, path: Path, old: list[dict], rows: list[dict]):
             )
 
 
-async def score_all(args: Args, reader: Reader, rows: list[dict], output) -> Counter:
-    """Score and write the rows that are not there yet. Returns what became of them."""
+async def score_all(args: Args, reader: Reader, rows: list[dict], output) -> None:
+    """Score and write the rows that are not there yet."""
     make_scorer = server_scorer if args.base_url else local_scorer
-    score, count = make_scorer(args, reader), Counter()
+    score = make_scorer(args, reader)
     old = len(output.rows)
     bar = tqdm(total=len(rows), initial=old, desc="scoring", mininterval=1.0)
     # a window that was torn is made again: the batches are the same
@@ -329,18 +329,15 @@ async def score_all(args: Args, reader: Reader, rows: list[dict], output) -> Cou
             scored_rows.append(scored)
             if reason:
                 scored["prm_reason"] = reason
-                count[f"not scored ({reason.partition(':')[0]})"] += 1
             else:
                 parts.append((scored, ids, places))
         all_scores = await score([(ids, places) for _, ids, places in parts])
-        for (row, ids, places), scores in zip(parts, all_scores, strict=True):
+        for (row, _, places), scores in zip(parts, all_scores, strict=True):
             check_scores(args, reader, scores, places)
             row["step_scores"] = [round(score, 4) for score in scores]
-            count.update({"scored": 1, "tokens": len(ids)})
         output.write(*scored_rows[max(0, old - at) :])
         bar.update(len(output.rows) - bar.n)
     bar.close()
-    return count
 
 
 def main(args: Args):
@@ -356,11 +353,16 @@ def main(args: Args):
     made = LOCATE.made_with(args.samples)
     names = (*LOCATE.FORMAT, "code")  # 02 compares them
     passed_on = {name: made[name] for name in names if name in made}
-    count = Counter()
     with contextlib.closing(LOCATE.Output(path, settings, passed_on=passed_on)) as output:
         check_resumed(args, path, output.rows, rows)
         if len(output.rows) < len(rows):
-            count = asyncio.run(score_all(args, reader, rows, output))
+            asyncio.run(score_all(args, reader, rows, output))
+        count = Counter()
+        for row in output.rows:
+            if row["step_scores"] is None:
+                count[f"not scored ({row['prm_reason'].partition(':')[0]})"] += 1
+            else:
+                count.update({"scored": 1, "tokens": row["prm_tokens"]})
         output.save_meta(finished=True, summary=count)
     counts = ", ".join(f"{name} {number}" for name, number in count.items())
     print(f"{path}: {len(rows)} rows, {counts}")

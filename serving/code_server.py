@@ -121,7 +121,7 @@ async def by_turns(
                 return solution | {"finish_reason": "execution"}
             if not text.endswith("<|endofblock|>"):
                 return solution | {"finish_reason": "stop"}
-            blocks = blocks_of(text)
+            blocks = blocks_of((prompt + solution["text"]).rpartition("<|assistant|>")[2])
             if blocks and blocks[-1]["type"] == "code":
                 result = await run_code(key, blocks[-1]["content"])
                 solution["text"] += f"<|execution|>{result['output']}<|endofblock|>"

@@ -242,6 +242,12 @@ def solve(model, prefix="", rounds=8, **sampling):
     return asyncio.run(go_on())
 
 
+def test_a_block_that_the_prompt_has_begun_is_run():
+    solution = solve(Turns("3+4<|endofblock|>", "<|endofmessage|>"), "<|code|>")
+    assert solution["executions"] == 1
+    assert solution["text"] == "3+4<|endofblock|><|execution|>7<|endofblock|>"
+
+
 def test_model_and_interpreter_take_turns():
     said = [
         block

@@ -24,6 +24,7 @@ import pytest
 import regrade
 import report
 from conftest import ROOT, TINY, read, run, run_killed, stage
+from tokenizers.normalizers import Prepend
 
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -978,10 +979,26 @@ STEPS = [
 ]
 
 
-def test_tokens_fall_into_their_steps():
+def test_tokens_fall_into_their_steps(tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
+    # SentencePiece would put a space before a text that stands alone
+    marked = AutoTokenizer.from_pretrained(TINY / "model")
+    marked.backend_tokenizer.normalizer = Prepend("Ava")
+    ids, _, texts = credit.encode_solution({"problem": "p", "steps": STEPS}, marked)
+    text = stage(1).render_prompt(marked, "p", "") + "".join(STEPS)
+    assert ids == marked(text, add_special_tokens=False)["input_ids"]
+    assert "".join(texts) == "".join(STEPS).removeprefix(stage(5).OPENING)
+    # the opening of the run is no part of a step
+    path = tmp_path / "located.jsonl"
+    row = {"problem": "p", "steps": ["So.\nStep 1: a.\n", "Step 2: b."], "error_step": 2}
+    path.write_text(json.dumps(row) + "\n")
+    meta = {"settings": {"opening": "So.\nStep 1:"}}
+    (tmp_path / "located.jsonl.meta.json").write_text(json.dumps(meta))
+    [row] = credit.load_solutions(credit.Args(path, models=("a", "b")))
+    _, places, texts = credit.encode_solution(row, tokenizer)
+    assert "".join(t for t, place in zip(texts, places, strict=True) if place == 1) == " a.\n"
     ids, places, texts = credit.encode_solution({"problem": "p", "steps": STEPS}, tokenizer)
     assert "".join(texts) == "".join(STEPS).removeprefix(stage(5).OPENING)
     chinese = credit.encode_solution({"problem": "p", "steps": ["三加四等于七。"]}, tokenizer)

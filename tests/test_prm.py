@@ -196,11 +196,15 @@ def test_the_bundled_prm_finds_most_first_errors(tmp_path, capsys):
     done = run(2, *arguments, "--threshold", 0.3, check=False)
     assert done.returncode == 2 and "threshold = 0.5, now it is 0.3" in done.stderr
     # a kill within a write: the same file again, by scoring only what is not there
+    scored_meta = tmp_path / "labels.scored.jsonl.meta.json"
+    summary = json.loads(scored_meta.read_text())["summary"]
+    assert summary["scored"] == 120
     whole = (tmp_path / "labels.scored.jsonl").read_bytes()
     (tmp_path / "labels.scored.jsonl").write_bytes(whole[: len(whole) // 3])
     done = run("score_steps", *score)
     assert (tmp_path / "labels.scored.jsonl").read_bytes() == whole
     assert "rows are there already" in done.stderr
+    assert json.loads(scored_meta.read_text())["summary"] == summary, "of all rows"
     args = score_steps.Args(
         write(tmp_path / "labels.jsonl", read(tmp_path / "labels.jsonl")[1:]), str(PRM)
     )

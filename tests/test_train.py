@@ -244,6 +244,32 @@ def test_a_step_never_ends_in_eos_and_a_finished_solution_does(tokenizer):
     assert [suffix[-1] == eos for suffix in train.encode(mixed, tokenizer)[1]] == [True, False]
 
 
+def test_an_answer_ends_as_its_template_closes_a_turn(tmp_path, small_model):
+    """Gemma's EOS is <eos>, and its models stop at <end_of_turn>; where generation does not stop at
+    the template's mark, EOS it is."""
+    train, tokenizer = stage(4), AutoTokenizer.from_pretrained(small_model)
+    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    close, eos = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert train.answer_end(tokenizer, str(tmp_path)) == eos
+    for stops, end in ((eos, eos), ([eos, close], close)):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+        tokenizer.answer_end = train.answer_end(tokenizer, str(tmp_path))
+        assert tokenizer.answer_end == end
+        for row in (pair(7, last=True), {"problem": "1 + 1?", "solution": "Step 1: 2."}):
+            assert {ids[-1] for ids in train.encode(row, tokenizer)[1]} == {end}
+        plain = {"prompt": "Two", "chosen": " 2.", "rejected": " 3."}  # no template
+        assert {ids[-1] for ids in train.encode(plain, tokenizer)[1]} == {eos}
+
+
+def test_the_sides_of_a_response_that_begins_with_a_space():
+    """As MetaMath's do, whose opening has one: the given steps stand in it once."""
+    given = " Let's think step by step.\nStep 1: 1 + 1 = 2.\nStep 2:"
+    row = {"initial_reason_steps": given, "chosen": " 2 + 1 = 3.\n", "rejected": " 4.\n"}
+    row |= {f"full_{side}": given + row[side] + "So." for side in ("chosen", "rejected")}
+    opening, sides, _ = stage(4).split_sides(row, "full")
+    assert [opening + side for side in sides] == [row["full_chosen"], row["full_rejected"]]
+
+
 def test_whole_responses_in_trl_form_and_sft_rows(tokenizer):
     """Strings stand as they are and end in EOS; messages are rendered, and their turn is closed
     once."""
@@ -1122,6 +1148,7 @@ def test_options_that_make_no_run_are_named(tmp_path, small_model, given, said):
             {"model_type": "recurrent_gemma", "layer_types": None},
             "recurrent_gemma has layers or logits",
         ),
+        ({"model_type": "gemma2", "layer_types": None}, "gemma2 has layers or logits"),
         ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "is quantized"),
         ({"model_type": "gpt2", "layer_types": None}, "gpt2 has no intermediate_size"),
     ],
@@ -1310,6 +1337,13 @@ def test_implicit_prompts_are_what_both_sides_begin_with(tmp_path, tokenizer):
     prefix, suffixes = train.encode(row, tokenizer)
     assert tokenizer.decode(prefix) == "Two apples are"
     assert tokenizer.decode(suffixes[0]) == " 2.<|im_end|>"
+    # not within a word; and a row that has a prompt keeps it
+    sides = {"chosen": "So Ava gives 2.", "rejected": "So Ava gave 2."}
+    other = {"prompt": "3?", "chosen": "It is 3.", "rejected": "It is 4."}
+    path.write_text(json.dumps(sides) + "\n" + json.dumps(other) + "\n")
+    [(_, row), (_, second)] = train.load_rows(str(path), "dpo")
+    assert row == {"prompt": "So Ava", "chosen": " gives 2.", "rejected": " gave 2."}
+    assert second == other
 
 
 MESSAGES = [{"role": "assistant", "content": "7"}], [{"role": "assistant", "content": "8"}]
