@@ -105,7 +105,8 @@ has a mistake. The list ends with the first step that is {stop}; if there is non
 step {count}. Write nothing below the list."""
 VERDICTS_HEAD = re.compile(r"^(?:[^\w\n]|_)*(?:verdicts?|判断|结论|判定)[\W_]*$", re.I | re.M)
 VERDICT_LINE = re.compile(
-    r"[\W_]*(?:(?:step|步骤|第)\s*)?(\d+)(?:\s*步)?[\s*_`]*[:：.)\-–—|][\s*_`|]*(\w+)[\W_]*", re.I
+    r"[\W_]*(?:(?:step|步骤|第)\s*)?(\d+)(?:\s*步)?[\s*_`]*[:：.)\-–—|][\s*_`|]*([^\W_]+)[\W_]*",
+    re.I,
 )
 VERDICTS = {
     **dict.fromkeys(("correct", "right", "正确"), "correct"),
@@ -1739,7 +1740,8 @@ def check_size(config):
     from vllm.transformers_utils.config import get_safetensors_params_metadata
 
     model, parallel = config.model_config, config.parallel_config
-    if model.quantization or model.is_moe or config.offload_config != OffloadConfig():
+    shares_experts = model.is_moe and parallel.data_parallel_size > 1
+    if model.quantization or shares_experts or config.offload_config != OffloadConfig():
         return  # the files do not say what a device holds
     weights = 0
     for name, tensor in get_safetensors_params_metadata(

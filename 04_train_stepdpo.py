@@ -20,7 +20,7 @@ dpo_loss()'s to use):
      "chosen": " 3 + 4 = 7.\\n", "rejected": " 3 + 4 = 8.\\n",
      "full_chosen": "...", "full_rejected": "..."}
 or TRL's form: whole responses, as texts or as lists of messages; without `prompt`, the beginning
-that both share is the prompt:
+that both share, to its last white space, is the prompt:
     {"prompt": "...", "chosen": "...", "rejected": "..."}
 or pairs with code as in MathGenie/SCDPO-Data-Mistral-Ours, a turn a list of blocks:
     {"chosen": [{"role": "user", "content": [{"type": "text", "content": "Ava has ..."}]}, ...],
@@ -439,7 +439,8 @@ def start(args: Args) -> tuple[Accelerator, object, Pairs, Pairs | None]:
         args.precision = "bf16" if has_bf16 else "fp32"
     rows = [each for name in args.data for each in load_rows(name, args.objective)]
     val_rows = load_rows(str(args.validation), args.objective) if args.validation else []
-    val_rows += [each for each in rows if held_out(each[1], args)]
+    held = [each for each in rows if held_out(each[1], args)]
+    val_rows += held
     rows = [each for each in rows if not held_out(each[1], args)]
     accelerator = start_accelerate(args)
     tokenizer = load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
@@ -447,7 +448,7 @@ def start(args: Args) -> tuple[Accelerator, object, Pairs, Pairs | None]:
     check_prompt(args, tokenizer)
     pairs = prepare(rows, tokenizer, args, " ".join(args.data))
     val_pairs = prepare(val_rows, tokenizer, args, "validation") if val_rows else None
-    if args.validation_fraction and not val_pairs:
+    if args.validation_fraction and not held:
         stop(f"--validation-fraction {args.validation_fraction}: holds no problem out; give more")
     print_first(pairs, tokenizer)
     return accelerator, tokenizer, pairs, val_pairs
@@ -628,7 +629,8 @@ def explicit_prompt(row: dict, place: str) -> dict:
             return row
     same = [a == b for a, b in zip(chosen, rejected, strict=False)]
     size = [*same, False].index(False)
-    if isinstance(chosen, str) and (space := re.search(r"\s\S*$", chosen[:size])):
+    space = isinstance(chosen, str) and re.search(r"\s\S*\Z", chosen[:size])
+    if space and chosen[: space.start()].strip():
         # not within a word, whose tokens would differ; a space belongs to the token after it
         size = space.start() + (chosen[space.start()] != " ")
     if chosen and rejected and not size:
@@ -658,6 +660,8 @@ def split_sides(row: dict, sides: str) -> tuple[str, list[str], list[bool]]:
             ends.append(is_whole and end)
         return opening, steps, ends
     for i, full in enumerate(fulls):
+        if not given.strip():
+            continue
         if full.lstrip().startswith(given.strip()):  # a response may begin with a space
             fulls[i] = given[: len(given) - len(given.lstrip())] + full.lstrip()
         else:
@@ -702,8 +706,8 @@ def answer_end(tokenizer, model: str) -> int | None:
     ids = tokenizer(after, add_special_tokens=False)["input_ids"]
     try:
         stops = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:  # the model has none
-        stops = None
+    except (OSError, ValueError):  # it has none: vLLM takes the configuration's
+        stops = getattr(AutoConfig.from_pretrained(model), "eos_token_id", None)
     stops = stops if isinstance(stops, list) else [stops]
     return ids[0] if ids and ids[0] in stops else tokenizer.eos_token_id
 
@@ -1139,7 +1143,7 @@ class SuffixScorer(torch.nn.Module):
     def token_logps(self, hidden, target):
         config = self.lm.config
         logits = self.lm.get_output_embeddings()(hidden).float()  # (tokens, vocabulary)
-        # Cohere multiplies, Granite divides, Gemma 2 bends
+        # Cohere multiplies, Granite divides, Gemma 4 bends
         if scale := getattr(config, "logit_scale", None):
             logits = logits * scale
         if scale := getattr(config, "logits_scaling", None):

@@ -1568,7 +1568,8 @@ def check_size(config):
     from vllm.transformers_utils.config import get_safetensors_params_metadata
 
     model, parallel = config.model_config, config.parallel_config
-    if model.quantization or model.is_moe or config.offload_config != OffloadConfig():
+    shares_experts = model.is_moe and parallel.data_parallel_size > 1
+    if model.quantization or shares_experts or config.offload_config != OffloadConfig():
         return  # the files do not say what a device holds
     weights = 0
     for name, tensor in get_safetensors_params_metadata(

@@ -23,7 +23,7 @@ import credit
 import tyro
 from transformers import TextIteratorStreamer
 
-SAMPLE = credit.SAMPLE
+SAMPLE = credit.LOCATE
 SHOWN = """
 .step { border-left: 3px solid #88a; padding: .1em .7em; margin: .4em 0; white-space: pre-wrap; }
 .answer { font-weight: bold; padding: .3em .7em; background: #8882; border-radius: 4px;

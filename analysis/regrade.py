@@ -32,6 +32,7 @@ from typing import Literal
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+SAMPLE = importlib.import_module("01_sample_errors")
 EVAL = importlib.import_module("05_eval")
 # fields of a row
 VERDICTS = {"strict": "correct", "paper": "correct_paper", "scdpo": "correct_scdpo"}
@@ -378,12 +379,20 @@ async def regrade(path: Path) -> list[dict]:
 
 def note_grading(path: Path):
     """Let a stage's meta file say that today's code has graded the rows."""
-    meta = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    code = meta.get("settings", {}).get("code", {})
-    hashes = EVAL.source_hashes(("answer_of", "Grader"))
-    code |= {name: hashes[name] for name in hashes.keys() & code}
-    if code:
-        EVAL.save(path, json.dumps(meta, indent=1, ensure_ascii=False) + "\n")
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        parts = [meta.get("passed_on", {}), meta["settings"]]
+    except (OSError, ValueError, TypeError, KeyError):  # no file of a stage
+        return
+    if meta["settings"].get("locator") == "rollout":  # its steps are of the old grading
+        return
+    roots = ("answer_of", "Grader")
+    # names by 01: the grader has variables called `answer`, and 05 a function
+    names, hashes = SAMPLE.source_hashes(roots), EVAL.source_hashes(roots)
+    for part in parts:
+        part["code"] = part.get("code", {})
+        part["code"] |= {name: hashes[name] for name in names.keys() & part["code"]}
+    EVAL.save(path, json.dumps(meta, indent=1, ensure_ascii=False) + "\n")
 
 
 def regrade_folder(folder: Path, base: str) -> tuple[dict, dict, dict[str, dict]]:

@@ -460,11 +460,11 @@ def test_weights_larger_than_the_memory_are_not_loaded(tmp_path, monkeypatch):
     gpu = SimpleNamespace(is_cpu=lambda: False, get_device_total_memory=lambda: 10**15)
     monkeypatch.setattr(platforms, "current_platform", gpu)
 
-    def is_refused(gpus: int, **about) -> bool:
+    def is_refused(gpus: int, replicas: int = 1, **about) -> bool:
         whole = {"model": str(model), "revision": None, "quantization": None, "is_moe": False}
         config = SimpleNamespace(
             model_config=SimpleNamespace(**(whole | {"dtype": torch.bfloat16} | about)),
-            parallel_config=SimpleNamespace(world_size=gpus, data_parallel_size=1),
+            parallel_config=SimpleNamespace(world_size=gpus, data_parallel_size=replicas),
             offload_config=OffloadConfig(),
         )
         try:
@@ -474,7 +474,8 @@ def test_weights_larger_than_the_memory_are_not_loaded(tmp_path, monkeypatch):
         return False
 
     assert is_refused(1) and not is_refused(3)
-    assert not is_refused(1, quantization="fp8") and not is_refused(1, is_moe=True)
+    assert not is_refused(1, quantization="fp8")
+    assert is_refused(1, is_moe=True) and not is_refused(1, replicas=4, is_moe=True)
     gpu.get_device_total_memory = None  # it says nothing
     assert not is_refused(1)
     (model / "model-2.safetensors").unlink()

@@ -1,10 +1,11 @@
 """A researcher edits a stage: rows made before the edit are not mixed with new ones in silence, and
 grown input is welcome."""
 
+import importlib
 import json
 
 import pytest
-from conftest import TINY, edited, read, run, run_edited, stage
+from conftest import ROOT, TINY, edited, read, run, run_edited, stage
 from test_train import write_pairs
 
 EDITS = {  # of 01: what is edited, and what the message names
@@ -137,11 +138,27 @@ def test_an_edit_of_the_grading_is_seen_two_stages_on(tmp_path):
     done = run_edited(tmp_path, 3, "100 * a == b", "100 * a == b or a == 7", *rectify)
     assert done.returncode == 2 and "with another quick_verdict than 03_rec" in done.stderr
 
-    meta.write_text(json.dumps({"settings": {"code": code | {"quick_verdict": "of old"}}}))
+    old = code | {"quick_verdict": "of old"}
+    meta.write_text(json.dumps({"settings": {"code": old}}))
     done = run(2, *locate, tmp_path / "x.jsonl", check=False)
     assert done.returncode == 2 and "with another quick_verdict than 02_loc" in done.stderr
     run("regrade", samples)
     run(2, *locate, tmp_path / "x.jsonl")
+    # of the grading alone, and not of what rollouts have located by it
+    for made, noted in (
+        ({"code": old | {"prompt_ids": "of old"}}, {"code": code | {"prompt_ids": "of old"}}),
+        ({"code": old, "locator": "rollout"}, {"code": old, "locator": "rollout"}),
+    ):
+        meta.write_text(json.dumps({"settings": made}))
+        run("regrade", samples)
+        assert json.loads(meta.read_text())["settings"] == noted
+
+
+def test_every_script_can_be_imported():
+    """Scripts use functions of stages, which an edit may rename."""
+    for folder in ("analysis", "experiments", "benchmarks", "serving", "data"):
+        for script in (ROOT / folder).glob("*.py"):
+            importlib.import_module(script.stem)
 
 
 def test_a_setting_that_is_no_longer_there(tmp_path, capsys):

@@ -260,6 +260,7 @@ UNREADABLE = [
     pytest.param(" " * 200_000, "no verdict", id="blanks"),
     pytest.param("1" + " " * 200_000, "no verdict", id="a number and blanks"),
     pytest.param("\n" * 200_000, "no verdict", id="blank lines"),
+    pytest.param("Step 1: " + "_" * 200_000 + " x y", "no verdict", id="underscores"),
     ("Step 1: correct\nStep 2: correct\nStep 3: correct\nStep 4: incorrect", "past the last"),
     ("Step 1: 正确的吗\nStep 2: 错误", "on step 2"),
 ]

@@ -250,7 +250,12 @@ def test_an_answer_ends_as_its_template_closes_a_turn(tmp_path, small_model):
     train, tokenizer = stage(4), AutoTokenizer.from_pretrained(small_model)
     tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
     close, eos = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     assert train.answer_end(tokenizer, str(tmp_path)) == eos
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "qwen2", "eos_token_id": [close]})
+    )
+    assert train.answer_end(tokenizer, str(tmp_path)) == close
     for stops, end in ((eos, eos), ([eos, close], close)):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
         tokenizer.answer_end = train.answer_end(tokenizer, str(tmp_path))
@@ -268,6 +273,8 @@ def test_the_sides_of_a_response_that_begins_with_a_space():
     row |= {f"full_{side}": given + row[side] + "So." for side in ("chosen", "rejected")}
     opening, sides, _ = stage(4).split_sides(row, "full")
     assert [opening + side for side in sides] == [row["full_chosen"], row["full_rejected"]]
+    _, sides, _ = stage(4).split_sides(row | {"initial_reason_steps": ""}, "full")
+    assert sides == [row["full_chosen"], row["full_rejected"]]
 
 
 def test_whole_responses_in_trl_form_and_sft_rows(tokenizer):
@@ -1344,6 +1351,9 @@ def test_implicit_prompts_are_what_both_sides_begin_with(tmp_path, tokenizer):
     [(_, row), (_, second)] = train.load_rows(str(path), "dpo")
     assert row == {"prompt": "So Ava", "chosen": " gives 2.", "rejected": " gave 2."}
     assert second == other
+    for prompt in ("Q: 3+4?\nA:\n", "\u3000\u3000共是", " Ava\n"):
+        row = train.explicit_prompt({"chosen": prompt + "7", "rejected": prompt + "8"}, "")
+        assert row == {"prompt": prompt, "chosen": "7", "rejected": "8"}
 
 
 MESSAGES = [{"role": "assistant", "content": "7"}], [{"role": "assistant", "content": "8"}]
