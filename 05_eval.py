@@ -1561,38 +1561,26 @@ for process in children:
 
 # Copied from 01_sample_errors.py
 def check_size(config):
-    """Stop where the weights of vLLM's `config` are larger than the memory, before it reads them or
-    fetches them from the hub. On the CPU the system would kill the stage without a word."""
-    from vllm.config import OffloadConfig
-    from vllm.platforms import current_platform
+    """Stop where weights and KV cache are larger than the machine's memory, before vLLM reads the
+    weights or fetches them from the hub: the system would kill the stage without a word. On a GPU
+    vLLM itself says that they do not fit."""
     from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-    model, parallel = config.model_config, config.parallel_config
-    shares_experts = model.is_moe and parallel.data_parallel_size > 1
-    if model.quantization or shares_experts or config.offload_config != OffloadConfig():
-        return  # the files do not say what a device holds
-    weights = 0
-    for name, tensor in get_safetensors_params_metadata(
-        model.model, revision=model.revision
-    ).items():
-        # Mistral's consolidated.safetensors has the model again, under these names
-        if not name.startswith(("layers.", "tok_embeddings.", "output.", "norm.", "__metadata__")):
-            weights += math.prod(tensor["shape"])
-    need = weights * model.dtype.itemsize
-    if current_platform.is_cpu():
-        need = need * parallel.data_parallel_size + (config.cache_config.kv_cache_memory_bytes or 0)
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:
-        try:
-            there = parallel.world_size * current_platform.get_device_total_memory()
-        except Exception:  # NVML does not know an integrated GPU's, other platforms not theirs
-            return
+    model = config.model_config
+    if model.quantization or not cpu_options():
+        return
+    tensors = get_safetensors_params_metadata(model.model, revision=model.revision)
+    # Mistral's consolidated.safetensors has the model a second time
+    again = ("layers.", "tok_embeddings.", "output.", "norm.", "__metadata__")
+    weights = sum(
+        math.prod(tensors[name]["shape"]) for name in tensors if not name.startswith(again)
+    )
+    need = weights * model.dtype.itemsize + (config.cache_config.kv_cache_memory_bytes or 0)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need > there:
-        stop(
-            f"{model.model} needs more than {need / 1e9:.1f} GB in {model.dtype}, and there are "
-            f"{there / 1e9:.1f}: take a smaller model, more GPUs (--engine-args="
-            '"--tensor-parallel-size 2") or a server that has it (--base-url)'
-        )
+        sizes = f"{need / 1e9:.1f} GB in {model.dtype}, and there are {there / 1e9:.1f}"
+        todo = "take a smaller model, a GPU, or a server that has it (--base-url)"
+        stop(f"{model.model} needs more than {sizes}; {todo}")
 
 
 # Copied from 01_sample_errors.py
