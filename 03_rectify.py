@@ -1531,26 +1531,21 @@ for process in children:
 
 # Copied from 01_sample_errors.py
 def check_size(config):
-    """Stop where weights and KV cache are larger than the machine's memory, before vLLM reads the
-    weights or fetches them from the hub: the system would kill the stage without a word. On a GPU
-    vLLM itself says that they do not fit."""
+    """Stop where the weights are larger than the machine's memory, before vLLM reads or fetches
+    them: the system would kill the stage without a word. On a GPU vLLM says it itself."""
     from vllm.transformers_utils.config import get_safetensors_params_metadata
 
     model = config.model_config
     if model.quantization or not cpu_options():
         return
     tensors = get_safetensors_params_metadata(model.model, revision=model.revision)
-    # Mistral's consolidated.safetensors has the model a second time
+    # not Mistral's consolidated.safetensors, which has the model a second time
     again = ("layers.", "tok_embeddings.", "output.", "norm.", "__metadata__")
-    weights = sum(
-        math.prod(tensors[name]["shape"]) for name in tensors if not name.startswith(again)
-    )
-    need = weights * model.dtype.itemsize + (config.cache_config.kv_cache_memory_bytes or 0)
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    sizes = [math.prod(tensors[name]["shape"]) for name in tensors if not name.startswith(again)]
+    need = sum(sizes) * model.dtype.itemsize / 1e9
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     if need > there:
-        sizes = f"{need / 1e9:.1f} GB in {model.dtype}, and there are {there / 1e9:.1f}"
-        todo = "take a smaller model, a GPU, or a server that has it (--base-url)"
-        stop(f"{model.model} needs more than {sizes}; {todo}")
+        stop(f"{model.model} needs more than {need:.1f} GB; there are {there:.1f}: see --base-url")
 
 
 # Copied from 01_sample_errors.py
