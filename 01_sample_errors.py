@@ -347,12 +347,10 @@ def source_hashes(roots: tuple[str, ...]) -> dict[str, str]:
     gc.collect()  # CPython 3.11: ast.parse() fails when a finalizer parses in the middle of it
     nodes, hashes, names = {}, {}, list(roots)
     for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
-        targets = [node]
-        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):  # A = B = 1, A["x"] = 1
-            targets = getattr(node, "targets", None) or [node.target]
-            targets = [part for target in targets for part in ast.walk(target)]
-        for target in targets:
-            name = getattr(target, "id", getattr(target, "name", ""))
+        targets = getattr(node, "targets", [getattr(node, "target", ast.Pass())])
+        parts = [part for target in targets for part in ast.walk(target)]  # A = B = 1, A["x"] = 1
+        assigned = {part.id for part in parts if isinstance(part, ast.Name)}
+        for name in assigned or {getattr(node, "name", "")}:
             nodes.setdefault(name, []).append(node)
     del nodes["Args"]  # the settings have the options' values
     while names:
