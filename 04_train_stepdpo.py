@@ -1164,19 +1164,18 @@ def score_all(
     """Log-probabilities of all pairs, (pairs, sides) on the CPU, the same on every process; in the
     passes of the first epoch: in others bf16 would round in another way."""
     logps = torch.zeros(len(pairs), len(pairs.suffixes[0]), device=accelerator.device)
-    times = torch.zeros(len(pairs), 1, device=accelerator.device)  # by how many processes
     rank, world = accelerator.process_index, accelerator.num_processes
     todo = batches(pairs, args, 0)
-    # an edited batches() may draw pairs twice, or none of some
-    rest = sorted(set(range(len(pairs))).difference(*todo))
-    todo += [rest[i : i + args.batch_size] for i in range(0, len(rest), args.batch_size)]
+    every = list(range(len(pairs)))
+    if sorted(sum(todo, [])) != every:  # an edit of it draws some twice, or not at all
+        todo = [every[i : i + args.batch_size] for i in range(0, len(every), args.batch_size)]
     for batch in tqdm(todo, desc=label, disable=not PRINTS, leave=False):
         for trees, most, counts in plan(pairs, batch, args.tokens_per_batch, rank, world):
             inputs = collate(trees, accelerator.device)
             scored = scorer(**inputs, most=most)[inputs["picks"]]
             if counts:
-                logps[numbers_of(trees)], times[numbers_of(trees)] = scored, 1.0
-    return (accelerator.reduce(logps, "sum") / accelerator.reduce(times, "sum")).cpu()
+                logps[numbers_of(trees)] = scored
+    return accelerator.reduce(logps, "sum").cpu()
 
 
 def reference_logps(

@@ -23,7 +23,7 @@ import credit
 import tyro
 from transformers import TextIteratorStreamer
 
-SAMPLE = credit.LOCATE
+LOCATE = credit.LOCATE
 SHOWN = """
 .step { border-left: 3px solid #88a; padding: .1em .7em; margin: .4em 0; white-space: pre-wrap; }
 .answer { font-weight: bold; padding: .3em .7em; background: #8882; border-radius: 4px;
@@ -44,7 +44,7 @@ class Args:
     """longest answer, in tokens"""
     beta: float = 0.4
     """of the token rewards"""
-    opening: str = SAMPLE.OPENING
+    opening: str = LOCATE.OPENING
     """how every response begins"""
     split: Literal["labels", "lines", "blank-lines", "sentences"] = "labels"
     """where a step ends"""
@@ -63,7 +63,7 @@ class Answer:
 
     def __init__(self, lm, tokenizer, problem: str, args: Args):
         self.text, self.done, self.error, self.args = "", False, "", args
-        ids = SAMPLE.prompt_ids(tokenizer, problem, args.opening)
+        ids = LOCATE.prompt_ids(tokenizer, problem, args.opening)
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         inputs = credit.torch.tensor([ids], device=lm.device)
         options = {
@@ -96,11 +96,11 @@ class Answer:
 
     @property
     def steps(self) -> list[str]:
-        return SAMPLE.split_steps(self.args.opening + self.text, self.args.split, self.args.opening)
+        return LOCATE.split_steps(self.args.opening + self.text, self.args.split, self.args.opening)
 
     @property
     def prediction(self) -> str | None:
-        return SAMPLE.answer_of(self.args.opening + self.text, self.args.split)
+        return LOCATE.answer_of(self.args.opening + self.text, self.args.split)
 
     def html(self, gold: str) -> str:
         """Its steps, and its answer once it is finished."""
@@ -117,8 +117,8 @@ class Answer:
 
 
 def same(gold: str, prediction: str) -> bool:
-    quick = SAMPLE.quick_verdict(gold, prediction)
-    return SAMPLE.algebra_verdict(gold, prediction) if quick is None else quick
+    quick = LOCATE.quick_verdict(gold, prediction)
+    return LOCATE.algebra_verdict(gold, prediction) if quick is None else quick
 
 
 class Demo:
@@ -127,7 +127,7 @@ class Demo:
     def __init__(self, args: Args):
         self.args, self.last = args, ("", [])
         self.models = [credit.load_model(name) for name in args.models]
-        self.tokenizer = SAMPLE.load_tokenizer(
+        self.tokenizer = LOCATE.load_tokenizer(
             args.models[0], args.chat_template, args.chat_template_kwargs
         )
         self.busy = threading.Lock()
@@ -202,8 +202,8 @@ def main(args: Args):
     try:
         import gradio
     except ImportError:
-        SAMPLE.stop("this page needs gradio: pip install gradio")
-    examples = SAMPLE.read_rows(args.examples, ("problem", "answer"))[:5] if args.examples else []
+        LOCATE.stop("this page needs gradio: pip install gradio")
+    examples = LOCATE.read_rows(args.examples, ("problem", "answer"))[:5] if args.examples else []
     page = make_page(gradio, Demo(args), examples)
     # no font from the network
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
@@ -219,7 +219,7 @@ def main(args: Args):
             footer_links=[],
         )
     except OSError as error:
-        SAMPLE.stop(f"--port {args.port}: {error}")
+        LOCATE.stop(f"--port {args.port}: {error}")
     print(f"open http://{args.host}:{args.port}; Ctrl-C ends", file=sys.stderr, flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         while True:
