@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import multiprocessing
+import re
 import time
 from collections import Counter
 
@@ -249,13 +250,28 @@ HOSTILE = [
 
 
 @pytest.mark.slow  # it looks at the clock, and quick tests run two at a time
-@pytest.mark.parametrize("seconds", [2.0])
-def test_hostile_answers_cost_their_deadline_and_no_more(grades, seconds):
+def test_hostile_answers_cost_their_deadline_and_no_more(grades):
     start = time.time()
-    verdicts, kills = grades([("7", answer) for answer in HOSTILE], seconds=seconds)
+    verdicts, kills = grades([("7", answer) for answer in HOSTILE], seconds=2)
     assert verdicts == [False] * len(HOSTILE)
-    assert time.time() - start < 15 + kills * (seconds + 3)
+    assert time.time() - start < 15 + kills * 5
     assert grades([("x+1", "1+x")], seconds=60)[0] == [True]
+
+
+@pytest.mark.slow
+def test_a_grading_that_hangs_is_killed_and_counted():
+    """The next one is given another worker."""
+    grader = stage(1).Grader(5.0)
+
+    async def grade():
+        # 2^40 ways to part the text, none of which fits
+        hangs = await grader("(a+)+$", "a" * 40 + "!", "", (lambda *_: None, re.match))
+        return hangs, await grader("x+1", "1+x")
+
+    try:
+        assert asyncio.run(grade()) == (False, True) and grader.kills == 1
+    finally:
+        grader.close()
 
 
 @pytest.mark.slow
@@ -499,6 +515,7 @@ def test_what_max_tokens_cut_is_neither_rejected_nor_right():
     cut = row_with_an_error() | {"finish_reason": "length"}
     pairs, counts = rectified([cut], {}, said | {"finish_reason": "stop"})
     assert len(pairs) == 1, "its second step is whole"
+    assert pairs[0]["rejected_finished"] is False
     last = {**cut, "error_step": 3}
     pairs, counts = rectified([last], {}, None)
     assert pairs == [] and counts["errors cut short by max_tokens"] == 1

@@ -6,6 +6,8 @@ python tests/test_copies.py --write     # after a change of an original: bring a
 import ast
 import functools
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -131,12 +133,23 @@ def test_stages_import_no_stage():
         path.name for path in ROOT.iterdir() if path.is_dir()
     }
     for path in STAGES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not local & {name.split(".")[0] for name in names}, (
                 f"{path.name} imports from the project"
             )
+        # a stage's name is none for `import`
+        calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        assert not calls & {"importlib.import_module", "__import__", "runpy.run_path", "exec"}
+
+
+def test_stages_load_outside_the_repository(tmp_path):
+    copied = [shutil.copy(path, tmp_path) for path in STAGES]
+    code = "import runpy, sys; [runpy.run_path(path) for path in sys.argv[1:]]"
+    # -I: neither this folder nor PYTHONPATH
+    subprocess.run([sys.executable, "-I", "-c", code, *copied], cwd=tmp_path, check=True)
 
 
 def write(stage: Path) -> list[str]:

@@ -3,6 +3,7 @@ grown input is welcome."""
 
 import importlib
 import json
+import shutil
 
 import pytest
 from conftest import ROOT, TINY, edited, read, run, run_edited, stage
@@ -159,6 +160,45 @@ def test_every_script_can_be_imported():
     for folder in ("analysis", "experiments", "benchmarks", "serving", "data"):
         for script in (ROOT / folder).glob("*.py"):
             importlib.import_module(script.stem)
+
+
+COMPARED = [  # what README says is compared, of each stage's own rows
+    (1, None, "sample_solution quick_verdict STEP_ENDS USER_TURN"),
+    (2, "rollout", "first_wrong_step is_alive lost_after extract_answer algebra_verdict USER_TURN"),
+    (2, "judge", "JUDGE_PROMPT first_error STEP_ENDS"),
+    (2, "scores", "by_scores STEP_ENDS"),
+    (3, "step-dpo", "make_pairs quick_verdict USER_TURN"),
+    (3, "scdpo", "heated_completion STOPS quick_verdict USER_TURN"),
+    (3, "dpo", "distinct STEP_ENDS"),
+    (5, None, "grade extract_answer quick_verdict USER_TURN"),
+]
+
+
+@pytest.mark.parametrize("number, kind, names", COMPARED)
+def test_what_the_readme_edits_is_compared(number, kind, names):
+    roots = stage(number).ROW_CODE
+    hashes = stage(number).source_hashes(roots[kind] if kind else roots)
+    assert set(names.split()) <= hashes.keys()
+
+
+def test_a_folder_with_other_weights_is_another_model(tmp_path):
+    """A training under the same name, as in rounds."""
+    shutil.copytree(TINY / "model", tmp_path / "model")
+    before = stage(1).model_id(str(tmp_path / "model"))
+    weights = tmp_path / "model" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert stage(1).model_id(str(tmp_path / "model")) != before
+    assert stage(1).model_id("Qwen/Qwen2-7B-Instruct") == "Qwen/Qwen2-7B-Instruct"
+
+
+def test_each_stage_reads_by_default_what_the_one_before_writes():
+    one, two, three, four, five = (stage(number).Args() for number in range(1, 6))
+    assert one.out == two.samples == three.samples
+    assert two.out == three.located
+    assert four.data == (str(three.out),)
+    assert five.models == (four.model, str(four.out))
+    assert one.model == two.model == three.model == four.model
 
 
 def test_a_setting_that_is_no_longer_there(tmp_path, capsys):

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 from functools import partial
+from types import SimpleNamespace
+from unittest import mock
 
 import psutil
 import pytest
@@ -117,6 +119,41 @@ def test_concurrency_keeps_the_seats_full(vllm):
     )
     args.concurrency = 7
     assert stage(1).in_flight(args, vllm, 20) == 7
+    running = most = 0
+
+    async def work(_):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0)
+        running -= 1
+
+    asyncio.run(stage(1).run_all(list(range(9)), work, 4, ""))
+    assert most == 4
+
+
+def test_where_the_engine_alone_is_seeded(monkeypatch):
+    """With top-p on CUDA; then its seed depends on the rows that are there."""
+    one, seeds = stage(1), []
+    monkeypatch.delenv("VLLM_BATCH_INVARIANT", raising=False)
+    for options, expected in ((["on the CPU"], (True, True)), ([], (False, True))):
+        monkeypatch.setattr(one, "cpu_options", lambda options=options: options)
+        assert (one.seeds_requests(0.95), one.seeds_requests(1)) == expected
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert one.seeds_requests(0.95)
+
+    def start(model, options, seed):
+        seeds.append(seed)
+        return SimpleNamespace(close=list)
+
+    async def engine(rows):
+        async with one.engine(one.Args(), "m", rows):
+            pass
+
+    monkeypatch.setattr(one, "Engine", start)
+    for rows in (0, 1, 0):
+        asyncio.run(engine(rows))
+    assert seeds[0] == seeds[2] != seeds[1]
 
 
 @pytest.mark.long
@@ -153,8 +190,10 @@ def test_two_models_in_one_process_and_in_two(tmp_path):
     common += ["--models", TINY / "model", f"tuned={tmp_path}/other"]
     common += ["--engine-args=--max-num-seqs 8 --max-model-len 1024"]
     run(5, *common, "--out", tmp_path / "one")
-    done = run(5, *common, "--out", tmp_path / "two", "--own-process", env=os.environ)
-    assert done.stderr.count("starting vLLM") == 2 and "| tuned |" in done.stdout
+    apart = stage(5).in_own_process
+    with mock.patch.object(stage(5), "in_own_process", wraps=apart) as started:
+        done = run(5, *common, "--out", tmp_path / "two", "--own-process")
+    assert started.call_count == 2 and "| tuned |" in done.stdout
     texts = [
         {row["id"]: row["response"] for row in read(path)}
         for path in (tmp_path / "one" / "validation").glob("*.jsonl")

@@ -28,6 +28,8 @@ import torch
 from conftest import ROOT, STAGES, TINY, read, run, scripted_server, stage
 from transformers import AutoModelForCausalLM
 
+KEY = "not-to-be-written"  # of the judge's server
+
 
 def test_few_failures_show_a_lost_prefix_where_the_model_is_strong():
     lost_after, by_chance = stage(2).lost_after, stage(2).by_chance
@@ -390,6 +392,19 @@ def wrong_samples(path, count: int = 6):
     return rows
 
 
+@pytest.mark.slow
+def test_a_judge_in_this_process(tmp_path):
+    """vLLM here, without a server; this model's answers cannot be read."""
+    wrong_samples(tmp_path / "in.jsonl", 2)
+    arguments = ["--samples", tmp_path / "in.jsonl", "--locator", "judge", "--votes", 2]
+    arguments += ["--judge-model", TINY / "model", "--retries", 0, "--judge-max-tokens", 40]
+    run(2, *arguments, "--out", tmp_path / "out.jsonl")
+    rows = read(tmp_path / "out.jsonl")
+    assert len(rows) == 2
+    for row in rows:
+        assert row["judge"]["tokens"][1] > 1 and len(row["judge"]["other_texts"]) == 1
+
+
 def true_step(body: dict) -> int:
     return int(re.search(r"wrong at (\d)", body["messages"][0]["content"])[1])
 
@@ -404,7 +419,7 @@ def verdicts(step: int) -> str:
 
 def judged(judge, tmp_path, *more, check: bool = True):
     url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
-    with mock.patch.dict(os.environ, JUDGE_API_KEY="secret"):
+    with mock.patch.dict(os.environ, JUDGE_API_KEY=KEY):
         return run(
             2,
             "--samples",
@@ -432,15 +447,17 @@ def test_a_judge_that_knows_max_tokens_by_another_name(judge, tmp_path):
         return verdicts(1 if n < 6 else 2)
 
     judge.script = script
-    judged(judge, tmp_path, "--votes", 3, "--judge-max-tokens", 77)
+    options = ["--votes", 3, "--judge-max-tokens", 77, "--judge-temperature", 0.3]
+    judged(judge, tmp_path, *options)
     [row] = read(tmp_path / "out.jsonl")
     said = [row["judge"]["text"], *row["judge"]["other_texts"]]
     assert row["error_step"] == 1
     assert said[0] == verdicts(1) and said.count(verdicts(1)) == 2 and said.count(verdicts(2)) == 1
     asked = [body["max_completion_tokens"] for body in judge.seen if "max_tokens" not in body]
     assert asked == [77, 77, 77]
+    assert {body["temperature"] for body in judge.seen} == {0.3}
     wrong_samples(tmp_path / "in.jsonl", 4)
-    judged(judge, tmp_path, "--votes", 3, "--judge-max-tokens", 77, "--concurrency", 1)
+    judged(judge, tmp_path, *options, "--concurrency", 1)
     refused = [body for body in judge.seen if "max_tokens" in body]
     assert len(refused) <= 6, "after the first row of a run the name is known"
 
@@ -475,7 +492,9 @@ def test_judge_votes_agreement_retries_and_cost(judge, tmp_path):
     calls = 3 + 3 + 9 + 3 + 4
     assert judge.count == calls
     assert f"judge prompt tokens {100 * calls}, judge completion tokens {10 * calls}" in done.stdout
-    assert judge.seen[0]["key"] == "Bearer secret"
+    assert judge.seen[0]["key"] == f"Bearer {KEY}"
+    assert KEY not in done.stdout + done.stderr
+    assert not any(KEY in path.read_text() for path in tmp_path.iterdir())
     assert len({body["seed"] for body in judge.seen}) == calls
 
 

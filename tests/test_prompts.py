@@ -2,6 +2,7 @@
 a setting."""
 
 import json
+import shutil
 
 import pytest
 from conftest import ROOT, STAGES, TINY, read, run, stage
@@ -254,8 +255,8 @@ def refused(number: int, *arguments):
 def test_rows_of_another_prompt_are_not_mixed(scripted, tmp_path):  # noqa: F811
     """A template is edited between two runs, as a date would: 01, 02, 03 and 05 refuse; with the
     date of then 01 resumes. It trims turns, and 02 asks for rollouts behind a line."""
-    prompts = []
-    scripted.script = lambda n, body: prompts.append(body["prompt"]) or "good"
+    asked = []
+    scripted.script = lambda n, body: asked.append(body) or "good"
     template, problem = tmp_path / "dated.jinja", {"id": "a", "problem": "1 + 1?", "answer": "2"}
     sampled = problem | {
         "sample": 0,
@@ -270,6 +271,7 @@ def test_rows_of_another_prompt_are_not_mixed(scripted, tmp_path):  # noqa: F811
     (tmp_path / "samples.jsonl").write_text(json.dumps(sampled) + "\n")
     url = f"http://127.0.0.1:{scripted.server_address[1]}/v1"
     common = ["--base-url", url, "--tokenizer", TINY / "model", "--chat-template", template]
+    common += ["--temperature", 0.7, "--top-p", 0.9, "--max-tokens", 99]
     steps = ["--opening", "", "--split", "lines", "--model", "m"]
     for number, out, arguments in [
         (1, "s.jsonl", ["--data", tmp_path / "problems.jsonl", "--model", "m", "--n", 1]),
@@ -283,7 +285,10 @@ def test_rows_of_another_prompt_are_not_mixed(scripted, tmp_path):  # noqa: F811
     ]:
         arguments = [*arguments, *common, "--out", tmp_path / out]
         template.write_text(DATED)
+        before = len(asked)
         run(number, *arguments)
+        sent = {(b["temperature"], b["top_p"], b["max_tokens"]) for b in asked[before:]}
+        assert sent == {(0.7, 0.9, 99)}, number
         template.write_text(DATED.replace("25 Nov", "26 Nov"))
         before = scripted.count
         refused(number, *arguments)
@@ -296,7 +301,8 @@ def test_rows_of_another_prompt_are_not_mixed(scripted, tmp_path):  # noqa: F811
             )
         assert scripted.count == before
     tokenizer = stage(2).load_tokenizer(str(TINY / "model"), template, "{}")
-    assert sum(tokenizer.decode(ids).endswith("assistant\nIt is 3.\n") for ids in prompts)
+    prompts = [tokenizer.decode(body["prompt"]) for body in asked]
+    assert any(prompt.endswith("assistant\nIt is 3.\n") for prompt in prompts)
 
 
 @pytest.mark.slow
@@ -316,9 +322,14 @@ def test_training_goes_on_by_the_prompt(small_model, tmp_path):
     (tmp_path / "dated.jinja").write_text(DATED)
     arguments = ["--data", tmp_path / "pairs.jsonl", "--model", small_model]
     arguments += ["--out", tmp_path / "out", "--batch-size", 2, "--epochs", 2, "--save-steps", 2]
+    arguments += ["--keep", 2]
     arguments += ["--chat-template", tmp_path / "dated.jinja"]
     run(4, *arguments)
+    for name in ("model.safetensors", "training.json"):
+        (tmp_path / "out" / name).unlink()  # as after a kill in the last step
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
     (tmp_path / "dated.jinja").write_text(DATED.replace("25 Nov", "26 Nov"))
     refused(4, *arguments)
-    run(4, *arguments, "--chat-template-kwargs", json.dumps({"date_string": "25 Nov 2025"}))
-    assert len(read(tmp_path / "out" / "metrics.jsonl")) == 4
+    date = json.dumps({"date_string": "25 Nov 2025"})
+    assert "resuming from" in run(4, *arguments, "--chat-template-kwargs", date).stderr
+    assert [line["step"] for line in read(tmp_path / "out" / "metrics.jsonl")] == [1, 2, 3, 4]

@@ -26,7 +26,7 @@ SOLVED = {
 
 @pytest.fixture(scope="module")
 def files(bundled, tmp_path_factory):
-    """An uninterrupted run of 01, 02 and 03 over 60 problems: the rows that every other run must
+    """An uninterrupted run of 01, 02 and 03 over 40 problems: the rows that every other run must
     give."""
     folder = tmp_path_factory.mktemp("whole")
     steps = stage_arguments(bundled, folder, folder)
@@ -85,7 +85,12 @@ def test_rows_follow_the_contracts(files):
         assert row["error_step"] is None or 1 <= row["error_step"] <= len(row["steps"])
     pairs = read(files / "pairs.jsonl")
     assert pairs
+    # the published schema, and what 03 adds
+    schema = {"dataset", "prompt", "initial_reason_steps", "chosen", "rejected", "full_chosen"}
+    schema |= {"full_rejected", "answer", "id", "sample", "level", "method", "error_step"}
+    schema |= {"rejected_finished", "values"}
     for pair in pairs:
+        assert set(pair) == schema and pair["method"] == "step-dpo"
         row = located[pair["id"], pair["sample"]]
         assert pair["full_rejected"] == row["response"]
         assert pair["initial_reason_steps"].endswith(f"Step {row['error_step']}:")
@@ -94,6 +99,7 @@ def test_rows_follow_the_contracts(files):
         assert pair["full_chosen"].endswith(f"{{{pair['answer']}}}.")
     meta = json.loads((files / "samples.jsonl.meta.json").read_text())
     assert meta["finished"] and meta["summary"]["samples"] == 80 and meta["versions"]["torch"]
+    assert meta["git"] and meta["seconds"] > 0 and meta["inputs"] and meta["arguments"]
 
 
 def test_located_step_is_mostly_the_true_one(files):
@@ -131,8 +137,12 @@ def test_kill_and_restart(files, server, tmp_path, number):
 def test_other_settings_are_refused(files, bundled):
     before = (files / "samples.jsonl").read_bytes()
     arguments = stage_arguments(bundled, files, files)[1]
-    done = run(1, *arguments, "--temperature", "0.7", check=False)
-    assert done.returncode == 2 and "temperature = 0.8, now it is 0.7" in done.stderr
+    for option, value, said in (
+        ("--temperature", 0.7, "temperature = 0.8, now it is 0.7"),
+        ("--seed", 1, "seed = 0, now it is 1"),
+    ):
+        done = run(1, *arguments, option, value, check=False)
+        assert done.returncode == 2 and said in done.stderr
     assert (files / "samples.jsonl").read_bytes() == before
     again = run(1, *arguments)  # the same settings: nothing is sampled again
     assert "80 rows are there already" in again.stderr and "tokens 0" in again.stdout
