@@ -87,8 +87,8 @@ class Args:
     the same"""
     opening: str = OPENING
     """how every response begins; the model continues it. "" for nothing"""
-    split: Literal["labels", "lines", "blank-lines", "sentences", "blocks"] = "labels"
-    """where a step ends: before "Step 2:" and so on, or after a line, paragraph, sentence or block
+    split: Literal["labels", "lines", "blank-lines", "blocks"] = "labels"
+    """where a step ends: before "Step 2:" and so on, or after a line, paragraph or block
     (serving/code_server.py)"""
     n: int = 2
     """samples of each problem"""
@@ -330,8 +330,8 @@ def lock(file, path: Path):
 
 
 def save(path: Path, text: str):
-    """Write a file, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    """Write a file, whole or not at all. Two stages may write it at once."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
@@ -537,23 +537,7 @@ STEP_ENDS = {
     "lines": re.compile(r"\n(?:[ \t]*\n)*"),
     "blank-lines": re.compile(r"\n(?:[ \t]*\n)+"),
     "blocks": re.compile(r"<\|endofblock\|>(?!<\|execution\|>)"),  # text, or code with its output
-    "sentences": re.compile(
-        r"\n(?:[ \t]*\n)*|[.?][\"')\]”’]*(?=[ \t]+[^a-z\s])"
-        r"|![\"')\]”’]*(?=[ \t]+[^a-z\s=+*/<>-])|[。！？]"
-    ),
 }
-# no sentence ends in a formula; "$5. Then" is money
-FORMULA = re.compile(
-    r"\$\$.*?\$\$|\\\(.*?\\\)|\\\[.*?\\\]"
-    r"|\$(?=\S)(?![.,;:!?)]|\d[\d.,]*(?:[\s.,;:!?)]|$))[^$\n]*\$",
-    re.S,
-)
-# what no sentence ends with: abbreviations, and the number of a list
-NO_END = re.compile(
-    r"\b(?:Mrs?|Ms|Dr|St|No|vs|e\.g|i\.e|cf|approx|Fig|Eq|resp|"
-    + re.escape(STEP.rstrip(":.")).replace(r"\{number\}", r"\d+")
-    + r")\.$|^\s*\(?(?:\d\d?|[A-Za-z])[.)]$"
-)
 
 
 def split_steps(response: str, split: str = "labels", opening: str = OPENING) -> list[str]:
@@ -562,9 +546,7 @@ def split_steps(response: str, split: str = "labels", opening: str = OPENING) ->
 
     labels: before the line-start labels "Step 2:", "Step 3:" ... in their order; one out of order
     (a model that quotes "Step 1:" again) does not start a step, and the closing "The answer is ..."
-    belongs to the last. lines, blank-lines, sentences, blocks: after each. A sentence ends at . !
-    or ? before a space and no small letter, or with its line; formulas, decimals, "5! = 120",
-    "Mr.", "e.g." and the number of a list do not end it."""
+    belongs to the last. lines, blank-lines, blocks: after each."""
     if split != "labels":
         return split_at_ends(response, split, len(opening) if response.startswith(opening) else 0)
     steps, rest = [], response
@@ -579,17 +561,10 @@ def split_steps(response: str, split: str = "labels", opening: str = OPENING) ->
 
 def split_at_ends(response: str, split: str, start: int) -> list[str]:
     """split_steps() after the first `start` characters, where steps bear no labels."""
-
-    def hide(formula: re.Match) -> str:
-        ends_sentence = formula[0].rstrip("\\])$ \n").endswith(".")  # "\\[ x = 3. \\] Then"
-        return "x" * (len(formula[0]) - 1) + ("." if ends_sentence else "x")
-
-    text = FORMULA.sub(hide, response) if split == "sentences" else response
     cuts = [0]
-    for end in STEP_ENDS[split].finditer(text, start):
-        step = text[max(cuts[-1], start) : end.end()].rstrip()
-        goes_on = split == "sentences" and NO_END.search(step)
-        if step.strip() and response[end.end() :].strip() and not goes_on:
+    for end in STEP_ENDS[split].finditer(response, start):
+        step = response[max(cuts[-1], start) : end.end()]
+        if step.strip() and response[end.end() :].strip():
             cuts.append(end.end())
     return [response[a:b] for a, b in pairwise([*cuts, len(response)])] if response else []
 
@@ -661,8 +636,8 @@ TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{
 CHANGES = (  # words that change a number; any other word after a number is its unit
     r"\b(?:and|or|to|than|over|under|below|half|quarters?|factorial|squared"
     r"|cubed|base|dozens?|negative|[apAP]\.?[mM]"
-    r"|(?:(?:four|fif|six|seven|eigh|nin|ten|twelf|hundred)th|hundred|thousand|lakh|crore"
-    r"|[mbtr]+illion)s?)\b"
+    r"|(?:(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+teen|hundred|thousand"
+    r"|[mbtr]+illion)th|hundred|thousand|lakh|crore|[mbtr]+illion)s?)\b"
 )
 TERM = r"(?:plus|minus|divided|times (?:[b-z]|the|its|ten|pi|theta))\b"
 NO_UNIT = (  # what follows a number and is no unit either
@@ -790,7 +765,10 @@ def stated_number(sentence: str) -> str | None:
     """The number of a sentence that has one, between spaces, and no other mathematics."""
     numbers = re.findall(r"(?<!\S)-?\$?-?(?:\d[\d,]*\.?\d*)%?\$?(?=[.,;:]?(?:\s|$))", sentence)
     has_more = len(re.findall(r"[\d.]*\d", sentence.replace(",", ""))) > 1
-    bad = rf"[\\^_=+*/<>]|{CHANGES}|\b(?:(?:more|less|most|least)\b|not|twice|double|triple|{TERM})"
+    bad = (
+        rf"[\\^_=+*/<>]|{CHANGES}|\b(?:(?:more|less|most|least)\b|not|twice|double|triple|{TERM})"
+        r"|\b(?:[Nn]o|[Nn]one|root|square of|cube|reciprocal|logarithm)\b"
+    )
     if len(numbers) != 1 or has_more or len(re.findall(WORD, sentence)) < 2:
         return None
     return None if re.search(bad, sentence) else re.sub(r"[$,]", "", numbers[0]).rstrip(".")
@@ -814,7 +792,7 @@ def quick_verdict(gold: str, prediction: str) -> bool | None:
     named, apart = r"(?:\w+\s*=)?\s*", r"-?\d+(?:, +-?\d+)+\s*"
     if re.fullmatch(named + apart, gold) and re.fullmatch(named + r"-?\d+(?:,-?\d+)+", prediction):
         prediction = prediction.replace(",", ", ")  # 135,225 is a list where the gold is one
-    units = [UNIT.findall(answer) for answer in (gold, prediction)]
+    units = [UNIT.findall(answer.lower()) for answer in (gold, prediction)]  # mL and ml
     if all(units) and units[0] != units[1]:  # 5 m and 5 s
         return False
     gold, prediction = spelled(gold), spelled(prediction)
@@ -936,7 +914,7 @@ class Grader:
         if not values:
             return verdict
         letter, said = (spelled(text).strip("()") for text in (gold, prediction))
-        # an option's name is one even where another option has it for its value
+        # a prediction that is an option's letter was compared above
         if letter not in values or said in values:
             return verdict
         return [k for k in values if await self(values[k], prediction, "", rules)] == [letter]
@@ -950,7 +928,7 @@ class Grader:
                 self.pool = pebble.ProcessPool(
                     max_workers=2,
                     context=multiprocessing.get_context("spawn"),
-                    # its seconds are no job's
+                    # the import does not count towards a job's time limit
                     initializer=importlib.import_module,
                     initargs=("math_verify",),
                 )
@@ -1048,6 +1026,7 @@ REFUSED = {"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens":
 TOO_LONG = re.compile(
     r"context (?:length|size)|max_model_len|too long|longer than"
     r"|maximum (?:input|model|allowed) length"
+    r"|at least 1, got 0"  # vLLM's server, of a prompt that fills its context
 )
 
 
@@ -1095,7 +1074,7 @@ for process in children:
 
 def check_size(config):
     """Stop where the weights are larger than the machine's memory, before vLLM reads or fetches
-    them: the system would kill the stage without a word. On a GPU vLLM says it itself."""
+    them: else the system kills the process with no message. On a GPU vLLM reports it."""
     from vllm.transformers_utils.config import get_safetensors_params_metadata
 
     model = config.model_config
@@ -1103,12 +1082,12 @@ def check_size(config):
         return
     tensors = get_safetensors_params_metadata(model.model, revision=model.revision)
     # not Mistral's consolidated.safetensors, which has the model a second time
-    again = ("layers.", "tok_embeddings.", "output.", "norm.", "__metadata__")
-    sizes = [math.prod(tensors[name]["shape"]) for name in tensors if not name.startswith(again)]
+    second = ("layers.", "tok_embeddings.", "output.", "norm.", "__metadata__")
+    sizes = [math.prod(tensors[name]["shape"]) for name in tensors if not name.startswith(second)]
     need = sum(sizes) * model.dtype.itemsize / 1e9
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    if need > there:
-        stop(f"{model.model} needs more than {need:.1f} GB; there are {there:.1f}: see --base-url")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    if need > memory:
+        stop(f"{model.model} needs more than {need:.1f} GB; there are {memory:.1f}: see --base-url")
 
 
 class Engine:
@@ -1145,11 +1124,7 @@ class Engine:
             self.replicas = given.data_parallel_size
             workers = self.replicas * given.tensor_parallel_size * given.pipeline_parallel_size
             if workers > 1 or os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
-                command, pipe = [sys.executable, "-c", WATCHER, str(os.getpid())], subprocess.PIPE
-                self.watcher = subprocess.Popen(
-                    command, stdin=pipe, stdout=pipe, start_new_session=True
-                )
-                self.watcher.stdout.readline()  # it watches now
+                self.start_watcher()
             # LLM_CLASS: with another context a GPU gets batches of 128 sequences and 2,048 tokens
             context = UsageContext.LLM_CLASS
             config = given.create_engine_config(context)
@@ -1161,6 +1136,12 @@ class Engine:
         except Exception as error:  # no memory, no such folder, options that exclude each other ...
             stop(f"vLLM does not start: {' '.join(str(error).split())[:400]}")
         self.seats = self.replicas * self.vllm.vllm_config.scheduler_config.max_num_seqs
+
+    def start_watcher(self):
+        """A process that runs WATCHER, and watches when this returns."""
+        command, pipe = [sys.executable, "-c", WATCHER, str(os.getpid())], subprocess.PIPE
+        self.watcher = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
+        self.watcher.stdout.readline()
 
     async def __call__(self, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -1205,8 +1186,8 @@ class Engine:
             del self.waiting[identity]
 
     async def step(self):
-        """Step until no request is left. An error reaches all that wait: else they would wait for
-        ever."""
+        """Step until no request is left. An error is passed to every waiting request: without it
+        they would never end."""
         try:
             while self.vllm.has_unfinished_requests():
                 for reply in self.vllm.step():
@@ -1338,12 +1319,14 @@ async def complete(client, model: str, prompt, seed: int, n: int = 1, **sampling
                 return [REFUSED] * n
             stop(f"the server refuses a request: {refusal}")
         except (openai.APIResponseValidationError, ValueError, TypeError, AttributeError) as error:
-            garbage = error  # an answer that is no completion
+            bad_reply = error  # an answer that is no completion
         except openai.APIError as error:
             reason = f"{error.__class__.__name__}: {str(error)[:200]}"
             stop(f"the server does not answer ({reason}); run the same command to resume")
         await asyncio.sleep(pause)
-    stop(f"the server does not answer with completions ({garbage}); run the same command to resume")
+    stop(
+        f"the server does not answer with completions ({bad_reply}); run the same command to resume"
+    )
 
 
 async def run_all(items: list, work, concurrency: int, label: str):

@@ -4,7 +4,6 @@ rollouts, a judge, or the scores of a process reward model.
     python 02_locate_step.py     # by rollouts: data/samples.jsonl -> data/located.jsonl
     python 02_locate_step.py --samples runs/try.jsonl --model data/tiny/model --out located.jsonl
     python 02_locate_step.py --locator judge --judge-model gpt-4o --judge-base-url https://host/v1
-    python 02_locate_step.py --known data/judged.jsonl     # rollouts where the judge left rows open
     python 02_locate_step.py --samples data/samples.scored.jsonl --locator scores
 
 Input, the output of 01_sample_errors.py (only its wrong samples are located; other fields are
@@ -143,25 +142,24 @@ class Args:
     """switches of the template, as JSON, as for 01"""
     opening: str = OPENING
     """how responses begin, as for 01"""
-    split: Literal["labels", "lines", "blank-lines", "sentences", "blocks"] = "labels"
+    split: Literal["labels", "lines", "blank-lines", "blocks"] = "labels"
     """where a step ends, as for 01"""
     locator: Literal["rollout", "judge", "scores"] = "rollout"
     """what finds the first wrong step"""
-    known: Path | None = None
-    """located file: its located rows are copied, only the others are located"""
     include_correct: bool = False
     """locate in right solutions too; a judge and scores need no `answer` then"""
     rollouts: int = 16
-    """continuations of a prefix at most; without a right one it is lost"""
+    """most continuations of a prefix; it is lost if none of these is right"""
     alpha: float = 0.05
-    """lost earlier, once its failures are less likely than this by chance; 0: never"""
+    """a prefix is lost earlier, once so many failures in a row are less likely than this by
+    chance; 0: never"""
     give_up: int = 12
-    """failures of a problem, its samples included, after which its rows stay open; not with
+    """leave a problem's rows open after so many wrong samples and continuations; not used with
     --all-rollouts"""
     linear: bool = False
     """estimate every prefix instead of bisecting"""
     all_rollouts: bool = False
-    """no early end at a right continuation: exact shares"""
+    """sample all --rollouts, also after a right one: exact shares"""
     keep_rollouts: Path | None = None
     """file for the continuations, which 03 can reuse"""
     temperature: float = 0.8
@@ -187,11 +185,11 @@ class Args:
     missing_diagrams: bool = False
     """judge problems that lack their diagram too; the paper's code does not"""
     votes: int = 1
-    """judgements of a solution; a tie leaves the row open"""
+    """judgements of a solution; a step needs more than half of them"""
     retries: int = 3
     """further tries of a judgement that cannot be read"""
     max_per_problem: int | None = None
-    """use so many wrong samples of a problem at most"""
+    """use at most so many wrong samples of each problem"""
     limit: int | None = None
     """use the first so many wrong samples, by id"""
     seed: int = 0
@@ -263,11 +261,8 @@ async def search(args, n_steps: int, draw, samples: list[int]) -> dict:
         the last one before k that is alive."""
         last_alive = max((j for j in values if j < k and is_alive(*values[j])), default=-1)
         counts = [samples] + [values[j] for j in values if j <= last_alive]
-        right = sum(count[0] for count in counts)
-        return right, sum(count[1] for count in counts) - right
-
-    def is_enough(k: int, right: int, tried: int) -> bool:
-        return tried > 0 and (is_alive(right, tried) if k else right > 0)
+        right, tried = map(sum, zip(*counts, strict=True))
+        return right, tried - right
 
     async def estimate(k: int) -> tuple[int, int]:
         if k == 0 and samples[0] > 0:
@@ -275,14 +270,16 @@ async def search(args, n_steps: int, draw, samples: list[int]) -> dict:
         if args.all_rollouts:
             most = args.rollouts
         elif k == 0:
-            most = max(0, args.give_up - samples[1])
+            most = args.give_up - samples[1]
         else:
             most = lost_after(*seen_before(k), args.alpha, args.rollouts)
         right, tried = 0, 0
-        while tried < most and (args.all_rollouts or not is_enough(k, right, tried)):
+        while tried < most:
             size = most if args.all_rollouts else min(max(WAVE, tried), most - tried)
             right += sum(await draw(k, tried, size))
             tried += size
+            if is_alive(right, tried) if k else right > 0:
+                break
         values[k] = [right, tried]
         return right, tried + (samples[1] if k == 0 else 0)
 
@@ -309,12 +306,13 @@ def cut_label(step: str, number: int, split="labels", opening=OPENING) -> tuple[
 
 @dataclass
 class Root:
-    """What the wrong samples of a problem share: the continuations of V(0). The row `payer` has
-    their tokens."""
+    """What the wrong samples of a problem share: the continuations of V(0)."""
 
     samples: list[int]  # [right, tried] of the problem's samples
-    payer: tuple | None = None
+    # by the continued prefix, and the number of continuations before: these and their verdicts
     waves: dict[tuple[str, int], asyncio.Task] = dataclasses.field(default_factory=dict)
+    # by the continued prefix: the row that has their tokens
+    payers: dict[str, tuple] = dataclasses.field(default_factory=dict)
 
 
 async def by_rollouts(
@@ -334,8 +332,8 @@ async def by_rollouts(
         answer = answer_of(prefix + completion["text"], args.split)
         return await grader(row["answer"], answer, row["problem"])
 
-    async def wave(prefix: str, size: int, *about) -> tuple[list[dict], list[bool]]:
-        seed = seed_of(args.seed, "locate", row["id"], *about)
+    async def wave(prefix: str, size: int, *seed_parts) -> tuple[list[dict], list[bool]]:
+        seed = seed_of(args.seed, "locate", row["id"], *seed_parts)
         completions = await continue_from(row, prefix, seed, size, **sampling)
         first = completions[0]  # it has the tokens of all
         spent.update(prompt=first["prompt_tokens"], completion=first["tokens"], rollouts=size)
@@ -355,20 +353,21 @@ async def by_rollouts(
         for completion, correct in zip(completions, verdicts, strict=True):
             rollout = {name: completion[name] for name in ("text", "finish_reason")}
             rollouts.setdefault(k, []).append({**rollout, "correct": correct})
-        if not is_shared or root.payer == identity(row):
+        if not is_shared or root.payers.get(prefix) == identity(row):
             tokens[0] += completions[0]["prompt_tokens"]
             tokens[1] += completions[0]["tokens"]
         return verdicts
 
-    located = {"error_step": None, "locator": "rollout", "rollout_tokens": tokens}
+    located = {"error_step": None, "locator": "rollout", "chance": None}
+    located["rollout_tokens"] = tokens
     if not steps:
         located.update(reason="no response to look at", rollout_values={})
     elif row["correct"]:
         located.update(reason=f"{NO_ERROR}: the answer is right", rollout_values={})
     else:
         located.update(await search(args, len(steps), draw, root.samples))
-    reasons = {one["finish_reason"] for completions in rollouts.values() for one in completions}
-    if "refused" in reasons:  # such failures say nothing of the steps
+    ends = {one["finish_reason"] for completions in rollouts.values() for one in completions}
+    if "refused" in ends:  # such failures say nothing of the steps
         reason = "a continuation was refused: the prompt is longer than the model takes"
         located.update(error_step=None, chance=None, reason=reason)
     return located, rollouts
@@ -381,15 +380,15 @@ def judge_prompt(row: dict, args) -> str:
         text = cut_label(step, number, args.split, args.opening)[1]
         lines.append(f"Step {number}: {text.strip()}")
     if row.get("solution"):
-        truth = ("a reference solution", "Reference solution", row["solution"])
+        name, title, truth = "a reference solution", "Reference solution", row["solution"]
     elif answer := text_of(row.get("answer")):
-        truth = ("the answer", "Answer", answer)
+        name, title, truth = "the answer", "Answer", answer
     else:
-        truth = ("no reference", "Answer", "It is not known.")
+        name, title, truth = "the answer, which is not known,", "Answer", "It is not known."
     return JUDGE_PROMPT.format(
-        truth_name=truth[0],
-        truth_title=truth[1],
-        truth=truth[2],
+        truth_name=name,
+        truth_title=title,
+        truth=truth,
         problem=row["problem"],
         steps="\n".join(lines),
         count=len(row["steps"]),
@@ -487,8 +486,8 @@ async def judge_once(
         try:
             if reply["finish_reason"] != "stop":
                 raise ValueError(
-                    f"it ended by {reply['finish_reason']}; "
-                    "length: --judge-max-tokens, refused: long prompt"
+                    f"it ended by {reply['finish_reason']} (length: raise --judge-max-tokens; "
+                    "refused: the prompt is too long)"
                 )
             step = first_error(reply["text"], len(row["steps"]), args.neutral)
             return step, reply["text"], ""
@@ -513,22 +512,21 @@ async def by_judge(args: Args, ask, row: dict, spent: Counter) -> dict:
     )
     spent.update(row_cost)
     votes = Counter(step for step, _, _ in replies if step is not None)
-    (top_step, top_votes), *others = votes.most_common() or [(None, 0)]
-    tie = others and others[0][1] == top_votes
-    agreement = top_votes / args.votes
-    if top_step is None:
+    [(step, count)] = votes.most_common(1) or [(None, 0)]
+    agreement = count / args.votes
+    if step is None:
         located["reason"] = f"the judge's answer cannot be read: {replies[0][2]}"
-    elif tie or agreement < 0.5:
+    elif agreement <= 0.5:
         located["reason"] = f"the votes disagree: {agreement:.0%} for the first"
-    elif top_step == 0:
+    elif step == 0:
         located["reason"] = f"{NO_ERROR} by the judge"
     else:
-        located.update(error_step=top_step, reason=None)
+        located.update(error_step=step, reason=None)
     texts = [text for _, text, _ in replies]
-    top = next(i for i, (step, _, _) in enumerate(replies) if step == top_step)
+    top = [vote for vote, _, _ in replies].index(step)
     located["judge"] = {
         "model": args.judge_model,
-        "votes": {str(step or "none"): count for step, count in sorted(votes.items())},
+        "votes": {str(vote or "none"): number for vote, number in sorted(votes.items())},
         "agreement": round(agreement, 3),
         "text": texts.pop(top),
         "other_texts": texts,
@@ -537,17 +535,18 @@ async def by_judge(args: Args, ask, row: dict, spent: Counter) -> dict:
     return located
 
 
-def check_scores(path: Path):
-    """Stop where a row has not one of `step_scores` for each step, or null for all."""
-    for number, row in enumerate(read_rows(path, ("steps",)), 1):
-        scores = row.get("step_scores", "none")
+def check_scores(path: Path, samples: list[dict]):
+    """Stop where `step_scores` is neither null nor a list with a number for each step."""
+    for row in samples:
+        scores = row.get("step_scores", ())
         if scores is None:
             continue
-        fits = isinstance(scores, list) and len(scores) == len(row["steps"])
-        if not fits or not all(type(s) in (int, float) and not math.isnan(s) for s in scores):
+        fits = isinstance(scores, list | tuple) and len(scores) == len(row["steps"])
+        numbers = fits and all(type(s) in (int, float) and not math.isnan(s) for s in scores)
+        if not numbers or "step_scores" not in row:
             stop(
-                f"{path}, row {number}: no 'step_scores' with a number for each step; "
-                "analysis/score_steps.py makes them"
+                f"{path}: {row['id']}, sample {row['sample']}: no 'step_scores' with a number for "
+                "each step; analysis/score_steps.py makes them"
             )
 
 
@@ -610,8 +609,8 @@ def check_input(path: Path, settings: dict, accept_edit: bool) -> dict:
             "make it anew, give both the same, or add --accept-edit"
         )
     passed_on = {name: made[name] for name in FORMAT if name in made}
-    for name, old in passed_on.items():  # another opening makes another prompt
-        is_accepted = name == "prompt" and (edited or accept_edit)
+    for name, old in passed_on.items():  # the opening first: another one makes another prompt
+        is_accepted = name == "prompt" and accept_edit
         if old != settings.get(name, old) and not is_accepted:
             changed = difference(name, old, settings[name])
             stop(f"{path} was made with {changed}; give the options that made it")
@@ -661,41 +660,22 @@ def check_rows(path: Path, old: list[dict], source: Path, rows: list[dict], *fie
                 )
 
 
-def read_located(path: Path) -> dict[tuple, dict]:
-    """The rows of a located file by id and sample."""
-    rows = read_rows(path, ("id", "sample", "steps"))
-    for number, row in enumerate(rows, 1):
-        step = row.get("error_step", "")
-        if step is not None and not (type(step) is int and 1 <= step <= len(row["steps"])):
-            stop(
-                f"{path}, row {number}: no 'error_step', the number of a step or null; "
-                "give a file of 02 or annotate.py"
-            )
-    return {identity(row): row for row in rows}
-
-
-KEPT_OF = ("problem", "answer", "steps")  # what rollouts and their verdicts depend on
+ROLLOUT_INPUT = ("problem", "answer", "steps")  # what rollouts and their verdicts depend on
 
 
 async def locate_all(
-    args: Args, rows, counts, known, tokenizer, output: Output, keep: Output | None, grader: Grader
+    args: Args, rows, counts, tokenizer, output: Output, keep: Output | None, grader: Grader
 ) -> Counter:
-    """Copy what --known has located, and locate the other rows that are not done. Returns the cost.
-    `counts` and `known`: see load_samples() and read_located()."""
+    """Locate the rows that are not done. Returns the cost. `counts`: see load_samples()."""
     done = {identity(row) for row in output.rows}
     todo = [row for row in rows if identity(row) not in done]
-    copies = {key: row for key, row in known.items() if row["error_step"]}
-    for row in todo:
-        if identity(row) in copies:  # with the answer and grade of now
-            now = {name: row[name] for name in (*KEPT_OF, "correct") if name in row}
-            output.write(copies[identity(row)] | now)
-    todo = [row for row in todo if identity(row) not in copies]
     rollouts_done = {identity(row) for row in keep.rows} if keep else set()
     spent = Counter()
     roots = {name: Root(count) for name, count in counts.items()}
     for row in reversed(rows):  # so that the first one that asks for V(0) stays
-        if row["steps"] and not row["correct"] and identity(row) not in copies:
-            roots[row["id"]].payer = identity(row)
+        if row["steps"] and not row["correct"]:
+            prefix = cut_label(row["steps"][0], 1, args.split, args.opening)[0]
+            roots[row["id"]].payers[prefix] = identity(row)
 
     def continue_from(row: dict, prefix: str, seed: int, n: int, **sampling_params):
         prompt = prompt_ids(tokenizer, row["problem"], prefix, args.split)
@@ -707,25 +687,22 @@ async def locate_all(
                 args, continue_from, grader, roots[row["id"]], row, spent
             )
             if keep and identity(row) not in rollouts_done:
-                kept = {name: row[name] for name in ("id", "sample", *KEPT_OF)}
+                kept = {name: row[name] for name in ("id", "sample", *ROLLOUT_INPUT)}
                 keep.write({**kept, "rollouts": rollouts})
         elif args.locator == "judge":
             located = await by_judge(args, ask, row, spent)
         else:
             located = by_scores(row, args.threshold)
-        output.write({**known.get(identity(row), {}), **row, **located})
-        if len(output.rows) % 100 == 0:
-            cost = ", ".join(f"{what} {count}" for what, count in spent.items())
-            tqdm.write(f"{len(output.rows)} rows; {cost}", file=sys.stderr)
+        output.write({**row, **located})
 
     async with contextlib.AsyncExitStack() as stack:
-        places = 1  # rows to work on at a time
+        concurrency = 1
         if args.locator == "rollout" and todo:
             generate = await stack.enter_async_context(engine(args, args.model, len(done)))
-            places = in_flight(args, generate)
+            concurrency = in_flight(args, generate)
         elif args.locator == "judge" and todo:
-            ask, places = await stack.enter_async_context(judge(args))
-        await run_all(todo, locate, places, f"by {args.locator}")
+            ask, concurrency = await stack.enter_async_context(judge(args))
+        await run_all(todo, locate, concurrency, f"by {args.locator}")
     if keep:
         keep.save_meta(finished=True)
     return spent
@@ -748,13 +725,12 @@ SETTINGS = {  # the options that a row depends on
 
 
 def check_options(args: Args):
-    from_one = ("rollouts", "give_up", "max_tokens", "votes", "max_per_problem", "limit")
-    from_zero = ("retries", "concurrency", "temperature", "judge_temperature")
-    for names, least in ((from_one, 1), (from_zero, 0)):
-        for name in names:
-            value = getattr(args, name)
-            if value is not None and value < least:
-                stop(f"--{name.replace('_', '-')} must be at least {least}")
+    from_one = ("rollouts", "give_up", "max_tokens", "judge_max_tokens", "votes")
+    from_one += ("max_per_problem", "limit")
+    for name, value in vars(args).items():
+        least = int(name in from_one)
+        if isinstance(value, int | float) and name not in ("seed", "threshold") and value < least:
+            stop(f"--{name.replace('_', '-')} must be at least {least}")
     if not 0 <= args.alpha <= 1:
         stop("--alpha must be between 0 and 1")
     if not 0 < args.top_p <= 1:
@@ -766,17 +742,12 @@ def check_options(args: Args):
 def main(args: Args):
     check_options(args)
     rows, counts, samples = load_samples(args)
-    known = {}
-    if args.known:
-        known = read_located(args.known)
-        check_rows(args.known, list(known.values()), args.samples, samples, "problem", "steps")
     if args.locator == "scores":
-        check_scores(args.samples)
+        check_scores(args.samples, samples)
     began = time.time()
     settings = {
         "stage": "02_locate_step",
         "locator": args.locator,
-        "known": args.known,
         "seed": args.seed,
         **{name: getattr(args, name) for name in SETTINGS[args.locator].split()},
         "code": source_hashes(ROW_CODE[args.locator]),
@@ -796,11 +767,9 @@ def main(args: Args):
         settings["judge_model"] = model_id(args.judge_model)
     else:
         settings["prm"] = ", ".join(sorted({str(row.get("prm")) for row in rows}))
-    if args.known:
-        check_input(args.known, settings, args.accept_edit)
     about = {
         "passed_on": check_input(args.samples, settings, args.accept_edit),
-        "inputs": file_hashes(args.samples, args.known),
+        "inputs": file_hashes(args.samples),
     }
     with contextlib.ExitStack() as stack:
 
@@ -811,34 +780,27 @@ def main(args: Args):
         keep = None
         if args.keep_rollouts:
             keep = opened(Output(args.keep_rollouts, settings, args.accept_edit, **about))
-            check_rows(keep.path, keep.rows, args.samples, samples, *KEPT_OF)
+            check_rows(keep.path, keep.rows, args.samples, samples, *ROLLOUT_INPUT)
         of_scores = ("step_scores",) if args.locator == "scores" else ()
-        fields = (*KEPT_OF, "correct", *of_scores)
+        fields = (*ROLLOUT_INPUT, "correct", *of_scores)
         check_rows(output.path, output.rows, args.samples, samples, *fields)
-        labelled = [row for row in known.values() if row["error_step"]]
-        check_rows(output.path, output.rows, args.known, labelled, "error_step")
         grader = opened(Grader())
-        spent = asyncio.run(locate_all(args, rows, counts, known, tokenizer, output, keep, grader))
-        report(args, rows, known, output, spent, grader.kills, began)
+        spent = asyncio.run(locate_all(args, rows, counts, tokenizer, output, keep, grader))
+        report(args, rows, output, spent, grader.kills, began)
 
 
-def report(args: Args, rows, known, output: Output, spent: Counter, kills: int, began: float):
+def report(args: Args, rows, output: Output, spent: Counter, kills: int, began: float):
     """Say what was located and what it has cost."""
     keys = {identity(row) for row in rows}
-    steps = [row["error_step"] for row in output.rows if identity(row) in keys]
-    by_step = Counter(step for step in steps if step)
+    error_steps = [row["error_step"] for row in output.rows if identity(row) in keys]
+    by_step = Counter(step for step in error_steps if step)
     summary = {
-        "samples" if args.include_correct else "wrong samples": len(steps),
+        "samples" if args.include_correct else "wrong samples": len(error_steps),
         "located": by_step.total(),
-        "not located": len(steps) - by_step.total(),
+        "not located": len(error_steps) - by_step.total(),
         "by step": " ".join(f"{step}:{by_step[step]}" for step in sorted(by_step)),
         "gradings killed": kills,
     }
-    if args.known:
-        copied = [row for key, row in known.items() if key in keys and row["error_step"]]
-        summary["located in --known"] = len(copied)
-    if surplus := len(output.rows) - len(steps):  # 03 will take them
-        summary["other rows in the file"] = surplus
     for what, n in spent.items():
         unit = " tokens" if what in ("prompt", "completion") else ""
         summary[f"{args.locator} {what}{unit}"] = n
@@ -879,6 +841,7 @@ REFUSED = {"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens":
 TOO_LONG = re.compile(
     r"context (?:length|size)|max_model_len|too long|longer than"
     r"|maximum (?:input|model|allowed) length"
+    r"|at least 1, got 0"  # vLLM's server, of a prompt that fills its context
 )
 
 
@@ -970,8 +933,8 @@ def lock(file, path: Path):
 
 # Copied from 01_sample_errors.py
 def save(path: Path, text: str):
-    """Write a file, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    """Write a file, whole or not at all. Two stages may write it at once."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
@@ -1114,25 +1077,7 @@ STEP_ENDS = {
     "lines": re.compile(r"\n(?:[ \t]*\n)*"),
     "blank-lines": re.compile(r"\n(?:[ \t]*\n)+"),
     "blocks": re.compile(r"<\|endofblock\|>(?!<\|execution\|>)"),  # text, or code with its output
-    "sentences": re.compile(
-        r"\n(?:[ \t]*\n)*|[.?][\"')\]”’]*(?=[ \t]+[^a-z\s])"
-        r"|![\"')\]”’]*(?=[ \t]+[^a-z\s=+*/<>-])|[。！？]"
-    ),
 }
-# Copied from 01_sample_errors.py
-# no sentence ends in a formula; "$5. Then" is money
-FORMULA = re.compile(
-    r"\$\$.*?\$\$|\\\(.*?\\\)|\\\[.*?\\\]"
-    r"|\$(?=\S)(?![.,;:!?)]|\d[\d.,]*(?:[\s.,;:!?)]|$))[^$\n]*\$",
-    re.S,
-)
-# Copied from 01_sample_errors.py
-# what no sentence ends with: abbreviations, and the number of a list
-NO_END = re.compile(
-    r"\b(?:Mrs?|Ms|Dr|St|No|vs|e\.g|i\.e|cf|approx|Fig|Eq|resp|"
-    + re.escape(STEP.rstrip(":.")).replace(r"\{number\}", r"\d+")
-    + r")\.$|^\s*\(?(?:\d\d?|[A-Za-z])[.)]$"
-)
 
 
 # Copied from 01_sample_errors.py
@@ -1170,9 +1115,7 @@ def split_steps(response: str, split: str = "labels", opening: str = OPENING) ->
 
     labels: before the line-start labels "Step 2:", "Step 3:" ... in their order; one out of order
     (a model that quotes "Step 1:" again) does not start a step, and the closing "The answer is ..."
-    belongs to the last. lines, blank-lines, sentences, blocks: after each. A sentence ends at . !
-    or ? before a space and no small letter, or with its line; formulas, decimals, "5! = 120",
-    "Mr.", "e.g." and the number of a list do not end it."""
+    belongs to the last. lines, blank-lines, blocks: after each."""
     if split != "labels":
         return split_at_ends(response, split, len(opening) if response.startswith(opening) else 0)
     steps, rest = [], response
@@ -1188,17 +1131,10 @@ def split_steps(response: str, split: str = "labels", opening: str = OPENING) ->
 # Copied from 01_sample_errors.py
 def split_at_ends(response: str, split: str, start: int) -> list[str]:
     """split_steps() after the first `start` characters, where steps bear no labels."""
-
-    def hide(formula: re.Match) -> str:
-        ends_sentence = formula[0].rstrip("\\])$ \n").endswith(".")  # "\\[ x = 3. \\] Then"
-        return "x" * (len(formula[0]) - 1) + ("." if ends_sentence else "x")
-
-    text = FORMULA.sub(hide, response) if split == "sentences" else response
     cuts = [0]
-    for end in STEP_ENDS[split].finditer(text, start):
-        step = text[max(cuts[-1], start) : end.end()].rstrip()
-        goes_on = split == "sentences" and NO_END.search(step)
-        if step.strip() and response[end.end() :].strip() and not goes_on:
+    for end in STEP_ENDS[split].finditer(response, start):
+        step = response[max(cuts[-1], start) : end.end()]
+        if step.strip() and response[end.end() :].strip():
             cuts.append(end.end())
     return [response[a:b] for a, b in pairwise([*cuts, len(response)])] if response else []
 
@@ -1281,8 +1217,8 @@ TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{
 CHANGES = (  # words that change a number; any other word after a number is its unit
     r"\b(?:and|or|to|than|over|under|below|half|quarters?|factorial|squared"
     r"|cubed|base|dozens?|negative|[apAP]\.?[mM]"
-    r"|(?:(?:four|fif|six|seven|eigh|nin|ten|twelf|hundred)th|hundred|thousand|lakh|crore"
-    r"|[mbtr]+illion)s?)\b"
+    r"|(?:(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+teen|hundred|thousand"
+    r"|[mbtr]+illion)th|hundred|thousand|lakh|crore|[mbtr]+illion)s?)\b"
 )
 # Copied from 01_sample_errors.py
 TERM = r"(?:plus|minus|divided|times (?:[b-z]|the|its|ten|pi|theta))\b"
@@ -1429,7 +1365,10 @@ def stated_number(sentence: str) -> str | None:
     """The number of a sentence that has one, between spaces, and no other mathematics."""
     numbers = re.findall(r"(?<!\S)-?\$?-?(?:\d[\d,]*\.?\d*)%?\$?(?=[.,;:]?(?:\s|$))", sentence)
     has_more = len(re.findall(r"[\d.]*\d", sentence.replace(",", ""))) > 1
-    bad = rf"[\\^_=+*/<>]|{CHANGES}|\b(?:(?:more|less|most|least)\b|not|twice|double|triple|{TERM})"
+    bad = (
+        rf"[\\^_=+*/<>]|{CHANGES}|\b(?:(?:more|less|most|least)\b|not|twice|double|triple|{TERM})"
+        r"|\b(?:[Nn]o|[Nn]one|root|square of|cube|reciprocal|logarithm)\b"
+    )
     if len(numbers) != 1 or has_more or len(re.findall(WORD, sentence)) < 2:
         return None
     return None if re.search(bad, sentence) else re.sub(r"[$,]", "", numbers[0]).rstrip(".")
@@ -1455,7 +1394,7 @@ def quick_verdict(gold: str, prediction: str) -> bool | None:
     named, apart = r"(?:\w+\s*=)?\s*", r"-?\d+(?:, +-?\d+)+\s*"
     if re.fullmatch(named + apart, gold) and re.fullmatch(named + r"-?\d+(?:,-?\d+)+", prediction):
         prediction = prediction.replace(",", ", ")  # 135,225 is a list where the gold is one
-    units = [UNIT.findall(answer) for answer in (gold, prediction)]
+    units = [UNIT.findall(answer.lower()) for answer in (gold, prediction)]  # mL and ml
     if all(units) and units[0] != units[1]:  # 5 m and 5 s
         return False
     gold, prediction = spelled(gold), spelled(prediction)
@@ -1585,7 +1524,7 @@ class Grader:
         if not values:
             return verdict
         letter, said = (spelled(text).strip("()") for text in (gold, prediction))
-        # an option's name is one even where another option has it for its value
+        # a prediction that is an option's letter was compared above
         if letter not in values or said in values:
             return verdict
         return [k for k in values if await self(values[k], prediction, "", rules)] == [letter]
@@ -1599,7 +1538,7 @@ class Grader:
                 self.pool = pebble.ProcessPool(
                     max_workers=2,
                     context=multiprocessing.get_context("spawn"),
-                    # its seconds are no job's
+                    # the import does not count towards a job's time limit
                     initializer=importlib.import_module,
                     initargs=("math_verify",),
                 )
@@ -1732,7 +1671,7 @@ for process in children:
 # Copied from 01_sample_errors.py
 def check_size(config):
     """Stop where the weights are larger than the machine's memory, before vLLM reads or fetches
-    them: the system would kill the stage without a word. On a GPU vLLM says it itself."""
+    them: else the system kills the process with no message. On a GPU vLLM reports it."""
     from vllm.transformers_utils.config import get_safetensors_params_metadata
 
     model = config.model_config
@@ -1740,12 +1679,12 @@ def check_size(config):
         return
     tensors = get_safetensors_params_metadata(model.model, revision=model.revision)
     # not Mistral's consolidated.safetensors, which has the model a second time
-    again = ("layers.", "tok_embeddings.", "output.", "norm.", "__metadata__")
-    sizes = [math.prod(tensors[name]["shape"]) for name in tensors if not name.startswith(again)]
+    second = ("layers.", "tok_embeddings.", "output.", "norm.", "__metadata__")
+    sizes = [math.prod(tensors[name]["shape"]) for name in tensors if not name.startswith(second)]
     need = sum(sizes) * model.dtype.itemsize / 1e9
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    if need > there:
-        stop(f"{model.model} needs more than {need:.1f} GB; there are {there:.1f}: see --base-url")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    if need > memory:
+        stop(f"{model.model} needs more than {need:.1f} GB; there are {memory:.1f}: see --base-url")
 
 
 # Copied from 01_sample_errors.py
@@ -1783,11 +1722,7 @@ class Engine:
             self.replicas = given.data_parallel_size
             workers = self.replicas * given.tensor_parallel_size * given.pipeline_parallel_size
             if workers > 1 or os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
-                command, pipe = [sys.executable, "-c", WATCHER, str(os.getpid())], subprocess.PIPE
-                self.watcher = subprocess.Popen(
-                    command, stdin=pipe, stdout=pipe, start_new_session=True
-                )
-                self.watcher.stdout.readline()  # it watches now
+                self.start_watcher()
             # LLM_CLASS: with another context a GPU gets batches of 128 sequences and 2,048 tokens
             context = UsageContext.LLM_CLASS
             config = given.create_engine_config(context)
@@ -1799,6 +1734,12 @@ class Engine:
         except Exception as error:  # no memory, no such folder, options that exclude each other ...
             stop(f"vLLM does not start: {' '.join(str(error).split())[:400]}")
         self.seats = self.replicas * self.vllm.vllm_config.scheduler_config.max_num_seqs
+
+    def start_watcher(self):
+        """A process that runs WATCHER, and watches when this returns."""
+        command, pipe = [sys.executable, "-c", WATCHER, str(os.getpid())], subprocess.PIPE
+        self.watcher = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
+        self.watcher.stdout.readline()
 
     async def __call__(self, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -1843,8 +1784,8 @@ class Engine:
             del self.waiting[identity]
 
     async def step(self):
-        """Step until no request is left. An error reaches all that wait: else they would wait for
-        ever."""
+        """Step until no request is left. An error is passed to every waiting request: without it
+        they would never end."""
         try:
             while self.vllm.has_unfinished_requests():
                 for reply in self.vllm.step():
@@ -1983,12 +1924,14 @@ async def complete(client, model: str, prompt, seed: int, n: int = 1, **sampling
                 return [REFUSED] * n
             stop(f"the server refuses a request: {refusal}")
         except (openai.APIResponseValidationError, ValueError, TypeError, AttributeError) as error:
-            garbage = error  # an answer that is no completion
+            bad_reply = error  # an answer that is no completion
         except openai.APIError as error:
             reason = f"{error.__class__.__name__}: {str(error)[:200]}"
             stop(f"the server does not answer ({reason}); run the same command to resume")
         await asyncio.sleep(pause)
-    stop(f"the server does not answer with completions ({garbage}); run the same command to resume")
+    stop(
+        f"the server does not answer with completions ({bad_reply}); run the same command to resume"
+    )
 
 
 # Copied from 01_sample_errors.py
@@ -2010,7 +1953,7 @@ async def run_all(items: list, work, concurrency: int, label: str):
 if __name__ == "__main__":
     try:
         description = __doc__.split("\n\nInput")[0] + "\n\n" + " ".join(Args.__doc__.split())
-        main(tyro.cli(Args, description=description, config=(tyro.conf.FlagCreatePairsOff,)))
+        main(tyro.cli(Args, description=description))
     except KeyboardInterrupt:
         print(
             "interrupted; the rows so far are kept, run the same command to resume", file=sys.stderr

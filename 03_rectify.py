@@ -105,7 +105,7 @@ class Args:
     """switches of the chat template, as JSON; give what 01 was given"""
     opening: str = OPENING
     """how every response begins; give what 01 was given"""
-    split: Literal["labels", "lines", "blank-lines", "sentences", "blocks"] = "labels"
+    split: Literal["labels", "lines", "blank-lines", "blocks"] = "labels"
     """where a step ends; give what 01 was given"""
     n: int = 20
     """continuations of each correct prefix"""
@@ -149,7 +149,8 @@ class Args:
 STAGE_FIELDS = (
     "id problem answer dataset solution sample response steps prediction correct finish_reason "
     "model blocks rounds executions failures error_step locator reason chance rollout_values "
-    "rollout_tokens judge step_scores prm prm_tokens prm_reason said annotator"
+    "rollout_tokens judge step_scores prm prm_tokens prm_reason said annotator correct_paper "
+    "correct_scdpo"
 )
 
 
@@ -284,7 +285,6 @@ def make_pairs(
 STOPS = {  # where the temperature rises; of --split labels the next label
     "lines": ["\n"],
     "blank-lines": ["\n\n"],
-    "sentences": [". ", "! ", "? ", "\n"],
 }
 # of a code-integrated solution; the authors' 24 count the turns of system and user
 MOST_BLOCKS = 22
@@ -514,21 +514,21 @@ async def make_all(
 
 def load_input(args: Args) -> dict[str, list[dict]]:
     """Rows by problem, in an order that does not depend on the file's."""
-    path, field, kinds, stage = args.samples, "correct", ("correct",), "01_sample_errors.py"
-    nothing = "solutions is right; sample easier problems, or more"
+    path, useful, fields, stage = args.samples, "correct", ("correct",), "01_sample_errors.py"
+    none_useful = "solutions is right; sample easier problems, or more"
     if args.method == "step-dpo":
-        path, field, kinds, stage = args.located, "error_step", (), "02_locate_step.py"
-        nothing = "rows has an error_step; see their reason fields"
+        path, useful, fields, stage = args.located, "error_step", (), "02_locate_step.py"
+        none_useful = "rows has an error_step; see their reason fields"
     wanted = {"step-dpo": "error_step", "scdpo": "response", "dpo": "prediction"}[args.method]
-    rows = read_samples(path, ("answer", "finish_reason", *kinds), args)
+    rows = read_samples(path, ("answer", "finish_reason", *fields), args)
     for number, row in enumerate(rows, 1):
         step, count = row.get("error_step"), len(row["steps"])
         for name in {wanted, "response"} - row.keys():
             stop(f"{path}, row {number}: no {name!r}; give the output of {stage}")
         if step is not None and not (type(step) is int and 1 <= step <= count):
             stop(f"{path}, row {number}: 'error_step' is {step!r}; its steps are {count}")
-    if not any(row[field] for row in rows):
-        stop(f"{path}: none of its {len(rows)} {nothing}")
+    if not any(row[useful] for row in rows):
+        stop(f"{path}: none of its {len(rows)} {none_useful}")
     if args.max_chance < 1 and all(row.get("chance") is None for row in rows):
         stop(f"{path}: no row has the `chance` that --max-chance needs; 02's rollouts give it")
     problems = {}
@@ -561,8 +561,9 @@ def load_rollouts(args: Args, settings: dict, problems: dict) -> dict[tuple, dic
 
 
 def input_hash(rows: list[dict], rollouts: dict) -> str:
-    """Of what the pairs of a problem are made of."""
+    """Of what the pairs of a problem are made of; the verdicts that regrade.py adds are not."""
     kept = [rollouts.get((row["id"], row["sample"])) for row in rows]
+    rows = [{k: v for k, v in row.items() if not k.startswith("correct_")} for row in rows]
     return hashlib.sha256(json.dumps([rows, kept]).encode()).hexdigest()[:8]
 
 
@@ -583,8 +584,8 @@ def write_pairs(args: Args, problems: dict, tries: Output, kills: int, seconds: 
     seeded = bool(args.base_url) or seeds_requests(args.top_p)
     tries.save_meta(finished=True, summary=summary, seeded_requests=seeded)
     save(Path(f"{args.out}.meta.json"), tries.meta_path.read_text(encoding="utf-8"))
-    told = ", ".join(f"{name} {value}" for name, value in summary.items())
-    print(f"{args.out}: {len(pairs)} pairs; {told}")
+    summary_text = ", ".join(f"{name} {value}" for name, value in summary.items())
+    print(f"{args.out}: {len(pairs)} pairs; {summary_text}")
 
 
 def check_options(args: Args):
@@ -597,10 +598,10 @@ def check_options(args: Args):
         args.top_p = 1.0 if args.method == "scdpo" else 0.95
     if args.pairs_per_problem is None:
         args.pairs_per_problem = int(args.method == "dpo")
-    from_one = ("n", "max_tokens", "tries", "limit")
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and name != "seed" and value < (name in from_one):
-            stop(f"--{name.replace('_', '-')} {value}: must be at least {int(name in from_one)}")
+        least = int(name in ("n", "max_tokens", "tries", "limit"))
+        if isinstance(value, int | float) and name != "seed" and value < least:
+            stop(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if args.method == "scdpo" and args.split not in ("labels", "blocks", *STOPS):
         stop(f"--split {args.split}: STOPS does not say where the temperature rises; add it there")
     if not 0 < args.top_p <= 1:
@@ -627,10 +628,10 @@ def main(args: Args):
         settings["prompt"] = render_prompt(tokenizer, PROBE, args.opening)
     rollouts = load_rollouts(args, settings, problems) if args.rollouts else {}
     # a rectifier's template may be another than that of the model that made the errors
-    shared = {k: v for k, v in settings.items() if not (args.rectifier and k == "prompt")}
+    comparable = {k: v for k, v in settings.items() if not (args.rectifier and k == "prompt")}
     input_path = getattr(args, METHODS[args.method][0])
     about = {
-        "passed_on": check_input(input_path, shared, args.accept_edit),
+        "passed_on": check_input(input_path, comparable, args.accept_edit),
         "inputs": file_hashes(input_path, args.rollouts),
     }
     with (
@@ -677,6 +678,7 @@ REFUSED = {"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens":
 TOO_LONG = re.compile(
     r"context (?:length|size)|max_model_len|too long|longer than"
     r"|maximum (?:input|model|allowed) length"
+    r"|at least 1, got 0"  # vLLM's server, of a prompt that fills its context
 )
 
 
@@ -768,8 +770,8 @@ def lock(file, path: Path):
 
 # Copied from 01_sample_errors.py
 def save(path: Path, text: str):
-    """Write a file, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    """Write a file, whole or not at all. Two stages may write it at once."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
@@ -912,25 +914,7 @@ STEP_ENDS = {
     "lines": re.compile(r"\n(?:[ \t]*\n)*"),
     "blank-lines": re.compile(r"\n(?:[ \t]*\n)+"),
     "blocks": re.compile(r"<\|endofblock\|>(?!<\|execution\|>)"),  # text, or code with its output
-    "sentences": re.compile(
-        r"\n(?:[ \t]*\n)*|[.?][\"')\]”’]*(?=[ \t]+[^a-z\s])"
-        r"|![\"')\]”’]*(?=[ \t]+[^a-z\s=+*/<>-])|[。！？]"
-    ),
 }
-# Copied from 01_sample_errors.py
-# no sentence ends in a formula; "$5. Then" is money
-FORMULA = re.compile(
-    r"\$\$.*?\$\$|\\\(.*?\\\)|\\\[.*?\\\]"
-    r"|\$(?=\S)(?![.,;:!?)]|\d[\d.,]*(?:[\s.,;:!?)]|$))[^$\n]*\$",
-    re.S,
-)
-# Copied from 01_sample_errors.py
-# what no sentence ends with: abbreviations, and the number of a list
-NO_END = re.compile(
-    r"\b(?:Mrs?|Ms|Dr|St|No|vs|e\.g|i\.e|cf|approx|Fig|Eq|resp|"
-    + re.escape(STEP.rstrip(":.")).replace(r"\{number\}", r"\d+")
-    + r")\.$|^\s*\(?(?:\d\d?|[A-Za-z])[.)]$"
-)
 
 
 # Copied from 01_sample_errors.py
@@ -968,9 +952,7 @@ def split_steps(response: str, split: str = "labels", opening: str = OPENING) ->
 
     labels: before the line-start labels "Step 2:", "Step 3:" ... in their order; one out of order
     (a model that quotes "Step 1:" again) does not start a step, and the closing "The answer is ..."
-    belongs to the last. lines, blank-lines, sentences, blocks: after each. A sentence ends at . !
-    or ? before a space and no small letter, or with its line; formulas, decimals, "5! = 120",
-    "Mr.", "e.g." and the number of a list do not end it."""
+    belongs to the last. lines, blank-lines, blocks: after each."""
     if split != "labels":
         return split_at_ends(response, split, len(opening) if response.startswith(opening) else 0)
     steps, rest = [], response
@@ -986,17 +968,10 @@ def split_steps(response: str, split: str = "labels", opening: str = OPENING) ->
 # Copied from 01_sample_errors.py
 def split_at_ends(response: str, split: str, start: int) -> list[str]:
     """split_steps() after the first `start` characters, where steps bear no labels."""
-
-    def hide(formula: re.Match) -> str:
-        ends_sentence = formula[0].rstrip("\\])$ \n").endswith(".")  # "\\[ x = 3. \\] Then"
-        return "x" * (len(formula[0]) - 1) + ("." if ends_sentence else "x")
-
-    text = FORMULA.sub(hide, response) if split == "sentences" else response
     cuts = [0]
-    for end in STEP_ENDS[split].finditer(text, start):
-        step = text[max(cuts[-1], start) : end.end()].rstrip()
-        goes_on = split == "sentences" and NO_END.search(step)
-        if step.strip() and response[end.end() :].strip() and not goes_on:
+    for end in STEP_ENDS[split].finditer(response, start):
+        step = response[max(cuts[-1], start) : end.end()]
+        if step.strip() and response[end.end() :].strip():
             cuts.append(end.end())
     return [response[a:b] for a, b in pairwise([*cuts, len(response)])] if response else []
 
@@ -1079,8 +1054,8 @@ TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{
 CHANGES = (  # words that change a number; any other word after a number is its unit
     r"\b(?:and|or|to|than|over|under|below|half|quarters?|factorial|squared"
     r"|cubed|base|dozens?|negative|[apAP]\.?[mM]"
-    r"|(?:(?:four|fif|six|seven|eigh|nin|ten|twelf|hundred)th|hundred|thousand|lakh|crore"
-    r"|[mbtr]+illion)s?)\b"
+    r"|(?:(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+teen|hundred|thousand"
+    r"|[mbtr]+illion)th|hundred|thousand|lakh|crore|[mbtr]+illion)s?)\b"
 )
 # Copied from 01_sample_errors.py
 TERM = r"(?:plus|minus|divided|times (?:[b-z]|the|its|ten|pi|theta))\b"
@@ -1227,7 +1202,10 @@ def stated_number(sentence: str) -> str | None:
     """The number of a sentence that has one, between spaces, and no other mathematics."""
     numbers = re.findall(r"(?<!\S)-?\$?-?(?:\d[\d,]*\.?\d*)%?\$?(?=[.,;:]?(?:\s|$))", sentence)
     has_more = len(re.findall(r"[\d.]*\d", sentence.replace(",", ""))) > 1
-    bad = rf"[\\^_=+*/<>]|{CHANGES}|\b(?:(?:more|less|most|least)\b|not|twice|double|triple|{TERM})"
+    bad = (
+        rf"[\\^_=+*/<>]|{CHANGES}|\b(?:(?:more|less|most|least)\b|not|twice|double|triple|{TERM})"
+        r"|\b(?:[Nn]o|[Nn]one|root|square of|cube|reciprocal|logarithm)\b"
+    )
     if len(numbers) != 1 or has_more or len(re.findall(WORD, sentence)) < 2:
         return None
     return None if re.search(bad, sentence) else re.sub(r"[$,]", "", numbers[0]).rstrip(".")
@@ -1253,7 +1231,7 @@ def quick_verdict(gold: str, prediction: str) -> bool | None:
     named, apart = r"(?:\w+\s*=)?\s*", r"-?\d+(?:, +-?\d+)+\s*"
     if re.fullmatch(named + apart, gold) and re.fullmatch(named + r"-?\d+(?:,-?\d+)+", prediction):
         prediction = prediction.replace(",", ", ")  # 135,225 is a list where the gold is one
-    units = [UNIT.findall(answer) for answer in (gold, prediction)]
+    units = [UNIT.findall(answer.lower()) for answer in (gold, prediction)]  # mL and ml
     if all(units) and units[0] != units[1]:  # 5 m and 5 s
         return False
     gold, prediction = spelled(gold), spelled(prediction)
@@ -1383,7 +1361,7 @@ class Grader:
         if not values:
             return verdict
         letter, said = (spelled(text).strip("()") for text in (gold, prediction))
-        # an option's name is one even where another option has it for its value
+        # a prediction that is an option's letter was compared above
         if letter not in values or said in values:
             return verdict
         return [k for k in values if await self(values[k], prediction, "", rules)] == [letter]
@@ -1397,7 +1375,7 @@ class Grader:
                 self.pool = pebble.ProcessPool(
                     max_workers=2,
                     context=multiprocessing.get_context("spawn"),
-                    # its seconds are no job's
+                    # the import does not count towards a job's time limit
                     initializer=importlib.import_module,
                     initargs=("math_verify",),
                 )
@@ -1530,7 +1508,7 @@ for process in children:
 # Copied from 01_sample_errors.py
 def check_size(config):
     """Stop where the weights are larger than the machine's memory, before vLLM reads or fetches
-    them: the system would kill the stage without a word. On a GPU vLLM says it itself."""
+    them: else the system kills the process with no message. On a GPU vLLM reports it."""
     from vllm.transformers_utils.config import get_safetensors_params_metadata
 
     model = config.model_config
@@ -1538,12 +1516,12 @@ def check_size(config):
         return
     tensors = get_safetensors_params_metadata(model.model, revision=model.revision)
     # not Mistral's consolidated.safetensors, which has the model a second time
-    again = ("layers.", "tok_embeddings.", "output.", "norm.", "__metadata__")
-    sizes = [math.prod(tensors[name]["shape"]) for name in tensors if not name.startswith(again)]
+    second = ("layers.", "tok_embeddings.", "output.", "norm.", "__metadata__")
+    sizes = [math.prod(tensors[name]["shape"]) for name in tensors if not name.startswith(second)]
     need = sum(sizes) * model.dtype.itemsize / 1e9
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    if need > there:
-        stop(f"{model.model} needs more than {need:.1f} GB; there are {there:.1f}: see --base-url")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    if need > memory:
+        stop(f"{model.model} needs more than {need:.1f} GB; there are {memory:.1f}: see --base-url")
 
 
 # Copied from 01_sample_errors.py
@@ -1581,11 +1559,7 @@ class Engine:
             self.replicas = given.data_parallel_size
             workers = self.replicas * given.tensor_parallel_size * given.pipeline_parallel_size
             if workers > 1 or os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
-                command, pipe = [sys.executable, "-c", WATCHER, str(os.getpid())], subprocess.PIPE
-                self.watcher = subprocess.Popen(
-                    command, stdin=pipe, stdout=pipe, start_new_session=True
-                )
-                self.watcher.stdout.readline()  # it watches now
+                self.start_watcher()
             # LLM_CLASS: with another context a GPU gets batches of 128 sequences and 2,048 tokens
             context = UsageContext.LLM_CLASS
             config = given.create_engine_config(context)
@@ -1597,6 +1571,12 @@ class Engine:
         except Exception as error:  # no memory, no such folder, options that exclude each other ...
             stop(f"vLLM does not start: {' '.join(str(error).split())[:400]}")
         self.seats = self.replicas * self.vllm.vllm_config.scheduler_config.max_num_seqs
+
+    def start_watcher(self):
+        """A process that runs WATCHER, and watches when this returns."""
+        command, pipe = [sys.executable, "-c", WATCHER, str(os.getpid())], subprocess.PIPE
+        self.watcher = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
+        self.watcher.stdout.readline()
 
     async def __call__(self, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -1641,8 +1621,8 @@ class Engine:
             del self.waiting[identity]
 
     async def step(self):
-        """Step until no request is left. An error reaches all that wait: else they would wait for
-        ever."""
+        """Step until no request is left. An error is passed to every waiting request: without it
+        they would never end."""
         try:
             while self.vllm.has_unfinished_requests():
                 for reply in self.vllm.step():
@@ -1781,12 +1761,14 @@ async def complete(client, model: str, prompt, seed: int, n: int = 1, **sampling
                 return [REFUSED] * n
             stop(f"the server refuses a request: {refusal}")
         except (openai.APIResponseValidationError, ValueError, TypeError, AttributeError) as error:
-            garbage = error  # an answer that is no completion
+            bad_reply = error  # an answer that is no completion
         except openai.APIError as error:
             reason = f"{error.__class__.__name__}: {str(error)[:200]}"
             stop(f"the server does not answer ({reason}); run the same command to resume")
         await asyncio.sleep(pause)
-    stop(f"the server does not answer with completions ({garbage}); run the same command to resume")
+    stop(
+        f"the server does not answer with completions ({bad_reply}); run the same command to resume"
+    )
 
 
 # Copied from 01_sample_errors.py
@@ -1845,8 +1827,8 @@ def check_input(path: Path, settings: dict, accept_edit: bool) -> dict:
             "make it anew, give both the same, or add --accept-edit"
         )
     passed_on = {name: made[name] for name in FORMAT if name in made}
-    for name, old in passed_on.items():  # another opening makes another prompt
-        is_accepted = name == "prompt" and (edited or accept_edit)
+    for name, old in passed_on.items():  # the opening first: another one makes another prompt
+        is_accepted = name == "prompt" and accept_edit
         if old != settings.get(name, old) and not is_accepted:
             changed = difference(name, old, settings[name])
             stop(f"{path} was made with {changed}; give the options that made it")

@@ -19,8 +19,7 @@ dpo_loss()'s to use):
      "initial_reason_steps": "Let's think step by step.\\nStep 1: ...\\nStep 2:",
      "chosen": " 3 + 4 = 7.\\n", "rejected": " 3 + 4 = 8.\\n",
      "full_chosen": "...", "full_rejected": "..."}
-or TRL's form: whole responses, as texts or as lists of messages; without `prompt`, the beginning
-that both share, to its last white space, is the prompt:
+or TRL's form with an explicit prompt: whole responses, as texts or as lists of messages:
     {"prompt": "...", "chosen": "...", "rejected": "..."}
 or pairs with code as in MathGenie/SCDPO-Data-Mistral-Ours, a turn a list of blocks:
     {"chosen": [{"role": "user", "content": [{"type": "text", "content": "Ava has ..."}]}, ...],
@@ -98,10 +97,15 @@ PROBE = "1 + 1 = ?"  # the problem of the prompt that stands in the settings
 # Copied from 01_sample_errors.py
 # the assistant's text while a template is rendered: many trim it, some take thoughts out of it
 MARK = "@@Steps so far@@"
-# models whose log-probabilities would be wrong without a word: recurrent layers see past a mask;
-# logits_scaling is a factor, elsewhere a divisor; a layer stands before the head; sdpa leaves out
-# the cap of attention scores
-NO_TREES = ("recurrent_gemma", "hyperclovax", "modernbert-decoder", "gemma2", "vaultgemma")
+# models whose log-probabilities would be wrong without a word, and why
+NO_TREES = {
+    "recurrent_gemma": "recurrent layers see past a mask",
+    "hyperclovax": "its logits_scaling is a factor, elsewhere a divisor",
+    "modernbert-decoder": "a layer stands before its head",
+    "gemma2": "sdpa leaves out the cap of its attention scores",
+    "vaultgemma": "sdpa leaves out the cap of its attention scores",
+    "phimoe": "in training it draws experts at random",
+}
 MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm
 # bytes of fp32 logits made at once, on the CPU and on a GPU
 LOGITS_BYTES = [1 << 28, 1 << 30]
@@ -217,23 +221,24 @@ def main(args: Args):
     adapters = add_lora(lm, args) if args.lora_rank else None
     scorer, optimizer = accelerator.prepare(SuffixScorer(lm), make_optimizer(lm, args))
     scorer.train()
-    for each in filter(None, (pairs, val_pairs) if args.objective == "dpo" else ()):
-        # of the base model: before a checkpoint's weights are loaded
-        each.reference = reference_logps(scorer, each, args, accelerator, weights)
+    if args.objective == "dpo":  # of the base model: before a checkpoint's weights are loaded
+        for each in filter(None, (pairs, val_pairs)):
+            each.reference = reference_logps(scorer, each, args, accelerator, weights)
     if resume:
         accelerator.load_state(str(resume))
         print_main(f"resuming from {resume}")
 
     log = Log(accelerator, args, done)
     sizes = count_weights(lm.config)
-    per_epoch = math.ceil(len(pairs) / args.batch_size)
-    total = per_epoch * args.epochs
+    steps = [
+        (epoch, batch) for epoch in range(args.epochs) for batch in batches(pairs, args, epoch)
+    ]
+    total = len(steps) or stop("batches() makes no step of these pairs")
     if val_pairs and done == 0:
         log.record({"step": 0, **validate(scorer, val_pairs, args, accelerator)})
-    steps = range(done + 1, total + 1)
-    for step in tqdm(steps, total=total, initial=done, desc="training", disable=not PRINTS):
-        epoch, place = divmod(step - 1, per_epoch)
-        batch = batches(pairs, args, epoch)[place]
+    todo = range(done + 1, total + 1)
+    for step in tqdm(todo, total=total, initial=done, desc="training", disable=not PRINTS):
+        epoch, batch = steps[step - 1]
         rate = learning_rate(step - 1, total, args)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -265,8 +270,10 @@ def make_optimizer(lm, args: Args) -> torch.optim.Optimizer:
 def train_step(
     scorer, optimizer, pairs: Pairs, batch: list[int], args: Args, accelerator: Accelerator
 ) -> dict[str, float]:
-    """One optimizer step over the pairs `batch`. Returns the means over these pairs, the same on
-    every process."""
+    """One optimizer step over the pairs `batch`. Returns, the same on every process: the means over
+    these pairs of what dpo_loss() names (SFT: the loss alone, in nats a token); grad_norm, before
+    it is clipped; padding, as a share of all places; pairs and tokens, without padding, a
+    second."""
     began = time.time()
     device = accelerator.device
     world = accelerator.num_processes
@@ -275,26 +282,26 @@ def train_step(
     if args.objective == "sft":
         terms = pairs.lengths[batch, 0].sum().item()
     sums = Counter()
-    for number, (trees, most, counts) in enumerate(passes):
+    for number, (trees, most_targets, is_counted) in enumerate(passes):
         inputs = collate(trees, device)
         last = number == len(passes) - 1
         # DeepSpeed's engine steps within the backward pass that is said to be last
-        accelerator.gradient_state._set_sync_gradients(last)
+        accelerator.sync_gradients = last
         # in the last alone, but FSDP2 would keep whole gradients until then: a model that needs
         # shards has no room for them
         is_synced = last or accelerator.distributed_type in ("FSDP", "DEEPSPEED")
         with contextlib.nullcontext() if is_synced else accelerator.no_sync(scorer):
-            logps = scorer(**inputs, most=most)[inputs["picks"]]  # (pairs, sides)
+            logps = scorer(**inputs, most_targets=most_targets)[inputs["picks"]]  # (pairs, sides)
             if args.objective == "dpo":
                 metrics = dpo_loss(logps, pairs, numbers_of(trees), args)
             else:
                 metrics = {"loss": -logps[:, 0]}
             # times world: gradients are averaged over processes, and the mean over the global
             # batch is meant
-            accelerator.backward(counts * metrics["loss"].sum() * world / terms)
+            accelerator.backward(is_counted * metrics["loss"].sum() * world / terms)
         for name, values in metrics.items():
-            sums[name] += counts * values.detach().float().sum() / terms
-        tokens = counts * sum(len(tree.ids) for tree in trees)
+            sums[name] += is_counted * values.detach().float().sum() / terms
+        tokens = is_counted * sum(len(tree.ids) for tree in trees)
         sums["tokens"] += torch.tensor(tokens, device=device)
         sums["places"] += torch.tensor(inputs["ids"].numel(), device=device)
     norm = accelerator.clip_grad_norm_(scorer.parameters(), MAX_GRAD_NORM)
@@ -369,8 +376,6 @@ def validate(scorer, pairs: Pairs, args: Args, accelerator: Accelerator) -> dict
         return {"val_loss": -logps.sum().item() / pairs.lengths.sum().item()}
     metrics = dpo_loss(logps, pairs, list(range(len(pairs))), args)
     metrics = {name: metrics[name] for name in metrics if not name.endswith("_reward")}
-    if len(pairs) >= 20 and "accuracy" in metrics and metrics["accuracy"].mean() == 1.0:
-        warn("validation accuracy 1.0: the pairs are too easy, or are in the training data too")
     return {f"val_{name}": values.mean().item() for name, values in metrics.items()}
 
 
@@ -378,38 +383,21 @@ def check(step: int, metrics: dict[str, float], pairs: Pairs, batch: list[int], 
     """Stop or warn where a step's figures say that something is wrong."""
     loss, norm = metrics["loss"], metrics["grad_norm"]
     if not math.isfinite(loss + norm):
-        good = (checkpoints(args.out) or ["none"])[-1]
-        stop(f"step {step}: loss {loss}, gradient norm {norm}; last good checkpoint: {good}")
-    if step == 1:
-        check_threads()
+        last_checkpoint = (checkpoints(args.out) or ["none"])[-1]
+        stop(f"step {step}: loss {loss}, gradient norm {norm}; last checkpoint: {last_checkpoint}")
     if args.objective == "sft":
         return
     if step == 1:
-        equal = dpo_loss(pairs.reference[batch], pairs, batch, args)["loss"].mean().item()
-        if abs(loss - equal) > 0.02 * max(1, equal):
-            warn(f"first loss: {loss:.4f} and not {equal:.4f}: policy and reference differ")
-        elif abs(equal - math.log(2)) > 1e-3:
-            warn(f"first loss: {equal:.4f} and not ln 2 = 0.6931: dpo_loss() was edited")
+        metrics_if_equal = dpo_loss(pairs.reference[batch], pairs, batch, args)
+        loss_if_equal = metrics_if_equal["loss"].mean().item()
+        if abs(loss - loss_if_equal) > 0.02 * max(1, loss_if_equal):
+            warn(f"first loss: {loss:.4f} and not {loss_if_equal:.4f}: policy and reference differ")
+        elif abs(loss_if_equal - math.log(2)) > 1e-3:
+            warn(f"first loss: {loss_if_equal:.4f} and not ln 2 = 0.6931: dpo_loss() was edited")
     if metrics.get("chosen_reward", 0.0) < -CHOSEN_DROP * args.beta:
         warn(
             f"chosen suffixes: by more than {CHOSEN_DROP} nats less likely than under the "
             "reference; lower --lr"
-        )
-
-
-def check_threads():
-    """Warn where other work takes the cores: the threads of this process wait for each other."""
-    # of the main thread: ns at work, ns in which it could have been
-    times = Path("/proc/self/schedstat")
-    threads = torch.get_num_threads()
-    if torch.cuda.is_available() or threads == 1 or not times.exists():
-        return
-    worked, waited, _ = map(int, times.read_text().split())
-    if waited > worked / 2:
-        warn(
-            f"other work has the cores: {waited / (worked + waited):.0%} of the time was spent "
-            f"waiting for one, and each of {threads} threads waits for the slowest; "
-            "OMP_NUM_THREADS=1 may be far faster"
         )
 
 
@@ -534,20 +522,20 @@ def start_accelerate(args: Args) -> Accelerator:
 
     if strategy == "FSDP" and not accelerator.is_fsdp2:
         stop("the launch file asks for FSDP 1, accelerate's default; set fsdp_version: 2")
-    if strategy == "DEEPSPEED":  # it insists on a size, though batches are planned here
+    if strategy == "DEEPSPEED":
         config = accelerator.state.deepspeed_plugin.deepspeed_config
+        zero = config["zero_optimization"]
+        if zero.get("stage") != 3:  # what follows, and the estimate, is for stage 3
+            stop(f"the launch file's ZeRO stage is {zero.get('stage')}; take configs/zero3.yaml")
+        if "optimizer" in config or "scheduler" in config:
+            stop("the DeepSpeed file has an optimizer or a scheduler; leave both to this script")
+        # it insists on a size, though batches are planned here
         config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
         config["gradient_clipping"] = MAX_GRAD_NORM
         # else the trained model could not be gathered and saved
-        config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
-        if "optimizer" in config or "scheduler" in config:
-            stop("the DeepSpeed file has an optimizer or a scheduler; leave both to this script")
-        offload = config["zero_optimization"].get("offload_optimizer") or {}
-        if offload.get("ratio", 1) < 1:
-            stop(
-                f"offload_optimizer: ratio {offload['ratio']}: DeepSpeed's AdamW on the GPU would "
-                "get no schedule and be in no checkpoint; take 1"
-            )
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+        # "ratio" leaves a part of AdamW on the GPU, with no schedule and in no checkpoint
+        (zero.get("offload_optimizer") or {}).pop("ratio", None)
     # train_step() takes the mean itself; the launch file's number would divide once more
     accelerator.gradient_accumulation_steps = 1
     if accelerator.is_fsdp2 and args.precision == "bf16":
@@ -582,8 +570,6 @@ def load_rows(name: str, objective: str) -> list[tuple[str, dict]]:
                 stop(f"{place}: no {field!r}; every row needs {', '.join(fields)}")
             if field == "correct" and not KINDS[field][1](row[field]):
                 stop(f"{place}: {field!r} must be {KINDS[field][0]}")
-    if fields == ("chosen", "rejected"):
-        return [(p, row if row.get("prompt") else explicit_prompt(row, p)) for p, row in placed]
     if "correct" in fields:
         return right_solutions(placed, name)
     if objective == "sft":  # of a row with other fields, too, encode() would not know the format
@@ -597,8 +583,7 @@ def load_hub(name: str) -> list[dict]:
     try:
         return list(datasets.load_dataset(name, split="train"))
     except Exception as error:  # the library raises many kinds: no network, no such set, gated ...
-        reason = str(error).splitlines()[0]
-        stop(f"--data {name}: no such file, and the hub does not give it ({reason})")
+        stop(f"--data {name}: no such file, and the hub does not give it ({first_line(error)})")
 
 
 def right_solutions(placed: list[tuple[str, dict]], name: str) -> list[tuple[str, dict]]:
@@ -616,26 +601,6 @@ def right_solutions(placed: list[tuple[str, dict]], name: str) -> list[tuple[str
         (place, {"problem": problem, "solution": response})
         for (problem, response), place in distinct.items()
     ]
-
-
-def explicit_prompt(row: dict, place: str) -> dict:
-    """TRL's implicit prompt, text or messages with which both sides begin, made explicit; turns of
-    blocks stay as they are."""
-    chosen, rejected = row["chosen"] or "", row["rejected"] or ""
-    for side in (chosen, rejected):
-        if not isinstance(side, (str, list)):
-            return row  # encode() names it
-        if any(isinstance(turn, dict) and isinstance(turn.get("content"), list) for turn in side):
-            return row
-    same = [a == b for a, b in zip(chosen, rejected, strict=False)]
-    size = [*same, False].index(False)
-    space = isinstance(chosen, str) and re.search(r"\s\S*\Z", chosen[:size])
-    if space and chosen[: space.start()].strip():
-        # not within a word, whose tokens would differ; a space belongs to the token after it
-        size = space.start() + (chosen[space.start()] != " ")
-    if chosen and rejected and not size:
-        stop(f"{place}: no 'prompt', and chosen and rejected do not begin alike; give a prompt")
-    return row | {"prompt": chosen[:size], "chosen": chosen[size:], "rejected": rejected[size:]}
 
 
 def split_sides(row: dict, sides: str) -> tuple[str, list[str], list[bool]]:
@@ -714,7 +679,8 @@ def answer_end(tokenizer, model: str) -> int | None:
 
 def encode(row: dict, tokenizer, sides: str = "step") -> tuple[list[int], list[list[int]]]:
     """Token ids of the prefix and of its suffixes: chosen and rejected, or the solution alone
-    (SFT)."""
+    (SFT). Raises TypeError, KeyError, AttributeError or IndexError for a row of no known format,
+    ValueError or jinja2.TemplateError where a template fails."""
     ends = [True, True]
     is_plain = False  # a text that no chat template rendered
     if "initial_reason_steps" in row:
@@ -752,9 +718,9 @@ def encode(row: dict, tokenizer, sides: str = "step") -> tuple[list[int], list[l
         if end and eos not in ids[-2:]:
             ids = [*ids, eos]
         suffixes.append(ids)
-    if is_plain:
-        # what the tokenizer puts before a text; not the EOS that some put after it, which would
-        # stand in the middle
+    if is_plain and prefix[:1] != [tokenizer.bos_token_id]:
+        # what the tokenizer puts before a text that does not begin with it; not the EOS that some
+        # put after it, which would stand in the middle
         whole = tokenizer(text)["input_ids"]
         starts = (k for k in range(len(whole)) if whole[k : k + len(prefix)] == prefix)
         prefix = whole[: next(starts, 0)] + prefix
@@ -943,18 +909,18 @@ def has_empty_side(row: dict, sides: str) -> bool:
 
 def plan(
     pairs: Pairs, numbers, tokens: int, rank: int, world: int
-) -> list[tuple[list[Tree], int, int]]:
-    """Micro-batches of this process for the pairs `numbers`: (trees, most, counts), trees at most
-    `tokens` with their padding, or one pair that is longer.
+) -> list[tuple[list[Tree], int, bool]]:
+    """Micro-batches of this process for the pairs `numbers`: (trees, most_targets, is_counted),
+    trees at most `tokens` with their padding, or one pair that is longer.
 
     Pairs of one problem come in one tree, as far as `tokens` allow. Sharded strategies wait for
     each other in every pass and at every call of the head: so every process gets the same number of
     micro-batches, and the most suffix positions that one has in each. Where trees run out, a batch
-    repeats one pair, to be computed and not counted: counts 0."""
+    repeats one pair, to be computed and not counted."""
     trees = []
     for group in pairs.by_problem(numbers):
         tree = pairs.tree(group)
-        if len(tree.ids) > tokens:  # rarely
+        if len(tree.ids) > tokens:  # rarely; pair by pair, since halves would share less
             tree = pairs.tree(group[:1])
             for i in group[1:]:
                 before, tree = tree, pairs.tree([*tree.numbers, i])
@@ -974,11 +940,12 @@ def plan(
     filler = [pairs.tree(trees[0].numbers[:1])]
     for micro_batches in passes:
         micro_batches += [filler] * (number_of_passes - len(micro_batches))
-    most = [
+    most_targets = [
         max(sum(len(tree.targets) for tree in trees) for trees in at_once)
         for at_once in zip(*passes, strict=True)
     ]
-    return [(trees, most[number], int(number < mine)) for number, trees in enumerate(passes[rank])]
+    is_counted = [number < mine for number in range(number_of_passes)]
+    return list(zip(passes[rank], most_targets, is_counted, strict=True))
 
 
 def packed(trees: list[Tree], tokens: int) -> list[list[Tree]]:
@@ -1033,15 +1000,22 @@ def collate(trees: list[Tree], device) -> dict[str, torch.Tensor]:
 
 
 def load_config(args: Args):
-    """The model's configuration, without dropout: the reference has none either, and with it step
-    0 would not be ln 2. Stops for a model that a tree, or the estimate, does not fit."""
+    """The model's configuration, without dropout and noise before a router: with them two passes
+    would differ, and step 0 would not be ln 2. Stops for a model that a tree, or the estimate, does
+    not fit."""
     try:
         config = AutoConfig.from_pretrained(args.model)
     except (OSError, ValueError) as error:
-        stop(f"--model {args.model}: cannot be loaded ({str(error).splitlines()[0]})")
+        stop(f"--model {args.model}: cannot be loaded ({first_line(error)})")
+    reason = NO_TREES.get(config.model_type)
     layers = set(getattr(config, "layer_types", None) or ())
-    if config.model_type in NO_TREES or layers - {"full_attention", "sliding_attention"}:
-        stop(f"--model {args.model}: {config.model_type} has layers or logits not known here")
+    if others := layers - {"full_attention", "sliding_attention"}:
+        reason = f"layers of {', '.join(sorted(others))}"
+    if reason:
+        stop(
+            f"--model {args.model}: {config.model_type} has layers or logits that a tree does not "
+            f"fit: {reason}"
+        )
     if getattr(config, "quantization_config", None):
         stop(f"--model {args.model}: is quantized; give the model that it was made from")
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
@@ -1051,7 +1025,7 @@ def load_config(args: Args):
             "for text alone, such as Qwen2, Llama or Mistral"
         )
     for name, value in list(vars(config).items()):
-        if "drop" in name and isinstance(value, float):
+        if ("drop" in name or "jitter" in name) and isinstance(value, float):
             setattr(config, name, 0.0)
     return config
 
@@ -1070,8 +1044,7 @@ def load_model(config, args: Args, accelerator: Accelerator):
             args.model, config=config, dtype=dtype, attn_implementation="sdpa"
         )
     except Exception as error:  # a torn file, a package that is missing, a kernel: many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        stop(f"--model {args.model}: cannot be loaded ({reason})")
+        stop(f"--model {args.model}: cannot be loaded ({first_line(error)})")
     try:
         lm.generation_config.validate(strict=True)
     except ValueError as error:  # a temperature without do_sample: it could not be saved
@@ -1107,9 +1080,11 @@ class SuffixScorer(torch.nn.Module):
         """accelerate calls it when it has loaded the shards; else a tied head would be apart."""
         self.lm.tie_weights()
 
-    def forward(self, ids, positions, last, source, target, take, owner, picks, most: int = 1):
+    def forward(
+        self, ids, positions, last, source, target, take, owner, picks, most_targets: int = 1
+    ):
         """ids, positions, last: (rows, width); source, target: (targets,); take, owner: (suffix
-        tokens,); picks: for the caller. The logits of `most` targets, or fewer, are made in chunks;
+        tokens,); picks: for the caller. The logits of `most_targets`, or fewer, are made in chunks;
         with several, again in the backward pass."""
         hidden = self.lm.base_model(
             input_ids=ids,
@@ -1118,11 +1093,12 @@ class SuffixScorer(torch.nn.Module):
             use_cache=False,
         ).last_hidden_state.flatten(0, 1)[source]  # (targets, hidden size)
         head = self.token_logps
-        chunks = math.ceil(most * 4 * self.lm.config.vocab_size / LOGITS_BYTES[ids.is_cuda])
+        chunks = math.ceil(most_targets * 4 * self.lm.config.vocab_size / LOGITS_BYTES[ids.is_cuda])
         if torch.is_grad_enabled() and chunks > 1:
             head = functools.partial(checkpoint, self.token_logps, use_reentrant=False)
         parts = map(head, hidden.tensor_split(chunks), target.tensor_split(chunks))
-        sums = torch.zeros(int(picks.max()) + 1, dtype=torch.float32, device=ids.device)
+        # room for all, since each is picked; to read their number is to wait for the GPU
+        sums = torch.zeros(picks.numel(), dtype=torch.float32, device=ids.device)
         return sums.index_add(0, owner, torch.cat(list(parts))[take])
 
     def masks(self, positions, last):
@@ -1161,8 +1137,9 @@ class SuffixScorer(torch.nn.Module):
 def score_all(
     scorer, pairs: Pairs, args: Args, accelerator: Accelerator, label: str
 ) -> torch.Tensor:
-    """Log-probabilities of all pairs, (pairs, sides) on the CPU, the same on every process; in the
-    passes of the first epoch: in others bf16 would round in another way."""
+    """Log-probabilities of all pairs in nats, (pairs, sides) on the CPU, the same on every process.
+    They are computed in the passes of the first epoch: in others bf16 rounds in another way. A
+    reference that another --seed or --batch-size has cached keeps its rounding."""
     logps = torch.zeros(len(pairs), len(pairs.suffixes[0]), device=accelerator.device)
     rank, world = accelerator.process_index, accelerator.num_processes
     todo = batches(pairs, args, 0)
@@ -1170,10 +1147,11 @@ def score_all(
     if sorted(sum(todo, [])) != every:  # an edit of it draws some twice, or not at all
         todo = [every[i : i + args.batch_size] for i in range(0, len(every), args.batch_size)]
     for batch in tqdm(todo, desc=label, disable=not PRINTS, leave=False):
-        for trees, most, counts in plan(pairs, batch, args.tokens_per_batch, rank, world):
+        passes = plan(pairs, batch, args.tokens_per_batch, rank, world)
+        for trees, most_targets, is_counted in passes:
             inputs = collate(trees, accelerator.device)
-            scored = scorer(**inputs, most=most)[inputs["picks"]]
-            if counts:
+            scored = scorer(**inputs, most_targets=most_targets)[inputs["picks"]]
+            if is_counted:
                 logps[numbers_of(trees)] = scored
     return accelerator.reduce(logps, "sum").cpu()
 
@@ -1181,9 +1159,9 @@ def score_all(
 def reference_logps(
     scorer, pairs: Pairs, args: Args, accelerator: Accelerator, weights: str
 ) -> torch.Tensor:
-    """Log-probabilities under the base weights, from OUT/reference-*.npy where weights, token ids
-    (so data and template), precision, launch, LoRA (rounding differs) and the code that computes
-    them are the same."""
+    """Log-probabilities under the base weights in nats, (pairs, sides); from OUT/reference-*.npy
+    where weights, token ids (so data and template), precision, launch, LoRA (rounding differs) and
+    the code that computes them are the same."""
     code = str(source_hashes(("reference_logps", "SuffixScorer", "load_config", "load_model")))
     launch = f"{strategy_of(accelerator)[0]} {bool(args.lora_rank)} {args.precision}"
     made_of = weights + code + torch.__version__ + launch + pairs.digest()
@@ -1233,23 +1211,23 @@ def memory(
     config, args: Args, strategy: str, world, machines=1, offloaded=False, on_gpu=True, passes=2
 ) -> dict[str, float]:
     """Estimated bytes, by part. strategy: "copies" (one process, or the whole model on each),
-    "fsdp2" or "zero3"; offloaded: whether ZeRO-3 keeps AdamW's state in main
-    memory; passes: of a step, of --tokens-per-batch tokens each. Keys that begin with "machine" are
-    of main memory on one machine."""
+    "fsdp2" or "zero3"; offloaded: whether ZeRO-3 keeps AdamW's state in main memory; passes: of a
+    step, of --tokens-per-batch tokens each. Keys that begin with "machine" are of main memory on
+    one machine."""
     body, head = count_weights(config)
     parameters = body + head * (1 if config.tie_word_embeddings else 2)
     trained = 0 if args.lora_rank else parameters
-    low = 2 if args.precision == "bf16" else 4  # bytes of a number within a pass
-    frozen = low * (parameters - trained)
+    pass_bytes = 2 if args.precision == "bf16" else 4  # of a number within a pass
+    frozen = pass_bytes * (parameters - trained)
     # the tensors that autograd keeps of a gated MLP and of the rest of a layer, without attention
     # scores; with checkpointing each layer's input, and one layer's all
     width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    token = 34 * width + 8 * inner if low == 2 else 40 * width + 16 * inner
-    kept = layers * width * (4 if strategy == "copies" else low) + token
+    token = 34 * width + 8 * inner if pass_bytes == 2 else 40 * width + 16 * inner
+    kept = layers * width * (4 if strategy == "copies" else pass_bytes) + token
     activations = args.tokens_per_batch * (kept if args.gradient_checkpointing else layers * token)
     if strategy == "copies":
         # AdamW's two moments and fp32 weights, and the copies of these that autocast makes
-        state = (12 if low == 4 else 14) * trained
+        state = (12 if pass_bytes == 4 else 14) * trained
         # DDP sends gradients from buckets of their own
         gradients = (8 if world > 1 else 4) * trained
         if passes == 1 and world == 1:  # they grow as the activations go, from the head's on
@@ -1262,21 +1240,21 @@ def memory(
             "machine: model read by every process": read,
         }
     elif strategy == "fsdp2":
-        # gathered: embedding and head throughout, two layers; a layer's gradients in fp32
+        # embedding and head are gathered throughout, and two layers; a layer's gradients in fp32
         layer = body / layers
         parts = {
             "weights, gradients, AdamW": (16 * trained + frozen) / world,
-            "gathered": low * (2 * head + 2 * layer) + 4 * layer,
+            "gathered": pass_bytes * (2 * head + 2 * layer) + 4 * layer,
             "machine: model read by one process": 4 * trained + frozen,
         }
     else:
-        # weights and gradients in 16 bits, fp32 masters and moments; with these in main memory
-        # gradients are there too; by default 1e9 weights are gathered at most
-        state = low if offloaded else 12 + 2 * low
-        in_main_memory = 12 + low if offloaded else 0
+        # Weights and gradients are of 16 bits, masters and moments of 32. Where these are in main
+        # memory, gradients are there too. By default 1e9 weights are gathered at most.
+        state = pass_bytes if offloaded else 12 + 2 * pass_bytes
+        in_main_memory = 12 + pass_bytes if offloaded else 0
         parts = {
             "weights, gradients, AdamW": (state * trained + frozen) / world,
-            "gathered": low * min(1e9, parameters),
+            "gathered": pass_bytes * min(1e9, parameters),
             "machine: AdamW and gradients": in_main_memory * trained / machines,
             "machine: files of the model, shared": 2 * parameters,
         }
@@ -1309,64 +1287,36 @@ def machine_memory() -> int:
 
 
 def check_memory(config, args: Args, accelerator: Accelerator, pairs: Pairs):
-    """Warn or stop where memory() estimates more than there is, and name the launch file and the
-    options that fit."""
+    """Warn or stop where memory() estimates more bytes than there are."""
     world, on_gpu = accelerator.num_processes, accelerator.device.type == "cuda"
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    machines, sizes = max(1, world // local), {"a device": machine_memory() / local}
+    available = {"a device": machine_memory() / local}
     if on_gpu:
         total = torch.cuda.get_device_properties(accelerator.device).total_memory
-        sizes = {"a device": total, "the machine": machine_memory()}
+        available = {"a device": total, "the machine": machine_memory()}
     longest = max(
         len(prefix) + sum(map(len, suffixes))
         for prefix, suffixes in zip(pairs.prefixes, pairs.suffixes, strict=True)
     )
-
-    def estimate(args: Args, strategy: str, world: int, offloaded: bool) -> tuple[float, str]:
-        """The share of the memory of which most is used, and its description."""
-        step = min(args.batch_size, len(pairs)) * longest  # tokens of a step at most
-        passes = 1 if step <= args.tokens_per_batch else 2
-        tokens = max(longest, min(args.tokens_per_batch, step))  # a pair stays whole
-        args = replace(args, tokens_per_batch=tokens)
-        parts = memory(config, args, strategy, world, machines, offloaded, on_gpu, passes)
-        needs = Counter()
-        for name, size in parts.items():
-            if not name.endswith("shared"):
-                needs["the machine" if name.startswith("machine") else "a device"] += size
-        share, place = max((needs[place] / size, place) for place, size in sizes.items())
-        amounts = f"{needs[place] / 1e9:.1f} GB of {sizes[place] / 1e9:.1f}, {share:.0%}"
-        return share, f"{place} needs {amounts}"
-
+    step = min(args.batch_size, len(pairs)) * longest  # tokens of a step at most
+    passes = 1 if step <= args.tokens_per_batch else 2
+    tokens = max(longest, min(args.tokens_per_batch, step))  # a pair stays whole
+    largest = replace(args, tokens_per_batch=tokens)
     strategy, offloaded = strategy_of(accelerator)
-    share, need = estimate(args, strategy, world, offloaded)
+    machines = max(1, world // local)
+    parts = memory(config, largest, strategy, world, machines, offloaded, on_gpu, passes)
+
+    needs = Counter()
+    for name, size in parts.items():
+        if not name.endswith("shared"):
+            needs["the machine" if name.startswith("machine") else "a device"] += size
+    share, place = max((needs[place] / size, place) for place, size in available.items())
     if share <= MEMORY_WARN:
         return
-    here = (strategy, world, offloaded)
-    tries = [  # first without the second forward pass of checkpointing
-        (f"--tokens-per-batch {size}", replace(args, tokens_per_batch=size), *here)
-        for size in (8192, 4096, 2048)
-        if longest <= size < args.tokens_per_batch
-    ]
-    tokens = min(args.tokens_per_batch, 8192)
-    saving = replace(args, gradient_checkpointing=True, tokens_per_batch=tokens)
-    flags = f"--gradient-checkpointing --tokens-per-batch {tokens}"
-    tries.append((flags, saving, *here))
+    need = f"{place} needs {needs[place] / 1e9:.1f} GB of {available[place] / 1e9:.1f}, {share:.0%}"
+    advice = "give a smaller --tokens-per-batch, --gradient-checkpointing or --lora-rank 16"
     if on_gpu:
-        devices = world if world > 1 else torch.cuda.device_count()
-        launch = "accelerate launch --config_file configs/{} --num_processes " + str(devices)
-        fsdp2 = launch.format("multi_node.yaml" if world > local else "fsdp2.yaml")
-        zero3 = launch.format("zero3_offload.yaml")
-        tries += [
-            (fsdp2, args, "fsdp2", devices, False),
-            (f"{fsdp2} with {flags}", saving, "fsdp2", devices, False),
-            (f"{zero3} with {flags}", saving, "zero3", devices, True),
-        ]
-    advice = "nothing in configs/ fits; take more devices, or --lora-rank 16"
-    for command, *options in tries:
-        share_then, need_then = estimate(*options)
-        if share_then <= MEMORY_WARN:
-            advice = f"it fits by {command} ({need_then})"
-            break
+        advice += ", or a launch file that shards the model (configs/README.md)"
     message = f"estimated: {need}: {advice}"
     if share > MEMORY_STOP and not args.ignore_memory:
         stop(f"{message}. analysis/estimate.py shows the parts; --ignore-memory trains anyway")
@@ -1417,6 +1367,11 @@ def warn(text: str):
     print_main(f"warning: {text}")
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, or the name of one that says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class Log:
     """OUT/metrics.jsonl, the tracker and the terminal; `lines` are all since the first step."""
 
@@ -1453,17 +1408,16 @@ def from_first(accelerator: Accelerator, compute):
 # checkpoints, and which of them a run resumes from
 
 # options that may differ when a run resumes; of data, what was made of it is compared
-FREE = (
-    "out save_steps eval_steps log_steps keep data validation tokens_per_batch tracker lora_save "
-    "ignore_memory gradient_checkpointing chat_template chat_template_kwargs accept_edit"
-)
+MAY_DIFFER = {"out", "data", "validation", "save_steps", "eval_steps", "log_steps", "keep"}
+MAY_DIFFER |= {"tokens_per_batch", "gradient_checkpointing", "ignore_memory", "lora_save"}
+MAY_DIFFER |= {"chat_template", "chat_template_kwargs", "tracker", "accept_edit"}
 
 
 def settings_of(args: Args, tokenizer, weights: str, pairs: Pairs, val_pairs: Pairs | None) -> dict:
     """What a run that resumes must have in common with its beginning."""
     content = "".join(each.digest() + str(each.fields) for each in (pairs, val_pairs) if each)
     return {
-        **{name: str(value) for name, value in asdict(args).items() if name not in FREE.split()},
+        **{name: str(value) for name, value in asdict(args).items() if name not in MAY_DIFFER},
         "weights": weights[:16],
         # compared before the pairs: another prompt makes other pairs
         "prompt": render_prompt(tokenizer, PROBE, "Step 1:"),
@@ -1513,11 +1467,11 @@ def checkpoint_to_resume(
     `settings`."""
 
     def read_state():  # by the first process: files come late on other machines
-        resume, finished = (checkpoints(args.out) or [None])[-1], args.out / "training.json"
-        state = resume / "state.json" if resume else finished
-        return resume, json.loads(state.read_text()) if state.exists() else None, finished.exists()
+        resume = (checkpoints(args.out) or [None])[-1]
+        state = resume / "state.json" if resume else args.out / "training.json"
+        return resume, json.loads(state.read_text()) if state.exists() else None
 
-    resume, old, has_ended = from_first(accelerator, read_state)
+    resume, old = from_first(accelerator, read_state)
     if not old:
         return None, 0, 0.0
     made, old_settings = resume or args.out, old["settings"]
@@ -1533,8 +1487,8 @@ def checkpoint_to_resume(
             )
     if edited and not args.accept_edit:
         stop(
-            f"{made} was made before an edit of {', '.join(edited[:6])}; undo it"
-            + (" or give another --out" if has_ended else ", give another --out, or --accept-edit")
+            f"{made} was made before an edit of {', '.join(edited[:6])}; undo it, give another "
+            "--out, or --accept-edit"
         )
     step, seconds = (old["step"], old.get("seconds", 0.0)) if resume else (0, 0.0)
     settings["edits"] = old_settings["edits"]
@@ -1618,8 +1572,7 @@ def whole_weights(state: dict, tied, dtype: torch.dtype) -> dict[str, torch.Tens
 def finish(args: Args, settings: dict, pairs: Pairs, total: int, lines: list[dict], began: float):
     """Write training.json; say how the training ended."""
     seconds = round(time.time() - began, 1)
-    trained = [line for line in lines if "loss" in line]
-    first, last = trained[0], trained[-1]
+    last = [line for line in lines if "loss" in line][-1]  # others are of the validation
     summary = {
         "arguments": {name: str(value) for name, value in asdict(args).items()},
         "settings": settings,
@@ -1636,12 +1589,6 @@ def finish(args: Args, settings: dict, pairs: Pairs, total: int, lines: list[dic
     if args.keep == 0:
         for path in checkpoints(args.out):
             shutil.rmtree(path)
-    losses = [line["loss"] for line in trained]
-    if len(losses) > 1 and max(losses) - min(losses) < 0.01 * abs(losses[0]):
-        warn(
-            f"the loss did not move ({first['loss']:.4f} at first, {last['loss']:.4f} at last): "
-            "too few steps, or --lr is too low"
-        )
     shown = [name for name in ("loss", "accuracy", "margin") if name in last]
     figures = ", ".join(f"{name} {last[name]:.4g}" for name in shown)
     print(f"{args.out}: {total} steps over {len(pairs)} pairs, {seconds} s; last step: {figures}")

@@ -79,7 +79,7 @@ class Args:
     """folder to write"""
     opening: str = OPENING
     """how every response begins; give what 01 was given. "" for nothing"""
-    split: Literal["labels", "lines", "blank-lines", "sentences", "blocks"] = "labels"
+    split: Literal["labels", "lines", "blank-lines", "blocks"] = "labels"
     """blocks: code-integrated solutions, see serving/code_server.py; the others make no difference
     here"""
     samples: int = 1
@@ -117,11 +117,11 @@ class Args:
 # a response
 
 # what makes a row, with all that it uses: rows made before an edit of it do not fit
-ROW_CODE = ("answer",)
+ROW_CODE = ("answer_problem",)
 CODE_COLUMNS = ("rounds", "executions", "failures")  # of a code-integrated response
 
 
-async def answer(
+async def answer_problem(
     args: Args, model: str, problem: dict, sample: int, tokenizer, generate, grader: Grader
 ) -> dict:
     """A model's response to a problem, graded, as a row."""
@@ -322,7 +322,7 @@ def curves(table: list[list[dict]], seed: int) -> dict:
     return {
         "k": sizes,
         "pass": [pass_at(j) for j in sizes],
-        "maj": [maj_at(j) for j in sizes],
+        "maj": [pass_at(1), *map(maj_at, sizes[1:])],  # one vote is one response
         "final": voted(range(k)),
     }
 
@@ -341,7 +341,8 @@ def decoding_of(settings: dict) -> str:
 
 
 def summary_of(groups: dict, tables: dict, decoding: str, seed: int) -> dict:
-    """What summary.json holds."""
+    """The content of summary.json. `groups`: label -> models, the base first. `tables`: benchmark
+    -> model -> for each problem its rows."""
     return {
         "decoding": decoding,
         "rule": "strict equality",
@@ -402,7 +403,10 @@ def score(
     curve = {"k": by_seed[0]["k"]}
     for kind in ("pass", "maj"):
         curve[kind] = np.mean([seed_curves[kind] for seed_curves in by_seed], 0).tolist()
-    mean = lambda name: sum(row.get(name, 0) for row in rows) / len(rows)
+
+    def mean_of(name: str) -> float:
+        return sum(row.get(name, 0) for row in rows) / len(rows)
+
     ends = Counter(row["finish_reason"] for row in rows)
     no_answer = [row["finish_reason"] for row in rows if row["prediction"] is None]
     figures = {
@@ -413,8 +417,8 @@ def score(
         "unfinished": ends["length"] + ends["rounds"] + ends["execution"],
         "unparsable": no_answer.count("stop"),
         "too_long_a_prompt": ends["refused"],
-        "mean_tokens": mean("tokens"),
-        "code": {name: mean(name) for name in CODE_COLUMNS if name in rows[0]},
+        "mean_tokens": mean_of("tokens"),
+        "code": {name: mean_of(name) for name in CODE_COLUMNS if name in rows[0]},
         "by": breakdown(problems, rates, k, seed),
         "curves": curve,
     }
@@ -425,11 +429,8 @@ def breakdown(problems: list[dict], rates: np.ndarray, k: int, seed: int) -> dic
     """Accuracy by level and by subject, where the problems have them, of rates (seeds,
     problems)."""
     parts = {}
-    for name, other in (("level", "grade"), ("subject", "type")):
-        values = []
-        for row in problems:
-            given = (str(row[field]) for field in (name, other) if row.get(field) not in (None, ""))
-            values.append(next(given, ""))
+    for name in ("level", "subject"):
+        values = ["" if row.get(name) is None else str(row[name]) for row in problems]
         kinds = sorted(set(values) - {""})
         for kind in kinds if len(kinds) > 1 else ():
             part = rates[:, [value == kind for value in values]]
@@ -456,7 +457,7 @@ def difference_cells(figures: dict) -> list[str]:
     return [points, f"{figures['p']:.2g}"]
 
 
-def accuracy_row(label: str, figures: dict, k: int, code: dict) -> list[str]:
+def accuracy_row(label: str, figures: dict, k: int, code: tuple[str, ...]) -> list[str]:
     if figures["seeds"] > 1:
         label += f", {figures['seeds']} seeds, standard deviation {100 * figures['spread']:.1f}"
     cells = [label, percentage(figures["accuracy"], figures["interval"])]
@@ -471,8 +472,8 @@ def accuracy_row(label: str, figures: dict, k: int, code: dict) -> list[str]:
 
 
 def power_note(name: str, benchmark: dict) -> str:
-    """Which difference the comparisons of a benchmark would find. Where there is nothing to compare
-    with: two models that disagree on a tenth of the problems."""
+    """The smallest difference that the comparisons of a benchmark would find. Where there is
+    nothing to compare with, that of two models that disagree on a tenth of the problems."""
     detectable = [figures.get("detectable", 0) for figures in benchmark["models"].values()]
     points = max(detectable) or Z_DETECTABLE * math.sqrt(0.1 / benchmark["problems"])
     return (
@@ -483,16 +484,19 @@ def power_note(name: str, benchmark: dict) -> str:
 
 def accuracy_table(benchmarks: dict, k: int) -> tuple[str, list[str], list[list[str]], str]:
     """The main table of the benchmarks with k responses to each problem."""
-    models = [pair for each in benchmarks.values() for pair in each["models"].items()]
-    names = [f"{name} ({b['problems']})" for name, b in benchmarks.items() for _ in b["models"]]
-    code = {name: None for _, figures in models for name in figures["code"]}
-    rows = [[name, *accuracy_row(*pair, k, code)] for name, pair in zip(names, models, strict=True)]
+    has_code = any(figures["code"] for b in benchmarks.values() for figures in b["models"].values())
+    code = CODE_COLUMNS if has_code else ()
+    rows = []
+    for name, benchmark in benchmarks.items():
+        for label, figures in benchmark["models"].items():
+            cells = accuracy_row(label, figures, k, code)
+            rows.append([f"{name} ({benchmark['problems']})", *cells])
     note = " ".join(power_note(name, benchmark) for name, benchmark in benchmarks.items())
-    title, shares, by = "Accuracy", ["accuracy (95 % interval)"], ""
+    title, shares, votes = "Accuracy", ["accuracy (95 % interval)"], ""
     if k > 1:
-        title, by = f"Accuracy of {k} responses to each problem", " by majority"
+        title, votes = f"Accuracy of {k} responses to each problem", " by majority"
         shares = [f"avg@{k} (95 % interval)", f"maj@{k}", f"pass@{k}"]
-    head = ["benchmark", "model", *shares, "against the base, points", "p", f"won / lost{by}"]
+    head = ["benchmark", "model", *shares, "against the base, points", "p", f"won / lost{votes}"]
     return title, [*head, "unfinished", "no answer", "tokens", *code], rows, note
 
 
@@ -534,12 +538,9 @@ def about(summary: dict) -> str:
     )
     text = (
         f"Decoding: {summary['decoding']}. Problems: {sources}. The column accuracy is by "
-        f"{summary['rule']}; intervals are Wilson's for one response a problem, else bootstrap "
-        f"over problems; where fewer than {FEW} problems differ, at least Wilson's, or of a "
-        "difference Newcombe's; differences are paired by problem, p is McNemar's exact one, of a "
-        "permutation, or with several seeds of a bootstrap in which the luck of the seeds is "
-        f"Student's t (at least a permutation's, where fewer than {FEW} differ); "
-        "a problem is won or lost by most of the seeds."
+        f"{summary['rule']}; intervals are of 95 %; differences are paired by problem; a problem "
+        "is won or lost by most of the seeds. How intervals and p are computed: "
+        'docs/evaluation.md, "The report".'
     )
     if any(benchmark["samples"] > 1 for benchmark in benchmarks.values()):
         text += (
@@ -603,7 +604,9 @@ def evaluate(args: Args, groups: dict[str, list[str]]) -> tuple[dict, dict]:
     each problem its --samples rows, and counts by model."""
     benchmarks = {path.stem: load_problems(path)[: args.limit] for path in args.data}
     labels = {model: label for label, group in groups.items() for model in group}
-    apart = len(labels) > 1 and not args.base_url and (args.own_process or not cpu_options())
+    own_processes = (
+        len(labels) > 1 and not args.base_url and (args.own_process or not cpu_options())
+    )
     for model in labels:  # before the first starts: hours may go by until a model's turn
         load_tokenizer(args.tokenizer or model, args.chat_template, args.chat_template_kwargs)
         weights = any(file.suffix in (".safetensors", ".bin") for file in Path(model).glob("*"))
@@ -611,9 +614,9 @@ def evaluate(args: Args, groups: dict[str, list[str]]) -> tuple[dict, dict]:
             stop(f"--models {model}: a folder without weights; has its training ended?")
     tables, runs = {name: {} for name in benchmarks}, {}
     for number, (model, label) in enumerate(labels.items()):
-        place = {"number": number, "label": label}
-        answer_this = functools.partial(answer_model, args, model, benchmarks, place)
-        if counts := in_own_process(answer_this) if apart else answer_this():
+        order = {"number": number, "label": label}
+        answer_this = functools.partial(answer_model, args, model, benchmarks, order)
+        if counts := in_own_process(answer_this) if own_processes else answer_this():
             runs[model] = counts
         for name, problems in benchmarks.items():
             rows = read_rows(path_of(args, name, model), ())
@@ -642,9 +645,9 @@ def end_with_parent():
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def answer_model(args: Args, model: str, benchmarks: dict[str, list[dict]], place: dict) -> dict:
-    """Answer what a model has not answered yet; returns counts. `place`: the model's in the report,
-    for the meta files."""
+def answer_model(args: Args, model: str, benchmarks: dict[str, list[dict]], order: dict) -> dict:
+    """Answer what a model has not answered yet; returns counts. `order`: number and label of
+    the model, which regrade.py reads from the meta files."""
     tokenizer = load_tokenizer(
         args.tokenizer or model, args.chat_template, args.chat_template_kwargs
     )
@@ -659,7 +662,7 @@ def answer_model(args: Args, model: str, benchmarks: dict[str, list[dict]], plac
     todo, outputs = [], []
     with contextlib.ExitStack() as stack:
         for path, (name, problems) in zip(args.data, benchmarks.items(), strict=True):
-            about = {**place, "inputs": file_hashes(path)}
+            about = {**order, "inputs": file_hashes(path)}
             output = Output(path_of(args, name, model), settings, args.accept_edit, **about)
             outputs.append(stack.enter_context(contextlib.closing(output)))
             check_problems(output, problems)
@@ -682,7 +685,7 @@ async def answer_all(
     async def work(item: tuple[dict, int, Output]):
         nonlocal tokens
         problem, sample, output = item
-        row = await answer(args, model, problem, sample, tokenizer, generate, grader)
+        row = await answer_problem(args, model, problem, sample, tokenizer, generate, grader)
         output.write(row)
         tokens += row["tokens"]
 
@@ -740,6 +743,7 @@ REFUSED = {"text": "", "finish_reason": "refused", "tokens": 0, "prompt_tokens":
 TOO_LONG = re.compile(
     r"context (?:length|size)|max_model_len|too long|longer than"
     r"|maximum (?:input|model|allowed) length"
+    r"|at least 1, got 0"  # vLLM's server, of a prompt that fills its context
 )
 
 
@@ -831,8 +835,8 @@ def lock(file, path: Path):
 
 # Copied from 01_sample_errors.py
 def save(path: Path, text: str):
-    """Write a file, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    """Write a file, whole or not at all. Two stages may write it at once."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
@@ -1109,8 +1113,8 @@ TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{
 CHANGES = (  # words that change a number; any other word after a number is its unit
     r"\b(?:and|or|to|than|over|under|below|half|quarters?|factorial|squared"
     r"|cubed|base|dozens?|negative|[apAP]\.?[mM]"
-    r"|(?:(?:four|fif|six|seven|eigh|nin|ten|twelf|hundred)th|hundred|thousand|lakh|crore"
-    r"|[mbtr]+illion)s?)\b"
+    r"|(?:(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+teen|hundred|thousand"
+    r"|[mbtr]+illion)th|hundred|thousand|lakh|crore|[mbtr]+illion)s?)\b"
 )
 # Copied from 01_sample_errors.py
 TERM = r"(?:plus|minus|divided|times (?:[b-z]|the|its|ten|pi|theta))\b"
@@ -1257,7 +1261,10 @@ def stated_number(sentence: str) -> str | None:
     """The number of a sentence that has one, between spaces, and no other mathematics."""
     numbers = re.findall(r"(?<!\S)-?\$?-?(?:\d[\d,]*\.?\d*)%?\$?(?=[.,;:]?(?:\s|$))", sentence)
     has_more = len(re.findall(r"[\d.]*\d", sentence.replace(",", ""))) > 1
-    bad = rf"[\\^_=+*/<>]|{CHANGES}|\b(?:(?:more|less|most|least)\b|not|twice|double|triple|{TERM})"
+    bad = (
+        rf"[\\^_=+*/<>]|{CHANGES}|\b(?:(?:more|less|most|least)\b|not|twice|double|triple|{TERM})"
+        r"|\b(?:[Nn]o|[Nn]one|root|square of|cube|reciprocal|logarithm)\b"
+    )
     if len(numbers) != 1 or has_more or len(re.findall(WORD, sentence)) < 2:
         return None
     return None if re.search(bad, sentence) else re.sub(r"[$,]", "", numbers[0]).rstrip(".")
@@ -1283,7 +1290,7 @@ def quick_verdict(gold: str, prediction: str) -> bool | None:
     named, apart = r"(?:\w+\s*=)?\s*", r"-?\d+(?:, +-?\d+)+\s*"
     if re.fullmatch(named + apart, gold) and re.fullmatch(named + r"-?\d+(?:,-?\d+)+", prediction):
         prediction = prediction.replace(",", ", ")  # 135,225 is a list where the gold is one
-    units = [UNIT.findall(answer) for answer in (gold, prediction)]
+    units = [UNIT.findall(answer.lower()) for answer in (gold, prediction)]  # mL and ml
     if all(units) and units[0] != units[1]:  # 5 m and 5 s
         return False
     gold, prediction = spelled(gold), spelled(prediction)
@@ -1413,7 +1420,7 @@ class Grader:
         if not values:
             return verdict
         letter, said = (spelled(text).strip("()") for text in (gold, prediction))
-        # an option's name is one even where another option has it for its value
+        # a prediction that is an option's letter was compared above
         if letter not in values or said in values:
             return verdict
         return [k for k in values if await self(values[k], prediction, "", rules)] == [letter]
@@ -1427,7 +1434,7 @@ class Grader:
                 self.pool = pebble.ProcessPool(
                     max_workers=2,
                     context=multiprocessing.get_context("spawn"),
-                    # its seconds are no job's
+                    # the import does not count towards a job's time limit
                     initializer=importlib.import_module,
                     initargs=("math_verify",),
                 )
@@ -1560,7 +1567,7 @@ for process in children:
 # Copied from 01_sample_errors.py
 def check_size(config):
     """Stop where the weights are larger than the machine's memory, before vLLM reads or fetches
-    them: the system would kill the stage without a word. On a GPU vLLM says it itself."""
+    them: else the system kills the process with no message. On a GPU vLLM reports it."""
     from vllm.transformers_utils.config import get_safetensors_params_metadata
 
     model = config.model_config
@@ -1568,12 +1575,12 @@ def check_size(config):
         return
     tensors = get_safetensors_params_metadata(model.model, revision=model.revision)
     # not Mistral's consolidated.safetensors, which has the model a second time
-    again = ("layers.", "tok_embeddings.", "output.", "norm.", "__metadata__")
-    sizes = [math.prod(tensors[name]["shape"]) for name in tensors if not name.startswith(again)]
+    second = ("layers.", "tok_embeddings.", "output.", "norm.", "__metadata__")
+    sizes = [math.prod(tensors[name]["shape"]) for name in tensors if not name.startswith(second)]
     need = sum(sizes) * model.dtype.itemsize / 1e9
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    if need > there:
-        stop(f"{model.model} needs more than {need:.1f} GB; there are {there:.1f}: see --base-url")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    if need > memory:
+        stop(f"{model.model} needs more than {need:.1f} GB; there are {memory:.1f}: see --base-url")
 
 
 # Copied from 01_sample_errors.py
@@ -1611,11 +1618,7 @@ class Engine:
             self.replicas = given.data_parallel_size
             workers = self.replicas * given.tensor_parallel_size * given.pipeline_parallel_size
             if workers > 1 or os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
-                command, pipe = [sys.executable, "-c", WATCHER, str(os.getpid())], subprocess.PIPE
-                self.watcher = subprocess.Popen(
-                    command, stdin=pipe, stdout=pipe, start_new_session=True
-                )
-                self.watcher.stdout.readline()  # it watches now
+                self.start_watcher()
             # LLM_CLASS: with another context a GPU gets batches of 128 sequences and 2,048 tokens
             context = UsageContext.LLM_CLASS
             config = given.create_engine_config(context)
@@ -1627,6 +1630,12 @@ class Engine:
         except Exception as error:  # no memory, no such folder, options that exclude each other ...
             stop(f"vLLM does not start: {' '.join(str(error).split())[:400]}")
         self.seats = self.replicas * self.vllm.vllm_config.scheduler_config.max_num_seqs
+
+    def start_watcher(self):
+        """A process that runs WATCHER, and watches when this returns."""
+        command, pipe = [sys.executable, "-c", WATCHER, str(os.getpid())], subprocess.PIPE
+        self.watcher = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
+        self.watcher.stdout.readline()
 
     async def __call__(self, ids: list[int], seed: int, n: int = 1, **sampling) -> list[dict]:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -1671,8 +1680,8 @@ class Engine:
             del self.waiting[identity]
 
     async def step(self):
-        """Step until no request is left. An error reaches all that wait: else they would wait for
-        ever."""
+        """Step until no request is left. An error is passed to every waiting request: without it
+        they would never end."""
         try:
             while self.vllm.has_unfinished_requests():
                 for reply in self.vllm.step():
@@ -1811,12 +1820,14 @@ async def complete(client, model: str, prompt, seed: int, n: int = 1, **sampling
                 return [REFUSED] * n
             stop(f"the server refuses a request: {refusal}")
         except (openai.APIResponseValidationError, ValueError, TypeError, AttributeError) as error:
-            garbage = error  # an answer that is no completion
+            bad_reply = error  # an answer that is no completion
         except openai.APIError as error:
             reason = f"{error.__class__.__name__}: {str(error)[:200]}"
             stop(f"the server does not answer ({reason}); run the same command to resume")
         await asyncio.sleep(pause)
-    stop(f"the server does not answer with completions ({garbage}); run the same command to resume")
+    stop(
+        f"the server does not answer with completions ({bad_reply}); run the same command to resume"
+    )
 
 
 # Copied from 01_sample_errors.py

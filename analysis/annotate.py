@@ -45,14 +45,14 @@ class Args:
     out: Path = Path("data/located.jsonl")
     """file to write, with the annotator's name in it"""
     annotator: str = ""
-    """name of who clicks; each has a file of their own"""
+    """annotator's name; each has a file of their own"""
     max_per_problem: int | None = None
     """use the first so many wrong samples of a problem"""
     limit: int | None = None
     """use the first so many wrong samples, by id"""
     opening: str = LOCATE.OPENING
     """how every response begins; give what 01 was given"""
-    split: Literal["labels", "lines", "blank-lines", "sentences", "blocks"] = "labels"
+    split: Literal["labels", "lines", "blank-lines", "blocks"] = "labels"
     """where a step ends; give what 01 was given"""
     host: str = "127.0.0.1"
     """address of the page; others than this machine's let everyone in"""
@@ -147,9 +147,7 @@ class Verdicts:
                 "annotator": self.annotator,
             }
             lines.append(json.dumps(located, ensure_ascii=False) + "\n")
-        temporary = self.out.with_suffix(".tmp")
-        temporary.write_text("".join(lines), encoding="utf-8")
-        temporary.replace(self.out)
+        LOCATE.save(self.out, "".join(lines))
 
 
 def make_page(gradio, verdicts: Verdicts, args: Args):

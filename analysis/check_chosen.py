@@ -42,7 +42,7 @@ class Args:
     """vLLM's own options, where it runs in this process"""
     opening: str = SAMPLE.OPENING
     """how every response begins; give what 01 was given"""
-    split: Literal["labels", "lines", "blank-lines", "sentences", "blocks"] = "labels"
+    split: Literal["labels", "lines", "blank-lines", "blocks"] = "labels"
     """where a step ends; give what 01 was given"""
     base_url: tyro.conf.Suppress[str] = ""
     judge_temperature: float = 0.6

@@ -41,6 +41,19 @@ class Args:
     """file to write, and to write over; not one of 02"""
 
 
+def read_located(path: Path) -> dict[tuple, dict]:
+    """The rows of a located file by id and sample."""
+    rows = LOCATE.read_rows(path, ("id", "sample", "steps"))
+    for number, row in enumerate(rows, 1):
+        step = row.get("error_step", "")
+        if step is not None and not (type(step) is int and 1 <= step <= len(row["steps"])):
+            LOCATE.stop(
+                f"{path}, row {number}: no 'error_step', the number of a step or null; "
+                "give a file of 02 or annotate.py"
+            )
+    return {LOCATE.identity(row): row for row in rows}
+
+
 def verdict(row: dict) -> int | None:
     """The first wrong step of a located row, 0 for no error, None for a row left open."""
     says_right = str(row.get("reason")).startswith(LOCATE.NO_ERROR)
@@ -94,7 +107,7 @@ def main(args: Args):
     has_meta = Path(f"{args.out}.meta.json").exists()
     if has_meta and LOCATE.made_with(args.out).get("stage") != "consensus":
         LOCATE.stop(f"{args.out} is another script's output; give another --out")
-    first, second = LOCATE.read_located(args.first), LOCATE.read_located(args.second)
+    first, second = read_located(args.first), read_located(args.second)
     for key, row in first.items():
         if second.get(key, row)["steps"] != row["steps"]:
             LOCATE.stop(

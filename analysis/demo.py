@@ -7,8 +7,9 @@
 Steps appear as they are generated. The final answer is highlighted, and marked right or wrong if
 you give the true one. "Token rewards" colours each token of both answers by
 beta (log pi - log pi_ref), as credit.py does. Both models are in this process, by transformers; the
-page is for this machine's user alone, and shows one answer at a time."""
+page is for this machine's user alone, and solves one problem at a time."""
 
+import asyncio
 import contextlib
 import os
 import sys
@@ -46,7 +47,7 @@ class Args:
     """of the token rewards"""
     opening: str = LOCATE.OPENING
     """how every response begins"""
-    split: Literal["labels", "lines", "blank-lines", "sentences"] = "labels"
+    split: Literal["labels", "lines", "blank-lines"] = "labels"
     """where a step ends"""
     chat_template: Path | None = None
     """Jinja file to use instead of the model's own chat template"""
@@ -59,10 +60,12 @@ class Args:
 
 
 class Answer:
-    """A model's answer, which grows in a thread of its own."""
+    """A model's answer, which grows in a thread of its own. `verdict`: "right", "wrong" or, where
+    nothing tells, empty; None before it is graded."""
 
     def __init__(self, lm, tokenizer, problem: str, args: Args):
         self.text, self.done, self.error, self.args = "", False, "", args
+        self.verdict = None
         ids = LOCATE.prompt_ids(tokenizer, problem, args.opening)
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         inputs = credit.torch.tensor([ids], device=lm.device)
@@ -102,23 +105,15 @@ class Answer:
     def prediction(self) -> str | None:
         return LOCATE.answer_of(self.args.opening + self.text, self.args.split)
 
-    def html(self, gold: str) -> str:
-        """Its steps, and its answer once it is finished."""
+    def html(self) -> str:
+        """Its steps, and its answer once it is graded."""
         parts = [f'<div class="step">{escape(step.strip())}</div>' for step in self.steps]
         if self.error:
             parts.append(f'<span class="answer wrong">{escape(self.error)}</span>')
-        elif self.done:
-            prediction, verdict = self.prediction, ""
-            if gold and prediction is not None:
-                verdict = "right" if same(gold, prediction) else "wrong"
-            shown = escape(prediction or "no answer found")
-            parts.append(f'<span class="answer {verdict}">{shown} {verdict}</span>')
+        elif self.verdict is not None:
+            shown = escape(self.prediction or "no answer found")
+            parts.append(f'<span class="answer {self.verdict}">{shown} {self.verdict}</span>')
         return "".join(parts)
-
-
-def same(gold: str, prediction: str) -> bool:
-    quick = LOCATE.quick_verdict(gold, prediction)
-    return LOCATE.algebra_verdict(gold, prediction) if quick is None else quick
 
 
 class Demo:
@@ -131,6 +126,7 @@ class Demo:
             args.models[0], args.chat_template, args.chat_template_kwargs
         )
         self.busy = threading.Lock()
+        self.grader = LOCATE.Grader()  # its processes have a deadline
 
     def solve(self, problem: str, gold: str):
         """Yields the HTML of both answers, until they are finished."""
@@ -140,10 +136,17 @@ class Demo:
         with self.busy:
             answers = [Answer(lm, self.tokenizer, problem, self.args) for lm in self.models]
             self.last = (problem, answers)
-            while not all(answer.done for answer in answers):
+            while any(answer.verdict is None for answer in answers):
                 time.sleep(0.1)
-                yield tuple(answer.html(gold) for answer in answers)
-            yield tuple(answer.html(gold) for answer in answers)
+                for answer in answers:
+                    if answer.done and answer.verdict is None:
+                        answer.verdict = self.grade(problem, gold, answer.prediction)
+                yield tuple(answer.html() for answer in answers)
+
+    def grade(self, problem: str, gold: str, prediction: str | None) -> str:
+        if not gold or prediction is None:
+            return ""
+        return "right" if asyncio.run(self.grader(gold, prediction, problem)) else "wrong"
 
     def rewards(self) -> str:
         """The heat maps of both answers, by the tuned model against the base."""
@@ -204,7 +207,8 @@ def main(args: Args):
     except ImportError:
         LOCATE.stop("this page needs gradio: pip install gradio")
     examples = LOCATE.read_rows(args.examples, ("problem", "answer"))[:5] if args.examples else []
-    page = make_page(gradio, Demo(args), examples)
+    demo = Demo(args)
+    page = make_page(gradio, demo, examples)
     # no font from the network
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     try:
@@ -224,6 +228,7 @@ def main(args: Args):
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             time.sleep(1)
+    demo.grader.close()
 
 
 if __name__ == "__main__":

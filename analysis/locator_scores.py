@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from consensus import verdict
+from consensus import read_located, verdict
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 LOCATE, EVAL = importlib.import_module("02_locate_step"), importlib.import_module("05_eval")
@@ -92,7 +92,7 @@ def kappa(a: list[int], b: list[int]) -> float:
 
 def compare(truth: Path, located: Path):
     """Print how far two located files agree on the rows that both have."""
-    truth_rows, located_rows = map(LOCATE.read_located, (truth, located))
+    truth_rows, located_rows = map(read_located, (truth, located))
     verdicts = [
         (verdict(row), verdict(located_rows[key]))
         for key, row in truth_rows.items()

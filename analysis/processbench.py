@@ -287,8 +287,9 @@ def locate(args: Args, name: str, options: list[str]) -> tuple[list[dict], float
     made = [located]
     args.out.mkdir(parents=True, exist_ok=True)
     text = as_lines(load(args, name))
-    if located.exists() and labels.read_text(encoding="utf-8") != text:
-        LOCATE.stop(f"{labels} holds other solutions; give another --out")
+    old = labels.read_text(encoding="utf-8") if labels.exists() else None
+    if located.exists() and old != text:
+        LOCATE.stop(f"{located} exists, but not {labels} with its solutions; give another --out")
     labels.write_text(text, encoding="utf-8")
     if args.model:
         by_critic(args, labels, located)

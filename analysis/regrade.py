@@ -32,9 +32,7 @@ from typing import Literal
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-SAMPLE = importlib.import_module("01_sample_errors")
 EVAL = importlib.import_module("05_eval")
-# fields of a row
 VERDICTS = {"strict": "correct", "paper": "correct_paper", "scdpo": "correct_scdpo"}
 NAMES = {"correct": "strict", "correct_paper": "Step-DPO's", "correct_scdpo": "SCDPO's"}
 RULES = {
@@ -324,7 +322,7 @@ def judged_by(verdict: str, row: dict) -> dict:
 
 
 def read_responses(path: Path, file) -> list[dict]:
-    """The rows of a file; what a kill has torn at its end is cut."""
+    """The rows of a file; an incomplete last line is removed."""
     whole, _, last = file.read().rpartition(b"\n")
     # the meta file of 05: a file of another keeps its last line
     is_of_05 = Path(f"{path}.meta.json").exists()
@@ -386,12 +384,10 @@ def note_grading(path: Path):
         return
     if meta["settings"].get("locator") == "rollout":  # its steps are of the old grading
         return
-    roots = ("answer_of", "Grader")
-    # names by 01: the grader has variables called `answer`, and 05 a function
-    names, hashes = SAMPLE.source_hashes(roots), EVAL.source_hashes(roots)
+    hashes = EVAL.source_hashes(("answer_of", "Grader"))
     for part in parts:
-        part["code"] = part.get("code", {})
-        part["code"] |= {name: hashes[name] for name in names.keys() & part["code"]}
+        if "Grader" in part.get("code", {}):
+            part["code"] |= hashes
     EVAL.save(path, json.dumps(meta, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -41,8 +41,8 @@ class Args:
     repeats: int = 2
     """turns of each"""
     engine_args: str = "--max-model-len 1024"
-    """vLLM's options for both, such as "--max-num-seqs 512 --max-model-len 1024"; without, as many
-    as vLLM likes"""
+    """vLLM's options for both, such as "--max-num-seqs 512 --max-model-len 1024"; default of
+    --max-num-seqs: vLLM's own limit"""
     child: bool = False
     """internal: this process times LLM.generate"""
 

@@ -33,7 +33,7 @@ def rate(args: Args, ids: list[str]) -> float:
     if args.unsafe_no_sandbox:
         command.append("--unsafe-no-sandbox")
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    if not process.stdout.readline():  # it has said why
+    if not process.stdout.readline():  # it has printed the reason
         sys.exit(2)
     one_kernel = len(set(ids)) == 1
     began = time.time()

@@ -29,11 +29,6 @@ NAMES = {
 }
 
 
-def name_of(method: str) -> str:
-    """As the tables have it."""
-    return NAMES[method]
-
-
 @dataclass
 class Args:
     out: Annotated[Path, tyro.conf.Positional]
@@ -47,7 +42,7 @@ class Args:
 
 
 def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().split("\n") if line]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def choose(args: Args):
@@ -70,7 +65,7 @@ def choose(args: Args):
         rates = [float(setting.split(":")[0]) for setting in args.grid]
         if len(rates) > 1 and float(best.split(":")[0]) in (min(rates), max(rates)):
             print(
-                f"{name_of(method)} is best at {best}, at the end of the grid: "
+                f"{NAMES[method]} is best at {best}, at the end of the grid: "
                 "its optimum may lie beyond",
                 file=sys.stderr,
             )
@@ -78,7 +73,7 @@ def choose(args: Args):
         cells = [f"{accuracy[s]:.1%}" if s in accuracy else "" for s in args.grid]
         if best in accuracy:
             cells[args.grid.index(best)] = f"**{accuracy[best]:.1%}**"
-        lines.append(f"| {name_of(method)} | {' | '.join(cells)} |")
+        lines.append(f"| {NAMES[method]} | {' | '.join(cells)} |")
     table = "\n".join(lines) + "\n"
     (args.out / "grid.md").write_text(table)
     print(table)
@@ -111,7 +106,7 @@ def draw(args: Args, metrics: dict[str, list[list[dict]]], results: dict[str, di
             test.plot(100 * figures["accuracy"], at, marker, color=color, mfc=fill, ms=6)
         fill = "white" if shift > 0 else "gray"
         test.plot([], [], marker, color="gray", mfc=fill, label=label, ls="")
-    labels = [name_of(name).replace(", another", ",\nanother") for name in names]
+    labels = [NAMES[name].replace(", another", ",\nanother") for name in names]
     test.set(yticks=range(len(names)), yticklabels=labels)
     test.set(xlabel="test problems right, %, with 95 % interval")
     test.invert_yaxis()
@@ -195,13 +190,13 @@ def main(args: Args):
         size = re.search(rf"(?:^|; |\n){re.escape(method)} (\d+) pairs, (\d+) tokens", sizes)
         lr, beta = (args.out / "grid" / f"{method}.chosen").read_text().split()
         lines.append(
-            f"| {name_of(method)} | {size[1]} | {int(size[2]):,} | {lr}, {beta} | {accuracies} "
+            f"| {NAMES[method]} | {size[1]} | {int(size[2]):,} | {lr}, {beta} | {accuracies} "
             f"| {mean(about, 'seconds'):.0f} |"
         )
         metrics[method] = [rows_of(folder / "metrics.jsonl") for folder in folders]
         validated = [[row for row in rows if "val_accuracy" in row] for rows in metrics[method]]
         first, last = [rows[0] for rows in validated], [rows[-1] for rows in validated]
-        cells = [name_of(method), f"{mean(last, 'val_accuracy'):.1%}"]
+        cells = [NAMES[method], f"{mean(last, 'val_accuracy'):.1%}"]
         cells.append(f"{mean(last, 'val_margin'):.2f}")
         for key in ("val_chosen_logp", "val_rejected_logp"):
             cells.append(f"{mean(first, key):.1f} to {mean(last, key):.1f}")
@@ -229,7 +224,7 @@ def main(args: Args):
         for kind, benchmark in results.items()
     }
     for key in results["greedy"]["pairwise"]:
-        cells = [" − ".join(name_of(name) for name in key.split("\n"))]
+        cells = [" − ".join(NAMES[name] for name in key.split("\n"))]
         for kind, benchmark in results.items():
             test = benchmark["pairwise"][key]
             cells += [points(test), f"{adjusted[kind][key]:.2g}"]

@@ -51,7 +51,7 @@ quiet() {  # quiet NAME COMMAND ...: its output goes to a log, its last line her
 served() {  # served MODEL COMMAND ...: where MANNER has code blocks, with a server of this model that runs them
   [[ $MANNER == *blocks* && " $* " != *" --base-url "* ]] || { shift; exec "$@"; }
   trap 'trap "" INT TERM; kill $(jobs -p) 2>/dev/null || true; wait' EXIT
-  local ready server; ready=$(mktemp)
+  local ready="$OUT/logs/server-$BASHPID" server; : >"$ready"
   python serving/code_server.py --model "$1" --port 0 "$engine" ${SANDBOX:-} >"$ready" & server=$!
   until grep -q ^ready "$ready"; do kill -0 $server 2>/dev/null || exit 2; sleep 1; done
   shift; "$@" --base-url "$(sed -n 's/^ready: --base-url //p' "$ready")" & wait $!

@@ -2,12 +2,11 @@
 each problem leaves.
 
     python experiments/errors_by_problem.py runs/located.jsonl          # or runs/pairs.jsonl
-    python experiments/errors_by_problem.py runs/located.jsonl --samples runs/samples.jsonl
 
 Prints the share of the problems with the most, the effective number of problems (the square of the
 sum of the counts over the sum of their squares: with equal counts it is the number itself), and
-both for a bound of 1, 2, 3 ... a problem. With the samples of 01: for each located error the
-probability of its failures at the rate seen before (02's by_chance())."""
+both for a bound of 1, 2, 3 ... a problem. For rows of 02's rollouts also how likely their failures
+are by chance (the field `chance`)."""
 
 import importlib
 import sys
@@ -25,27 +24,20 @@ LOCATE = importlib.import_module("02_locate_step")
 class Args:
     rows: tyro.conf.Positional[Path]
     """output of 02 or 03"""
-    samples: Path | None = None
-    """output of 01 that they were made from"""
 
 
 def effective(counts: list[int]) -> float:
     return sum(counts) ** 2 / sum(count * count for count in counts)
 
 
-def evidence(row: dict, samples: dict) -> str:
+def evidence(row: dict) -> str:
     """How likely by chance the failures are on which a located error rests."""
-    step = row["error_step"]
-    if step == len(row["steps"]):
+    if row["error_step"] == len(row["steps"]):
         return "last step"
-    values = {int(k): value for k, value in row["rollout_values"].items()}
-    counts = [value for k, value in values.items() if k < step] + [samples[row["id"]]]
-    right, tried = map(sum, zip(*counts, strict=True))
-    chance = LOCATE.by_chance(values[step][1], right, tried - right)
     for limit in (0.05, 0.1, 0.2, 0.3):
-        if chance < limit:
+        if row["chance"] < limit:
             return f"below {limit:g}"
-    return "above 0.3"
+    return "0.3 or more"
 
 
 def main(args: Args):
@@ -53,11 +45,11 @@ def main(args: Args):
     rows = [row for row in rows if row.get("error_step") or "chosen" in row]
     if not rows:
         LOCATE.stop(f"{args.rows}: no row has an error_step or is a pair")
-    if args.samples and not all("rollout_values" in row for row in rows):
-        LOCATE.stop(f"{args.rows}: --samples needs the rows of 02's rollouts")
     counts = sorted(Counter(row["id"] for row in rows).values(), reverse=True)
-    effective_all = f"in effect of {effective(counts):.1f}"
-    print(f"{args.rows}: {len(rows)} of {len(counts)} problems, {effective_all}")
+    print(
+        f"{args.rows}: {len(rows)} of {len(counts)} problems, "
+        f"effective number of problems {effective(counts):.1f}"
+    )
     for first in (1, 3, 5, 10, 20):
         if first < len(counts):
             print(f"  {sum(counts[:first]) / len(rows):6.1%} from the {first} with the most")
@@ -65,12 +57,11 @@ def main(args: Args):
         bounded = [min(bound, count) for count in counts]
         print(
             f"  at most {bound} a problem: {sum(bounded)}, "
-            f"in effect of {effective(bounded):.1f} problems"
+            f"effective number of problems {effective(bounded):.1f}"
         )
-    if args.samples:
-        options = LOCATE.Args(samples=args.samples, model=rows[0].get("model", ""))
-        samples = LOCATE.load_samples(options)[1]
-        evidence_counts = Counter(evidence(row, samples) for row in rows)
+    by_rollouts = [row for row in rows if row.get("chance") is not None and "steps" in row]
+    if by_rollouts:
+        evidence_counts = Counter(map(evidence, by_rollouts))
         listed = ", ".join(f"{name} {evidence_counts[name]}" for name in sorted(evidence_counts))
         print(f"  chance of the failures: {listed}")
 

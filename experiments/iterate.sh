@@ -39,7 +39,7 @@ if [ ! -f "$DATA" ] || [ "$(wc -l <"$DATA")" -lt $needed ]; then
   echo "DATA: one file with at least $needed problems, 3 x PROBLEMS x ROUNDS; give that, or fewer PROBLEMS" >&2; exit 2
 fi
 first_seed=${SEEDS%% *} began=$SECONDS
-declare -A share=([step-dpo]=1 [scdpo]=2 [dpo]=2 [sft]=2)  # times PROBLEMS, to begin with: who only samples can sample more
+declare -A share=([step-dpo]=1 [scdpo]=2 [dpo]=2 [sft]=2)  # times PROBLEMS, to begin with: methods that only sample can afford more problems
 
 # INT or TERM to this script alone ends the running stages too, and so the engines in them
 job=; run() { set -m; "$@" & job=$!; set +m; wait $job; }

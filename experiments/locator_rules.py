@@ -47,7 +47,7 @@ class Args:
     samples: Path | None = None
     """or output of 01 on a problem file of data/tiny"""
     rows: int = 100
-    """so many solutions, right ones among the labelled; without --samples' right ones"""
+    """number of solutions; from --labels right and wrong ones, from --samples wrong ones only"""
     rollouts: int = 32
     """continuations of every prefix"""
     model: str = "data/tiny/model"

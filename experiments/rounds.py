@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from ablation_table import holm, mean, percent, points
+from ablation_table import holm, mean, percent, points, rows_of
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 OPENING = importlib.import_module("01_sample_errors").OPENING  # given, not sampled
@@ -78,10 +78,6 @@ class Table:
     """rounds made"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """seeds made"""
-
-
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def sampled(args: Cut, count) -> Counter:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from ablation_table import rows_of
 from transformers import AutoTokenizer
 
 
@@ -32,10 +33,6 @@ class Args:
     """whose tokens to count"""
     sft: bool = False
     """as many right solutions too, as OUT/pairs/sft.jsonl"""
-
-
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def right_solutions(path: Path) -> list[dict]:

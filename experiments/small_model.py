@@ -22,8 +22,7 @@ from typing import Annotated
 
 import tyro
 from ablation_table import NAMES as ABLATION_NAMES
-from ablation_table import holm, points
-from same_size import rows_of
+from ablation_table import holm, points, rows_of
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "analysis")]
@@ -39,7 +38,6 @@ CONTINUATIONS = (
     "over --max-pairs-per-error",
     "pairs",
 )
-SHOWN = ("step-dpo", "dpo", "scdpo")  # a pair of each to read
 STAGES = {
     "01, samples": "samples",
     "02, rollouts": "located",
@@ -424,24 +422,6 @@ def training(folder: Path) -> dict:
     return {"seconds": seconds * about["steps"] / logged, "peak": peak}
 
 
-def examples(args: Table) -> list[str]:
-    """A pair of each method: the first by a hash of its problem's id."""
-    parts = []
-    for method in SHOWN:
-        pairs = rows_of(args.out / "pairs" / f"{method}.jsonl")
-        for row in by_hash([row for row in pairs if row["method"] == method])[:1]:
-            texts = {
-                "Problem": f"{row['prompt']}\nAnswer: {row['answer']}",
-                "Prefix": row["initial_reason_steps"],
-                "Chosen": row["chosen"],
-                "Rejected": row["rejected"],
-            }
-            place = f"{row['id']}, sample {row['sample']}, step {row['error_step']}"
-            parts.append(f"### {name_of(method)}: {place}")
-            parts += [f"{title}:\n\n````text\n{text}\n````" for title, text in texts.items()]
-    return ["## A pair of each kind", *parts] if parts else []
-
-
 def hashes(args: Table) -> list[str]:
     names = ("samples", "located", "rollouts")
     paths = [path for name in names if (path := args.out / f"{name}.jsonl").exists()]
@@ -484,7 +464,6 @@ def table(args: Table):
         *validations(args),
         *stages(args),
         *costs(args),
-        *examples(args),
         *hashes(args),
     ]
     EVAL.save(args.out / "table.md", "\n\n".join(parts) + "\n")

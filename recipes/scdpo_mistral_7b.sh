@@ -13,7 +13,7 @@
 # Published  MetaMath-Mistral-7B: SFT 77.7 on GSM8K and 28.2 on MATH; DPO 81.0, 28.7; DPO with equal data 81.4, 29.0; SCDPO 81.7, 29.3.
 #            Mistral-7B-Ours and MathCoder-Mistral-7B are code-integrated: scdpo_mistral_7b_code.sh
 # Format     MetaMath writes no "Step 2:". Its prompt ends in "### Response: Let's think step by step.", a step is a line, and the
-#            answer follows "The answer is:". Use SPLIT=sentences if lines are too long.
+#            answer follows "The answer is:".
 # Where paper and code differ
 #   data     MetaMath's was not released; what follows is about the code-integrated models
 #   heat     paper: 1.1, rising by 0.05 a step to 1.4. Code: 1.1 + 0.1 to 1.4, but for MATH 1.0 + 0.05 to 1.3 (MathCoder) or 1.2

@@ -143,7 +143,7 @@ async def interpreter(args: Args, totals: Counter):
         *command, stdin=pipe, stdout=pipe, limit=1 << 24, start_new_session=True
     )
     if not await process.stdout.readline():
-        raise SystemExit(2)  # it has said why
+        raise SystemExit(2)  # it has printed the reason
 
     async def listen():
         async for line in process.stdout:

@@ -145,14 +145,24 @@ def test_an_edit_of_the_grading_is_seen_two_stages_on(tmp_path):
     assert done.returncode == 2 and "with another quick_verdict than 02_loc" in done.stderr
     run("regrade", samples)
     run(2, *locate, tmp_path / "x.jsonl")
-    # of the grading alone, and not of what rollouts have located by it
+    # of the grading alone, with what an edit has added to it, and not of what rollouts have located
+    before = {name: old[name] for name in old if name != "spelled"}
     for made, noted in (
+        ({"code": before}, {"code": code}),
         ({"code": old | {"prompt_ids": "of old"}}, {"code": code | {"prompt_ids": "of old"}}),
         ({"code": old, "locator": "rollout"}, {"code": old, "locator": "rollout"}),
     ):
         meta.write_text(json.dumps({"settings": made}))
         run("regrade", samples)
         assert json.loads(meta.read_text())["settings"] == noted
+
+
+def test_a_verdict_that_regrade_adds_makes_no_pair_anew():
+    row = {"id": "a", "sample": 0, "response": "\\boxed{7}", "correct": True}
+    three = stage(3)
+    assert three.input_hash([row], {}) == three.input_hash([row | {"correct_paper": False}], {})
+    assert three.input_hash([row], {}) != three.input_hash([row | {"correct": False}], {})
+    assert {"correct_paper", "correct_scdpo"} <= set(three.STAGE_FIELDS.split())
 
 
 def test_every_script_can_be_imported():
@@ -212,8 +222,9 @@ def test_a_setting_that_is_no_longer_there(tmp_path, capsys):
 
 
 def test_a_split_without_stops_heats_nothing(tmp_path):
-    arguments = ["--method", "scdpo", "--split", "sentences", "--out", tmp_path / "x.jsonl"]
-    done = run_edited(tmp_path, 3, '    "sentences": [". ", "! ", "? ", "\\n"],\n', "", *arguments)
+    arguments = ["--method", "scdpo", "--split", "blank-lines"]
+    arguments += ["--out", tmp_path / "x.jsonl"]
+    done = run_edited(tmp_path, 3, '    "blank-lines": ["\\n\\n"],\n', "", *arguments)
     assert done.returncode == 2 and "STOPS does not say" in done.stderr
 
 

@@ -1,4 +1,4 @@
-"""02: the rule of the rollouts, the judge's parser, votes and faults, --known, scores, kept
+"""02: the rule of the rollouts, the judge's parser, votes and faults, scores, kept
 rollouts, and the page in a real browser."""
 
 import asyncio
@@ -498,6 +498,15 @@ def test_judge_votes_agreement_retries_and_cost(judge, tmp_path):
     assert len({body["seed"] for body in judge.seen}) == calls
 
 
+def test_a_step_needs_more_than_half_of_the_votes(judge, tmp_path):
+    """One of two judgements cannot be read."""
+    wrong_samples(tmp_path / "in.jsonl", 1)
+    judge.script = lambda n, body: verdicts(2) if judge.count % 2 else "Who knows?"
+    judged(judge, tmp_path, "--votes", 2, "--retries", 0, "--concurrency", 1)
+    [row] = read(tmp_path / "out.jsonl")
+    assert row["error_step"] is None and "disagree: 50% for the first" in row["reason"]
+
+
 def test_the_judge_is_not_asked_about_a_diagram_that_is_not_there(judge, tmp_path):
     """As in the paper's code, unless --missing-diagrams; a diagram in Asymptote code can be
     read."""
@@ -579,73 +588,6 @@ def test_hundreds_of_rows_with_faults_and_kills(judge, tmp_path):
     assert found == {row["id"]: i % 4 + 1 for i, row in enumerate(rows)}
 
 
-@pytest.mark.slow
-def test_open_rows_go_to_the_rollouts(judge, bundled, tmp_path):
-    """The judge reads two of the rows; with its file as --known the rollouts take the others, and
-    the judge's text is kept."""
-    source = [row for row in read(TINY / "train.jsonl") if row["level"] == 1][:4]
-    rows = [
-        row
-        | {
-            "sample": 0,
-            "response": row["solution"],
-            "correct": False,
-            "finish_reason": "stop",
-            "prediction": "0",
-            "steps": stage(1).split_steps(row["solution"]),
-        }
-        for row in source
-    ]
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    known = [row["problem"] for row in rows[:2]]
-    judge.script = lambda n, body: (
-        verdicts(2) if any(p in body["messages"][0]["content"] for p in known) else "no idea"
-    )
-    url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
-    options = ["--samples", tmp_path / "in.jsonl", "--locator", "judge", "--judge-base-url", url]
-    options += ["--judge-model", "judge", "--retries", 0, "--out", tmp_path / "judged.jsonl"]
-    run(2, *options)
-    command = ["--samples", tmp_path / "in.jsonl", *bundled, "--max-tokens", 300, "--rollouts", 4]
-    done = run(2, *command, "--known", tmp_path / "judged.jsonl", "--out", tmp_path / "out.jsonl")
-    found = {row["problem"]: row for row in read(tmp_path / "out.jsonl")}
-    assert [found[row["problem"]]["locator"] for row in rows] == [
-        "judge",
-        "judge",
-        "rollout",
-        "rollout",
-    ]
-    assert [found[problem]["error_step"] for problem in known] == [2, 2]
-    assert "located in --known 2" in done.stdout
-    assert all(found[row["problem"]]["judge"]["text"] == "no idea" for row in rows[2:])
-    again = run(2, *command, "--known", tmp_path / "judged.jsonl", "--out", tmp_path / "out.jsonl")
-    assert "4 rows are there already" in again.stderr and len(read(tmp_path / "out.jsonl")) == 4
-    done = run(2, *command, "--out", tmp_path / "out.jsonl", check=False)
-    assert done.returncode == 2 and "was made with known = " in done.stderr
-
-
-def test_known_rows_must_be_located_and_of_the_same_samples(judge, tmp_path):
-    rows = wrong_samples(tmp_path / "in.jsonl", 3)
-    judge.script = lambda n, body: verdicts(true_step(body))
-    (tmp_path / "known.jsonl").write_text(
-        json.dumps(rows[1] | {"error_step": 4, "locator": "human", "reason": None}) + "\n"
-    )
-    judged(judge, tmp_path, "--known", tmp_path / "known.jsonl")
-    found = {row["id"]: (row["error_step"], row["locator"]) for row in read(tmp_path / "out.jsonl")}
-    assert found == {"q0": (1, "judge"), "q1": (4, "human"), "q2": (3, "judge")}
-    assert judge.count == 2
-    (tmp_path / "other.jsonl").write_text(
-        json.dumps(rows[1] | {"error_step": 1, "steps": ["x"]}) + "\n"
-    )
-    for known, why in [
-        ("in", "row 1: no 'error_step'"),
-        ("other", "another 'steps' of q1, sample 0"),
-        ("none", "cannot be read"),
-    ]:
-        out = ["--known", tmp_path / f"{known}.jsonl", "--out", tmp_path / "x.jsonl"]
-        done = judged(judge, tmp_path, *out, check=False)
-        assert done.returncode == 2 and why in done.stderr and "Traceback" not in done.stderr
-
-
 def test_the_order_of_the_samples_does_not_count(tmp_path):
     """01 writes rows as they get ready; which ones --limit and --max-per-problem take must not hang
     on that."""
@@ -692,20 +634,17 @@ def test_samples_of_another_model_do_not_estimate_v0(tmp_path):
 
 
 def test_a_row_of_an_older_sample_is_not_kept(tmp_path, capsys):
-    """Another gold answer, another grade or other scores than those that made a row; a step that
-    --known names since then. Each is said, and nothing is overwritten."""
+    """Another gold answer, another grade or other scores than those that made a row. Each is said,
+    and nothing is overwritten."""
     two, out = stage(2), tmp_path / "out.jsonl"
     rows = wrong_samples(tmp_path / "in.jsonl", 2)
     rows = [row | {"step_scores": [0.9] * len(row["steps"])} for row in rows]
-    known = {"error_step": 2, "locator": "human", "reason": None}
-    (tmp_path / "known.jsonl").write_text(json.dumps(rows[0] | known | {"error_step": None}) + "\n")
     changes = {"answer": "8", "correct": True, "step_scores": [0.1] * len(rows[0]["steps"])}
 
     def locate(first: dict):
         lines = [json.dumps(row) + "\n" for row in (first, rows[1])]
         (tmp_path / "in.jsonl").write_text("".join(lines))
-        files = {"samples": tmp_path / "in.jsonl", "known": tmp_path / "known.jsonl", "out": out}
-        two.main(two.Args(locator="scores", **files))
+        two.main(two.Args(locator="scores", samples=tmp_path / "in.jsonl", out=out))
 
     locate(rows[0])
     before = out.read_bytes()
@@ -713,10 +652,6 @@ def test_a_row_of_an_older_sample_is_not_kept(tmp_path, capsys):
         with pytest.raises(SystemExit):
             locate(rows[0] | {name: value})
         assert f"holds another {name!r} of q0, sample 0, than" in capsys.readouterr().err
-    (tmp_path / "known.jsonl").write_text(json.dumps(rows[0] | known) + "\n")
-    with pytest.raises(SystemExit):
-        locate(rows[0])
-    assert "holds another 'error_step' of q0, sample 0, than" in capsys.readouterr().err
     assert out.read_bytes() == before
 
 
@@ -740,6 +675,25 @@ def test_words_before_step_1_are_not_shared(tmp_path):
 
     asyncio.run(locate_two())
     assert asked == ["Well.\nStep 1:", "Now.\nStep 1:"]
+
+
+@pytest.mark.slow
+def test_the_tokens_of_the_bare_problem_stand_in_one_row(tmp_path, bundled):
+    """The first row of the problem begins with words of its own: the first with the forced opening
+    has them."""
+    [row] = wrong_samples(tmp_path / "in.jsonl", 1)
+    rows = []
+    forced = "Let's think step by step.\n"
+    for sample, words in enumerate(("Well.\n", forced, forced)):
+        steps = [words + "Step 1: 1 = 1.\n", "Step 2: 2 = 3."]
+        rows.append(row | {"sample": sample, "steps": steps, "response": "".join(steps)})
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--samples", tmp_path / "in.jsonl", *bundled, "--give-up", 2, "--max-tokens", 9]
+    run(2, *arguments, "--out", tmp_path / "out.jsonl")
+    spent = json.loads((tmp_path / "out.jsonl.meta.json").read_text())["summary"]
+    tokens = {row["sample"]: row["rollout_tokens"][1] for row in read(tmp_path / "out.jsonl")}
+    assert tokens[0] > 0 and tokens[1] > 0 and tokens[2] == 0
+    assert sum(tokens.values()) == spent["rollout completion tokens"]
 
 
 @pytest.mark.slow

@@ -337,8 +337,7 @@ def astray(
 
 
 def test_heat_follows_the_split():
-    """It rises behind a line or a sentence, not behind a blank one; a space is left to the token
-    that follows it."""
+    """It rises after a line, not after a blank one."""
     [pair], asked = astray(
         "lines", "a = 1\nThe answer is: 9", ["b = 3\n", "\n", "c = 4\n", "The answer is: 7"]
     )
@@ -348,11 +347,6 @@ def test_heat_follows_the_split():
     assert pair["initial_reason_steps"] == "a = 1\n"
     assert pair["chosen"] == "The answer is: 9"
     assert pair["error_step"] == 2
-    [pair], asked = astray(
-        "sentences", "It is 1. The answer is: 9", [" So 3. ", " The answer is: 7"]
-    )
-    assert asked == [("It is 1.", 1.0), ("It is 1. So 3.", 1.1)]
-    assert pair["rejected"] == " So 3. The answer is: 7"
 
 
 def test_an_answer_of_the_right_steps_is_not_the_continuations():

@@ -641,6 +641,10 @@ def test_a_critic_by_the_papers_protocol(votes, judge, tmp_path):  # noqa: F811
     located.write_text(located.read_text().split("\n")[0] + "\n")
     run("processbench", *command)
     assert len(read(located)) == 2
+    (tmp_path / "twice" / "gsm8k.jsonl").unlink()
+    done = run("processbench", *command, check=False)
+    assert done.returncode == 2 and f"{located} exists" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

@@ -419,5 +419,4 @@ def test_small_model(server, tmp_path):
     assert f"| samples | {len(samples)} |" in table
     assert f"| right | {right} ({right / len(samples):.1%}) |" in table
     assert "| base |" in table
-    assert "### Step-DPO: tiny-train-" in table
     assert "## Accuracy" not in table

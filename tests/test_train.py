@@ -1,5 +1,6 @@
 """04: log-probabilities, gradients, EOS, schedule, packing, resume. Real models, no server."""
 
+import contextlib
 import fcntl
 import importlib
 import itertools
@@ -11,8 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -147,15 +146,15 @@ def test_shared_prefix_equals_separate_rows(kind, budget, tokenizer, monkeypatch
         < sum(map(len, tree.paths))
         == sum(len(s) for i in (0, 5) for s in pairs.suffixes[i]) + len(pairs.suffixes[4][0])
     )
-    [(micro, most, counts)] = train.plan(pairs, range(6), 10_000, 0, 1)
-    assert counts == 1
+    [(micro, most, is_counted)] = train.plan(pairs, range(6), 10_000, 0, 1)
+    assert is_counted
     assert sorted(len(tree.numbers) for tree in micro) == [1, 1, 1, 3]
     inputs, numbers = train.collate(micro, "cpu"), train.numbers_of(micro)
     assert most == len(inputs["target"])
     monkeypatch.setattr(train, "LOGITS_BYTES", [budget])
     calls, head, position = [], scorer.token_logps, 4 * scorer.lm.config.vocab_size
     monkeypatch.setattr(scorer, "token_logps", lambda *given: calls.append(given) or head(*given))
-    ours = scorer(**inputs, most=most)[inputs["picks"]]
+    ours = scorer(**inputs, most_targets=most)[inputs["picks"]]
     assert len(calls) == math.ceil(most * position / budget)
     assert (len(calls) > 4) == (budget < 1 << 28)
     assert all(position * (len(hidden) - 1) < budget for hidden, _ in calls)
@@ -612,7 +611,7 @@ def test_plan_covers_each_pair_once_within_the_budget(world):
     plans = [train.plan(pairs, range(41), 200, rank, world) for rank in range(world)]
     assert len({len(batches) for batches in plans}) == 1
     assert len({tuple(most for _, most, _ in batches) for batches in plans}) == 1
-    counted = [[trees for trees, _, counts in batches if counts] for batches in plans]
+    counted = [[trees for trees, _, is_counted in batches if is_counted] for batches in plans]
     loads = [sum(len(tree.ids) for trees in batches for tree in trees) for batches in counted]
     assert max(loads) <= 1.1 * sum(loads) / world
     trees = [tree for batches in counted for trees in batches for tree in trees]
@@ -622,7 +621,7 @@ def test_plan_covers_each_pair_once_within_the_budget(world):
         assert len(trees) == 1 or len(trees) * max(len(tree.ids) for tree in trees) <= 200
     few = [train.plan(pairs, [3], 200, rank, world) for rank in range(world)]
     few = [[(train.numbers_of(trees), *rest) for trees, *rest in batches] for batches in few]
-    assert sorted(few, reverse=True) == [[([3], 4, 1)], *[[([3], 4, 0)]] * (world - 1)]
+    assert sorted(few, reverse=True) == [[([3], 4, True)], *[[([3], 4, False)]] * (world - 1)]
     # three pairs of a problem, of 5 + 30 tokens each, do not fit 70
     apart = train.Pairs()
     for i in range(3):
@@ -633,10 +632,10 @@ def test_plan_covers_each_pair_once_within_the_budget(world):
     # every process makes as many chunks of logits as the one with most suffix positions
     for length in (2500, 5, 5, 5):
         long.add([length], [list(range(length)), [1]])
-    counts = [
+    targets = [
         [most for _, most, _ in train.plan(long, range(4), 3000, rank, 2)] for rank in range(2)
     ]
-    assert counts[0] == counts[1] and max(counts[0]) == 2501
+    assert targets[0] == targets[1] and max(targets[0]) == 2501
 
 
 def test_schedule_warms_up_and_ends_at_zero():
@@ -976,12 +975,10 @@ def test_what_enters_the_loss_makes_another_run():
 
 @pytest.mark.slow
 def test_a_finished_run_is_left_alone(tmp_path, small_model):
-    """--keep 0: no checkpoint tells. With another setting its model is not written over; at 1e-9
-    the loss does not move."""
+    """--keep 0: no checkpoint tells. With another setting its model is not written over."""
     write_pairs(tmp_path / "pairs.jsonl")
     arguments = [*common(tmp_path, small_model, "out"), "--keep", 0, "--lr", 1e-9]
-    first = run(4, *arguments)
-    assert "warning: the loss did not move (0.6931 at first, 0.69" in first.stderr
+    run(4, *arguments)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     assert "training.json" in before and "model.safetensors" in before
     again = run(4, *arguments)
@@ -1059,21 +1056,16 @@ def test_a_policy_that_is_not_its_reference_is_named(capsys):
 
 
 @pytest.mark.slow
-def test_threads_that_fight_are_named(tmp_path, small_model):
-    """Two threads on a core that another training has too; its one thread waits for no other."""
-    write_pairs(tmp_path / "pairs.jsonl", 6)
-    core = {min(os.sched_getaffinity(0))}
-
-    def train(threads: int) -> str:
-        options = [*common(tmp_path, small_model, f"out{threads}"), "--epochs", 1]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        alone = partial(os.sched_setaffinity, 0, core)
-        return run(4, *options, env=environment, preexec_fn=alone).stderr
-
-    with ThreadPoolExecutor() as pool:
-        of_two, of_one = pool.map(train, (2, 1))
-    assert of_two.count("other work has the cores") == 1, of_two
-    assert "other work has the cores" not in of_one, of_one
+def test_an_edited_batches_makes_its_own_number_of_steps(tmp_path, small_model):
+    """The last batch, which is not full, is dropped: no step asks for it."""
+    write_pairs(tmp_path / "pairs.jsonl", 7)
+    arguments = ["--data", tmp_path / "pairs.jsonl", "--model", small_model, "--precision", "fp32"]
+    arguments += ["--out", tmp_path / "out", "--epochs", 2, "--batch-size", 3]
+    edit = ("range(0, len(order), size)]", "range(0, len(order) - size + 1, size)]")
+    done = run_edited(tmp_path, 4, *edit, *arguments)
+    assert done.returncode == 0, done.stderr
+    lines = read(tmp_path / "out" / "metrics.jsonl")
+    assert [(line["step"], line["epoch"]) for line in lines] == [(1, 1), (2, 1), (3, 2), (4, 2)]
 
 
 def test_one_training_writes_a_folder(tmp_path, small_model, monkeypatch, capsys):
@@ -1153,13 +1145,14 @@ def test_options_that_make_no_run_are_named(tmp_path, small_model, given, said):
     [
         (
             {"layer_types": ["full_attention", "linear_attention"]},
-            "qwen2 has layers or logits not known",
+            "qwen2 has layers or logits that a tree does not fit: layers of linear_attention",
         ),
         (
             {"model_type": "recurrent_gemma", "layer_types": None},
             "recurrent_gemma has layers or logits",
         ),
-        ({"model_type": "gemma2", "layer_types": None}, "gemma2 has layers or logits"),
+        ({"model_type": "gemma2", "layer_types": None}, "does not fit: sdpa leaves out the cap"),
+        ({"model_type": "phimoe", "layer_types": None}, "it draws experts at random"),
         ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "is quantized"),
         ({"model_type": "gpt2", "layer_types": None}, "gpt2 has no intermediate_size"),
     ],
@@ -1183,10 +1176,12 @@ def test_a_torn_weight_file_is_named(tmp_path, small_model):
     assert "Traceback" not in done.stderr
 
 
-def test_deepspeed_keeps_all_of_adamw_in_one_place(monkeypatch, capsys):
-    """What a ratio leaves on the GPU would follow no schedule."""
+def test_deepspeed_files_are_set_or_refused(monkeypatch, capsys):
+    """What a ratio leaves on the GPU would follow no schedule; other stages are not ZeRO-3."""
     train, config = stage(4), json.loads((ROOT / "configs" / "zero3_offload.json").read_text())
     config["gradient_accumulation_steps"] = 4
+    zero = config["zero_optimization"]
+    zero["offload_optimizer"]["ratio"] = 0.75
     state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config))
     kind = type("Kind", (str,), {"value": "DEEPSPEED"})("DEEPSPEED")
     fake = SimpleNamespace(distributed_type=kind, num_processes=8, state=state, is_fsdp2=False)
@@ -1195,10 +1190,12 @@ def test_deepspeed_keeps_all_of_adamw_in_one_place(monkeypatch, capsys):
     assert train.start_accelerate(train.Args()) is fake
     assert config["gradient_accumulation_steps"] == 1 == fake.gradient_accumulation_steps
     assert train.strategy_of(fake) == ("zero3", True)
-    config["zero_optimization"]["offload_optimizer"]["ratio"] = 0.75
+    assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    zero["stage"] = 2
     with pytest.raises(SystemExit):
         train.start_accelerate(train.Args())
-    assert "ratio 0.75: DeepSpeed's AdamW on the GPU" in capsys.readouterr().err
+    assert "ZeRO stage is 2; take configs/zero3.yaml" in capsys.readouterr().err
+    zero["stage"] = 3
     config["optimizer"] = {"type": "AdamW"}
     fsdp = type("Kind", (str,), {"value": "FSDP"})("FSDP")
     for one, said in ((kind, "has an optimizer or a scheduler"), (fsdp, "set fsdp_version: 2")):
@@ -1328,38 +1325,6 @@ def test_a_finished_solution_with_code_closes_its_message(tmp_path, eos):
             assert train.Pairs((0, 1)).trained(np.array(ids[-3:])).all()
 
 
-def test_implicit_prompts_are_what_both_sides_begin_with(tmp_path, tokenizer):
-    """Of TRL: messages, and text, where the space before the first word that differs belongs to
-    that word."""
-    train, path = stage(4), tmp_path / "rows.jsonl"
-
-    def turn(role, text):
-        return {"role": role, "content": text}
-
-    user = [turn("user", "3+4?")]
-    sides = {"chosen": [turn("assistant", "It is 7.")], "rejected": [turn("assistant", "It is 8.")]}
-    path.write_text(json.dumps({name: user + side for name, side in sides.items()}) + "\n")
-    assert train.load_rows(str(path), "dpo") == [(f"{path}, row 1", {"prompt": user} | sides)]
-    path.write_text(
-        json.dumps({"chosen": "Two apples are 2.", "rejected": "Two apples are 3."}) + "\n"
-    )
-    [(_, row)] = train.load_rows(str(path), "dpo")
-    assert row == {"prompt": "Two apples are", "chosen": " 2.", "rejected": " 3."}
-    prefix, suffixes = train.encode(row, tokenizer)
-    assert tokenizer.decode(prefix) == "Two apples are"
-    assert tokenizer.decode(suffixes[0]) == " 2.<|im_end|>"
-    # not within a word; and a row that has a prompt keeps it
-    sides = {"chosen": "So Ava gives 2.", "rejected": "So Ava gave 2."}
-    other = {"prompt": "3?", "chosen": "It is 3.", "rejected": "It is 4."}
-    path.write_text(json.dumps(sides) + "\n" + json.dumps(other) + "\n")
-    [(_, row), (_, second)] = train.load_rows(str(path), "dpo")
-    assert row == {"prompt": "So Ava", "chosen": " gives 2.", "rejected": " gave 2."}
-    assert second == other
-    for prompt in ("Q: 3+4?\nA:\n", "\u3000\u3000共是", " Ava\n"):
-        row = train.explicit_prompt({"chosen": prompt + "7", "rejected": prompt + "8"}, "")
-        assert row == {"prompt": prompt, "chosen": "7", "rejected": "8"}
-
-
 MESSAGES = [{"role": "assistant", "content": "7"}], [{"role": "assistant", "content": "8"}]
 
 
@@ -1370,10 +1335,9 @@ MESSAGES = [{"role": "assistant", "content": "7"}], [{"role": "assistant", "cont
             {"prompt": "3+4?", "chosen": MESSAGES[0], "rejected": MESSAGES[1]},
             "row 1: TypeError: of prompt, chosen and rejected",
         ),
-        (
-            {"chosen": MESSAGES[0], "rejected": MESSAGES[1]},
-            "row 1: no 'prompt', and chosen and rejected do not begin alike",
-        ),
+        # a prompt within the sides: of TRL's forms that with an explicit one is read
+        ({"chosen": MESSAGES[0], "rejected": MESSAGES[1]}, "; see the formats in 04_train_stepdpo"),
+        ({"chosen": "It is 7.", "rejected": "It is 8."}, "; see the formats in 04_train_stepdpo"),
         ({"prompt": "3\ud800?", "chosen": "7", "rejected": "8"}, "line 1: "),
         (
             {
@@ -1397,23 +1361,35 @@ def test_rows_that_cannot_be_read_are_named(tmp_path, small_model, capsys, row, 
     assert stopped.value.code == 2 and said in found and "rows.jsonl" in found
 
 
+def test_an_error_that_says_nothing_has_its_name(monkeypatch, capsys):
+    def load_dataset(*_, **__):
+        raise NotImplementedError
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(SystemExit):
+        stage(4).load_hub("owner/name")
+    assert "the hub does not give it (NotImplementedError)" in capsys.readouterr().err
+
+
 def test_eos_of_a_tokenizer_does_not_stand_in_the_middle(tmp_path):
-    """One that puts marks around plain text, as with add_eos_token: the first stays, the last would
-    end the prompt."""
+    """One that puts marks around plain text, as with add_eos_token: the first stays, once, the last
+    would end the prompt."""
     from tokenizers.processors import TemplateProcessing
 
     marked = AutoTokenizer.from_pretrained(TINY / "model")
+    marked.add_special_tokens({"bos_token": "<|im_start|>"})
     begin, eos = marked.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     special = [("<|im_start|>", begin), ("<|im_end|>", eos)]
     marked.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A <|im_end|>", special_tokens=special
     )
     assert marked("2")["input_ids"][-1] == eos
-    prefix, suffixes = stage(4).encode(
-        {"prompt": "Two apples", "chosen": " are 2.", "rejected": " are 3."}, marked
-    )
-    assert marked.decode(prefix) == "<|im_start|>Two apples"
-    assert [marked.decode(ids) for ids in suffixes] == [" are 2.<|im_end|>", " are 3.<|im_end|>"]
+    for prompt in ("Two apples", "<|im_start|>Two apples"):
+        row = {"prompt": prompt, "chosen": " are 2.", "rejected": " are 3."}
+        prefix, suffixes = stage(4).encode(row, marked)
+        assert marked.decode(prefix) == "<|im_start|>Two apples"
+        ends = [marked.decode(ids) for ids in suffixes]
+        assert ends == [" are 2.<|im_end|>", " are 3.<|im_end|>"]
 
 
 @pytest.mark.slow
@@ -1572,11 +1548,12 @@ def test_a_step_that_went_wrong_ends_the_run(tmp_path, capsys):
         assert ("nats less likely" in capsys.readouterr().err) == said
 
 
-def test_the_model_has_no_dropout(tmp_path):
-    from transformers import Qwen2Config
+def test_the_model_has_no_dropout_and_no_jitter(tmp_path):
+    from transformers import MixtralConfig
 
-    Qwen2Config(attention_dropout=0.1).save_pretrained(tmp_path)
-    assert stage(4).load_config(stage(4).Args(model=str(tmp_path))).attention_dropout == 0
+    MixtralConfig(attention_dropout=0.1, router_jitter_noise=0.1).save_pretrained(tmp_path)
+    config = stage(4).load_config(stage(4).Args(model=str(tmp_path)))
+    assert config.attention_dropout == config.router_jitter_noise == 0
 
 
 def test_pairs_without_contrast_are_left_out(tokenizer, capsys):
@@ -1874,31 +1851,6 @@ def test_memory_with_a_real_vocabulary(layers, tokens, passes, measured):
     ) == pytest.approx(measured * 1e9, rel=0.1)
 
 
-@pytest.mark.parametrize(
-    "prefix, advice",
-    [(300, "--tokens-per-batch 2048 (a device"), (3000, "--gradient-checkpointing --tokens-per-")],
-)
-def test_smaller_passes_come_before_checkpointing(monkeypatch, capsys, prefix, advice):
-    """Two cores with 24 GB and a 0.5B model; a row is never longer than the pass that is named."""
-    from transformers import Qwen2Config
-
-    train = stage(4)
-    shape = {"hidden_size": 896, "intermediate_size": 4864, "tie_word_embeddings": True}
-    heads = {"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2}
-    config = Qwen2Config(**shape, **heads, vocab_size=151_936)
-    monkeypatch.setattr(train, "machine_memory", lambda: int(25.3e9))
-    accelerator = SimpleNamespace(
-        device=torch.device("cpu"), num_processes=1, distributed_type="NO"
-    )
-    pairs = train.Pairs()
-    for _ in range(128):
-        pairs.add([1] * prefix, [[2] * 200, [3] * 200])
-    train.warn.cache_clear()
-    with pytest.raises(SystemExit):
-        train.check_memory(config, train.Args(precision="fp32"), accelerator, pairs)
-    assert f"it fits by {advice}" in capsys.readouterr().err
-
-
 def shaped_folder(folder, size: str):
     """A model's folder with this shape and no weights, and the bundled tokenizer."""
     from transformers import Qwen2Config
@@ -1942,52 +1894,37 @@ def test_a_containers_limit_is_its_memory(monkeypatch, tmp_path, files, share):
 
 
 @pytest.mark.parametrize(
-    "size, world, gpus, said",
+    "device, launch, gigabytes, said",
     [
-        (
-            "7b",
-            8,
-            8,
-            "configs/fsdp2.yaml --num_processes 8 with "
-            "--gradient-checkpointing --tokens-per-batch 8192 (a device",
-        ),
-        ("7b", 1, 8, "configs/fsdp2.yaml --num_processes 8 with --gradient-checkpointing"),
-        ("7b", 1, 1, "configs/zero3_offload.yaml --num_processes 1 with"),
-        ("72b", 8, 8, "configs/zero3_offload.yaml --num_processes 8 with"),
-        ("72b", 1, 1, "nothing in configs/ fits; take more devices"),
+        ("cuda", "MULTI_GPU", 85, "error: estimated: a device needs"),
+        ("cuda", "FSDP", 26, "warning: estimated: a device needs"),
+        ("cuda", "FSDP", 85, ""),
+        ("cpu", "MULTI_CPU", 85, "error: estimated: a device needs"),
     ],
 )
-def test_the_launch_file_that_fits_is_named(monkeypatch, capsys, size, world, gpus, said):
-    """GPUs with 80 GB and 1.5 TB of main memory, which are not here."""
+def test_the_memory_of_7b_on_8_devices(monkeypatch, capsys, device, launch, gigabytes, said):
+    """Devices that are not here. Without a GPU no launch file helps."""
     from transformers import Qwen2Config
 
-    train, config = stage(4), Qwen2Config(**QWEN2 | SIZES[size])
-    monkeypatch.setattr(train, "machine_memory", lambda: int(1.5e12))
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=85e9)
-    )
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    train, config = stage(4), Qwen2Config(**QWEN2 | SIZES["7b"])
+    memory = SimpleNamespace(total_memory=gigabytes * 1e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
+    monkeypatch.setattr(train, "machine_memory", lambda: 8 * gigabytes * 1e9)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     accelerator = SimpleNamespace(
-        device=torch.device("cuda"), num_processes=world, distributed_type="MULTI_GPU"
+        device=torch.device(device), num_processes=8, distributed_type=launch
     )
     pairs = train.Pairs()
     for _ in range(128):
         pairs.add([1] * 300, [[2] * 200, [3] * 200])
+    args = train.Args(precision="bf16", gradient_checkpointing=True, tokens_per_batch=8192)
     train.warn.cache_clear()
-    with pytest.raises(SystemExit):
-        train.check_memory(config, train.Args(precision="bf16"), accelerator, pairs)
-    assert said in capsys.readouterr().err
-    saving = train.Args(precision="bf16", gradient_checkpointing=True, tokens_per_batch=8192)
-    accelerator.distributed_type = "FSDP"
-    if (size, gpus) == ("7b", 8):  # in silence
-        accelerator.num_processes = 8
-        train.check_memory(config, saving, accelerator, pairs)
-        assert not capsys.readouterr().err
-        monkeypatch.setattr(
-            torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=26e9)
-        )
-        train.check_memory(config, saving, accelerator, pairs)
-        assert "warning: estimated: a device needs" in capsys.readouterr().err
+    stops = pytest.raises(SystemExit) if "error" in said else contextlib.nullcontext()
+    with stops:
+        train.check_memory(config, args, accelerator, pairs)
+    found = capsys.readouterr().err
+    assert said in found and bool(said) == bool(found)
+    assert ("configs/README.md" in found) == (bool(said) and device == "cuda")
 
 
 @pytest.mark.slow

@@ -205,7 +205,7 @@ def work_out(
     steps: list[tuple], count: int, slips: random.Random | None = None, form: str = "labels"
 ) -> list[tuple]:
     """Steps as (lead, number, sign, number, result); with `slips` the results of someone who
-    sometimes slips. Code borrows right: there, who slips adds where a borrow is needed."""
+    sometimes slips. Python subtracts correctly, so in code the slip is an addition instead."""
     worked, last = [], 0
     for lead, a, op, b in steps:
         named = {"count": count, "last": last}
@@ -426,6 +426,8 @@ def make_model(args: Args, work: Path):
     assert same_ids, "the saved tokenizer gives other ids when it is loaded"
     if args.format == "code":
         run("analysis/add_block_tokens.py", model=start, out=start)
+        tokenizer = AutoTokenizer.from_pretrained(start)
+        model = Qwen2ForCausalLM.from_pretrained(start)
     print(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(tokenizer)} tokens", flush=True)
     make_corpus(args, work / "corpus.jsonl")
     run(
