@@ -419,7 +419,7 @@ def test_02_takes_a_number_for_each_step(scores, tmp_path):
         2, "--samples", path, "--locator", "scores", "--out", tmp_path / "out.jsonl", check=False
     )
     assert done.returncode == 2
-    assert f"{path}, row 2: no 'step_scores'" in done.stderr
+    assert f"{path}: b, sample 0: no 'step_scores'" in done.stderr
     assert "Traceback" not in done.stderr
 
 
