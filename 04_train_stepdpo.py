@@ -97,7 +97,7 @@ PROBE = "1 + 1 = ?"  # the problem of the prompt that stands in the settings
 # Copied from 01_sample_errors.py
 # the assistant's text while a template is rendered: many trim it, some take thoughts out of it
 MARK = "@@Steps so far@@"
-# models whose log-probabilities would be wrong without a word, and why
+# models whose log-probabilities would be wrong without an error, with the reason
 NO_TREES = {
     "recurrent_gemma": "recurrent layers see past a mask",
     "hyperclovax": "its logits_scaling is a factor, elsewhere a divisor",
@@ -534,8 +534,8 @@ def start_accelerate(args: Args) -> Accelerator:
         config["gradient_clipping"] = MAX_GRAD_NORM
         # else the trained model could not be gathered and saved
         zero["stage3_gather_16bit_weights_on_model_save"] = True
-        # "ratio" leaves a part of AdamW on the GPU, with no schedule and in no checkpoint
-        (zero.get("offload_optimizer") or {}).pop("ratio", None)
+        if (zero.get("offload_optimizer") or {}).pop("ratio", 1) < 1:
+            warn("offload_optimizer: ratio is left out: the part on the GPU would get no schedule")
     # train_step() takes the mean itself; the launch file's number would divide once more
     accelerator.gradient_accumulation_steps = 1
     if accelerator.is_fsdp2 and args.precision == "bf16":
@@ -691,6 +691,8 @@ def encode(row: dict, tokenizer, sides: str = "step") -> tuple[list[int], list[l
         whole = render_prompt(tokenizer, row["problem"], solution)
         text, texts = whole.removesuffix(solution), [solution]  # where 01 puts its opening
     elif "prompt" not in row:
+        if isinstance(row["chosen"], str) or isinstance(row["chosen"][-1]["content"], str):
+            raise TypeError("no 'prompt', and chosen and rejected are no turns of blocks")
         text, texts = render_blocks(row)
         is_plain = True
     elif len({isinstance(row[field], str) for field in PAIR_FIELDS}) > 1:
@@ -1012,10 +1014,7 @@ def load_config(args: Args):
     if others := layers - {"full_attention", "sliding_attention"}:
         reason = f"layers of {', '.join(sorted(others))}"
     if reason:
-        stop(
-            f"--model {args.model}: {config.model_type} has layers or logits that a tree does not "
-            f"fit: {reason}"
-        )
+        stop(f"--model {args.model}: {config.model_type} cannot be trained here: {reason}")
     if getattr(config, "quantization_config", None):
         stop(f"--model {args.model}: is quantized; give the model that it was made from")
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
@@ -1069,7 +1068,8 @@ def add_lora(lm, args: Args):
 
 
 class SuffixScorer(torch.nn.Module):
-    """Summed log-probability of each suffix given its prefix: (suffixes,), fp32, in nats."""
+    """Summed log-probabilities of suffixes given their prefixes, fp32, in nats: (places,), at
+    `picks` those of the pairs."""
 
     def __init__(self, lm):
         super().__init__()
@@ -1097,7 +1097,7 @@ class SuffixScorer(torch.nn.Module):
         if torch.is_grad_enabled() and chunks > 1:
             head = functools.partial(checkpoint, self.token_logps, use_reentrant=False)
         parts = map(head, hidden.tensor_split(chunks), target.tensor_split(chunks))
-        # room for all, since each is picked; to read their number is to wait for the GPU
+        # at most so many suffixes; picks.max() would wait for the GPU
         sums = torch.zeros(picks.numel(), dtype=torch.float32, device=ids.device)
         return sums.index_add(0, owner, torch.cat(list(parts))[take])
 
@@ -1287,7 +1287,8 @@ def machine_memory() -> int:
 
 
 def check_memory(config, args: Args, accelerator: Accelerator, pairs: Pairs):
-    """Warn or stop where memory() estimates more bytes than there are."""
+    """Warn or stop where memory() estimates more bytes than MEMORY_WARN or MEMORY_STOP of those
+    that are there."""
     world, on_gpu = accelerator.num_processes, accelerator.device.type == "cuda"
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     available = {"a device": machine_memory() / local}
@@ -1314,9 +1315,11 @@ def check_memory(config, args: Args, accelerator: Accelerator, pairs: Pairs):
     if share <= MEMORY_WARN:
         return
     need = f"{place} needs {needs[place] / 1e9:.1f} GB of {available[place] / 1e9:.1f}, {share:.0%}"
-    advice = "give a smaller --tokens-per-batch, --gradient-checkpointing or --lora-rank 16"
-    if on_gpu:
-        advice += ", or a launch file that shards the model (configs/README.md)"
+    options = "--lora-rank 16"
+    if place == "a device":  # activations are there
+        options = "a smaller --tokens-per-batch, --gradient-checkpointing or --lora-rank 16"
+    others = "more devices" if strategy != "copies" else "a launch file that shards the model"
+    advice = f"give {options}" + f", or {others} (configs/README.md)" * on_gpu
     message = f"estimated: {need}: {advice}"
     if share > MEMORY_STOP and not args.ignore_memory:
         stop(f"{message}. analysis/estimate.py shows the parts; --ignore-memory trains anyway")
@@ -1467,11 +1470,11 @@ def checkpoint_to_resume(
     `settings`."""
 
     def read_state():  # by the first process: files come late on other machines
-        resume = (checkpoints(args.out) or [None])[-1]
-        state = resume / "state.json" if resume else args.out / "training.json"
-        return resume, json.loads(state.read_text()) if state.exists() else None
+        resume, finished = (checkpoints(args.out) or [None])[-1], args.out / "training.json"
+        state = resume / "state.json" if resume else finished
+        return resume, json.loads(state.read_text()) if state.exists() else None, finished.exists()
 
-    resume, old = from_first(accelerator, read_state)
+    resume, old, has_ended = from_first(accelerator, read_state)
     if not old:
         return None, 0, 0.0
     made, old_settings = resume or args.out, old["settings"]
@@ -1487,8 +1490,8 @@ def checkpoint_to_resume(
             )
     if edited and not args.accept_edit:
         stop(
-            f"{made} was made before an edit of {', '.join(edited[:6])}; undo it, give another "
-            "--out, or --accept-edit"
+            f"{made} was made before an edit of {', '.join(edited[:6])}; undo it"
+            + (" or give another --out" if has_ended else ", give another --out, or --accept-edit")
         )
     step, seconds = (old["step"], old.get("seconds", 0.0)) if resume else (0, 0.0)
     settings["edits"] = old_settings["edits"]

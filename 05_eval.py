@@ -1113,7 +1113,7 @@ TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|operatorname)\s*\{([^{
 CHANGES = (  # words that change a number; any other word after a number is its unit
     r"\b(?:and|or|to|than|over|under|below|half|quarters?|factorial|squared"
     r"|cubed|base|dozens?|negative|[apAP]\.?[mM]"
-    r"|(?:(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+teen|hundred|thousand"
+    r"|(?:(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+t(?:een|ie)|hundred|thousand"
     r"|[mbtr]+illion)th|hundred|thousand|lakh|crore|[mbtr]+illion)s?)\b"
 )
 # Copied from 01_sample_errors.py
@@ -1263,7 +1263,7 @@ def stated_number(sentence: str) -> str | None:
     has_more = len(re.findall(r"[\d.]*\d", sentence.replace(",", ""))) > 1
     bad = (
         rf"[\\^_=+*/<>]|{CHANGES}|\b(?:(?:more|less|most|least)\b|not|twice|double|triple|{TERM})"
-        r"|\b(?:[Nn]o|[Nn]one|root|square of|cube|reciprocal|logarithm)\b"
+        r"|\b(?:[Nn]o|[Nn]one|(?:root|square|cube|reciprocal|logarithm) of)\b"
     )
     if len(numbers) != 1 or has_more or len(re.findall(WORD, sentence)) < 2:
         return None
@@ -1290,7 +1290,11 @@ def quick_verdict(gold: str, prediction: str) -> bool | None:
     named, apart = r"(?:\w+\s*=)?\s*", r"-?\d+(?:, +-?\d+)+\s*"
     if re.fullmatch(named + apart, gold) and re.fullmatch(named + r"-?\d+(?:,-?\d+)+", prediction):
         prediction = prediction.replace(",", ", ")  # 135,225 is a list where the gold is one
-    units = [UNIT.findall(answer.lower()) for answer in (gold, prediction)]  # mL and ml
+    # one unit in two cases; MW and mW are two
+    folded = [
+        re.sub(r"\b(?:mL|L|[AP]M|No)\b", lambda m: m[0].lower(), a) for a in (gold, prediction)
+    ]
+    units = [UNIT.findall(answer) for answer in folded]
     if all(units) and units[0] != units[1]:  # 5 m and 5 s
         return False
     gold, prediction = spelled(gold), spelled(prediction)

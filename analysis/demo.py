@@ -60,8 +60,8 @@ class Args:
 
 
 class Answer:
-    """A model's answer, which grows in a thread of its own. `verdict`: "right", "wrong" or, where
-    nothing tells, empty; None before it is graded."""
+    """A model's answer, which grows in a thread of its own. `verdict`: "right", "wrong", or empty
+    if there is no true answer or none was found; None before it is graded."""
 
     def __init__(self, lm, tokenizer, problem: str, args: Args):
         self.text, self.done, self.error, self.args = "", False, "", args
@@ -126,7 +126,7 @@ class Demo:
             args.models[0], args.chat_template, args.chat_template_kwargs
         )
         self.busy = threading.Lock()
-        self.grader = LOCATE.Grader()  # its processes have a deadline
+        self.grader = LOCATE.Grader()  # in processes with a time limit
 
     def solve(self, problem: str, gold: str):
         """Yields the HTML of both answers, until they are finished."""
@@ -138,10 +138,11 @@ class Demo:
             self.last = (problem, answers)
             while any(answer.verdict is None for answer in answers):
                 time.sleep(0.1)
-                for answer in answers:
-                    if answer.done and answer.verdict is None:
-                        answer.verdict = self.grade(problem, gold, answer.prediction)
                 yield tuple(answer.html() for answer in answers)
+                if all(answer.done for answer in answers):
+                    for answer in answers:
+                        answer.verdict = self.grade(problem, gold, answer.prediction)
+            yield tuple(answer.html() for answer in answers)
 
     def grade(self, problem: str, gold: str, prediction: str | None) -> str:
         if not gold or prediction is None:
@@ -225,10 +226,9 @@ def main(args: Args):
     except OSError as error:
         LOCATE.stop(f"--port {args.port}: {error}")
     print(f"open http://{args.host}:{args.port}; Ctrl-C ends", file=sys.stderr, flush=True)
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.closing(demo.grader), contextlib.suppress(KeyboardInterrupt):
         while True:
             time.sleep(1)
-    demo.grader.close()
 
 
 if __name__ == "__main__":

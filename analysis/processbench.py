@@ -289,7 +289,9 @@ def locate(args: Args, name: str, options: list[str]) -> tuple[list[dict], float
     text = as_lines(load(args, name))
     old = labels.read_text(encoding="utf-8") if labels.exists() else None
     if located.exists() and old != text:
-        LOCATE.stop(f"{located} exists, but not {labels} with its solutions; give another --out")
+        LOCATE.stop(
+            f"{located} exists, but {labels} is missing or holds other rows; give another --out"
+        )
     labels.write_text(text, encoding="utf-8")
     if args.model:
         by_critic(args, labels, located)

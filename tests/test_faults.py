@@ -256,6 +256,10 @@ def test_a_prompt_that_is_too_long_by_itself_is_a_row_in_all_words(scripted, tmp
     done = sample(scripted, tmp_path, 2, arguments=("--max-tokens", 4000))
     assert "too long a prompt 100.0%" in done.stdout
     assert {row["finish_reason"] for row in read(tmp_path / "out.jsonl")} == {"refused"}
+    # of vLLM, a prompt of exactly the context
+    (tmp_path / "out.jsonl").unlink()
+    scripted.script = lambda n, body: (400, "max_tokens must be at least 1, got 0.")
+    assert "too long a prompt 100.0%" in sample(scripted, tmp_path, 2).stdout
 
 
 def test_a_refusal_that_gives_no_number_names_the_option(scripted, tmp_path):

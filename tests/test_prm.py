@@ -3,6 +3,7 @@ bundled process reward model."""
 
 import asyncio
 import json
+import math
 import re
 import shutil
 import sys
@@ -406,7 +407,8 @@ def test_rows_that_cannot_be_scored_stay_open(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "scores", ["missing", [0.5], [0.5, "x"], [0.5, float("nan")], [0.5, True], {"1": 0.5}, 0.5]
+    "scores",
+    ["missing", [0.5], *([0.5, x, 0.5, 0.5] for x in ("x", math.nan, True)), {"1": 0.5}, 0.5],
 )
 def test_02_takes_a_number_for_each_step(scores, tmp_path):
     [row] = wrong_samples(tmp_path / "in.jsonl", 1)

@@ -1145,13 +1145,16 @@ def test_options_that_make_no_run_are_named(tmp_path, small_model, given, said):
     [
         (
             {"layer_types": ["full_attention", "linear_attention"]},
-            "qwen2 has layers or logits that a tree does not fit: layers of linear_attention",
+            "qwen2 cannot be trained here: layers of linear_attention",
         ),
         (
             {"model_type": "recurrent_gemma", "layer_types": None},
-            "recurrent_gemma has layers or logits",
+            "recurrent_gemma cannot be trained here: recurrent layers",
         ),
-        ({"model_type": "gemma2", "layer_types": None}, "does not fit: sdpa leaves out the cap"),
+        (
+            {"model_type": "gemma2", "layer_types": None},
+            "cannot be trained here: sdpa leaves out the cap",
+        ),
         ({"model_type": "phimoe", "layer_types": None}, "it draws experts at random"),
         ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "is quantized"),
         ({"model_type": "gpt2", "layer_types": None}, "gpt2 has no intermediate_size"),
@@ -1336,8 +1339,8 @@ MESSAGES = [{"role": "assistant", "content": "7"}], [{"role": "assistant", "cont
             "row 1: TypeError: of prompt, chosen and rejected",
         ),
         # a prompt within the sides: of TRL's forms that with an explicit one is read
-        ({"chosen": MESSAGES[0], "rejected": MESSAGES[1]}, "; see the formats in 04_train_stepdpo"),
-        ({"chosen": "It is 7.", "rejected": "It is 8."}, "; see the formats in 04_train_stepdpo"),
+        ({"chosen": MESSAGES[0], "rejected": MESSAGES[1]}, "no 'prompt', and chosen"),
+        ({"chosen": "It is 7.", "rejected": "It is 8."}, "no 'prompt', and chosen"),
         ({"prompt": "3\ud800?", "chosen": "7", "rejected": "8"}, "line 1: "),
         (
             {
