@@ -93,8 +93,8 @@ class Args:
     n: int = 2
     """samples of each problem"""
     until_both: int = 0
-    """sample on, n at a time, until a problem has a right and a wrong answer, at most this many
-    samples (SCDPO: 100)"""
+    """sample on, --n at a time, until a problem has a right and a wrong sample; at most this many
+    samples (0: off; SCDPO: 100)"""
     temperature: float = 0.8
     """sampling temperature"""
     top_p: float = 0.95

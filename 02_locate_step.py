@@ -181,7 +181,7 @@ class Args:
     judge_timeout: float = 600.0
     """seconds of silence before a judgement is asked for again"""
     neutral: Literal["error", "correct"] = "error"
-    """what a neutral step counts as; the paper's code: error"""
+    """how a step that the judge calls neutral counts; the paper's code: error"""
     missing_diagrams: bool = False
     """judge problems that lack their diagram too; the paper's code does not"""
     votes: int = 1

@@ -124,7 +124,8 @@ class Args:
     tries: int = 8
     """scdpo: attempts at a wrong answer from one step"""
     heat: tuple[float, float, float] = (1.1, 0.05, 1.4)
-    """scdpo: first temperature, rise a step, most (its code for Mistral-7B-Ours: 1.1 0.1 1.4)"""
+    """scdpo: temperature of the first step, rise a step, highest (its code for Mistral-7B-Ours: 1.1
+    0.1 1.4)"""
     temperature: float = 0.8
     """sampling temperature"""
     top_p: float | None = None

@@ -145,7 +145,7 @@ class Args:
     eos: bool = True
     """end a suffix that ends its solution with EOS; Step-DPO's code never, SCDPO's always"""
     beta: float = 0.4
-    """pull to the reference (paper: 0.4, for 72B 0.5; its scripts the other way round)"""
+    """larger: closer to the reference (paper: 0.4, for 72B 0.5; its scripts the other way round)"""
     epochs: int = 8
     """passes over the pairs (paper: 8, above 30B 4)"""
     lr: float = 5e-7
