@@ -1364,14 +1364,9 @@ def test_rows_that_cannot_be_read_are_named(tmp_path, small_model, capsys, row, 
     assert stopped.value.code == 2 and said in found and "rows.jsonl" in found
 
 
-def test_an_error_that_says_nothing_has_its_name(monkeypatch, capsys):
-    def load_dataset(*_, **__):
-        raise NotImplementedError
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(SystemExit):
-        stage(4).load_hub("owner/name")
-    assert "the hub does not give it (NotImplementedError)" in capsys.readouterr().err
+def test_an_error_that_says_nothing_has_its_name():
+    assert stage(4).first_line(TimeoutError()) == "TimeoutError"
+    assert stage(4).first_line(OSError("no such set\nsee the hub")) == "no such set"
 
 
 def test_eos_of_a_tokenizer_does_not_stand_in_the_middle(tmp_path):
