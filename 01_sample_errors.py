@@ -149,7 +149,8 @@ def samples_due(args: Args, problem: dict, verdicts: dict[tuple, bool | None]) -
     for end in range(args.n, most + args.n, args.n):
         samples = range(min(end, most))
         missing = [sample for sample in samples if (problem["id"], sample) not in verdicts]
-        if missing or {True, False} <= {verdicts[problem["id"], sample] for sample in samples}:
+        said = {verdicts.get((problem["id"], sample)) for sample in samples}
+        if missing or "refused" in said or {True, False} <= said:
             return missing
     return []
 
@@ -186,8 +187,10 @@ async def sample_all(args: Args, problems: list[dict], tokenizer, output: Output
     }
 
 
-def verdict_of(row: dict) -> bool | None:
-    """A sample without an answer is neither right nor wrong."""
+def verdict_of(row: dict) -> bool | str | None:
+    """A sample without an answer is neither right nor wrong; "refused": the prompt is too long."""
+    if row["finish_reason"] == "refused":
+        return "refused"
     return None if row["prediction"] is None else row["correct"]
 
 
@@ -503,8 +506,7 @@ def file_hashes(*paths: Path | None) -> dict[str, str]:
 def load_problems(path: Path) -> list[dict]:
     """The problems of a file, with `id`, `problem` and `answer` as texts."""
     if not path.exists() and path.parent.name == "data":
-        name = path.stem.removesuffix("_train").removesuffix("_test")
-        stop(f"{path}: not there; python data/download.py {name} makes it")
+        stop(f"{path}: not there; python data/download.py makes those of known sets")
     rows = [{"dataset": path.stem} | row for row in read_rows(path, ("id", "problem", "answer"))]
     first = {}
     for number, row in enumerate(rows, 1):
@@ -598,6 +600,7 @@ def extract_answer(response: str) -> str | None:
     if start < 0:
         for marker in [*MARKER.finditer(response)][:-3:-1]:  # the one before, if nothing follows
             after = response[marker.end() : marker.end() + 5000]
+            after = re.sub(r"(?<!\w)\*\*([^*]+)\*\*", r"\1", after)  # **5** apples
             after = re.sub(r"^(?:[\s*:：$]|\\[\[(])+", "", after)
             stated = re.split(r"[.。](?:\s|$)|\n", after, maxsplit=1)[0].rstrip("*$ ")
             if stated := re.sub(r"\s*\\[\])]$", "", stated):
@@ -667,14 +670,14 @@ SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads
     (r"[≤≥≠∞π±√×·÷∪∩∈−–—]", lambda match: SIGNS[match[0]] + " " * (match[0] not in "÷−–—")),
     (r"％|\\%", "%"),
     (r"：", ":"),
-    (r"(?<=\d)(?:\{,\}|,?\s*\\[!,]\s?)(?=\d{3}(?!\d))", ""),
+    (r"(?<=\d)(?:\{,\}|,?\s*\\!\s?|\s*\\,\s?)(?=\d{3}(?!\d))", ""),
     (r"\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\\[!()$\[\]]", ""),
     # Rs. 1000 and 1000 Rs; rs is a product
     (r"^ ?(?:\\\w+ ?\{ ?)?[Rr]s\b\.? ?\}?(?=[\s~\\,;$]*\d)|(?<=\d) +[Rr]s\.? ?$|₹", ""),
-    (r"[$€£¥\"]|\\(?:text)?color\s*\{\w+\}|\s*\(?\\?[pb]?mod\b.*|[\s.,;。]+$", ""),
+    (r"[$€£¥\"]|\\(?:text)?color\s*\{\w+\}|\s*\(?\\?[pb]?mod\b.*|[\s.,;。\\]+$", ""),
     (r"\*\*", "^"),
     # 90^\circ, 68°F
-    (r"(?:°|\^\s*\{?\s*\\circ\s*\}?)(?:\s*(?:\\text\{)?[CF]\}?(?![a-zA-Z]))?", ""),
+    (r"(?:°|\^\s*(?:\\circ|\{\s*\\circ\s*\}))(?:\s*(?:\\text\{)?[CF]\}?(?![a-zA-Z]))?", ""),
     (r"\\\\\[[\w.]+\]", r"\\\\"),  # \\[4pt] between the rows of a matrix
     (r"(?<!\\)\\(?:q?quad(?![a-zA-Z])|[,;: ])|~", " "),
     (r"(?<=[\d}])\s*(?:\\\w+\{\s*)?\b(?:per\s?cent|pct)\b\s*\}?", "%"),
@@ -691,7 +694,7 @@ SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads
     (r"\\sqrt\s*(?:\(((?:[^()]|\([^()]*\))*)\)|(\d+))", r"\\sqrt{\1\2}"),  # sqrt(2), √12
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-    (r"(?<=\d)[eE]([-+]?)0*(\d{1,3})(?!\w)", r"\\cdot 10^{\1\2}"),
+    (r"(?<=\d)[eE]([-+]?)(?=\d\d)0*(\d{1,3})(?!\w)", r"\\cdot 10^{\1\2}"),
     (r"(?<![\d.])(\d+)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
     # (1,234) and 45, 135 stay
     (r"(?:^|=) ?[-+]?\d{1,3}([, ]\d{3})+(\.\d*)? ?$", lambda n: re.sub("[, ]", "", n[0])),
@@ -701,7 +704,7 @@ SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads
 COMPILED = [(re.compile(pattern), new) for pattern, new in SPELLINGS]
 # math-verify takes Evelyn for a product, 2516_8 for 2516_9 and 4:30 for 2/15.
 IS_TEXT = re.compile(
-    r"[^\d\\^_+*/=<>{}|]*([^\W\d_]{3}|^no$)[^\d\\^_+*/=<>{}|]*"
+    r"[^\d\\^_+*/=<>{}|]*([^\W\d_]{3}|^[Nn]o$)[^\d\\^_+*/=<>{}|]*"
     r"|-?[\dA-F.]+_\{?\d+\}?|.*\d:\d\d.*|.*\d:\d+:\d.*"
 )
 # what is left out of such texts; signs, and the marks of times, decimals and bases, stay
@@ -755,7 +758,7 @@ def right_side(answer: str) -> str:
     *left, value = re.split(r"(?<![!<>])=", answer)
     names = " ".join(left)
     for _ in range(2):  # 1,000 and f(2,3) are no lists
-        names = re.sub(r"(?<=\d),(?=\d{3})|\([^()]*\)|\{[^{}]*\}", "", names)
+        names = re.sub(r"(?<=\d),(?=\d{3})|\([^()]*\)|\[[^][]*\]|\{[^{}]*\}", "", names)
     if re.search(r"[,;，、；或]|\\lor\b|\\vee\b|\b(?:and|or)\b", names, re.I):
         return answer
     return value
@@ -778,7 +781,7 @@ def letters(answer: str) -> set[str]:
     """The options that an answer names: "B", "(A) or (B)", "C) y = 0"."""
     if IS_LETTERS.fullmatch(answer):
         return set(re.findall(r"\b[A-J]\b", answer))
-    first = re.match(r"(?:option |choice )?\(?([A-J])(?:[).:](?![-+*/^=<>])|$)", answer, re.I)
+    first = re.match(r"(?:option |choice )?\(?([A-J])(?:[).:](?![+*/^=<>])|$)", answer, re.I)
     if not first:
         return set()
     return {first[1].upper(), *re.findall(r"[\s(,;&]([A-J])[).:]", answer[first.end() :])}
@@ -818,7 +821,7 @@ def quick_verdict(gold: str, prediction: str) -> bool | None:
             return None
         percent = gold.endswith("%") and not prediction.endswith("%")
         return a == b or percent and 100 * a == b  # a gold of 20 % takes 20
-    parts = [[as_number(part) for part in row] for row in rows_of(gold, prediction)]
+    parts = [[as_number(part) for part in row] for row in rows_of(gold, value)]
     if not parts or None in parts[0] + parts[1]:
         return None
     in_any_order = not gold.startswith(ORDERED)
@@ -837,15 +840,16 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
     latex = math_verify.LatexExtractionConfig(boxed_match_priority=0, normalization_config=rules)
 
     def parsed(text: str):
-        boxed = "\\boxed{" + text.replace("%", "\\cdot 10^{-2}") + "}"  # bare x-1=0 is 0
+        text = text.replace(",", ", ").replace("%", "\\cdot 10^{-2}")  # 45,135 are two numbers
+        boxed = "\\boxed{" + text + "}"  # bare x-1=0 is 0
         if re.search(r"(?<![_\d])\d+ \d", boxed):
             raise ValueError("math-verify: 1 2 = 3")
         [value] = math_verify.parse(boxed, [latex], "no_fallback", "first_match", None)
         if isinstance(value, sympy.Eq) and isinstance(value.rhs, sets.FiniteSet):  # x = 1, 2
             value = value.rhs
         i = {x: sympy.I for x in value.free_symbols if x.name == "i"}
-        if i and isinstance(value, sympy.Eq) and value.lhs.is_Symbol:
-            value = value.rhs  # of z = 2 + 7i: z is real for sympy, which makes it false
+        if i:  # symbols are real for sympy, which makes z = 2 + 7i false
+            value = value.subs({x: sympy.Symbol(x.name) for x in value.free_symbols - i.keys()})
         return value.subs(i)
 
     try:
@@ -878,13 +882,12 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
 
 
 STRICT = quick_verdict, algebra_verdict
-# The mark of an option: "(A)" anywhere, \textbf{(A)} too, or "A)", "A.", "A:" at the start of a
-# line.
+# The mark of an option: "(A)" anywhere, or "A)", "A.", "A:" in \text{} or at the start of a line.
 OPTION = re.compile(
-    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?(?:\((?=[A-J]\))|^[ \t]*)([A-J])[).:][ \t]*\}?",
+    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*\(?|\((?=[A-J]\))|^[ \t]*)([A-J])[).:][ \t]*\}?",
     re.M,
 )
-AROUND_OPTION = r"^(?:\\ |[~\s])+|(?:\\qquad|\\quad|\\hspace\{[^}]*\}|\\ |[~\s\\,;$])+$"
+AROUND_OPTION = r"^(?:\\ |[~&\s])+|(?:\\qquad|\\quad|\\hspace\{[^}]*\}|\\ |[~&\s\\,;$])+$"
 
 
 def options(problem: str) -> dict[str, str]:
@@ -905,8 +908,9 @@ class Grader:
 
     async def __call__(self, gold: str, prediction: str | None, problem="", rules=STRICT) -> bool:
         """Whether the prediction is the gold answer. Where this is a letter and the problem lists
-        options, the value of its option counts as the letter, unless another option has it too.
-        `rules`: what is quick, and what needs a process."""
+        options, the value of its option counts as the letter, unless another option has it too;
+        where the problem asks for a percentage, 20% is 20. `rules`: what is quick, and what needs
+        a process."""
         quick, slow = rules
         if prediction is None or len(prediction) > 5000:
             return False
@@ -914,6 +918,10 @@ class Grader:
         verdict = self.verdicts.get(key, quick(gold, prediction))
         if verdict is None:
             verdict = self.verdicts[key] = await self.slow_verdict(slow, gold, prediction)
+        # a percent sign or word, but not of a number that the problem gives
+        if not verdict and re.search(r"(?<![\d\\])(?<!\d )(?:percent|%)", problem or ""):
+            bare = re.sub(r"\\?%\W*$", "", prediction)
+            verdict = bare != prediction and await self(gold, bare, "", rules)
         values = {} if verdict or len(gold) > 19 else options(problem or "")
         if not values:
             return verdict
@@ -976,8 +984,11 @@ def load_tokenizer(model: str, template: Path | None, switches: str):
         # tokenizer.json as it is; AutoTokenizer takes three seconds to import torch, and builds its
         # own for some models
         try:
+            transformers.utils.cached_file(model, "tokenizer.json")
             tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(model)
-        except Exception:  # no tokenizer.json: it says so in many ways
+        except (
+            Exception
+        ):  # none: the one that the class above builds loses SentencePiece's first "▁"
             tokenizer = transformers.AutoTokenizer.from_pretrained(model)
         if template:
             tokenizer.chat_template = template.read_text()
@@ -1108,11 +1119,14 @@ class Engine:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.tokenizers import registry
         from vllm.usage.usage_lib import UsageContext
         from vllm.utils.argparse_utils import FlexibleArgumentParser
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        # AutoTokenizer reads a byte-level one as SentencePiece's: "Ġ" for spaces (DeepSeekMath)
+        registry._MODEL_TYPES_WITH_INCORRECT_TOKENIZER_CLASS.add("llama")
         # close() shuts it down; at the interpreter's end this would fail
         AsyncLLM.__del__ = lambda engine: None
         self.waiting, self.stepping, self.watcher = {}, None, None

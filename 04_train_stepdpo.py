@@ -84,7 +84,8 @@ from accelerate.utils import broadcast_object_list
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file
 
 # Copied from 01_sample_errors.py
@@ -419,6 +420,8 @@ def start(args: Args) -> tuple[Accelerator, object, Pairs, Pairs | None]:
         stop("--weight-decay, --lora-rank, --seed and --keep are at least 0")
     if args.lora_rank and not importlib.util.find_spec("peft"):
         stop("--lora-rank needs peft: pip install peft")
+    if args.lora_save == "adapter" and not args.lora_rank:
+        stop("--lora-save adapter needs --lora-rank")
     if args.out.resolve() == Path(args.model).resolve():
         stop(f"--out {args.out}: is the model's own folder, and would be overwritten")
     if args.precision == "auto":
@@ -432,6 +435,7 @@ def start(args: Args) -> tuple[Accelerator, object, Pairs, Pairs | None]:
     rows = [each for each in rows if not held_out(each[1], args)]
     accelerator = start_accelerate(args)
     tokenizer = load_tokenizer(args.model, args.chat_template, args.chat_template_kwargs)
+    load_config(args)  # names a model that cannot be trained before the data is encoded
     tokenizer.answer_end = answer_end(tokenizer, args.model)
     check_prompt(args, tokenizer)
     pairs = prepare(rows, tokenizer, args, " ".join(args.data))
@@ -906,7 +910,9 @@ def has_empty_side(row: dict, sides: str) -> bool:
         fields = ["prompt", "full_chosen", "full_rejected"]
     else:
         fields = [field for field in PAIR_FIELDS if field in row]
-    return not all(str(row[field] or "").strip() for field in fields)
+    sides = [row[field] for field in fields]
+    texts = [side[-1]["content"] if side and isinstance(side, list) else side for side in sides]
+    return not all(str(text or "").strip() for text in texts)
 
 
 def plan(
@@ -1218,7 +1224,8 @@ def memory(
     parameters = body + head * (1 if config.tie_word_embeddings else 2)
     trained = 0 if args.lora_rank else parameters
     pass_bytes = 2 if args.precision == "bf16" else 4  # of a number within a pass
-    frozen = pass_bytes * (parameters - trained)
+    base_bytes = (config.dtype or torch.float32).itemsize if pass_bytes == 2 else 4
+    frozen = base_bytes * (parameters - trained)
     # the tensors that autograd keeps of a gated MLP and of the rest of a layer, without attention
     # scores; with checkpointing each layer's input, and one layer's all
     width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
@@ -1245,7 +1252,8 @@ def memory(
         parts = {
             "weights, gradients, AdamW": (16 * trained + frozen) / world,
             "gathered": pass_bytes * (2 * head + 2 * layer) + 4 * layer,
-            "machine: model read by one process": 4 * trained + frozen,
+            # by one process: gathered, and once more in the dtype that is saved
+            "machine: model to save": 4 * trained + frozen + 2 * parameters,
         }
     else:
         # Weights and gradients are of 16 bits, masters and moments of 32. Where these are in main
@@ -1470,11 +1478,11 @@ def checkpoint_to_resume(
     `settings`."""
 
     def read_state():  # by the first process: files come late on other machines
-        resume, finished = (checkpoints(args.out) or [None])[-1], args.out / "training.json"
-        state = resume / "state.json" if resume else finished
-        return resume, json.loads(state.read_text()) if state.exists() else None, finished.exists()
+        resume = (checkpoints(args.out) or [None])[-1]
+        state = resume / "state.json" if resume else args.out / "training.json"
+        return resume, json.loads(state.read_text()) if state.exists() else None
 
-    resume, old, has_ended = from_first(accelerator, read_state)
+    resume, old = from_first(accelerator, read_state)
     if not old:
         return None, 0, 0.0
     made, old_settings = resume or args.out, old["settings"]
@@ -1490,8 +1498,8 @@ def checkpoint_to_resume(
             )
     if edited and not args.accept_edit:
         stop(
-            f"{made} was made before an edit of {', '.join(edited[:6])}; undo it"
-            + (" or give another --out" if has_ended else ", give another --out, or --accept-edit")
+            f"{made} was made before an edit of {', '.join(edited[:6])}; undo it, give another "
+            "--out or, where training has not ended, add --accept-edit"
         )
     step, seconds = (old["step"], old.get("seconds", 0.0)) if resume else (0, 0.0)
     settings["edits"] = old_settings["edits"]
@@ -1551,9 +1559,12 @@ def save_model(
             lm.save_pretrained(args.out, state_dict=weights)
             lm.config.dtype = dtype  # not the fp32 of the master weights
             lm.config.save_pretrained(args.out)
-        saved = AutoTokenizer.from_pretrained(args.model)  # under the class that the model names
-        saved.chat_template = tokenizer.chat_template
-        saved.save_pretrained(args.out)
+        tokenizer.save_pretrained(args.out)
+        # under the class that the model names: transformers 4 does not know TokenizersBackend
+        path, of_model = args.out / "tokenizer_config.json", get_tokenizer_config(args.model)
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved["tokenizer_class"] = of_model.get("tokenizer_class", saved["tokenizer_class"])
+        path.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
     accelerator.wait_for_everyone()
 
 
@@ -1740,8 +1751,11 @@ def load_tokenizer(model: str, template: Path | None, switches: str):
         # tokenizer.json as it is; AutoTokenizer takes three seconds to import torch, and builds its
         # own for some models
         try:
+            transformers.utils.cached_file(model, "tokenizer.json")
             tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(model)
-        except Exception:  # no tokenizer.json: it says so in many ways
+        except (
+            Exception
+        ):  # none: the one that the class above builds loses SentencePiece's first "▁"
             tokenizer = transformers.AutoTokenizer.from_pretrained(model)
         if template:
             tokenizer.chat_template = template.read_text()

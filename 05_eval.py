@@ -178,15 +178,12 @@ def paired(rates: np.ndarray, base: np.ndarray, seed: int) -> dict:
     means = bootstrap(rates, base, seed).round(12)
     few = np.count_nonzero(differences) < FEW
     if len(rates) > 1 or len(base) > 1:
-        test = "bootstrap"
         beyond = int(min((means <= 0).sum(), (means >= 0).sum()))
         p = min(1.0, 2 * (1 + beyond) / (1 + len(means)))
         p = max(p, permutation(differences, seed)) if few else p
     elif set(np.unique(differences)) <= {-1.0, 0.0, 1.0}:
-        test = "McNemar, exact"
         p = mcnemar(int((differences > 0).sum()), int((differences < 0).sum()))
     else:
-        test = "permutation"
         p = permutation(differences, seed)
     ends = np.percentile(means, [2.5, 97.5]).tolist()
     if few:
@@ -197,7 +194,6 @@ def paired(rates: np.ndarray, base: np.ndarray, seed: int) -> dict:
         "difference": float(differences.mean()),
         "difference_interval": (low, high),
         "p": p,
-        "test": test,
         "detectable": min(1.0, Z_DETECTABLE / 1.96 * (high - low) / 2),
     }
 
@@ -345,7 +341,7 @@ def summary_of(groups: dict, tables: dict, decoding: str, seed: int) -> dict:
     -> model -> for each problem its rows."""
     return {
         "decoding": decoding,
-        "rule": "strict equality",
+        "rule": "the strict verdict",
         "groups": groups,
         "benchmarks": {name: compare(groups, table, seed) for name, table in tables.items()},
     }
@@ -409,14 +405,15 @@ def score(
 
     ends = Counter(row["finish_reason"] for row in rows)
     no_answer = [row["finish_reason"] for row in rows if row["prediction"] is None]
+    unfinished = ends["length"] + ends["rounds"] + ends["execution"]
     figures = {
         "seeds": len(tables),
         "accuracy": float(rates.mean()),
         "interval": interval(rates, k, seed),
         "spread": float(rates.mean(1).std(ddof=1)) if len(tables) > 1 else 0.0,
-        "unfinished": ends["length"] + ends["rounds"] + ends["execution"],
-        "unparsable": no_answer.count("stop"),
-        "too_long_a_prompt": ends["refused"],
+        "unfinished": unfinished / len(rows),
+        "unparsable": no_answer.count("stop") / len(rows),
+        "too_long_a_prompt": ends["refused"] / len(rows),
         "mean_tokens": mean_of("tokens"),
         "code": {name: mean_of(name) for name in CODE_COLUMNS if name in rows[0]},
         "by": breakdown(problems, rates, k, seed),
@@ -445,6 +442,8 @@ def breakdown(problems: list[dict], rates: np.ndarray, k: int, seed: int) -> dic
 # -------------------------------------------------------------------------------------------------
 # the report: each table is (title, head, rows, note); the first two columns of cells are text
 
+NOT_CORRECTED = "These p are not corrected for the number of comparisons."
+
 
 def percentage(share: float, interval=()) -> str:
     ends = " to ".join(f"{end:.1%}" for end in interval)
@@ -467,8 +466,15 @@ def accuracy_row(label: str, figures: dict, k: int, code: tuple[str, ...]) -> li
     if "p" in figures:
         versus = [*difference_cells(figures), f"{len(figures['won'])} / {len(figures['lost'])}"]
     no_answer = figures["unparsable"] + figures["too_long_a_prompt"]
-    counts = [str(figures["unfinished"]), str(no_answer), f"{figures['mean_tokens']:.0f}"]
-    return [*cells, *versus, *counts, *(f"{figures['code'].get(name, 0):.2f}" for name in code)]
+    shares = [percentage(figures["unfinished"]), percentage(no_answer)]
+    tokens = f"{figures['mean_tokens']:.0f}"
+    return [
+        *cells,
+        *versus,
+        *shares,
+        tokens,
+        *(f"{figures['code'].get(name, 0):.2f}" for name in code),
+    ]
 
 
 def power_note(name: str, benchmark: dict) -> str:
@@ -491,13 +497,15 @@ def accuracy_table(benchmarks: dict, k: int) -> tuple[str, list[str], list[list[
         for label, figures in benchmark["models"].items():
             cells = accuracy_row(label, figures, k, code)
             rows.append([f"{name} ({benchmark['problems']})", *cells])
-    note = " ".join(power_note(name, benchmark) for name, benchmark in benchmarks.items())
+    notes = [power_note(name, benchmark) for name, benchmark in benchmarks.items()]
+    if sum("p" in figures for b in benchmarks.values() for figures in b["models"].values()) > 1:
+        notes.append(NOT_CORRECTED)
     title, shares, votes = "Accuracy", ["accuracy (95 % interval)"], ""
     if k > 1:
         title, votes = f"Accuracy of {k} responses to each problem", " by majority"
         shares = [f"avg@{k} (95 % interval)", f"maj@{k}", f"pass@{k}"]
     head = ["benchmark", "model", *shares, "against the base, points", "p", f"won / lost{votes}"]
-    return title, [*head, "unfinished", "no answer", "tokens", *code], rows, note
+    return title, [*head, "unfinished", "no answer", "tokens", *code], rows, " ".join(notes)
 
 
 def tables_of(summary: dict) -> list[tuple[str, list[str], list[list[str]], str]]:
@@ -513,8 +521,7 @@ def tables_of(summary: dict) -> list[tuple[str, list[str], list[list[str]], str]
             rows.append([name, pair.replace("\n", " − "), *difference_cells(figures)])
     if rows:
         head = ["benchmark", "models", "points (95 % interval)", "p"]
-        note = "These p are not corrected for the number of comparisons."
-        tables.append(("Models against each other", head, rows, note))
+        tables.append(("Models against each other", head, rows, NOT_CORRECTED))
     for by in ("level", "subject"):
         for name, benchmark in benchmarks.items():
             parts = [benchmark["models"][label]["by"].get(by, {}) for label in labels]
@@ -1016,8 +1023,7 @@ def code_versions() -> dict:
 def load_problems(path: Path) -> list[dict]:
     """The problems of a file, with `id`, `problem` and `answer` as texts."""
     if not path.exists() and path.parent.name == "data":
-        name = path.stem.removesuffix("_train").removesuffix("_test")
-        stop(f"{path}: not there; python data/download.py {name} makes it")
+        stop(f"{path}: not there; python data/download.py makes those of known sets")
     rows = [{"dataset": path.stem} | row for row in read_rows(path, ("id", "problem", "answer"))]
     first = {}
     for number, row in enumerate(rows, 1):
@@ -1069,6 +1075,7 @@ def extract_answer(response: str) -> str | None:
     if start < 0:
         for marker in [*MARKER.finditer(response)][:-3:-1]:  # the one before, if nothing follows
             after = response[marker.end() : marker.end() + 5000]
+            after = re.sub(r"(?<!\w)\*\*([^*]+)\*\*", r"\1", after)  # **5** apples
             after = re.sub(r"^(?:[\s*:：$]|\\[\[(])+", "", after)
             stated = re.split(r"[.。](?:\s|$)|\n", after, maxsplit=1)[0].rstrip("*$ ")
             if stated := re.sub(r"\s*\\[\])]$", "", stated):
@@ -1149,14 +1156,14 @@ SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads
     (r"[≤≥≠∞π±√×·÷∪∩∈−–—]", lambda match: SIGNS[match[0]] + " " * (match[0] not in "÷−–—")),
     (r"％|\\%", "%"),
     (r"：", ":"),
-    (r"(?<=\d)(?:\{,\}|,?\s*\\[!,]\s?)(?=\d{3}(?!\d))", ""),
+    (r"(?<=\d)(?:\{,\}|,?\s*\\!\s?|\s*\\,\s?)(?=\d{3}(?!\d))", ""),
     (r"\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\\[!()$\[\]]", ""),
     # Rs. 1000 and 1000 Rs; rs is a product
     (r"^ ?(?:\\\w+ ?\{ ?)?[Rr]s\b\.? ?\}?(?=[\s~\\,;$]*\d)|(?<=\d) +[Rr]s\.? ?$|₹", ""),
-    (r"[$€£¥\"]|\\(?:text)?color\s*\{\w+\}|\s*\(?\\?[pb]?mod\b.*|[\s.,;。]+$", ""),
+    (r"[$€£¥\"]|\\(?:text)?color\s*\{\w+\}|\s*\(?\\?[pb]?mod\b.*|[\s.,;。\\]+$", ""),
     (r"\*\*", "^"),
     # 90^\circ, 68°F
-    (r"(?:°|\^\s*\{?\s*\\circ\s*\}?)(?:\s*(?:\\text\{)?[CF]\}?(?![a-zA-Z]))?", ""),
+    (r"(?:°|\^\s*(?:\\circ|\{\s*\\circ\s*\}))(?:\s*(?:\\text\{)?[CF]\}?(?![a-zA-Z]))?", ""),
     (r"\\\\\[[\w.]+\]", r"\\\\"),  # \\[4pt] between the rows of a matrix
     (r"(?<!\\)\\(?:q?quad(?![a-zA-Z])|[,;: ])|~", " "),
     (r"(?<=[\d}])\s*(?:\\\w+\{\s*)?\b(?:per\s?cent|pct)\b\s*\}?", "%"),
@@ -1173,7 +1180,7 @@ SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads
     (r"\\sqrt\s*(?:\(((?:[^()]|\([^()]*\))*)\)|(\d+))", r"\\sqrt{\1\2}"),  # sqrt(2), √12
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-    (r"(?<=\d)[eE]([-+]?)0*(\d{1,3})(?!\w)", r"\\cdot 10^{\1\2}"),
+    (r"(?<=\d)[eE]([-+]?)(?=\d\d)0*(\d{1,3})(?!\w)", r"\\cdot 10^{\1\2}"),
     (r"(?<![\d.])(\d+)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
     # (1,234) and 45, 135 stay
     (r"(?:^|=) ?[-+]?\d{1,3}([, ]\d{3})+(\.\d*)? ?$", lambda n: re.sub("[, ]", "", n[0])),
@@ -1190,7 +1197,7 @@ NO_TEXT = re.compile(
 # Copied from 01_sample_errors.py
 # math-verify takes Evelyn for a product, 2516_8 for 2516_9 and 4:30 for 2/15.
 IS_TEXT = re.compile(
-    r"[^\d\\^_+*/=<>{}|]*([^\W\d_]{3}|^no$)[^\d\\^_+*/=<>{}|]*"
+    r"[^\d\\^_+*/=<>{}|]*([^\W\d_]{3}|^[Nn]o$)[^\d\\^_+*/=<>{}|]*"
     r"|-?[\dA-F.]+_\{?\d+\}?|.*\d:\d\d.*|.*\d:\d+:\d.*"
 )
 # Copied from 01_sample_errors.py
@@ -1240,7 +1247,7 @@ def right_side(answer: str) -> str:
     *left, value = re.split(r"(?<![!<>])=", answer)
     names = " ".join(left)
     for _ in range(2):  # 1,000 and f(2,3) are no lists
-        names = re.sub(r"(?<=\d),(?=\d{3})|\([^()]*\)|\{[^{}]*\}", "", names)
+        names = re.sub(r"(?<=\d),(?=\d{3})|\([^()]*\)|\[[^][]*\]|\{[^{}]*\}", "", names)
     if re.search(r"[,;，、；或]|\\lor\b|\\vee\b|\b(?:and|or)\b", names, re.I):
         return answer
     return value
@@ -1275,7 +1282,7 @@ def letters(answer: str) -> set[str]:
     """The options that an answer names: "B", "(A) or (B)", "C) y = 0"."""
     if IS_LETTERS.fullmatch(answer):
         return set(re.findall(r"\b[A-J]\b", answer))
-    first = re.match(r"(?:option |choice )?\(?([A-J])(?:[).:](?![-+*/^=<>])|$)", answer, re.I)
+    first = re.match(r"(?:option |choice )?\(?([A-J])(?:[).:](?![+*/^=<>])|$)", answer, re.I)
     if not first:
         return set()
     return {first[1].upper(), *re.findall(r"[\s(,;&]([A-J])[).:]", answer[first.end() :])}
@@ -1316,7 +1323,7 @@ def quick_verdict(gold: str, prediction: str) -> bool | None:
             return None
         percent = gold.endswith("%") and not prediction.endswith("%")
         return a == b or percent and 100 * a == b  # a gold of 20 % takes 20
-    parts = [[as_number(part) for part in row] for row in rows_of(gold, prediction)]
+    parts = [[as_number(part) for part in row] for row in rows_of(gold, value)]
     if not parts or None in parts[0] + parts[1]:
         return None
     in_any_order = not gold.startswith(ORDERED)
@@ -1336,15 +1343,16 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
     latex = math_verify.LatexExtractionConfig(boxed_match_priority=0, normalization_config=rules)
 
     def parsed(text: str):
-        boxed = "\\boxed{" + text.replace("%", "\\cdot 10^{-2}") + "}"  # bare x-1=0 is 0
+        text = text.replace(",", ", ").replace("%", "\\cdot 10^{-2}")  # 45,135 are two numbers
+        boxed = "\\boxed{" + text + "}"  # bare x-1=0 is 0
         if re.search(r"(?<![_\d])\d+ \d", boxed):
             raise ValueError("math-verify: 1 2 = 3")
         [value] = math_verify.parse(boxed, [latex], "no_fallback", "first_match", None)
         if isinstance(value, sympy.Eq) and isinstance(value.rhs, sets.FiniteSet):  # x = 1, 2
             value = value.rhs
         i = {x: sympy.I for x in value.free_symbols if x.name == "i"}
-        if i and isinstance(value, sympy.Eq) and value.lhs.is_Symbol:
-            value = value.rhs  # of z = 2 + 7i: z is real for sympy, which makes it false
+        if i:  # symbols are real for sympy, which makes z = 2 + 7i false
+            value = value.subs({x: sympy.Symbol(x.name) for x in value.free_symbols - i.keys()})
         return value.subs(i)
 
     try:
@@ -1379,16 +1387,15 @@ def algebra_verdict(gold: str, prediction: str) -> bool:
 # Copied from 01_sample_errors.py
 STRICT = quick_verdict, algebra_verdict
 # Copied from 01_sample_errors.py
-# The mark of an option: "(A)" anywhere, \textbf{(A)} too, or "A)", "A.", "A:" at the start of a
-# line.
+# The mark of an option: "(A)" anywhere, or "A)", "A.", "A:" in \text{} or at the start of a line.
 OPTION = re.compile(
-    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?(?:\((?=[A-J]\))|^[ \t]*)([A-J])[).:][ \t]*\}?",
+    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*\(?|\((?=[A-J]\))|^[ \t]*)([A-J])[).:][ \t]*\}?",
     re.M,
 )
 
 
 # Copied from 01_sample_errors.py
-AROUND_OPTION = r"^(?:\\ |[~\s])+|(?:\\qquad|\\quad|\\hspace\{[^}]*\}|\\ |[~\s\\,;$])+$"
+AROUND_OPTION = r"^(?:\\ |[~&\s])+|(?:\\qquad|\\quad|\\hspace\{[^}]*\}|\\ |[~&\s\\,;$])+$"
 
 
 # Copied from 01_sample_errors.py
@@ -1411,8 +1418,9 @@ class Grader:
 
     async def __call__(self, gold: str, prediction: str | None, problem="", rules=STRICT) -> bool:
         """Whether the prediction is the gold answer. Where this is a letter and the problem lists
-        options, the value of its option counts as the letter, unless another option has it too.
-        `rules`: what is quick, and what needs a process."""
+        options, the value of its option counts as the letter, unless another option has it too;
+        where the problem asks for a percentage, 20% is 20. `rules`: what is quick, and what needs
+        a process."""
         quick, slow = rules
         if prediction is None or len(prediction) > 5000:
             return False
@@ -1420,6 +1428,10 @@ class Grader:
         verdict = self.verdicts.get(key, quick(gold, prediction))
         if verdict is None:
             verdict = self.verdicts[key] = await self.slow_verdict(slow, gold, prediction)
+        # a percent sign or word, but not of a number that the problem gives
+        if not verdict and re.search(r"(?<![\d\\])(?<!\d )(?:percent|%)", problem or ""):
+            bare = re.sub(r"\\?%\W*$", "", prediction)
+            verdict = bare != prediction and await self(gold, bare, "", rules)
         values = {} if verdict or len(gold) > 19 else options(problem or "")
         if not values:
             return verdict
@@ -1470,8 +1482,11 @@ def load_tokenizer(model: str, template: Path | None, switches: str):
         # tokenizer.json as it is; AutoTokenizer takes three seconds to import torch, and builds its
         # own for some models
         try:
+            transformers.utils.cached_file(model, "tokenizer.json")
             tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(model)
-        except Exception:  # no tokenizer.json: it says so in many ways
+        except (
+            Exception
+        ):  # none: the one that the class above builds loses SentencePiece's first "▁"
             tokenizer = transformers.AutoTokenizer.from_pretrained(model)
         if template:
             tokenizer.chat_template = template.read_text()
@@ -1602,11 +1617,14 @@ class Engine:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.tokenizers import registry
         from vllm.usage.usage_lib import UsageContext
         from vllm.utils.argparse_utils import FlexibleArgumentParser
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        # AutoTokenizer reads a byte-level one as SentencePiece's: "Ġ" for spaces (DeepSeekMath)
+        registry._MODEL_TYPES_WITH_INCORRECT_TOKENIZER_CLASS.add("llama")
         # close() shuts it down; at the interpreter's end this would fail
         AsyncLLM.__del__ = lambda engine: None
         self.waiting, self.stepping, self.watcher = {}, None, None

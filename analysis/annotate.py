@@ -7,8 +7,8 @@ makes pairs of them and locator_scores.py compares them:
     {"id": "q1", "sample": 0, "steps": ["...", "..."], "error_step": 2, "locator": "human",
      "reason": null, "annotator": "ann"}
 
-Click on the step or press its number; n: no error found, u: unsure, s: skip, b: back. Each click is
-saved at once, and the same command run again resumes."""
+Click on the step's number, or press it where there are fewer than ten; n: no error found, u:
+unsure, s: skip, b: back. Each click is saved at once, and the same command run again resumes."""
 
 import atexit
 import contextlib
@@ -30,8 +30,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 LOCATE = importlib.import_module("02_locate_step")
 KEYS = """<script>
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.altKey || event.metaKey) return;
+  if (event.repeat || event.ctrlKey || event.altKey || event.metaKey) return;
   if (event.target.matches("input, textarea")) return;
+  // "1" would be taken for step 1 before "12" is written
+  if ("0" <= event.key && event.key <= "9" && document.getElementById("step-10")) return;
   const name = {n: "none", u: "unsure", s: "skip", b: "back"}[event.key];
   document.getElementById(name || "step-" + event.key)?.click();
 });
@@ -71,7 +73,8 @@ def math_safe(text: str) -> str:
     for i, part in enumerate(parts):
         if i % 2 == 0:
             part = re.sub(r"\\boxed\{[^{}]*\}", lambda box: f"\\({box[0]}\\)", part)
-            part = part.replace("$", "&#36;")
+            # single stars would be emphasis: 5*3*2
+            part = re.sub(r"(?<!\*)\*(?!\*)|[$<]", lambda sign: f"&#{ord(sign[0])};", part)
         parts[i] = f"\\({part[1:-1]}\\)" if re.match(r"\$[^$]", part) else part
     return "".join(parts)
 
@@ -198,7 +201,7 @@ def make_page(gradio, verdicts: Verdicts, args: Args):
             done = sum(what != "skip" for what in verdicts.said.values())
             gradio.Markdown(
                 f"**{done} of {len(rows)}** done{who}. Which step is the first wrong one? "
-                "Click its number or press it.",
+                "Click its number, or press it where there are fewer than ten.",
                 elem_id="progress",
             )
             if at < len(rows):

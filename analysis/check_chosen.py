@@ -106,8 +106,9 @@ def main(args: Args):
     if not all("initial_reason_steps" in row for row in pairs):
         LOCATE.stop(f"{args.pairs}: a row has no 'initial_reason_steps'; give pairs of 03")
     names = ("judge_model", "judge_temperature", "judge_max_tokens", "neutral", "retries", "seed")
-    names += ("split", "opening")
-    settings = {"stage": "check_chosen", **{name: getattr(args, name) for name in names}}
+    form = {"split": args.split, "opening": args.opening}
+    LOCATE.check_input(args.pairs, form, accept_edit=True)  # grades nothing
+    settings = {"stage": "check_chosen", **{name: getattr(args, name) for name in names}, **form}
     settings |= {"prompt": LOCATE.JUDGE_PROMPT, "pair_id": "sha256"}
     settings["judge_model"] = LOCATE.model_id(args.judge_model)
     spent = Counter()

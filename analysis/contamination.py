@@ -43,6 +43,11 @@ def grams_of(text: str) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + 13]) for i in range(max(1, len(words) - 12))}
 
 
+def whole_of(text: str) -> str:
+    """A text without spaces and without the marks at its end: signs and operators count."""
+    return re.sub(r"\s", "", text.lower()).rstrip("?.!。？")
+
+
 def contamination(path: Path, benchmarks: dict[str, list[dict]]) -> dict:
     """Test problems that share 13 words in a row (Chinese: characters) with a training problem;
     shorter ones if it is all of them. Only the test sets' n-grams are kept in memory, not those of
@@ -58,7 +63,7 @@ def contamination(path: Path, benchmarks: dict[str, list[dict]]) -> dict:
         text = row.get("problem", row.get("prompt"))
         if not isinstance(text, str):
             EVAL.stop(f"{path}, line {line}: no text in 'problem' or 'prompt'; every row needs one")
-        whole_texts.add(tuple(words_of(text)))
+        whole_texts.add(whole_of(text))
         for gram in grams_of(text):
             for name, identity in index.get(gram, ()):
                 hit = {"id": identity, "line": line, "words": " ".join(gram)}
@@ -66,9 +71,7 @@ def contamination(path: Path, benchmarks: dict[str, list[dict]]) -> dict:
     same, first_same = {}, {}
     for name, problems in benchmarks.items():
         same[name] = [
-            problem["id"]
-            for problem in problems
-            if tuple(words_of(problem["problem"])) in whole_texts
+            problem["id"] for problem in problems if whole_of(problem["problem"]) in whole_texts
         ]
         first_same[name] = sorted(hits[name].values(), key=lambda hit: hit["id"] not in same[name])
     return {"file": str(path), "rows": len(rows), "same": same, "found": first_same}

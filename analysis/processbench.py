@@ -183,8 +183,10 @@ def sample_rows(path: Path) -> list[dict]:
 
 def split_of(rows: list[dict]) -> str:
     """02's --split for these rows."""
-    labels = all(LOCATE.split_steps("".join(row["steps"])) == row["steps"] for row in rows)
-    return "labels" if labels else "blank-lines"
+    for split in ("labels", "lines", "blocks"):
+        if all(LOCATE.split_steps("".join(row["steps"]), split) == row["steps"] for row in rows):
+            return split
+    return "blank-lines"
 
 
 def index_of(text: str) -> int | None:
@@ -395,6 +397,8 @@ def main(args: Args, options: list[str]):
         LOCATE.stop("--votes, --max-tokens and --concurrency are at least 1")
     if not args.files or (args.limit is not None and args.limit < 1):
         LOCATE.stop("--files needs a name, and --limit is at least 1")
+    if args.out.resolve() == args.data_dir.resolve():
+        LOCATE.stop(f"--out {args.out} is --data-dir: its files would be replaced; give another")
     rows, cost = {}, {}
     for file in args.files:
         rows[file], seconds = locate(args, file, options)
@@ -411,7 +415,7 @@ def main(args: Args, options: list[str]):
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
         *lines_of(scores_by(verdict), cost, name),
     ]
-    if name == "scores":
+    if name == "scores" and not np.isnan(scores(first)["f1"]):
         candidates = [percent / 100 for percent in range(1, 100)]
         best = max(candidates, key=lambda threshold: scores(first, below(threshold))["f1"])
         title = f"{name}, threshold {best:g} by {args.files[0]}"

@@ -34,12 +34,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1]))
 EVAL = importlib.import_module("05_eval")
 VERDICTS = {"strict": "correct", "paper": "correct_paper", "scdpo": "correct_scdpo"}
-NAMES = {"correct": "strict", "correct_paper": "Step-DPO's", "correct_scdpo": "SCDPO's"}
-RULES = {
-    "correct": "strict equality",
-    "correct_paper": "the verdict of the Step-DPO authors",
-    "correct_scdpo": "the rule of the SCDPO authors",
-}
+NAMES = {"correct": "strict", "correct_paper": "Step-DPO", "correct_scdpo": "SCDPO"}
 PAPER_STRIP = [  # what the Step-DPO authors take off or rewrite in an answer, in their order
     (r"^\s+|\s+$|\n", ""),
     (r"\.+$", ""),
@@ -294,8 +289,13 @@ PAPER, SCDPO = (quick_paper, slow_paper), (quick_scdpo, slow_scdpo)
 # files
 
 
+def answer_of(row: dict) -> str | None:
+    return EVAL.answer_of(row["response"], "blocks" if "blocks" in row else "labels")
+
+
 def answers_by_paper(row: dict) -> tuple[str, ...]:
-    response = row["response"]
+    texts = [block["content"] for block in row.get("blocks", ()) if block["type"] == "text"]
+    response = texts[-1] if texts else row["response"]
     opening = row.get("opening", EVAL.OPENING if response.startswith(EVAL.OPENING) else "")
     return paper_answers(row.get("problem", ""), response.removeprefix(opening))
 
@@ -303,7 +303,7 @@ def answers_by_paper(row: dict) -> tuple[str, ...]:
 async def grade(row: dict, grader) -> dict:
     """The row with `prediction` and the three verdicts. Only the strict one asks that the response
     be finished."""
-    gold, answer = str(row["answer"]), EVAL.extract_answer(row["response"])
+    gold, answer = str(row["answer"]), answer_of(row)
     return await EVAL.grade(row, grader) | {
         "correct_paper": await grader(gold, answers_by_paper(row), rules=PAPER),
         "correct_scdpo": await grader(gold, answer, rules=SCDPO),
@@ -317,7 +317,7 @@ def judged_by(verdict: str, row: dict) -> dict:
         _, answers = paper_sides(str(row["answer"]), answers_by_paper(row))
         prediction = ", ".join(answers) or None
     elif verdict == "scdpo":
-        prediction = EVAL.extract_answer(row["response"])
+        prediction = answer_of(row)
     return {**row, "correct": row[VERDICTS[verdict]], "prediction": prediction}
 
 
@@ -424,14 +424,18 @@ def regrade_folder(folder: Path, base: str) -> tuple[dict, dict, dict[str, dict]
             EVAL.stop(
                 f"{folder}: {model} has not answered all of {name}; run the command of 05 again"
             )
-    for name, by_model in benchmarks.items():
+    for name, by_model in [*benchmarks.items()]:
         missing = set(models) - set(by_model)
-        if missing:
+        if missing and name not in last.get("benchmarks", benchmarks):
+            print(f"left out, not of the run in summary.json: {name}", file=sys.stderr)
+            del benchmarks[name]
+        elif missing:
             EVAL.stop(
                 f"{folder}: {name} lacks responses of {', '.join(sorted(missing))}; "
                 "every model needs every benchmark"
             )
-        benchmarks[name] = {model: by_model[model] for model in models}
+        else:
+            benchmarks[name] = {model: by_model[model] for model in models}
     return (
         groups,
         benchmarks,
@@ -470,7 +474,7 @@ def table_of(name: str, by_model: dict[str, list[dict]]) -> dict[str, list[list[
     if len(sizes) > 1:
         EVAL.stop(
             f"{name}: {min(sizes)} responses to some problems and {max(sizes)} to others; "
-            "run the evaluation to its end"
+            f"run 05 with --samples {max(sizes)} for all models"
         )
     return tables
 
@@ -511,7 +515,7 @@ def main(args: Args):
         decoding = "; ".join(f"{name}: {text}" for name, text in decodings.items())
     seed = next(iter(settings.values())).get("seed", 0)
     summary = EVAL.summary_of(groups, judged, decoding, seed)
-    summary |= {"rule": RULES[field], "verdict": field}
+    summary |= {"rule": f"the {NAMES[field]} verdict", "verdict": field}
     summary["more_tables"] = [verdict_table(groups, tables)]
     print(EVAL.write_report(summary, args.results))
     print(f"{args.results / 'report.md'}: written anew, by the {NAMES[field]} verdict")

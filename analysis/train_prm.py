@@ -84,11 +84,6 @@ def start(args: Args):
     return lm.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
-def save(lm, tokenizer, args: Args):
-    lm.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
-
-
 def loss_of(lm, batch: list[tuple], reduction: str = "mean") -> torch.Tensor:
     """Cross-entropy over the marks of a batch of (ids, places, label), up to the first wrong step:
     their mean, or for each, (marks,)."""
@@ -110,7 +105,9 @@ def main(args: Args):
     began = time.time()
     if min(args.epochs, args.batch_size) < 1 or args.held_out < 0:
         LOCATE.stop("--epochs and --batch-size are at least 1, --held-out at least 0")
-    labelled = processbench.sample_rows(args.data)
+    rows = processbench.sample_rows(args.data)
+    # a wrong solution in which a locator found no error is no right one
+    labelled = [row for row in rows if row["label"] >= 0 or row["correct"]]
     problems = sorted({row["problem"] for row in labelled})
     if len(problems) <= args.held_out:
         LOCATE.stop(
@@ -160,7 +157,7 @@ def main(args: Args):
         batches = [test[at : at + args.batch_size] for at in range(0, len(test), args.batch_size)]
         test_losses = [loss_of(lm, batch, "none") for batch in batches]
         held_out_loss = torch.cat(test_losses).mean().item() if batches else math.nan
-    save(lm.to(torch.bfloat16), tokenizer, args)
+    lm.to(torch.bfloat16).save_pretrained(args.out)
     wrong = sum(label >= 0 for *_, label in train)
     figures = {
         "solutions": len(train),

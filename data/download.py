@@ -4,7 +4,7 @@
     python data/download.py aime24 odyssey-math   # data/aime24.jsonl, data/odyssey_math.jsonl
     python data/download.py gsm8k --from FOLDER   # the same file names from a folder
 
-Output, a line a problem; `solution`, `level` and `subject` where the set has them:
+Output, a line a problem; `solution`, `level` and `subject` where SOURCES maps them:
     {"id": "gsm8k-test-main-0", "dataset": "gsm8k", "problem": "Ava has 3 apples ...",
      "answer": "7", "solution": "..."}
 
@@ -14,6 +14,7 @@ HF_HUB_OFFLINE=1 takes the sets from the local cache of the hub."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import re
@@ -73,7 +74,7 @@ SOURCES = {
         "HuggingFaceH4/MATH-500",
         test="test",
         licence="MIT",
-        fields="problem=problem answer=answer level=level subject=subject",
+        fields="problem=problem answer=answer solution=solution level=level subject=subject",
     ),
     "aqua": Source(
         "deepmind/aqua_rat",
@@ -139,13 +140,17 @@ LATEX_DEBRIS = (
     r"(?:\s|\\\\|\\noindent|\\newpage|\\end\{problem\}|\\vspace\*?\{[^}]*\}"
     r"|\\section\*?(?:\{[^}]*\})?)+$"
 )
-# By the beginning of the problem: what its solution boxes last is not the answer, or is it twice.
+# By the beginning of the problem: what its solution boxes last is not the answer, is it twice, or
+# is empty.
 MATH_ANSWERS = {
     r"Let $\boxed{N}$ mean the number of whole number divisors": "6",
     "The time right now is exactly midnight. What time will it be in": r"8\!:\!34 \text{ p.m.}",
+    "For any integer $n>1$, the number of prime numbers greater than": "0",
+    "You are given a sequence of $58$ terms; each term has the form": "0",
 }
 ASKS_FOR_ALL = re.compile(
-    r"separated by comma|[Ff]ind all|all (?:possible|real|the) (?:values|solutions)|angles of"
+    r"separated by (?:comma|semicolon)|[Ff]ind all|angles of"
+    r"|all (?:possible|real|the) (?:values|solutions)"
 )
 
 
@@ -202,10 +207,13 @@ def write(path: Path, name: str, rows: list[dict], source: str):
     """Write a file with its meta file, and say what it holds.
 
     Where a problem of MATH asks for all values and its solution boxes them one by one, all of them
-    are the answer."""
+    are the answer. A set of several parts is written by a hash of the ids: the first problems, as
+    --limit takes them, are then of all subjects."""
     for row in rows:
         if name == "math" and ASKS_FOR_ALL.search(row["problem"]):
             row["answer"] = ", ".join(all_boxes(row.get("solution") or "")) or row["answer"]
+    if " " in SOURCES[name].parts:
+        rows.sort(key=lambda row: hashlib.sha256(row["id"].encode()).digest())
     licence, content = SOURCES[name].licence, SAMPLE.content_hash(rows)
     about = {"source": source, "licence": licence, "problems": len(rows), "hash": content}
     try:
@@ -262,7 +270,8 @@ def our_fields(name: str, row: dict) -> dict:
     if name == "gsm8k":
         answer = answer.split("####")[-1].replace(",", "").strip()
     elif name == "math":
-        answer = SAMPLE.extract_answer(answer) or ""  # a few boxes are empty
+        last_box = max(answer.rfind("\\boxed"), answer.rfind("\\fbox"))
+        answer = SAMPLE.extract_answer(answer[last_box:]) or ""  # two boxes are empty
         for beginning, corrected in MATH_ANSWERS.items():
             if ours["problem"].startswith(beginning):
                 answer = corrected

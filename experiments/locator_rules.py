@@ -76,8 +76,6 @@ class Args:
         (0.1, 16, 12),
     )
     """rules to compare: --alpha, --rollouts and --give-up of each"""
-    wave: int = LOCATE.WAVE
-    """continuations asked for first"""
     repeats: int = 20
     """random orders of the continuations"""
     out: Path = Path("runs/locator_rules")
@@ -227,7 +225,7 @@ def main(args: Args):
     most = max(max(n, give_up) for _, n, give_up in args.rules)
     if most > args.rollouts:
         LOCATE.stop(f"--rollouts {args.rollouts}: a rule of --rules asks for {most}")
-    LOCATE.WAVE, rows = args.wave, continuations(args)
+    rows = continuations(args)
     for samples in (False, True):
         table(args, rows, samples)
 

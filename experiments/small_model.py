@@ -225,7 +225,7 @@ def accuracies(args: Table) -> list[str]:
             cells += [EVAL.percentage(figures["accuracy"], figures["interval"])]
             cells += [f"{100 * figures['spread']:.1f}" if seeds > 1 else "", *versus]
             for kind in ("unfinished", "unparsable"):
-                cells.append(f"{figures[kind] / benchmark['problems'] / seeds:.1%}")
+                cells.append(EVAL.percentage(figures[kind]))
             rows.append([*cells, f"{figures['mean_tokens']:.0f}"])
         for key, test in benchmark["pairwise"].items():
             methods = " − ".join(map(name_of, key.split("\n")))
@@ -255,8 +255,12 @@ def validations(args: Table) -> list[str]:
         chosen = args.out / f"{method}.rate"
         is_chosen = chosen.exists() and chosen.read_text().strip() == rate
         accuracy = EVAL.percentage(figures["accuracy"], figures["interval"])
-        cells = [name_of(method), rate, seed, accuracy, figures["unfinished"]]
-        cells += [f"{figures['mean_tokens']:.0f}", "chosen" if is_chosen else ""]
+        cells = [name_of(method), rate, seed, accuracy]
+        cells += [
+            EVAL.percentage(figures["unfinished"]),
+            f"{figures['mean_tokens']:.0f}",
+            "chosen" if is_chosen else "",
+        ]
         rows.append(cells)
     head = "method | rate | seed | accuracy (95 % interval) | unfinished | tokens an answer | "
     return ["## Choice of the learning rate", markdown(head, rows)] if rows else []

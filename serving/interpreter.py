@@ -88,8 +88,8 @@ class Args:
 def sandbox() -> list[str]:
     """bubblewrap's command line, before that of the program."""
     inside = []
-    prefixes = {str(Path(path).resolve()) for path in (sys.prefix, sys.base_prefix)}
-    for path in sorted({sys.prefix, *prefixes}):
+    given = {sys.prefix, sys.base_prefix}
+    for path in sorted(given | {str(Path(path).resolve()) for path in given}):  # uv's are links
         if not path.startswith("/usr"):
             for folder in reversed(Path(path).parents):
                 inside += ["--perms", "755", "--dir", str(folder)]
@@ -176,8 +176,8 @@ def stop(message: str) -> NoReturn:
 async def serve(wrapper: list[str]):
     """Answer the lines of the standard input until it ends."""
     kernels, tasks = {}, set()
-    # a block's seconds must not go by in a queue
-    processors = asyncio.Semaphore(os.cpu_count() or 1)
+    # a block's seconds must not go by in a queue; of a job's processors, not the machine's
+    processors = asyncio.Semaphore(len(os.sched_getaffinity(0)))
 
     async def answer(key: str, code: str):
         async with processors:

@@ -177,6 +177,10 @@ CHOICES = [  # problem, and the options that it lists
         {"A": "5", "B": "\\frac{1}{2}", "C": "7"},
     ),
     ("A. 3\nB. 4", {"A": "3", "B": "4"}),
+    (  # as Odyssey-MATH has them
+        "\\begin{array}{ll}\n\\text{A)}\\ &6  &\n\\text{B)}\\ & 16\\\\\n\\text{C)}\\ &  8 &",
+        {"A": "6", "B": "16", "C": "8"},
+    ),
     ("With $P(A) = 1$, what is it?", {}),
     ("B) 3\nC) 4", {}),
     ("Ann has 3 apples and Bob 4. A train leaves.", {}),
@@ -186,6 +190,22 @@ CHOICES = [  # problem, and the options that it lists
 @pytest.mark.parametrize("problem, listed", CHOICES)
 def test_options_of_a_problem(problem, listed):
     assert stage(1).options(problem) == listed
+
+
+def test_a_percentage_that_is_asked_for():
+    asked = "Of 50 cars 10 are red. What percentage of the cars is red?"
+    given = "A 25% discount on $80, and 20 \\% tax: what is the price?"
+    cases = [("20", "20\\%", asked), ("20", "20%.", asked), ("20", "21\\%", asked)]
+    cases += [("20", "20\\%", given), ("C", "C%", asked)]
+    grader = stage(1).Grader()
+
+    async def grade():
+        return [await grader(*case) for case in cases]
+
+    try:
+        assert asyncio.run(grade()) == [True, True, False, False, True]
+    finally:
+        grader.close()
 
 
 def test_the_value_of_the_right_option_counts_and_of_another_never():
@@ -498,6 +518,16 @@ def test_kept_continuations_are_those_of_the_steps_before_the_error():
     pairs, counts = rectified([row_with_an_error()], {("a", 0): kept}, None)
     assert [pair["chosen"] for pair in pairs] == [" 2 * 2 = 4.\n"]
     assert counts["continuations reused"] == 1
+
+
+def test_kept_continuations_beyond_n_count():
+    """02 samples a prefix until a wave has a right one: the right ones are the last."""
+    right = {"text": " 2 * 2 = 4.\nStep 3: \\boxed{4}", "finish_reason": "stop", "correct": True}
+    wrong = right | {"text": " 5\nStep 3: \\boxed{5}", "correct": False}
+    kept = {"1": [wrong] * 8 + [right]}
+    pairs, counts = rectified([row_with_an_error()], {("a", 0): kept}, None, n=8)
+    assert [pair["chosen"] for pair in pairs] == [" 2 * 2 = 4.\n"]
+    assert counts["continuations reused"] == 9 and counts["wrong"] == 8
 
 
 def test_what_max_tokens_cut_is_neither_rejected_nor_right():

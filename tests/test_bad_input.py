@@ -251,6 +251,23 @@ def test_numbers_become_text_that_is_graded_as_the_number(tmp_path):
     )
 
 
+def test_a_prompt_that_is_too_long_is_not_sampled_on():
+    """--until-both would ask for it a hundred times."""
+    one, problem = stage(1), {"id": "a"}
+    args = one.Args(n=2, until_both=100)
+    assert one.samples_due(args, problem, {}) == [0, 1]
+    refused = {"prediction": None, "correct": False, "finish_reason": "refused"}
+    verdicts = {("a", sample): one.verdict_of(refused) for sample in (0, 1)}
+    assert one.samples_due(args, problem, verdicts) == []
+    verdicts = {("a", 0): True, ("a", 1): None}
+    assert one.samples_due(args, problem, verdicts) == [2, 3]
+
+
+def test_adapters_without_a_rank(tmp_path):
+    done = run(4, "--lora-save", "adapter", "--out", tmp_path / "out", check=False)
+    assert done.returncode == 2 and message(done.stderr).endswith("needs --lora-rank")
+
+
 def test_out_that_is_no_file(tmp_path):
     (tmp_path / "in.jsonl").write_text(json.dumps(GOOD) + "\n")
     for out in ("/dev/full", tmp_path):

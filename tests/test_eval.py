@@ -319,6 +319,20 @@ def test_the_three_verdicts():
     assert sum(strict != paper for *_, strict, paper, _ in VERDICTS) >= 10
 
 
+def test_all_verdicts_of_a_solution_with_code_are_of_its_last_text():
+    part = "<|text|>{}<|endofblock|>".format
+    ran = "<|code|>print(2)<|endofblock|><|execution|>\\boxed{4}<|endofblock|>"
+    rows = []
+    for last in ("The answer is 5.", "So \\boxed{5}.", "So it is six."):
+        response = part("First \\boxed{5}.") + ran + part(last) + "<|endofmessage|>"
+        blocks = stage(1).blocks_of(response)
+        assert [block["type"] for block in blocks] == ["text", "code", "execution", "text"]
+        rows.append({"answer": "5", "response": response, "blocks": blocks})
+    fields = ("correct", "correct_paper", "correct_scdpo")
+    verdicts = [[row[field] for field in fields] for row in graded(rows)]
+    assert verdicts == [[True] * 3, [True] * 3, [False] * 3]
+
+
 def test_the_opening_of_a_row_is_no_part_of_its_answer():
     """The last number of a response that says none would else be the 1 of the forced "Step 1:"."""
     opening = stage(1).OPENING
@@ -401,14 +415,13 @@ def test_sets_that_cannot_be_made(names, said, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    "number, file, name", [(1, "gsm8k_train", "gsm8k"), (5, "aime24", "aime24")]
-)
-def test_a_missing_file_names_the_command_that_makes_it(number, file, name, tmp_path):
+@pytest.mark.parametrize("number, file", [(1, "gsm8k_train"), (5, "aime24")])
+def test_a_missing_file_names_the_command_that_makes_it(number, file, tmp_path):
     path = tmp_path / "data" / f"{file}.jsonl"
     done = run(number, "--data", path, "--out", tmp_path / "out", check=False)
     assert done.returncode == 2
-    assert f"{path}: not there; python data/download.py {name} makes it\n" in done.stderr
+    said = f"{path}: not there; python data/download.py makes those of known sets\n"
+    assert said in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -656,7 +669,7 @@ def test_regrade_writes_the_whole_report(tmp_path):
     assert set(f["won"]) == right["tuned-0"] - right["base"]
     assert set(f["lost"]) == right["base"] - right["tuned-0"]
     assert f["p"] == stage(5).mcnemar(len(f["won"]), len(f["lost"]))
-    assert f["unfinished"] == 1 == f["too_long_a_prompt"]
+    assert f["unfinished"] == 1 / 60 == f["too_long_a_prompt"]
     shares = [
         sum(row[field] for row in rows["tuned-0"]) / 60
         for field in ("correct", "correct_paper", "correct_scdpo")
@@ -664,11 +677,8 @@ def test_regrade_writes_the_whole_report(tmp_path):
     assert shares[1] > shares[0] == f["accuracy"], "0.07 is a hundredth of 7"
     line = "| sums (60) | tuned | " + " | ".join(f"{share:.1%}" for share in shares) + " |"
     assert line in (tmp_path / "report.md").read_text()
-    assert (
-        f["unparsable"]
-        == sum(r["prediction"] is None and r["finish_reason"] == "stop" for r in rows["tuned-0"])
-        > 0
-    )
+    silent = [row for row in rows["tuned-0"] if row["prediction"] is None]
+    assert f["unparsable"] == sum(row["finish_reason"] == "stop" for row in silent) / 60 > 0
     problems = [
         json.dumps({key: row[key] for key in ("id", "problem", "answer")}) for row in rows["base"]
     ]
@@ -724,7 +734,7 @@ def test_regrade_writes_the_whole_report(tmp_path):
         "tuned"
     ]
     assert again["accuracy"] == shares[1] and line in (tmp_path / "report.md").read_text()
-    assert "is by the verdict of the Step-DPO authors;" in (tmp_path / "report.md").read_text()
+    assert "is by the Step-DPO verdict;" in (tmp_path / "report.md").read_text()
     assert "maj@k" not in (tmp_path / "report.md").read_text(), "one response to each problem"
 
 
@@ -738,7 +748,6 @@ def test_seeds_and_samples_in_the_report(tmp_path):
     accuracies = [models[f"tuned-{i}"]["accuracy"] for i in range(3)]
     assert group["seeds"] == 3 and group["accuracy"] == pytest.approx(np.mean(accuracies))
     assert group["spread"] == pytest.approx(np.std(accuracies, ddof=1))
-    assert group["test"] == "bootstrap"
     assert group["difference"] == pytest.approx(np.mean(accuracies) - models["base"]["accuracy"])
     curves = models["base"]["curves"]
     assert curves["k"] == [1, 2, 4]
@@ -798,7 +807,6 @@ def test_a_base_of_several_seeds_side_by_side(tmp_path):
     run("regrade", tmp_path, "--base", "two")
     models = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["sums"]["models"]
     assert models["two"]["seeds"] == 3
-    assert models["one"]["test"] == "bootstrap"
     first = {row["id"] for row in read(tmp_path / "sums" / "tuned-0.jsonl") if row["correct"]}
     assert first & set(models["one"]["won"])
     shown = int(re.search(r"(\d+) problems side by side", run("report", tmp_path).stdout)[1])
@@ -1134,7 +1142,7 @@ def test_samples_survive_kills_and_give_the_same_rows(server, tmp_path):
             "step_dpo_qwen",
             "",
             "paper",
-            "the verdict of the Step-DPO authors",
+            "the Step-DPO verdict",
             "<|im_start|>system\\nYou are a helpful assistant.<|im_end|>",
             "<|im_start|>assistant\\n",
         ),
@@ -1142,7 +1150,7 @@ def test_samples_survive_kills_and_give_the_same_rows(server, tmp_path):
             "step_dpo_deepseek",
             "",
             "paper",
-            "the verdict of the Step-DPO authors",
+            "the Step-DPO verdict",
             "User: ",
             "within \\\\boxed{}.\\n\\nAssistant:",
         ),
@@ -1150,7 +1158,7 @@ def test_samples_survive_kills_and_give_the_same_rows(server, tmp_path):
             "metamath",
             " Let's think step by step.",
             "scdpo",
-            "the rule of the SCDPO authors",
+            "the SCDPO verdict",
             "Below is an instruction that describes a task. Write",
             "\\n\\n### Response: Let's think step by step.",
         ),
@@ -1180,7 +1188,9 @@ def test_the_authors_prompt_reaches_the_model_as_it_is(
     assert len(rows) == 8
     assert all(row["opening"] == opening and row["response"].startswith(opening) for row in rows)
     text = (tmp_path / "report.md").read_text()
-    assert "accuracy is by strict equality;" in text and f"after the opening {opening!r}." in text
+    assert (
+        "accuracy is by the strict verdict;" in text and f"after the opening {opening!r}." in text
+    )
     run("regrade", tmp_path, "--verdict", verdict)
     added = {"correct_paper", "correct_scdpo"}
     assert all(added < set(row) for row in read(path))

@@ -896,6 +896,7 @@ def test_money_is_not_taken_for_a_formula():
     assert safe("The answer is \\boxed{7}.") == "The answer is \\(\\boxed{7}\\)."
     assert safe("$\\boxed{7}$") == "\\(\\boxed{7}\\)"
     assert safe("It costs $3 and $x$ is 4") == "It costs &#36;3 and \\(x\\) is 4"
+    assert safe("**So** 5*3*2 < $a*b$") == "**So** 5&#42;3&#42;2 &#60; \\(a*b\\)"
 
 
 CHROMIUM = (

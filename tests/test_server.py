@@ -3,6 +3,7 @@ reproducibility."""
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -340,13 +341,39 @@ def test_real_benchmarks_run_through(bundled, tmp_path, name):
     assert all(row["prediction"] is None for row in rows if row["finish_reason"] == "length")
 
 
+def llama_of_tiny(folder: Path):
+    """The bundled model as a Llama, whose byte-level tokenizer has a SentencePiece's class, as
+    DeepSeekMath's has."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import LlamaConfig
+
+    shutil.copytree(TINY / "model", folder)
+    qwen = json.loads((folder / "config.json").read_text())
+    others = {"model_type", "architectures", "attention_bias"}
+    fields = {name: value for name, value in qwen.items() if name not in others}
+    LlamaConfig(**fields, attention_bias=True, architectures=["LlamaForCausalLM"]).save_pretrained(
+        folder
+    )
+    weights = load_file(folder / "model.safetensors")
+    for layer in range(qwen["num_hidden_layers"]):
+        name = f"model.layers.{layer}.self_attn.o_proj"
+        weights[f"{name}.bias"] = torch.zeros(len(weights[f"{name}.weight"]))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "tokenizer_config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "LlamaTokenizerFast"})
+    )
+
+
 def test_saved_models_decode_alike_in_vllm_and_transformers(files, tmp_path):
     """What 04 saves with merged adapters, in fp32 arithmetic in both engines; the recipe's test
-    serves a plain one."""
+    serves a plain one. AutoTokenizer would read and write this tokenizer without spaces."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    options = ["--data", files / "pairs.jsonl", "--model", TINY / "model"]
+    llama_of_tiny(tmp_path / "llama")
+    options = ["--data", files / "pairs.jsonl", "--model", tmp_path / "llama"]
     options += ["--out", tmp_path / "tuned", "--lora-rank", 4, "--lr", 1e-3, "--epochs", 2]
     options += ["--batch-size", 4]
     run(4, *options)
@@ -355,7 +382,13 @@ def test_saved_models_decode_alike_in_vllm_and_transformers(files, tmp_path):
     run(5, *arguments, "--out", tmp_path / "results", "--engine-args=--dtype float32")
     [responses] = (tmp_path / "results" / "validation").glob("*tuned.jsonl")
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", dtype=torch.float32)
-    tokenizer, from_stage = AutoTokenizer.from_pretrained(tmp_path / "tuned"), stage(1)
+    from_stage = stage(1)
+    tokenizer, base = (
+        from_stage.load_tokenizer(str(tmp_path / name), None, "{}") for name in ("tuned", "llama")
+    )
+    assert tokenizer("Ava has 3 apples.") == base("Ava has 3 apples.")
+    saved = json.loads((tmp_path / "tuned" / "tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "LlamaTokenizerFast"
     for row in read(responses):
         messages = [
             {"role": "user", "content": from_stage.USER_TURN.replace("{problem}", row["problem"])},
