@@ -7,7 +7,7 @@ Step-DPO (arXiv 2406.18629, Eq. 2).
     # the paper's 7B run, on 8 GPUs with 80 GB
     accelerate launch --config_file configs/fsdp2.yaml --num_processes 8 04_train_stepdpo.py \\
         --gradient-checkpointing --tokens-per-batch 8192
-    # the same on whole answers of the published pairs: the papers' DPO baseline
+    # the same on whole answers of the published pairs, as a DPO baseline
     ... --data xinlai/Math-Step-DPO-10K --sides full
     # the paper's SFT stage
     ... --objective sft --data data/samples.jsonl --model Qwen/Qwen2-7B --lr 5e-6 --epochs 3 \\

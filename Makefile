@@ -8,13 +8,13 @@ REQUIREMENTS := $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo requ
 setup: .venv/ready
 
 .venv/ready: $(REQUIREMENTS)
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --clear .venv
 	@# torch +cpu is on PyTorch's own index. Where pip does not find it, uv knows the address of that index.
 	.venv/bin/pip install --quiet -r $(REQUIREMENTS) || { \
 	  [ $(REQUIREMENTS) = requirements-cpu.txt ] && echo "pip alone cannot; trying with PyTorch's CPU index" >&2 && \
 	  .venv/bin/pip install --quiet uv && \
 	  .venv/bin/uv pip install --quiet --python .venv/bin/python --torch-backend cpu -r $(REQUIREMENTS); } || { \
-	  echo "make setup: $(REQUIREMENTS) cannot be installed; check the network, or set PIP_EXTRA_INDEX_URL (docs/installation.md)" >&2; \
+	  echo "make setup: $(REQUIREMENTS) cannot be installed; check that $(PYTHON) is 3.11 to 3.13, and the network, or set PIP_EXTRA_INDEX_URL (docs/installation.md)" >&2; \
 	  exit 2; }
 	@# On the CPU these come along built for CUDA's torch and break `import transformers`; nothing here needs them.
 	if [ $(REQUIREMENTS) = requirements-cpu.txt ]; then .venv/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec; fi

@@ -22,7 +22,6 @@ METHODS=${METHODS:-dpo scdpo step-dpo step-dpo-ood dpo-tokens scdpo-tokens}
 WORLD=${WORLD:-data/tiny} MANNER=${MANNER:-} TRAIN=${TRAIN:-} HEAT=${HEAT:-1.1 0.05 1.4} FROM=${FROM:-} FOREIGN=${FOREIGN:-2}  # epochs of the other model
 JOBS=${JOBS:-2}  # trainings and evaluations side by side, a core each: such a small model does not fill two
 export OPENAI_API_KEY=${OPENAI_API_KEY:-$RANDOM$RANDOM$RANDOM$RANDOM}
-PER_ERROR=${PER_ERROR:-1} DECODINGS=${DECODINGS:-greedy temperature1}
 BASE=$WORLD/model
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-4}
 [ -n "${VIRTUAL_ENV:-}" ] || [ ! -d .venv ] || export PATH="$PWD/.venv/bin:$PATH"
@@ -34,7 +33,7 @@ exec 9>"$OUT/.lock"  # what a killed run left at work holds it too
 if command -v flock >/dev/null && ! flock -n 9; then
   echo "another run, or what a killed one left behind, is still at work in $OUT; try again in two minutes" >&2; exit 2
 fi
-settings="$WORLD${MANNER:+ $MANNER}, $PROBLEMS problems, $PAIRS pairs, $TEST test problems, $PER_ERROR pairs an error, heat $HEAT, other model $FOREIGN epochs, training ${TRAIN:-as it is}, from ${FROM:-the start}"
+settings="$WORLD${MANNER:+ $MANNER}, $PROBLEMS problems, $PAIRS pairs, $TEST test problems, heat $HEAT, other model $FOREIGN epochs, training ${TRAIN:-as it is}, from ${FROM:-the start}"
 [ -f "$OUT/settings" ] || echo "$settings" >"$OUT/settings"
 if [ "$(cat "$OUT/settings")" != "$settings" ]; then
   echo "$OUT was made with: $(cat "$OUT/settings"); now it would be: $settings. Give another OUT" >&2; exit 2
@@ -83,7 +82,7 @@ elif ! ready; then
     quiet 02 served "$BASE" python 02_locate_step.py --samples "$OUT/samples.jsonl" --max-per-problem 1 --out "$OUT/located.jsonl" \
       --keep-rollouts "$OUT/rollouts.jsonl" "${of_base[@]}"
     quiet 03-step-dpo served "$BASE" python 03_rectify.py --located "$OUT/located.jsonl" --rollouts "$OUT/rollouts.jsonl" --n 8 \
-      --max-pairs-per-error "$PER_ERROR" --out "$OUT/all-step-dpo.jsonl" "${of_base[@]}"
+      --max-pairs-per-error 1 --out "$OUT/all-step-dpo.jsonl" "${of_base[@]}"
   fi
   quiet 03-dpo python 03_rectify.py --method dpo --samples "$OUT/samples.jsonl" $MANNER --out "$OUT/all-dpo.jsonl"
   quiet 03-scdpo served "$BASE" python 03_rectify.py --method scdpo --samples "$OUT/samples.jsonl" --heat $HEAT --out "$OUT/all-scdpo.jsonl" "${of_base[@]}"
@@ -133,7 +132,7 @@ python experiments/ablation_table.py "$OUT" --choose --methods $METHODS --grid $
 both() {  # both LABEL MODEL DONE [OPTIONS]: greedy, and at temperature 1
   local label=$1 model=$2 done=$3; shift 3
   evaluate "$label" "$model" "$WORLD/test.jsonl" "$TEST" "$OUT/greedy" "$@"
-  [[ $DECODINGS != *temp* ]] || evaluate "$label" "$model" "$WORLD/test.jsonl" "$TEST" "$OUT/temperature1" --temperature 1 "$@"
+  evaluate "$label" "$model" "$WORLD/test.jsonl" "$TEST" "$OUT/temperature1" --temperature 1 "$@"
   touch "$done"
 }
 one() {  # one METHOD LR BETA SEED MODEL
@@ -162,7 +161,7 @@ named=() first=()
 for method in base $METHODS; do named+=("$method=${group[$method]}") first+=("${group[$method]%%,*}"); done
 ask+=(--data "$WORLD/test.jsonl" --limit "$TEST")  # all responses are there: no engine starts
 quiet report-greedy python 05_eval.py --models "${named[@]}" "${ask[@]}" --out "$OUT/greedy"
-[[ $DECODINGS != *temp* ]] || quiet report-temperature1 python 05_eval.py --models "${named[@]}" "${ask[@]}" --out "$OUT/temperature1" --temperature 1
+quiet report-temperature1 python 05_eval.py --models "${named[@]}" "${ask[@]}" --out "$OUT/temperature1" --temperature 1
 quiet page python analysis/report.py "$OUT/greedy"
 [ -z "$MANNER" ] && quiet labels python experiments/true_errors.py "$OUT"/greedy/test/*-model.jsonl "$OUT/labelled.jsonl"  # the base's
 [ -z "$MANNER" ] && quiet credit python analysis/credit.py "$OUT/labelled.jsonl" --models "${first[@]}" --beta 1 --show 10 --out "$OUT/credit"

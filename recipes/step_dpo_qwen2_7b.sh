@@ -3,14 +3,15 @@
 #
 # Hardware   8 GPUs with 80 GB (training: an estimated 26 GB each, 16 bytes a parameter sharded by FSDP2). Not run here.
 # Hours      about 3, estimated from tokens, not measured: sampling 9 M, locating 60 M, rectifying 40 M at 20,000 a second on 8
-#            GPUs, 1.5 h; training 34 M tokens at 40 % of the peak, 0.5 h; evaluation of two models on 6,736 problems, 0.5 h
+#            GPUs, 1.5 h; training 34 M tokens at 40 % of an A100's peak, 0.5 h; evaluation of two models on 6,736 problems, 0.5 h
 # Disk       125 GB: one checkpoint with optimizer state is 92 GB, so --save-steps 400 of about 675 steps
 # Published  Qwen2-7B-Instruct, the authors' prompt: MATH 53.0, GSM8K 85.5; after Step-DPO 58.6 and 87.9
 # Where paper and code differ
 #   beta            paper, and here: 0.4 for 7B. Its script: 0.5 (swapped for 72B): BETA=0.5
-#   locating        paper: by hand or GPT-4. Code: GPT-4o. Here: the model's own continuations; LOCATOR="--locator judge --judge-model ..."
+#   locating        paper: by hand or GPT-4. Code: GPT-4o. Here: the model's own continuations; LOCATOR="--locator judge
+#                   --judge-model ... --judge-base-url ..."
 #   EOS             code: never. Here: after a step that ends its solution; TRAIN=--no-eos
-#   neutral steps   an error in the code, not in the text: 02 --neutral
+#   neutral steps   an error in the code, not in the text: --neutral correct within this LOCATOR
 #   chosen steps    the paper describes a filter of wrong ones, which is not released: analysis/check_chosen.py
 # TEMPLATE, OPENING: of the evaluation, if not the authors' for Qwen2-Instruct
 # DATA=xinlai/Math-Step-DPO-10K trains on the published 10,795 pairs instead, and skips the first three stages
