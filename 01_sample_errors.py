@@ -142,7 +142,7 @@ async def sample_solution(
     return row, completion["tokens"]
 
 
-def samples_due(args: Args, problem: dict, verdicts: dict[tuple, bool | None]) -> list[int]:
+def samples_due(args: Args, problem: dict, verdicts: dict[tuple, bool | str | None]) -> list[int]:
     """The samples of a problem to draw next; none when it has all. With --until-both, --n at a
     time."""
     most = max(args.until_both, args.n)
@@ -276,38 +276,41 @@ KINDS = {  # what a field that a stage asks for must be
 }
 
 
+def read_row(line: str, fields: tuple[str, ...], place: str) -> dict:
+    """The object in a line; `place` names it in messages."""
+    try:
+        row = json.loads(line)
+        if "\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # a lone surrogate: no tokenizer and no file takes it
+        stop(f"{place}: {error.object[error.start]!a} is half a character; write it whole")
+    except (ValueError, RecursionError) as error:
+        stop(f"{place}: not JSON ({error}); every line must be one object")
+    if not isinstance(row, dict):
+        stop(f"{place}: {type(row).__name__} instead of an object such as {{...}}")
+    for field in fields:
+        value = row.get(field)
+        if value in (None, ""):
+            stop(f"{place}: no {field!r}; every row needs {', '.join(fields)}")
+        if field in KINDS and not KINDS[field][1](value):
+            kind = KINDS[field][0]
+            stop(f"{place}: {field!r} is {json.dumps(value)[:50]}; it must be {kind}")
+        if field in ("id", "answer"):
+            row[field] = text_of(value)
+    return row
+
+
 def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
     """Rows of a JSON Lines file. Stops, naming file and line, where one is no object, holds half a
     character, or lacks one of `fields`. Of these, `id` and `answer` become text."""
+    rows = []
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:  # line by line: it may have gigabytes
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    rows.append(read_row(line, fields, f"{path}, line {number}"))
     except (OSError, UnicodeDecodeError) as error:
         stop(f"{path}: cannot be read ({error}); give a JSON Lines file in UTF-8")
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would part at U+2028 too
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-            if "\\u" in line:
-                json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:  # a lone surrogate: no tokenizer and no file takes it
-            stop(f"{place}: {error.object[error.start]!a} is half a character; write it whole")
-        except (ValueError, RecursionError) as error:
-            stop(f"{place}: not JSON ({error}); every line must be one object")
-        if not isinstance(row, dict):
-            stop(f"{place}: {type(row).__name__} instead of an object such as {{...}}")
-        for field in fields:
-            value = row.get(field)
-            if value in (None, ""):
-                stop(f"{place}: no {field!r}; every row needs {', '.join(fields)}")
-            if field in KINDS and not KINDS[field][1](value):
-                kind = KINDS[field][0]
-                stop(f"{place}: {field!r} is {json.dumps(value)[:50]}; it must be {kind}")
-            if field in ("id", "answer"):
-                row[field] = text_of(value)
-        rows.append(row)
     return rows or stop(f"{path}: no rows; it is empty")
 
 
@@ -438,9 +441,7 @@ class Output:
         if not meta.get("finished"):  # killed, before it could write how long it took
             self.began -= max(0.0, self.path.stat().st_mtime - self.meta_path.stat().st_mtime)
         self.file.seek(0)  # only now: a file that is not ours keeps its last line
-        data = self.file.read()
-        if not data.endswith(b"\n"):
-            self.file.truncate(data.rfind(b"\n") + 1)
+        self.file.truncate(self.file.read().rfind(b"\n") + 1)
         self.rows = read_rows(self.path, ()) if self.path.stat().st_size else []
         if edited:
             before = {"code": old.get("code"), "prompt": old.get("prompt")}
@@ -500,7 +501,11 @@ def code_versions() -> dict:
 
 def file_hashes(*paths: Path | None) -> dict[str, str]:
     """Sixteen hex digits of what each file holds, by its path."""
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths if path}
+    hashes = {}
+    for path in filter(None, paths):
+        with open(path, "rb") as file:
+            hashes[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return hashes
 
 
 def load_problems(path: Path) -> list[dict]:
@@ -600,8 +605,8 @@ def extract_answer(response: str) -> str | None:
     if start < 0:
         for marker in [*MARKER.finditer(response)][:-3:-1]:  # the one before, if nothing follows
             after = response[marker.end() : marker.end() + 5000]
-            after = re.sub(r"(?<!\w)\*\*([^*]+)\*\*", r"\1", after)  # **5** apples
             after = re.sub(r"^(?:[\s*:：$]|\\[\[(])+", "", after)
+            after = re.sub(r"(?<!\S)\*\*(?=\S)|(?<=\S)\*\*(?![\w(])", "", after)  # **5** apples
             stated = re.split(r"[.。](?:\s|$)|\n", after, maxsplit=1)[0].rstrip("*$ ")
             if stated := re.sub(r"\s*\\[\])]$", "", stated):
                 return stated
@@ -677,7 +682,7 @@ SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads
     (r"[$€£¥\"]|\\(?:text)?color\s*\{\w+\}|\s*\(?\\?[pb]?mod\b.*|[\s.,;。\\]+$", ""),
     (r"\*\*", "^"),
     # 90^\circ, 68°F
-    (r"(?:°|\^\s*(?:\\circ|\{\s*\\circ\s*\}))(?:\s*(?:\\text\{)?[CF]\}?(?![a-zA-Z]))?", ""),
+    (r"(?:°|\^\s*(?:\\circ|\{\s*\\circ\s*\}?))(?:\s*(?:\\text\{)?[CF]\}?(?![a-zA-Z]))?", ""),
     (r"\\\\\[[\w.]+\]", r"\\\\"),  # \\[4pt] between the rows of a matrix
     (r"(?<!\\)\\(?:q?quad(?![a-zA-Z])|[,;: ])|~", " "),
     (r"(?<=[\d}])\s*(?:\\\w+\{\s*)?\b(?:per\s?cent|pct)\b\s*\}?", "%"),
@@ -694,7 +699,7 @@ SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads
     (r"\\sqrt\s*(?:\(((?:[^()]|\([^()]*\))*)\)|(\d+))", r"\\sqrt{\1\2}"),  # sqrt(2), √12
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-    (r"(?<=\d)[eE]([-+]?)(?=\d\d)0*(\d{1,3})(?!\w)", r"\\cdot 10^{\1\2}"),
+    (r"(?<=\d)[eE](?![-+]\d(?!\d))([-+]?)0*(\d{1,3})(?!\w)", r"\\cdot 10^{\1\2}"),
     (r"(?<![\d.])(\d+)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
     # (1,234) and 45, 135 stay
     (r"(?:^|=) ?[-+]?\d{1,3}([, ]\d{3})+(\.\d*)? ?$", lambda n: re.sub("[, ]", "", n[0])),
@@ -918,10 +923,11 @@ class Grader:
         verdict = self.verdicts.get(key, quick(gold, prediction))
         if verdict is None:
             verdict = self.verdicts[key] = await self.slow_verdict(slow, gold, prediction)
-        # a percent sign or word, but not of a number that the problem gives
-        if not verdict and re.search(r"(?<![\d\\])(?<!\d )(?:percent|%)", problem or ""):
-            bare = re.sub(r"\\?%\W*$", "", prediction)
-            verdict = bare != prediction and await self(gold, bare, "", rules)
+        # a percent sign or word, but not right after a number, which the problem gives
+        asked = re.search(r"(?<![\d\\])(?<!\d )(?<!\d\$ )(?:percent|%)", problem or "")
+        if not verdict and asked and "%" not in spelled(gold):
+            bare = spelled(prediction)
+            verdict = bare.endswith("%") and await self(gold, bare[:-1], "", rules)
         values = {} if verdict or len(gold) > 19 else options(problem or "")
         if not values:
             return verdict
@@ -938,7 +944,7 @@ class Grader:
             if not (self.pool and self.pool.active):
                 self.close()
                 self.pool = pebble.ProcessPool(
-                    max_workers=2,
+                    max_workers=min(8, len(os.sched_getaffinity(0))),
                     context=multiprocessing.get_context("spawn"),
                     # the import does not count towards a job's time limit
                     initializer=importlib.import_module,
@@ -1018,10 +1024,9 @@ def render_prompt(tokenizer, problem: str, opening: str) -> str:
         raise ValueError(f"the chat template fails: {error}") from error
     if not mark:
         raise ValueError("the chat template leaves out or changes the assistant's final message")
-    # What the model wrote itself after `prompt`: its thoughts, or the space that Mistral's
-    # templates put before a turn.
-    ends_thought = "</think>" in opening and prompt.endswith("<think>\n")
-    thought = opening.startswith("<think>") or ends_thought
+    # What the model wrote itself after `prompt`: its thoughts, which a template may open and leave
+    # out of a turn, or the space that Mistral's templates put before a turn.
+    thought = opening.startswith("<think>") or prompt.endswith("<think>\n")
     spaced = opening.startswith(" ") and turn == prompt + " "
     return (prompt if thought or spaced or not opening else turn) + opening
 

@@ -53,6 +53,7 @@ import sys
 import time
 import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -88,7 +89,7 @@ class Args:
     out: Path = Path("data/pairs.jsonl")
     """file to write; what the .tries.jsonl next to it holds already is not done again"""
     rollouts: Path | None = None
-    """what 02 --keep-rollouts kept: not sampled again; counts towards --n"""
+    """what 02 --keep-rollouts kept: not sampled again; all count, beyond --n too"""
     model: str = "Qwen/Qwen2-7B-Instruct"
     """the model that continues; in the papers the one that made the samples"""
     rectifier: str = ""
@@ -108,7 +109,7 @@ class Args:
     split: Literal["labels", "lines", "blank-lines", "blocks"] = "labels"
     """where a step ends; give what 01 was given"""
     n: int = 20
-    """continuations of each correct prefix"""
+    """continuations of each correct prefix, those of --rollouts counted"""
     max_chance: float = 1.0
     """leave out errors whose `chance` of 02 is higher; 0.05 rejects fewer right steps"""
     max_pairs_per_error: int = 0
@@ -299,9 +300,8 @@ async def lead_astray(
     rising temperature, until the answer is wrong. See make_all() for `continue_solution`."""
     counts = Counter()
     right = [row for row in rows if row["correct"] and row["finish_reason"] == "stop"]
-    right = distinct(right, counts)
     starts = []
-    for row in right[: args.solutions_per_problem or None]:
+    for row in islice(distinct(right, counts), args.solutions_per_problem or None):
         last = len(row["steps"])
         # at least two blocks are left to go astray in, as in the authors' code
         if args.split == "blocks" and len(blocks_of(row["steps"][-1])) < 2:
@@ -418,8 +418,8 @@ def pair_up(args: Args, rows: list[dict]) -> tuple[list[dict], Counter]:
     forced = [row for row in answered if row["response"].startswith(args.opening)]
     counts["unfinished or without an answer"] = len(rows) - len(answered)
     counts["without the forced opening"] = len(answered) - len(forced)
-    right = distinct([row for row in forced if row["correct"]], counts)
-    wrong = [row for row in forced if not row["correct"]]
+    wrong = [*{row["response"]: row for row in forced if not row["correct"]}.values()]
+    right = [*distinct([row for row in forced if row["correct"]], counts)] if wrong else []
     drawn = lambda two: seed_of(args.seed, "dpo", two[0]["id"], *(row["sample"] for row in two))
     candidates = sorted(product(right, wrong), key=drawn)
     for _ in candidates[: args.pairs_per_problem or None]:
@@ -437,11 +437,11 @@ def pair_up(args: Args, rows: list[dict]) -> tuple[list[dict], Counter]:
 SECOND_THOUGHTS = re.compile(r"\b\w*errors?\b|\bapolog\w+|抱歉", re.I)
 
 
-def distinct(rows: list[dict], counts: Counter) -> list[dict]:
+def distinct(rows: list[dict], counts: Counter) -> Iterator[dict]:
     """Right solutions without second thoughts (the paper finds these by words, so "percent error"
     counts too), and of near-duplicates the first: they share nine tenths of their three-word
     runs."""
-    solutions, runs_of_each = [], []
+    runs_of_each = []
     for row in rows:
         words = WORD_OR_CHARACTER.findall(row["response"])
         runs = set(zip(words, words[1:], words[2:], strict=False))
@@ -450,9 +450,8 @@ def distinct(rows: list[dict], counts: Counter) -> list[dict]:
         elif any(len(runs & other) >= 0.9 * len(runs | other) for other in runs_of_each):
             counts["right solutions like another"] += 1
         else:
-            solutions.append(row)
             runs_of_each.append(runs)
-    return solutions
+            yield row
 
 
 # -------------------------------------------------------------------------------------------------
@@ -710,38 +709,42 @@ KINDS = {  # what a field that a stage asks for must be
 
 
 # Copied from 01_sample_errors.py
+def read_row(line: str, fields: tuple[str, ...], place: str) -> dict:
+    """The object in a line; `place` names it in messages."""
+    try:
+        row = json.loads(line)
+        if "\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # a lone surrogate: no tokenizer and no file takes it
+        stop(f"{place}: {error.object[error.start]!a} is half a character; write it whole")
+    except (ValueError, RecursionError) as error:
+        stop(f"{place}: not JSON ({error}); every line must be one object")
+    if not isinstance(row, dict):
+        stop(f"{place}: {type(row).__name__} instead of an object such as {{...}}")
+    for field in fields:
+        value = row.get(field)
+        if value in (None, ""):
+            stop(f"{place}: no {field!r}; every row needs {', '.join(fields)}")
+        if field in KINDS and not KINDS[field][1](value):
+            kind = KINDS[field][0]
+            stop(f"{place}: {field!r} is {json.dumps(value)[:50]}; it must be {kind}")
+        if field in ("id", "answer"):
+            row[field] = text_of(value)
+    return row
+
+
+# Copied from 01_sample_errors.py
 def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
     """Rows of a JSON Lines file. Stops, naming file and line, where one is no object, holds half a
     character, or lacks one of `fields`. Of these, `id` and `answer` become text."""
+    rows = []
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:  # line by line: it may have gigabytes
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    rows.append(read_row(line, fields, f"{path}, line {number}"))
     except (OSError, UnicodeDecodeError) as error:
         stop(f"{path}: cannot be read ({error}); give a JSON Lines file in UTF-8")
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would part at U+2028 too
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-            if "\\u" in line:
-                json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:  # a lone surrogate: no tokenizer and no file takes it
-            stop(f"{place}: {error.object[error.start]!a} is half a character; write it whole")
-        except (ValueError, RecursionError) as error:
-            stop(f"{place}: not JSON ({error}); every line must be one object")
-        if not isinstance(row, dict):
-            stop(f"{place}: {type(row).__name__} instead of an object such as {{...}}")
-        for field in fields:
-            value = row.get(field)
-            if value in (None, ""):
-                stop(f"{place}: no {field!r}; every row needs {', '.join(fields)}")
-            if field in KINDS and not KINDS[field][1](value):
-                kind = KINDS[field][0]
-                stop(f"{place}: {field!r} is {json.dumps(value)[:50]}; it must be {kind}")
-            if field in ("id", "answer"):
-                row[field] = text_of(value)
-        rows.append(row)
     return rows or stop(f"{path}: no rows; it is empty")
 
 
@@ -858,9 +861,7 @@ class Output:
         if not meta.get("finished"):  # killed, before it could write how long it took
             self.began -= max(0.0, self.path.stat().st_mtime - self.meta_path.stat().st_mtime)
         self.file.seek(0)  # only now: a file that is not ours keeps its last line
-        data = self.file.read()
-        if not data.endswith(b"\n"):
-            self.file.truncate(data.rfind(b"\n") + 1)
+        self.file.truncate(self.file.read().rfind(b"\n") + 1)
         self.rows = read_rows(self.path, ()) if self.path.stat().st_size else []
         if edited:
             before = {"code": old.get("code"), "prompt": old.get("prompt")}
@@ -931,7 +932,11 @@ def code_versions() -> dict:
 # Copied from 01_sample_errors.py
 def file_hashes(*paths: Path | None) -> dict[str, str]:
     """Sixteen hex digits of what each file holds, by its path."""
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths if path}
+    hashes = {}
+    for path in filter(None, paths):
+        with open(path, "rb") as file:
+            hashes[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return hashes
 
 
 # Copied from 01_sample_errors.py
@@ -1010,8 +1015,8 @@ def extract_answer(response: str) -> str | None:
     if start < 0:
         for marker in [*MARKER.finditer(response)][:-3:-1]:  # the one before, if nothing follows
             after = response[marker.end() : marker.end() + 5000]
-            after = re.sub(r"(?<!\w)\*\*([^*]+)\*\*", r"\1", after)  # **5** apples
             after = re.sub(r"^(?:[\s*:：$]|\\[\[(])+", "", after)
+            after = re.sub(r"(?<!\S)\*\*(?=\S)|(?<=\S)\*\*(?![\w(])", "", after)  # **5** apples
             stated = re.split(r"[.。](?:\s|$)|\n", after, maxsplit=1)[0].rstrip("*$ ")
             if stated := re.sub(r"\s*\\[\])]$", "", stated):
                 return stated
@@ -1098,7 +1103,7 @@ SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads
     (r"[$€£¥\"]|\\(?:text)?color\s*\{\w+\}|\s*\(?\\?[pb]?mod\b.*|[\s.,;。\\]+$", ""),
     (r"\*\*", "^"),
     # 90^\circ, 68°F
-    (r"(?:°|\^\s*(?:\\circ|\{\s*\\circ\s*\}))(?:\s*(?:\\text\{)?[CF]\}?(?![a-zA-Z]))?", ""),
+    (r"(?:°|\^\s*(?:\\circ|\{\s*\\circ\s*\}?))(?:\s*(?:\\text\{)?[CF]\}?(?![a-zA-Z]))?", ""),
     (r"\\\\\[[\w.]+\]", r"\\\\"),  # \\[4pt] between the rows of a matrix
     (r"(?<!\\)\\(?:q?quad(?![a-zA-Z])|[,;: ])|~", " "),
     (r"(?<=[\d}])\s*(?:\\\w+\{\s*)?\b(?:per\s?cent|pct)\b\s*\}?", "%"),
@@ -1115,7 +1120,7 @@ SPELLINGS = (  # pattern and what it becomes in the LaTeX that math-verify reads
     (r"\\sqrt\s*(?:\(((?:[^()]|\([^()]*\))*)\)|(\d+))", r"\\sqrt{\1\2}"),  # sqrt(2), √12
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-    (r"(?<=\d)[eE]([-+]?)(?=\d\d)0*(\d{1,3})(?!\w)", r"\\cdot 10^{\1\2}"),
+    (r"(?<=\d)[eE](?![-+]\d(?!\d))([-+]?)0*(\d{1,3})(?!\w)", r"\\cdot 10^{\1\2}"),
     (r"(?<![\d.])(\d+)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
     # (1,234) and 45, 135 stay
     (r"(?:^|=) ?[-+]?\d{1,3}([, ]\d{3})+(\.\d*)? ?$", lambda n: re.sub("[, ]", "", n[0])),
@@ -1363,10 +1368,11 @@ class Grader:
         verdict = self.verdicts.get(key, quick(gold, prediction))
         if verdict is None:
             verdict = self.verdicts[key] = await self.slow_verdict(slow, gold, prediction)
-        # a percent sign or word, but not of a number that the problem gives
-        if not verdict and re.search(r"(?<![\d\\])(?<!\d )(?:percent|%)", problem or ""):
-            bare = re.sub(r"\\?%\W*$", "", prediction)
-            verdict = bare != prediction and await self(gold, bare, "", rules)
+        # a percent sign or word, but not right after a number, which the problem gives
+        asked = re.search(r"(?<![\d\\])(?<!\d )(?<!\d\$ )(?:percent|%)", problem or "")
+        if not verdict and asked and "%" not in spelled(gold):
+            bare = spelled(prediction)
+            verdict = bare.endswith("%") and await self(gold, bare[:-1], "", rules)
         values = {} if verdict or len(gold) > 19 else options(problem or "")
         if not values:
             return verdict
@@ -1383,7 +1389,7 @@ class Grader:
             if not (self.pool and self.pool.active):
                 self.close()
                 self.pool = pebble.ProcessPool(
-                    max_workers=2,
+                    max_workers=min(8, len(os.sched_getaffinity(0))),
                     context=multiprocessing.get_context("spawn"),
                     # the import does not count towards a job's time limit
                     initializer=importlib.import_module,
@@ -1452,10 +1458,9 @@ def render_prompt(tokenizer, problem: str, opening: str) -> str:
         raise ValueError(f"the chat template fails: {error}") from error
     if not mark:
         raise ValueError("the chat template leaves out or changes the assistant's final message")
-    # What the model wrote itself after `prompt`: its thoughts, or the space that Mistral's
-    # templates put before a turn.
-    ends_thought = "</think>" in opening and prompt.endswith("<think>\n")
-    thought = opening.startswith("<think>") or ends_thought
+    # What the model wrote itself after `prompt`: its thoughts, which a template may open and leave
+    # out of a turn, or the space that Mistral's templates put before a turn.
+    thought = opening.startswith("<think>") or prompt.endswith("<think>\n")
     spaced = opening.startswith(" ") and turn == prompt + " "
     return (prompt if thought or spaced or not opening else turn) + opening
 

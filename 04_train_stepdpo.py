@@ -693,7 +693,8 @@ def encode(row: dict, tokenizer, sides: str = "step") -> tuple[list[int], list[l
     elif "chosen" not in row:
         solution = row["solution"]
         whole = render_prompt(tokenizer, row["problem"], solution)
-        text, texts = whole.removesuffix(solution), [solution]  # where 01 puts its opening
+        text = whole.removesuffix(solution).rstrip(" ")  # the space of Mistral's templates
+        texts = [whole[len(text) :]]
     elif "prompt" not in row:
         if isinstance(row["chosen"], str) or isinstance(row["chosen"][-1]["content"], str):
             raise TypeError("no 'prompt', and chosen and rejected are no turns of blocks")
@@ -910,9 +911,8 @@ def has_empty_side(row: dict, sides: str) -> bool:
         fields = ["prompt", "full_chosen", "full_rejected"]
     else:
         fields = [field for field in PAIR_FIELDS if field in row]
-    sides = [row[field] for field in fields]
-    texts = [side[-1]["content"] if side and isinstance(side, list) else side for side in sides]
-    return not all(str(text or "").strip() for text in texts)
+    text = lambda side: side[-1]["content"] if side and isinstance(side, list) else side
+    return not all(str(text(row[field]) or "").strip() for field in fields)
 
 
 def plan(
@@ -1560,10 +1560,10 @@ def save_model(
             lm.config.dtype = dtype  # not the fp32 of the master weights
             lm.config.save_pretrained(args.out)
         tokenizer.save_pretrained(args.out)
-        # under the class that the model names: transformers 4 does not know TokenizersBackend
-        path, of_model = args.out / "tokenizer_config.json", get_tokenizer_config(args.model)
+        path = args.out / "tokenizer_config.json"
         saved = json.loads(path.read_text(encoding="utf-8"))
-        saved["tokenizer_class"] = of_model.get("tokenizer_class", saved["tokenizer_class"])
+        # the class that the model names, or none: transformers 4 does not know TokenizersBackend
+        saved["tokenizer_class"] = get_tokenizer_config(args.model).get("tokenizer_class")
         path.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
     accelerator.wait_for_everyone()
 
@@ -1640,38 +1640,42 @@ KINDS = {  # what a field that a stage asks for must be
 
 
 # Copied from 01_sample_errors.py
+def read_row(line: str, fields: tuple[str, ...], place: str) -> dict:
+    """The object in a line; `place` names it in messages."""
+    try:
+        row = json.loads(line)
+        if "\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # a lone surrogate: no tokenizer and no file takes it
+        stop(f"{place}: {error.object[error.start]!a} is half a character; write it whole")
+    except (ValueError, RecursionError) as error:
+        stop(f"{place}: not JSON ({error}); every line must be one object")
+    if not isinstance(row, dict):
+        stop(f"{place}: {type(row).__name__} instead of an object such as {{...}}")
+    for field in fields:
+        value = row.get(field)
+        if value in (None, ""):
+            stop(f"{place}: no {field!r}; every row needs {', '.join(fields)}")
+        if field in KINDS and not KINDS[field][1](value):
+            kind = KINDS[field][0]
+            stop(f"{place}: {field!r} is {json.dumps(value)[:50]}; it must be {kind}")
+        if field in ("id", "answer"):
+            row[field] = text_of(value)
+    return row
+
+
+# Copied from 01_sample_errors.py
 def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
     """Rows of a JSON Lines file. Stops, naming file and line, where one is no object, holds half a
     character, or lacks one of `fields`. Of these, `id` and `answer` become text."""
+    rows = []
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:  # line by line: it may have gigabytes
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    rows.append(read_row(line, fields, f"{path}, line {number}"))
     except (OSError, UnicodeDecodeError) as error:
         stop(f"{path}: cannot be read ({error}); give a JSON Lines file in UTF-8")
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would part at U+2028 too
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-            if "\\u" in line:
-                json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:  # a lone surrogate: no tokenizer and no file takes it
-            stop(f"{place}: {error.object[error.start]!a} is half a character; write it whole")
-        except (ValueError, RecursionError) as error:
-            stop(f"{place}: not JSON ({error}); every line must be one object")
-        if not isinstance(row, dict):
-            stop(f"{place}: {type(row).__name__} instead of an object such as {{...}}")
-        for field in fields:
-            value = row.get(field)
-            if value in (None, ""):
-                stop(f"{place}: no {field!r}; every row needs {', '.join(fields)}")
-            if field in KINDS and not KINDS[field][1](value):
-                kind = KINDS[field][0]
-                stop(f"{place}: {field!r} is {json.dumps(value)[:50]}; it must be {kind}")
-            if field in ("id", "answer"):
-                row[field] = text_of(value)
-        rows.append(row)
     return rows or stop(f"{path}: no rows; it is empty")
 
 
@@ -1786,10 +1790,9 @@ def render_prompt(tokenizer, problem: str, opening: str) -> str:
         raise ValueError(f"the chat template fails: {error}") from error
     if not mark:
         raise ValueError("the chat template leaves out or changes the assistant's final message")
-    # What the model wrote itself after `prompt`: its thoughts, or the space that Mistral's
-    # templates put before a turn.
-    ends_thought = "</think>" in opening and prompt.endswith("<think>\n")
-    thought = opening.startswith("<think>") or ends_thought
+    # What the model wrote itself after `prompt`: its thoughts, which a template may open and leave
+    # out of a turn, or the space that Mistral's templates put before a turn.
+    thought = opening.startswith("<think>") or prompt.endswith("<think>\n")
     spaced = opening.startswith(" ") and turn == prompt + " "
     return (prompt if thought or spaced or not opening else turn) + opening
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -37,7 +37,8 @@ class Args:
 
 def main(args: Args):
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        template = ROOT / "data" / "templates" / "code.jinja"
+        tokenizer = SAMPLE.load_tokenizer(args.model, template, "{}")
         lm = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
     except (OSError, ValueError) as error:
         SAMPLE.stop(f"--model {args.model}: cannot be loaded ({str(error).splitlines()[0]})")
@@ -45,7 +46,6 @@ def main(args: Args):
     special = {"additional_special_tokens": TOKENS}
     added = tokenizer.add_special_tokens(special, replace_extra_special_tokens=False)
     tokenizer.eos_token = TOKENS[-1]
-    tokenizer.chat_template = (ROOT / "data" / "templates" / "code.jinja").read_text()
     if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
         lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     # one weight where they are tied

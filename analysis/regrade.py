@@ -419,11 +419,6 @@ def regrade_folder(folder: Path, base: str) -> tuple[dict, dict, dict[str, dict]
 
     groups = {label: groups[label] for label in sorted(groups, key=place)}
     models = sum(groups.values(), [])
-    for (name, model), meta in metas.items():
-        if model in models and not meta.get("finished", True):
-            EVAL.stop(
-                f"{folder}: {model} has not answered all of {name}; run the command of 05 again"
-            )
     for name, by_model in [*benchmarks.items()]:
         missing = set(models) - set(by_model)
         if missing and name not in last.get("benchmarks", benchmarks):
@@ -436,6 +431,11 @@ def regrade_folder(folder: Path, base: str) -> tuple[dict, dict, dict[str, dict]
             )
         else:
             benchmarks[name] = {model: by_model[model] for model in models}
+    for (name, model), meta in metas.items():
+        if name in benchmarks and model in models and not meta.get("finished", True):
+            EVAL.stop(
+                f"{folder}: {model} has not answered all of {name}; run the command of 05 again"
+            )
     return (
         groups,
         benchmarks,

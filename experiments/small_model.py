@@ -255,12 +255,8 @@ def validations(args: Table) -> list[str]:
         chosen = args.out / f"{method}.rate"
         is_chosen = chosen.exists() and chosen.read_text().strip() == rate
         accuracy = EVAL.percentage(figures["accuracy"], figures["interval"])
-        cells = [name_of(method), rate, seed, accuracy]
-        cells += [
-            EVAL.percentage(figures["unfinished"]),
-            f"{figures['mean_tokens']:.0f}",
-            "chosen" if is_chosen else "",
-        ]
+        cells = [name_of(method), rate, seed, accuracy, EVAL.percentage(figures["unfinished"])]
+        cells += [f"{figures['mean_tokens']:.0f}", "chosen" if is_chosen else ""]
         rows.append(cells)
     head = "method | rate | seed | accuracy (95 % interval) | unfinished | tokens an answer | "
     return ["## Choice of the learning rate", markdown(head, rows)] if rows else []

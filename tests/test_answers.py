@@ -69,6 +69,9 @@ def test_reference_solutions_split_into_their_steps():
         (r"\boxed{\left\{ x \mid x > 0 \right\}}", r"\left\{ x \mid x > 0 \right\}"),
         (r"\boxed{}", None),
         ("The answer is: 42.", "42"),
+        ("The answer is **5** apples.", "5 apples"),
+        ("**Answer:** **5** apples", "5 apples"),
+        ("The answer is (x+1)**2 + x**3.", "(x+1)**2 + x**3"),
         ("The answer is 3.\nNo: The answer is: -7.5", "-7.5"),
         (r"The answer is 3. \boxed{4}", "4"),
         (r"our answer is $\boxed 2$.", "2"),
@@ -196,14 +199,15 @@ def test_a_percentage_that_is_asked_for():
     asked = "Of 50 cars 10 are red. What percentage of the cars is red?"
     given = "A 25% discount on $80, and 20 \\% tax: what is the price?"
     cases = [("20", "20\\%", asked), ("20", "20%.", asked), ("20", "21\\%", asked)]
-    cases += [("20", "20\\%", given), ("C", "C%", asked)]
+    cases += [("20", "20\\%", given), ("20\\%", "0.2\\%", asked), ("0.2", "20\\%", asked)]
+    cases += [("20", "20\\text{ percent}", asked)]
     grader = stage(1).Grader()
 
     async def grade():
         return [await grader(*case) for case in cases]
 
     try:
-        assert asyncio.run(grade()) == [True, True, False, False, True]
+        assert asyncio.run(grade()) == [True, True, False, False, False, True, True]
     finally:
         grader.close()
 
@@ -439,9 +443,19 @@ def test_chinese_solutions_are_compared_by_characters():
     three, counts = stage(3), Counter()
     texts = ["小明有三个苹果又买了四个所以共有七个苹果", "把三个苹果和四个苹果加起来就得到七个"]
     texts += [texts[0]]
-    rows = three.distinct([{"response": text} for text in texts], counts)
+    rows = [*three.distinct([{"response": text} for text in texts], counts)]
     assert [row["response"] for row in rows] == texts[:2]
     assert counts == {"right solutions like another": 1}
+
+
+def test_equal_wrong_solutions_make_one_pair():
+    three, rows = stage(3), []
+    for sample, text in enumerate((" 7", " 8", " 8", " 9")):
+        row = {"id": "q", "problem": "3 + 4?", "answer": "7", "sample": sample, "prediction": text}
+        row |= {"response": three.OPENING + text, "finish_reason": "stop", "correct": text == " 7"}
+        rows.append(row)
+    pairs, counts = three.pair_up(three.Args(method="dpo", pairs_per_problem=0), rows)
+    assert sorted(pair["rejected"] for pair in pairs) == [" 8", " 9"] and counts["pairs"] == 2
 
 
 def test_a_model_that_ends_after_a_stop_string_has_ended():

@@ -186,10 +186,13 @@ def test_two_models_in_one_process_and_in_two(tmp_path):
     weights = load_file(tmp_path / "other" / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"] *= 0.5
     save_file(weights, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    template = tmp_path / "other" / "chat_template.jinja"
+    template.write_text(f"Solve this.\n{template.read_text()}")
     common = ["--data", TINY / "validation.jsonl", "--limit", 8, *SHORT]
     common += ["--models", TINY / "model", f"tuned={tmp_path}/other"]
     common += ["--engine-args=--max-num-seqs 8 --max-model-len 1024"]
-    run(5, *common, "--out", tmp_path / "one")
+    done = run(5, *common, "--out", tmp_path / "one")
+    assert "the models have different prompts" in done.stderr
     apart = stage(5).in_own_process
     with mock.patch.object(stage(5), "in_own_process", wraps=apart) as started:
         done = run(5, *common, "--out", tmp_path / "two", "--own-process")

@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -416,7 +417,7 @@ def test_sets_that_cannot_be_made(names, said, tmp_path):
 
 
 @pytest.mark.parametrize("number, file", [(1, "gsm8k_train"), (5, "aime24")])
-def test_a_missing_file_names_the_command_that_makes_it(number, file, tmp_path):
+def test_a_missing_file_names_the_script_that_makes_known_sets(number, file, tmp_path):
     path = tmp_path / "data" / f"{file}.jsonl"
     done = run(number, "--data", path, "--out", tmp_path / "out", check=False)
     assert done.returncode == 2
@@ -869,6 +870,13 @@ def test_regrade_reports_the_models_of_the_last_run(tmp_path, capsys):
     with pytest.raises(SystemExit):
         regrade.regrade_folder(tmp_path, "")
     assert "sums lacks responses of gone" in capsys.readouterr().err
+    (tmp_path / "older").mkdir()
+    shutil.copy(tmp_path / "sums" / "base.jsonl", tmp_path / "older")
+    last = {"groups": groups, "benchmarks": {"sums": {}}}
+    (tmp_path / "summary.json").write_text(json.dumps(last))
+    assert list(regrade.regrade_folder(tmp_path, "")[1]) == ["sums"]
+    assert "left out, not of the run in summary.json: older" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "older")
     (tmp_path / "summary.json").write_text('{"groups": ')  # torn
     assert regrade.regrade_folder(tmp_path, "tuned")[0] == {
         "tuned": ["tuned-0", "tuned-1"],

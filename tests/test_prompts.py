@@ -191,20 +191,23 @@ def test_steps_stand_as_they_are_behind_templates_that_trim(template, tmp_path):
         solution = {"problem": "1 + 1?", "solution": prefix + "2"}
         turn = text.removesuffix(prefix)  # SFT trains where 01 puts the opening
         trained = stage(4).encode(solution, tokenizer)
-        assert trained[0] == tokenizer(turn, add_special_tokens=False)["input_ids"]
-        assert tokenizer.decode(trained[1][0]).startswith(prefix + "2")
+        spaces = turn[len(turn.rstrip(" ")) :]  # they belong to the next token
+        bare = tokenizer(turn.rstrip(" "), add_special_tokens=False)["input_ids"]
+        assert trained[0] == bare
+        assert tokenizer.decode(trained[1][0]).startswith(spaces + prefix + "2")
         if not prefix.endswith(" "):  # 04 leaves a space at the end to the suffix
             assert all(found == ids[STAGES[1]] for name, found in ids.items() if name != "solution")
 
 
 def test_what_the_model_wrote_itself_stands_behind_the_prompt_that_it_saw(tmp_path):
     """The space that Mistral's template puts before a turn is not doubled; a thought is neither
-    doubled nor taken out."""
+    doubled nor taken out, also not one that the template opens, as R1's does."""
     for number, (template, written, forced) in enumerate(
         [
             (MISTRAL, " First 3 + 4 = 7.\n", " Step 1:"),
             (QWEN3, "<think>\nWell.\n</think>\n\n7\n", "<think>\n\n</think>\n\nStep 1:"),
-            (R1, "Well.\n</think>\n\n7\n", "Step 1:"),
+            (R1, "Well.\n</think>\n\n7\n", "<think>\nStep 1:"),
+            (R1, "Well.\n\n", "<think>\nStep 1:"),
         ]
     ):
         tokenizer = stage(1).load_tokenizer(model(tmp_path / str(number), template), None, "{}")
