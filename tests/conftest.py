@@ -34,6 +34,7 @@ TINY = ROOT / "data" / "tiny"
 folders = (".", "analysis", "experiments", "benchmarks", "data", "serving")
 sys.path[:0] = [str(ROOT / folder) for folder in folders]
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
 # GiB, zeroed at each start: 4 take 12 s where pages are slow to come
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 STAGES = {
@@ -87,6 +88,12 @@ def accelerate_ends():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@functools.cache
+def code_versions() -> dict:
+    """Of 01, once: git and the packages are asked in each run otherwise."""
+    return stage(1).code_versions()
+
+
 def run_here(module, command: list[str]) -> subprocess.CompletedProcess:
     """A script in this process: what stands under its `if __name__ == "__main__"`. One that would
     start an engine gets that of the session for this folder."""
@@ -95,13 +102,14 @@ def run_here(module, command: list[str]) -> subprocess.CompletedProcess:
     for value in list(vars(module).values()):
         if value.__class__.__name__ == "_lru_cache_wrapper":  # what it warned of once
             value.cache_clear()
-    engine = partial(shared_engine, getattr(module, "Engine", None))
+    engine, versions = partial(shared_engine, getattr(module, "Engine", None)), code_versions()
     with (
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         contextlib.chdir(ROOT),
         mock.patch.object(sys, "argv", [module.__file__, *command]),
         mock.patch.object(module, "Engine", engine, create=True),
+        mock.patch.object(module, "code_versions", lambda: versions, create=True),
         mock.patch.object(module, "run_script", run_script, create=True),
         # 04 would end the one of vLLM
         mock.patch.object(PartialState, "destroy_process_group", lambda *_: None),

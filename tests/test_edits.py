@@ -6,8 +6,9 @@ import json
 import shutil
 
 import pytest
+import torch
 from conftest import ROOT, TINY, edited, read, run, run_edited, stage
-from test_train import write_pairs
+from test_train import weights, write_pairs
 
 EDITS = {  # of 01: what is edited, and what the message names
     "the prompt": ("Please reason", "Reason", "USER_TURN"),
@@ -237,6 +238,7 @@ def test_a_training_from_before_an_edit(tmp_path):
     arguments = ["--data", data, "--model", TINY / "model", "--out", out, "--precision", "fp32"]
     arguments += ["--epochs", 1, "--batch-size", 5, "--save-steps", 2, "--lr", 1e-5]
     run(4, *arguments)
+    assert {weight.dtype for weight in weights(out).values()} == {torch.bfloat16}, "the base's"
     for name in ("model.safetensors", "training.json"):
         (out / name).unlink()  # as after a kill in step 3
     state = out / "checkpoint-2" / "state.json"

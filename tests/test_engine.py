@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.slow
 SHORT = ["--max-tokens", 200]
+# eight sequences; the rest of the cache would be zeroed at each start
+SMALL = "--engine-args=--max-num-seqs 8 --max-model-len 1024 --num-gpu-blocks-override 80"
 STORY = "Ava has {} apples. Then she buys {} more. How many apples does Ava have now?"
 SUMS = [
     {"id": f"q{i}", "problem": STORY.format(i, i + 1), "answer": str(2 * i + 1)}
@@ -165,7 +167,7 @@ def test_samples_of_an_engine_that_alone_is_seeded_do_not_repeat_after_kills(tmp
     code += "one.seeds_requests = lambda _: False; one.main(tyro.cli(one.Args))"
     command = [sys.executable, "-c", code, "--data", data, "--model", TINY / "model"]
     command += ["--out", tmp_path / "out.jsonl", "--n", 1, "--temperature", 2.0]
-    command += ["--engine-args=--max-num-seqs 8 --max-model-len 1024", *SHORT]
+    command += [SMALL, *SHORT]
     texts = []
     for most in (1, 2):  # --until-both is no setting: the next run continues, as after a kill
         subprocess.run(
@@ -189,8 +191,7 @@ def test_two_models_in_one_process_and_in_two(tmp_path):
     template = tmp_path / "other" / "chat_template.jinja"
     template.write_text(f"Solve this.\n{template.read_text()}")
     common = ["--data", TINY / "validation.jsonl", "--limit", 8, *SHORT]
-    common += ["--models", TINY / "model", f"tuned={tmp_path}/other"]
-    common += ["--engine-args=--max-num-seqs 8 --max-model-len 1024"]
+    common += ["--models", TINY / "model", f"tuned={tmp_path}/other", SMALL]
     done = run(5, *common, "--out", tmp_path / "one")
     assert "the models have different prompts" in done.stderr
     apart = stage(5).in_own_process
@@ -228,7 +229,7 @@ WRONG = {
 }
 # a background job's children ignore Ctrl-C
 HEED = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-MANY = ["--temperature", 1.0, "--engine-args=--max-num-seqs 8 --max-model-len 1024", *SHORT]
+MANY = ["--temperature", 1.0, SMALL, *SHORT]
 COMMANDS = {
     1: ["--n", 4, "--model", TINY / "model"],
     2: ["--model", TINY / "model"],
@@ -312,11 +313,7 @@ def test_kill_of_several_workers_leaves_nothing(started, options, tmp_path, monk
     if "tensor" in options:
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     for words in ("starting vLLM", "vLLM is ready"):
-        started.append(
-            process := start(
-                1, tmp_path, f"--engine-args=--max-num-seqs 8 --max-model-len 1024 {options}"
-            )
-        )
+        started.append(process := start(1, tmp_path, f"{SMALL} {options}"))
         wait_for(process, words)
         wait_until(
             process, lambda pid=process.pid: len(psutil.Process(pid).children(recursive=True)) > 2

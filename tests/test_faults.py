@@ -7,6 +7,7 @@ import resource
 import threading
 import time
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 
 import pytest
 from conftest import TINY, read, run, scripted_server, stage
@@ -353,6 +354,14 @@ def test_a_full_disk_at_the_pictures_is_one_line(scripted, tmp_path):
     assert scripted.count == 1, "the rows are there already"
 
 
+FREE = {  # options that change no row, or whose effect stands in the settings under another name
+    1: "data out tokenizer base_url engine_args chat_template chat_template_kwargs n until_both "
+    "limit concurrency accept_edit",
+    5: "data models out samples tokenizer base_url engine_args own_process chat_template "
+    "chat_template_kwargs limit concurrency accept_edit",
+}
+
+
 def test_stages_run_twice_in_one_process(scripted, tmp_path, capsys):
     """What one run has written, the next resumes, after an error too: nothing stays locked."""
     url = f"http://127.0.0.1:{scripted.server_address[1]}/v1"
@@ -403,6 +412,14 @@ def test_stages_run_twice_in_one_process(scripted, tmp_path, capsys):
             source.main(source.Args(**arguments))
         written = out(number) if number != 5 else tmp_path / "5" / "in" / "m.jsonl"
         assert len(read(written)) == (2 if number == 1 else 1)
+        if number in FREE:
+            made = json.loads(Path(f"{written}.meta.json").read_text())["settings"]
+            assert vars(source.Args()).keys() - made.keys() == set(FREE[number].split())
+    (tmp_path / "in.jsonl").write_text(json.dumps(problem | {"answer": "3"}) + "\n")
+    for number in (1, 5):
+        with pytest.raises(SystemExit):
+            stage(number).main(stage(number).Args(**settings[number]))
+        assert "another problem with the id 'a'" in capsys.readouterr().err
 
 
 def test_each_request_has_its_own_stable_seed(scripted, tmp_path):

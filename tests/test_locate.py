@@ -136,6 +136,8 @@ def test_an_interrupted_search_ends_with_the_same_rows(tmp_path):
     )
 
     def locate(out: str, calls: float = math.inf, **options):
+        seeds = set()
+
         @contextlib.asynccontextmanager
         async def engine(*_):
             async def generate(ids, seed, n=1, **_):
@@ -143,6 +145,8 @@ def test_an_interrupted_search_ends_with_the_same_rows(tmp_path):
                 calls -= 1
                 if calls < 0:
                     two.stop("enough")
+                assert seed not in seeds, "a wave has the continuations of another"
+                seeds.add(seed)
                 await asyncio.sleep(0)
                 said = [
                     " so \\boxed{0}." if random.Random(f"{seed} {i}").random() < 0.1 else " no."
@@ -176,6 +180,9 @@ def test_an_interrupted_search_ends_with_the_same_rows(tmp_path):
     assert keyed("parts.jsonl") == keyed("whole.jsonl")
     assert len(read(tmp_path / "parts.jsonl")) == 36
     assert {bool(row["error_step"]) for row in keyed("whole.jsonl").values()} == {True, False}
+    locate("all.jsonl", include_correct=True)
+    right = [row for row in read(tmp_path / "all.jsonl") if row["correct"]]
+    assert len(right) == 12 and all("the answer is right" in row["reason"] for row in right)
 
 
 @pytest.mark.parametrize("refuse", [False, True])
@@ -505,6 +512,18 @@ def test_a_step_needs_more_than_half_of_the_votes(judge, tmp_path):
     judged(judge, tmp_path, "--votes", 2, "--retries", 0, "--concurrency", 1)
     [row] = read(tmp_path / "out.jsonl")
     assert row["error_step"] is None and "disagree: 50% for the first" in row["reason"]
+
+
+def test_a_judgement_that_was_cut_is_not_read(tmp_path):
+    two, [row] = stage(2), wrong_samples(tmp_path / "in.jsonl", 1)
+
+    async def ask(*_, **__):
+        reply = {"text": verdicts(2), "finish_reason": "length", "tokens": 1, "prompt_tokens": 1}
+        return [reply]
+
+    judgement = two.judge_once(ask, row, 0, two.Args(retries=0), Counter())
+    step, _, why = asyncio.run(judgement)
+    assert step is None and "--judge-max-tokens" in why
 
 
 def test_the_judge_is_not_asked_about_a_diagram_that_is_not_there(judge, tmp_path):

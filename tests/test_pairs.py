@@ -51,7 +51,8 @@ def test_dpo_pairs_use_every_solution_once_before_any_twice(tmp_path):
     rows += [solution("a", 4 + i, text, False) for i, text in enumerate(WRONG)]
     no_answer = solution("a", 6, " and so on", False)
     unfinished = solution("a", 7, " 3 + 4 =", False, "length")
-    rows += [no_answer, unfinished]
+    free = solution("a", 8, "", True) | {"prediction": "7", "response": "So \\boxed{7}."}
+    rows += [no_answer, unfinished, free | {"steps": [free["response"]]}]
     rows += [solution("b", 0, RIGHT[0], True), solution("c", 0, WRONG[0], False)]
     write(tmp_path / "s.jsonl", rows)
     for most, expected in ((1, 1), (2, 2), (0, 4)):
@@ -182,12 +183,12 @@ def samples(bundled, tmp_path_factory):
 
 @pytest.mark.slow
 def test_scdpo_pairs_survive_kills_and_follow_their_form(samples, server, tmp_path):
-    """kill -9 at two moments: the pairs of an uninterrupted run. Each goes wrong behind k right
+    """kill -9: the pairs of an uninterrupted run. Each goes wrong behind k right
     steps, and ends parsable."""
     arguments = ["--method", "scdpo", "--samples", samples, *SHORT, *server]
     done = run(3, *arguments, "--out", tmp_path / "whole.jsonl")
     cut = [*arguments, "--out", tmp_path / "cut.jsonl"]
-    run_killed(3, *cut, "--concurrency", 4, journal=tmp_path / "cut.tries.jsonl", kills=2, seed=3)
+    run_killed(3, *cut, "--concurrency", 4, journal=tmp_path / "cut.tries.jsonl", kills=1, seed=3)
     run(3, *arguments, "--out", tmp_path / "cut.jsonl")
     pairs = read(tmp_path / "whole.jsonl")
     assert read(tmp_path / "cut.jsonl") == pairs and len(pairs) > 5 and "yield" in done.stdout
@@ -207,7 +208,7 @@ def test_scdpo_pairs_survive_kills_and_follow_their_form(samples, server, tmp_pa
     assert len({pair["error_step"] for pair in pairs}) > 1, "k is drawn"
     theirs = ["--every-step", "--first-k", 0, "--tries", 1, "--solutions-per-problem", 1]
     theirs += ["--pairs-per-problem", 2]
-    every = run(3, *arguments, *theirs, "--out", tmp_path / "every.jsonl")
+    run(3, *arguments, *theirs, "--out", tmp_path / "every.jsonl")
     first = {}
     for row in sorted(read(samples), key=lambda row: row["sample"]):
         first.setdefault(row["id"], row) if row["correct"] and row[
@@ -216,7 +217,6 @@ def test_scdpo_pairs_survive_kills_and_follow_their_form(samples, server, tmp_pa
     summary = json.loads((tmp_path / "every.jsonl.meta.json").read_text())["summary"]
     steps = sum(len(row["steps"]) for row in first.values())  # from the opening on
     assert summary["steps tried"] == summary["attempts"] == steps > len(first)
-    assert "garbled" in every.stdout
     kept = Counter(pair["id"] for pair in read(tmp_path / "every.jsonl"))
     assert sum(kept.values()) == summary["pairs"] > 5
     assert max(kept.values()) == 2
@@ -353,6 +353,7 @@ def test_an_answer_of_the_right_steps_is_not_the_continuations():
     right = "1 + 2 = \\boxed{3}\nThe answer is: 9"
     pairs, _ = astray("lines", right, ["3 + 4 = 7. The answer is 7."])
     assert not pairs
+    assert not astray("lines", right, ["ґґґ \\boxed{7}"])[0], "odd characters"
     [pair], _ = astray("lines", right, ["3 + 4 = \\boxed{7}"])
     assert pair["rejected"] == "3 + 4 = \\boxed{7}"
 
@@ -411,7 +412,9 @@ def test_training_on_a_mix(samples, bundled, tmp_path):
     options = ["--method", "scdpo", "--samples", samples, "--out", tmp_path / "sc.jsonl", *SHORT]
     options += [*bundled]
     run(3, *options)
-    both = read(tmp_path / "naive.jsonl") + read(tmp_path / "sc.jsonl")
+    controlled = read(tmp_path / "sc.jsonl")
+    both = read(tmp_path / "naive.jsonl") + controlled
+    assert any(f"Step {pair['error_step'] + 1}:" in pair["rejected"] for pair in controlled)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TINY / "model")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tyro
 from conftest import ROOT, TINY, read, run, run_killed, serving_code, stage
-from test_code import SAFE
+from test_code import SAFE, killed_with_endless_blocks
 
 
 def recipe(*arguments, **settings):
@@ -52,13 +52,13 @@ def test_quickstart_recipe_end_to_end(tmp_path):
 @pytest.mark.slow
 def test_code_from_problems_to_report(tmp_path, monkeypatch):
     """The bundled model that writes code, by a real server and interpreter, 01 killed once; SCDPO's
-    pairs; an evaluation."""
+    pairs; an evaluation. Then the server is killed, and nothing of it is left."""
     with serving_code(
         TINY / "code", tmp_path / "log", "--engine-args=--max-model-len 1024", *SAFE
-    ) as (url, key, _):
+    ) as (url, key, server):
         monkeypatch.setenv("OPENAI_API_KEY", key)
         code_to_report(url, tmp_path)
-    assert re.search(r"^\d+ executions, \d+ failed", (tmp_path / "log").read_text(), re.M)
+        killed_with_endless_blocks(server, url, key)
 
 
 def code_to_report(url: str, tmp_path: Path):
@@ -177,7 +177,7 @@ def test_ablation(server, tmp_path):
 def test_recipes_look_for_packages_before_sampling(tmp_path, name, package):
     """A Python that has no packages: no stage is begun."""
     (tmp_path / "python").write_text(
-        f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\nexec {sys.executable} -S "$@"\n'
+        f'#!/bin/sh\necho "$@" >>"{tmp_path}/calls"\nexec "{sys.executable}" -S "$@"\n'
     )
     (tmp_path / "python").chmod(0o755)
     environment = os.environ | {
@@ -225,7 +225,7 @@ def small_model(tmp_path, *arguments, **settings):
     shutil.copy(ROOT / "recipes" / "small_model.sh", tmp_path / "recipes")
     (tmp_path / "fake.py").write_text(FAKE_PYTHON)
     (tmp_path / "python").write_text(
-        f'#!/bin/sh\nexec {sys.executable} -S {tmp_path}/fake.py "$@"\n'
+        f'#!/bin/sh\nexec "{sys.executable}" -S "{tmp_path}/fake.py" "$@"\n'
     )
     (tmp_path / "python").chmod(0o755)
     calls = tmp_path / "calls"
@@ -298,6 +298,21 @@ def test_small_model_single_rate(tmp_path):
     assert choose[:2] == ["experiments/small_model.py", "choose"]
     run("small_model", "choose", tmp_path / choose[2], *choose[3:])
     assert (tmp_path / "out" / "dpo.rate").read_text() == "3e-6\n"
+
+
+def test_the_best_rate_is_chosen_and_p_are_corrected(tmp_path):
+    rates = {"1e-6": 0.3, "3e-6": 0.5, "1e-5": 0.4}
+    for rate, accuracy in rates.items():
+        folder = tmp_path / "validation" / f"dpo-{rate}-0"
+        folder.mkdir(parents=True)
+        benchmarks = {"validation": {"models": {folder.name: {"accuracy": accuracy}}}}
+        (folder / "summary.json").write_text(json.dumps({"benchmarks": benchmarks}))
+    run("small_model", "choose", tmp_path, "--method", "dpo", "--rates", *rates)
+    assert (tmp_path / "dpo.rate").read_text() == "3e-6\n"
+    from ablation_table import holm
+
+    adjusted = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
+    assert adjusted == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02})
 
 
 def test_small_model_parts(tmp_path):
