@@ -1425,9 +1425,8 @@ def load_tokenizer(model: str, template: Path | None, switches: str):
         try:
             transformers.utils.cached_file(model, "tokenizer.json")
             tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(model)
-        except (
-            Exception
-        ):  # none: the one that the class above builds loses SentencePiece's first "▁"
+        # none: the one that the class above builds loses SentencePiece's first "▁"
+        except Exception:
             tokenizer = transformers.AutoTokenizer.from_pretrained(model)
         if template:
             tokenizer.chat_template = template.read_text()

@@ -263,6 +263,14 @@ def test_a_prompt_that_is_too_long_is_not_sampled_on():
     assert one.samples_due(args, problem, verdicts) == [2, 3]
 
 
+def test_two_files_with_an_id_in_common(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(GOOD) + "\n")
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    done = run(1, "--data", *files, "--model", TINY / "model", "--out", tmp_path / "o", check=False)
+    assert done.returncode == 2 and "an id in common" in message(done.stderr)
+
+
 def test_adapters_without_a_rank(tmp_path):
     done = run(4, "--lora-save", "adapter", "--out", tmp_path / "out", check=False)
     assert done.returncode == 2 and message(done.stderr).endswith("needs --lora-rank")

@@ -526,6 +526,18 @@ def test_a_judgement_that_was_cut_is_not_read(tmp_path):
     assert step is None and "--judge-max-tokens" in why
 
 
+def test_a_chosen_step_without_a_readable_judgement_does_not_pass(judge, tmp_path):
+    opening = stage(1).OPENING
+    pair = {"id": "a", "prompt": "1 + 1?", "answer": "2", "method": "dpo", "chosen": " 2"}
+    pair |= {"initial_reason_steps": opening, "full_chosen": opening + " 2"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    judge.script = lambda n, body: "Who knows?"
+    arguments = ["--judge-model", "judge", "--retries", 0, "--out", tmp_path / "out.jsonl"]
+    arguments += ["--judge-base-url", f"http://127.0.0.1:{judge.server_port}/v1"]
+    done = run("check_chosen", tmp_path / "pairs.jsonl", *arguments)
+    assert read(tmp_path / "out.jsonl") == [] and "readable judgement 1" in done.stdout
+
+
 def test_the_judge_is_not_asked_about_a_diagram_that_is_not_there(judge, tmp_path):
     """As in the paper's code, unless --missing-diagrams; a diagram in Asymptote code can be
     read."""
