@@ -1026,7 +1026,10 @@ class Output:
         if not meta.get("finished"):  # killed, before it could write how long it took
             self.began -= max(0.0, self.path.stat().st_mtime - self.meta_path.stat().st_mtime)
         self.file.seek(0)  # only now: a file that is not ours keeps its last line
-        self.file.truncate(self.file.read().rfind(b"\n") + 1)
+        data = self.file.read()
+        if not data.endswith(b"\n"):
+            self.file.truncate(data.rfind(b"\n") + 1)
+        del data  # it may have gigabytes
         self.rows = read_rows(self.path, ()) if self.path.stat().st_size else []
         if edited:
             before = {"code": old.get("code"), "prompt": old.get("prompt")}

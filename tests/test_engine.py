@@ -334,7 +334,7 @@ def test_ctrl_c_keeps_the_rows(started, tmp_path):
 
 
 PROCESSBENCH = [sys.executable, "analysis/processbench.py", "--data-dir", "OUT", "--files", "in"]
-PROCESSBENCH += ["--out", "OUT", "--", "--locator", "rollout", "--model", str(TINY / "model")]
+PROCESSBENCH += ["--out", "OUT/out", "--", "--locator", "rollout", "--model", str(TINY / "model")]
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def test_a_stopped_script_takes_its_stage_along(started, command, kind, status, 
     }
     with open(tmp_path / "said.log", "w") as said:
         process = subprocess.Popen(
-            [str(tmp_path) if part == "OUT" else part for part in command],
+            [part.replace("OUT", str(tmp_path)) for part in command],
             cwd=ROOT,
             env=environment,
             stdout=said,

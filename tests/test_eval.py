@@ -694,8 +694,8 @@ def test_regrade_writes_the_whole_report(tmp_path):
         60 * f["accuracy"]
     )
     text = (tmp_path / "report.md").read_text()
-    [line] = [line for line in text.split("\n") if line.startswith("| sums (60) | tuned | ")][:1]
-    assert line.split(" | ")[5] == f"{len(f['won'])} / {len(f['lost'])}"
+    first = next(cells for cells in text.split("\n") if cells.startswith("| sums (60) | tuned | "))
+    assert first.split(" | ")[5] == f"{len(f['won'])} / {len(f['lost'])}"
     assert "sums by level" in text
     assert "power 80 %" in text
     assert f"`python analysis/report.py {tmp_path}`" in text
