@@ -16,7 +16,7 @@ job=; run() { set -m; "$@" & job=$!; set +m; wait $job; }
 trap 'kill -TERM -- -$job 2>/dev/null || true; wait; exit 130' INT TERM HUP
 # before hours of sampling: what the training needs
 python -c "import importlib.util as u, sys; sys.exit(u.find_spec('deepspeed') is None)" || { echo "$0 needs deepspeed: pip install deepspeed" >&2; exit 2; }
-# minutes that the other processes wait while the first one writes 145 GB; DeepSpeed's 10 would end the run
+# minutes that the other processes wait while the first one writes 145 GB; DeepSpeed's 10 may end the run
 export DEEPSPEED_TIMEOUT=${DEEPSPEED_TIMEOUT:-120}
 MODEL=${MODEL:-Qwen/Qwen2-72B-Instruct} OUT=${OUT:-runs/step_dpo_72b} BETA=${BETA:-0.5}
 SERVE="--engine-args=--tensor-parallel-size 8 --max-model-len 4096"

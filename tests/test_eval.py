@@ -386,7 +386,9 @@ def test_files_of_a_folder(tmp_path, capsys):
     )
     assert by_id["test/prealgebra/224.json"] == "-34 + 12x"
     assert by_id["test/intermediate_algebra/702.json"].count(",") == 1
-    assert {row["dataset"] for row in read(tmp_path / "math_test.jsonl")} == {"math"}
+    rows = read(tmp_path / "math_test.jsonl")
+    assert {row["dataset"] for row in rows} == {"math"}
+    assert len({row["id"].split("/")[1] for row in rows[:100]}) == 7, "--limit takes all subjects"
 
 
 def test_a_file_that_is_there_is_not_made_again(tmp_path, capsys):
@@ -507,7 +509,9 @@ def test_regrading_keeps_its_lock_until_the_file_is_replaced(tmp_path, monkeypat
 
 
 def test_golds_of_math_that_the_last_box_does_not_give():
-    """test/prealgebra/177 boxes another number last, train/number_theory/837 two forms."""
+    """test/prealgebra/177 boxes another number last, train/number_theory/837 two forms; of two foci
+    the last box is one."""
+    foci = "Find the coordinates of one of the foci. (Enter only one of the foci, not both.)"
     divisors = r"Let $\boxed{N}$ mean the number of whole number divisors of $N$. Find \boxed{20}."
     midnight = "The time right now is exactly midnight. What time will it be in 1234 minutes?"
     twice = r"in $1234$ minutes it is $\boxed{20\!:\!34}$ or $\boxed{8\!:\!34 \text{ p.m.}}$."
@@ -515,6 +519,7 @@ def test_golds_of_math_that_the_last_box_does_not_give():
         (divisors, r"Finally, $\boxed{12}=6$.", "6"),
         (midnight, twice, r"8\!:\!34 \text{ p.m.}"),
         ("What is 1 + 1?", r"It is $\boxed{2}$.", "2"),
+        (foci, r"They are $\boxed{(10,0)}$ and $\boxed{(0,0)}$.", "(0,0)"),
     ):
         row = {"problem": problem, "solution": solution, "level": "Level 1", "type": "Algebra"}
         assert download.our_fields("math", row)["answer"] == answer
@@ -909,6 +914,13 @@ def test_a_vote_is_for_what_the_verdict_reads(response, finish_reason, reads):
     judged = [regrade.judged_by(verdict, graded) for verdict in regrade.VERDICTS]
     assert tuple(row["prediction"] for row in judged) == reads
     assert not any(row["correct"] for row in judged)
+
+
+def test_a_problem_with_another_sign_is_not_the_same():
+    from contamination import whole_of
+
+    assert whole_of("Solve $z^4 + 1 = 0$.") == whole_of("Solve $z^4+1=0$")
+    assert whole_of("Solve $z^4 + 1 = 0$.") != whole_of("Solve $z^4 - 1 = 0$.")
 
 
 def test_chinese_overlaps_begin_at_any_character():
