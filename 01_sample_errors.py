@@ -36,6 +36,7 @@ import math
 import multiprocessing
 import os
 import re
+import resource
 import secrets
 import shlex
 import subprocess
@@ -187,11 +188,18 @@ async def sample_all(args: Args, problems: list[dict], tokenizer, output: Output
     }
 
 
+# A right solution that corrects itself on the way; NameError, too, which code prints
+SECOND_THOUGHTS = re.compile(r"\b\w*errors?\b|\bapolog\w+|抱歉", re.I)
+
+
 def verdict_of(row: dict) -> bool | str | None:
-    """A sample without an answer is neither right nor wrong; "refused": the prompt is too long."""
+    """A sample without an answer is neither right nor wrong, nor is a right one that 03 leaves out;
+    "refused": the prompt is too long."""
     if row["finish_reason"] == "refused":
         return "refused"
-    return None if row["prediction"] is None else row["correct"]
+    if row["prediction"] is None or row["correct"] and SECOND_THOUGHTS.search(row["response"]):
+        return None
+    return row["correct"]
 
 
 def summarize(problems: list[dict], rows: list[dict]) -> dict:
@@ -200,7 +208,7 @@ def summarize(problems: list[dict], rows: list[dict]) -> dict:
     rows = [row for row in rows if row["id"] in verdicts]
     for row in rows:
         verdicts[row["id"]].add(verdict_of(row))
-    solved = sum(True in of_problem for of_problem in verdicts.values())
+    solved = len({row["id"] for row in rows if row["correct"]})
     ends = [row["finish_reason"] for row in rows]
     unfinished = sum(end in ("length", "rounds", "execution") for end in ends)
     unparsable = sum(row["finish_reason"] == "stop" and row["prediction"] is None for row in rows)
@@ -213,7 +221,7 @@ def summarize(problems: list[dict], rows: list[dict]) -> dict:
         "unfinished": f"{unfinished / len(rows):.1%}",
         "unparsable": f"{unparsable / len(rows):.1%}",
         "of one step": f"{sum(len(row['steps']) == 1 for row in rows) / len(rows):.1%}",
-        "too long a prompt": f"{ends.count('refused') / len(rows):.1%}",
+        "refused prompt": f"{ends.count('refused') / len(rows):.1%}",
     }
 
 
@@ -227,9 +235,8 @@ def main(args: Args):
     problems = [row for path in args.data for row in load_problems(path)]
     if len({row["id"] for row in problems}) < len(problems):
         stop("--data: two files have an id in common; make the ids unique")
-    tokenizer = load_tokenizer(
-        args.tokenizer or args.model, args.chat_template, args.chat_template_kwargs
-    )
+    template = args.chat_template, args.chat_template_kwargs
+    tokenizer = load_tokenizer(args.tokenizer or args.model, *template)
     options = ("opening", "split", "temperature", "top_p", "max_tokens", "seed")
     settings = {
         "stage": "01_sample_errors",
@@ -279,15 +286,11 @@ KINDS = {  # what a field that a stage asks for must be
 def read_row(line: str, fields: tuple[str, ...], place: str) -> dict:
     """The object in a line; `place` names it in messages."""
     try:
-        row = json.loads(line)
-        if "\\u" in line:
+        row = {**json.loads(line)}
+        if "\\u" in line:  # a lone surrogate: no tokenizer and no file takes it
             json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:  # a lone surrogate: no tokenizer and no file takes it
-        stop(f"{place}: {error.object[error.start]!a} is half a character; write it whole")
-    except (ValueError, RecursionError) as error:
-        stop(f"{place}: not JSON ({error}); every line must be one object")
-    if not isinstance(row, dict):
-        stop(f"{place}: {type(row).__name__} instead of an object such as {{...}}")
+    except (ValueError, TypeError, RecursionError) as error:
+        stop(f"{place}: not JSON, half a character, or a value instead of an object ({error})")
     for field in fields:
         value = row.get(field)
         if value in (None, ""):
@@ -331,8 +334,7 @@ def lock(file, path: Path):
     except BlockingIOError:
         stop(f"{path}: another process is writing it; let it end, or give another --out")
     except OSError as error:
-        problem = f"the file system of --out has no locks ({error.strerror})"
-        print(f"warning: {problem}; start no second process with it", file=sys.stderr)
+        print(f"warning: the disk of {path} has no locks ({error.strerror})", file=sys.stderr)
 
 
 def save(path: Path, text: str):
@@ -342,8 +344,7 @@ def save(path: Path, text: str):
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
         stop(f"{path}: cannot be written ({error.strerror}); make room and run the same command")
 
 
@@ -504,11 +505,8 @@ def code_versions() -> dict:
 
 def file_hashes(*paths: Path | None) -> dict[str, str]:
     """Sixteen hex digits of what each file holds, by its path."""
-    hashes = {}
-    for path in filter(None, paths):
-        with open(path, "rb") as file:
-            hashes[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    return hashes
+    digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return {str(path): digest(path) for path in paths if path}
 
 
 def load_problems(path: Path) -> list[dict]:
@@ -1049,6 +1047,7 @@ TOO_LONG = re.compile(
     r"context (?:length|size)|max_model_len|too long|longer than"
     r"|maximum (?:input|model|allowed) length"
     r"|at least 1, got 0"  # vLLM's server, of a prompt that fills its context
+    r"|content.(?:filter|management)|invalid_prompt"  # an API does not take this one
 )
 
 
@@ -1188,7 +1187,8 @@ class Engine:
         except Exception as error:
             if TOO_LONG.search(str(error)):
                 return [REFUSED] * n
-            reason = " ".join(str(error).split())[:300]
+            # that of replicas has no words, only a cause
+            reason = " ".join(repr(error.__cause__ or error).split())[:300]
             stop(f"vLLM has failed ({reason}); run the same command to resume")
         made = reply.outputs  # in the order of their index
         completions = [REFUSED | {"text": o.text, "finish_reason": o.finish_reason} for o in made]
@@ -1204,11 +1204,10 @@ class Engine:
             self.stepping = loop.create_task(self.step())
         try:
             return await self.waiting[identity]
-        except BaseException:  # it was cancelled, or a step failed
-            self.vllm.abort_request([identity])
-            raise
         finally:
             del self.waiting[identity]
+            # it may have been cancelled, or a step failed; nothing where it is finished
+            self.vllm.abort_request([identity])
 
     async def step(self):
         """Step until no request is left. An error is passed to every waiting request: without it
@@ -1262,9 +1261,11 @@ async def engine(args, model: str, rows: int):
 
 def in_flight(args, generate, requests: int = 1) -> int:
     """Items to work on at a time, of so many requests each: --concurrency, or half as many again as
-    the engine has seats, so that none is empty while answers are graded. A server's seats are not
-    known: 512 requests."""
-    seats = 1.5 * generate.seats if hasattr(generate, "seats") else 512
+    the engine has seats, so that none is empty while answers are graded; three times as many where
+    an item's place stays taken until its longest request ends. A server's seats are not known: 512
+    requests."""
+    share = 1.5 if requests == 1 else 3
+    seats = share * generate.seats if hasattr(generate, "seats") else 512
     return args.concurrency or math.ceil(seats / requests)
 
 
@@ -1282,7 +1283,9 @@ def connect(url: str, model: str, key_name: str, timeout: float = 3600.0, code: 
         stop(f"model {model}: the server has {', '.join(owners) or 'no model'}; name one of them")
     if code and owners[model] != "code_server":
         stop(f"--base-url {url}: runs no code, as --split blocks needs; see serving/code_server.py")
-    # with its 1,000 a larger --concurrency would wait
+    # a request has a socket; a larger --concurrency than the usual 1,024, or openai's 1,000, fails
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     openai.DEFAULT_CONNECTION_LIMITS.max_connections = None
     return openai.AsyncOpenAI(**server, max_retries=8, timeout=timeout)
 
@@ -1349,9 +1352,7 @@ async def complete(client, model: str, prompt, seed: int, n: int = 1, **sampling
             reason = f"{error.__class__.__name__}: {str(error)[:200]}"
             stop(f"the server does not answer ({reason}); run the same command to resume")
         await asyncio.sleep(pause)
-    stop(
-        f"the server does not answer with completions ({bad_reply}); run the same command to resume"
-    )
+    stop(f"the server does not answer with completions ({bad_reply}); run the same command")
 
 
 async def run_all(items: list, work, concurrency: int, label: str):

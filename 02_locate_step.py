@@ -52,6 +52,7 @@ import math
 import multiprocessing
 import os
 import re
+import resource
 import secrets
 import shlex
 import subprocess
@@ -463,11 +464,8 @@ async def judge(args):
     async with engine(local, args.judge_model, rows=0) as generate:
 
         def ask(messages: list[dict], seed: int, **sampling_params):
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-            prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
-            return generate(prompt, seed, **sampling_params)
+            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+            return generate(prompt["input_ids"], seed, **sampling_params)
 
         yield ask, in_flight(args, generate)
 
@@ -487,7 +485,7 @@ async def judge_once(
             if reply["finish_reason"] != "stop":
                 raise ValueError(
                     f"it ended by {reply['finish_reason']} (length: raise --judge-max-tokens; "
-                    "refused: the prompt is too long)"
+                    "refused: the prompt is too long, or not allowed)"
                 )
             step = first_error(reply["text"], len(row["steps"]), args.neutral)
             return step, reply["text"], ""
@@ -539,15 +537,11 @@ def check_scores(path: Path, samples: list[dict]):
     """Stop where `step_scores` is neither null nor a list with a number for each step."""
     for row in samples:
         scores = row.get("step_scores", ())
-        if scores is None:
-            continue
-        fits = isinstance(scores, list | tuple) and len(scores) == len(row["steps"])
+        fits = isinstance(scores, list) and len(scores) == len(row["steps"])
         numbers = fits and all(type(s) in (int, float) and not math.isnan(s) for s in scores)
-        if not numbers or "step_scores" not in row:
-            stop(
-                f"{path}: {row['id']}, sample {row['sample']}: no 'step_scores' with a number for "
-                "each step; analysis/score_steps.py makes them"
-            )
+        if not numbers and scores is not None:
+            place = f"{path}: {row['id']}, sample {row['sample']}"
+            stop(f"{place}: no 'step_scores' with a number a step; see analysis/score_steps.py")
 
 
 def by_scores(row: dict, threshold: float) -> dict:
@@ -570,15 +564,9 @@ def read_samples(path: Path, fields: tuple[str, ...], args) -> list[dict]:
         if problems.setdefault(row["id"], row["problem"]) != row["problem"]:
             stop(f"{path}, row {number}: an earlier row has another problem with id {row['id']!r}")
         if places.setdefault((row["id"], row["sample"]), number) != number:
-            stop(
-                f"{path}, row {number}: an earlier row has the same id and sample; leave one out, "
-                "or give the samples of a problem different numbers"
-            )
+            stop(f"{path}, row {number}: an earlier row has the same id and sample; leave one out")
         if split_steps("".join(row["steps"]), args.split, args.opening) != row["steps"]:
-            stop(
-                f"{path}, row {number}: its steps are not those of --split {args.split}; "
-                "give --split, --opening and STEP as 01 had"
-            )
+            stop(f"{path}, row {number}: other steps; give --split, --opening and STEP as 01 had")
     return rows
 
 
@@ -604,10 +592,8 @@ def check_input(path: Path, settings: dict, accept_edit: bool) -> dict:
     ours = source_hashes(tuple(theirs))  # also what this stage does not use: it reads verdicts
     edited = [name for name in sorted(theirs.keys() & ours) if theirs[name] != ours[name]]
     if edited and not accept_edit:
-        stop(
-            f"{path} was made with another {', '.join(edited[:6])} than {Path(__file__).name} has; "
-            "make it anew, give both the same, or add --accept-edit"
-        )
+        edit = f"{', '.join(edited[:6])} than {Path(__file__).name} has"
+        stop(f"{path} was made with another {edit}; make it anew, or add --accept-edit")
     passed_on = {name: made[name] for name in FORMAT if name in made}
     for name, old in passed_on.items():  # the opening first: another one makes another prompt
         is_accepted = name == "prompt" and accept_edit
@@ -641,10 +627,7 @@ def load_samples(args: Args) -> tuple[list[dict], dict[str, list[int]], list[dic
         if wanted:
             rows.append(row)
     if not rows:
-        stop(
-            f"{args.samples}: none of its {len(samples)} samples is wrong; "
-            "sample more problems, or harder ones"
-        )
+        stop(f"{args.samples}: none of its {len(samples)} samples is wrong; sample more problems")
     return rows[: args.limit], counts, samples
 
 
@@ -654,10 +637,8 @@ def check_rows(path: Path, old: list[dict], source: Path, rows: list[dict], *fie
     for row in old:
         for field in fields:
             if field in row and row[field] != now.get(identity(row), row).get(field):
-                stop(
-                    f"{path} holds another {field!r} of {row['id']}, sample {row['sample']}, than "
-                    f"{source}; give another file"
-                )
+                place = f"{row['id']}, sample {row['sample']}, than {source}"
+                stop(f"{path} holds another {field!r} of {place}; give another file")
 
 
 ROLLOUT_INPUT = ("problem", "answer", "steps")  # what rollouts and their verdicts depend on
@@ -718,9 +699,7 @@ SETTINGS = {  # the options that a row depends on
     "rollout": (
         "temperature top_p max_tokens rollouts alpha give_up linear all_rollouts opening split"
     ),
-    "judge": (
-        "judge_model judge_temperature judge_max_tokens neutral votes retries missing_diagrams"
-    ),
+    "judge": "judge_temperature judge_max_tokens neutral votes retries missing_diagrams",
     "scores": "threshold",
 }
 
@@ -755,9 +734,8 @@ def main(args: Args):
     }
     tokenizer = None
     if args.locator == "rollout":
-        tokenizer = load_tokenizer(
-            args.tokenizer or args.model, args.chat_template, args.chat_template_kwargs
-        )
+        template = args.chat_template, args.chat_template_kwargs
+        tokenizer = load_tokenizer(args.tokenizer or args.model, *template)
         prompt = render_prompt(tokenizer, PROBE, args.opening)
         settings.update(NEUTRAL, model=model_id(args.model), prompt=prompt)
         tried = sum(count[1] for count in counts.values())
@@ -843,6 +821,7 @@ TOO_LONG = re.compile(
     r"context (?:length|size)|max_model_len|too long|longer than"
     r"|maximum (?:input|model|allowed) length"
     r"|at least 1, got 0"  # vLLM's server, of a prompt that fills its context
+    r"|content.(?:filter|management)|invalid_prompt"  # an API does not take this one
 )
 
 
@@ -877,15 +856,11 @@ KINDS = {  # what a field that a stage asks for must be
 def read_row(line: str, fields: tuple[str, ...], place: str) -> dict:
     """The object in a line; `place` names it in messages."""
     try:
-        row = json.loads(line)
-        if "\\u" in line:
+        row = {**json.loads(line)}
+        if "\\u" in line:  # a lone surrogate: no tokenizer and no file takes it
             json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:  # a lone surrogate: no tokenizer and no file takes it
-        stop(f"{place}: {error.object[error.start]!a} is half a character; write it whole")
-    except (ValueError, RecursionError) as error:
-        stop(f"{place}: not JSON ({error}); every line must be one object")
-    if not isinstance(row, dict):
-        stop(f"{place}: {type(row).__name__} instead of an object such as {{...}}")
+    except (ValueError, TypeError, RecursionError) as error:
+        stop(f"{place}: not JSON, half a character, or a value instead of an object ({error})")
     for field in fields:
         value = row.get(field)
         if value in (None, ""):
@@ -932,8 +907,7 @@ def lock(file, path: Path):
     except BlockingIOError:
         stop(f"{path}: another process is writing it; let it end, or give another --out")
     except OSError as error:
-        problem = f"the file system of --out has no locks ({error.strerror})"
-        print(f"warning: {problem}; start no second process with it", file=sys.stderr)
+        print(f"warning: the disk of {path} has no locks ({error.strerror})", file=sys.stderr)
 
 
 # Copied from 01_sample_errors.py
@@ -944,8 +918,7 @@ def save(path: Path, text: str):
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
         stop(f"{path}: cannot be written ({error.strerror}); make room and run the same command")
 
 
@@ -1100,11 +1073,8 @@ def code_versions() -> dict:
 # Copied from 01_sample_errors.py
 def file_hashes(*paths: Path | None) -> dict[str, str]:
     """Sixteen hex digits of what each file holds, by its path."""
-    hashes = {}
-    for path in filter(None, paths):
-        with open(path, "rb") as file:
-            hashes[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    return hashes
+    digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return {str(path): digest(path) for path in paths if path}
 
 
 # Copied from 01_sample_errors.py
@@ -1786,7 +1756,8 @@ class Engine:
         except Exception as error:
             if TOO_LONG.search(str(error)):
                 return [REFUSED] * n
-            reason = " ".join(str(error).split())[:300]
+            # that of replicas has no words, only a cause
+            reason = " ".join(repr(error.__cause__ or error).split())[:300]
             stop(f"vLLM has failed ({reason}); run the same command to resume")
         made = reply.outputs  # in the order of their index
         completions = [REFUSED | {"text": o.text, "finish_reason": o.finish_reason} for o in made]
@@ -1802,11 +1773,10 @@ class Engine:
             self.stepping = loop.create_task(self.step())
         try:
             return await self.waiting[identity]
-        except BaseException:  # it was cancelled, or a step failed
-            self.vllm.abort_request([identity])
-            raise
         finally:
             del self.waiting[identity]
+            # it may have been cancelled, or a step failed; nothing where it is finished
+            self.vllm.abort_request([identity])
 
     async def step(self):
         """Step until no request is left. An error is passed to every waiting request: without it
@@ -1863,9 +1833,11 @@ async def engine(args, model: str, rows: int):
 # Copied from 01_sample_errors.py
 def in_flight(args, generate, requests: int = 1) -> int:
     """Items to work on at a time, of so many requests each: --concurrency, or half as many again as
-    the engine has seats, so that none is empty while answers are graded. A server's seats are not
-    known: 512 requests."""
-    seats = 1.5 * generate.seats if hasattr(generate, "seats") else 512
+    the engine has seats, so that none is empty while answers are graded; three times as many where
+    an item's place stays taken until its longest request ends. A server's seats are not known: 512
+    requests."""
+    share = 1.5 if requests == 1 else 3
+    seats = share * generate.seats if hasattr(generate, "seats") else 512
     return args.concurrency or math.ceil(seats / requests)
 
 
@@ -1884,7 +1856,9 @@ def connect(url: str, model: str, key_name: str, timeout: float = 3600.0, code: 
         stop(f"model {model}: the server has {', '.join(owners) or 'no model'}; name one of them")
     if code and owners[model] != "code_server":
         stop(f"--base-url {url}: runs no code, as --split blocks needs; see serving/code_server.py")
-    # with its 1,000 a larger --concurrency would wait
+    # a request has a socket; a larger --concurrency than the usual 1,024, or openai's 1,000, fails
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     openai.DEFAULT_CONNECTION_LIMITS.max_connections = None
     return openai.AsyncOpenAI(**server, max_retries=8, timeout=timeout)
 
@@ -1954,9 +1928,7 @@ async def complete(client, model: str, prompt, seed: int, n: int = 1, **sampling
             reason = f"{error.__class__.__name__}: {str(error)[:200]}"
             stop(f"the server does not answer ({reason}); run the same command to resume")
         await asyncio.sleep(pause)
-    stop(
-        f"the server does not answer with completions ({bad_reply}); run the same command to resume"
-    )
+    stop(f"the server does not answer with completions ({bad_reply}); run the same command")
 
 
 # Copied from 01_sample_errors.py
@@ -1980,7 +1952,5 @@ if __name__ == "__main__":
         description = __doc__.split("\n\nInput")[0] + "\n\n" + " ".join(Args.__doc__.split())
         main(tyro.cli(Args, description=description))
     except KeyboardInterrupt:
-        print(
-            "interrupted; the rows so far are kept, run the same command to resume", file=sys.stderr
-        )
+        print("interrupted; run the same command to resume", file=sys.stderr)
         raise SystemExit(130) from None

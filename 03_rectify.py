@@ -46,6 +46,7 @@ import math
 import multiprocessing
 import os
 import re
+import resource
 import secrets
 import shlex
 import subprocess
@@ -433,6 +434,7 @@ def pair_up(args: Args, rows: list[dict]) -> tuple[list[dict], Counter]:
     return pairs, counts
 
 
+# Copied from 01_sample_errors.py
 # A right solution that corrects itself on the way; NameError, too, which code prints
 SECOND_THOUGHTS = re.compile(r"\b\w*errors?\b|\bapolog\w+|抱歉", re.I)
 
@@ -470,8 +472,6 @@ METHODS = {  # of each its input, and the options that it alone heeds
     "scdpo": ("samples", *SCDPO),
     "dpo": ("samples", "pairs_per_problem"),
 }
-# files: of these each problem's rows are compared, in main()
-INPUTS = ("located", "samples", "rollouts")
 
 
 async def make_all(
@@ -507,8 +507,19 @@ async def make_all(
             row = {"id": rows[0]["id"], "input": input_hash(rows, rollouts)}
             tries.write({**row, "count": dict(counts), "pairs": pairs})
 
-        requests = args.n if args.method == "step-dpo" else 1
-        await run_all(todo, work, in_flight(args, generate, requests), args.method)
+        await run_all(todo, work, in_flight(args, generate, requests_of(args, todo)), args.method)
+
+
+def requests_of(args: Args, todo: list[list[dict]]) -> int:
+    """Requests of a problem at a time. SCDPO's are counted twice: from each start one follows the
+    other, and the cache has no room for the prefixes of many."""
+    if args.method != "scdpo":
+        return args.n if args.method == "step-dpo" else 1
+    starts = 0
+    for rows in todo:
+        right = [row for row in rows if row["correct"]][: args.solutions_per_problem or None]
+        starts += sum(len(row["steps"]) - 1 if args.every_step else 1 for row in right)
+    return 2 * max(1, round(starts / max(1, len(todo))))
 
 
 def load_input(args: Args) -> dict[str, list[dict]]:
@@ -552,10 +563,8 @@ def load_rollouts(args: Args, settings: dict, problems: dict) -> dict[tuple, dic
     for row in rows:
         now = located.get((row["id"], row["sample"]), row)
         if any(row[name] != now[name] for name in ("answer", "steps") if name in row):
-            stop(
-                f"{args.rollouts} continues another sample {row['sample']} of {row['id']} than "
-                f"{args.located} has; leave --rollouts out, or make both with one run of 02"
-            )
+            other = f"another sample {row['sample']} of {row['id']} than {args.located} has"
+            stop(f"{args.rollouts} continues {other}; make both with one run of 02")
     return {(row["id"], row["sample"]): row["rollouts"] for row in rows}
 
 
@@ -613,15 +622,15 @@ def main(args: Args):
     if args.out.exists() and args.out.stat().st_size and not tries_path.exists():
         stop(f"{args.out} is there, but not {tries_path}, which says how; give another --out")
     began, problems = time.time(), load_input(args)
-    options = [name for name in METHODS[args.method] if name not in INPUTS]
+    # without the files, of which each problem's rows are compared, below
+    options = [name for name in METHODS[args.method][1:] if name != "rollouts"]
     settings = {"stage": "03_rectify", "code": source_hashes(ROW_CODE[args.method])}
     names = ("method", "seed", "opening", "split", *options)
     settings |= {name: getattr(args, name) for name in names}
     tokenizer, model = None, args.rectifier or args.model
     if args.method != "dpo":
-        tokenizer = load_tokenizer(
-            args.tokenizer or model, args.chat_template, args.chat_template_kwargs
-        )
+        template = args.chat_template, args.chat_template_kwargs
+        tokenizer = load_tokenizer(args.tokenizer or model, *template)
         settings.update(top_p=args.top_p, max_tokens=args.max_tokens, **NEUTRAL)
         settings["model"] = model_id(model)
         settings["prompt"] = render_prompt(tokenizer, PROBE, args.opening)
@@ -678,6 +687,7 @@ TOO_LONG = re.compile(
     r"context (?:length|size)|max_model_len|too long|longer than"
     r"|maximum (?:input|model|allowed) length"
     r"|at least 1, got 0"  # vLLM's server, of a prompt that fills its context
+    r"|content.(?:filter|management)|invalid_prompt"  # an API does not take this one
 )
 
 
@@ -712,15 +722,11 @@ KINDS = {  # what a field that a stage asks for must be
 def read_row(line: str, fields: tuple[str, ...], place: str) -> dict:
     """The object in a line; `place` names it in messages."""
     try:
-        row = json.loads(line)
-        if "\\u" in line:
+        row = {**json.loads(line)}
+        if "\\u" in line:  # a lone surrogate: no tokenizer and no file takes it
             json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:  # a lone surrogate: no tokenizer and no file takes it
-        stop(f"{place}: {error.object[error.start]!a} is half a character; write it whole")
-    except (ValueError, RecursionError) as error:
-        stop(f"{place}: not JSON ({error}); every line must be one object")
-    if not isinstance(row, dict):
-        stop(f"{place}: {type(row).__name__} instead of an object such as {{...}}")
+    except (ValueError, TypeError, RecursionError) as error:
+        stop(f"{place}: not JSON, half a character, or a value instead of an object ({error})")
     for field in fields:
         value = row.get(field)
         if value in (None, ""):
@@ -767,8 +773,7 @@ def lock(file, path: Path):
     except BlockingIOError:
         stop(f"{path}: another process is writing it; let it end, or give another --out")
     except OSError as error:
-        problem = f"the file system of --out has no locks ({error.strerror})"
-        print(f"warning: {problem}; start no second process with it", file=sys.stderr)
+        print(f"warning: the disk of {path} has no locks ({error.strerror})", file=sys.stderr)
 
 
 # Copied from 01_sample_errors.py
@@ -779,8 +784,7 @@ def save(path: Path, text: str):
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
         stop(f"{path}: cannot be written ({error.strerror}); make room and run the same command")
 
 
@@ -935,11 +939,8 @@ def code_versions() -> dict:
 # Copied from 01_sample_errors.py
 def file_hashes(*paths: Path | None) -> dict[str, str]:
     """Sixteen hex digits of what each file holds, by its path."""
-    hashes = {}
-    for path in filter(None, paths):
-        with open(path, "rb") as file:
-            hashes[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    return hashes
+    digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return {str(path): digest(path) for path in paths if path}
 
 
 # Copied from 01_sample_errors.py
@@ -1621,7 +1622,8 @@ class Engine:
         except Exception as error:
             if TOO_LONG.search(str(error)):
                 return [REFUSED] * n
-            reason = " ".join(str(error).split())[:300]
+            # that of replicas has no words, only a cause
+            reason = " ".join(repr(error.__cause__ or error).split())[:300]
             stop(f"vLLM has failed ({reason}); run the same command to resume")
         made = reply.outputs  # in the order of their index
         completions = [REFUSED | {"text": o.text, "finish_reason": o.finish_reason} for o in made]
@@ -1637,11 +1639,10 @@ class Engine:
             self.stepping = loop.create_task(self.step())
         try:
             return await self.waiting[identity]
-        except BaseException:  # it was cancelled, or a step failed
-            self.vllm.abort_request([identity])
-            raise
         finally:
             del self.waiting[identity]
+            # it may have been cancelled, or a step failed; nothing where it is finished
+            self.vllm.abort_request([identity])
 
     async def step(self):
         """Step until no request is left. An error is passed to every waiting request: without it
@@ -1698,9 +1699,11 @@ async def engine(args, model: str, rows: int):
 # Copied from 01_sample_errors.py
 def in_flight(args, generate, requests: int = 1) -> int:
     """Items to work on at a time, of so many requests each: --concurrency, or half as many again as
-    the engine has seats, so that none is empty while answers are graded. A server's seats are not
-    known: 512 requests."""
-    seats = 1.5 * generate.seats if hasattr(generate, "seats") else 512
+    the engine has seats, so that none is empty while answers are graded; three times as many where
+    an item's place stays taken until its longest request ends. A server's seats are not known: 512
+    requests."""
+    share = 1.5 if requests == 1 else 3
+    seats = share * generate.seats if hasattr(generate, "seats") else 512
     return args.concurrency or math.ceil(seats / requests)
 
 
@@ -1719,7 +1722,9 @@ def connect(url: str, model: str, key_name: str, timeout: float = 3600.0, code: 
         stop(f"model {model}: the server has {', '.join(owners) or 'no model'}; name one of them")
     if code and owners[model] != "code_server":
         stop(f"--base-url {url}: runs no code, as --split blocks needs; see serving/code_server.py")
-    # with its 1,000 a larger --concurrency would wait
+    # a request has a socket; a larger --concurrency than the usual 1,024, or openai's 1,000, fails
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     openai.DEFAULT_CONNECTION_LIMITS.max_connections = None
     return openai.AsyncOpenAI(**server, max_retries=8, timeout=timeout)
 
@@ -1789,9 +1794,7 @@ async def complete(client, model: str, prompt, seed: int, n: int = 1, **sampling
             reason = f"{error.__class__.__name__}: {str(error)[:200]}"
             stop(f"the server does not answer ({reason}); run the same command to resume")
         await asyncio.sleep(pause)
-    stop(
-        f"the server does not answer with completions ({bad_reply}); run the same command to resume"
-    )
+    stop(f"the server does not answer with completions ({bad_reply}); run the same command")
 
 
 # Copied from 01_sample_errors.py
@@ -1845,10 +1848,8 @@ def check_input(path: Path, settings: dict, accept_edit: bool) -> dict:
     ours = source_hashes(tuple(theirs))  # also what this stage does not use: it reads verdicts
     edited = [name for name in sorted(theirs.keys() & ours) if theirs[name] != ours[name]]
     if edited and not accept_edit:
-        stop(
-            f"{path} was made with another {', '.join(edited[:6])} than {Path(__file__).name} has; "
-            "make it anew, give both the same, or add --accept-edit"
-        )
+        edit = f"{', '.join(edited[:6])} than {Path(__file__).name} has"
+        stop(f"{path} was made with another {edit}; make it anew, or add --accept-edit")
     passed_on = {name: made[name] for name in FORMAT if name in made}
     for name, old in passed_on.items():  # the opening first: another one makes another prompt
         is_accepted = name == "prompt" and accept_edit
@@ -1867,15 +1868,9 @@ def read_samples(path: Path, fields: tuple[str, ...], args) -> list[dict]:
         if problems.setdefault(row["id"], row["problem"]) != row["problem"]:
             stop(f"{path}, row {number}: an earlier row has another problem with id {row['id']!r}")
         if places.setdefault((row["id"], row["sample"]), number) != number:
-            stop(
-                f"{path}, row {number}: an earlier row has the same id and sample; leave one out, "
-                "or give the samples of a problem different numbers"
-            )
+            stop(f"{path}, row {number}: an earlier row has the same id and sample; leave one out")
         if split_steps("".join(row["steps"]), args.split, args.opening) != row["steps"]:
-            stop(
-                f"{path}, row {number}: its steps are not those of --split {args.split}; "
-                "give --split, --opening and STEP as 01 had"
-            )
+            stop(f"{path}, row {number}: other steps; give --split, --opening and STEP as 01 had")
     return rows
 
 
@@ -1884,7 +1879,5 @@ if __name__ == "__main__":
         description = __doc__.split("\n\nInput")[0] + "\n\n" + " ".join(Args.__doc__.split())
         main(tyro.cli(Args, description=description))
     except KeyboardInterrupt:
-        print(
-            "interrupted; the rows so far are kept, run the same command to resume", file=sys.stderr
-        )
+        print("interrupted; run the same command to resume", file=sys.stderr)
         raise SystemExit(130) from None

@@ -11,7 +11,7 @@ Step-DPO (arXiv 2406.18629, Eq. 2).
     ... --data xinlai/Math-Step-DPO-10K --sides full
     # the paper's SFT stage
     ... --objective sft --data data/samples.jsonl --model Qwen/Qwen2-7B --lr 5e-6 --epochs 3 \\
-        --batch-size 256 --schedule linear --warmup 0.03
+        --batch-size 256 --schedule linear --warmup 0.03 --max-length 2048
 
 Input, a line a pair (the schema of xinlai/Math-Step-DPO-10K; numbers in other fields are
 dpo_loss()'s to use):
@@ -52,6 +52,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import ctypes
 import fcntl
 import functools
@@ -70,7 +71,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
-from decimal import Decimal
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -80,11 +81,12 @@ import torch
 import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.initialization import no_init_weights
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file
 
@@ -396,10 +398,7 @@ def check(step: int, metrics: dict[str, float], pairs: Pairs, batch: list[int], 
         elif abs(loss_if_equal - math.log(2)) > 1e-3:
             warn(f"first loss: {loss_if_equal:.4f} and not ln 2 = 0.6931: dpo_loss() was edited")
     if metrics.get("chosen_reward", 0.0) < -CHOSEN_DROP * args.beta:
-        warn(
-            f"chosen suffixes: by more than {CHOSEN_DROP} nats less likely than under the "
-            "reference; lower --lr"
-        )
+        warn(f"chosen suffixes: over {CHOSEN_DROP} nats less likely than at first; lower --lr")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -489,10 +488,8 @@ def check_prompt(args: Args, tokenizer):
             continue  # not a file of 01 or 03, or made by another model
         prompt = render_prompt(tokenizer, PROBE, made["opening"])
         if prompt != made["prompt"]:
-            stop(
-                f"{name} was made with {difference('prompt', made['prompt'], prompt)}; "
-                "give both the same USER_TURN and --chat-template, or add --accept-edit"
-            )
+            change = difference("prompt", made["prompt"], prompt)
+            stop(f"{name} was made with {change}; give both the same, or add --accept-edit")
 
 
 def start_accelerate(args: Args) -> Accelerator:
@@ -504,6 +501,8 @@ def start_accelerate(args: Args) -> Accelerator:
             mixed_precision="bf16" if args.precision == "bf16" else "no",
             log_with=None if args.tracker == "none" else args.tracker,
             project_dir=args.out,
+            # the other processes wait so long while the first one writes the model
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         )
     except (ImportError, ValueError) as error:  # the launch file needs a package or a device
         stop(f"accelerate cannot start: {error}")
@@ -513,16 +512,10 @@ def start_accelerate(args: Args) -> Accelerator:
     strategy = str(accelerator.distributed_type.value)
     for name in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" and strategy != name:
-            stop(
-                f"{name} was asked for, but accelerate runs {strategy}; it needs GPUs, use "
-                "configs/ddp.yaml without them"
-            )
+            stop(f"{name} needs GPUs: accelerate runs {strategy} here; take configs/ddp.yaml")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world != accelerator.num_processes:
-        stop(
-            f"{world} processes were started, but each trains alone; without a GPU set "
-            "ACCELERATE_USE_CPU=true"
-        )
+        stop(f"each of {world} processes trains alone; without GPUs set ACCELERATE_USE_CPU=true")
 
     if strategy == "FSDP" and not accelerator.is_fsdp2:
         stop("the launch file asks for FSDP 1, accelerate's default; set fsdp_version: 2")
@@ -540,6 +533,9 @@ def start_accelerate(args: Args) -> Accelerator:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
         if (zero.get("offload_optimizer") or {}).pop("ratio", 1) < 1:
             warn("offload_optimizer: ratio is left out: the part on the GPU would get no schedule")
+    # a GPU of Hopper's kind would plan attention anew for each shape, and nearly every pass has its
+    # own
+    torch.backends.cuda.enable_cudnn_sdp(False)
     # train_step() takes the mean itself; the launch file's number would divide once more
     accelerator.gradient_accumulation_steps = 1
     if accelerator.is_fsdp2 and args.precision == "bf16":
@@ -558,7 +554,7 @@ def load_rows(name: str, objective: str) -> list[tuple[str, dict]]:
     messages. A row may have an empty side, which prepare() counts; stops where a row lacks a field
     of its format. For SFT, of 01's samples the right ones, once each."""
     is_file = name.endswith(".jsonl") or Path(name).exists()
-    rows = read_rows(Path(name), ()) if is_file else load_hub(name)
+    rows = read_pairs(Path(name)) if is_file else load_hub(name)
     if objective == "sft":
         of_01 = "response" in rows[0]
         fields = ("problem", "response", "correct") if of_01 else ("problem", "solution")
@@ -572,13 +568,31 @@ def load_rows(name: str, objective: str) -> list[tuple[str, dict]]:
         for field in fields:
             if field not in row:
                 stop(f"{place}: no {field!r}; every row needs {', '.join(fields)}")
-            if field == "correct" and not KINDS[field][1](row[field]):
-                stop(f"{place}: {field!r} must be {KINDS[field][0]}")
+            if field == "correct" and type(row[field]) is not bool:
+                stop(f"{place}: {field!r} must be true or false")
     if "correct" in fields:
         return right_solutions(placed, name)
     if objective == "sft":  # of a row with other fields, too, encode() would not know the format
         return [(place, {field: row[field] for field in fields}) for place, row in placed]
     return placed
+
+
+def read_pairs(path: Path) -> list[dict]:
+    """The objects of a JSON Lines file. Stops, naming the line, where one is none."""
+    rows, number = [], 0
+    try:
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                number += 1
+                if line.strip():
+                    rows.append({**json.loads(line)})
+                    json.dumps(rows[-1], ensure_ascii=False).encode()  # no lone surrogate
+    except (OSError, UnicodeDecodeError) as error:
+        stop(f"{path}: cannot be read ({error}); give a JSON Lines file in UTF-8")
+    except (ValueError, TypeError, RecursionError) as error:
+        place = f"{path}, line {number}"
+        stop(f"{place}: not JSON, half a character, or a value instead of an object ({error})")
+    return rows or stop(f"{path}: no rows; it is empty")
 
 
 def load_hub(name: str) -> list[dict]:
@@ -592,19 +606,14 @@ def load_hub(name: str) -> list[dict]:
 
 def right_solutions(placed: list[tuple[str, dict]], name: str) -> list[tuple[str, dict]]:
     """The right responses of 01's samples, once each, as solutions."""
-    right = [(place, row) for place, row in placed if row["correct"]]
-    distinct = {}  # place of the first
-    for place, row in right:
-        distinct.setdefault((row["problem"], row["response"]), place)
-    print_main(
-        f"{name}: {len(placed)} samples, {len(right)} right, {len(distinct)} of these distinct"
-    )
+    right = {}  # place of the first
+    for place, row in placed:
+        if row["correct"]:
+            right.setdefault((row["problem"], row["response"]), place)
+    print_main(f"{name}: {len(placed)} samples, {len(right)} distinct right ones")
     if not right:
         stop(f"--data {name}: none of its {len(placed)} samples is right")
-    return [
-        (place, {"problem": problem, "solution": response})
-        for (problem, response), place in distinct.items()
-    ]
+    return [(at, {"problem": asked, "solution": said}) for (asked, said), at in right.items()]
 
 
 def split_sides(row: dict, sides: str) -> tuple[str, list[str], list[bool]]:
@@ -1039,15 +1048,20 @@ def load_model(config, args: Args, accelerator: Accelerator):
     """The model, and the dtype to save it in. Weights are fp32, but for a frozen base and where
     DeepSpeed keeps fp32 masters of its own.
 
-    Under FSDP, by fsdp_cpu_ram_efficient_loading, the first process of a machine alone reads the
-    files; ZeRO-3 builds the model in shards, and what is read of the files is memory that processes
-    share."""
+    Under FSDP, by fsdp_cpu_ram_efficient_loading, the first process alone reads the files; ZeRO-3
+    builds the model in shards, and what is read of the files is memory that processes share."""
     own_masters = args.lora_rank or accelerator.distributed_type == "DEEPSPEED"
     dtype = config.dtype if own_masters and args.precision == "bf16" else torch.float32
+    options = {"dtype": dtype, "attn_implementation": "sdpa"}
+    is_sent = accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading
     try:
-        lm = AutoModelForCausalLM.from_pretrained(
-            args.model, config=config, dtype=dtype, attn_implementation="sdpa"
-        )
+        if is_sent and not accelerator.is_main_process:
+            # from_pretrained() would fill the whole model with zeros, in every process
+            with no_init_weights():
+                lm = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+            lm.tie_weights()
+        else:
+            lm = AutoModelForCausalLM.from_pretrained(args.model, config=config, **options)
     except Exception as error:  # a torn file, a package that is missing, a kernel: many kinds
         stop(f"--model {args.model}: cannot be loaded ({first_line(error)})")
     try:
@@ -1257,14 +1271,15 @@ def memory(
         }
     else:
         # Weights and gradients are of 16 bits, masters and moments of 32. Where these are in main
-        # memory, gradients are there too. By default 1e9 weights are gathered at most.
+        # memory, gradients are there twice, of 16 and of 32 bits. By default 1e9 weights are
+        # gathered at most.
         state = pass_bytes if offloaded else 12 + 2 * pass_bytes
-        in_main_memory = 12 + pass_bytes if offloaded else 0
+        in_main_memory = 16 + pass_bytes if offloaded else 0
         parts = {
             "weights, gradients, AdamW": (state * trained + frozen) / world,
             "gathered": pass_bytes * min(1e9, parameters),
             "machine: AdamW and gradients": in_main_memory * trained / machines,
-            "machine: files of the model, shared": 2 * parameters,
+            "machine: model to save": 2 * parameters,
         }
     parts["activations"] = activations
     parts["logits"] = 3 * min(LOGITS_BYTES[on_gpu], 4 * args.tokens_per_batch * config.vocab_size)
@@ -1317,8 +1332,7 @@ def check_memory(config, args: Args, accelerator: Accelerator, pairs: Pairs):
 
     needs = Counter()
     for name, size in parts.items():
-        if not name.endswith("shared"):
-            needs["the machine" if name.startswith("machine") else "a device"] += size
+        needs["the machine" if name.startswith("machine") else "a device"] += size
     share, place = max((needs[place] / size, place) for place, size in available.items())
     if share <= MEMORY_WARN:
         return
@@ -1451,10 +1465,7 @@ def lock_out(out: Path) -> str:
     except BlockingIOError:
         return f"--out {out}: another training is writing it; give another --out"
     except OSError as error:
-        warn(
-            f"--out {out}: its file system has no locks ({error.strerror}), so nothing keeps a "
-            "second training out"
-        )
+        warn(f"--out {out}: its file system has no locks ({error.strerror})")
     return ""
 
 
@@ -1492,15 +1503,11 @@ def checkpoint_to_resume(
     free = {"code", "edits", "prompt"} if edited else {"code", "edits"}
     for name, value in settings.items():
         if name not in free and old_settings.get(name) != value:
-            stop(
-                f"{made} was made with {difference(name, old_settings.get(name), value)}; "
-                "take the old setting or give another --out"
-            )
+            change = difference(name, old_settings.get(name), value)
+            stop(f"{made} was made with {change}; take the old setting or give another --out")
     if edited and not args.accept_edit:
-        stop(
-            f"{made} was made before an edit of {', '.join(edited[:6])}; undo it, give another "
-            "--out or, where training has not ended, add --accept-edit"
-        )
+        todo = "undo it, give another --out or, where training has not ended, add --accept-edit"
+        stop(f"{made} was made before an edit of {', '.join(edited[:6])}; {todo}")
     step, seconds = (old["step"], old.get("seconds", 0.0)) if resume else (0, 0.0)
     settings["edits"] = old_settings["edits"]
     if edited:
@@ -1579,7 +1586,8 @@ def whole_weights(state: dict, tied, dtype: torch.dtype) -> dict[str, torch.Tens
             b = state[f"{stem}.lora_B.default.weight"].float()  # (out, rank)
             tensor = tensor.float() + LORA_ALPHA * b @ a
         if ".lora_" not in name and name not in tied:
-            weights[name.replace(".base_layer.", ".")] = tensor.to(dtype)
+            # a GPU with LoRA has no room for all merged weights
+            weights[name.replace(".base_layer.", ".")] = tensor.to("cpu", dtype)
     return weights
 
 
@@ -1617,66 +1625,6 @@ def stop(message: str) -> NoReturn:
     """End with one line on stderr and exit status 2. What is written stays."""
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
-
-
-# Copied from 01_sample_errors.py
-def text_of(value) -> str:
-    """A text that is not blank, or a finite number, as text; "" for anything else. 1e-07 becomes
-    0.0000001, which graders take for a number."""
-    if isinstance(value, float):
-        return format(Decimal(repr(value)), "f") if math.isfinite(value) else ""
-    return str(value) if type(value) in (str, int) and str(value).strip() else ""
-
-
-# Copied from 01_sample_errors.py
-KINDS = {  # what a field that a stage asks for must be
-    "id": ("a text that is not blank, or a finite number", text_of),
-    "problem": ("a text that is not blank", lambda value: isinstance(value, str) and value.strip()),
-    "answer": ("a text that is not blank, or a finite number", text_of),
-    "steps": ("a list of texts", lambda v: type(v) is list and {*map(type, v)} <= {str}),
-    "sample": ("a whole number", lambda value: type(value) is int),
-    "correct": ("true or false", lambda value: type(value) is bool),
-}
-
-
-# Copied from 01_sample_errors.py
-def read_row(line: str, fields: tuple[str, ...], place: str) -> dict:
-    """The object in a line; `place` names it in messages."""
-    try:
-        row = json.loads(line)
-        if "\\u" in line:
-            json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:  # a lone surrogate: no tokenizer and no file takes it
-        stop(f"{place}: {error.object[error.start]!a} is half a character; write it whole")
-    except (ValueError, RecursionError) as error:
-        stop(f"{place}: not JSON ({error}); every line must be one object")
-    if not isinstance(row, dict):
-        stop(f"{place}: {type(row).__name__} instead of an object such as {{...}}")
-    for field in fields:
-        value = row.get(field)
-        if value in (None, ""):
-            stop(f"{place}: no {field!r}; every row needs {', '.join(fields)}")
-        if field in KINDS and not KINDS[field][1](value):
-            kind = KINDS[field][0]
-            stop(f"{place}: {field!r} is {json.dumps(value)[:50]}; it must be {kind}")
-        if field in ("id", "answer"):
-            row[field] = text_of(value)
-    return row
-
-
-# Copied from 01_sample_errors.py
-def read_rows(path: Path, fields: tuple[str, ...]) -> list[dict]:
-    """Rows of a JSON Lines file. Stops, naming file and line, where one is no object, holds half a
-    character, or lacks one of `fields`. Of these, `id` and `answer` become text."""
-    rows = []
-    try:
-        with open(path, encoding="utf-8") as file:  # line by line: it may have gigabytes
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    rows.append(read_row(line, fields, f"{path}, line {number}"))
-    except (OSError, UnicodeDecodeError) as error:
-        stop(f"{path}: cannot be read ({error}); give a JSON Lines file in UTF-8")
-    return rows or stop(f"{path}: no rows; it is empty")
 
 
 # Copied from 01_sample_errors.py

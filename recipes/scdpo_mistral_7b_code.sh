@@ -12,14 +12,16 @@
 # Published  Mistral-7B-Ours: SFT 76.8 on GSM8K and 43.2 on MATH; DPO 78.8, 45.1; DPO with equal data 79.0, 45.7; SCDPO 80.1, 47.7.
 #            7K + 5K naive pairs and 6K + 12K step-controlled ones
 # Model      the authors' SFT model. For one of your own: analysis/add_block_tokens.py, then 04_train_stepdpo.py --objective sft
-#            --lr 1e-5 --epochs 3 on rows {"problem", "solution"} whose solution is blocks.
+#            --lr 1e-5 --epochs 3 --batch-size 64 --max-length 2048 on rows {"problem", "solution"} whose solution is blocks.
 # Where paper and code differ
-#   system   empty in the data and in this recipe. The 7B evaluation has "Below is a math problem. Please solve it step by step.":
-#            data/templates/code_evaluation.jinja
-#   rounds   64 of at most 512 tokens in sampling, 24 in evaluation: --rounds of serving/code_server.py, which runs the code
+#   system   empty in the data and in this recipe. The 7B evaluation has one:
+#            --chat-template-kwargs '{"system": "Below is a math problem. Please solve it step by step."}'
+#   rounds   64 of at most 512 tokens in sampling (MathCoder's naive pairs 8), 24 in evaluation: --rounds of
+#            serving/code_server.py, which runs the code
 #   heat     rises each round. Paper: 1.1 + 0.05 to 1.4. Code: 1.1 + 0.1 to 1.4 (HEAT="1.1 0.1 1.4"); MathCoder's MATH 1.0 + 0.05
 #            to 1.3, InternLM's MATH 1.0 + 0.05 to 1.2: one run for each set
-#   step k   paper: one, drawn. Code: every one of the first right solution, from 1: SOLUTIONS=1 EVERY=--every-step
+#   step k   paper: one of one right solution, drawn; here one of each of at most two. Code: every one of the first right
+#            solution, from 1: SOLUTIONS=1 EVERY=--every-step
 #            The set in its configuration for this model has no naive pairs, k from 0, and at most two pairs of a GSM8K problem and
 #            three of a MATH problem: EVERY="--every-step --first-k 0 --pairs-per-problem 2", and one run of 03 for each set
 #   masks    code: none, output of code is trained on. Here only with EXECUTION=--train-execution

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Step-DPO for Qwen2-72B-Instruct (arXiv 2406.18629): as for 7B, but with beta 0.5 and 4 epochs, and ZeRO-3 with CPU offload.
 #
-# Hardware   8 GPUs with 80 GB and 1.5 TB of main memory (estimated: 38 GB and 1,163 GB, docs/trainer.md). Not run here.
+# Hardware   8 GPUs with 80 GB and 2 TB of main memory (estimated: 38 GB and 1,454 GB, docs/trainer.md). Not run here.
 # Hours      about 30, estimated, not measured: generation as for 7B at a tenth of its speed, 15 h; training 17 M tokens, 4 h at
 #            30 % of an A100's peak and as much again for the transfers; evaluation of two models, 4 h
 # Disk       1.5 TB: model 145 GB, one checkpoint with optimizer state 870 GB, base model 145 GB
@@ -16,8 +16,6 @@ job=; run() { set -m; "$@" & job=$!; set +m; wait $job; }
 trap 'kill -TERM -- -$job 2>/dev/null || true; wait; exit 130' INT TERM HUP
 # before hours of sampling: what the training needs
 python -c "import importlib.util as u, sys; sys.exit(u.find_spec('deepspeed') is None)" || { echo "$0 needs deepspeed: pip install deepspeed" >&2; exit 2; }
-# minutes that the other processes wait while the first one writes 145 GB; DeepSpeed's 10 may end the run
-export DEEPSPEED_TIMEOUT=${DEEPSPEED_TIMEOUT:-120}
 MODEL=${MODEL:-Qwen/Qwen2-72B-Instruct} OUT=${OUT:-runs/step_dpo_72b} BETA=${BETA:-0.5}
 SERVE="--engine-args=--tensor-parallel-size 8 --max-model-len 4096"
 TEST=$(echo data/{gsm8k_test,math_test,odyssey_math,aime24}.jsonl)

@@ -14,6 +14,9 @@
 #   EOS             code: never. Here: after a step that ends its solution; TRAIN=--no-eos
 #   neutral steps   an error in the code, not in the text: --neutral correct within this LOCATOR
 #   chosen steps    the paper describes a filter of wrong ones, which is not released: analysis/check_chosen.py
+#   model           its script for 7B: xinlai/Qwen2-7B-SFT and Alpaca's prompt: MODEL=xinlai/Qwen2-7B-SFT
+#                   DATA=xinlai/Math-Step-DPO-10K TRAIN="--chat-template data/templates/alpaca.jinja"
+#                   TEMPLATE=data/templates/metamath.jinja OPENING=" Let's think step by step."
 # TEMPLATE, OPENING: of the evaluation, if not the authors' for Qwen2-Instruct
 # DATA=xinlai/Math-Step-DPO-10K trains on the published 10,795 pairs instead, and skips the first three stages
 set -euo pipefail

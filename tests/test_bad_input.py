@@ -263,6 +263,22 @@ def test_a_prompt_that_is_too_long_is_not_sampled_on():
     assert one.samples_due(args, problem, verdicts) == [2, 3]
 
 
+def test_a_right_sample_that_makes_no_pair_does_not_end_the_sampling():
+    """03 leaves out solutions with second thoughts; --until-both had stopped at one."""
+    one, problem = stage(1), {"id": "a"}
+    right = {
+        "prediction": "1",
+        "correct": True,
+        "finish_reason": "stop",
+        "response": "NameError: x",
+    }
+    rows = [{**right, "id": "a", "steps": []}, {**right, "id": "a", "steps": [], "correct": False}]
+    verdicts = {("a", sample): one.verdict_of(row) for sample, row in enumerate(rows)}
+    assert one.samples_due(one.Args(n=2, until_both=100), problem, verdicts) == [2, 3]
+    counts = one.summarize([problem], rows)
+    assert counts["pass@n"] == "100.0%" and counts["problems with right and wrong"] == 0
+
+
 def test_two_files_with_an_id_in_common(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(GOOD) + "\n")

@@ -182,7 +182,7 @@ def test_a_prompt_that_is_too_long_is_a_row_and_a_wrong_key_is_an_end(scripted, 
     refused = [row for row in read(tmp_path / "out.jsonl") if row["finish_reason"] == "refused"]
     assert [row["id"] for row in refused] == ["3", "3"]
     assert all(row["steps"] == [] for row in refused)
-    assert "too long a prompt 8.3%" in done.stdout
+    assert "refused prompt 8.3%" in done.stdout
     (tmp_path / "out.jsonl").unlink()
     scripted.script = lambda n, body: (401, "wrong key")
     done = sample(scripted, tmp_path, check=False)
@@ -246,7 +246,7 @@ def test_more_tokens_than_a_server_has_room_for_are_cut_and_the_prompt_is_not_to
     rows = read(tmp_path / "out.jsonl")
     assert len(rows) == 8
     assert all(row["correct"] for row in rows)
-    assert "too long a prompt 0.0%" in done.stdout
+    assert "refused prompt 0.0%" in done.stdout
     assert taken and all(length + asked == 100 - kept for length, asked in taken), (
         "all the room that is left"
     )
@@ -255,12 +255,16 @@ def test_more_tokens_than_a_server_has_room_for_are_cut_and_the_prompt_is_not_to
 def test_a_prompt_that_is_too_long_by_itself_is_a_row_in_all_words(scripted, tmp_path):
     small(scripted, REFUSALS["sglang"][0], 0, context=20)
     done = sample(scripted, tmp_path, 2, arguments=("--max-tokens", 4000))
-    assert "too long a prompt 100.0%" in done.stdout
+    assert "refused prompt 100.0%" in done.stdout
     assert {row["finish_reason"] for row in read(tmp_path / "out.jsonl")} == {"refused"}
     # of vLLM, a prompt of exactly the context
     (tmp_path / "out.jsonl").unlink()
     scripted.script = lambda n, body: (400, "max_tokens must be at least 1, got 0.")
-    assert "too long a prompt 100.0%" in sample(scripted, tmp_path, 2).stdout
+    assert "refused prompt 100.0%" in sample(scripted, tmp_path, 2).stdout
+    # of an API, a prompt that its filter does not let through: the run had ended, and every resume
+    (tmp_path / "out.jsonl").unlink()
+    scripted.script = lambda n, body: (400, "Error code: content_filter")
+    assert "refused prompt 100.0%" in sample(scripted, tmp_path, 2).stdout
 
 
 def test_a_refusal_that_gives_no_number_names_the_option(scripted, tmp_path):

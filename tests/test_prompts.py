@@ -234,9 +234,8 @@ def test_templates_take_the_bare_problem_also_where_the_sentence_was_edited(monk
 
 def test_scdpos_evaluation_of_code_has_its_own_prompt(tmp_path):
     one = stage(1)
-    tokenizer = one.load_tokenizer(
-        model(tmp_path), ROOT / "data/templates/code_evaluation.jinja", "{}"
-    )
+    system = '{"system": "Below is a math problem. Please solve it step by step."}'
+    tokenizer = one.load_tokenizer(model(tmp_path), ROOT / "data/templates/code.jinja", system)
     assert one.render_prompt(tokenizer, "1 + 1?", "") == (
         "<s><|system|><|text|>Below is a math problem. Please solve it step by step."
         "<|endofblock|><|endofmessage|>"
