@@ -354,7 +354,8 @@ def source_hashes(roots: tuple[str, ...]) -> dict[str, str]:
     gc.collect()  # CPython 3.11: ast.parse() fails when a finalizer parses in the middle of it
     nodes, hashes, names = {}, {}, list(roots)
     for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
-        targets = getattr(node, "targets", [getattr(node, "target", ast.Pass())])
+        call = node if isinstance(node, ast.Expr) else ast.Pass()  # A.append(1)
+        targets = getattr(node, "targets", [getattr(node, "target", call)])
         parts = [part for target in targets for part in ast.walk(target)]  # A = B = 1, A["x"] = 1
         assigned = {part.id for part in parts if isinstance(part, ast.Name)}
         for name in assigned or {getattr(node, "name", "")}:
@@ -425,8 +426,11 @@ class Output:
             old, self.edits = meta["settings"], meta.get("edits", [])
         except (ValueError, KeyError, TypeError):  # of data/download.py, for one
             stop(f"{self.meta_path}: holds no settings of a stage; give another --out")
-        # names whose hashes differ
-        edited = sorted(dict(old.get("code", {}).items() ^ self.settings.get("code", {}).items()))
+        then, now = old.get("code", {}), self.settings.get("code", {})
+        # names whose hashes differ, before those that one of the two does not use
+        edited = sorted(
+            dict(then.items() ^ now.items()), key=lambda name: (name in then) ^ (name in now)
+        )
         if edited and not self.accept_edit:
             names = ", ".join(edited[:6])
             todo = "undo it, give another --out, or add --accept-edit"

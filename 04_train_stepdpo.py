@@ -328,13 +328,13 @@ def train_step(
 def dpo_loss(
     logps: torch.Tensor, pairs: Pairs, numbers: list[int], args: Args
 ) -> dict[str, torch.Tensor]:
-    """The loss of the pairs `numbers` (Step-DPO, arXiv 2406.18629, Eq. 2) and what is logged: by
-    name, (pairs,) each.
+    """The loss of each of the pairs `numbers`, those of one pass and not of the whole batch
+    (Step-DPO, arXiv 2406.18629, Eq. 2), and what is logged: by name, (pairs,) each.
 
     Edit it here for another loss; docs/trainer.md has examples. It can use, chosen first:
       logps: (pairs, 2), log pi(suffix | prefix) in nats, summed over the suffix's trained tokens
-      pairs.reference[numbers]: (pairs, 2), the same of the base model
-      pairs.lengths[numbers]: (pairs, 2), the number of these tokens
+      pairs.reference[numbers]: (pairs, 2), the same of the base model, on the CPU
+      pairs.lengths[numbers]: (pairs, 2), the number of these tokens, on the CPU
       pairs.fields[i]: the numbers in the row of pair i, by name
     Of what it returns, only `loss` is needed."""
     reference = pairs.reference[numbers].to(logps.device)
@@ -394,10 +394,11 @@ def check(step: int, metrics: dict[str, float], pairs: Pairs, batch: list[int], 
         metrics_if_equal = dpo_loss(pairs.reference[batch], pairs, batch, args)
         loss_if_equal = metrics_if_equal["loss"].mean().item()
         if abs(loss - loss_if_equal) > 0.02 * max(1, loss_if_equal):
-            warn(f"first loss: {loss:.4f} and not {loss_if_equal:.4f}: policy and reference differ")
+            reason = "policy and reference differ, or dpo_loss() gives no loss for each pair"
+            warn(f"first loss: {loss:.4f} and not {loss_if_equal:.4f}: {reason}")
         elif abs(loss_if_equal - math.log(2)) > 1e-3:
             warn(f"first loss: {loss_if_equal:.4f} and not ln 2 = 0.6931: dpo_loss() was edited")
-    if metrics.get("chosen_reward", 0.0) < -CHOSEN_DROP * args.beta:
+    if metrics.get("chosen_logp", math.inf) < pairs.reference[batch, 0].mean() - CHOSEN_DROP:
         warn(f"chosen suffixes: over {CHOSEN_DROP} nats less likely than at first; lower --lr")
 
 
@@ -1499,7 +1500,10 @@ def checkpoint_to_resume(
     made, old_settings = resume or args.out, old["settings"]
     if not made.exists():
         stop(f"{made}: not on the machine of process {accelerator.process_index}; share --out")
-    edited = sorted(dict(old_settings["code"].items() ^ settings["code"].items()))
+    then, now = old_settings["code"], settings["code"]
+    edited = sorted(
+        dict(then.items() ^ now.items()), key=lambda name: (name in then) ^ (name in now)
+    )
     free = {"code", "edits", "prompt"} if edited else {"code", "edits"}
     for name, value in settings.items():
         if name not in free and old_settings.get(name) != value:
@@ -1634,7 +1638,8 @@ def source_hashes(roots: tuple[str, ...]) -> dict[str, str]:
     gc.collect()  # CPython 3.11: ast.parse() fails when a finalizer parses in the middle of it
     nodes, hashes, names = {}, {}, list(roots)
     for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
-        targets = getattr(node, "targets", [getattr(node, "target", ast.Pass())])
+        call = node if isinstance(node, ast.Expr) else ast.Pass()  # A.append(1)
+        targets = getattr(node, "targets", [getattr(node, "target", call)])
         parts = [part for target in targets for part in ast.walk(target)]  # A = B = 1, A["x"] = 1
         assigned = {part.id for part in parts if isinstance(part, ast.Name)}
         for name in assigned or {getattr(node, "name", "")}:

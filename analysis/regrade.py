@@ -384,10 +384,10 @@ def note_grading(path: Path):
         return
     if meta["settings"].get("locator") == "rollout":  # its steps are of the old grading
         return
-    hashes = EVAL.source_hashes(("answer_of", "Grader"))
     for part in parts:
-        if "Grader" in part.get("code", {}):
-            part["code"] |= hashes
+        code = part.get("code", {})
+        if "Grader" in code:  # of 05 also `grade`, which has made the rows anew
+            code |= EVAL.source_hashes(("answer_of", "Grader", *({"grade"} & code.keys())))
     EVAL.save(path, json.dumps(meta, indent=1, ensure_ascii=False) + "\n")
 
 

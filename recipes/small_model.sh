@@ -13,7 +13,7 @@
 #            training 0.3, DPO's 0.7, SCDPO's 0.6, SFT's 0.4, GSM8K's test part 1.1 a model, 250 problems of MATH 0.4. A GPU and the
 #            defaults below: not measured
 # Memory     18 to 21 GB in 04, 10 GB in vLLM, there
-# Disk       1 GB a trained model, there
+# Disk       1 GB a trained model, there; 12 GB more while one is trained, for two checkpoints (computed)
 #
 # DATA       folder with gsm8k_train.jsonl, gsm8k_test.jsonl and math_test.jsonl; without it data/download.py makes them in data/
 # SAMPLES    file of 01 to use instead of PROBLEMS x N new samples, of MODEL and GSM8K's training part; its rows of the VALIDATION

@@ -4,8 +4,9 @@
 # Hardware   8 GPUs with 80 GB (training: an estimated 26 GB each, 16 bytes a parameter sharded by FSDP2). Not run here.
 # Hours      about 3, estimated from tokens, not measured: sampling 9 M, locating 60 M, rectifying 40 M at 20,000 a second on 8
 #            GPUs, 1.5 h; training 34 M tokens at 40 % of an A100's peak, 0.5 h; evaluation of two models on 6,736 problems, 0.5 h
-# Disk       125 GB: one checkpoint with optimizer state is 92 GB, so --save-steps 400 of about 675 steps. Steps and tokens are those of
-#            the published 10,795 pairs; own pairs can be several times as many, and 03 --max-pairs-per-error limits them
+#            Training is with the published 10,795 pairs; own pairs can be several times as many (03 --max-pairs-per-error limits them)
+# Disk       220 GB: a checkpoint with optimizer state is 92 GB, and the next one is complete before the last one is deleted
+# GPUS       8; 4 need an estimated 42 GB each in training, 2 need 72 GB, and 1 needs TRAIN="--lora-rank 16"
 # Published  Qwen2-7B-Instruct, the authors' prompt: MATH 53.0, GSM8K 85.5; after Step-DPO 58.6 and 87.9
 # Where paper and code differ
 #   beta            paper, and here: 0.4 for 7B. Its script: 0.5 (swapped for 72B): BETA=0.5

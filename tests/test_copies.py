@@ -53,6 +53,8 @@ def copies(path: Path) -> list[tuple[str, str, int, int]]:
 
 def original(file: str, name: str) -> list[str]:
     path = ROOT / file
+    if name not in blocks(path):
+        sys.exit(f"{file} has no {name} any more; remove its copies")
     first, last = blocks(path)[name]
     assert not MARK.match(path.read_text().splitlines()[first - 1]), (
         f"{file}: {name} is a copy itself; name its owner"

@@ -152,10 +152,22 @@ def test_an_edit_of_the_grading_is_seen_two_stages_on(tmp_path):
         ({"code": before}, {"code": code}),
         ({"code": old | {"prompt_ids": "of old"}}, {"code": code | {"prompt_ids": "of old"}}),
         ({"code": old, "locator": "rollout"}, {"code": old, "locator": "rollout"}),
+        ({"code": old | {"grade": "of old"}}, {"code": code | stage(5).source_hashes(("grade",))}),
     ):
         meta.write_text(json.dumps({"settings": made}))
         run("regrade", samples)
         assert json.loads(meta.read_text())["settings"] == noted
+
+
+def test_the_edited_name_stands_before_those_that_are_not_used_any_more(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{}\n")
+    code = {"AS_NUMBER": "1", "BOX": "1", "quick_verdict": "1"}
+    meta = tmp_path / "rows.jsonl.meta.json"
+    meta.write_text(json.dumps({"settings": {"code": code}}))
+    with pytest.raises(SystemExit):
+        stage(1).Output(path, {"code": {"quick_verdict": "2"}})
+    assert "before an edit of quick_verdict, AS_NUMBER, BOX;" in capsys.readouterr().err
 
 
 def test_a_verdict_that_regrade_adds_makes_no_pair_anew():

@@ -1618,8 +1618,9 @@ def test_a_step_that_went_wrong_ends_the_run(tmp_path, capsys):
             train.check(3, figures, pairs, [0], args)
         assert "step 3: loss" in capsys.readouterr().err
     train.warn.cache_clear()
-    for reward, said in ((4.9, False), (-1.9, False), (-2.1, True)):  # beta 0.4 x 5 nats
-        figures = {"loss": 0.6, "grad_norm": 1.0, "chosen_reward": reward}
+    for logp, said in ((4.9, False), (-4.9, False), (-5.1, True)):  # more than 5 nats
+        # whatever an edited loss takes for a reward
+        figures = {"loss": 0.6, "grad_norm": 1.0, "chosen_reward": -90.0, "chosen_logp": logp}
         train.check(3, figures, pairs, [0], args)
         assert ("nats less likely" in capsys.readouterr().err) == said
 
