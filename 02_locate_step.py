@@ -170,7 +170,7 @@ class Args:
     max_tokens: int = 2048
     """longest continuation"""
     threshold: float = 0.5
-    """scores: a step with a lower one is wrong"""
+    """scores: a step whose score is below this is wrong"""
     judge_model: str = ""
     """name of the judge on its server, or folder or hub id for vLLM here"""
     judge_base_url: str = ""

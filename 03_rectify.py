@@ -1,5 +1,5 @@
-"""Make preference pairs: one better step (Step-DPO), a solution led astray (Step-Controlled DPO),
-or whole solutions (DPO).
+"""Make preference pairs: one better step (Step-DPO), a solution made to go wrong (SCDPO), or whole
+solutions (DPO).
 
     python 03_rectify.py                          # Step-DPO: data/located.jsonl -> data/pairs.jsonl
     python 03_rectify.py --located runs/located.jsonl --model data/tiny/model --out runs/pairs.jsonl
@@ -90,7 +90,7 @@ class Args:
     out: Path = Path("data/pairs.jsonl")
     """file to write; what the .tries.jsonl next to it holds already is not done again"""
     rollouts: Path | None = None
-    """what 02 --keep-rollouts kept: not sampled again; all count, beyond --n too"""
+    """file of 02 --keep-rollouts: its continuations are used, all of them, and --n counts them"""
     model: str = "Qwen/Qwen2-7B-Instruct"
     """the model that continues; in the papers the one that made the samples"""
     rectifier: str = ""
@@ -110,9 +110,10 @@ class Args:
     split: Literal["labels", "lines", "blank-lines", "blocks"] = "labels"
     """where a step ends; give what 01 was given"""
     n: int = 20
-    """continuations of each correct prefix, those of --rollouts counted"""
+    """continuations of each correct prefix; fewer are sampled where --rollouts has some"""
     max_chance: float = 1.0
-    """leave out errors whose `chance` of 02 is higher; 0.05 rejects fewer right steps"""
+    """leave out errors whose `chance` of 02 is higher; with 0.05 fewer right steps are rejected
+    sides"""
     max_pairs_per_error: int = 0
     """pairs of one wrong sample at most; 0: all"""
     pairs_per_problem: int | None = None
@@ -120,7 +121,7 @@ class Args:
     solutions_per_problem: int = 0
     """scdpo: right solutions of one problem at most; 0: all that differ"""
     every_step: bool = False
-    """scdpo: go astray after every step from --first-k on, not after one at random"""
+    """scdpo: go wrong after every step from --first-k on, not after one at random"""
     first_k: int = 1
     """scdpo: fewest right steps that are given; 0: the opening alone too"""
     tries: int = 8

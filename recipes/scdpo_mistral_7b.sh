@@ -29,8 +29,6 @@ cd "$(dirname "$0")/.."
 # INT, TERM or a hangup to this script alone ends the running stage too, and so the engine in it
 job=; run() { set -m; "$@" & job=$!; set +m; wait $job; }
 trap 'kill -TERM -- -$job 2>/dev/null || true; wait; exit 130' INT TERM HUP
-# before hours of sampling: what the training needs
-python -c "import importlib.util as u, sys; sys.exit(u.find_spec('accelerate') is None)" || { echo "$0 needs accelerate: pip install accelerate" >&2; exit 2; }
 MODEL=${MODEL:-meta-math/MetaMath-Mistral-7B} OUT=${OUT:-runs/scdpo_7b} BETA=${BETA:-0.5} HEAT=${HEAT:-1.1 0.05 1.4}
 SOLUTIONS=${SOLUTIONS:-2} EVERY=${EVERY:-}
 DATA=${DATA:-} TEST=${TEST:-} LIMIT=${LIMIT:-} TRIES=${TRIES:-8} LR=${LR:-1e-7} SPLIT=${SPLIT:-lines} GPUS=${GPUS:-8}

@@ -31,8 +31,6 @@ cd "$(dirname "$0")/.."
 # INT, TERM or a hangup to this script alone ends the running stage too, and so the engine in it
 job= server=; run() { set -m; "$@" & job=$!; set +m; wait $job; }
 trap 'kill -TERM -- -$job $server 2>/dev/null || true; wait; exit 130' INT TERM HUP
-# before hours of sampling: what the training needs
-python -c "import importlib.util as u, sys; sys.exit(u.find_spec('accelerate') is None)" || { echo "$0 needs accelerate: pip install accelerate" >&2; exit 2; }
 MODEL=${MODEL:-MathGenie/Mistral-7B-Ours-SFT} OUT=${OUT:-runs/scdpo_7b_code} BETA=${BETA:-0.1} HEAT=${HEAT:-1.1 0.05 1.4}
 DATA=${DATA:-} TEST=${TEST:-} LIMIT=${LIMIT:-} TRIES=${TRIES:-8} LR=${LR:-1e-7} GPUS=${GPUS:-8}
 SOLUTIONS=${SOLUTIONS:-2} EVERY=${EVERY:-}

@@ -21,8 +21,6 @@ cd "$(dirname "$0")/.."
 # INT, TERM or a hangup to this script alone ends the running stage too, and so the engine in it
 job=; run() { set -m; "$@" & job=$!; set +m; wait $job; }
 trap 'kill -TERM -- -$job 2>/dev/null || true; wait; exit 130' INT TERM HUP
-# before hours of sampling: what the training needs
-python -c "import importlib.util as u, sys; sys.exit(u.find_spec('accelerate') is None)" || { echo "$0 needs accelerate: pip install accelerate" >&2; exit 2; }
 TEACHER=${TEACHER:-deepseek-ai/deepseek-math-7b-rl} MODEL=${MODEL:-Qwen/Qwen2-7B} OUT=${OUT:-runs/sft} DATA=${DATA:-}
 TEST=${TEST:-} TEMPLATE=${TEMPLATE:-data/templates/alpaca.jinja} GPUS=${GPUS:-8} LIMIT=${LIMIT:-}
 LAUNCH=${LAUNCH---config_file configs/fsdp2.yaml --num_processes $GPUS}

@@ -26,8 +26,6 @@ cd "$(dirname "$0")/.."
 # INT, TERM or a hangup to this script alone ends the running stage too, and so the engine in it
 job=; run() { set -m; "$@" & job=$!; set +m; wait $job; }
 trap 'kill -TERM -- -$job 2>/dev/null || true; wait; exit 130' INT TERM HUP
-# before hours of sampling: what the training needs
-python -c "import importlib.util as u, sys; sys.exit(u.find_spec('accelerate') is None)" || { echo "$0 needs accelerate: pip install accelerate" >&2; exit 2; }
 MODEL=${MODEL:-Qwen/Qwen2-7B-Instruct} OUT=${OUT:-runs/step_dpo_7b} BETA=${BETA:-0.4} DATA=${DATA:-}
 GPUS=${GPUS:-8} LOCATOR=${LOCATOR:-}
 SERVE="--engine-args=--data-parallel-size $GPUS --max-model-len 4096"
