@@ -414,7 +414,7 @@ def score(
         "spread": float(rates.mean(1).std(ddof=1)) if len(tables) > 1 else 0.0,
         "unfinished": (ends["length"] + ends["rounds"] + ends["execution"]) / len(rows),
         "unparsable": no_answer.count("stop") / len(rows),
-        "too_long_a_prompt": ends["refused"] / len(rows),
+        "refused_prompt": ends["refused"] / len(rows),
         "mean_tokens": mean_of("tokens"),
         "code": {name: mean_of(name) for name in CODE_COLUMNS if name in rows[0]},
         "by": breakdown(problems, rates, k, seed),
@@ -466,7 +466,7 @@ def accuracy_row(label: str, figures: dict, k: int, code: tuple[str, ...]) -> li
     versus = ["base", "", ""]
     if "p" in figures:
         versus = [*difference_cells(figures), f"{len(figures['won'])} / {len(figures['lost'])}"]
-    no_answer = figures["unparsable"] + figures["too_long_a_prompt"]
+    no_answer = figures["unparsable"] + figures["refused_prompt"]
     shares = map(percentage, (figures["unfinished"], no_answer))
     tokens = f"{figures['mean_tokens']:.0f}"
     code_cells = [f"{figures['code'].get(name, 0):.2f}" for name in code]

@@ -675,7 +675,7 @@ def test_regrade_writes_the_whole_report(tmp_path):
     assert set(f["won"]) == right["tuned-0"] - right["base"]
     assert set(f["lost"]) == right["base"] - right["tuned-0"]
     assert f["p"] == stage(5).mcnemar(len(f["won"]), len(f["lost"]))
-    assert f["unfinished"] == 1 / 60 == f["too_long_a_prompt"]
+    assert f["unfinished"] == 1 / 60 == f["refused_prompt"]
     shares = [
         sum(row[field] for row in rows["tuned-0"]) / 60
         for field in ("correct", "correct_paper", "correct_scdpo")
