@@ -454,7 +454,7 @@ def percentage(share: float, interval=()) -> str:
 def difference_cells(figures: dict) -> list[str]:
     low, high = figures["difference_interval"]
     points = f"{100 * figures['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-    return [points, f"{figures['p']:.2g}"]
+    return [points, f"{figures['p']:.3g}"]
 
 
 def accuracy_row(label: str, figures: dict, k: int, code: tuple[str, ...]) -> list[str]:
@@ -474,13 +474,13 @@ def accuracy_row(label: str, figures: dict, k: int, code: tuple[str, ...]) -> li
 
 
 def power_note(name: str, benchmark: dict) -> str:
-    """The smallest difference that the comparisons of a benchmark would find. Where there is
-    nothing to compare with, that of two models that disagree on a tenth of the problems."""
+    """The difference that each of a benchmark's comparisons would find; "" where it has none."""
     detectable = [figures.get("detectable", 0) for figures in benchmark["models"].values()]
-    points = max(detectable) or Z_DETECTABLE * math.sqrt(0.1 / benchmark["problems"])
+    if not any(detectable):
+        return ""
     return (
-        f"On {name} a true difference below {100 * points:.1f} points would be missed more than "
-        "once in five such comparisons (power 80 %, two-sided 5 %)."
+        f"On {name} a true difference of {100 * max(detectable):.1f} points would be found in at "
+        "least four of five such comparisons (power 80 %, two-sided 5 %)."
     )
 
 
@@ -501,7 +501,12 @@ def accuracy_table(benchmarks: dict, k: int) -> tuple[str, list[str], list[list[
         title, votes = f"Accuracy of {k} responses to each problem", " by majority"
         shares = [f"avg@{k} (95 % interval)", f"maj@{k}", f"pass@{k}"]
     head = ["benchmark", "model", *shares, "against the base, points", "p", f"won / lost{votes}"]
-    return title, [*head, "unfinished", "no answer", "tokens", *code], rows, " ".join(notes)
+    return (
+        title,
+        [*head, "unfinished", "no answer", "tokens", *code],
+        rows,
+        " ".join(filter(None, notes)),
+    )
 
 
 def tables_of(summary: dict) -> list[tuple[str, list[str], list[list[str]], str]]:

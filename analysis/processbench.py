@@ -397,7 +397,7 @@ def main(args: Args, options: list[str]):
         LOCATE.stop("--votes, --max-tokens and --concurrency are at least 1")
     if not args.files or (args.limit is not None and args.limit < 1):
         LOCATE.stop("--files needs a name, and --limit is at least 1")
-    if args.out.resolve() == args.data_dir.resolve():
+    if args.data_dir and args.out.resolve() == args.data_dir.resolve():
         LOCATE.stop(f"--out {args.out} is --data-dir: its files would be replaced; give another")
     rows, cost = {}, {}
     for file in args.files:

@@ -62,7 +62,7 @@ def choose(args: Args):
         if len(args.grid) > 1 and missing:
             sys.exit(f"{grid}: no result of {method} with {', '.join(missing)}")
         best = max(accuracy, key=accuracy.get, default=args.grid[0])
-        rates = [float(setting.split(":")[0]) for setting in args.grid]
+        rates = {float(setting.split(":")[0]) for setting in args.grid}
         if len(rates) > 1 and float(best.split(":")[0]) in (min(rates), max(rates)):
             print(
                 f"{NAMES[method]} is best at {best}, at the end of the grid: "
@@ -227,7 +227,7 @@ def main(args: Args):
         cells = [" − ".join(NAMES[name] for name in key.split("\n"))]
         for kind, benchmark in results.items():
             test = benchmark["pairwise"][key]
-            cells += [points(test), f"{adjusted[kind][key]:.2g}"]
+            cells += [points(test), f"{adjusted[kind][key]:.3g}"]
         lines.append(f"| {' | '.join(cells)} |")
     table = "\n".join(lines) + "\n"
     (args.out / "table.md").write_text(table)

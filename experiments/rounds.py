@@ -102,8 +102,6 @@ def cut(args: Cut):
     tokenizer = AutoTokenizer.from_pretrained(args.model)
 
     def count(texts: list[str]) -> list[int]:
-        if not texts:
-            return []
         return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
     tokens = sampled(args, count)
@@ -178,7 +176,6 @@ def choose(args: Choose):
         accuracy[rate] = model["accuracy"]
     best = max(accuracy, key=accuracy.get, default=args.rates[0])
     (args.out / "lr" / args.method).write_text(best + "\n")
-    (args.out / "lr" / f"{args.method}.json").write_text(json.dumps(accuracy) + "\n")
     accuracies = ", ".join(f"{rate} {value:.1%}" for rate, value in accuracy.items())
     print(f"{args.method}: learning rate {best}{f' of {accuracies}' if accuracies else ''}")
 
@@ -224,7 +221,7 @@ def table(args: Table):
         adjusted = holm({key: test["p"] for key, test in tests.items()})
         for key, test in tests.items():
             names = " − ".join(NAMES[model.rpartition("-")[0]] for model in key.split("\n"))
-            lines.append(f"| {names} | {points(test)} | {adjusted[key]:.2g} |")
+            lines.append(f"| {names} | {points(test)} | {adjusted[key]:.3g} |")
         lines.append("")
     (args.out / "table.md").write_text("\n".join(lines))
     print("\n".join(lines))

@@ -218,19 +218,19 @@ def accuracies(args: Table) -> list[str]:
                 rate = (args.out / f"{label}.rate").read_text().strip()
                 won, lost = len(figures["won"]), len(figures["lost"])
                 adjusted = against[name, label]
-                versus = [points(figures), f"{figures['p']:.2g}", f"{adjusted:.2g}"]
+                versus = [points(figures), f"{figures['p']:.3g}", f"{adjusted:.3g}"]
                 versus.append(f"{won} / {lost}")
             cells = [f"{name} ({benchmark['problems']})", name_of(label), rate]
             cells += [seeds if rate else ""]
             cells += [EVAL.percentage(figures["accuracy"], figures["interval"])]
             cells += [f"{100 * figures['spread']:.1f}" if seeds > 1 else "", *versus]
-            for kind in ("unfinished", "unparsable"):
-                cells.append(EVAL.percentage(figures[kind]))
+            no_answer = figures["unparsable"] + figures["refused_prompt"]
+            cells += map(EVAL.percentage, (figures["unfinished"], no_answer))
             rows.append([*cells, f"{figures['mean_tokens']:.0f}"])
         for key, test in benchmark["pairwise"].items():
             methods = " − ".join(map(name_of, key.split("\n")))
             adjusted = pairwise[name, key]
-            between.append([name, methods, points(test), f"{test['p']:.2g}", f"{adjusted:.2g}"])
+            between.append([name, methods, points(test), f"{test['p']:.3g}", f"{adjusted:.3g}"])
     head = (
         "benchmark | model | rate | seeds | accuracy (95 % interval) | sd of seeds "
         f"| against the base, points | p | p, Holm of {len(against)} | won / lost "

@@ -561,6 +561,9 @@ def test_processbench_as_a_command(tmp_path):
     done = run("processbench", "--data-dir", tmp_path / "pb", "--out", tmp_path / "x", check=False)
     assert done.returncode == 2
     assert "give one of --model with --base-url, --prm, or --" in done.stderr
+    done = run("processbench", "--out", tmp_path / "x", "--prm", PRM, check=False)
+    assert done.returncode == 2 and "the hub does not give it" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 CRITICS = [  # what answers say of three paragraphs, the first wrong step, the reason
