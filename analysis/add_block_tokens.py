@@ -22,9 +22,8 @@ from transformers import AutoModelForCausalLM
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 SAMPLE = importlib.import_module("01_sample_errors")
-TURNS = ["<|system|>", "<|user|>", "<|assistant|>"]
-BLOCKS = ["<|text|>", "<|code|>", "<|execution|>", "<|endofblock|>"]
-TOKENS = [*TURNS, *BLOCKS, "<|endofmessage|>"]
+NAMES = "system user assistant text code execution endofblock endofmessage"
+TOKENS = [f"<|{name}|>" for name in NAMES.split()]
 
 
 @dataclass

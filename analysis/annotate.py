@@ -163,7 +163,7 @@ def make_page(gradio, verdicts: Verdicts, args: Args):
     ]
 
     def show(text: str):
-        gradio.Markdown(math_safe(text), latex_delimiters=latex)
+        gradio.Markdown(math_safe(text), latex_delimiters=latex, line_breaks=True)
 
     def show_row(row: dict, place):
         with gradio.Row():
@@ -175,7 +175,7 @@ def make_page(gradio, verdicts: Verdicts, args: Args):
                 )
                 if row.get("solution"):
                     with gradio.Accordion("Reference solution", open=False):
-                        show(row["solution"].replace("\n", "\n\n"))
+                        show(row["solution"])
             with gradio.Column(scale=3):
                 for k, step in enumerate(row["steps"], 1):
                     with gradio.Row(equal_height=True):

@@ -101,6 +101,8 @@ async def check_all(
 def main(args: Args):
     if not args.judge_model:
         LOCATE.stop("give --judge-model and, unless vLLM is to run it here, --judge-base-url")
+    if args.out.resolve() == args.pairs.resolve():
+        LOCATE.stop(f"{args.out} is --pairs, and would be written over; give another --out")
     fields = ("id", "prompt", "chosen", "full_chosen", "answer", "method")
     pairs = LOCATE.read_rows(args.pairs, fields)
     if not all("initial_reason_steps" in row for row in pairs):

@@ -60,22 +60,14 @@ def verdict(row: dict) -> int | None:
     return row["error_step"] or (0 if says_right else None)
 
 
-def agree(first: int | None, second: int | None, within: int) -> tuple[int | None, str | None]:
-    """(error_step, reason) of two verdicts: a step, 0 for no error, None for nothing said."""
-    if first == second == 0:
-        return None, f"{LOCATE.NO_ERROR} by both"
-    if first and second and abs(first - second) <= within:
-        return first, None
-    return None, "the two disagree"
-
-
 def combine(first: dict, second: dict | None, within: int) -> dict:
     """The row of the first file, with what both say."""
-    if second is None:
-        said, step, reason = [verdict(first), None], None, "not in the second file"
-    else:
-        said = [verdict(first), verdict(second)]
-        step, reason = agree(*said, within)
+    said = [verdict(first), verdict(second) if second else None]
+    step, reason = None, "the two disagree" if second else "not in the second file"
+    if said == [0, 0]:
+        reason = f"{LOCATE.NO_ERROR} by both"
+    elif all(said) and abs(said[0] - said[1]) <= within:
+        step, reason = said[0], None
     # the evidence is that of the step which is kept, or of the same step in the second file
     evidence = first.get("chance")
     if evidence is None and second and second["error_step"] == step:

@@ -245,6 +245,12 @@ def main(args: Args):
         LOCATE.stop("--models needs two models or more: --models REFERENCE TUNED [TUNED ...]")
     rows, began = load_solutions(args), time.time()
     tokenizer = LOCATE.load_tokenizer(args.models[0], args.chat_template, args.chat_template_kwargs)
+    made = LOCATE.made_with(args.file)
+    if "prompt" in made:
+        prompt = LOCATE.render_prompt(tokenizer, LOCATE.PROBE, made["opening"])
+        if prompt != made["prompt"]:
+            changed = LOCATE.difference("prompt", made["prompt"], prompt)
+            LOCATE.stop(f"{args.file} was made with {changed}; give its --chat-template")
     encoded = [encode_solution(row, tokenizer) for row in rows]
     reference = log_probabilities(load_model(args.models[0]), encoded)
     rewards, summary, lines = {}, {}, []

@@ -161,6 +161,7 @@ def main(args: Args):
     wrong = sum(label >= 0 for *_, label in train)
     figures = {
         "solutions": len(train),
+        "left out": len(labelled) - len(train) - len(test),
         "wrong": wrong,
         "steps": total,
         "first loss": round(losses[0], 4),

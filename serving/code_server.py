@@ -32,6 +32,7 @@ import hmac
 import importlib
 import json
 import os
+import re
 import secrets
 import shlex
 import signal
@@ -108,7 +109,9 @@ async def by_turns(
                 sampling["temperature"] = min(first + rise * solution["rounds"], highest)
             turn_seed = seed_of(seed, solution["rounds"])
             turn = await generate(prompt + solution["text"], turn_seed, **sampling)
-            text = turn["text"]
+            # a space that SentencePiece shows behind a tag: no code begins with it, and it would be
+            # encoded twice
+            text = re.sub(r"^(<\|\w+\|>) ", r"\1", turn["text"])
             solution["rounds"] += 1
             solution["tokens"] += turn["tokens"]
             solution["prompt_tokens"] += turn["prompt_tokens"]
@@ -257,9 +260,13 @@ async def complete(
     [choice] = answer["choices"]
     if choice["finish_reason"] in ("abort", "error"):
         raise Failed(503, f"vLLM ends a request by {choice['finish_reason']}")
+    text, end = choice["text"], choice["finish_reason"]
+    if end == "stop" and not text.endswith(tuple(BLOCK_ENDS)):
+        # EOS, which stands in the text: the solution is over, if no block was begun
+        text, end = "", "length" if re.match(r"<\|(text|code)\|>", text) else "stop"
     return {
-        "text": choice["text"],
-        "finish_reason": choice["finish_reason"],
+        "text": text,
+        "finish_reason": end,
         "tokens": answer["usage"]["completion_tokens"],
         "prompt_tokens": answer["usage"]["prompt_tokens"],
     }

@@ -245,6 +245,9 @@ def solve(model, prefix="", rounds=8, **sampling):
 def test_a_block_that_the_prompt_has_begun_is_run():
     solution = solve(Turns("3+4<|endofblock|>", "<|endofmessage|>"), "<|code|>")
     assert solution["executions"] == 1
+    # Mistral's tokenizer shows a space behind a tag
+    spaced = solve(Turns("<|code|> a = 3\na<|endofblock|>", "<|endofmessage|>"))
+    assert spaced["failures"] == 0 and spaced["text"].startswith("<|code|>a = 3\na<|endofblock|>")
     assert solution["text"] == "3+4<|endofblock|><|execution|>7<|endofblock|>"
 
 
