@@ -194,7 +194,7 @@ SECOND_THOUGHTS = re.compile(r"\b\w*errors?\b|\bapolog\w+|抱歉", re.I)
 
 def verdict_of(row: dict) -> bool | str | None:
     """A sample without an answer is neither right nor wrong, nor is a right one that 03 leaves out;
-    "refused": the prompt is too long."""
+    "refused": the prompt is too long, or not allowed."""
     if row["finish_reason"] == "refused":
         return "refused"
     if row["prediction"] is None or row["correct"] and SECOND_THOUGHTS.search(row["response"]):
@@ -344,7 +344,8 @@ def save(path: Path, text: str):
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         stop(f"{path}: cannot be written ({error.strerror}); make room and run the same command")
 
 
@@ -427,10 +428,9 @@ class Output:
         except (ValueError, KeyError, TypeError):  # of data/download.py, for one
             stop(f"{self.meta_path}: holds no settings of a stage; give another --out")
         then, now = old.get("code", {}), self.settings.get("code", {})
+        both = then.keys() & now.keys()
         # names whose hashes differ, before those that one of the two does not use
-        edited = sorted(
-            dict(then.items() ^ now.items()), key=lambda name: (name in then) ^ (name in now)
-        )
+        edited = sorted(dict(then.items() ^ now.items()), key=lambda name: (name not in both, name))
         if edited and not self.accept_edit:
             names = ", ".join(edited[:6])
             todo = "undo it, give another --out, or add --accept-edit"
@@ -509,8 +509,8 @@ def code_versions() -> dict:
 
 def file_hashes(*paths: Path | None) -> dict[str, str]:
     """Sixteen hex digits of what each file holds, by its path."""
-    digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return {str(path): digest(path) for path in paths if path}
+    sha256 = hashlib.sha256
+    return {str(path): sha256(path.read_bytes()).hexdigest()[:16] for path in paths if path}
 
 
 def load_problems(path: Path) -> list[dict]:
@@ -1051,8 +1051,8 @@ TOO_LONG = re.compile(
     r"context (?:length|size)|max_model_len|too long|longer than"
     r"|maximum (?:input|model|allowed) length"
     r"|at least 1, got 0"  # vLLM's server, of a prompt that fills its context
-    r"|content.(?:filter|management)|invalid_prompt"  # an API does not take this one
 )
+FILTERED = re.compile(r"content.(?:filter|management)|invalid_prompt")  # what an API does not take
 
 
 def keep_memory():
@@ -1314,8 +1314,8 @@ def fewer_tokens(prompt: list, asked: int, refusal: str) -> list[int]:
 async def complete(client, model: str, prompt, seed: int, n: int = 1, **sampling) -> list[dict]:
     """n completions of a server for token ids or text: {"text", "finish_reason", "tokens",
     "prompt_tokens"}, and "counts" of serving/code_server.py; the tokens of all n stand in the
-    first. A prompt that is too long by itself is "refused". `max_tokens` is cut to the room that is
-    left, which not every server does. Any other refusal ends the run."""
+    first. A prompt that is too long by itself, or not allowed, is "refused". `max_tokens` is cut to
+    the room that is left, which not every server does. Any other refusal ends the run."""
     # a policy's sampling is ours alone, whatever the server was started with
     fields = NEUTRAL | sampling.pop("extra_body", {})
     if "stop" in sampling:  # stays in the text: vLLM's name and SGLang's
@@ -1343,6 +1343,8 @@ async def complete(client, model: str, prompt, seed: int, n: int = 1, **sampling
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             if smaller is None:
                 refusal = str(error)[:300]
+                if FILTERED.search(refusal):
+                    return [REFUSED] * n
                 smaller = fewer_tokens(prompt, request["max_tokens"], refusal)
             if smaller:
                 request["max_tokens"] = smaller.pop(0)

@@ -369,7 +369,7 @@ async def by_rollouts(
         located.update(await search(args, len(steps), draw, root.samples))
     ends = {one["finish_reason"] for completions in rollouts.values() for one in completions}
     if "refused" in ends:  # such failures say nothing of the steps
-        reason = "a continuation was refused: the prompt is longer than the model takes"
+        reason = "a continuation was refused: the prompt is too long, or not allowed"
         located.update(error_step=None, chance=None, reason=reason)
     return located, rollouts
 
@@ -822,8 +822,9 @@ TOO_LONG = re.compile(
     r"context (?:length|size)|max_model_len|too long|longer than"
     r"|maximum (?:input|model|allowed) length"
     r"|at least 1, got 0"  # vLLM's server, of a prompt that fills its context
-    r"|content.(?:filter|management)|invalid_prompt"  # an API does not take this one
 )
+# Copied from 01_sample_errors.py
+FILTERED = re.compile(r"content.(?:filter|management)|invalid_prompt")  # what an API does not take
 
 
 # Copied from 01_sample_errors.py
@@ -919,7 +920,8 @@ def save(path: Path, text: str):
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         stop(f"{path}: cannot be written ({error.strerror}); make room and run the same command")
 
 
@@ -985,10 +987,9 @@ class Output:
         except (ValueError, KeyError, TypeError):  # of data/download.py, for one
             stop(f"{self.meta_path}: holds no settings of a stage; give another --out")
         then, now = old.get("code", {}), self.settings.get("code", {})
+        both = then.keys() & now.keys()
         # names whose hashes differ, before those that one of the two does not use
-        edited = sorted(
-            dict(then.items() ^ now.items()), key=lambda name: (name in then) ^ (name in now)
-        )
+        edited = sorted(dict(then.items() ^ now.items()), key=lambda name: (name not in both, name))
         if edited and not self.accept_edit:
             names = ", ".join(edited[:6])
             todo = "undo it, give another --out, or add --accept-edit"
@@ -1078,8 +1079,8 @@ def code_versions() -> dict:
 # Copied from 01_sample_errors.py
 def file_hashes(*paths: Path | None) -> dict[str, str]:
     """Sixteen hex digits of what each file holds, by its path."""
-    digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return {str(path): digest(path) for path in paths if path}
+    sha256 = hashlib.sha256
+    return {str(path): sha256(path.read_bytes()).hexdigest()[:16] for path in paths if path}
 
 
 # Copied from 01_sample_errors.py
@@ -1891,8 +1892,8 @@ def fewer_tokens(prompt: list, asked: int, refusal: str) -> list[int]:
 async def complete(client, model: str, prompt, seed: int, n: int = 1, **sampling) -> list[dict]:
     """n completions of a server for token ids or text: {"text", "finish_reason", "tokens",
     "prompt_tokens"}, and "counts" of serving/code_server.py; the tokens of all n stand in the
-    first. A prompt that is too long by itself is "refused". `max_tokens` is cut to the room that is
-    left, which not every server does. Any other refusal ends the run."""
+    first. A prompt that is too long by itself, or not allowed, is "refused". `max_tokens` is cut to
+    the room that is left, which not every server does. Any other refusal ends the run."""
     # a policy's sampling is ours alone, whatever the server was started with
     fields = NEUTRAL | sampling.pop("extra_body", {})
     if "stop" in sampling:  # stays in the text: vLLM's name and SGLang's
@@ -1920,6 +1921,8 @@ async def complete(client, model: str, prompt, seed: int, n: int = 1, **sampling
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             if smaller is None:
                 refusal = str(error)[:300]
+                if FILTERED.search(refusal):
+                    return [REFUSED] * n
                 smaller = fewer_tokens(prompt, request["max_tokens"], refusal)
             if smaller:
                 request["max_tokens"] = smaller.pop(0)

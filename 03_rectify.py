@@ -508,19 +508,19 @@ async def make_all(
             row = {"id": rows[0]["id"], "input": input_hash(rows, rollouts)}
             tries.write({**row, "count": dict(counts), "pairs": pairs})
 
-        await run_all(todo, work, in_flight(args, generate, requests_of(args, todo)), args.method)
+        await run_all(todo, work, concurrency_of(args, generate, todo), args.method)
 
 
-def requests_of(args: Args, todo: list[list[dict]]) -> int:
-    """Requests of a problem at a time. SCDPO's are counted twice: from each start one follows the
-    other, and the cache has no room for the prefixes of many."""
-    if args.method != "scdpo":
-        return args.n if args.method == "step-dpo" else 1
+def concurrency_of(args: Args, generate, todo: list[list[dict]]) -> int:
+    """Problems in flight. SCDPO's have a request at a time from each start: the cache has room for
+    the prefixes of so many."""
+    if args.method != "scdpo" or args.concurrency:
+        return in_flight(args, generate, args.n if args.method == "step-dpo" else 1)
     starts = 0
     for rows in todo:
         right = [row for row in rows if row["correct"]][: args.solutions_per_problem or None]
         starts += sum(len(row["steps"]) - 1 if args.every_step else 1 for row in right)
-    return 2 * max(1, round(starts / max(1, len(todo))))
+    return max(1, in_flight(args, generate) * len(todo) // max(1, starts))
 
 
 def load_input(args: Args) -> dict[str, list[dict]]:
@@ -688,8 +688,9 @@ TOO_LONG = re.compile(
     r"context (?:length|size)|max_model_len|too long|longer than"
     r"|maximum (?:input|model|allowed) length"
     r"|at least 1, got 0"  # vLLM's server, of a prompt that fills its context
-    r"|content.(?:filter|management)|invalid_prompt"  # an API does not take this one
 )
+# Copied from 01_sample_errors.py
+FILTERED = re.compile(r"content.(?:filter|management)|invalid_prompt")  # what an API does not take
 
 
 # Copied from 01_sample_errors.py
@@ -785,7 +786,8 @@ def save(path: Path, text: str):
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         stop(f"{path}: cannot be written ({error.strerror}); make room and run the same command")
 
 
@@ -851,10 +853,9 @@ class Output:
         except (ValueError, KeyError, TypeError):  # of data/download.py, for one
             stop(f"{self.meta_path}: holds no settings of a stage; give another --out")
         then, now = old.get("code", {}), self.settings.get("code", {})
+        both = then.keys() & now.keys()
         # names whose hashes differ, before those that one of the two does not use
-        edited = sorted(
-            dict(then.items() ^ now.items()), key=lambda name: (name in then) ^ (name in now)
-        )
+        edited = sorted(dict(then.items() ^ now.items()), key=lambda name: (name not in both, name))
         if edited and not self.accept_edit:
             names = ", ".join(edited[:6])
             todo = "undo it, give another --out, or add --accept-edit"
@@ -944,8 +945,8 @@ def code_versions() -> dict:
 # Copied from 01_sample_errors.py
 def file_hashes(*paths: Path | None) -> dict[str, str]:
     """Sixteen hex digits of what each file holds, by its path."""
-    digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return {str(path): digest(path) for path in paths if path}
+    sha256 = hashlib.sha256
+    return {str(path): sha256(path.read_bytes()).hexdigest()[:16] for path in paths if path}
 
 
 # Copied from 01_sample_errors.py
@@ -1757,8 +1758,8 @@ def fewer_tokens(prompt: list, asked: int, refusal: str) -> list[int]:
 async def complete(client, model: str, prompt, seed: int, n: int = 1, **sampling) -> list[dict]:
     """n completions of a server for token ids or text: {"text", "finish_reason", "tokens",
     "prompt_tokens"}, and "counts" of serving/code_server.py; the tokens of all n stand in the
-    first. A prompt that is too long by itself is "refused". `max_tokens` is cut to the room that is
-    left, which not every server does. Any other refusal ends the run."""
+    first. A prompt that is too long by itself, or not allowed, is "refused". `max_tokens` is cut to
+    the room that is left, which not every server does. Any other refusal ends the run."""
     # a policy's sampling is ours alone, whatever the server was started with
     fields = NEUTRAL | sampling.pop("extra_body", {})
     if "stop" in sampling:  # stays in the text: vLLM's name and SGLang's
@@ -1786,6 +1787,8 @@ async def complete(client, model: str, prompt, seed: int, n: int = 1, **sampling
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             if smaller is None:
                 refusal = str(error)[:300]
+                if FILTERED.search(refusal):
+                    return [REFUSED] * n
                 smaller = fewer_tokens(prompt, request["max_tokens"], refusal)
             if smaller:
                 request["max_tokens"] = smaller.pop(0)

@@ -534,8 +534,7 @@ def start_accelerate(args: Args) -> Accelerator:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
         if (zero.get("offload_optimizer") or {}).pop("ratio", 1) < 1:
             warn("offload_optimizer: ratio is left out: the part on the GPU would get no schedule")
-    # a GPU of Hopper's kind would plan attention anew for each shape, and nearly every pass has its
-    # own
+    # since Hopper it plans attention anew for each shape, and nearly every pass has another one
     torch.backends.cuda.enable_cudnn_sdp(False)
     # train_step() takes the mean itself; the launch file's number would divide once more
     accelerator.gradient_accumulation_steps = 1
@@ -580,18 +579,17 @@ def load_rows(name: str, objective: str) -> list[tuple[str, dict]]:
 
 def read_pairs(path: Path) -> list[dict]:
     """The objects of a JSON Lines file. Stops, naming the line, where one is none."""
-    rows, number = [], 0
+    rows = []
     try:
         with open(path, encoding="utf-8") as file:
-            for line in file:
-                number += 1
+            for number, line in enumerate(file, 1):
+                place = f"{path}, line {number}"
                 if line.strip():
                     rows.append({**json.loads(line)})
                     json.dumps(rows[-1], ensure_ascii=False).encode()  # no lone surrogate
     except (OSError, UnicodeDecodeError) as error:
         stop(f"{path}: cannot be read ({error}); give a JSON Lines file in UTF-8")
     except (ValueError, TypeError, RecursionError) as error:
-        place = f"{path}, line {number}"
         stop(f"{place}: not JSON, half a character, or a value instead of an object ({error})")
     return rows or stop(f"{path}: no rows; it is empty")
 
@@ -1052,7 +1050,8 @@ def load_model(config, args: Args, accelerator: Accelerator):
     Under FSDP, by fsdp_cpu_ram_efficient_loading, the first process alone reads the files; ZeRO-3
     builds the model in shards, and what is read of the files is memory that processes share."""
     own_masters = args.lora_rank or accelerator.distributed_type == "DEEPSPEED"
-    dtype = config.dtype if own_masters and args.precision == "bf16" else torch.float32
+    saved = config.dtype or torch.bfloat16
+    dtype = saved if own_masters and args.precision == "bf16" else torch.float32
     options = {"dtype": dtype, "attn_implementation": "sdpa"}
     is_sent = accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading
     try:
@@ -1072,7 +1071,9 @@ def load_model(config, args: Args, accelerator: Accelerator):
         lm.generation_config = GenerationConfig(eos_token_id=lm.generation_config.eos_token_id)
     if args.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-    return lm, config.dtype or torch.bfloat16
+    if accelerator.is_fsdp2 and {name for name, _ in lm.named_buffers()} & lm.state_dict().keys():
+        stop(f"--model {args.model}: has buffers, which FSDP2 cannot send; use configs/zero3.yaml")
+    return lm, saved
 
 
 def add_lora(lm, args: Args):
@@ -1239,7 +1240,7 @@ def memory(
     parameters = body + head * (1 if config.tie_word_embeddings else 2)
     trained = 0 if args.lora_rank else parameters
     pass_bytes = 2 if args.precision == "bf16" else 4  # of a number within a pass
-    base_bytes = (config.dtype or torch.float32).itemsize if pass_bytes == 2 else 4
+    base_bytes = (config.dtype or torch.bfloat16).itemsize if pass_bytes == 2 else 4
     frozen = base_bytes * (parameters - trained)
     # the tensors that autograd keeps of a gated MLP and of the rest of a layer, without attention
     # scores; with checkpointing each layer's input, and one layer's all
@@ -1501,9 +1502,8 @@ def checkpoint_to_resume(
     if not made.exists():
         stop(f"{made}: not on the machine of process {accelerator.process_index}; share --out")
     then, now = old_settings["code"], settings["code"]
-    edited = sorted(
-        dict(then.items() ^ now.items()), key=lambda name: (name in then) ^ (name in now)
-    )
+    both = then.keys() & now.keys()
+    edited = sorted(dict(then.items() ^ now.items()), key=lambda name: (name not in both, name))
     free = {"code", "edits", "prompt"} if edited else {"code", "edits"}
     for name, value in settings.items():
         if name not in free and old_settings.get(name) != value:

@@ -773,6 +773,14 @@ def test_a_bf16_model_is_trained_in_fp32_and_saved_in_bf16(tmp_path, small_model
         assert (lm.dtype, saved) == (dtype, torch.bfloat16)
 
 
+OTHER = SimpleNamespace(  # of FSDP, a process that is not the first
+    distributed_type="FSDP",
+    is_fsdp2=True,
+    is_main_process=False,
+    state=SimpleNamespace(fsdp_plugin=SimpleNamespace(cpu_ram_efficient_loading=True)),
+)
+
+
 def test_the_other_processes_of_fsdp_do_not_fill_the_model(tmp_path):
     """8 processes with a model of 7B each would need 244 GB of main memory."""
     train = stage(4)
@@ -780,21 +788,30 @@ def test_the_other_processes_of_fsdp_do_not_fill_the_model(tmp_path):
 
     shape = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 1}
     Qwen2Config(**shape, num_attention_heads=14, tie_word_embeddings=True).save_pretrained(tmp_path)
-    plugin = SimpleNamespace(cpu_ram_efficient_loading=True)
-    other = SimpleNamespace(
-        distributed_type="FSDP",
-        is_fsdp2=True,
-        is_main_process=False,
-        state=SimpleNamespace(fsdp_plugin=plugin),
-    )
     args = train.Args(model=str(tmp_path), precision="fp32")
     config = train.load_config(args)
     before = psutil.Process().memory_full_info().uss
-    lm, _ = train.load_model(config, args, other)
+    lm, _ = train.load_model(config, args, OTHER)
     size = sum(4 * weight.numel() for weight in lm.parameters())
     assert psutil.Process().memory_full_info().uss - before < size / 10
     assert lm.lm_head.weight is lm.model.embed_tokens.weight
     assert lm.model.rotary_emb.inv_freq[0] == 1
+
+
+def test_a_model_with_buffers_is_refused_under_fsdp(tmp_path, capsys):
+    """accelerate 1.15 fails at them when the model is loaded."""
+    from transformers import Glm4MoeConfig
+
+    shape = {"hidden_size": 8, "intermediate_size": 8, "moe_intermediate_size": 8, "head_dim": 4}
+    shape |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    Glm4MoeConfig(
+        **shape, vocab_size=64, n_routed_experts=4, num_experts_per_tok=2
+    ).save_pretrained(tmp_path)
+    train = stage(4)
+    args = train.Args(model=str(tmp_path), precision="fp32")
+    with pytest.raises(SystemExit):
+        train.load_model(train.load_config(args), args, OTHER)
+    assert "has buffers, which FSDP2 cannot send" in capsys.readouterr().err
 
 
 @pytest.mark.slow
