@@ -121,6 +121,16 @@ def test_concurrency_keeps_the_seats_full(vllm):
     )
     args.concurrency = 7
     assert stage(1).in_flight(args, vllm, 20) == 7
+    # SCDPO: a request at a time from each of some starting points of a problem
+    rows = [[{"correct": True, "steps": ["a", "b", "c"]}] * 4 + [{"correct": False, "steps": []}]]
+    three = stage(3)
+    for given, problems in (
+        ({}, 96),
+        ({"every_step": True}, 48),
+        ({"solutions_per_problem": 1}, 384),
+    ):
+        scdpo = three.Args(method="scdpo", **given)
+        assert three.concurrency_of(scdpo, vllm, rows * 10) == problems
     running = most = 0
 
     async def work(_):
