@@ -15,7 +15,8 @@
 #            --lr 1e-5 --epochs 3 --batch-size 64 --max-length 2048 on rows {"problem", "solution"} whose solution is blocks.
 # Where paper and code differ
 #   system   empty in the data and in this recipe. The 7B evaluation has one:
-#            --chat-template-kwargs '{"system": "Below is a math problem. Please solve it step by step."}', to add to `asked` and `manner` in evaluate
+#            --chat-template-kwargs '{"system": "Below is a math problem. Please solve it step by step."}', to add to `asked` and `manner`
+#            in the evaluation
 #   rounds   64 of at most 512 tokens in sampling (MathCoder's naive pairs 8), 24 in evaluation: --rounds of
 #            serving/code_server.py, which runs the code
 #   heat     rises each round. Paper: 1.1 + 0.05 to 1.4. Code: 1.1 + 0.1 to 1.4 (HEAT="1.1 0.1 1.4"); MathCoder's MATH 1.0 + 0.05
