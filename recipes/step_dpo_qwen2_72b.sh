@@ -4,8 +4,8 @@
 # Hardware   8 GPUs with 80 GB and 2 TB of main memory (estimated: 38 GB and 1,454 GB, docs/trainer.md). Not run here.
 # Hours      about 30, estimated, not measured: generation as for 7B at a tenth of its speed, 15 h; training 17 M tokens, 4 h at
 #            30 % of an A100's peak and as much again for the transfers; evaluation of two models, 4 h
-# Disk       2.1 TB: model and base model 145 GB each, two checkpoints with optimizer state 870 GB each: from the second on, the
-#            next one is complete before the last one is deleted
+# Disk       2.1 TB: model and base model 145 GB each, two checkpoints with optimizer state 870 GB each: a new one is complete
+#            before the old one is deleted. With as many pairs as the published set there is one
 # Published  Qwen2-72B-Instruct, the authors' prompt: MATH 69.4, GSM8K 92.4, Odyssey-MATH 47.0, AIME 2024 5 of 30; after Step-DPO
 #            70.8, 94.0, 50.1, 4 of 30. Qwen2's own report gives MATH 59.7 before: the prompt changes more than the method
 # Paper and code differ: beta for 72B is 0.5 in the paper, and here, and 0.4 in its script. The rest as in step_dpo_qwen2_7b.sh

@@ -5,8 +5,8 @@
 # Hours      about 3, estimated from tokens, not measured: sampling 9 M, locating 60 M, rectifying 40 M at 20,000 a second on 8
 #            GPUs, 1.5 h; training 34 M tokens at 40 % of an A100's peak, 0.5 h; evaluation of two models on 6,736 problems, 0.5 h
 #            Training is with the published 10,795 pairs; own pairs can be several times as many (03 --max-pairs-per-error limits them)
-# Disk       220 GB; 125 GB with the published pairs. A checkpoint with optimizer state is 92 GB, and from the second on the next one is
-#            complete before the last one is deleted
+# Disk       220 GB; with the published pairs, whose run has one checkpoint, 125 GB. A checkpoint with optimizer state is 92 GB, and
+#            a new one is complete before the old one is deleted
 # GPUS       8; 4 need an estimated 42 GB each in training, 2 need 72 GB, and 1 needs TRAIN="--lora-rank 16"
 # Published  Qwen2-7B-Instruct, the authors' prompt: MATH 53.0, GSM8K 85.5; after Step-DPO 58.6 and 87.9
 # Where paper and code differ
