@@ -1192,7 +1192,7 @@ class Engine:
             if TOO_LONG.search(str(error)):
                 return [REFUSED] * n
             # that of replicas has no words, only a cause
-            reason = " ".join(repr(error.__cause__ or error).split())[:300]
+            reason = " ".join((str(error) or repr(error.__cause__ or error)).split())[:300]
             stop(f"vLLM has failed ({reason}); run the same command to resume")
         made = reply.outputs  # in the order of their index
         completions = [REFUSED | {"text": o.text, "finish_reason": o.finish_reason} for o in made]
