@@ -193,8 +193,14 @@ async def serve(wrapper: list[str]):
                 task.cancel()
 
     print(json.dumps({"ready": True}), flush=True)
+    number = 0
     while line := await asyncio.to_thread(sys.stdin.readline):
-        row = json.loads(line)
+        number += 1
+        try:
+            row = json.loads(line)
+            row["id"], row["code"]
+        except (ValueError, TypeError, KeyError) as error:
+            stop(f"standard input, line {number}: {error!r}; a line is an object with id and code")
         if row["code"] is not None:
             work = answer(row["id"], row["code"])
         elif row["id"] in kernels:

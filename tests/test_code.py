@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import code_server
 import httpx
@@ -240,6 +241,27 @@ def solve(model, prefix="", rounds=8, **sampling):
             return await code_server.by_turns(model, run_code, prompt, 7, rounds, **sampling)
 
     return asyncio.run(go_on())
+
+
+@pytest.mark.parametrize(
+    "said, text, end",
+    [
+        ("<|text|>a<|endofblock|>", "<|text|>a<|endofblock|>", "stop"),
+        ("</s>", "", "stop"),
+        ("<|text|>so \\boxed{5}.</s>", "", "length"),
+    ],
+)
+def test_an_eos_is_no_part_of_a_solution(said, text, end):
+    """vLLM shows the token where the stop strings are to be shown."""
+    choice = {"text": said, "finish_reason": "stop"}
+    answer = {"choices": [choice], "usage": {"completion_tokens": 3, "prompt_tokens": 4}}
+
+    @contextlib.asynccontextmanager
+    async def post(url, json):
+        yield SimpleNamespace(ok=True, status=200, json=lambda: asyncio.sleep(0, answer))
+
+    turn = asyncio.run(code_server.complete(SimpleNamespace(post=post), "", "m", "p", 1))
+    assert (turn["text"], turn["finish_reason"]) == (text, end)
 
 
 def test_a_block_that_the_prompt_has_begun_is_run():

@@ -1049,6 +1049,16 @@ def test_tokens_fall_into_their_steps(tmp_path):
     ).endswith(stage(5).OPENING)
 
 
+def test_credit_wants_the_prompt_of_the_samples(tmp_path, capsys):
+    path, model = tmp_path / "located.jsonl", str(TINY / "model")
+    path.write_text(json.dumps({"problem": "p", "steps": STEPS, "error_step": 2}) + "\n")
+    meta = {"settings": {"opening": stage(5).OPENING, "prompt": "### Instruction: p"}}
+    (tmp_path / "located.jsonl.meta.json").write_text(json.dumps(meta))
+    with pytest.raises(SystemExit):
+        credit.main(credit.Args(path, models=(model, model), out=tmp_path / "out"))
+    assert "was made with prompt = ...'### Instruction" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_credit_of_a_trained_model(tmp_path, small_model):
     """A random model trained to disprefer one wrong step gives that step the lowest reward; rewards

@@ -263,7 +263,10 @@ def test_a_prompt_that_is_too_long_by_itself_is_a_row_in_all_words(scripted, tmp
     assert "refused prompt 100.0%" in sample(scripted, tmp_path, 2).stdout
     # of an API, a prompt that its filter does not let through: the run had ended, and every resume
     (tmp_path / "out.jsonl").unlink()
-    scripted.script = lambda n, body: (400, "Error code: content_filter")
+    # asked once: a second answer, to a shorter request, would blame --max-tokens
+    scripted.script = lambda n, body: (
+        (400, "Error code: content_filter") if body["max_tokens"] > 1 else "good"
+    )
     assert "refused prompt 100.0%" in sample(scripted, tmp_path, 2).stdout
 
 

@@ -536,6 +536,10 @@ def test_a_chosen_step_without_a_readable_judgement_does_not_pass(judge, tmp_pat
     arguments += ["--judge-base-url", f"http://127.0.0.1:{judge.server_port}/v1"]
     done = run("check_chosen", tmp_path / "pairs.jsonl", *arguments)
     assert read(tmp_path / "out.jsonl") == [] and "readable judgement 1" in done.stdout
+    arguments[arguments.index("--out") + 1] = tmp_path / "pairs.jsonl"
+    done = run("check_chosen", tmp_path / "pairs.jsonl", *arguments, check=False)
+    assert done.returncode == 2 and "is --pairs, and would be written over" in done.stderr
+    assert read(tmp_path / "pairs.jsonl") == [pair]
 
 
 def test_the_judge_is_not_asked_about_a_diagram_that_is_not_there(judge, tmp_path):
